@@ -251,7 +251,7 @@ class LoRACallback(Callback):
     def _check_set_up(self) -> None:
         """Refuse a fit that had begun when this callback came."""
         if not self._is_set_up:
-            raise compatibility.came_too_late()
+            raise compatibility.late_callback_error()
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log how the adapters train. A checkpoint is loaded by then."""

@@ -54,8 +54,9 @@ def _tell_of_low_rates(view: View, optimizers: Iterable[Optimizer]) -> None:
     """Tell of rates as in full fine-tuning."""
     low = _low_rates(view, optimizers)
     if low:
+        highest = max(low.values())
         rank_zero_info(
-            f"The adapters' learning rate is {_low_rate(view, low)}, as in full fine-tuning. "
+            f"The adapters' learning rate is {highest:g} at most{_in_layers(view, low)}, as in full fine-tuning. "
             "LoRA usually needs about ten times as much: begin with 0.002 in configure_optimizers. If this rate was "
             "tuned, keep it and write LoRACallback(lr_scale=10). With lr_scale=1, this line is not shown."
         )
@@ -65,9 +66,10 @@ def _tell_of_perhaps_low_rates(view: View, optimizers: list[Optimizer]) -> None:
     """Tell of rates that would be low for Adam: these optimizers are others."""
     low = _low_rates(view, optimizers)
     if low:
+        highest = max(low.values())
         kinds = dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)
         rank_zero_info(
-            f"The adapters' learning rate is {_low_rate(view, low)}. Whether that is low for "
+            f"The adapters' learning rate is {highest:g} at most{_in_layers(view, low)}. Whether that is low for "
             f"LoRA is known of Adam and AdamW, and not of {' and '.join(kinds)}. If the loss hardly falls: "
             "LoRACallback(lr_scale=10), or AdamW. With lr_scale=1, this line is not shown."
         )
@@ -83,10 +85,9 @@ def _is_low(rate: float) -> bool:
     return 0 < rate <= _LOW
 
 
-def _low_rate(view: View, low: Mapping[str, float]) -> str:
-    """How high it is, and in which layers, if not in all."""
-    rate = f"{max(low.values()):g} at most"
+def _in_layers(view: View, low: Mapping[str, float]) -> str:
+    """In which layers the rate is low, if not in all."""
     trained = where(view.layers, LoRALayer.lora_trainable)
     if trained.keys() == low.keys():
-        return rate
-    return f"{rate} in {listed(low)}"
+        return ""
+    return f" in {listed(low)}"

@@ -76,8 +76,10 @@ def _check_whole_files(view: View, tied: list[str]) -> None:
     _refuse_whole_files(not_stored, "the module's own state_dict does not hold {}.")
     quantised = quantised_layers(view)
     _refuse_whole_files(quantised, "the weights of {} are quantised, so no update can be merged into them.")
-    spread = where(view.parameters, is_dtensor)
-    _refuse_whole_files(spread, "{} are spread over processes (FSDP2), and each save would gather the whole model.")
+    distributed = where(view.parameters, is_dtensor)
+    _refuse_whole_files(
+        distributed, "{} are spread over processes (FSDP2), and each save would gather the whole model."
+    )
     _refuse_whole_files(
         tied,
         "a weight of {} is tied to another layer's and has an update of its own. A model in which they are one "

@@ -11,7 +11,7 @@ from lightning_lora.model.still.follow import follow_new_copies
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
-from lightning_lora.training.compatibility import average_what_trains, callbacks_of, came_too_late
+from lightning_lora.training.compatibility import average_what_trains, callbacks_of, late_callback_error
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.optimizers.groups_behind import mirror_rates
 from lightning_lora.training.optimizers.places import check_frozen
@@ -47,7 +47,7 @@ class Watch:
 
     def end_batch(self) -> None:
         """Refuse a batch whose training had begun when the callback came."""
-        raise came_too_late()
+        raise late_callback_error()
 
 
 class TrainingWatch(Watch):

@@ -14,9 +14,9 @@ from lightning_lora.training.compatibility.callbacks import (
 from lightning_lora.training.compatibility.module_hooks import has_own, loads_in_hooks
 from lightning_lora.training.compatibility.our_callbacks import (
     SET_BY_LIGHTNING,
-    came_too_late,
     forget_module,
     join_pytorch_lightning,
+    late_callback_error,
     refuse_class,
 )
 from lightning_lora.training.compatibility.precisions import keeping_adapters

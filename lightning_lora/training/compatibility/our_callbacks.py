@@ -41,7 +41,7 @@ def refuse_class(hook: _Hook) -> _Hook:
     return cast(_Hook, checked)
 
 
-def came_too_late() -> ConfigError:
+def late_callback_error() -> ConfigError:
     """Return the error of a callback that missed the set-up."""
     return ConfigError(
         "LoRACallback was added to a Trainer whose fit had begun, so it has adapted nothing. Give it to the "

@@ -55,7 +55,7 @@ class Float32Steps:
     def of(cls, view: View) -> "Float32Steps":
         """Begin with the float16 weights of a model. Most have none."""
         weights = float16_weights(view)
-        _refuse_spread(view.title, weights)
+        _refuse_distributed(view.title, weights)
         steps = cls(weights.values())
         steps._while_open.enter_context(steps_are_in_float32(view.model))  # no check refuses float16 weights then
         return steps
@@ -110,12 +110,12 @@ class Float32Steps:
         self._while_open.close()
 
 
-def _refuse_spread(title: str, weights: dict[str, nn.Parameter]) -> None:
-    """Refuse weights that are spread over processes: their values cannot be replaced."""
-    spread = where(weights, is_dtensor)
-    if spread:
+def _refuse_distributed(title: str, weights: dict[str, nn.Parameter]) -> None:
+    """Refuse distributed weights: their values cannot be replaced."""
+    distributed = where(weights, is_dtensor)
+    if distributed:
         raise OptimizerError(
-            f"{listed(spread)} of {title} would train in full in float16, in which Adam ends in NaN, and are "
+            f"{listed(distributed)} of {title} would train in full in float16, in which Adam ends in NaN, and are "
             'spread over processes. Use precision="bf16-true", or leave them out of modules_to_save and bias.'
         )
 

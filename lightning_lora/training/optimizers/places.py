@@ -35,7 +35,7 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
     may_stay = view.adapter.networks.under_head if groups else ()  # the first step tells whether what trains reads them
     unplaced = outside(remaining, may_stay)
     if unplaced:
-        raise no_place(view.title, unplaced, len(groups))
+        raise no_place_error(view.title, unplaced, len(groups))
     return edits
 
 
@@ -57,7 +57,7 @@ def _tell_of_only_group(view: View, added: Iterable[str]) -> None:
         rank_zero_info(f"No optimizer held {listed(told)} or their weights: they train in its only parameter group.")
 
 
-def no_place(title: str, names: list[str], groups: int) -> OptimizerError:
+def no_place_error(title: str, names: list[str], groups: int) -> OptimizerError:
     """Return the error of trained parameters that no group holds, nor their weights."""
     if not groups:
         return OptimizerError(

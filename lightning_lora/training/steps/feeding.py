@@ -23,7 +23,7 @@ from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.values import is_tensor
 from lightning_lora.training.optimizers.edits import rewrite_groups
 from lightning_lora.training.optimizers.groups import groups_of, held_by
-from lightning_lora.training.optimizers.places import no_place
+from lightning_lora.training.optimizers.places import no_place_error
 from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
 
 _WHAT_TRAINS = ""  # stands among the networks that have run for what trains
@@ -173,7 +173,7 @@ def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer
     placed = with_values(view.adapter_parameters, held_by(optimizers))
     unplaced = inside(without(view.adapter_parameters, placed), fed)
     if unplaced:
-        raise no_place(view.title, unplaced, len(list(groups_of(optimizers))))
+        raise no_place_error(view.title, unplaced, len(list(groups_of(optimizers))))
 
 
 def _tell_of_fed(view: View, fed: Sequence[str], unfed: Sequence[str]) -> None:

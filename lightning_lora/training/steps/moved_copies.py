@@ -47,7 +47,7 @@ class FrozenCopies:
         for copy, original in self.originals.items():
             for name in self.moved_weights(view, copy):
                 if not self._is_towards_original(view, name, copy):
-                    raise _moved_away(view, copy, original, name)
+                    raise _error_of_moved_copy(view, copy, original, name)
 
     def moved_weights(self, view: View, copy: str) -> list[str]:
         """Return the weights of a copy that have changed since."""
@@ -94,7 +94,7 @@ def _weights_with_update(view: View, name: str) -> list[Tensor]:
     return weights
 
 
-def _moved_away(view: View, copy: str, original: str, weight: str) -> AdapterStateError:
+def _error_of_moved_copy(view: View, copy: str, original: str, weight: str) -> AdapterStateError:
     return AdapterStateError(
         f"Code has moved {copy!r} of {view.title}, a frozen copy of {original!r}, away from it: for "
         f"example {weight!r}. {original!r} has adapters, and {copy!r} has none, so code that goes "

@@ -66,14 +66,17 @@ class OverlaidMethods:
 
     def _lay_over(self, name: str) -> None:
         """Put one method of ours over the strategy's."""
-        method = self._method_below(name)
+        method = self._find_method_below(name)
         ours = OverlaidMethod(getattr(self, name), method)
         self._set[name] = ours
         vars(self.strategy)[name] = ours
         setattr(self.original, name, method)
 
-    def _method_below(self, name: str) -> Any:
-        """The method over which ours lies: of other code, of all strategies, or of the strategy's class."""
+    def _find_method_below(self, name: str) -> Any:
+        """Find the method over which ours lies, and note if it is other code's.
+
+        Otherwise it is that of the strategy's class, or of the class of all strategies.
+        """
         kind = type(self.strategy)
         of_class = self._method_of(kind, name)
         on_strategy = vars(self.strategy).get(name, of_class)

@@ -1,7 +1,7 @@
 """ModelParallelStrategy (FSDP2): each process holds the adapters in full, and one message averages their gradients.
 
-A tensor is *spread* over processes if it is a DTensor, and *sharded* if those with their own data hold different parts
-of it: FSDP2 averages the gradients of these alone. A spread tensor may also be the same in all, which is *replicated*.
+A distributed tensor is sharded or replicated. FSDP2 averages the gradients of what is sharded over processes with their
+own data. All others are averaged here.
 """
 
 from collections.abc import Iterable, Iterator
@@ -115,7 +115,7 @@ class ShardedMethods(LateRestoreMethods):
             return
         view = view_of(self.module)
         self._refuse_sharded_adapters(view)
-        _spread_beside_others(view)
+        _distribute_beside_others(view)
 
     def _refuse_sharded_adapters(self, view: View) -> None:
         """Refuse adapters that were there before ``configure_model`` sharded the module."""
@@ -152,7 +152,7 @@ class ShardedMethods(LateRestoreMethods):
 
     def load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states, each process its own shards."""
-        states = map(_spread_state, checkpoint["optimizer_states"], self.strategy.optimizers)
+        states = map(_distributed_state, checkpoint["optimizer_states"], self.strategy.optimizers)
         super().load_states({**checkpoint, "optimizer_states": list(states)})
 
     def optimizer_state(self, optimizer: Any) -> OptimizerState:
@@ -246,13 +246,13 @@ def _local_gradient(p: nn.Parameter) -> Tensor:
     return shards.to_local(gradient)
 
 
-def _spread_beside_others(view: View) -> None:
+def _distribute_beside_others(view: View) -> None:
     """Make all adapters DTensors where some are: optimizers take no mixture."""
     parameters: dict[str, Any] = {**view.adapter_parameters, **view.trainable}
-    spread = where(parameters, shards.is_dtensor)
-    if not spread:
+    distributed = where(parameters, shards.is_dtensor)
+    if not distributed:
         return
-    first, *_ = spread.values()
+    first, *_ = distributed.values()
     mesh = first.device_mesh
     for layer in view.layers.values():
         for name, factor in where_not(layer.lora_parameters(), shards.is_dtensor).items():
@@ -277,17 +277,17 @@ def _broadcast_adapters(view: View) -> None:
         replace_values(p, shards.distributed_as(values, p))
 
 
-def _spread_state(state: OptimizerState, optimizer: Any) -> OptimizerState:
-    """An optimizer's state, in which spread parameters have this process's shards."""
+def _distributed_state(state: OptimizerState, optimizer: Any) -> OptimizerState:
+    """An optimizer's state, in which distributed parameters have this process's shards."""
     parameters = _in_groups(optimizer.param_groups)
     numbers = _in_groups(state["param_groups"])
     if len(parameters) != len(numbers):
         return state  # torch refuses it, and says why
     by_number = dict(zip(numbers, parameters, strict=True))
-    spread = {}
+    distributed = {}
     for number, p in only(by_number, state["state"]).items():
-        spread[number] = _spread_entries(state["state"][number], p)
-    return {**state, "state": spread}
+        distributed[number] = _distributed_entries(state["state"][number], p)
+    return {**state, "state": distributed}
 
 
 def _in_groups(groups: Iterable[OptimizerState]) -> list[Any]:
@@ -298,11 +298,11 @@ def _in_groups(groups: Iterable[OptimizerState]) -> list[Any]:
     return found
 
 
-def _spread_entries(entries: OptimizerState, p: nn.Parameter) -> OptimizerState:
+def _distributed_entries(entries: OptimizerState, p: nn.Parameter) -> OptimizerState:
     """The state of one parameter: of what has its shape, this process's shard."""
-    spread = {}
+    distributed = {}
     for name, value in entries.items():
-        spread[name] = value
+        distributed[name] = value
         if isinstance(value, Tensor) and value.shape == p.shape:
-            spread[name] = shards.distributed_as(value, p)
-    return spread
+            distributed[name] = shards.distributed_as(value, p)
+    return distributed
