@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TypeGuard
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_lora.errors import listed
@@ -13,6 +12,9 @@ from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 
 _MUCH = 0.1  # of the statistics are still those of the base
+_TRIAL = 20  # a fit of fewer batches is one
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 class RunningStatistics(Guard):
@@ -31,7 +33,7 @@ class RunningStatistics(Guard):
         old = dict[str, float]()
         for name, seen in _batches_seen(norms).items():
             batches = seen - self.batches_before.get(name, seen)
-            if batches == 0:  # in eval mode all along, it trains as it evaluates
+            if batches < _TRIAL:  # none at all: in eval mode all along, it trains as it evaluates
                 continue
             share = _share_of_the_base(norms[name], max(batches, steps))
             if share > _MUCH:
@@ -40,24 +42,24 @@ class RunningStatistics(Guard):
             warn_in_each_fit(_about_old(view, old))
 
 
-def _norms_that_train(view: View) -> dict[str, _BatchNorm]:
+def _norms_that_train(view: View) -> dict[str, BatchNorm]:
     """The norms in ``modules_to_save`` that keep running statistics, by name."""
     saved = set[nn.Module]()
     for module in view.saved:
         saved.update(module.modules())
-    norms = dict[str, _BatchNorm]()
+    norms = dict[str, BatchNorm]()
     for name, module in view.modules.items():
         if module in saved and _has_running_statistics(module):
             norms[name] = module
     return norms
 
 
-def _has_running_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
+def _has_running_statistics(module: nn.Module) -> TypeGuard[BatchNorm]:
     """Whether a module is a norm that evaluates with what it saw in training."""
-    return isinstance(module, _BatchNorm) and module.track_running_stats
+    return isinstance(module, BatchNorm) and module.track_running_stats
 
 
-def _batches_seen(norms: dict[str, _BatchNorm]) -> dict[str, int]:
+def _batches_seen(norms: dict[str, BatchNorm]) -> dict[str, int]:
     """How many batches each norm has seen in training mode, in its whole life."""
     seen = dict[str, int]()
     for name, norm in norms.items():
@@ -66,7 +68,7 @@ def _batches_seen(norms: dict[str, _BatchNorm]) -> dict[str, int]:
     return seen
 
 
-def _share_of_the_base(norm: _BatchNorm, batches: int) -> float:
+def _share_of_the_base(norm: BatchNorm, batches: int) -> float:
     """How much of a norm's running statistics is older than so many batches. Without a momentum, all count alike."""
     if norm.momentum is None:
         return 0

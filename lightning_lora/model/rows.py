@@ -44,6 +44,7 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
             statistics that an adapter trains is in train mode.
 
     Example:
+        >>> import torch
         >>> from lightning_lora import LoRAConfig, inject_adapters
         >>> model, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(3, 4)
         >>> base = model(x)

@@ -107,13 +107,19 @@ def _last_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _is_of_fsdp(cls: type) -> bool:
+    """Whether a class came with the sharding of a model. FSDP2 changes the class of each module that it shards."""
+    return "FSDPModule" in {ancestor.__name__ for ancestor in cls.__mro__}
+
+
 def _described(module: nn.Module) -> StoredModule:
     """What a file says of a module."""
     classes = list[str]()
     for ancestor in original_class(module).__mro__:
         if ancestor is nn.Module:
             break
-        classes.append(full_name(ancestor))
+        if not _is_of_fsdp(ancestor):
+            classes.append(full_name(ancestor))
     config = _configuration(module)
     pretrained = getattr(config, "_name_or_path", "")
     return StoredModule(

@@ -147,8 +147,15 @@ def _write_beside_csv(logger: Any, report: _Report) -> None:
 
 
 def logged_metrics(model: LightningModule) -> dict[str, float]:
-    """Return what the run of a module has logged last, as numbers: a checkpoint holds them."""
+    """Return what the run of a module has logged last, as numbers: a checkpoint holds them.
+
+    A module that came back from spawned processes has no Trainer. Then nothing is known.
+    """
     metrics = dict[str, float]()
-    for name, value in model.trainer.callback_metrics.items():
+    try:
+        trainer = model.trainer
+    except RuntimeError:  # it is attached to none
+        return metrics
+    for name, value in trainer.callback_metrics.items():
         metrics[name] = float(value)
     return metrics

@@ -38,6 +38,6 @@ def test_changes_in_a_module_are_the_models_unless_it_was_merged_into_a_base_of_
 def test_what_the_user_froze_in_a_merged_model_was_frozen_since_it_learned() -> None:
     frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
     base = Base(required_grad={"weight": True, "bias": False})
-    base.was_unmerged({"weight": frozen, "bias": frozen})
+    base.note_unmerged({"weight": frozen, "bias": frozen})
     assert base.frozen_since == {"weight"}
     assert base.required_grad == {"weight": False, "bias": False}

@@ -111,6 +111,6 @@ def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_what_is_written_later_is_what_was_there_at_the_save() -> None:
     model = as_trained(LitTiny(), **lora().config.to_dict())
     head = model.head.weight.detach().clone()
-    checkpoint = adapter_only(model, {"state_dict": ll.adapter_state_dict(model)}, written_later=True)
+    checkpoint = adapter_only(model, {"state_dict": ll.adapter_state_dict(model)}, {}, written_later=True)
     add_to(model.head.weight, 1)
     assert torch.equal(checkpoint["state_dict"]["head.weight"], head)

@@ -605,5 +605,5 @@ def test_after_an_error_a_module_is_merged_again_only_where_no_other_process_is_
     stage = Stage(lora().config)
     stage.begin(model)
     assert not is_plain(model)
-    stage.give_back_after_error(model, is_alone=is_alone)
+    stage.end_after_error(model, is_alone=is_alone)
     assert is_plain(model) is not is_alone
