@@ -22,7 +22,7 @@ class Change(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """What the active adapter has in a tensor of the model, while this shows the base's values."""
+    """The active adapter's values, while a tensor shows the base."""
 
     values: Tensor
     required_grad: bool
@@ -160,7 +160,7 @@ class Base:
         self.changes = {}
 
     def digests_before_changes(self, digests_now: Mapping[str, int]) -> list[int]:
-        """Return the digests of the base's values of tensors, by those of the values that they have now."""
+        """Return the digests that tensors had in the base, given those they have now."""
         return [self._digest_before_changes(name, digest_now) for name, digest_now in digests_now.items()]
 
     def _digest_before_changes(self, name: str, digest_now: int) -> int:

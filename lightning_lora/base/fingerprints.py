@@ -9,7 +9,10 @@ changed and that is no longer known. None: of a quantised one."""
 
 
 class Form(TypedDict):
-    """In which form a base was seen. The same base has another one when it is converted or quantised."""
+    """The layout and the dtypes of a base.
+
+    The same base has another form when it is converted or quantised.
+    """
 
     layout: str  # the hash of all names and shapes
     dtypes: list[str]  # the names of its dtypes, sorted

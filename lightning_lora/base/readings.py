@@ -18,7 +18,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 class Reading(NamedTuple):
-    """A tensor as it was when it was last read in full, and its digest then."""
+    """A tensor that was read in full, and its digest."""
 
     seen: Seen
     digest: int
@@ -44,12 +44,12 @@ class Readings:
     # Digests in a tensor's own dtype
 
     def digests_now(self, tensors: Tensors) -> dict[str, int]:
-        """Return digests of tensors by name. Those are read that may have changed. Collective for shards."""
+        """Return digests by name, and read only what may have changed. Collective for shards."""
         self._read(self._to_be_read(tensors))
         return self._known_digests(tensors)
 
     def digests_read_anew(self, tensors: Tensors) -> dict[str, int]:
-        """Return digests of tensors by name. All are read, whatever is known of them. Collective for shards."""
+        """Return digests by name, and read all tensors. Collective for shards."""
         self.by_name.clear()  # they may hold tensors that the model has lost
         self._read(tensors)
         return self._known_digests(tensors)

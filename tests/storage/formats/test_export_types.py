@@ -14,6 +14,8 @@ import transformers as hf
 import lightning_lora as ll
 from lightning_lora.model.view import view_of
 from lightning_lora.moments import Guards
+from lightning_lora.storage.formats.peft.peft_shells import shell_of
+from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.training.advice import advise
 from tests.storage.formats.test_export_models import load_adapter, run
 from tests.storage.formats.test_same_folders import of_0_2_0
@@ -235,3 +237,10 @@ def test_updates_of_zero_that_peft_cannot_hold_are_left_out(tmp_path: Path) -> N
     only = trained(base, ll.LoRAConfig(r=2, target_modules=["head.attention"]), scale=0)
     with pytest.raises(ll.ExportError, match="twice"):
         ll.export_peft(only, tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["logger", "BertConfig", "nothing", "BertPooler"])
+def test_what_a_file_calls_its_model_is_not_made_unless_it_is_one(name: str) -> None:
+    classes = (f"transformers.models.bert.modeling_bert.{name}", "transformers.modeling_utils.PreTrainedModel")
+    with pytest.raises(ImportError, match=f"transformers has no model {name}"):
+        shell_of({"": StoredModule(classes)})

@@ -41,13 +41,19 @@ def _shell_of_model(model: StoredModule) -> nn.Module:
     if not model.classes:
         return nn.Module()
     model_class: Any = getattr(import_module(model.library), model.class_name, None)
-    if model_class is None:
-        raise ImportError(f"transformers has no {model.class_name} in {model.library}")
+    if not _is_class_of_models(model_class):
+        raise ImportError(f"transformers has no model {model.class_name} in {model.library}")
     shell = model_class.__new__(model_class)
     nn.Module.__init__(shell)
     model_type = getattr(model_class.config_class, "model_type", "")
     shell.config = SimpleNamespace(model_type=model_type)
     return cast(nn.Module, shell)
+
+
+def _is_class_of_models(found: object) -> bool:
+    """Whether something is a class of transformers' models. A file may name anything."""
+    models = import_module("transformers").PreTrainedModel
+    return isinstance(found, type) and issubclass(found, models)
 
 
 def _add_missing(shell: nn.Module, name: str, module: nn.Module) -> None:
