@@ -323,6 +323,14 @@ def test_the_last_recipe_of_a_fitted_module_gives_its_base_back(fitted: dict[str
     assert same(state(fitted["model"]), state(MyModule()))
 
 
+def test_numbers_that_the_main_job_quotes_are_in_the_readme() -> None:
+    code = (ROOT / "examples" / "sentiment.py").read_text()
+    quoted = re.findall(r"([\d.]+)% \(README\.md\)", code)
+    assert len(quoted) == 2
+    for number in quoted:
+        assert f"| {number} % |" in README
+
+
 # The page of messages quotes those that the code has
 
 HEADINGS = re.findall(r"^### (.*)$", PAGES["messages"], re.MULTILINE)
