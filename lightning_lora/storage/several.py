@@ -191,9 +191,9 @@ def _stored(model: nn.Module, name: str) -> StoredAdapters:
     with switch.activate(model, name):
         view = view_of(model)
         stored = StoredAdapters.from_view(view, adapter_state(view), [])
-    trained = without(stored.state, set(stored.random))
+    trained = without(stored.state, set(stored.of_no_base))
     state = {key: _as_summand(value) for key, value in trained.items()}
-    return replace(stored, state=state, random=[], source=f"the adapter {name!r} of {stored.source}")
+    return replace(stored, state=state, untrained=[], filled=[], source=f"the adapter {name!r} of {stored.source}")
 
 
 def _as_summand(value: Any) -> Any:

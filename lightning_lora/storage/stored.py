@@ -1,7 +1,7 @@
 """Adapters outside of a model: what training changed, and what a file says of it."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
@@ -20,7 +20,7 @@ from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of, wanted_of
 from lightning_lora.targets.lookup import OUTPUT_HEAD
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import inside, not_in, only, where, without
+from lightning_lora.tensors.named import inside, only, where, without
 from lightning_lora.tensors.names import is_in_any, owner_of
 from lightning_lora.tensors.plain_states import StateDict
 
@@ -34,7 +34,7 @@ DIVERGED = (
 
 _BESIDE = "copies"  # the entry for what 0.2.0 does not know: that refuses new names, and takes any list under this one
 
-_AS_THEY_ARE = ("base", "changed", "random", "saved", "root")  # entries that :class:`StoredAdapters` has too
+_AS_THEY_ARE = ("base", "changed", "saved", "root")  # entries of a description that are fields here
 
 
 Description = Mapping[str, Any]  # what a file says of adapters, in plain types
@@ -49,7 +49,8 @@ class StoredAdapters:
     layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; of other libraries, only those with rows
     base: list[StoredFingerprint] = field(default_factory=list)  # its fingerprints; empty if the format has none
     changed: Sequence[str] = field(default_factory=list)  # the frozen weights in the state
-    random: Sequence[str] = field(default_factory=list)  # those of them that look untrained, and filled buffers
+    untrained: Sequence[str] = field(default_factory=list)  # those of them that look untrained
+    filled: Sequence[str] = field(default_factory=list)  # buffers that hooks filled: of the run, and of no base
     saved: dict[str, list[str]] = field(default_factory=dict)  # all entries of each module in modules_to_save
     root: str = ""  # the path of the one model inside
     modules: dict[str, StoredModule] = field(default_factory=dict)  # by name; empty if the file does not say
@@ -66,13 +67,16 @@ class StoredAdapters:
         layers = layers_of(view)
         _check_as_configured(view, config, layers.values())
         saved = _saved_entries(view, config)
+        changed = list(only(state, view.frozen))
+        untrained, filled = _split(random_weights(view), changed)
         return cls(
             config=config,
             state=state,
             layers=layers,
             base=base,
-            changed=list(only(state, view.frozen)),
-            random=list(random_weights(view)),
+            changed=changed,
+            untrained=untrained,
+            filled=filled,
             saved=saved,
             root=root_of(view.model),
             modules=modules_to_store(view.modules, layers, [*saved, *_tied_to_rows(layers.values())]),
@@ -89,12 +93,24 @@ class StoredAdapters:
         beside = _beside(description)
         modules = modules_of(beside.get("modules", ()))
         metrics = beside.get("metrics", {})
-        as_they_are = only(description, _AS_THEY_ARE)
-        return cls(config, state, layers, modules=modules, metrics=metrics, source=str(source), **as_they_are)
+        untrained, filled = _split(description.get("random", ()), description.get("changed", ()))
+        return cls(
+            config=config,
+            state=state,
+            layers=layers,
+            untrained=untrained,
+            filled=filled,
+            modules=modules,
+            metrics=metrics,
+            source=str(source),
+            **only(description, _AS_THEY_ARE),
+        )
 
     def description(self) -> Description:
         """Return all but the state in plain types, with a checksum of both."""
-        about: dict[str, Any] = only(vars(self), _AS_THEY_ARE)
+        about: dict[str, Any] = {"base": self.base, "changed": self.changed, "random": self.of_no_base}
+        about["saved"] = self.saved
+        about["root"] = self.root
         about["format"] = FORMAT
         about["config"] = self.config.to_stored()
         about["entries"] = len(self.state)
@@ -109,10 +125,14 @@ class StoredAdapters:
         return bool(self.base)
 
     @property
-    def filled(self) -> list[str]:
-        """The buffers that hooks of the module filled: they belong to the run, and to no base."""
-        besides_weights = not_in(self.random, self.changed)
-        return [name for name in besides_weights if name in self.state]
+    def of_no_base(self) -> list[str]:
+        """The names of weights that look untrained, and of filled buffers: each run has its own values of them."""
+        return [*self.untrained, *self.filled]
+
+    @property
+    def filled_in_state(self) -> list[str]:
+        """The filled buffers with a value here: user code may have dropped others from the state."""
+        return [name for name in self.filled if name in self.state]
 
     def adapter_names(self) -> set[str]:
         """Return the names of the adapters' tensors in the state."""
@@ -127,6 +147,16 @@ class StoredAdapters:
         broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if broken:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
+
+
+def _split(random: Iterable[str], changed: Collection[str]) -> tuple[list[str], list[str]]:
+    """What files call random, apart: frozen weights that look untrained, and buffers that hooks filled."""
+    untrained = list[str]()
+    filled = list[str]()
+    for name in random:
+        group = untrained if name in changed else filled
+        group.append(name)
+    return untrained, filled
 
 
 def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:

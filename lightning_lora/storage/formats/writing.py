@@ -124,7 +124,7 @@ def for_reader(source: Source, root: str | None) -> Source:
         _check_root(root, stored)
         stored = replace(stored, root=root)
     _warn_of_lost_values(stored)
-    state = without(stored.state, set(stored.random))
+    state = without(stored.state, set(stored.of_no_base))
     return replace(source, stored=replace(stored, state=state))
 
 
@@ -139,8 +139,10 @@ def _check_root(root: str, stored: StoredAdapters) -> None:
 
 def _warn_of_lost_values(stored: StoredAdapters) -> None:
     """Warn of values that are not the base's, and not of training: the reader gets none of them."""
-    outside = {name for name in stored.filled if not is_in(name, stored.root)}  # the reader has not these buffers
-    lost = not_in(stored.random, outside)
+    outside = {
+        name for name in stored.filled_in_state if not is_in(name, stored.root)
+    }  # the reader has not these buffers
+    lost = not_in(stored.of_no_base, outside)
     if lost:
         warn(
             f"{listed(lost)} may be untrained or were filled by setup, and PEFT's format has no place for them. If the "

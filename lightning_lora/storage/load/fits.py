@@ -29,7 +29,7 @@ def check_fits(view: View, stored: StoredAdapters, *, reads_base_anew: bool, ref
     is_converted = False
     if stored.is_ours:
         is_converted = check_base(view, stored, reads_base_anew=reads_base_anew, refuses_other_base=refuses_other_base)
-    compared = without(stored.state, stored.filled)  # these may have another shape
+    compared = without(stored.state, stored.filled_in_state)  # these may have another shape
     _check_tensors(view, compared, is_converted=is_converted)
     _check_finite(view, stored.state)
     _check_same_rows(view, stored)

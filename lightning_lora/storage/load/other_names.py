@@ -52,7 +52,8 @@ def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
         config=renamed_config(stored.config, stored.layers.values(), renaming, view),
         state=renaming.with_names_here(stored.state),
         changed=renaming.names_here(stored.changed),
-        random=renaming.names_here(stored.random),
+        untrained=renaming.names_here(stored.untrained),
+        filled=renaming.names_here(stored.filled),
     )
 
 
@@ -87,5 +88,5 @@ def _absent_modules(view: View, stored: StoredAdapters) -> list[str]:
 def _absent_tensors(view: View, stored: StoredAdapters) -> list[str]:
     """What trains in full in a file, and the buffers that were filled there, if a model lacks them."""
     saved = [name for name in not_in(stored.state, view.tensors) if stored.config.is_saved(name)]
-    filled = [name for name in not_in(stored.filled, view.tensors) if owner_of(name) in view.modules]
+    filled = [name for name in not_in(stored.filled_in_state, view.tensors) if owner_of(name) in view.modules]
     return [*saved, *filled]

@@ -54,7 +54,7 @@ def combined(files: _Files, weights: _Weights, r: int | None, module_names: Iter
     _check_numbers(weights, r)
     first = files[0]
     layers = dict[str, StoredLayer]()
-    state = only(first.state, first.filled)
+    state = only(first.state, first.filled_in_state)
     for name, layer in _layers_of_all(files).items():
         updates = _summed_updates(files, weights, name, r)
         highest_rank = max(map(_rank_of_update, updates.values()))
@@ -63,7 +63,9 @@ def combined(files: _Files, weights: _Weights, r: int | None, module_names: Iter
     modules = _modules_of_all(files)
     present = {*layers, *module_names, *modules, *_owners_in_base(first)}
     config = by_whole_names(layers.values(), LoRAConfig(), present)
-    return StoredAdapters(config, state, layers, first.base, random=first.filled, root=first.root, modules=modules)
+    return StoredAdapters(
+        config, state, layers, first.base, filled=first.filled_in_state, root=first.root, modules=modules
+    )
 
 
 def _modules_of_all(files: _Files) -> dict[str, StoredModule]:
@@ -152,12 +154,12 @@ def _check_bases(files: _Files) -> None:
 
 def _have_one_base(one: StoredAdapters, other: StoredAdapters) -> bool:
     """Whether two files are of the same model, and of the same base in one dtype at least."""
-    if (one.root, one.filled) != (other.root, other.filled):
+    if (one.root, one.filled_in_state) != (other.root, other.filled_in_state):
         return False
     have_one_fingerprint = any(fingerprint in other.base for fingerprint in one.base)
     if not have_one_fingerprint:
         return False
-    return all(torch.equal(one.state[name], other.state[name]) for name in one.filled)
+    return all(torch.equal(one.state[name], other.state[name]) for name in one.filled_in_state)
 
 
 def _layers_of_all(files: _Files) -> dict[str, StoredLayer]:

@@ -32,7 +32,7 @@ def read_layers(path: str | Path) -> StoredAdapters:
 
 def besides(stored: StoredAdapters) -> dict[str, Any]:
     """Return what a file holds besides adapters: trained modules, biases, buffers; not what is the run's alone."""
-    return without(stored.state, stored.adapter_names().union(stored.filled))
+    return without(stored.state, stored.adapter_names().union(stored.filled_in_state))
 
 
 def matrix_updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:

@@ -78,7 +78,7 @@ class MergePlan:
     @property
     def not_of_the_base(self) -> set[str]:
         """The names of tensors that the adapters' file holds, or that look untrained: each run has others."""
-        return {*self.stored.changed, *self.stored.random}
+        return {*self.stored.changed, *self.stored.of_no_base}
 
     def _find_adapted(self) -> dict[str, AdaptedWeight]:
         """The weights that get an update."""
@@ -100,7 +100,7 @@ class MergePlan:
     def _find_replaced(self) -> dict[str, Any]:
         """What the adapters' file holds besides adapters. Of buffers that the run filled, those of the base."""
         replaced = renamed(besides(self.stored), self.name_in_base)
-        for name in self.stored.filled:
+        for name in self.stored.filled_in_state:
             place = self.find_in_base(name)
             if place is not None:
                 replaced[place] = self.stored.state[name]

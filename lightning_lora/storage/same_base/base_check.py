@@ -106,7 +106,7 @@ class _BaseHere:
     def _compared_tensors(self) -> list[ComparedTensor]:
         """The tensors that are compared: of those that look untrained, files hold the values."""
         compared = list[ComparedTensor]()
-        for name, tensor in without(self.tensors, self.stored.random).items():
+        for name, tensor in without(self.tensors, self.stored.of_no_base).items():
             halves = partial(self._halves_of, name)
             is_quantised = name in self.quantised
             name_there = self.names_there[name]
