@@ -15,7 +15,7 @@ from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View
 from lightning_lora.patterns import fits
 from lightning_lora.storage.formats.format import Asked, Format, Reader
-from lightning_lora.storage.formats.reading import Update, adapters_of, check_shapes, pair_of, place_of
+from lightning_lora.storage.formats.reading import Update, check_shapes, pair_of, place_of, stored_from_updates
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
@@ -81,7 +81,7 @@ def _adapters_in_file(view: View, tensors: _LoralibFile, path: object, asked: As
     layers = _Layers(view, settings)
     updates = [layers.update(name, pair) for name, pair in factors.items()]
     rest = place.with_names_here(tensors.rest)
-    return adapters_of(view, updates, rest, LoRAConfig())
+    return stored_from_updates(view, updates, rest, LoRAConfig())
 
 
 def _check_slices(settings: LoRAConfig, layers: Iterable[str]) -> None:

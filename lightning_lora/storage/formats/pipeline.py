@@ -17,7 +17,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig
 from lightning_lora.storage.formats.peft.peft_names import PARTS, peft_key
 from lightning_lora.storage.formats.peft.peft_read import read_updates
-from lightning_lora.storage.formats.reading import Update, adapters_of
+from lightning_lora.storage.formats.reading import Update, stored_from_updates
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
@@ -173,7 +173,7 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
         raise AdapterFileError(
             f"{file.path} has parts with other use_dora or init_lora_weights. Load each onto its model."
         )
-    return adapters_of(view, updates, rest, settings[0], saved)
+    return stored_from_updates(view, updates, rest, settings[0], saved)
 
 
 def _places_of(members: set[str], view: View) -> dict[str, str]:

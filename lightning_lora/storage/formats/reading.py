@@ -156,7 +156,7 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str], root
 # All that a file holds
 
 
-def adapters_of(
+def stored_from_updates(
     view: View,
     updates: Collection[Update],
     rest: Mapping[str, Tensor],

@@ -27,27 +27,32 @@ class TrainedInFull:
 
 
 def find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[str] | None) -> TrainedInFull:
-    """Return what trains in full: modules of which the file holds each tensor, and what has changed beside them.
+    """Return what a file trains in full, in three groups.
 
-    The names of these modules end in one of ``saved``. None: the file does not say so, and they have changed.
+    Modules of which it holds each tensor, if they train. All other biases in it. And other parameters, if their values
+    are not the base's.
+
+    Args:
+        view: The model.
+        entries: The file's tensors besides updates, by their names in the model.
+        saved: The ends of the names of modules that train. None: the file does not say which, so those that changed.
     """
     changed = [name for name in entries if not is_the_base(view, name, entries[name])]
-    whole = _whole_modules(view, entries)
-    if saved is None:
-        trained = modules_around(changed).intersection(whole)
-    else:
-        trained = {module for module in whole if module.endswith(tuple(saved))}
-    modules = _outermost(trained, whole)
+    modules = _modules_that_train(_whole_modules(view, entries), changed, saved)
     names_in_modules = set(inside(entries, modules))
-    others = without(only(entries, view.base), names_in_modules)
-    biases = {name for name in others if is_bias(name)}
-    parameters = list(without(only(others, changed), biases))
+    single = without(only(entries, view.base), names_in_modules)
+    biases = {name for name in single if is_bias(name)}
+    parameters = list(without(only(single, changed), biases))
     names = names_in_modules.union(parameters, biases)
     return TrainedInFull(modules, parameters, biases, names)
 
 
-def _outermost(trained: Collection[str], whole: Iterable[str]) -> list[str]:
-    """Those of the whole modules that train, and lie in no other one that does."""
+def _modules_that_train(whole: Iterable[str], changed: Iterable[str], saved: Collection[str] | None) -> list[str]:
+    """Those of the whole modules that train, without the ones inside another one that does."""
+    if saved is None:
+        trained = modules_around(changed).intersection(whole)
+    else:
+        trained = {module for module in whole if module.endswith(tuple(saved))}
     return [module for module in whole if module in trained and not is_in_any(owner_of(module), trained)]
 
 

@@ -22,7 +22,7 @@ from lightning_lora.storage.formats.peft.peft_names import (
     without_wrappers,
 )
 from lightning_lora.storage.formats.peft.peft_updates import updates_in
-from lightning_lora.storage.formats.reading import Update, adapters_of, place_of
+from lightning_lora.storage.formats.reading import Update, place_of, stored_from_updates
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
@@ -38,7 +38,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     def reader(view: View) -> StoredAdapters:
         peft = read_config(path)
         updates, rest = read_updates(view, tensors, peft, path, root_of(view.model))
-        return adapters_of(view, updates, rest, peft.config, peft.saved)
+        return stored_from_updates(view, updates, rest, peft.config, peft.saved)
 
     return reader
 
