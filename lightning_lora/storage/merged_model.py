@@ -214,7 +214,8 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     is_inside_another_save = "state_dict" in vars(model)
     if is_inside_another_save or _is_plain_state(given, view.adapter_parameters):
         return save(model, *args, **kwargs)
-    # Of a shown base, no layer is merged. The view keeps all adapters, as it has named them above: none is written.
+    # While the model shows its base, its layers compute without updates, so none is merged. The view has named the
+    # adapters' parameters above, with all layers: so none of these is written either.
     view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}
     _refuse_to_tie_again(view)
     state = _merged(view, given or {})

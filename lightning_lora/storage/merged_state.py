@@ -60,22 +60,23 @@ def _refuse_spread_weights(view: View, changed: StateDict) -> None:
 
 def _state_with(view: View, changed: StateDict, merged: Mapping[str, Tensor]) -> Any:
     """The model's state dict without adapters, with other values."""
-    new_values = without({**changed, **merged}, view.adapter_parameters)
     model = plain_module(view.model)
     state: Any = model.state_dict(keep_vars=True)
-    for name in own_adapters_in(view, state):
+    adapters = own_adapters_in(view, state)
+    for name in adapters:
         del state[name]
-        new_values.pop(plain_name(name), None)
+    own_names = {*view.adapter_parameters, *map(plain_name, adapters)}
+    new_values = without({**changed, **merged}, own_names)
     for name, value in state.items():
-        new_value = new_values.pop(plain_name(name), value)
-        state[name] = detached(new_value)
-    absent = merged.keys() & new_values.keys()
+        state[name] = detached(new_values.get(plain_name(name), value))
+    added = without(new_values, set(map(plain_name, state)))
+    absent = merged.keys() & added.keys()
     if absent:
         raise AdapterStateError(
             f"The state dict of {type(model).__name__} does not hold {listed(sorted(absent))} under their own names, "
             "so that no update can be put there. Call merge_adapters(model) and save its state dict."
         )
-    state.update(new_values)
+    state.update(added)
     return state
 
 

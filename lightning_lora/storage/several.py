@@ -91,13 +91,14 @@ def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContext
     title = _title(weights)
     if title in record.adapter_states and title not in _sums_in(record):
         raise AdapterStateError(f"An adapter has the name of this sum, {title!r}. Load it under another name.")
-    if title == active:
-        switch.set_adapter(model, next(iter(weights)))
+    if title == active:  # the sum is made anew, and an adapter is replaced only while another one is active
+        first_summand = next(iter(weights))
+        switch.set_adapter(model, first_summand)
     _drop_sums(record, title)
     _add(model, stored, title)
     record.others[title].become_sum(weights)
     shown = switch.set_adapter(model, title)
-    shown.before = before
+    shown.before = before  # the end of a block goes back to before this call, not to the summand above
     shown.active = active
     return shown
 

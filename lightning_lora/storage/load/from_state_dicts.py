@@ -57,7 +57,7 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
         note_plain_state(model, state, prefix, notes)
 
 
-_WHOLE = f"{KEY}_whole"  # in torch's notes on a merged state: its checksum, and the adapters
+_BESIDE_MERGED = f"{KEY}_whole"  # the entry in torch's notes on a merged state: its checksum, and the adapters
 
 
 def note_adapters(state: Any, description: Description) -> None:
@@ -68,12 +68,12 @@ def note_adapters(state: Any, description: Description) -> None:
 def note_adapters_beside(merged: Any, description: Description, adapters: StateDict) -> None:
     """Note the adapters of a merged state dict in torch's notes, likewise."""
     notes = getattr(merged, STATE_NOTES)
-    notes[""] = {**notes.get("", {}), _WHOLE: (checksum(merged, {}), description, adapters)}
+    notes[""] = {**notes.get("", {}), _BESIDE_MERGED: (checksum(merged, {}), description, adapters)}
 
 
 def _put_noted(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> bool:
     """Put the adapters of a state dict that is described in torch's notes. Return whether there were any."""
-    if _WHOLE in notes:
+    if _BESIDE_MERGED in notes:
         return _put_beside_merged(model, state, notes)
     if KEY not in notes:
         return False
@@ -87,7 +87,7 @@ def _put_beside_merged(model: nn.Module, state: StateDict, notes: Mapping[str, A
     They are not, and torch loads the merged weights, if other code has changed these since they were written, or if the
     model here has not been trained: then they are its new base.
     """
-    number, description, adapters = notes[_WHOLE]
+    number, description, adapters = notes[_BESIDE_MERGED]
     if not record_of(model).adapter.is_trained or checksum(state, {}) != number:
         return False
     try:
