@@ -247,17 +247,17 @@ def _reader_for_file(path: Any, asked: Asked) -> Reader:
     contents = read_contents(file)
     found = find_format(contents, file, asked)
     if found is None:
-        _refuse_options(asked, path)
+        _refuse_arguments(asked, path)
         return partial(with_names_of, stored=own.stored_adapters(contents, path))
     format, reader = found
-    if format.name != "loralib":
-        _refuse_options(asked, path)
+    if not format.takes_arguments:
+        _refuse_arguments(asked, path)
     check_usual(contents, path)
     return reader
 
 
-def _refuse_options(asked: Asked, path: Any) -> None:
-    """Refuse arguments for loralib's files beside a file of another library."""
+def _refuse_arguments(asked: Asked, path: Any) -> None:
+    """Refuse arguments for loralib's files beside a file that says these things itself."""
     if asked != Asked():
         raise ConfigError(
             f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "

@@ -42,11 +42,17 @@ Description = Mapping[str, Any]  # what a file says of adapters, in plain types
 
 @dataclass(frozen=True)
 class StoredAdapters:
-    """Adapters outside of a model: every file format reads into this or writes from it."""
+    """Adapters outside of a model: every file format reads into this or writes from it.
+
+    What another library's file lacks has its default here. Such a file describes no layers, so that
+    :meth:`adapter_names` and :meth:`description` are only for files of this package.
+    """
 
     config: LoRAConfig  # which adapts a model in the same way
     state: dict[str, Any]  # everything that training changed, by its name in the adapted model
-    layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; of other libraries, only those with rows
+    layers: dict[str, StoredLayer] = field(
+        default_factory=dict
+    )  # by name; of another library's file, only those with single rows
     base: list[StoredFingerprint] = field(default_factory=list)  # its fingerprints; empty if the format has none
     changed: Sequence[str] = field(default_factory=list)  # the frozen weights in the state
     untrained: Sequence[str] = field(default_factory=list)  # those of them that look untrained
@@ -68,7 +74,7 @@ class StoredAdapters:
         _check_as_configured(view, config, layers.values())
         saved = _saved_entries(view, config)
         changed = list(only(state, view.frozen))
-        untrained, filled = _split(random_weights(view), changed)
+        untrained, filled = _split_random(random_weights(view), changed)
         return cls(
             config=config,
             state=state,
@@ -93,7 +99,7 @@ class StoredAdapters:
         beside = _beside(description)
         modules = modules_of(beside.get("modules", ()))
         metrics = beside.get("metrics", {})
-        untrained, filled = _split(description.get("random", ()), description.get("changed", ()))
+        untrained, filled = _split_random(description.get("random", ()), description.get("changed", ()))
         return cls(
             config=config,
             state=state,
@@ -149,8 +155,8 @@ class StoredAdapters:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
 
 
-def _split(random: Iterable[str], changed: Collection[str]) -> tuple[list[str], list[str]]:
-    """What files call random, apart: frozen weights that look untrained, and buffers that hooks filled."""
+def _split_random(random: Iterable[str], changed: Collection[str]) -> tuple[list[str], list[str]]:
+    """Split what files call random: frozen weights that look untrained, and buffers that hooks filled."""
     untrained = list[str]()
     filled = list[str]()
     for name in random:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from typing import Any, cast
@@ -30,7 +30,7 @@ Kind = type[LoRALayer]
 Matrices = tuple[AdaptedMatrix, ...]
 Shape = tuple[int, ...]
 
-ALSO = "also"  # the option that holds the other names of a layer that is used in several places
+_ALSO = "also"  # the entry of a layer's options in files that holds its other names
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,16 @@ class StoredLayer:
                 return cls
         return None
 
+    @property
+    def other_names(self) -> Sequence[str]:
+        """Its other names, if the model uses the layer in several places. Files hold them among the options."""
+        names: Sequence[str] = self.options.get(_ALSO, ())
+        return names
+
     def others_with_its_weights(self) -> list[str]:
         """Return the names of other layers that have a weight of it: not its own other names."""
         names = map(owner_of, chain.from_iterable(self.tied.values()))
-        return not_in(dict.fromkeys(names), self.options.get(ALSO, ()))
+        return not_in(dict.fromkeys(names), self.other_names)
 
     def settings(self, config: LoRAConfig) -> Settings:
         """Return the settings of its adapter."""
@@ -79,7 +85,7 @@ class StoredLayer:
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, which every file format can hold."""
         about = asdict(self)
-        about["parts"] = about.pop("matrices")  # as files name them
+        about["parts"] = about.pop("matrices")  # as files have named them since 0.2.0
         return dict(json.loads(json.dumps(about)))  # with lists in place of tuples
 
     @classmethod
@@ -181,8 +187,14 @@ def described(view: View, name: str, kind: Kind, matrices: Matrices, r: int = 1,
         shapes=_shapes_of_weights(layer, kind, matrices),
         tied={},
         options=_options(view, name, kind),
-        is_additive=cast(Kind, combined(kind, layer_class))._lora_is_additive,
+        is_additive=_is_additive(kind, layer_class),
     )
+
+
+def _is_additive(kind: Kind, layer_class: type[nn.Module]) -> bool:
+    """Whether such an adapter adds its update to the output of such a layer. Only the class of both decides that."""
+    adapted_class = cast(Kind, combined(kind, layer_class))
+    return adapted_class._lora_is_additive
 
 
 def _shapes_of_weights(layer: nn.Module, kind: Kind, matrices: Matrices) -> dict[str, Shape]:
@@ -199,5 +211,5 @@ def _options(view: View, name: str, kind: Kind) -> dict[str, Any]:
     names = with_values(view.modules, {layer})
     also = not_in(names, [name])
     if also:
-        options[ALSO] = also
+        options[_ALSO] = also
     return options

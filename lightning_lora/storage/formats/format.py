@@ -32,6 +32,7 @@ class Format:
     read: Callable[[Mapping[str, Any], Any, Asked], Reader | None]  # None for a file of another format
     files: tuple[str, ...] = ()  # the names of its files, if it is a folder; the first one is written
     expected_files: str = ""  # those of a whole folder, in messages
+    takes_arguments: bool = False  # whether its files do not say what Asked holds
 
 
 @dataclass(frozen=True)

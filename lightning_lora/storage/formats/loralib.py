@@ -156,4 +156,4 @@ def _merged_linear(layer: StoredLayer, slices: Iterable[AdaptedMatrix], factors:
     return Update(replace(layer, matrices=matrices), tuple(of_slices))
 
 
-LORALIB = Format(name="loralib", tool="loralib", read=read)
+LORALIB = Format(name="loralib", tool="loralib", read=read, takes_arguments=True)

@@ -58,7 +58,7 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
 
 
 def _is_same_start(settings: Settings, config: LoRAConfig) -> bool:
-    """Whether both updates are added to the whole weight, or to the same weight less a start, as of PiSSA."""
+    """Whether both updates are added to the whole weight, or both to what is left after one way to start (PiSSA)."""
     if settings.init == config.init:
         return True
     return not settings.is_difference and not INITIALISATIONS[config.init].is_difference

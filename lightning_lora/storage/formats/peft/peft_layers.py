@@ -16,7 +16,7 @@ from lightning_lora.errors import listed
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import kinds
 from lightning_lora.layers.contract import full_name
-from lightning_lora.storage.stored_layers import ALSO, StoredLayer
+from lightning_lora.storage.stored_layers import StoredLayer
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
@@ -43,7 +43,7 @@ def why_not(layer: StoredLayer, magnitude: Tensor | None = None) -> str:
     counterpart = _PEFT_LAYERS.get(layer.adapter_class)
     if counterpart is None or _is_registered(layer.layer_class):
         return f"PEFT has no counterpart for our adapter of {_class_name(layer)}."
-    other_names = layer.options.get(ALSO)
+    other_names = layer.other_names
     if other_names:
         return f"the layer is used as {listed(other_names)} too, and PEFT would adapt the first use alone."
     if magnitude is not None and (magnitude == 0).any():  # the base has a row of zeros
