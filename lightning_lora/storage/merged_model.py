@@ -125,6 +125,7 @@ def _refuse_overflow(view: View, state: StateDict) -> None:
 
 
 def _write_checkpoint(view: View, path: Path) -> None:
+    """Write a checkpoint as Lightning does, without a run: for ``load_from_checkpoint``."""
     model: Any = plain_module(view.model)
     package = _package_of_lightning(model)
     if package is None:
@@ -164,6 +165,7 @@ def _package_of_lightning(model: nn.Module) -> str | None:
 
 
 def _write_safetensors(view: View, path: Path) -> None:
+    """Write all tensors of the merged model into one file."""
     state = _merged(view, {})
     odd = without(state, of_type(state, Tensor))
     if odd:
@@ -183,6 +185,7 @@ def _write_safetensors(view: View, path: Path) -> None:
 
 
 def _write_folder(view: View, path: Path) -> None:
+    """Write the folder of the one model inside, by its own ``save_pretrained``."""
     root = root_of(view.model)
     inner = submodule(view.model, root)
     title = view.title

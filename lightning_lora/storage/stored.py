@@ -44,8 +44,8 @@ Description = Mapping[str, Any]  # what a file says of adapters, in plain types
 class StoredAdapters:
     """Adapters outside of a model: every file format reads into this or writes from it.
 
-    What another library's file lacks has its default here. Such a file describes no layers, so that
-    :meth:`adapter_names` and :meth:`description` are only for files of this package.
+    What another library's file lacks has its default here. Such a file describes no layers, so nobody asks for its
+    :meth:`adapter_names` or :meth:`description`: only for those of a model, or of a file of this package.
     """
 
     config: LoRAConfig  # which adapts a model in the same way
@@ -127,7 +127,7 @@ class StoredAdapters:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this package wrote the file. Other libraries' files do not say which base they are for."""
+        """Whether it says which base it is for. Other libraries' files, and sums in a model, do not."""
         return bool(self.base)
 
     @property

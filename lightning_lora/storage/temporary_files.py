@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_THEIR_NAME = r"lora-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-\d+"
+_NAME_NOW = r"lora-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-\d+"
 _NAME_IN_0_2_0 = "[0-9a-f]{32}"
-_PART = re.compile(rf"\..*\.({_THEIR_NAME}|{_NAME_IN_0_2_0})\.part")
+_PART = re.compile(rf"\..*\.({_NAME_NOW}|{_NAME_IN_0_2_0})\.part")
 _NUMBERS = itertools.count()  # for threads that write files of one name at the same time
 _BEING_WRITTEN = set[Path]()  # by this process
 _ABANDONED = 3600  # seconds after which nobody goes on with a file, if its process cannot be asked for

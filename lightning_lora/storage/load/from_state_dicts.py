@@ -72,7 +72,7 @@ def note_adapters_beside(merged: Any, description: Description, adapters: StateD
 
 
 def _put_noted(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> bool:
-    """Put the adapters of a state dict that is described in torch's notes. Return whether there were any."""
+    """Put the adapters of a state dict that is described in torch's notes. Return whether they were put."""
     if _BESIDE_MERGED in notes:
         return _put_beside_merged(model, state, notes)
     if KEY not in notes:
@@ -84,8 +84,8 @@ def _put_noted(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> 
 def _put_beside_merged(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> bool:
     """Put the adapters of a merged model. Return whether they were put.
 
-    They are not, and torch loads the merged weights, if other code has changed these since they were written, or if the
-    model here has not been trained: then they are its new base.
+    Otherwise torch loads the merged weights, as the base of the model here. That is so if this model has not been
+    trained, or if other code has changed the merged weights, or if the adapters are another model's.
     """
     number, description, adapters = notes[_BESIDE_MERGED]
     if not record_of(model).adapter.is_trained or checksum(state, {}) != number:
