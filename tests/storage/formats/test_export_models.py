@@ -28,6 +28,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "Falcon": {**SMALL, "vocab_size": 60, "bias": True},
     "Gemma3Text": {**DECODER, "head_dim": 8},
     "GptOss": {**EXPERTS, "head_dim": 8, "sliding_window": 8},
+    "Jamba": {**DECODER, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
 }
 IDS = torch.arange(2, 14).view(2, 6)
 version = Version(transformers.__version__)
@@ -74,6 +75,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("Gemma3Text", "Model", {"target_modules": ["embed_tokens", "q_proj"], "alpha": 3}),  # scaled embeddings
     ("Mixtral", "ForCausalLM", {"target_modules": ["q_proj"], "target_parameters": [*STACKS, "gate.weight"]}),
     ("GptOss", "ForCausalLM", {"target_modules": [], "target_parameters": STACKS}),
+    ("Jamba", "ForCausalLM", {"target_modules": "all-linear"}),  # a state-space hybrid
+    ("Lfm2", "ForCausalLM", {"target_modules": "all-linear"}),  # short convolutions
+    ("Olmoe", "ForCausalLM", {"target_modules": "all-linear"}),
+    ("Cohere2", "ForCausalLM", {"target_modules": "all-linear"}),  # a tied head
+    ("Persimmon", "ForCausalLM", {"target_modules": "all-linear"}),  # one layer for q, k and v
+    ("StableLm", "ForCausalLM", {"target_modules": "all-linear"}),
 ]
 
 
