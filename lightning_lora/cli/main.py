@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.markup import escape
 
-from lightning_lora.cli import combine, export, inspect, merge
+from lightning_lora.cli import combine, export, inspect, merge, readers
 from lightning_lora.errors import LoRAError, LoRAWarning
 from lightning_lora.printing import fitting_console, printable
 
-_COMMANDS = (inspect, merge, export, combine)  # the docstring of each is its help
+_COMMANDS = (inspect, merge, export, readers, combine)  # the docstring of each is its help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -81,9 +81,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("Cohere2", "ForCausalLM", {"target_modules": "all-linear"}),  # a tied head
     ("Persimmon", "ForCausalLM", {"target_modules": "all-linear"}),  # one layer for q, k and v
     ("StableLm", "ForCausalLM", {"target_modules": "all-linear"}),
+    ("Llama", "ForCausalLM", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    ("Llama", "ForCausalLM", {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"v_proj": 5}}),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:For .* pass uniform=True|The folder holds:lightning_lora.LoRAWarning")
 @pytest.mark.filterwarnings("ignore:.*may be untrained:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize(("kind", "head", "config"), CASES)
 @torch.no_grad()
@@ -99,10 +102,10 @@ def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str
 
 
 SCALED: list[tuple[dict[str, Any], str]] = [
-    ({"rank_pattern": {"v_proj": 1}, "alpha": 2, "alpha_pattern": {"v_proj": 1}}, "^For llama.cpp,"),
-    ({"rank_pattern": {"v_proj": 1}, "alpha": 2}, "^For vLLM[^,]*[0-9],"),
-    ({"alpha_pattern": {"v_proj": 4}}, "^For vLLM.* and llama.cpp,"),
-    ({"use_rslora": True}, "^For llama.cpp,"),
+    ({"rank_pattern": {"v_proj": 1}, "alpha": 2, "alpha_pattern": {"v_proj": 1}}, "^For llama.cpp, pass"),
+    ({"rank_pattern": {"v_proj": 1}, "alpha": 2}, "^For vLLM, SGLang, TGI, LoRAX, pass"),
+    ({"alpha_pattern": {"v_proj": 4}}, "^For vLLM, SGLang, TGI, LoRAX, llama.cpp, pass"),
+    ({"use_rslora": True}, "^For SGLang, llama.cpp, pass"),
 ]
 
 

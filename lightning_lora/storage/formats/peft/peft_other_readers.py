@@ -7,6 +7,17 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.errors import listed, warn
+from lightning_lora.storage.formats.peft.reader_table import (
+    DIFFERS,
+    HEADS,
+    IGNORES,
+    NORMS,
+    RANKS,
+    RSLORA,
+    TAKES,
+    readers_that,
+    readers_that_know_one_alpha,
+)
 from lightning_lora.storage.formats.writing import Source, WeightUpdate
 from lightning_lora.storage.inner_model import StoredModule, full_name
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -64,27 +75,34 @@ def _is_encoder_layer(module: StoredModule) -> bool:
 
 
 def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: dict[str, Any]) -> None:
-    """Name readers that ignore patterns: vLLM scales all by one number, llama.cpp by lora_alpha over each rank."""
+    """Name readers that would scale otherwise: most know one number, llama.cpp lora_alpha over each rank."""
     if not _is_causal_lm(source.inner_described):
         return
     readers = list[str]()
     if _is_any_scaled_otherwise(updates, config):
-        readers.append("vLLM up to 0.30")
-    if config["alpha_pattern"] or config["use_rslora"]:
-        readers.append("llama.cpp")
+        readers += readers_that(DIFFERS, RANKS)
+    if config["alpha_pattern"]:
+        readers += readers_that_know_one_alpha()
+    if config["use_rslora"]:
+        readers += readers_that(DIFFERS, RSLORA)
     if readers:
-        warn(f"For {' and '.join(readers)}, pass uniform=True: it would scale this adapter otherwise, without a word.")
+        names = ", ".join(dict.fromkeys(readers))
+        warn(f"For {names}, pass uniform=True: they would scale this adapter otherwise, without a word.")
 
 
 def warn_of_whole_modules(source: Source) -> None:
     """Name modules that train whole, where servers of language models read the folder: some drop them."""
     whole = list(source.stored.saved)
-    if whole and _is_served(source.inner_described, whole):
-        warn(
-            f"The folder holds {listed(whole)} whole (modules_to_save). PEFT and transformers read them, vLLM only a "
-            "head called 'score'. llama.cpp ignores a norm, SGLang ignores all, without a word: merge for these, with "
-            "save_merged(model, path)."
-        )
+    if not whole or not _is_served(source.inner_described, whole):
+        return
+    takers = " and ".join(readers_that(TAKES, NORMS))
+    without_norms = ", ".join(readers_that(IGNORES, NORMS))
+    without_heads = ", ".join(readers_that(IGNORES, HEADS))
+    warn(
+        f"The folder holds {listed(whole)} whole (modules_to_save). {takers} read them, vLLM only a head called "
+        f"'score'. Without a word, {without_norms} ignore norms, and {without_heads} heads too: merge for these, "
+        "with save_merged(model, path). 'lightning-lora readers' shows what each reader takes."
+    )
 
 
 def _is_served(model: StoredModule, whole: Iterable[str]) -> bool:

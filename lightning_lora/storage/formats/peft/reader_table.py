@@ -1,0 +1,157 @@
+"""What each reader of PEFT's folders does with each kind of training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TAKES = "takes"
+REFUSES = "refuses"
+IGNORES = "ignores"
+DIFFERS = "differs"
+UNKNOWN = "not known"
+
+MEANINGS = {
+    TAKES: "it computes what was trained",
+    REFUSES: "it ends in an error",
+    IGNORES: "it leaves this out, without a word",
+    DIFFERS: "it scales the update otherwise, without a word",
+    UNKNOWN: "neither run nor read",
+}
+
+RANKS = "ranks of single layers"
+ALPHAS = "alphas of single layers"
+RSLORA = "rsLoRA"
+DORA = "DoRA"
+EMBEDDINGS = "adapted embeddings"
+HEADS = "whole heads"
+NORMS = "whole norms"
+BIASES = "biases"
+EXPERTS = "experts"
+
+COLUMNS = (RANKS, ALPHAS, RSLORA, DORA, EMBEDDINGS, HEADS, NORMS, BIASES, EXPERTS)
+"""In PEFT's words: rank_pattern, alpha_pattern, whole modules in modules_to_save, experts in target_parameters."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A program that reads the folder, and how its row is known."""
+
+    name: str
+    known_from: str
+    cells: Mapping[str, str]
+    note: str = ""
+
+
+_ALL_TAKEN = dict.fromkeys(COLUMNS, TAKES)
+_ONE_SCALING_AND_LINEAR_LAYERS = {
+    RANKS: DIFFERS,
+    ALPHAS: DIFFERS,
+    RSLORA: TAKES,
+    DORA: IGNORES,
+    EMBEDDINGS: IGNORES,
+    HEADS: IGNORES,
+    NORMS: IGNORES,
+    BIASES: IGNORES,
+    EXPERTS: IGNORES,
+}
+
+PEFT = Reader("PEFT", "tests, peft 0.21", _ALL_TAKEN)
+
+TRANSFORMERS = Reader("transformers", "tests, transformers 5.24", _ALL_TAKEN)
+
+VLLM = Reader(
+    "vLLM",
+    "source, e745baff and 0306474e",
+    {
+        RANKS: DIFFERS,
+        ALPHAS: DIFFERS,
+        RSLORA: TAKES,
+        DORA: REFUSES,
+        EMBEDDINGS: TAKES,
+        HEADS: REFUSES,
+        NORMS: REFUSES,
+        BIASES: REFUSES,
+        EXPERTS: UNKNOWN,
+    },
+    "Versions after 0.30 read the scalings of single layers. Late versions take a head called 'score'. Of "
+    "experts, gate_up_proj alone is down_proj to it.",
+)
+
+SGLANG = Reader(
+    "SGLang",
+    "source, 002c60aa",
+    {
+        RANKS: DIFFERS,
+        ALPHAS: DIFFERS,
+        RSLORA: DIFFERS,
+        DORA: UNKNOWN,
+        EMBEDDINGS: UNKNOWN,
+        HEADS: IGNORES,
+        NORMS: IGNORES,
+        BIASES: UNKNOWN,
+        EXPERTS: UNKNOWN,
+    },
+    "It refuses a target_modules that is an expression.",
+)
+
+TGI = Reader(
+    "TGI",
+    "source, db931fcf",
+    _ONE_SCALING_AND_LINEAR_LAYERS,
+    "If a kind of layer lacks adapters in one block, it leaves out that kind in all blocks.",
+)
+
+LORAX = Reader("LoRAX", "source, a7394ba3", _ONE_SCALING_AND_LINEAR_LAYERS, "As TGI, from which it shares this code.")
+
+LLAMA_CPP = Reader(
+    "llama.cpp",
+    "source, 0b03adaa and 0650ea8c",
+    {
+        RANKS: TAKES,
+        ALPHAS: DIFFERS,
+        RSLORA: DIFFERS,
+        DORA: REFUSES,
+        EMBEDDINGS: TAKES,
+        HEADS: REFUSES,
+        NORMS: IGNORES,
+        BIASES: REFUSES,
+        EXPERTS: UNKNOWN,
+    },
+    "Ollama uses it. An adapted embedding that is tied with the head ends it while it runs.",
+)
+
+DIFFUSERS = Reader(
+    "diffusers",
+    "tests, diffusers 0.42",
+    {
+        RANKS: TAKES,
+        ALPHAS: TAKES,
+        RSLORA: TAKES,
+        DORA: TAKES,
+        EMBEDDINGS: UNKNOWN,
+        HEADS: REFUSES,
+        NORMS: REFUSES,
+        BIASES: REFUSES,
+        EXPERTS: UNKNOWN,
+    },
+    "Where it refuses, so does the export, before anything is written.",
+)
+
+READERS = (PEFT, TRANSFORMERS, VLLM, SGLANG, TGI, LORAX, LLAMA_CPP, DIFFUSERS)
+
+
+def readers_that(does: str, what: str) -> list[str]:
+    """The names of the readers with this cell."""
+    names = list[str]()
+    for reader in READERS:
+        if reader.cells[what] == does:
+            names.append(reader.name)
+    return names
+
+
+def readers_that_know_one_alpha() -> list[str]:
+    """The names of the readers that know the rank of each layer, but not its alpha."""
+    names = list[str]()
+    for name in readers_that(DIFFERS, ALPHAS):
+        if name in readers_that(TAKES, RANKS):
+            names.append(name)
+    return names
