@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.errors import listed, warn
+from lightning_lora.storage.formats.peft.peft_llama_cpp import warn_of_tied_embeddings, warn_of_transposed_layers
 from lightning_lora.storage.formats.peft.reader_table import (
     DIFFERS,
     HEADS,
@@ -88,6 +89,13 @@ def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: di
     if readers:
         names = ", ".join(dict.fromkeys(readers))
         warn(f"For {names}, pass uniform=True: they would scale this adapter otherwise, without a word.")
+
+
+def warn_of_layers(source: Source) -> None:
+    """Name adapted layers that llama.cpp cannot run."""
+    if _is_causal_lm(source.inner_described):
+        warn_of_tied_embeddings(source)
+        warn_of_transposed_layers(source)
 
 
 def warn_of_whole_modules(source: Source) -> None:

@@ -19,6 +19,7 @@ from lightning_lora.storage.formats.peft.peft_layers import peft_layer
 from lightning_lora.storage.formats.peft.peft_loading import PeftLoading, loading_of
 from lightning_lora.storage.formats.peft.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from lightning_lora.storage.formats.peft.peft_other_readers import (
+    warn_of_layers,
     warn_of_merges,
     warn_of_scalings,
     warn_of_whole_modules,
@@ -45,6 +46,7 @@ def write(source: Source, directory: Path, uniform: bool) -> None:
     tensors, config = _exported(source, uniform)
     names = _names_in_file(source, tensors)
     warn_of_whole_modules(source)
+    warn_of_layers(source)
     in_peft = Renaming(here=PREFIX)
     header = {METADATA: json.dumps(in_peft.with_names_here(config))}
     in_file = renamed(tensors, names.__getitem__)
