@@ -110,7 +110,7 @@ class _Start:
         rows = self.read_base(matrix).narrow(-2, matrix.first, matrix.writes)
         if rows.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
             rows = torch.zeros_like(rows)
-        factors = from_weight(rows, matrix.rank(settings.r), matrix.scale(settings.scaling))
+        factors = from_weight(rows, matrix.rank_for(settings.r), matrix.scaling_for(settings.scaling))
         for name, factor in matrix.named(factors).items():
             self.values[name].copy_(factor)
 

@@ -167,7 +167,7 @@ def is_resized(layer: nn.Module, kind: Any, matrices: Iterable[AdaptedMatrix]) -
     for matrix in matrices:
         weight: Tensor = attrgetter(matrix.weight)(layer)
         shape = kind.lora_as_matrix(weight).shape[-2:]
-        if shape != (matrix.rows_of_weight, matrix.reads):
+        if shape != (matrix.weight_rows, matrix.reads):
             return True
     return False
 

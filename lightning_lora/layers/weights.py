@@ -12,7 +12,7 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged
 from lightning_lora.layers.adapter import Step
 from lightning_lora.layers.contract import LayerKind
-from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, rows_of_weight, weight_factors, weights_of
+from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, matrices_of_weight, weight_factors, weights_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, without_dtensor
 
@@ -109,8 +109,8 @@ class UpdatedWeights(LayerKind):
 
     def _lora_scaling(self, name: str) -> float:
         """The scaling of a weight. All matrices in one have the same: patterns mean layers, and whole parameters."""
-        first, *_ = rows_of_weight(self.lora_matrices, name)
-        return first.scale(self.lora_settings.scaling)
+        first, *_ = matrices_of_weight(name, self.lora_matrices)
+        return first.scaling_for(self.lora_settings.scaling)
 
     def _lora_weight(self, name: str) -> Tensor:
         """A weight without its update. Read as an attribute: replicas of a module have no parameters."""

@@ -1,6 +1,6 @@
 """The arguments that name modules or parameters: what each can name, and how it is written in advice.
 
-In this room, ``given`` is an argument as the user wrote it, ``missing`` are those of its entries that match nothing, and
+In this room, ``given`` is an argument as the user wrote it, ``missing`` are its entries that match nothing, and
 ``could_mean`` are the names that these may have been meant as.
 """
 

@@ -115,7 +115,7 @@ class _Start:
         """Write the factors of each matrix of a layer. Return whether there were any."""
         has_started = False
         for matrix in layer.lora_matrices:
-            factors = factors_of(matrix, matrix.rank(layer.lora_settings.r))
+            factors = factors_of(matrix, matrix.rank_for(layer.lora_settings.r))
             if factors is None:
                 continue
             has_started = True

@@ -28,7 +28,7 @@ class Inputs:
     def __init__(self, layer: Any, undo: ExitStack) -> None:
         self.argument = layer.lora_input
         self.count = 0
-        ranks = [matrix.rank(layer.lora_settings.r) for matrix in layer.lora_matrices]
+        ranks = [matrix.rank_for(layer.lora_settings.r) for matrix in layer.lora_matrices]
         self.most = 2 * max(ranks)  # some to spare
         self.mean = self.sizes = self.directions = torch.empty(0)
         undo.callback(layer.register_forward_pre_hook(self.look, with_kwargs=True).remove)

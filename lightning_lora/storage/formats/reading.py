@@ -34,7 +34,7 @@ class Update:
     @property
     def r(self) -> int:
         """The rank of the layer: the highest of its factors, each cut to the largest rank of its matrix."""
-        ranks = [matrix.rank(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
+        ranks = [matrix.rank_for(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
         return max(ranks)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ class Update:
         """The adapter's tensors, by name in the layer."""
         named = dict[str, Tensor]()
         for matrix, factors in self._by_matrix():
-            r = matrix.rank(self.r)
+            r = matrix.rank_for(self.r)
             a, b = with_rank(factors, r)
             named |= matrix.named((a.contiguous(), b.contiguous()))
         if self.magnitude is not None:

@@ -13,7 +13,7 @@ from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, li
 from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers import LoRAParameters
-from lightning_lora.layers.matrices import Role, rows_of_weight, weight_factors
+from lightning_lora.layers.matrices import Role, matrices_of_weight, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import write_errors, writing
 from lightning_lora.storage.inner_model import UNKNOWN, StoredModule
@@ -190,14 +190,14 @@ def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
     a, _ = factors
     is_parameter = layer.adapter_class is LoRAParameters
     parameter = join(layer.name, weight) if is_parameter else ""
-    first, *_ = rows_of_weight(layer.matrices, weight)
+    first, *_ = matrices_of_weight(weight, layer.matrices)
     return WeightUpdate(
         layer=layer,
         name=source.name_there(layer.name),
         weight=weight,
         factors=factors,
         alpha=config.alpha_of(layer.name, parameter, r=a.shape[-2]),
-        scaling=first.scale(layer.scaling),
+        scaling=first.scaling_for(layer.scaling),
         magnitude=tensor(first.parameter_name(Role.MAGNITUDE)) if settings.use_dora else None,
     )
 

@@ -96,7 +96,7 @@ class _WeightedSum:
     def factors(self, matrix: AdaptedMatrix, r: int | None) -> Factors:
         """Return A and B of the sum: exact, if the rank r (or the largest of the matrix) suffices for it."""
         update = concatenated(self.updates, self.weights)
-        highest_rank = matrix.largest_rank if r is None else matrix.rank(r)
+        highest_rank = matrix.largest_rank if r is None else matrix.rank_for(r)
         if _rank_of_update(update) <= highest_rank:
             return update
         return truncated(update, highest_rank)
@@ -115,7 +115,7 @@ def _named_factors(name: str, updates: _Updates, r: int) -> dict[str, Tensor]:
     """A and B of a layer by their names in a file: all with rank r, or with the largest of their matrix."""
     named = dict[str, Tensor]()
     for matrix, update in updates.items():
-        a, b = with_rank(update, matrix.rank(r))
+        a, b = with_rank(update, matrix.rank_for(r))
         named |= matrix.named((a.contiguous(), b.contiguous()))
     return prefixed(name, named)
 

@@ -49,7 +49,7 @@ def matrix_updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Fac
     updates = dict[AdaptedMatrix, Factors]()
     for matrix in layer.matrices:
         a, b = matrix_factors(matrix, settings, parameter_of_layer)
-        scale = matrix.scale(layer.scaling)
+        scale = matrix.scaling_for(layer.scaling)
         updates[bare(matrix)] = a, b * scale
     return updates
 

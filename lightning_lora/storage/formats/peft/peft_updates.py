@@ -274,7 +274,7 @@ class _Rows(_AdaptedModule):
         matrix = replace(matrix, tokens=tuple(sorted(indices)))
         layer = self.described(LoRATokens, (matrix,))
         config = self.file.config
-        r = matrix.rank(config.rank(self.there))
+        r = matrix.rank_for(config.rank(self.there))
         layer = replace(layer, scaling=config.scaling(self.there), r=r)
         in_order = torch.tensor(indices).argsort()
         return RowsUpdate(layer, rows=rows[in_order])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.layers.contract import LayerTypes
-from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.each_kind.embedding import LoRAEmbedding
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import Role
 from lightning_lora.tensors.inplace import InPlace, original_class, overlay, uncover
