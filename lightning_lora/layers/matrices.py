@@ -70,13 +70,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class AdaptedMatrix:
-    """A weight, or some of its rows, with one update."""
+    """A weight as a matrix (writes, reads), or some of its rows, with one update.
+
+    The names of the fields are in files. Of a fused projection with 12 rows, the part k is
+    ``AdaptedMatrix("weight", reads=4, writes=4, first=4, rows=12, name="k")``.
+    """
 
     weight: str  # the parameter's name in the layer, such as "weight" or "out_proj.weight"
-    reads: int  # columns: input features
-    writes: int  # rows: output features
+    reads: int  # its columns: input features
+    writes: int  # its own rows: output features
     first: int = 0  # the index of its first row in the weight
-    rows: int = 0  # the rows of the weight. 0: it is the whole weight (files say it so)
+    rows: int = (
+        0  # those of the whole weight, as ``weight_rows`` returns them. 0 in a few kinds: it is the whole weight
+    )
     name: str = ""  # the end of its factors' names, after lora_A_ and lora_B_; empty if the layer has only one matrix
     stack: tuple[int, ...] = ()  # the leading dimensions of a stacked weight, such as the number of experts
     r: int | None = None  # its own rank, if it is not the one in the layer's settings

@@ -18,7 +18,14 @@ from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtenso
 
 
 class UpdatedWeights(LayerKind):
-    """A layer whose weights have updates."""
+    """A layer whose weights have updates.
+
+    - ``lora_factors``: A and B of one weight's update, whatever its matrices are.
+    - ``_lora_delta``: the update itself, after dropout.
+    - ``lora_effective_weight``: W + ΔW, with DoRA's magnitudes, in float32 or wider. ``_lora_with_update`` computes it,
+      for given values of W and with dropout.
+    - ``lora_merged_weight``: the same in the dtype of W, which a merge writes. Where it can, a few rows at a time.
+    """
 
     lora_matrices: tuple[AdaptedMatrix, ...]
     lora_settings: Settings
@@ -113,7 +120,7 @@ class UpdatedWeights(LayerKind):
         return first.scaling_for(self.lora_settings.scaling)
 
     def _lora_weight(self, name: str) -> Tensor:
-        """A weight without its update. Read as an attribute: replicas of a module have no parameters."""
+        """A weight without its update. Read as an attribute, because nn.DataParallel's replicas hold no parameters."""
         weight: Tensor = attrgetter(name)(self)
         return weight
 
