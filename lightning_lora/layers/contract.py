@@ -188,10 +188,8 @@ class LayerKind(InPlace, nn.Module):
 
 
 def _first_argument(layer_class: Any) -> str:
-    """The name of the first argument of a class's forward, after self. One may take ``*args`` alone."""
-    names = list(signature(layer_class.forward).parameters)
-    if len(names) < 2:
-        return "input"
+    """The name of the first argument of a class's forward, after self."""
+    names = [*signature(layer_class.forward).parameters, "input"]  # the last, where forward declares none but self
     return names[1]
 
 

@@ -82,7 +82,6 @@ class _Start:
             self.take_from_weight(matrix, how.from_weight)
         if settings.use_dora:
             self.copy_from_base(matrix, Role.MAGNITUDE, row_norms(self.read_base(matrix)))
-        if how.from_weight is not None or settings.use_dora:
             self.note_base(matrix)
         if how.is_difference:
             keep_start(matrix, self.values)
@@ -116,6 +115,7 @@ class _Start:
         factors = from_weight(rows, matrix.rank_for(settings.r), matrix.scaling_for(settings.scaling))
         for name, factor in matrix.named(factors).items():
             self.values[name].copy_(factor)
+        self.note_base(matrix)
 
     @torch.no_grad()
     def read_base(self, matrix: AdaptedMatrix) -> Tensor:

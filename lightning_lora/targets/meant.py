@@ -1,4 +1,4 @@
-"""What the arguments mean in one model, before any layer is looked at."""
+"""What the arguments mean in one model: its modules and parameters in place of names."""
 
 from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Meant:
     """Those of them that nothing excludes, and that hold none of ``parameters``."""
 
     token_rows: TokenRows
-    """The embeddings in ``trainable_token_indices``, and the heads that are tied to them."""
+    """The embeddings in ``trainable_token_indices``, and the layers that are tied to them."""
 
     def adapted(self) -> set[nn.Module]:
         """Return the modules that get an adapter. One in which rows train gets no other."""
@@ -54,7 +54,7 @@ def read_arguments(names: Names, config: LoRAConfig) -> Meant:
     holders = _holders_of(parameters)
     named_targets = _named_by_target_modules(names, config)
     targets = named_targets - excluded_modules - holders
-    named_elsewhere = holders | _modules_of(names, saved)
+    named_elsewhere = holders | _modules_of(names, saved)  # no single rows of these may train
     if config.target_modules not in AUTOMATIC:  # the words leave embeddings to their rows
         named_elsewhere |= targets
     token_rows = find_token_rows(names, config, named_elsewhere)
@@ -98,7 +98,7 @@ def _parameters_by_reader(
     by_reader: dict[nn.Module, list[str]] = {}
     for name in names.find("target_parameters", config.target_parameters):
         reader = _reader_of(names, name)
-        why = _why_not_there(names, name, reader)
+        why = _why_not_adaptable(names, name, reader)
         if why:
             given = config.to_dict()["target_parameters"]
             raise TargetError(f"target_parameters {given} match {name!r}, but {why}.")
@@ -129,7 +129,7 @@ def _reader_of(names: Names, parameter: str) -> str:
     return owner if reads_its_own else owner_of(owner)
 
 
-def _why_not_there(names: Names, name: str, reader: str) -> str:
+def _why_not_adaptable(names: Names, name: str, reader: str) -> str:
     """Why a parameter that a module reads cannot be adapted, or nothing."""
     if not reader:
         return (

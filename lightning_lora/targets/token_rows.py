@@ -68,7 +68,7 @@ class TokenRows:
         """Let rows of an embedding train, if it and all that share its weight can."""
         layer = self._names.modules[name]
         owners = self._owners_of_weight(layer)
-        for owner in (name, *owners):  # a layer whose weight is computed owns none
+        for owner in (name, *owners):  # there are no owners if the weight is computed
             why = self._why_not(owner, rows)
             if why:
                 raise TargetError(f"{_ARGUMENT} means {name!r} of {self._names.title}. {owner!r} does not fit: {why}.")
