@@ -18,7 +18,8 @@ from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.optimizers.schedulers import hide_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
-from lightning_lora.training.stage import Phase, Stage, shows_adapters
+from lightning_lora.training.phases import Phase
+from lightning_lora.training.stage import Stage, shows_adapters
 from lightning_lora.training.strategies.overlay import OverlaidMethods
 
 
