@@ -39,7 +39,7 @@ from lightning_lora.training.randomness import RANDOM, random_states
 from lightning_lora.training.reports import log_arguments, log_values, shown_rates
 from lightning_lora.training.resumed_data import ResumedNumbers
 from lightning_lora.training.returned_records import extend_launchers
-from lightning_lora.training.running import TrainingWatch, Watch
+from lightning_lora.training.running import NoTraining, TrainingWatch
 from lightning_lora.training.stage import Fit, Stage
 from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
 from lightning_lora.training.strategies.strategy import StrategyMethods
@@ -108,7 +108,7 @@ class LoRACallback(Callback):
     given: frozenset[str]  # the names of the arguments that the user gave
     _is_set_up = False  # in a stage
     _methods: StrategyMethods  # ours, over those of the Trainer's strategy, in a stage
-    _watch: Watch = Watch()  # of no training, until one runs
+    _watch: NoTraining | TrainingWatch = NoTraining()  # of no training, until one runs
 
     def __init__(
         self,
@@ -328,7 +328,7 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._watch = Watch()
+        self._watch = NoTraining()
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -169,11 +169,11 @@ def _check_sizes(partitions: Sequence[Partition], state: OptimizerState) -> None
 # The groups of DeepSpeed's optimizer
 
 
-def partitions_of(optimizer: Any, idle: set[nn.Parameter]) -> list[Partition]:
-    """Return the groups of DeepSpeed's optimizer, without parameters that are idle."""
+def partitions_of(optimizer: Any, placeholders: set[nn.Parameter]) -> list[Partition]:
+    """Return the groups of DeepSpeed's optimizer, without placeholders."""
     partitions = []
     for parameters, group in zip(_parameters_by_group(optimizer), optimizer.param_groups, strict=True):
-        used = [p for p in parameters if p not in idle]
+        used = [p for p in parameters if p not in placeholders]
         (shard,) = group["params"]
         partitions.append(Partition(used, shard, list(map(own_place, used))))
     return partitions

@@ -188,14 +188,14 @@ class ShardedMethods(LateRestoreMethods):
 
     def gradients(self, *, is_new_fit: bool) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return ShardedGradients(self.module, self, is_new_fit=is_new_fit)
+        return ShardedGradients(self.module, self, begins_copies=is_new_fit)
 
 
 class ShardedGradients(Gradients):
     """Averages the gradients that FSDP2 does not. A layer that one process leaves out gets zero there."""
 
-    def __init__(self, model: nn.Module, methods: ShardedMethods, *, is_new_fit: bool) -> None:
-        super().__init__(model, NotedGradients(model), is_new_fit=is_new_fit)
+    def __init__(self, model: nn.Module, methods: ShardedMethods, *, begins_copies: bool) -> None:
+        super().__init__(model, NotedGradients(model), begins_copies=begins_copies)
         self.methods = methods
         self.mesh = methods.mesh
         averaged = where(named_parameters(model), _is_left_to_us)
