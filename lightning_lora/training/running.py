@@ -11,8 +11,8 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
 from lightning_lora.training.compatibility import average_what_trains, callbacks_of, late_callback_error
+from lightning_lora.training.optimizers.group_checks import check_frozen
 from lightning_lora.training.optimizers.groups_behind import mirror_rates
-from lightning_lora.training.optimizers.places import check_frozen
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.steps.feeding import Feeding
 from lightning_lora.training.steps.gradients import Gradients

@@ -19,7 +19,7 @@ from lightning_lora.moments import Guard, Guards
 from lightning_lora.storage.same_base.base_forms import note_changed
 from lightning_lora.training.before_hooks import BeforeHooks
 from lightning_lora.training.chosen_adapter import ChosenAdapter
-from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
+from lightning_lora.training.compatibility import begin_averages, loads_in_hooks
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.phases import Outcome, Phase, outcome_of
 from lightning_lora.training.randomness import reseeded
@@ -205,7 +205,7 @@ class Stage:
         view.record.base.note_filled(self.filled)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
-        copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
+        begin_averages(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
         self.set_base_from_hooks(view)
 
     def add_adapters(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:

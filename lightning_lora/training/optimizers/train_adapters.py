@@ -13,6 +13,7 @@ from lightning_lora.model.still.settle import settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.training.optimizers.edits import Edit, built_groups
+from lightning_lora.training.optimizers.group_checks import check_emptied, place_remaining
 from lightning_lora.training.optimizers.group_splits import check_splits, unsplit
 from lightning_lora.training.optimizers.groups import (
     Params,
@@ -21,7 +22,6 @@ from lightning_lora.training.optimizers.groups import (
     leading_layers,
     parameters_in,
 )
-from lightning_lora.training.optimizers.places import check_emptied, place_remaining
 from lightning_lora.training.optimizers.scales import Scale, scales_in
 
 

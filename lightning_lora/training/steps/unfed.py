@@ -14,8 +14,8 @@ from lightning_lora.model.still.settle import leave_alone
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import inside, outside, with_values, without
 from lightning_lora.training.optimizers.edits import rewrite_groups
+from lightning_lora.training.optimizers.group_checks import no_place_error
 from lightning_lora.training.optimizers.groups import groups_of, held_by
-from lightning_lora.training.optimizers.places import no_place_error
 from lightning_lora.training.steps.feeding import Feeding
 
 
