@@ -121,7 +121,7 @@ class _Start:
             has_started = True
             parameters = _write_factors(layer, matrix, *factors)
             if self.initialisation.is_difference:
-                keep_start(matrix, parameters)
+                keep_start(matrix, parameters)  # the update counts from these: the base stays
         return has_started
 
     def _run_batches(self) -> int:

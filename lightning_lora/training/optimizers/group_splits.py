@@ -108,8 +108,8 @@ def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Mirror what other code wrote, such as a warm-up by hand: one rate in all groups is meant as the module's."""
-    show_behind(optimizer)  # a scheduler may call us
+    """Mirror the module's rates. Code may have written one rate into all groups, also over ours, as a warm-up does."""
+    show_behind(optimizer)  # which mirrors them; and a scheduler that hides groups may call the step
     behind = BEHIND[optimizer]
     behind.steps.begin(optimizer, optimizer.param_groups[behind.slice])
     closure = kwargs.get("closure")

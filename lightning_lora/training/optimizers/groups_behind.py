@@ -51,7 +51,10 @@ class Behind:
 
 
 BEHIND: "WeakKeyDictionary[Optimizer, Behind]" = WeakKeyDictionary()
-"""What an optimizer has behind the module's groups."""
+"""What an optimizer has behind the module's groups.
+
+Between two steps it refers to no parameter, of which one may refer to the optimizer. So nothing keeps the key alive.
+"""
 
 
 def has_groups_behind(optimizer: Optimizer) -> bool:

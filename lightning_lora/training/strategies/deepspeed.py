@@ -50,6 +50,7 @@ class DeepSpeedMethods(LateRestoreMethods):
         "teardown",
         "optimizer_state",
     )
+    # its own read and write a folder, with a file of each process
     of_all_strategies = ("load_checkpoint", "load_model_state_dict", "save_checkpoint")
 
     def __init__(self, strategy: Any) -> None:

@@ -63,7 +63,8 @@ class SaveMethods(SetUpMethods):
     def _forget_replaced_merge(self) -> None:
         """Forget a merge, if other code has loaded other weights since.
 
-        The record of the merge is no longer true then, and a file of the whole model holds what was loaded.
+        The record of the merge is no longer true then, and a file of the whole model holds what was loaded. A file of
+        adapters alone goes on to hold those that were merged.
         """
         if self.stage.save == "model" and not is_as_merged(View(self.module)):
             unmerge_or_forget(self.module)  # drops the record, and says so

@@ -28,9 +28,7 @@ from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.steps.received import NotedGradients
 from lightning_lora.training.strategies.late_restore import LateRestoreMethods
-
-OptimizerState = dict[str, Any]
-"""The state dict of an optimizer, or what it keeps of one parameter."""
+from lightning_lora.training.strategies.partitions import OptimizerState
 
 
 class ShardedMethods(LateRestoreMethods):
@@ -43,6 +41,7 @@ class ShardedMethods(LateRestoreMethods):
         "optimizer_state",
         "block_backward_sync",
     )
+    # its own read and write a folder of shards, and states by the names of parameters
     of_all_strategies = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
     shards_before_adapters = True
     averages_gradients = True
