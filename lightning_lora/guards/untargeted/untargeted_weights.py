@@ -33,9 +33,9 @@ class Untargeted(Guard):
             return
         untargeted = untargeted_matrices(view)
         if untargeted.share > MOST_SHARE:
-            word = "all"  # as is advised then: so computed weights that it would reach are named too
             if untargeted.classes:
                 warn_in_each_fit(_about_untargeted(view, untargeted))
+            word = "all"  # this message advises it: so computed weights that "all" would reach are named too
         computed = computed_layers(view, str(word))
         if computed:
             warn_in_each_fit(about_computed(view, computed))
@@ -109,7 +109,10 @@ def _is_matrix(p: nn.Parameter) -> bool:
 
 
 def _is_usually_untargeted(layer: nn.Module) -> bool:
-    """Whether nobody expects an adapter here: in embeddings, norms, and a linear layer, which is an output head."""
+    """Whether nobody expects an adapter here: in embeddings, norms, and output heads.
+
+    A linear layer without an adapter is such a head: automatic targets adapt all others.
+    """
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm):
         return True
     return getattr(adapter_for(layer), "lora_is_linear", False)

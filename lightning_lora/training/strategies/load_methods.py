@@ -19,7 +19,7 @@ from lightning_lora.tensors.named import without
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import showing_float32
 from lightning_lora.training.optimizers.optimizer_states import refusing_other_states
-from lightning_lora.training.stage import Phase
+from lightning_lora.training.phases import Phase
 from lightning_lora.training.strategies.checkpoint_files import Checkpoint, read_checkpoint
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
 
@@ -30,7 +30,12 @@ class LoadMethods(SetUpMethods):
     # The file
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Checkpoint:
-        """Read the checkpoint, then adapt the module. A full checkpoint becomes the base."""
+        """Read the checkpoint, then adapt the module. Return what the file holds.
+
+        - adapters: with the base beside them, which hooks expect.
+        - adapters beside a merged model: the same; the merged model alone, for a plain module that is evaluated.
+        - a full model: as the base of the fine-tune; as it is, for a plain module that is evaluated.
+        """
         self._remove_left_parts(checkpoint_path)
         self.stage.file = checkpoint_path
         checkpoint: Checkpoint = read_checkpoint(self, checkpoint_path, *args, **kwargs)
@@ -97,7 +102,7 @@ class LoadMethods(SetUpMethods):
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
-        reduce_to_adapters(checkpoint)
+        reduce_to_adapters(checkpoint)  # takes out the base that ``show_base`` has added for hooks
         self._rebuild_layers(checkpoint)
         self.adapt_replaced_layers(checkpoint)
         if KEY not in checkpoint and find_record(self.module) is None:  # a plain module, only to be evaluated
