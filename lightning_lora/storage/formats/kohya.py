@@ -141,7 +141,7 @@ def _naming(part: Source, member: str, modules: set[str]) -> NameOf:
     if part.inner_described.class_name == FLUX:
         return name_in_flux
     inside = entries_inside(part.stored.root, dict.fromkeys(modules))
-    modules_there = set(map(part.name_there, inside))
+    modules_there = set(map(part.name_for_reader, inside))
     first, *_ = forms(_beginning_of(member, modules), modules_there)
     return first
 
@@ -168,7 +168,7 @@ _WITH_TWO_TEXT_ENCODERS = ("text_encoder_2", "add_embedding", "single_transforme
 
 def _known_modules(source: Source) -> set[str]:
     """The names of all modules that are known: a file names the tensors of its base."""
-    modules = {*source.modules_here, *source.stored.layers}
+    modules = {*source.modules_of_model, *source.stored.layers}
     for fingerprint in source.stored.base:
         for tensor in names_in(fingerprint):
             modules.update(starts_of(tensor))

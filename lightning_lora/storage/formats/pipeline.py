@@ -81,7 +81,7 @@ def _roots_of_members(source: Source) -> list[str]:
         return [root]
     starts = map(starts_of, source.stored.layers)
     with_adapters = dict.fromkeys(chain.from_iterable(starts))  # in the order of the layers
-    modules = with_adapters if source.inner is None else first_names(source.modules_here)
+    modules = with_adapters if source.inner is None else first_names(source.modules_of_model)
     members = members_in(modules)
     return list(with_values(members, with_adapters).values()) or [root]
 

@@ -79,6 +79,6 @@ def _with_tied_modules(source: Source) -> Source:
 
 def _holders(entries: Iterable[str], source: Source) -> dict[str, nn.Module]:
     """The modules that hold these entries. Those of a file are not known: there are none."""
-    modules = source.modules_here
+    modules = source.modules_of_model
     names = dict.fromkeys(map(owner_of, entries))
     return {name: modules[name] for name in only(names, modules)}

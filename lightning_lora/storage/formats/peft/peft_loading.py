@@ -45,7 +45,7 @@ class PeftLoading:
 def loading_of(source: Source) -> PeftLoading:
     """Return how PEFT loads these adapters onto the reader's model."""
     if source.inner is not None:
-        leaves = set(map(_leaf, source.modules))
+        leaves = set(map(_leaf, source.modules_for_reader))
         return _loading_onto(source.inner, may_be_mamba="conv1d" in leaves)
     if not source.described:
         return _OntoUnknownModel(source.stored)

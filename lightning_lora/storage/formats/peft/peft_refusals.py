@@ -93,8 +93,8 @@ def _why_not_with_its_rows(layer: StoredLayer, source: Source) -> str:
     """Why PEFT computes something else with single rows that train."""
     if not layer.tokens:
         return ""
-    if source.modules:
-        return why_not_rows(source.modules, source.name_there(layer.name))
+    if source.modules_for_reader:
+        return why_not_rows(source.modules_for_reader, source.name_for_reader(layer.name))
     return why_not_rows_of_file(layer, source)
 
 
@@ -143,7 +143,7 @@ class _ModelThere:
 
 def _check_modules_to_save(source: Source) -> None:
     """Refuse modules that PEFT would not find, and names by which it would save others too: it takes any ending."""
-    saved_there = list(map(source.name_there, source.stored.saved))
+    saved_there = list(map(source.name_for_reader, source.stored.saved))
     others = not_in(source.described, saved_there)
     for module in source.stored.saved:
         around = _adapted_around(module, source.stored)
@@ -152,7 +152,7 @@ def _check_modules_to_save(source: Source) -> None:
                 f"modules_to_save names {module!r}, inside of {listed(around)}, whose parameters are adapted: PEFT "
                 f"would not find it. {_LEAVE_OUT}"
             )
-        name = source.name_there(module)
+        name = source.name_for_reader(module)
         alike = [other for other in others if other.endswith(name)]
         if alike:
             raise ExportError(

@@ -23,7 +23,7 @@ def why_not_rows_of_file(layer: StoredLayer, source: Source) -> str:
     uses = [layer.name, *layer.others_with_its_weights()]
     if len(uses) > 1 and not source.described:
         return f"{listed(uses)} have one weight. Load the file onto its model, which says whether PEFT knows that."
-    uses_there = list(map(source.name_there, uses))
+    uses_there = list(map(source.name_for_reader, uses))
     known = only(source.described, uses_there)
     biased = [use for use, module in known.items() if module.has_bias]
     says_tied = any(module.says_tied for module in source.described.values())

@@ -144,10 +144,10 @@ def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool
         config["lora_dropout"] = 0.0
         if settings.bias == "lora_only":
             config["bias"] = "none"  # PEFT stops at an LSTM's bias=True
-    rows = {source.name_there(name): list(layer.tokens) for name, layer in source.layers_with_rows.items()}
+    rows = {source.name_for_reader(name): list(layer.tokens) for name, layer in source.layers_with_rows.items()}
     if rows:
         config["trainable_token_indices"] = rows
-    saved = list(map(source.name_there, source.stored.saved))
+    saved = list(map(source.name_for_reader, source.stored.saved))
     config["modules_to_save"] = saved or None
     config["rank_pattern"] = rank_pattern
     config["alpha_pattern"] = alpha_pattern
