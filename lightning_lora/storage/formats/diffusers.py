@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_lora.errors import warn
 from lightning_lora.model.view import View
-from lightning_lora.storage.disk import save
-from lightning_lora.storage.formats.format import HEADER, Asked, Reader, WrittenFormat
+from lightning_lora.storage.disk import json_object, save
+from lightning_lora.storage.formats.format import HEADER, Asked, WrittenFormat, tensors_in
 from lightning_lora.storage.formats.peft.peft_card import FOLDER, ModelCard, repository_of
-from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, json_object, most_common
+from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, most_common
 from lightning_lora.storage.formats.peft.peft_names import (
     DIFFUSERS_WEIGHTS,
     METADATA,
@@ -21,7 +21,6 @@ from lightning_lora.storage.formats.peft.peft_names import (
     PREFIX,
     is_diffusers,
     peft_key,
-    tensors_in,
 )
 from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
 from lightning_lora.storage.formats.pipeline import (
@@ -35,13 +34,13 @@ from lightning_lora.storage.formats.pipeline import (
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.renaming import Renaming, entries_inside
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored import Reader, StoredAdapters
 from lightning_lora.tensors.names import owner_of
 
 # Write
 
 
-def write(source: Source, directory: Path, uniform: bool) -> None:
+def write(source: Source, directory: Path, *, uniform: bool) -> None:
     """Write what a pipeline reads: all its adapted members in one file."""
     tensors = dict[str, Tensor]()
     header = dict[str, Any]()

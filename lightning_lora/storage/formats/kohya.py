@@ -16,12 +16,12 @@ from lightning_lora.base.fingerprints import names_in
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.functional.factors import Factors
 from lightning_lora.storage.disk import save
-from lightning_lora.storage.formats.format import Asked, Reader, WrittenFormat
+from lightning_lora.storage.formats.format import Asked, WrittenFormat, tensors_in
 from lightning_lora.storage.formats.kohya_flux import CLASS as FLUX
 from lightning_lora.storage.formats.kohya_flux import in_one, name_in_flux
 from lightning_lora.storage.formats.kohya_names import ATTENTION, MEMBERS, OUTER, NameOf, forms
 from lightning_lora.storage.formats.peft.peft_config import config_of, most_common
-from lightning_lora.storage.formats.peft.peft_names import peft_key, tensors_in
+from lightning_lora.storage.formats.peft.peft_names import peft_key
 from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
 from lightning_lora.storage.formats.pipeline import (
     Part,
@@ -35,6 +35,7 @@ from lightning_lora.storage.formats.reading import pair_of
 from lightning_lora.storage.formats.unread import KOHYA_REMEDY
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import entries_inside
+from lightning_lora.storage.stored import Reader
 from lightning_lora.tensors.named import only, where_not, with_values
 from lightning_lora.tensors.names import join, starts_of
 
@@ -43,7 +44,7 @@ _FILE = "kohya_lora.safetensors"
 # Write
 
 
-def write(source: Source, directory: Path, uniform: bool) -> None:
+def write(source: Source, directory: Path, *, uniform: bool) -> None:
     """Write what these tools read: all adapted members of a pipeline in one file."""
     modules = _known_modules(source)
     tensors = dict[str, Tensor]()

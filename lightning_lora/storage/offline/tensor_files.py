@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.archives import check_file, check_new_format, kind_of
-from lightning_lora.storage.disk import header_of, reading
-from lightning_lora.storage.formats.peft.peft_config import json_object
+from lightning_lora.storage.disk import header_of, json_object, reading
 from lightning_lora.storage.plain_pickles import load_plain
 from lightning_lora.storage.stored import dict_or_empty
 from lightning_lora.tensors.named import of_type, with_values, without

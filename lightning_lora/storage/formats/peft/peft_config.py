@@ -1,15 +1,14 @@
 """What PEFT's configuration says, in our words, and which of its fields are known."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.patterns import matches
+from lightning_lora.storage.disk import json_object
 from lightning_lora.storage.formats.peft.peft_names import PEFT_CONFIG, config_beside
 from lightning_lora.tensors.named import only, renamed, where, without
 
@@ -78,15 +77,6 @@ def read_config(weights: Any) -> PeftConfig:
             "it beside the tensors, in a folder on this machine."
         )
     return config_of(json_object(path.read_bytes(), path), path)
-
-
-def json_object(text: str | bytes, source: object) -> dict[str, Any]:
-    """Return the fields of a configuration."""
-    with suppress(ValueError):
-        found = json.loads(text)
-        if isinstance(found, dict):
-            return found
-    raise AdapterFileError(f"{source} is not a JSON object. Use the file as it was written.")
 
 
 def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:

@@ -5,12 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.formats.format import HEADER
-from lightning_lora.tensors.named import not_in, of_type, without
+from lightning_lora.tensors.named import not_in, without
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
@@ -107,15 +104,3 @@ def config_beside(path: Any) -> Path | None:
     if local is not None and (local.parent / PEFT_CONFIG).is_file():
         return local.parent / PEFT_CONFIG
     return None
-
-
-def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
-    """Return all but the header of a file. Refuse what is no tensor."""
-    others = without(contents, [HEADER])
-    tensors = of_type(others, Tensor)
-    odd = without(others, tensors)
-    if odd:
-        raise AdapterFileError(
-            f"{path} holds {listed(map(str, odd))}, which are no tensors. Use the file as it was written."
-        )
-    return tensors

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.model.view import View
-from lightning_lora.storage.formats.format import HEADER, Asked, Reader
+from lightning_lora.storage.disk import json_object
+from lightning_lora.storage.formats.format import HEADER, Asked, tensors_in
 from lightning_lora.storage.formats.peft.peft_complete import check_complete
-from lightning_lora.storage.formats.peft.peft_config import MERGE_THERE, PeftConfig, json_object, read_config
+from lightning_lora.storage.formats.peft.peft_config import MERGE_THERE, PeftConfig, read_config
 from lightning_lora.storage.formats.peft.peft_file import PeftFile, Tensors
 from lightning_lora.storage.formats.peft.peft_names import (
     NAMES_HERE,
@@ -18,14 +19,13 @@ from lightning_lora.storage.formats.peft.peft_names import (
     PREFIX,
     is_peft,
     peft_key,
-    tensors_in,
     without_wrappers,
 )
 from lightning_lora.storage.formats.peft.peft_updates import updates_in
 from lightning_lora.storage.formats.reading import Update, place_of, stored_from_updates
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored import Reader, StoredAdapters
 from lightning_lora.tensors.named import where, where_not
 
 

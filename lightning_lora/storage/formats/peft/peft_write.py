@@ -41,7 +41,7 @@ from lightning_lora.tensors.names import join
 Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without PEFT's prefix, and a configuration
 
 
-def write(source: Source, directory: Path, uniform: bool) -> None:
+def write(source: Source, directory: Path, *, uniform: bool) -> None:
     """Write PEFT's two files, and a model card."""
     tensors, config = _exported(source, uniform)
     names = _names_in_file(source, tensors)
