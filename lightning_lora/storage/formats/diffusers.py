@@ -22,7 +22,7 @@ from lightning_lora.storage.formats.peft.peft_names import (
     is_diffusers,
     peft_key,
 )
-from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
+from lightning_lora.storage.formats.peft.peft_write import exported
 from lightning_lora.storage.formats.pipeline import (
     Part,
     PipelineFile,
@@ -46,7 +46,7 @@ def write(source: Source, directory: Path, *, uniform: bool) -> None:
     header = dict[str, Any]()
     for part in parts_of_pipeline(source, DIFFUSERS.name):
         # diffusers before 0.34, and others that read its files, scale all by 1
-        member_tensors, config = exported_with_scaling(part, uniform, scaling=1.0)
+        member_tensors, config = exported(part, uniform=uniform, scaling=1.0)
         name = checked_member(part, member_tensors, DIFFUSERS.name)
         in_pipeline = Renaming(here=name)
         tensors |= in_pipeline.with_names_here(member_tensors)
@@ -96,14 +96,14 @@ class _DiffusersFile(PipelineFile):
     header: Mapping[str, Any]  # the configurations, which older files do not have
 
     def members(self) -> set[str]:
-        """Return the members, by what is before their names. One model may have PEFT's prefix there, or nothing."""
-        starts = set(map(_start, self.tensors))
+        """Return the members, by what names begin with."""
+        of_tensors = set(map(_start, self.tensors))
         if not self.header:
-            is_pipeline = any(map(PARTS.fullmatch, starts))
-            return starts if is_pipeline else {""}
-        members = set(map(owner_of, self.header))
-        is_one_model = not members.isdisjoint(("", PREFIX))
-        return members if is_one_model else members | starts
+            is_pipeline = any(map(PARTS.fullmatch, of_tensors))
+            return of_tensors if is_pipeline else {""}  # of one model, whose names begin with its own modules
+        of_header = set(map(owner_of, self.header))
+        is_one_model = not of_header.isdisjoint(("", PREFIX))  # with PEFT's prefix, or with none
+        return of_header if is_one_model else of_header | of_tensors  # the header may lack some
 
     def part(self, member: str, modules: Collection[str]) -> Part:
         """Return the tensors and the configuration of one member."""
@@ -111,7 +111,7 @@ class _DiffusersFile(PipelineFile):
         return tensors, self._config_of(member, tensors)
 
     def _config_of(self, member: str, tensors: Mapping[str, Tensor]) -> PeftConfig:
-        """The configuration of one member, which has these tensors."""
+        """The configuration of one member. If the header has none, it follows from the tensors."""
         fields = Renaming(there=member).with_names_here(entries_inside(member, self.header))
         if not fields:
             fields = _without_scaling(tensors)
@@ -124,7 +124,7 @@ class _DiffusersFile(PipelineFile):
 
 
 def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The configuration with which the scaling of each layer is one."""
+    """The fields of PEFT's configuration with which the scaling of each layer is one: alpha is its rank."""
     ranks = dict[str, int]()
     kinds = set[str]()
     for name, value in tensors.items():

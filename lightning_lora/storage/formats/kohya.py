@@ -22,7 +22,7 @@ from lightning_lora.storage.formats.kohya_flux import in_one, name_in_flux
 from lightning_lora.storage.formats.kohya_names import ATTENTION, MEMBERS, OUTER, NameOf, forms
 from lightning_lora.storage.formats.peft.peft_config import config_of, most_common
 from lightning_lora.storage.formats.peft.peft_names import peft_key
-from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
+from lightning_lora.storage.formats.peft.peft_write import exported
 from lightning_lora.storage.formats.pipeline import (
     Part,
     PipelineFile,
@@ -50,9 +50,9 @@ def write(source: Source, directory: Path, *, uniform: bool) -> None:
     tensors = dict[str, Tensor]()
     for part in parts_of_pipeline(source, KOHYA.name):
         _refuse_dora(part)
-        exported, config = exported_with_scaling(part, uniform, scaling=1.0)
-        member = checked_member(part, exported, KOHYA.name)
-        layers = _with_whole_attentions(_layers_in(exported))
+        member_tensors, config = exported(part, uniform=uniform, scaling=1.0)
+        member = checked_member(part, member_tensors, KOHYA.name)
+        layers = _with_whole_attentions(_layers_in(member_tensors))
         names = _names_there(part, member, layers, modules)
         for name, parts in _by_name(layers, names).items():
             tensors |= _tensors_of(name, in_one(parts), alpha=config["r"])
@@ -87,13 +87,13 @@ def _refuse_dora(part: Source) -> None:
         )
 
 
-def _layers_in(exported: Mapping[str, Tensor]) -> dict[str, Factors]:
+def _layers_in(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     """A and B by layer."""
-    tensors = dict[str, dict[str, Tensor]]()
-    for name, value in exported.items():
+    pairs = dict[str, dict[str, Tensor]]()
+    for name, value in tensors.items():
         layer, what = peft_key(name)
-        tensors.setdefault(layer, {})[what] = value
-    return {layer: pair_of(layer, pair) for layer, pair in tensors.items()}
+        pairs.setdefault(layer, {})[what] = value
+    return {layer: pair_of(layer, pair) for layer, pair in pairs.items()}
 
 
 def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:

@@ -27,7 +27,10 @@ from lightning_lora.tensors.names import first_names, is_in_any, starts_of, subm
 
 
 def member_name(model: nn.Module | None, root: str) -> str:
-    """Return what a pipeline calls a model: by ``root`` (its name in its module) or its class. Empty: it has none."""
+    """Return what a pipeline calls a model. Empty: it is no member of one.
+
+    ``root`` is its name in the module around it, which says more than its class.
+    """
     name = root.rpartition(".")[2]
     if PARTS.fullmatch(name):
         return name
@@ -42,14 +45,19 @@ def member_name(model: nn.Module | None, root: str) -> str:
 
 
 def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
-    """The names of a pipeline's members among modules, by what it calls them. A name says more than a class."""
+    """Return a pipeline's members among modules: their names in the model, by what the pipeline calls them.
+
+    Nothing inside of a member is another one. Of two with one name, the one that is called so is the member: its class
+    says less.
+    """
     places = dict[str, str]()
     for name, module in without(modules, [""]).items():
         if is_in_any(name, places.values()):
             continue
         member = member_name(module, name)
-        is_better = member not in places or name.endswith(member)
-        if member and is_better:
+        is_first = member not in places
+        is_called_so = name.endswith(member)
+        if member and (is_first or is_called_so):
             places[member] = name
     return places
 
@@ -58,7 +66,7 @@ def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
 
 
 def parts_of_pipeline(source: Source, format: str) -> list[Source]:
-    """Return the adapters of each member of a pipeline: of the model itself, or of all in a module."""
+    """Return the adapters of each member of a pipeline: the model may be one, or hold several."""
     roots = _roots_of_members(source)
     outside = set(source.stored.state)
     parts = list[Source]()
@@ -75,15 +83,20 @@ def parts_of_pipeline(source: Source, format: str) -> list[Source]:
 
 
 def _roots_of_members(source: Source) -> list[str]:
-    """The names of the adapted members. If none is known, the root, which is refused later."""
+    """The names of the adapted members in the model.
+
+    The root is one by itself. Otherwise they lie anywhere in the model. If none does, it is the root after all, which
+    :func:`checked_member` refuses.
+    """
     root = source.stored.root
     if member_name(source.inner, root):
         return [root]
     starts = map(starts_of, source.stored.layers)
     with_adapters = dict.fromkeys(chain.from_iterable(starts))  # in the order of the layers
-    modules = with_adapters if source.inner is None else first_names(source.modules_of_model)
-    members = members_in(modules)
-    return list(with_values(members, with_adapters).values()) or [root]
+    has_modules = source.inner is not None
+    modules = first_names(source.modules_of_model) if has_modules else with_adapters
+    adapted_members = with_values(members_in(modules), with_adapters)
+    return list(adapted_members.values()) or [root]
 
 
 def _part_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
@@ -130,7 +143,7 @@ def warn_of_replaced(path: Path, tensors: Iterable[str], member_of: Callable[[st
 # Read
 
 
-Part = tuple[Mapping[str, Tensor], PeftConfig]  # what PEFT would have of one member
+Part = tuple[Mapping[str, Tensor], PeftConfig]  # what PEFT would have in a file of one member
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,7 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
     rest = dict[str, Tensor]()
     saved = list[str]()
     settings = list[LoRAConfig]()
-    kinds = set[tuple[bool, str]]()
+    kinds = set[tuple[bool, str]]()  # what one configuration here says for all members
     for member in sorted(members & places.keys()):
         place = places[member]
         modules = Renaming(there=place).names_here(entries_inside(place, view.modules))
@@ -167,13 +180,13 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
         updates += member_updates
         rest |= others
         saved += peft.saved
-        settings.append(peft.config)
-        kinds.add((peft.config.use_dora, peft.config.init))
+        settings.append(peft.as_ours)
+        kinds.add((peft.as_ours.use_dora, peft.as_ours.init))
     if len(kinds) > 1:
         raise AdapterFileError(
             f"{file.path} has parts with other use_dora or init_lora_weights. Load each onto its model."
         )
-    return stored_from_updates(view, updates, rest, settings[0], saved)
+    return stored_from_updates(view, updates, rest, settings[0], saved)  # ranks and scalings are those of the updates
 
 
 def _places_of(members: set[str], view: View) -> dict[str, str]:
@@ -181,7 +194,8 @@ def _places_of(members: set[str], view: View) -> dict[str, str]:
     root = root_of(view.model)
     itself = member_name(submodule(view.model, root), root)
     places = {itself: root} if itself else members_in(view.modules)
-    if len(members) == 1 and members.isdisjoint(places):  # a file of one model is meant for this one
+    is_of_one = len(members) == 1
+    if is_of_one and members.isdisjoint(places):  # under any name it is meant for this model
         return dict.fromkeys(members, root)
     return places
 

@@ -20,7 +20,7 @@ WRITTEN = {format.name: format for format in FORMATS if isinstance(format, Writt
 
 
 def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, Reader] | None:
-    """Return a file's format, and how to read its contents. None: this package wrote it, or a tool that is not read."""
+    """Return a file's format, and how to read its contents. None: it has none of these formats."""
     if not isinstance(contents, dict) or KEY in contents or VERSION in contents:
         return None
     for format in FORMATS:

@@ -29,8 +29,8 @@ from lightning_lora.tensors.names import join, modules_by_all_names
 class Source:
     """Adapters from a file, to write for a reader.
 
-    The reader is the program that loads the files. It has the trained model, or only its module ``stored.root``, and names
-    modules from there.
+    The reader is the program that loads the files. It has the module ``stored.root`` of the trained model, or all of it
+    (an empty root), and names modules from there.
     """
 
     stored: StoredAdapters

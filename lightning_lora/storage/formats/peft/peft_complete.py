@@ -16,7 +16,7 @@ from lightning_lora.tensors.names import owner_of, starts_of
 
 
 def check_complete(file: PeftFile) -> None:
-    """Refuse a file that lacks some of what its configuration names, or warn: an encoder's has no decoder."""
+    """Refuse a file that lacks some of what its configuration names in the model, or warn of it."""
     contents = _Contents(file)
     lacking = contents.missing_rows()
     elsewhere = list[str]()
@@ -25,8 +25,10 @@ def check_complete(file: PeftFile) -> None:
             lacking.append(name)
         elif contents.is_missed(name):
             is_beside_others = owner_of(name) in contents.parts
-            missed = lacking if is_beside_others else elsewhere
-            missed.append(name)
+            if is_beside_others:  # PEFT would have written it with them
+                lacking.append(name)
+            else:  # the file may be of a part of the model, such as its encoder
+                elsewhere.append(name)
     if lacking:
         raise AdapterFileError(
             f"{_says(lacking, file)}Use all that was saved, on the model of the training. If they are to stay as "
@@ -48,7 +50,7 @@ def _says(names: list[str], file: PeftFile) -> str:
 
 @dataclass(frozen=True)
 class _Contents:
-    """What a file holds of a model, beside what its configuration names there."""
+    """What a file holds of a model, to compare with what its configuration names there."""
 
     file: PeftFile
 
@@ -84,7 +86,7 @@ class _Contents:
     def _is_adapted_there(self, name: str) -> bool:
         """Whether PEFT would adapt a module, or one of its parameters."""
         there = self.file.place.name_there(name)
-        if any(map(self.file.config.is_saved, starts_of(there))):
+        if any(map(self.file.peft.as_ours.is_saved, starts_of(there))):
             return False
         module = self.file.view.modules[name]
         if self.file.peft.adapts(there) and has_layer(adapter_for(module)):

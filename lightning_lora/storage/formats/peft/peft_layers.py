@@ -82,7 +82,7 @@ def _is_registered(layer_class: str) -> bool:
 # Layers that add the update to their output
 
 
-_COMPUTES_THE_SAME = "transformers.models.falcon.modeling_falcon.FalconLinear"
+_COMPUTES_THE_SAME = "transformers.models.falcon.modeling_falcon.FalconLinear"  # its forward is x @ W.T + bias
 _SCALED_EMBEDDING = re.compile(r"transformers\..*ScaledWordEmbedding")
 
 

@@ -14,11 +14,8 @@ PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same
 PREFIX = "base_model.model"  # before every name of the base
 
 DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
-
-NAMES_HERE = (
-    "lightning_lora_names"  # our entry in that header: the names in the model of tensors with others in the file
-)
+METADATA = "lora_adapter_metadata"  # the configuration in the header of a file, as diffusers writes it; we do in both
+NAMES_HERE = "lightning_lora_names"  # our entry in that header: names in the model, of tensors with others in the file
 
 PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its models
 _NAME_IN_PEFT = re.compile(rf"{re.escape(PREFIX)}\.")
@@ -89,7 +86,17 @@ def _has_updates(contents: Iterable[object]) -> bool:
 
 
 def _is_of_a_pipeline(contents: Mapping[Any, Any], path: Any) -> bool:
-    """Whether updates are those of a pipeline, by the header or, in older files, by the names."""
+    """Whether updates are those of a pipeline, or PEFT's.
+
+    PEFT's configuration is   the names                         of a pipeline
+    ------------------------  --------------------------------  -------------
+    beside, and in the header begin otherwise than PEFT's       yes
+    beside, and in the header one begins as PEFT's              no
+    only beside               any                               no
+    only in the header        any                               yes
+    nowhere                   all as older files of diffusers's yes
+    nowhere                   any other                         no
+    """
     names = list(map(str, without(contents, [HEADER])))
     has_header = METADATA in contents.get(HEADER, {})
     if config_beside(path) is not None:

@@ -38,7 +38,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     def reader(view: View) -> StoredAdapters:
         peft = read_config(path)
         updates, rest = read_updates(view, tensors, peft, path, root_of(view.model))
-        return stored_from_updates(view, updates, rest, peft.config, peft.saved)
+        return stored_from_updates(view, updates, rest, peft.as_ours, peft.saved)
 
     return reader
 
@@ -59,7 +59,7 @@ def read_updates(
 ) -> tuple[list[Update], Mapping[str, Tensor]]:
     """Return the updates in a PEFT file, and its other tensors by their names here."""
     adapters, others = _adapters_and_others(tensors, path)
-    _check_magnitudes(adapters, path, use_dora=peft.config.use_dora)
+    _check_magnitudes(adapters, path, use_dora=peft.as_ours.use_dora)
     layers = list(map(without_wrappers, adapters))
     place = place_of(view, layers, others.keys(), root)
     file = PeftFile(path, peft, view, place, adapters, rest=place.with_names_here(others))

@@ -22,7 +22,7 @@ _LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and sav
 
 def check_exportable(source: Source) -> None:
     """Refuse what PEFT cannot hold, or would compute otherwise."""
-    saved = source.saved  # first: a file may lack some of these
+    saved = source.saved  # before all else: this refuses a file that lacks some of them
     _refuse_layers(source)
     _check_modules_to_save(source)
     _check_is_in_root(source.stored)
