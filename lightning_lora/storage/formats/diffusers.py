@@ -16,15 +16,15 @@ from lightning_lora.storage.formats.peft.peft_card import FOLDER, ModelCard, rep
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, most_common
 from lightning_lora.storage.formats.peft.peft_names import (
     DIFFUSERS_WEIGHTS,
+    MEMBER_NAME,
     METADATA,
-    PARTS,
     PREFIX,
     is_diffusers,
     peft_key,
 )
 from lightning_lora.storage.formats.peft.peft_write import exported
 from lightning_lora.storage.formats.pipeline import (
-    Part,
+    PeftContents,
     PipelineFile,
     adapters_in_pipeline,
     checked_member,
@@ -99,13 +99,13 @@ class _DiffusersFile(PipelineFile):
         """Return the members, by what names begin with."""
         of_tensors = set(map(_start, self.tensors))
         if not self.header:
-            is_pipeline = any(map(PARTS.fullmatch, of_tensors))
+            is_pipeline = any(map(MEMBER_NAME.fullmatch, of_tensors))
             return of_tensors if is_pipeline else {""}  # of one model, whose names begin with its own modules
         of_header = set(map(owner_of, self.header))
         is_one_model = not of_header.isdisjoint(("", PREFIX))  # with PEFT's prefix, or with none
         return of_header if is_one_model else of_header | of_tensors  # the header may lack some
 
-    def part(self, member: str, modules: Collection[str]) -> Part:
+    def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
         """Return the tensors and the configuration of one member."""
         tensors = Renaming(there=member).with_names_here(entries_inside(member, self.tensors))
         return tensors, self._config_of(member, tensors)

@@ -17,14 +17,13 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, Export
 from lightning_lora.functional.factors import Factors
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import Asked, WrittenFormat, tensors_in
-from lightning_lora.storage.formats.kohya_flux import CLASS as FLUX
-from lightning_lora.storage.formats.kohya_flux import in_one, name_in_flux
-from lightning_lora.storage.formats.kohya_names import ATTENTION, MEMBERS, OUTER, NameOf, forms
+from lightning_lora.storage.formats.kohya_flux import FLUX_CLASS, name_in_flux, stacked_update
+from lightning_lora.storage.formats.kohya_names import ATTENTION, MEMBERS, OUTER, NameOf, naming_forms
 from lightning_lora.storage.formats.peft.peft_config import config_of, most_common
 from lightning_lora.storage.formats.peft.peft_names import peft_key
 from lightning_lora.storage.formats.peft.peft_write import exported
 from lightning_lora.storage.formats.pipeline import (
-    Part,
+    PeftContents,
     PipelineFile,
     adapters_in_pipeline,
     checked_member,
@@ -45,7 +44,10 @@ _FILE = "kohya_lora.safetensors"
 
 
 def write(source: Source, directory: Path, *, uniform: bool) -> None:
-    """Write what these tools read: all adapted members of a pipeline in one file."""
+    """Write what these tools read: all adapted members of a pipeline in one file.
+
+    The most common rank is the alpha of all layers of a member.
+    """
     modules = _known_modules(source)
     tensors = dict[str, Tensor]()
     for part in parts_of_pipeline(source, KOHYA.name):
@@ -53,9 +55,9 @@ def write(source: Source, directory: Path, *, uniform: bool) -> None:
         member_tensors, config = exported(part, uniform=uniform, scaling=1.0)
         member = checked_member(part, member_tensors, KOHYA.name)
         layers = _with_whole_attentions(_layers_in(member_tensors))
-        names = _names_there(part, member, layers, modules)
+        names = _names_in_file(part, member, layers, modules)
         for name, parts in _by_name(layers, names).items():
-            tensors |= _tensors_of(name, in_one(parts), alpha=config["r"])
+            tensors |= _tensors_of(name, stacked_update(parts), alpha=config["r"])
     warn_of_replaced(directory / _FILE, tensors, _beginning)
     write_files(directory, {_FILE: save(tensors, {})})
 
@@ -88,7 +90,7 @@ def _refuse_dora(part: Source) -> None:
 
 
 def _layers_in(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """A and B by layer."""
+    """A and B of each layer, from PEFT's tensors."""
     pairs = dict[str, dict[str, Tensor]]()
     for name, value in tensors.items():
         layer, what = peft_key(name)
@@ -110,8 +112,8 @@ def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
 # Their names
 
 
-def _names_there(part: Source, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
-    """The names of a member's layers in the file. Refuse layers without one."""
+def _names_in_file(part: Source, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
+    """The names in the file of a member's layers. Refuse layers without one."""
     name_of = _naming(part, member, modules)
     names = {layer: name_of(layer) for layer in layers}
     unnamed = where_not(names, bool)
@@ -138,12 +140,12 @@ def _warn_of_skipped(part: Source, member: str, names: Mapping[str, str]) -> Non
 
 
 def _naming(part: Source, member: str, modules: set[str]) -> NameOf:
-    """How the layers of a member are named in the file."""
-    if part.inner_described.class_name == FLUX:
+    """What gives a layer of a member its name in the file."""
+    if part.inner_described.class_name == FLUX_CLASS:
         return name_in_flux
     inside = entries_inside(part.stored.root, dict.fromkeys(modules))
-    modules_there = set(map(part.name_for_reader, inside))
-    first, *_ = forms(_beginning_of(member, modules), modules_there)
+    modules_for_reader = set(map(part.name_for_reader, inside))
+    first, *_ = naming_forms(_beginning_of(member, modules), modules_for_reader)
     return first
 
 
@@ -155,16 +157,16 @@ def _by_name(layers: Mapping[str, Factors], names: Mapping[str, str]) -> dict[st
     return named
 
 
+_WITH_TWO_TEXT_ENCODERS = ("text_encoder_2", "add_embedding", "single_transformer_blocks")
+"""The names of modules that only SDXL and Flux have."""
+
+
 def _beginning_of(member: str, modules: Iterable[str]) -> str:
-    """The beginning of a member's names. Empty: it has none."""
+    """The beginning of a member's names in a file. Empty: this format has no such member."""
     last_components = {name.rpartition(".")[2] for name in modules}
     if member == "text_encoder" and not last_components.isdisjoint(_WITH_TWO_TEXT_ENCODERS):
         return "lora_te1"
     return {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}.get(member, "")
-
-
-_WITH_TWO_TEXT_ENCODERS = ("text_encoder_2", "add_embedding", "single_transformer_blocks")
-"""The names of modules that only SDXL and Flux have."""
 
 
 def _known_modules(source: Source) -> set[str]:
@@ -179,13 +181,13 @@ def _known_modules(source: Source) -> set[str]:
 # Read
 
 
-_ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}  # the ends of names, and PEFT's
+_ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}  # of names in a file, and PEFT's
 _ALPHA = "alpha"
 _LAYER = re.compile(rf"({'|'.join(MEMBERS)})_\w+")
 
 
 def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
-    """Return how to read these contents of a file, if kohya's scripts wrote it, or other code that has its names."""
+    """Return how to read these contents of a file, if it has the names of kohya's scripts."""
     if not any(map(_is_factor, map(str, contents))):
         return None
     tensors = tensors_in(contents, path)
@@ -200,7 +202,7 @@ def _is_factor(name: str) -> bool:
 
 
 def _check_names(names: Iterable[str], path: Any) -> None:
-    """Refuse what is no update of LoRA."""
+    """Refuse a file with a name of another method than LoRA."""
     odd = list[str]()
     for name in names:
         layer, _, end = name.partition(".")
@@ -222,17 +224,17 @@ class _KohyaFile(PipelineFile):
         """Return the members, by the beginnings of the names."""
         return {_member_of(name) for name in self.tensors}
 
-    def part(self, member: str, modules: Collection[str]) -> Part:
-        """Return what PEFT would have of one member."""
+    def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
+        """Return what PEFT would have in a file of one member, so that it is read as such."""
         layers = _layers_by_name(member, modules)
         adapters = _Adapters()
         unknown = dict[str, None]()
         for name, value in self._tensors_of(member).items():
-            there, _, end = name.partition(".")
-            if there in layers:
-                adapters.add(layers[there], end, value)
+            layer_in_file, _, end = name.partition(".")
+            if layer_in_file in layers:
+                adapters.add(layers[layer_in_file], end, value)
             else:
-                unknown[there] = None
+                unknown[layer_in_file] = None
         if unknown:
             raise AdapterMismatchError(
                 f"{self.path} holds adapters of {listed(unknown)}, and the model has no such layers of a UNet or a "
@@ -254,7 +256,7 @@ def _layers_by_name(member: str, modules: Collection[str]) -> dict[str, str]:
     """The layers of a member, by all names that files have for them."""
     layers = dict[str, str]()
     for beginning in with_values(MEMBERS, [member]):
-        for name_of in forms(beginning, modules):
+        for name_of in naming_forms(beginning, modules):
             layers |= {name_of(layer): layer for layer in modules}
     return layers
 

@@ -15,7 +15,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig
-from lightning_lora.storage.formats.peft.peft_names import PARTS, peft_key
+from lightning_lora.storage.formats.peft.peft_names import MEMBER_NAME, peft_key
 from lightning_lora.storage.formats.peft.peft_read import read_updates
 from lightning_lora.storage.formats.reading import Update, stored_from_updates
 from lightning_lora.storage.formats.writing import Source
@@ -32,7 +32,7 @@ def member_name(model: nn.Module | None, root: str) -> str:
     ``root`` is its name in the module around it, which says more than its class.
     """
     name = root.rpartition(".")[2]
-    if PARTS.fullmatch(name):
+    if MEMBER_NAME.fullmatch(name):
         return name
     for ancestor in type(model).__mro__:
         if ancestor.__module__.startswith("diffusers.models.unets"):
@@ -143,7 +143,7 @@ def warn_of_replaced(path: Path, tensors: Iterable[str], member_of: Callable[[st
 # Read
 
 
-Part = tuple[Mapping[str, Tensor], PeftConfig]  # what PEFT would have in a file of one member
+PeftContents = tuple[Mapping[str, Tensor], PeftConfig]  # what PEFT would have in a file of one member
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class PipelineFile(ABC):
         """Return the members of which the file has adapters."""
 
     @abstractmethod
-    def part(self, member: str, modules: Collection[str]) -> Part:
+    def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
         """Return what the file has for one member, which has these modules."""
 
 
@@ -175,7 +175,7 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
     for member in sorted(members & places.keys()):
         place = places[member]
         modules = Renaming(there=place).names_here(entries_inside(place, view.modules))
-        tensors, peft = file.part(member, modules)
+        tensors, peft = file.contents_of(member, modules)
         member_updates, others = read_updates(view, tensors, peft, file.path, place)
         updates += member_updates
         rest |= others

@@ -34,9 +34,7 @@ class Source:
     """
 
     stored: StoredAdapters
-    base_name: str | None = field(
-        default=None, kw_only=True
-    )  # what the reader's model is loaded from, if not as stored
+    base_name: str | None = field(default=None, kw_only=True)  # from which the reader loads its model; None: as stored
 
     def name_for_reader(self, name: str) -> str:
         """Return the reader's name: without the prefix of the root."""
@@ -59,7 +57,7 @@ class Source:
 
     @cached_property
     def described(self) -> dict[str, StoredModule]:
-        """What is known of modules without having them, by the reader's names. Files of 0.2.0 say nothing."""
+        """What a file says of modules, by the reader's names: nothing, if 0.2.0 wrote it. A model says it too."""
         return renamed(entries_inside(self.stored.root, self.stored.modules), self.name_for_reader)
 
     @property

@@ -81,23 +81,23 @@ class _Contents:
     def is_missed(self, name: str) -> bool:
         """Return whether PEFT would adapt a module, and the file has no update of it, or of a module around it."""
         around = {self.file.view.modules[start] for start in starts_of(name)}
-        return around.isdisjoint(self.adapted) and self._is_adapted_there(name)
+        return around.isdisjoint(self.adapted) and self._is_adapted_by_peft(name)
 
-    def _is_adapted_there(self, name: str) -> bool:
+    def _is_adapted_by_peft(self, name: str) -> bool:
         """Whether PEFT would adapt a module, or one of its parameters."""
-        there = self.file.place.name_there(name)
-        if any(map(self.file.peft.as_ours.is_saved, starts_of(there))):
+        name_in_file = self.file.place.name_there(name)
+        if any(map(self.file.peft.as_ours.is_saved, starts_of(name_in_file))):
             return False
         module = self.file.view.modules[name]
-        if self.file.peft.adapts(there) and has_layer(adapter_for(module)):
+        if self.file.peft.adapts(name_in_file) and has_layer(adapter_for(module)):
             return True
-        parameters = joined(there, module._parameters)
+        parameters = joined(name_in_file, module._parameters)
         return any(map(self.file.peft.names_parameter, parameters))
 
     def is_saved_in_part(self, name: str) -> bool:
         """Return whether a module trains whole, and the file lacks some of it. PEFT takes any ending of a name."""
-        there = self.file.place.name_there(name)
-        if not there.endswith(tuple(self.file.peft.saved)):
+        name_in_file = self.file.place.name_there(name)
+        if not name_in_file.endswith(tuple(self.file.peft.saved)):
             return False
         view = self.file.view
         entries = entries_inside(name, {**view.base, **view.buffers})

@@ -166,7 +166,7 @@ def _flattened_stack(factors: Factors, shape: Shape, options: Options) -> Factor
 
 
 def _unflattened_stack(factors: Factors, shape: Shape, options: Options) -> Factors:
-    """The stacks again."""
+    """The stacks of A and B again: the way back of :func:`_flattened_stack`."""
     if len(shape) == 2:
         return factors
     a, b = factors

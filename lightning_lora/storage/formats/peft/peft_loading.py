@@ -210,7 +210,7 @@ class _OntoUnknownModel(PeftLoading):
 
     @cached_property
     def _has_experts(self) -> bool:
-        """Whether a name in the base is one of experts. The file names only the base's weights that can be rounded."""
+        """Whether the base has experts, by its tensors' names. Not every file says these."""
         names = list[str]()
         for fingerprint in self.stored.base:
             names += names_in(fingerprint)

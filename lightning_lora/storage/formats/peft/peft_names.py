@@ -17,9 +17,9 @@ DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.b
 METADATA = "lora_adapter_metadata"  # the configuration in the header of a file, as diffusers writes it; we do in both
 NAMES_HERE = "lightning_lora_names"  # our entry in that header: names in the model, of tensors with others in the file
 
-PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its models
+MEMBER_NAME = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its members
 _NAME_IN_PEFT = re.compile(rf"{re.escape(PREFIX)}\.")
-_OLDER_NAME = re.compile(rf"{PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")  # in a file without header
+_OLDER_NAME = re.compile(rf"{MEMBER_NAME.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")  # in a file without header
 
 TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
 
@@ -88,14 +88,14 @@ def _has_updates(contents: Iterable[object]) -> bool:
 def _is_of_a_pipeline(contents: Mapping[Any, Any], path: Any) -> bool:
     """Whether updates are those of a pipeline, or PEFT's.
 
-    PEFT's configuration is   the names                         of a pipeline
-    ------------------------  --------------------------------  -------------
-    beside, and in the header begin otherwise than PEFT's       yes
-    beside, and in the header one begins as PEFT's              no
-    only beside               any                               no
-    only in the header        any                               yes
-    nowhere                   all as older files of diffusers's yes
-    nowhere                   any other                         no
+    PEFT's configuration is    names                           of a pipeline
+    -------------------------  ------------------------------  -------------
+    beside, and in the header  none begins as PEFT's           yes
+    beside, and in the header  some begin as PEFT's            no
+    only beside                any                             no
+    only in the header         any                             yes
+    nowhere                    all as diffusers had them once  yes
+    nowhere                    others                          no
     """
     names = list(map(str, without(contents, [HEADER])))
     has_header = METADATA in contents.get(HEADER, {})

@@ -47,7 +47,7 @@ def _refuse_layers(source: Source) -> None:
 def refused_layers(source: Source) -> dict[str, list[str]]:
     """Return the layers that PEFT cannot hold, or would compute otherwise, by the reason."""
     refused = dict[str, list[str]]()
-    model = _ModelThere(source)
+    model = _ReaderModel(source)
     for layer in source.stored.layers.values():
         why = _why_refused(layer, source) or model.why_refused(layer)
         if why:
@@ -106,7 +106,7 @@ _RULES: tuple[Callable[[StoredLayer, Source], str], ...] = (
 """Each says why PEFT cannot hold a layer, or nothing."""
 
 
-class _ModelThere:
+class _ReaderModel:
     """The reader's model, onto which PEFT loads the layers: it may refuse some, or take them for others."""
 
     def __init__(self, source: Source) -> None:
@@ -143,8 +143,8 @@ class _ModelThere:
 
 def _check_modules_to_save(source: Source) -> None:
     """Refuse modules that PEFT would not find, and names by which it would save others too: it takes any ending."""
-    saved_there = list(map(source.name_for_reader, source.stored.saved))
-    others = not_in(source.described, saved_there)
+    saved_for_reader = list(map(source.name_for_reader, source.stored.saved))
+    others = not_in(source.described, saved_for_reader)
     for module in source.stored.saved:
         around = _adapted_around(module, source.stored)
         if around:

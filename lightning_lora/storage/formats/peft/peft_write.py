@@ -49,20 +49,20 @@ def write(source: Source, directory: Path, *, uniform: bool) -> None:
     warn_of_layers(source)
     in_peft = Renaming(here=PREFIX)
     header = {METADATA: json.dumps(in_peft.with_names_here(config))}
-    in_file = renamed(tensors, names.__getitem__)
-    if in_file.keys() != tensors.keys():
+    by_name_in_file = renamed(tensors, names.__getitem__)
+    if by_name_in_file.keys() != tensors.keys():
         header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()})
     card = ModelCard(source, "peft", _loading(source.inner_described))
     contents = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
-        PEFT_WEIGHTS[0]: save(in_peft.with_names_here(in_file), header),
+        PEFT_WEIGHTS[0]: save(in_peft.with_names_here(by_name_in_file), header),
         **card.files(directory),
     }
     write_files(directory, contents)
 
 
 def _names_in_file(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names under which PEFT loads all tensors onto the reader's model."""
+    """The names in the file of all tensors, with which PEFT loads them onto the reader's model."""
     loading = loading_of(source)
     loading.warn_if_unsure()
     names = loading.names_in_file(tensors)
@@ -92,7 +92,7 @@ def exported(source: Source, *, uniform: bool, scaling: float | None = None) -> 
         updates = with_largest_rank(updates)
         if scaling is None:
             scaling = _most_common_scaling(updates)
-    use_rslora = False
+    use_rslora = False  # alpha over rank says one scaling
     if scaling is None:
         use_rslora = source.stored.config.use_rslora
     else:
