@@ -28,7 +28,7 @@ from lightning_lora.storage.formats.pipeline import (
     PipelineFile,
     adapters_in_pipeline,
     checked_member,
-    parts_of_pipeline,
+    sources_of_members,
     warn_of_replaced,
 )
 from lightning_lora.storage.formats.writing import Source, write_files
@@ -44,10 +44,10 @@ def write(source: Source, directory: Path, *, uniform: bool) -> None:
     """Write what a pipeline reads: all its adapted members in one file."""
     tensors = dict[str, Tensor]()
     header = dict[str, Any]()
-    for part in parts_of_pipeline(source, DIFFUSERS.name):
+    for member_source in sources_of_members(source, DIFFUSERS.name):
         # diffusers before 0.34, and others that read its files, scale all by 1
-        member_tensors, config = exported(part, uniform=uniform, scaling=1.0)
-        name = checked_member(part, member_tensors, DIFFUSERS.name)
+        member_tensors, config = exported(member_source, uniform=uniform, scaling=1.0)
+        name = checked_member(member_source, member_tensors, DIFFUSERS.name)
         in_pipeline = Renaming(here=name)
         tensors |= in_pipeline.with_names_here(member_tensors)
         header |= in_pipeline.with_names_here(config)

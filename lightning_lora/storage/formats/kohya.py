@@ -27,7 +27,7 @@ from lightning_lora.storage.formats.pipeline import (
     PipelineFile,
     adapters_in_pipeline,
     checked_member,
-    parts_of_pipeline,
+    sources_of_members,
     warn_of_replaced,
 )
 from lightning_lora.storage.formats.reading import pair_of
@@ -50,14 +50,14 @@ def write(source: Source, directory: Path, *, uniform: bool) -> None:
     """
     modules = _known_modules(source)
     tensors = dict[str, Tensor]()
-    for part in parts_of_pipeline(source, KOHYA.name):
-        _refuse_dora(part)
-        member_tensors, config = exported(part, uniform=uniform, scaling=1.0)
-        member = checked_member(part, member_tensors, KOHYA.name)
+    for member_source in sources_of_members(source, KOHYA.name):
+        _refuse_dora(member_source)
+        member_tensors, config = exported(member_source, uniform=uniform, scaling=1.0)
+        member = checked_member(member_source, member_tensors, KOHYA.name)
         layers = _with_whole_attentions(_layers_in(member_tensors))
-        names = _names_in_file(part, member, layers, modules)
-        for name, parts in _by_name(layers, names).items():
-            tensors |= _tensors_of(name, stacked_update(parts), alpha=config["r"])
+        names = _names_in_file(member_source, member, layers, modules)
+        for name, updates in _by_name(layers, names).items():
+            tensors |= _tensors_of(name, stacked_update(updates), alpha=config["r"])
     warn_of_replaced(directory / _FILE, tensors, _beginning)
     write_files(directory, {_FILE: save(tensors, {})})
 
@@ -80,9 +80,9 @@ def _tensors_of(name: str, factors: Factors, alpha: int) -> dict[str, Tensor]:
 # The layers of a member
 
 
-def _refuse_dora(part: Source) -> None:
+def _refuse_dora(source: Source) -> None:
     """Refuse DoRA, of which diffusers drops the magnitudes."""
-    if part.stored.config.use_dora:
+    if source.stored.config.use_dora:
         raise ExportError(
             "Of a file of kohya's with DoRA, diffusers would read A and B alone, another update. Write "
             "format='diffusers', or merge: save_merged(model, path)."
@@ -112,9 +112,9 @@ def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
 # Their names
 
 
-def _names_in_file(part: Source, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
+def _names_in_file(source: Source, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
     """The names in the file of a member's layers. Refuse layers without one."""
-    name_of = _naming(part, member, modules)
+    name_of = _naming(source, member, modules)
     names = {layer: name_of(layer) for layer in layers}
     unnamed = where_not(names, bool)
     if unnamed:
@@ -123,28 +123,28 @@ def _names_in_file(part: Source, member: str, layers: Iterable[str], modules: se
             "UNet and the CLIP text encoders of Stable Diffusion and SDXL, and for the blocks of Flux. Leave these "
             "layers out (exclude_modules), or write format='diffusers', which ComfyUI reads too."
         )
-    _warn_of_skipped(part, member, names)
+    _warn_of_skipped(source, member, names)
     return names
 
 
-def _warn_of_skipped(part: Source, member: str, names: Mapping[str, str]) -> None:
+def _warn_of_skipped(source: Source, member: str, names: Mapping[str, str]) -> None:
     """Warn of layers that some reader skips, or may skip."""
     outer = only(names, OUTER)
     if outer:
         warn(f"kohya's own scripts skip {listed(outer)} without an error. ComfyUI, A1111 and diffusers read them.")
-    if member == "text_encoder" and part.stored.root == "":
+    if member == "text_encoder" and source.stored.root == "":
         warn(
             "Nothing around this text encoder says whose it is: it is named as that of Stable Diffusion. If it is one "
             "of SDXL or Flux, A1111 and kohya's scripts would skip it: export the module around the whole pipeline."
         )
 
 
-def _naming(part: Source, member: str, modules: set[str]) -> NameOf:
+def _naming(source: Source, member: str, modules: set[str]) -> NameOf:
     """What gives a layer of a member its name in the file."""
-    if part.inner_described.class_name == FLUX_CLASS:
+    if source.inner_described.class_name == FLUX_CLASS:
         return name_in_flux
-    inside = entries_inside(part.stored.root, dict.fromkeys(modules))
-    modules_for_reader = set(map(part.name_for_reader, inside))
+    inside = entries_inside(source.stored.root, dict.fromkeys(modules))
+    modules_for_reader = set(map(source.name_for_reader, inside))
     first, *_ = naming_forms(_beginning_of(member, modules), modules_for_reader)
     return first
 

@@ -47,8 +47,8 @@ def member_name(model: nn.Module | None, root: str) -> str:
 def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     """Return a pipeline's members among modules: their names in the model, by what the pipeline calls them.
 
-    Nothing inside of a member is another one. Of two with one name, the one that is called so is the member: its class
-    says less.
+    Nothing inside of a member is another one. If the pipeline would call two the same, such as two text encoders by
+    their class, the one that has this name here is meant.
     """
     places = dict[str, str]()
     for name, module in without(modules, [""]).items():
@@ -65,21 +65,21 @@ def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
 # The adapters of each member
 
 
-def parts_of_pipeline(source: Source, format: str) -> list[Source]:
+def sources_of_members(source: Source, format: str) -> list[Source]:
     """Return the adapters of each member of a pipeline: the model may be one, or hold several."""
     roots = _roots_of_members(source)
     outside = set(source.stored.state)
-    parts = list[Source]()
+    sources = list[Source]()
     for root in roots:
-        part = _part_inside(root, source.stored)
-        parts.append(replace(source, stored=part))
-        outside -= part.state.keys()
+        stored = _adapters_inside(root, source.stored)
+        sources.append(replace(source, stored=stored))
+        outside -= stored.state.keys()
     if outside:
         raise ExportError(
             f"{listed(sorted(outside))} were trained outside of {listed(roots)}. With format={format!r}, a file holds "
             "parts of a pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
         )
-    return parts
+    return sources
 
 
 def _roots_of_members(source: Source) -> list[str]:
@@ -99,8 +99,8 @@ def _roots_of_members(source: Source) -> list[str]:
     return list(adapted_members.values()) or [root]
 
 
-def _part_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
-    """The adapters of one member."""
+def _adapters_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
+    """The adapters of one member, by the same names."""
     return replace(
         stored,
         root=root,
@@ -110,10 +110,10 @@ def _part_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
     )
 
 
-def checked_member(part: Source, tensors: Iterable[str], format: str) -> str:
-    """Return what a pipeline calls a part with these tensors. Refuse what it would not read."""
-    stored = part.stored
-    member = member_name(part.inner, stored.root)
+def checked_member(source: Source, tensors: Iterable[str], format: str) -> str:
+    """Return what a pipeline calls the member with these tensors. Refuse what it would not read."""
+    stored = source.stored
+    member = member_name(source.inner, stored.root)
     if not member:
         raise ExportError(
             f"format={format!r} is for parts of a pipeline that read adapters, and {stored.source} is none that is "

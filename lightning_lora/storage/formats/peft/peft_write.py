@@ -92,15 +92,14 @@ def exported(source: Source, *, uniform: bool, scaling: float | None = None) -> 
         updates = with_largest_rank(updates)
         if scaling is None:
             scaling = _most_common_scaling(updates)
-    use_rslora = False  # alpha over rank says one scaling
     if scaling is None:
-        use_rslora = source.stored.config.use_rslora
+        config = _config(source, updates, use_rslora=source.stored.config.use_rslora)
+        warn_of_merges(source)
+        warn_of_scalings(source, updates, config)
     else:
         updates = with_scaling(updates, scaling)
-    config = _config(source, updates, use_rslora=use_rslora)
-    warn_of_merges(source)
-    if scaling is None:
-        warn_of_scalings(source, updates, config)
+        config = _config(source, updates, use_rslora=False)
+        warn_of_merges(source)
     return tensors_of(source, updates), config
 
 
