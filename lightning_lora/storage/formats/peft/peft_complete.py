@@ -70,7 +70,7 @@ class _Contents:
 
     @cached_property
     def parts(self) -> set[str]:
-        """The modules of which the file holds something inside. The model itself is one of them."""
+        """The modules in which the file has something. The model itself is one of them."""
         return {"", *modules_around(map(owner_of, (*self.file.layers, *self.file.rest)))}
 
     @cached_property

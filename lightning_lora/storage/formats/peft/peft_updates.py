@@ -32,7 +32,7 @@ Matrices = tuple[AdaptedMatrix, ...]
 
 def updates_in(file: PeftFile) -> list[Update]:
     """Return the updates of the layers in a file. The model may be adapted already."""
-    by_layer = dict[str, dict[str, Tensors]]()
+    by_layer = dict[str, dict[str, Tensors]]()  # names in the file: of layers, then of what PEFT wraps for each
     for name, tensors in file.adapters.items():
         by_layer.setdefault(_layer_of(name, file), {})[name] = tensors
     updates = list[Update]()
