@@ -20,7 +20,7 @@ from lightning_lora.cli.shown import Plain, show
 from lightning_lora.functional.subspace import directions, effective_rank
 from lightning_lora.storage.disk import opened
 from lightning_lora.storage.inner_model import UNKNOWN
-from lightning_lora.storage.offline.layers import besides, matrix_updates, read_layers
+from lightning_lora.storage.offline.layers import matrix_updates, read_layers, tensors_beside_adapters
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
 from lightning_lora.tensors.named import of_type
 
@@ -101,7 +101,7 @@ def _describe_layer(stored: StoredAdapters, name: str) -> Plain:
 def _describe_others(stored: StoredAdapters) -> Plain:
     """The shape and dtype of each tensor that is no adapter's."""
     described: Plain = {}
-    for name, tensor in of_type(besides(stored), Tensor).items():
+    for name, tensor in of_type(tensors_beside_adapters(stored), Tensor).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         described[name] = {"shape": list(tensor.shape), "dtype": dtype}
     return described

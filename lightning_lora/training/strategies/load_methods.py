@@ -11,7 +11,12 @@ from lightning_lora.model.view import View
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.beside_adapters import reduce_to_adapters, show_base
-from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, remove_callback_state
+from lightning_lora.storage.formats.lightning import (
+    check_readable,
+    check_resumable,
+    remove_callback_state,
+    without_run_state,
+)
 from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.storage.temporary_files import remove_left_parts
@@ -55,7 +60,7 @@ class LoadMethods(SetUpMethods):
         rank_zero_info(
             f"{checkpoint_path} holds a full model and no adapters: it is the base of the fine-tune, which begins anew."
         )
-        return as_base(checkpoint)
+        return without_run_state(checkpoint)
 
     def _remove_left_parts(self, path: Any) -> None:
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
