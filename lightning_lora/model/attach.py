@@ -24,7 +24,7 @@ def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
     """Attach adapters to layers of a model, by the names of the layers."""
     for name, adapter in adapters.items():
         put_on(view.modules[name], adapter)
-    layers_have_changed(view)
+    update_for_changed_layers(view)
     watch_optimizers(view.model)
 
 
@@ -39,12 +39,15 @@ def detach_from(view: View, names: Collection[str]) -> dict[str, Adapter]:
     adapters = {}
     for name, layer in only(view.layers, names).items():
         adapters[name] = layer.lora_detach()
-    layers_have_changed(view)
+    update_for_changed_layers(view)
     return adapters
 
 
-def layers_have_changed(view: View) -> None:
-    """Bring all that depends on which layers are adapted up to date: ties, bypasses, and what the view has seen."""
+def update_for_changed_layers(view: View) -> None:
+    """Bring up to date what depends on which layers are adapted.
+
+    These are ties between layers, bypasses, and what the view has seen.
+    """
     tie_layers(view.modules.values())
     update_bypasses(view.modules)
     view.look_again()
@@ -109,7 +112,7 @@ def _kind_of_replaced(view: View, name: str) -> type[LoRALayer]:
     return kind
 
 
-def weights_have_changed(view: View) -> None:
+def update_for_changed_weights(view: View) -> None:
     """Drop what was computed from the earlier weights of adapted layers."""
     torch.clear_autocast_cache()  # it may hold copies of them
     for layer in view.layers.values():

@@ -15,10 +15,10 @@ from lightning_lora.layers import Adapter, LoRALayer, new_adapter
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
 from lightning_lora.model.as_adapted import check_same, check_weights
-from lightning_lora.model.base_values import keep_originals, kept_tensors, restore_originals
+from lightning_lora.model.base_values import keep_originals, restore_originals, tensors_with_originals
 from lightning_lora.model.still.find_still import about_networks_left_out, find_still_networks
 from lightning_lora.model.still.follow import follow_originals
-from lightning_lora.model.switch import activate, adapters, check_known, set_adapter
+from lightning_lora.model.switch import activate, adapters, check_known, switch_to
 from lightning_lora.model.trainer_only import refuse_trainer_only
 from lightning_lora.model.user_flags import note_what_the_user_set
 from lightning_lora.model.view import View, view_of
@@ -93,7 +93,7 @@ def inject(
     model: nn.Module, config: LoRAConfig, *, name: str = "default", is_from_file: bool = False
 ) -> tuple[str, ...]:
     """Adapt as :func:`inject_adapters` does. A file's ``config`` names the networks that stand still: none is found."""
-    records.check_start(model, "inject_adapters")
+    records.start_call(model, "inject_adapters")
     if name not in adapters(model):  # inside adapter_names(...), a call that finds nothing to add is allowed
         refuse_in_block(model, "inject_adapters")
     if records.state_of(model) is State.ADAPTED:
@@ -209,7 +209,7 @@ def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
         return []
     tied = _tied_parameters(view)
     fresh = where(without(view.layers, choices), LoRALayer.lora_is_fresh)
-    return [name for name in fresh if not tied.isdisjoint(view.weights_of(name))]
+    return [name for name in fresh if not tied.isdisjoint(view.base_weights_of(name))]
 
 
 def _tied_parameters(view: View) -> set[nn.Parameter]:
@@ -275,7 +275,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     if name is not None and record.others:
         _remove_one(model, record, name)
         return
-    set_adapter(model, record.adapter.name)
+    switch_to(model, record.adapter.name)
     view_of(model)  # refuses a model in which layers have lost their adapters
     records.absorb_inner_records(model, record)
     if not record.is_merged:
@@ -287,7 +287,7 @@ def _remove_one(model: nn.Module, record: records.Record, name: str) -> None:
     """Remove one of several adapters. Without the active one, the model shows its base."""
     if name == record.adapter.name:
         with activate(model, next(iter(record.others))) as undo:
-            set_adapter(model, None)
+            switch_to(model, None)
             undo.keep()
     del record.others[name]
 
@@ -297,7 +297,7 @@ def _restore_base(model: nn.Module) -> None:
     view = View(model)
     check_weights(view)
     with attach.undone_on_error(view), Undo() as undo:
-        restore_originals(view, kept_tensors(view), undo)
+        restore_originals(view, tensors_with_originals(view), undo)
         attach.unfreeze(view)
         undo.keep()
     attach.detach_adapters(view)

@@ -167,7 +167,7 @@ class View:
             names += joined(layer, weights_of(matrices))
         return names
 
-    def weights_of(self, layer: str) -> set[nn.Parameter]:
+    def base_weights_of(self, layer: str) -> set[nn.Parameter]:
         """Return the base's weights of an adapted layer."""
         names = joined(layer, self.layers[layer].lora_weights())
         return {self.base[name] for name in names}

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.base.states import State
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.as_merged import check_own
-from lightning_lora.model.base_values import kept_tensors
+from lightning_lora.model.as_merged import refuse_layers_of_another_model
+from lightning_lora.model.base_values import tensors_with_originals
 from lightning_lora.model.inject import inject, remove_adapters
 from lightning_lora.model.merge import merge, unmerge_or_forget
 from lightning_lora.model.record import find_record, keep_record, state_of
@@ -148,7 +148,7 @@ class Stage:
         view = View(pl_module)
         if not view.is_merged:
             return False
-        check_own(view)
+        refuse_layers_of_another_model(view)
         return not (loads_in_hooks(pl_module) or self.wants_another(pl_module))
 
     # Take what the module or a file has
@@ -189,7 +189,7 @@ class Stage:
         """
         if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
             return False
-        changed = self.before.changed_base_tensors(kept_tensors(view))
+        changed = self.before.changed_base_tensors(tensors_with_originals(view))
         view.adapter.set_base_values(changed)
         return True
 

@@ -99,7 +99,7 @@ def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
     """The weights below adapters that have learned."""
     weights: set[nn.Parameter] = set()
     for name in layers_that_have_learned(view):
-        weights |= view.weights_of(name)
+        weights |= view.base_weights_of(name)
     return weights
 
 

@@ -33,7 +33,7 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
 
     # all networks are noted before flags are set by them
     _note_networks(view, found.under_head, copies)
-    leave_alone(view, found.beside_training)
+    strip_adapters(view, found.beside_training)
     view.look_again()
     attach.freeze(view)  # what trains in full does not in a copy
     follow_originals(view)
@@ -62,7 +62,7 @@ def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, st
     paused = []
     for name in outside(view.layers, may_be_unheld):
         layer = view.layers[name]
-        if view.weights_of(name) <= unheld and not layer.lora_is_fresh():
+        if view.base_weights_of(name) <= unheld and not layer.lora_is_fresh():
             layer.lora_pause()
             paused.append(name)
     return paused
@@ -90,8 +90,11 @@ def _note_networks(view: View, under_head: Collection[str], copies: Mapping[str,
     view.adapter.networks = replace(before, under_head=tuple(all_under_head), copies=copies)
 
 
-def leave_alone(view: View, networks: Collection[str]) -> None:
-    """Remove the adapters of networks. Files say that they are left out."""
+def strip_adapters(view: View, networks: Collection[str]) -> None:
+    """Remove the adapters of networks. Files say that they are left out.
+
+    An error, if no adapter would be left, changes nothing.
+    """
     before = view.adapter.networks
     under_head = tuple(not_in(before.under_head, networks))
     now = replace(before, beside_training=(*before.beside_training, *networks), under_head=under_head)

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.errors import StrategyError, listed
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.still.find_still import about_networks_left_out
-from lightning_lora.model.still.settle import leave_alone
+from lightning_lora.model.still.settle import strip_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.tensors.graphs import nodes_behind
@@ -151,7 +151,7 @@ def remove_unfed(
             f"{said} DeepSpeed cannot take parameters out of a fit that has begun. "
             f"Name it yourself: exclude_modules={unfed}."
         )
-    leave_alone(view_of(model), unfed)
+    strip_adapters(view_of(model), unfed)
     rank_zero_info(said)
     _take_out_frozen(model, optimizer)
     return True
