@@ -53,6 +53,12 @@ def update_for_changed_layers(view: View) -> None:
     view.look_again()
 
 
+def reinitialise_if_base_changed(view: View) -> None:
+    """Initialise adapters again that start from the base's weights. Only if these have changed before training."""
+    for layer in view.layers.values():
+        layer.lora_initialise_if_base_changed()
+
+
 # Adapters that are off their layers: the model does not move and convert these with it
 
 

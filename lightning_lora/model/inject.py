@@ -120,7 +120,6 @@ def _adapt_layers(model: nn.Module, config: LoRAConfig, name: str, *, is_from_fi
     with attach.undone_on_error(view):
         if unwanted:
             attach.detach_from(view, unwanted)
-            view.look_again(config)  # the new one counts, before it is in the record
         check_same(view, choices)
         new = _to_be_adapted(choices)  # also those of which an adapter was taken off
         if not is_from_file:
@@ -130,14 +129,14 @@ def _adapt_layers(model: nn.Module, config: LoRAConfig, name: str, *, is_from_fi
             _check_not_parallel(model)
         record = records.begin_record(model, config, name)
         record.adapter.networks = networks
-        _attach_and_freeze(view, new_adapters)
+        _attach_and_freeze(View(model), new_adapters)
     return tuple(choices)
 
 
 def _attach_and_freeze(view: View, new_adapters: Mapping[str, Adapter]) -> None:
     """Attach new adapters beside those at hand, freeze the base, and note what the active adapter begins with."""
     attach.attach_adapters(view, new_adapters)
-    view.reinitialise_adapters()
+    attach.reinitialise_if_base_changed(view)
     follow_originals(view)
     attach.freeze(view)
     view.adapter.layers = tuple(view.layers)

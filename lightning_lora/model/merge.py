@@ -17,6 +17,7 @@ from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.as_merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import forget_record, record_of, start_call, state_of
 from lightning_lora.model.view import View, view_of
+from lightning_lora.model.views.tensors_view import was_tied
 from lightning_lora.moments import Guards
 from lightning_lora.tensors.named import not_in, with_values
 from lightning_lora.tensors.names import first_names, join, own_parameter, parameters_of, set_parameter
@@ -323,7 +324,7 @@ def _unmerge(view: View) -> None:
         attach.attach_adapters(view, adapters)
         attach.update_for_changed_weights(view)
         attach.freeze(view)
-        view.reinitialise_adapters()  # it may have been converted
+        attach.reinitialise_if_base_changed(view)  # it may have been converted
         undo.keep()
 
 
@@ -342,7 +343,7 @@ def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: Undo) -
     module = view.modules[layer]
     shown = own_parameter(module, weight)
     undo.callback(_put_back, shown, set_aside(shown), shown.device)
-    if isinstance(base, nn.Parameter):  # it was tied: restore the shared parameter
+    if was_tied(base):  # restore the shared parameter
         undo.callback(set_parameter, module, weight, shown)
         undo.callback(replace_values, base, base.data)
         replace_values(base, base.data.to(shown))  # where all its uses are adapted, it was in no model meanwhile

@@ -19,7 +19,7 @@ from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.as_merged import check_as_merged
 from lightning_lora.model.base_values import tensors_with_originals
 from lightning_lora.model.record import Record, find_record, record_of, start_call, state_of
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.view import View, check_adapters_present, view_of
 from lightning_lora.tensors.named import joined, not_in, only, where, with_values, without
 from lightning_lora.tensors.names import first_names, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
@@ -203,7 +203,7 @@ def exchange(view: View, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: an inactive one, or a new one that has no layers yet."""
     prepare_for_model(view, coming)
     put = _tensors_to_put(view, coming)  # what needs memory comes first
-    view.check_present()
+    check_adapters_present(view)
     if view.record.is_disabled:
         _show_adapter(view)
     inactive_tensors = tensors_with_originals(view)
@@ -211,11 +211,11 @@ def exchange(view: View, coming: AdapterState) -> None:
     for name, tensor in put.items():
         set_parameter(view.model, name, tensor)
     attach.attach_adapters(view, coming.inactive_adapters)
-    view.look_again(coming.config)
+    view.record.note_switched(inactive_adapters, inactive_tensors, coming)
+    view.look_again()  # the coming adapter trains other modules in full
     _thaw_norms_in(view.saved)
     freeze_norms(view.modules.values(), view.saved)
     attach.update_for_changed_weights(view)
-    view.record.note_switched(inactive_adapters, inactive_tensors, coming)
 
 
 def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.base.fingerprints import find_one_form
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
+from lightning_lora.model.attach import reinitialise_if_base_changed
 from lightning_lora.model.base_values import base_values
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import record_of, start_call
@@ -212,7 +213,7 @@ def _load_base(model: nn.Module, state: StateDict) -> None:
         for layer in View(model).layers.values():
             layer.lora_initialise()
         load_state_dict(model, state)
-        View(model).reinitialise_adapters()
+        reinitialise_if_base_changed(View(model))
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False

@@ -21,7 +21,7 @@ from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
 from lightning_lora.model.record import find_record, keep_record, record_of, start_call
 from lightning_lora.model.switch import activate, switch_to
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.view import View, check_adapters_present, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.state import copies_of
 from lightning_lora.storage.stored import StoredAdapters
@@ -128,7 +128,7 @@ def _adapt_if_plain(view: View, config: LoRAConfig, name: str | None) -> bool:
         inject(view.model, config, name=_name_of_new(view, name), is_from_file=True)
         view.look_again()
     record_of(view.model)  # refuses one that shows its base
-    view.check_present()
+    check_adapters_present(view)
     return is_new
 
 
