@@ -11,7 +11,7 @@ from lightning_lora.layers import Adapter, LoRALayer, adapter_for, put_on, tie_l
 from lightning_lora.layers.bypasses import update_bypasses
 from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
 from lightning_lora.model.as_adapted import check_weights
-from lightning_lora.model.early_optimizers import watch_optimizers
+from lightning_lora.model.own_loop.early_optimizers import watch_optimizers
 from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
 from lightning_lora.tensors.named import of_type, only, without

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.base_values import base_value, base_values, keep_frozen, restore_originals
-from lightning_lora.model.inject import inject
+from lightning_lora.model.inject import inject_from_file
 from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
 from lightning_lora.model.record import find_record, keep_record, record_of, start_call
 from lightning_lora.model.switch import activate, switch_to
@@ -125,7 +125,7 @@ def _adapt_if_plain(view: View, config: LoRAConfig, name: str | None) -> bool:
     """Adapt a model as a file says, if it has no adapters of its own. Return whether it had none."""
     is_new = not view.is_adapted or not view.adapter.layers
     if is_new:
-        inject(view.model, config, name=_name_of_new(view, name), is_from_file=True)
+        inject_from_file(view.model, config, name=_name_of_new(view, name))
         view.look_again()
     record_of(view.model)  # refuses one that shows its base
     check_adapters_present(view)
