@@ -84,7 +84,10 @@ def _has_values_of_merge(view: View, name: str) -> bool:
 
 
 def _merge_again_and_compare(view: View, layer: str, adapter: Adapter) -> bool:
-    """Whether a layer's weights are what a merge gives, perhaps converted: merge again, and compare."""
+    """Merge a layer again. Return whether this gives its weights, perhaps converted.
+
+    The weights and the class are as before afterwards. The adapter stays on the layer's device.
+    """
     module: Any = view.modules[layer]
     weights = {name: own_parameter(module, name) for name in adapter.weights}
     if any(weight.is_meta or is_dtensor(weight) for weight in weights.values()):

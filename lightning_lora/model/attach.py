@@ -153,7 +153,10 @@ def _can_train(parameter: nn.Parameter) -> bool:
 
 @contextmanager
 def undone_on_error(view: View) -> Iterator[None]:
-    """If the ``with`` block fails, restore adapters, records, frozen norms and ``requires_grad``."""
+    """If the ``with`` block fails, restore adapters, records, frozen norms and ``requires_grad``.
+
+    Values are not restored: for these, a caller has an :class:`.Undo`.
+    """
     before = _ModelBefore(view)
     try:
         yield

@@ -222,7 +222,7 @@ def _overflow_first(share: float) -> tuple[bool, float]:
 
 
 def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
-    replace_values(tensor, values)  # the other values make room first
+    replace_values(tensor, values)  # frees what the tensor holds on the device, before the copy there
     replace_values(tensor, values.to(device))
 
 
@@ -346,7 +346,7 @@ def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: Undo) -
     if was_tied(base):  # restore the shared parameter
         undo.callback(set_parameter, module, weight, shown)
         undo.callback(replace_values, base, base.data)
-        replace_values(base, base.data.to(shown))  # where all its uses are adapted, it was in no model meanwhile
+        replace_values(base, base.data.to(shown))  # if all its layers are merged, none held it: it was not moved
         set_requires_grad(base, shown.requires_grad)
         set_parameter(module, weight, base)
     else:

@@ -50,7 +50,10 @@ def switch_to(model: nn.Module, name: str | None) -> "Switched":
 
 @dataclass(repr=False)
 class Switched(AbstractContextManager[None]):
-    """What a switch returns: a ``with`` block of it, at whose end the model shows what it did before the call."""
+    """What a switch returns: a ``with`` block of it, at whose end the model shows what it did before the call.
+
+    The call has switched already. The block switches again, as it may begin later, or a second time.
+    """
 
     model: nn.Module
     name: str | None
@@ -245,7 +248,10 @@ def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
 
 
 def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> Undo:
-    """Make an adapter active, with ``config`` perhaps a new one without layers. Return what undoes it."""
+    """Make an adapter active, with ``config`` perhaps a new one without layers.
+
+    Use it as a ``with`` block: at its end the former adapter is active again, unless ``keep`` was called.
+    """
     names = adapters(model)
     undo = Undo()
     if state_of(model).shows_base:
@@ -269,7 +275,7 @@ def _show_base(view: View) -> None:
     _read_merged_digests(view)
     present = first_names(view.tensors)  # not what was tied, and is in no module until it is unmerged
     for name, tensor in with_values(present, values).items():
-        hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data
+        hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data  # the memory of a spread one is written into
         view.record.base.note_hidden(name, hidden, required_grad=tensor.requires_grad)
         set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
         replace_values(tensor, values[tensor])

@@ -131,7 +131,7 @@ def _parameters_of(adapters: Iterable[Adapter]) -> Iterator[nn.Parameter]:
 def _are_held_by_another(adapters: set[nn.Parameter], optimizer: Optimizer) -> bool:
     """Whether any other optimizer holds some of these, also one that has taken no step yet."""
     for each in gc.get_objects():
-        is_another = issubclass(type(each), Optimizer) and each is not optimizer  # isinstance would run code of proxies
+        is_another = issubclass(type(each), Optimizer) and each is not optimizer  # isinstance runs code of theirs
         if is_another and not adapters.isdisjoint(_held_by(each)):
             return True
     return False

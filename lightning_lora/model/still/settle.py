@@ -29,13 +29,13 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     # what has learned is kept, in whatever network it is
     paused = _pause_layers(view, unheld, copies)
     _resume_layers(view, paused, copies)
-    _tell_guards(view, paused)
+    _say_and_forget_frozen(view, paused)
 
     # all networks are noted before flags are set by them
     _note_networks(view, found.under_head, copies)
     strip_adapters(view, found.beside_training)
     view.look_again()
-    attach.freeze(view)  # what trains in full does not in a copy
+    attach.freeze(view)  # again: in a copy, what trains in full does not, and strip_adapters may have done nothing
     follow_originals(view)
     return paused
 
@@ -76,7 +76,7 @@ def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str
             layer.lora_train_again()
 
 
-def _tell_guards(view: View, paused: list[str]) -> None:
+def _say_and_forget_frozen(view: View, paused: list[str]) -> None:
     """Let guards say what is paused, and once, what the user has frozen since."""
     base = view.record.base
     Guards().networks_settled(view, paused, base.frozen_since)
