@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.model import early_optimizers
+from lightning_lora.model.own_loop import early_optimizers
 from lightning_lora.model.view import View
 from tests.support.faults import unchanged
 from tests.support.fits import adapted

@@ -28,6 +28,6 @@ def _layers_of_each_weight(view: View) -> list[list[str]]:
     layers: dict[tuple[int, type], list[str]] = {}
     for name, layer in leading_layers(view).items():
         adapter_class, _ = layer.overlaid  # and the class of the layer
-        for weight in view.weights_of(name):
+        for weight in view.base_weights_of(name):
             layers.setdefault((id(weight), adapter_class), []).append(name)
     return list(layers.values())

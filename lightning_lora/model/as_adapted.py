@@ -18,7 +18,7 @@ from lightning_lora.tensors.names import find_parameter, is_in, submodule
 
 def check_weights(view: View) -> None:
     """Refuse adapted weights that are computed now: prune, parametrize, weight_norm and the like replace them."""
-    computed = where(view.layers, _is_computed)
+    computed = where(view.layers, _was_replaced)
     if computed:
         raise AdapterStateError(
             f"Since it was adapted, the weight of {listed(computed)} of {view.title} is computed, so no update can be "
@@ -28,7 +28,7 @@ def check_weights(view: View) -> None:
         )
 
 
-def _is_computed(layer: LoRALayer) -> bool:
+def _was_replaced(layer: LoRALayer) -> bool:
     """Whether other code has replaced the class or the weights of an adapted layer."""
     present = dict(layer.named_parameters(remove_duplicate=False))
     has_its_weights = present.keys() >= set(layer.lora_weights())

@@ -30,13 +30,13 @@ def is_as_merged(view: View) -> bool:
     """Whether a model has its merged weights, perhaps converted, or is not merged. Collective for a sharded one."""
     if not view.is_merged:
         return True
-    check_own(view)
+    refuse_layers_of_another_model(view)
     has_changed_here = not _is_as_merged_here(view)
     (has_changed_anywhere,) = agreed([has_changed_here], list(view.parameters.values()))
     return not has_changed_anywhere
 
 
-def check_own(view: View) -> None:
+def refuse_layers_of_another_model(view: View) -> None:
     """Refuse merged layers that another model shares, and whose adapters are on them."""
     adapted = of_type(view.modules, LoRALayer)
     taken = only(adapted, view.record.merged_adapters)
@@ -64,7 +64,7 @@ def _is_layer_as_merged(view: View, layer: str, adapter: Adapter) -> bool:
     tied = only(view.record.base.after_merge.seen_tied, names)
     if not all(_is_tie_present(view, name) for name in tied):
         return False
-    return all(_has_values_of_merge(view, name) for name in names) or _is_merged_anew(view, layer, adapter)
+    return all(_has_values_of_merge(view, name) for name in names) or _merge_again_and_compare(view, layer, adapter)
 
 
 def _is_tie_present(view: View, name: str) -> bool:
@@ -83,8 +83,11 @@ def _has_values_of_merge(view: View, name: str) -> bool:
     return after_merge.seen[name].has_same_values(view.parameters[name])
 
 
-def _is_merged_anew(view: View, layer: str, adapter: Adapter) -> bool:
-    """Whether a layer's weights are what a merge gives, perhaps converted: merge again, and compare."""
+def _merge_again_and_compare(view: View, layer: str, adapter: Adapter) -> bool:
+    """Merge a layer again. Return whether this gives its weights, perhaps converted.
+
+    The weights and the class are as before afterwards. The adapter stays on the layer's device.
+    """
     module: Any = view.modules[layer]
     weights = {name: own_parameter(module, name) for name in adapter.weights}
     if any(weight.is_meta or is_dtensor(weight) for weight in weights.values()):

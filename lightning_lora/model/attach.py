@@ -11,7 +11,7 @@ from lightning_lora.layers import Adapter, LoRALayer, adapter_for, put_on, tie_l
 from lightning_lora.layers.bypasses import update_bypasses
 from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
 from lightning_lora.model.as_adapted import check_weights
-from lightning_lora.model.early_optimizers import watch_optimizers
+from lightning_lora.model.own_loop.early_optimizers import watch_optimizers
 from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
 from lightning_lora.tensors.named import of_type, only, without
@@ -24,7 +24,7 @@ def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
     """Attach adapters to layers of a model, by the names of the layers."""
     for name, adapter in adapters.items():
         put_on(view.modules[name], adapter)
-    layers_have_changed(view)
+    update_for_changed_layers(view)
     watch_optimizers(view.model)
 
 
@@ -39,15 +39,24 @@ def detach_from(view: View, names: Collection[str]) -> dict[str, Adapter]:
     adapters = {}
     for name, layer in only(view.layers, names).items():
         adapters[name] = layer.lora_detach()
-    layers_have_changed(view)
+    update_for_changed_layers(view)
     return adapters
 
 
-def layers_have_changed(view: View) -> None:
-    """Bring all that depends on which layers are adapted up to date: ties, bypasses, and what the view has seen."""
+def update_for_changed_layers(view: View) -> None:
+    """Bring up to date what depends on which layers are adapted.
+
+    These are ties between layers, bypasses, and what the view has seen.
+    """
     tie_layers(view.modules.values())
     update_bypasses(view.modules)
     view.look_again()
+
+
+def reinitialise_if_base_changed(view: View) -> None:
+    """Initialise adapters again that start from the base's weights. Only if these have changed before training."""
+    for layer in view.layers.values():
+        layer.lora_initialise_if_base_changed()
 
 
 # Adapters that are off their layers: the model does not move and convert these with it
@@ -109,7 +118,7 @@ def _kind_of_replaced(view: View, name: str) -> type[LoRALayer]:
     return kind
 
 
-def weights_have_changed(view: View) -> None:
+def update_for_changed_weights(view: View) -> None:
     """Drop what was computed from the earlier weights of adapted layers."""
     torch.clear_autocast_cache()  # it may hold copies of them
     for layer in view.layers.values():
@@ -144,7 +153,10 @@ def _can_train(parameter: nn.Parameter) -> bool:
 
 @contextmanager
 def undone_on_error(view: View) -> Iterator[None]:
-    """If the ``with`` block fails, restore adapters, records, frozen norms and ``requires_grad``."""
+    """If the ``with`` block fails, restore adapters, records, frozen norms and ``requires_grad``.
+
+    Values are not restored: for these, a caller has an :class:`.Undo`.
+    """
     before = _ModelBefore(view)
     try:
         yield

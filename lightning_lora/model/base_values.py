@@ -16,7 +16,7 @@ from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values, same_bits
 
 
-def kept_tensors(view: View) -> dict[str, Tensor]:
+def tensors_with_originals(view: View) -> dict[str, Tensor]:
     """Return the model's tensors whose base values the active adapter keeps."""
     present = view.base_tensors
     names = only(view.adapter.originals, present)
@@ -35,7 +35,7 @@ def base_values(view: View) -> dict[str, Tensor]:
     """Return the values of what does not train: frozen weights without updates, and buffers as they were before."""
     values = frozen_values(view)
     originals = view.adapter.originals
-    for name, tensor in without(kept_tensors(view), view.trainable).items():
+    for name, tensor in without(tensors_with_originals(view), view.trainable).items():
         values[name] = originals[name].to(tensor.dtype)
     return {**values, **view.entries}
 
@@ -77,7 +77,7 @@ def keep_frozen(view: View, names: Iterable[str]) -> None:
 
 def restore_originals(view: View, names: Iterable[str], undo: Undo) -> None:
     """Write the base's original values of ``names`` back. ``undo`` gets callbacks that write the current values."""
-    present = kept_tensors(view)
+    present = tensors_with_originals(view)
     originals = view.adapter.originals
     for name in names:
         _write_original(present[name], originals[name], undo)

@@ -1,6 +1,7 @@
-"""Add adapters to a model in place, and remove them."""
+"""Add adapters to a model in place: plan which layers get some, then change the model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -10,27 +11,24 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_lora.base.blocks import refuse_in_block
 from lightning_lora.base.states import SWITCH, State
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterStateError, ConfigError, TargetError, listed
-from lightning_lora.layers import Adapter, LoRALayer, new_adapter
+from lightning_lora.errors import AdapterStateError, ConfigError, listed
+from lightning_lora.layers import Adapter, new_adapter
 from lightning_lora.model import attach
-from lightning_lora.model import record as records
-from lightning_lora.model.as_adapted import check_same, check_weights
-from lightning_lora.model.base_values import keep_originals, kept_tensors, restore_originals
-from lightning_lora.model.still.find_still import about_networks_left_out, find_still_networks
+from lightning_lora.model.as_adapted import check_same
+from lightning_lora.model.base_values import keep_originals
+from lightning_lora.model.own_loop.trainer_only import refuse_trainer_only
+from lightning_lora.model.plan_adapters import Plan, plan_adapters, plan_as_in_file, without_adapters
+from lightning_lora.model.record import begin_record, find_record, refusal_to_start, start_call, state_of
 from lightning_lora.model.still.follow import follow_originals
-from lightning_lora.model.switch import activate, adapters, check_known, set_adapter
-from lightning_lora.model.trainer_only import refuse_trainer_only
+from lightning_lora.model.switch import activate, adapters
 from lightning_lora.model.user_flags import note_what_the_user_set
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.view import View
 from lightning_lora.moments import Guards
-from lightning_lora.networks.roles import StillNetworks
 from lightning_lora.private import FABRIC_WRAPPED
-from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.select import select
-from lightning_lora.tensors.named import inside, names_by, only, outside, where, without
-from lightning_lora.tensors.names import first_names, named_modules, owner_of, parameters_of
-from lightning_lora.tensors.undo import Undo
+from lightning_lora.tensors.named import where
+from lightning_lora.tensors.names import named_modules
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
@@ -84,60 +82,88 @@ def _check_arguments(model: object, config: object) -> None:
         if _is_pefts(config):
             about += " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)."
         raise ConfigError(about)
-    record = records.find_record(model)
+    record = find_record(model)
     if record is None or not record.adapter.is_trained:
         refuse_trainer_only(config)
 
 
-def inject(
-    model: nn.Module, config: LoRAConfig, *, name: str = "default", is_from_file: bool = False
-) -> tuple[str, ...]:
-    """Adapt as :func:`inject_adapters` does. A file's ``config`` names the networks that stand still: none is found."""
-    records.check_start(model, "inject_adapters")
-    if name not in adapters(model):  # inside adapter_names(...), a call that finds nothing to add is allowed
+def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
+    """Adapt a model as :func:`inject_adapters` does."""
+    with _active(model, config, name):
+        view = _begin_view(model, config)
+        plan = plan_adapters(view)
+        _refuse_changes_in_block(model, plan)
+        with attach.undone_on_error(view):
+            _take_off_unwanted(view, plan)
+            Guards().layers_chosen(view, plan.new)
+            _put_on_new(model, view, plan, name)
+    return tuple(plan.choices)
+
+
+def inject_from_file(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
+    """Adapt a model as a file's ``config`` says. No network that stands still is looked for, and nothing is said."""
+    config = _without_lost_exclusions(model, config)
+    with _active(model, config, name):
+        view = _begin_view(model, config)
+        plan = plan_as_in_file(view)
+        _refuse_changes_in_block(model, plan)
+        with attach.undone_on_error(view):
+            _take_off_unwanted(view, plan)
+            _put_on_new(model, view, plan, name)
+    return tuple(plan.choices)
+
+
+@contextmanager
+def _active(model: nn.Module, config: LoRAConfig, name: str) -> Iterator[None]:
+    """Refuse what may not start now, and make the adapter ``name`` active. After an error, the former one is so again.
+
+    A plain or merged model has no active adapter: it gets a new record later.
+    """
+    start_call(model, "inject_adapters")
+    if name not in adapters(model):  # a new adapter is a change; a known one may need none, which a block allows
         refuse_in_block(model, "inject_adapters")
-    if records.state_of(model) is State.ADAPTED:
+    if state_of(model) is State.ADAPTED:
         with activate(model, name, config) as undo:
-            layers = _adapt_layers(model, config, name, is_from_file=is_from_file)
+            yield
             undo.keep()
-        return layers
+        return
     if len(adapters(model)) > 1:  # on a new base, those that are not merged would be lost
-        raise records.refusal_to_start(model, SWITCH)
-    return _adapt_layers(model, config, name, is_from_file=is_from_file)
+        raise refusal_to_start(model, SWITCH)
+    yield
 
 
-def _adapt_layers(model: nn.Module, config: LoRAConfig, name: str, *, is_from_file: bool) -> tuple[str, ...]:
-    """Choose layers, then change the model. Return the names of all that have adapters."""
-    if is_from_file:
-        config = _without_lost_exclusions(model, config)
+def _begin_view(model: nn.Module, config: LoRAConfig) -> View:
+    """Return a view of what ``config`` asks for, after the user's own flags are noted."""
     view = View(model, config)
     _refuse_pefts(view)
     note_what_the_user_set(view)
-    choices, networks = _choose(view, is_from_file=is_from_file)
-    unwanted = _unwanted_adapters(view, choices, networks)
-    if unwanted or _to_be_adapted(choices):
+    return view
+
+
+def _refuse_changes_in_block(model: nn.Module, plan: Plan) -> None:
+    """Refuse to change layers in a block of ``adapter_names``. If all is as asked for, nothing changes."""
+    if plan.changes_layers:
         refuse_in_block(model, "inject_adapters")
-    with attach.undone_on_error(view):
-        if unwanted:
-            attach.detach_from(view, unwanted)
-            view.look_again(config)  # the new one counts, before it is in the record
-        check_same(view, choices)
-        new = _to_be_adapted(choices)  # also those of which an adapter was taken off
-        if not is_from_file:
-            Guards().layers_chosen(view, new)
-        new_adapters = _new_adapters(new)
-        if new_adapters:
-            _check_not_parallel(model)
-        record = records.begin_record(model, config, name)
-        record.adapter.networks = networks
-        _attach_and_freeze(view, new_adapters)
-    return tuple(choices)
 
 
-def _attach_and_freeze(view: View, new_adapters: Mapping[str, Adapter]) -> None:
+def _take_off_unwanted(view: View, plan: Plan) -> None:
+    """Take off the adapters that nobody wants. Refuse others that are not as asked for."""
+    if plan.unwanted:
+        attach.detach_from(view, plan.unwanted)
+    check_same(view, plan.choices)
+
+
+def _put_on_new(model: nn.Module, view: View, plan: Plan, name: str) -> None:
     """Attach new adapters beside those at hand, freeze the base, and note what the active adapter begins with."""
+    new_adapters = _new_adapters(plan.new)
+    if new_adapters:
+        _check_not_parallel(model)
+    record = begin_record(model, view.config, name)
+    record.adapter.networks = plan.networks
+
+    view = View(model)  # from now on, the record's configuration counts
     attach.attach_adapters(view, new_adapters)
-    view.reinitialise_adapters()
+    attach.reinitialise_if_base_changed(view)
     follow_originals(view)
     attach.freeze(view)
     view.adapter.layers = tuple(view.layers)
@@ -145,9 +171,12 @@ def _attach_and_freeze(view: View, new_adapters: Mapping[str, Adapter]) -> None:
         keep_originals(view)
 
 
-def _to_be_adapted(choices: Mapping[str, Choice]) -> dict[str, Choice]:
-    """Those of the chosen layers that have no adapters."""
-    return {name: choice for name, choice in choices.items() if not isinstance(choice.layer, LoRALayer)}
+def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
+    new = {}
+    with torch.inference_mode(False):  # parameters created in inference mode cannot train
+        for name, choice in choices.items():
+            new[name] = new_adapter(choice.kind, choice.layer, choice.matrices, choice.settings)
+    return new
 
 
 def _without_lost_exclusions(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
@@ -169,55 +198,6 @@ def _refuse_pefts(view: View) -> None:
         )
 
 
-def _choose(view: View, *, is_from_file: bool) -> tuple[dict[str, Choice], StillNetworks]:
-    """The layers that get adapters, and the networks that get none."""
-    targeted = select(view.model, view.config)
-    kinds = {name: choice.kind for name, choice in targeted.items()}
-    frozen = set(only(view.base, view.frozen_by_user).values())
-    networks = find_still_networks(view, kinds, frozen, is_from_file=is_from_file)
-    choices = only(targeted, outside(targeted, networks.without_adapters))
-    if not choices:
-        raise TargetError(
-            f"{about_networks_left_out(networks.beside_training, view.title)} Nothing else is targeted by "
-            f"{view.config.target_modules!r}: what trains has no layers of that kind."
-        )
-    return choices, networks
-
-
-def _unwanted_adapters(view: View, choices: Mapping[str, Choice], networks: StillNetworks) -> list[str]:
-    """Adapted layers whose adapters are taken off: those that no longer fit, or that nobody has asked for."""
-    return [*_resized_before_training(view), *_copied_or_left_out(view, choices, networks), *_tied_since(view, choices)]
-
-
-def _resized_before_training(view: View) -> dict[str, LoRALayer]:
-    """Layers of another size, whose adapters have learned nothing yet."""
-    resized = where(view.layers, LoRALayer.lora_is_resized)
-    return where(resized, LoRALayer.lora_is_fresh)
-
-
-def _copied_or_left_out(view: View, choices: Mapping[str, Choice], networks: StillNetworks) -> set[str]:
-    """Layers that other code copied with their adapters, or that get none now, where nobody chose them."""
-    copied = without(view.layers, view.recorded)
-    left_out = inside(view.layers, networks.without_adapters)
-    return {*copied, *left_out} - choices.keys()
-
-
-def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
-    """Layers that the same word chose before they were tied, as in a module's own ``setup``. None has learned."""
-    word = view.config.target_modules
-    if not view.is_adapted or view.adapter.config.target_modules != word or word not in AUTOMATIC:
-        return []
-    tied = _tied_parameters(view)
-    fresh = where(without(view.layers, choices), LoRALayer.lora_is_fresh)
-    return [name for name in fresh if not tied.isdisjoint(view.weights_of(name))]
-
-
-def _tied_parameters(view: View) -> set[nn.Parameter]:
-    """The parameters that several modules hold."""
-    names_by_parameter = names_by(parameters_of(first_names(view.modules)))
-    return {parameter for parameter, names in names_by_parameter.items() if len(set(map(owner_of, names))) > 1}
-
-
 def _check_not_parallel(model: nn.Module) -> None:
     """Refuse new adapters in a model whose gradients DistributedDataParallel averages: it would not know them."""
     wrapped = model._modules.get(FABRIC_WRAPPED, model)  # which Fabric's wrapper holds
@@ -230,74 +210,9 @@ def _check_not_parallel(model: nn.Module) -> None:
 
 def check_adapted(view: View) -> None:
     """Refuse a model in which selected layers have no adapters: they were added or replaced after the injection."""
-    missing = _to_be_adapted(select(view.model, view.config))
+    missing = without_adapters(select(view.model, view.config))
     if missing:
         raise AdapterStateError(
             f"{listed(missing)} of {view.title} would not train: the layers were added or replaced later. "
             "Make all layers in __init__, setup (a callback's too) or configure_model. Or set exclude_modules."
         )
-
-
-def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
-    new = {}
-    with torch.inference_mode(False):  # parameters created in inference mode cannot train
-        for name, choice in choices.items():
-            new[name] = new_adapter(choice.kind, choice.layer, choice.matrices, choice.settings)
-    return new
-
-
-def remove_adapters(model: nn.Module, name: str | None = None) -> None:
-    """Remove the adapters: ``model`` is a plain model again.
-
-    It has its own classes and state dict keys, and the same parameters are trainable as before. If the updates are not
-    merged, all values are the base's again. If they are merged, the updates stay in the weights. The biases and modules
-    that were trained in full also keep their trained values then.
-
-    Args:
-        model: The model that ``inject_adapters`` was called on.
-        name: Remove only the adapter of this name. If it is the active one, the others rest on, and the model shows
-            its base until ``set_adapter``.
-
-    Raises:
-        AdapterStateError: ``model`` has no adapters, or none of this name; or the active one of several is merged.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 4))
-        >>> names = inject_adapters(model, LoRAConfig(r=2))
-        >>> remove_adapters(model)
-        >>> model
-        Sequential(
-          (0): Linear(in_features=4, out_features=4, bias=True)
-        )
-    """
-    record = records.record_of(model, "remove_adapters")
-    check_known(record, name, model)
-    if name is not None and record.others:
-        _remove_one(model, record, name)
-        return
-    set_adapter(model, record.adapter.name)
-    view_of(model)  # refuses a model in which layers have lost their adapters
-    records.absorb_inner_records(model, record)
-    if not record.is_merged:
-        _restore_base(model)
-    records.forget_record(model)
-
-
-def _remove_one(model: nn.Module, record: records.Record, name: str) -> None:
-    """Remove one of several adapters. Without the active one, the model shows its base."""
-    if name == record.adapter.name:
-        with activate(model, next(iter(record.others))) as undo:
-            set_adapter(model, None)
-            undo.keep()
-    del record.others[name]
-
-
-def _restore_base(model: nn.Module) -> None:
-    """Take the adapters off, and give the base its values and what trained before."""
-    view = View(model)
-    check_weights(view)
-    with attach.undone_on_error(view), Undo() as undo:
-        restore_originals(view, kept_tensors(view), undo)
-        attach.unfreeze(view)
-        undo.keep()
-    attach.detach_adapters(view)

@@ -15,8 +15,9 @@ from lightning_lora.layers import Adapter, LoRALayer, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.as_merged import check_as_merged, is_as_merged
-from lightning_lora.model.record import check_start, forget_record, record_of, state_of
+from lightning_lora.model.record import forget_record, record_of, start_call, state_of
 from lightning_lora.model.view import View, view_of
+from lightning_lora.model.views.tensors_view import was_tied
 from lightning_lora.moments import Guards
 from lightning_lora.tensors.named import not_in, with_values
 from lightning_lora.tensors.names import first_names, join, own_parameter, parameters_of, set_parameter
@@ -81,7 +82,7 @@ def unmerge_adapters(model: nn.Module) -> None:
     Raises:
         AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
     """
-    check_start(model, "unmerge_adapters")
+    start_call(model, "unmerge_adapters")
     _unmerge(View(model))
 
 
@@ -113,7 +114,8 @@ def merge(model: nn.Module) -> MergeReport:
     view = view_of(model, "merge_adapters")
     if view.is_merged:
         return MergeReport()
-    tied = _check_before(view)
+    _begin_merge(view)
+    tied = tied_weights(view)
     done = MergeReport(untied=list(tied))
     bases: dict[str, Tensor] = {}
     with Undo() as undo:  # after an error: all weights get back what they had, and then the base is frozen again
@@ -125,7 +127,7 @@ def merge(model: nn.Module) -> MergeReport:
                 is_tied = weight in tied.get(name, ())
                 bases[join(name, weight)] = _keep_base_of(view, name, weight, undo, is_tied=is_tied)
                 _set_weight(layer, weight, values, is_tied=is_tied)
-        attach.weights_have_changed(view)
+        attach.update_for_changed_weights(view)
         view.look_again()  # tied weights have new parameters
         attach.unfreeze(view)
         after_merge = _look_at_parameters(view, bases)
@@ -141,7 +143,8 @@ def _merge_for_good(model: nn.Module) -> MergeReport:
     if view.is_merged:
         forget_record(view.model)
         return MergeReport()
-    tied = _check_before(view)
+    _begin_merge(view)
+    tied = tied_weights(view)
     done = MergeReport(untied=list(tied))
     for name, layer in view.layers.items():
         merged, done.lost[name] = _merged_weights(layer)
@@ -153,17 +156,16 @@ def _merge_for_good(model: nn.Module) -> MergeReport:
     torch.clear_autocast_cache()
     view.look_again()
     attach.unfreeze(view)
-    attach.layers_have_changed(view)
+    attach.update_for_changed_layers(view)
     forget_record(view.model)
     return done
 
 
-def _check_before(view: View) -> dict[str, list[str]]:
-    """Refuse what cannot be merged. Return :func:`tied_weights`."""
+def _begin_merge(view: View) -> None:
+    """Refuse what cannot be merged, and let guards speak."""
     check_weights(view)
-    tied = check_mergeable(view)
+    check_mergeable(view)
     Guards().merge_begins(view)
-    return tied
 
 
 def tied_weights(view: View) -> dict[str, list[str]]:
@@ -220,7 +222,7 @@ def _overflow_first(share: float) -> tuple[bool, float]:
 
 
 def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
-    replace_values(tensor, values)  # the other values make room first
+    replace_values(tensor, values)  # frees what the tensor holds on the device, before the copy there
     replace_values(tensor, values.to(device))
 
 
@@ -245,8 +247,8 @@ def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
     return view.record.base.readings.digests_now({name: parameter})[name]
 
 
-def check_mergeable(view: View) -> dict[str, list[str]]:
-    """Refuse weights that no update can be merged into. Return :func:`tied_weights`."""
+def check_mergeable(view: View) -> None:
+    """Refuse weights that no update can be merged into."""
     check_as_adapted(view)
     _refuse_layers(
         view,
@@ -259,14 +261,12 @@ def check_mergeable(view: View) -> dict[str, list[str]]:
         _layers_with_weights(view, view.layers, _is_without_values),
         "have no values yet (they are on the meta device). Load them first.",
     )
-    tied = tied_weights(view)
     _refuse_layers(
         view,
-        _layers_with_weights(view, tied, is_dtensor),
+        _layers_with_weights(view, tied_weights(view), is_dtensor),
         "are tied to other layers, and FSDP2 keeps them one weight. Leave them out with exclude_modules; or save "
         "the adapters, and merge them into the model on one device.",
     )
-    return tied
 
 
 def _is_without_values(weight: Tensor) -> bool:
@@ -275,7 +275,7 @@ def _is_without_values(weight: Tensor) -> bool:
 
 def _layers_with_weights(view: View, layers: Iterable[str], holds: Callable[[Tensor], bool]) -> list[str]:
     """Those of these layers that have a weight of which a condition holds."""
-    return [name for name in layers if any(holds(weight) for weight in view.weights_of(name))]
+    return [name for name in layers if any(holds(weight) for weight in view.base_weights_of(name))]
 
 
 def _refuse_layers(view: View, layers: Collection[str], why: str) -> None:
@@ -295,7 +295,7 @@ def unmerge_or_forget(model: nn.Module) -> bool:
     """Undo a merge, and return whether there was one. Weights that were replaced since are a new base: that warns."""
     if not state_of(model).is_merged:
         return False
-    check_start(model, "unmerge_adapters")
+    start_call(model, "unmerge_adapters")
     view = View(model)
     if not is_as_merged(view):
         forget_record(model)
@@ -322,9 +322,9 @@ def _unmerge(view: View) -> None:
                 _write_base(view, layer, weight, base, undo)
         record.note_unmerged(view.parameters)
         attach.attach_adapters(view, adapters)
-        attach.weights_have_changed(view)
+        attach.update_for_changed_weights(view)
         attach.freeze(view)
-        view.reinitialise_adapters()  # it may have been converted
+        attach.reinitialise_if_base_changed(view)  # it may have been converted
         undo.keep()
 
 
@@ -343,10 +343,10 @@ def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: Undo) -
     module = view.modules[layer]
     shown = own_parameter(module, weight)
     undo.callback(_put_back, shown, set_aside(shown), shown.device)
-    if isinstance(base, nn.Parameter):  # it was tied: restore the shared parameter
+    if was_tied(base):  # restore the shared parameter
         undo.callback(set_parameter, module, weight, shown)
         undo.callback(replace_values, base, base.data)
-        replace_values(base, base.data.to(shown))  # where all its uses are adapted, it was in no model meanwhile
+        replace_values(base, base.data.to(shown))  # if all its layers are merged, none held it: it was not moved
         set_requires_grad(base, shown.requires_grad)
         set_parameter(module, weight, base)
     else:

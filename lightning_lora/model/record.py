@@ -120,8 +120,8 @@ class Record:
     def note_fingerprint(self, fingerprint: Fingerprint) -> None:
         """Note the base's fingerprint, as read before a fit. A new one is that of a new base.
 
-        What was known of changes to the earlier base is dropped then. The first fingerprint of a new adapter says no
-        such thing: other adapters may have left these changes.
+        What was known of changes to the earlier base is dropped then. An adapter without fingerprints is new, and the
+        base may be the same as before: changes that other adapters left are still known.
         """
         fingerprints = self.adapter.fingerprints
         if fingerprint in fingerprints:
@@ -136,15 +136,15 @@ class Record:
         self.adapter.is_trained = True
 
 
-# The record of a model: `find_record` and `record_of` look inside a wrapper such as DistributedDataParallel. The first
-# returns None for a plain model, the second raises an error. `record_on` asks one module, and `records_in` many.
-
-
 def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
     """Look at a state dict before torch loads it: a hook of the model, which is copied and pickled with it."""
     if find_record(model) is not None:
         load = import_module("lightning_lora.storage.load.from_state_dicts")  # it lies above: by name, when called
         load.before_load(model, state, prefix, notes)
+
+
+# The record of a model: `find_record` and `record_of` look inside a wrapper such as DistributedDataParallel. The first
+# returns None for a plain model, the second raises an error. `record_on` asks one module, and `records_in` many.
 
 
 def find_record(model: nn.Module) -> Record | None:
@@ -236,8 +236,11 @@ def _inner_records(model: nn.Module) -> dict[str, Record]:
 # From which states a call may start
 
 
-def check_start(model: nn.Module, call: str) -> Record | None:
-    """Refuse a call that may not start now (:data:`.CALLS`). Return the record of ``model``; None if it is plain."""
+def start_call(model: nn.Module, call: str) -> Record | None:
+    """Start a call on ``model``: return its record, None if it is plain.
+
+    A call that may not start now (:data:`.CALLS`) is refused.
+    """
     rule = CALLS[call]
     if not rule.in_block:
         refuse_in_block(model, call)
@@ -254,13 +257,14 @@ def refusal_to_start(model: nn.Module, call: str) -> AdapterStateError:
     title = type(plain_module(model)).__name__
     if record is not None:
         return AdapterStateError(refusal(call, state, title, record.adapter.name))
-    for name in _inner_records(model):
-        return AdapterStateError(f"{title} has no adapters. They are in its {name!r}: pass that module.")
+    inner = next(iter(_inner_records(model)), None)
+    if inner is not None:
+        return AdapterStateError(f"{title} has no adapters. They are in its {inner!r}: pass that module.")
     return AdapterStateError(refusal(call, state, title, ""))
 
 
 def record_of(model: nn.Module, call: str = USE) -> Record:
     """Return the record of an adapted model from which a call may start. Otherwise, raise an error."""
-    record = check_start(model, call)
+    record = start_call(model, call)
     assert record is not None
     return record

@@ -28,7 +28,13 @@ Values = dict[Name, dict[str, Any]]
 """What a module has with each name, in the place of its own tensors."""
 
 
-class _Runs:
+_ATTN_MASK = 5  # the place of attn_mask among the arguments of an attention
+
+_DERIVED = LoRARecurrent.lora_from_weights
+"""What a module may have made of its weights, to be made anew. Only recurrent layers have some, or these names."""
+
+
+class _OneName:
     """Runs a module with the adapter of one name, or as the base. The modules inside it do so too.
 
     ``running`` is the block's: the names whose rows run now, the innermost last.
@@ -52,9 +58,8 @@ class _Runs:
             cls = self._adapted_class(adapter)
             attributes = {**attributes_of(adapter), "lora_step": self.step, **adapter.parameters, **attributes}
         self.running.append(name)
-        derived = LoRARecurrent.lora_from_weights  # of any module: no other kind has some, or attributes of these names
         try:
-            return functional_call(self.module, cls, attributes, derived, *args, **kwargs)
+            return functional_call(self.module, cls, attributes, _DERIVED, *args, **kwargs)
         finally:
             self.running.pop()
 
@@ -96,7 +101,7 @@ class MixedModule:
         self.record = view.record
         self.running = running
         used = {name: adapters[name] for name in names if name in adapters}
-        self.runs = _Runs(self.module, used, values, running)
+        self.runs = _OneName(self.module, used, values, running)
         self.names = list(names)
         if not values and not self.module._modules:  # so that it runs as the base, wherever it has no adapter
             self.names = [name if name in used else None for name in names]
@@ -104,9 +109,8 @@ class MixedModule:
         self.rows = {name: torch.tensor(its_rows) for name, its_rows in rows.items()}
         self.is_sum = self.runs.is_sum()
         self.factors = _FactorsOfRows(used, self.names)
-        weight_differs = "weight" in values.get(
-            None, ()
-        )  # what differs has a value with each name: an adapter trains it
+        # what differs has a value with each name, also with None: an adapter trains it
+        weight_differs = "weight" in values.get(None, ())
         self.trains_statistics = has_running_statistics(self.module) and weight_differs
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,7 +158,7 @@ class MixedModule:
         """The mask of an attention, which all rows share."""
         if not isinstance(self.module, nn.MultiheadAttention):
             return None
-        mask: Tensor | None = args[5] if len(args) > 5 else kwargs.get("attn_mask")
+        mask: Tensor | None = args[_ATTN_MASK] if len(args) > _ATTN_MASK else kwargs.get("attn_mask")
         return mask
 
     def _input(self, args: Any, kwargs: Any) -> Tensor:

@@ -17,9 +17,9 @@ from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
 from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.as_merged import check_as_merged
-from lightning_lora.model.base_values import kept_tensors
-from lightning_lora.model.record import Record, check_start, find_record, record_of, state_of
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.base_values import tensors_with_originals
+from lightning_lora.model.record import Record, find_record, record_of, start_call, state_of
+from lightning_lora.model.view import View, check_adapters_present, view_of
 from lightning_lora.tensors.named import joined, not_in, only, where, with_values, without
 from lightning_lora.tensors.names import first_names, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
@@ -27,8 +27,11 @@ from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
-def set_adapter(model: nn.Module, name: str | None) -> "Switched":
-    """Switch to another adapter of a model, or to its base (None). An error changes nothing."""
+def switch_to(model: nn.Module, name: str | None) -> "Switched":
+    """Switch to one adapter of a model, or to its base (None).
+
+    An error changes nothing. The public ``set_adapter`` also takes a sum of several.
+    """
     record = record_of(model, "set_adapter")
     check_known(record, name, model)
     shown = Switched(model, name, before=record.name_in_effect, active=record.adapter.name)
@@ -47,7 +50,10 @@ def set_adapter(model: nn.Module, name: str | None) -> "Switched":
 
 @dataclass(repr=False)
 class Switched(AbstractContextManager[None]):
-    """What a switch returns: a ``with`` block of it, at whose end the model shows what it did before the call."""
+    """What a switch returns: a ``with`` block of it, at whose end the model shows what it did before the call.
+
+    The call has switched already. The block switches again, as it may begin later, or a second time.
+    """
 
     model: nn.Module
     name: str | None
@@ -55,15 +61,15 @@ class Switched(AbstractContextManager[None]):
     active: str
 
     def __enter__(self) -> None:
-        set_adapter(self.model, self.name)
+        switch_to(self.model, self.name)
 
     def __exit__(self, *_: object) -> None:
         record = find_record(self.model)
         if record is None:  # all were removed in the block
             return
         if self.before is None and self.active in record.others:  # the base was shown over this one
-            set_adapter(self.model, self.active)
-        set_adapter(self.model, self.before)
+            switch_to(self.model, self.active)
+        switch_to(self.model, self.before)
 
     def __repr__(self) -> str:
         shown = "its base" if self.name is None else f"its adapter {self.name!r}"
@@ -104,7 +110,7 @@ def disable_adapters(model: nn.Module) -> AbstractContextManager[object]:
         >>> torch.equal(model(x), base)
         False
     """
-    return set_adapter(model, None)
+    return switch_to(model, None)
 
 
 def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
@@ -138,7 +144,7 @@ def _hint(name: object, record: Record) -> str:
 
 def check_switchable(view: View) -> None:
     """Refuse to exchange adapters that are in merged weights or in shards."""
-    check_start(view.model, SWITCH)
+    start_call(view.model, SWITCH)
     if view.is_sharded:
         raise AdapterStateError(
             f"The parameters of {view.title} are sharded over processes, where only set_adapter(model, None) is "
@@ -200,19 +206,19 @@ def exchange(view: View, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: an inactive one, or a new one that has no layers yet."""
     prepare_for_model(view, coming)
     put = _tensors_to_put(view, coming)  # what needs memory comes first
-    view.check_present()
+    check_adapters_present(view)
     if view.record.is_disabled:
         _show_adapter(view)
-    inactive_tensors = kept_tensors(view)
+    inactive_tensors = tensors_with_originals(view)
     inactive_adapters = attach.detach_adapters(view)
     for name, tensor in put.items():
         set_parameter(view.model, name, tensor)
     attach.attach_adapters(view, coming.inactive_adapters)
-    view.look_again(coming.config)
+    view.record.note_switched(inactive_adapters, inactive_tensors, coming)
+    view.look_again()  # the coming adapter trains other modules in full
     _thaw_norms_in(view.saved)
     freeze_norms(view.modules.values(), view.saved)
-    attach.weights_have_changed(view)
-    view.record.note_switched(inactive_adapters, inactive_tensors, coming)
+    attach.update_for_changed_weights(view)
 
 
 def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:
@@ -226,7 +232,7 @@ def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
     put = dict(coming.inactive_tensors)
     originals = view.adapter.originals
     made = dict[Tensor, Tensor]()  # a tied one has several names
-    for name, tensor in without(kept_tensors(view), put).items():
+    for name, tensor in without(tensors_with_originals(view), put).items():
         if tensor not in made:
             made[tensor] = _base_of(tensor, originals[name])
         put[name] = made[tensor]
@@ -242,17 +248,20 @@ def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
 
 
 def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> Undo:
-    """Make an adapter active, with ``config`` perhaps a new one without layers. Return what undoes it."""
+    """Make an adapter active, with ``config`` perhaps a new one without layers.
+
+    Use it as a ``with`` block: at its end the former adapter is active again, unless ``keep`` was called.
+    """
     names = adapters(model)
     undo = Undo()
     if state_of(model).shows_base:
-        undo.callback(set_adapter, model, None)
+        undo.callback(switch_to, model, None)
     if config is None or name in names:
-        set_adapter(model, name)
+        switch_to(model, name)
     else:
         exchange(View(model), AdapterState(config, name))
         undo.callback(lambda: record_of(model).others.pop(name))
-    undo.callback(set_adapter, model, names[0])
+    undo.callback(switch_to, model, names[0])
     return undo
 
 
@@ -266,7 +275,7 @@ def _show_base(view: View) -> None:
     _read_merged_digests(view)
     present = first_names(view.tensors)  # not what was tied, and is in no module until it is unmerged
     for name, tensor in with_values(present, values).items():
-        hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data
+        hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data  # the memory of a spread one is written into
         view.record.base.note_hidden(name, hidden, required_grad=tensor.requires_grad)
         set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
         replace_values(tensor, values[tensor])
@@ -278,7 +287,7 @@ def _values_to_show(view: View) -> dict[Tensor, Tensor]:
     """The tensors that may have other values than the base, and copies of the base's."""
     values = dict[Tensor, Tensor]()
     record = view.record
-    for name, tensor in kept_tensors(view).items():
+    for name, tensor in tensors_with_originals(view).items():
         original = record.adapter.originals[name]
         has_base_value = not original.is_meta  # otherwise the model was adapted before it had values
         if has_base_value and name not in record.base.filled:

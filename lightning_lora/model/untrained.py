@@ -56,7 +56,7 @@ class Untrained:
 
     @property
     def is_whole_model(self) -> bool:
-        """Whether most of the model looks untrained, as one that is trained from its start."""
+        """Whether most of the model looks untrained, as one that is trained from its start. Not if none was judged."""
         return self.share > MOST_SHARE
 
     @property
@@ -67,14 +67,13 @@ class Untrained:
 
 def find_untrained(view: View) -> Untrained:
     """Find what looks untrained and does not train."""
-    frozen_layers = _layers(view, besides=view.trainable.values())
+    frozen_layers = _layers(view, except_for=view.trainable.values())
     small = where(frozen_layers, _has_few_values)
     judged = without(frozen_layers, small)
     untrained = _those_that_look_untrained(view, judged)
 
-    embeddings = where(
-        only(view.modules, untrained), _is_embedding
-    )  # trained ones may look untrained: they change slowly
+    # trained embeddings may look untrained: they change slowly
+    embeddings = where(only(view.modules, untrained), _is_embedding)
     modules = _as_modules(view, _not_frozen_by_user(view, without(untrained, embeddings)))
     small_linear = only(small, of_type(view.modules, nn.Linear))
     unsure = _those_that_look_untrained(view, _not_frozen_by_user(view, small_linear))
@@ -89,7 +88,7 @@ def _share(view: View, untrained: Mapping[str, Weights], judged: Mapping[str, We
 
 def _pretrained_that_train(view: View) -> dict[str, Weights]:
     """The layers that train in full and look trained: with these, the model is not untrained as a whole."""
-    layers = where_not(_layers(view, besides=view.frozen.values()), _has_few_values)
+    layers = where_not(_layers(view, except_for=view.frozen.values()), _has_few_values)
     return without(layers, _those_that_look_untrained(view, layers))
 
 
@@ -148,9 +147,9 @@ def note_random_weights(view: View, found: Untrained) -> tuple[str, ...]:
     return view.adapter.random
 
 
-def _layers(view: View, besides: Iterable[nn.Parameter]) -> dict[str, Weights]:
+def _layers(view: View, except_for: Iterable[nn.Parameter]) -> dict[str, Weights]:
     """The weights of each layer that can be judged, by name. A shared weight belongs to its first layer."""
-    seen = {*view.adapter_parameters.values(), *besides}
+    seen = {*view.adapter_parameters.values(), *except_for}
     layers: dict[str, Weights] = {}
     for name, module in without(view.modules, [""]).items():
         weights = _matrices_besides(module, seen)

@@ -1,4 +1,7 @@
-"""Which weights the user froze or thawed since the adapters came: the layers' adapters are meant, or their weights."""
+"""Which weights the user froze or thawed since the adapters came.
+
+Who freezes an adapter means the weight below it, which the adapter had frozen already: so the record notes the weight.
+"""
 
 from torch import nn
 
@@ -11,7 +14,10 @@ from lightning_lora.tensors.names import owner_of
 
 
 def note_what_the_user_set(view: View) -> None:
-    """Note what the user has frozen or thawed since the adapters came. Refuse a frozen network with some of its own."""
+    """Note what the user has frozen or thawed since the adapters came.
+
+    A frozen network with adapters of its own is refused.
+    """
     _refuse_frozen_networks(view)
     if not view.is_on_layers:
         return

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lightning_lora.base.fingerprints import find_one_form
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
+from lightning_lora.model.attach import reinitialise_if_base_changed
 from lightning_lora.model.base_values import base_values
 from lightning_lora.model.merge import unmerged
-from lightning_lora.model.record import check_start, record_of
+from lightning_lora.model.record import record_of, start_call
 from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
@@ -205,14 +206,14 @@ def _is_not_none(value: object) -> bool:
 
 def _load_base(model: nn.Module, state: StateDict) -> None:
     """Write a full state into the base, and initialise the adapters again."""
-    check_start(model, _CALL)
+    start_call(model, _CALL)
     state = renamed(state, plain_name)
     _check_base_fits(model, state)
     with unmerged(model):
         for layer in View(model).layers.values():
             layer.lora_initialise()
         load_state_dict(model, state)
-        View(model).reinitialise_adapters()
+        reinitialise_if_base_changed(View(model))
     record = record_of(model)
     record.adapter.fingerprints = []
     record.adapter.is_trained = False

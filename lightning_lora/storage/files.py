@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_lora.config import Slices
 from lightning_lora.errors import AdapterStateError, ConfigError, listed, warn
-from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.merge import merge_adapters
+from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.disk import check_output, local_path, path_here
 from lightning_lora.storage.formats import own

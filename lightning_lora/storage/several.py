@@ -64,7 +64,7 @@ def set_adapter(
     record = record_of(model, "set_adapter")
     weights = _weights_of_sum(record, name)
     if weights is None:
-        return switch.set_adapter(model, name)  # type: ignore[arg-type]  # one name, or None
+        return switch.switch_to(model, name)  # type: ignore[arg-type]  # one name, or None
     return _show_sum(model, weights)
 
 
@@ -93,11 +93,11 @@ def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContext
         raise AdapterStateError(f"An adapter has the name of this sum, {title!r}. Load it under another name.")
     if title == active:  # the sum is made anew, and an adapter is replaced only while another one is active
         first_summand = next(iter(weights))
-        switch.set_adapter(model, first_summand)
+        switch.switch_to(model, first_summand)
     _drop_sums(record, title)
     _add(model, stored, title)
     record.others[title].become_sum(weights)
-    shown = switch.set_adapter(model, title)
+    shown = switch.switch_to(model, title)
     shown.before = before  # the end of a block goes back to before this call, not to the summand above
     shown.active = active
     return shown
@@ -183,7 +183,7 @@ def _add(model: nn.Module, stored: StoredAdapters, name: str) -> None:
         return stored
 
     active = record_of(model, "set_adapter").adapter.name
-    with switch.set_adapter(model, active):
+    with switch.switch_to(model, active):
         adapt_and_put(model, read, name=name)
 
 

@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lora.model.attach import reinitialise_if_base_changed
 from lightning_lora.model.still.follow import follow_new_copies
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.fingerprint import base_digests
@@ -74,7 +75,7 @@ class TrainingWatch:
 
     def _prepare_layers(self, view: View) -> None:
         """Let all layers begin to train, those too that came since the set-up."""
-        view.reinitialise_adapters()  # hooks may have loaded the base late
+        reinitialise_if_base_changed(view)  # hooks may have loaded the base late
         follow_new_copies(view, view.layers.keys() - view.recorded)  # or copied networks
         view.look_again()  # what follows another network does not train
         view.adapter.layers = tuple(view.layers)

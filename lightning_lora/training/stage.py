@@ -9,11 +9,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.base.states import State
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.as_merged import check_own
-from lightning_lora.model.base_values import kept_tensors
-from lightning_lora.model.inject import inject, remove_adapters
+from lightning_lora.model.as_merged import refuse_layers_of_another_model
+from lightning_lora.model.base_values import tensors_with_originals
+from lightning_lora.model.inject import inject, inject_from_file
 from lightning_lora.model.merge import merge, unmerge_or_forget
 from lightning_lora.model.record import find_record, keep_record, state_of
+from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guard, Guards
 from lightning_lora.storage.same_base.base_forms import note_changed
@@ -130,7 +131,7 @@ class Stage:
         view = View(pl_module)
         if not view.is_merged:
             return False
-        check_own(view)
+        refuse_layers_of_another_model(view)
         return not (loads_in_hooks(pl_module) or self.wants_another(pl_module))
 
     # Take what the module or a file has
@@ -171,7 +172,7 @@ class Stage:
         """
         if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
             return False
-        changed = self.before.changed_base_tensors(kept_tensors(view))
+        changed = self.before.changed_base_tensors(tensors_with_originals(view))
         view.adapter.set_base_values(changed)
         return True
 
@@ -210,15 +211,15 @@ class Stage:
 
     def add_adapters(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
         """Add adapters to layers without them. ``stored``, of a file, says which layers it left out."""
-        config = self.config
-        if stored is not None:
-            config = config.excluding(stored.exclude_modules)
         name = self.adapter.name or "default"
         record = find_record(pl_module)
         if record is not None:
             name = record.adapter.name
         with reseeded(pl_module):
-            inject(pl_module, config, name=name, is_from_file=stored is not None)
+            if stored is None:
+                inject(pl_module, self.config, name=name)
+            else:
+                inject_from_file(pl_module, self.config.excluding(stored.exclude_modules), name=name)
 
     # What guards look at
 

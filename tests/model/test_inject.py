@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from lightning_lora.model.own_loop.trainer_only import TRAINER_ONLY
 from lightning_lora.model.record import record_of
-from lightning_lora.model.trainer_only import TRAINER_ONLY
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import fails_at, kinds, unchanged
 from tests.support.models import LitTiny, randomise, state

@@ -11,7 +11,7 @@ import lightning_lora as ll
 from lightning_lora.base.states import CALLS as RULES
 from lightning_lora.base.states import FOLLOWING, SWITCH, USE, State
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.model.record import check_start, state_of
+from lightning_lora.model.record import start_call, state_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 
@@ -57,7 +57,7 @@ CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
     "adapter_names": lambda model, _: ll.adapter_names(model, ["default"]),
     "combine_adapters": lambda model, _: ll.combine_adapters(model, {"default": 1}, name="twin"),
     "A sum of adapters": lambda model, _: ll.set_adapter(model, {"default": 1}),
-    SWITCH: lambda model, _: check_start(model, SWITCH),
+    SWITCH: lambda model, _: start_call(model, SWITCH),
     USE: lambda model, _: view_of(model),
 }
 

@@ -25,9 +25,7 @@ def about_networks_left_out(networks: Collection[str], title: str) -> str:
     )
 
 
-def find_still_networks(
-    view: View, kinds: Mapping[str, type], still: Set[nn.Parameter], *, is_from_file: bool = False
-) -> StillNetworks:
+def find_still_networks(view: View, kinds: Mapping[str, type], still: Set[nn.Parameter]) -> StillNetworks:
     """Return which networks get no adapter, and which follow another one.
 
     Layers that the user names always get an adapter, and one that has learned is kept. So networks are looked for only
@@ -37,17 +35,28 @@ def find_still_networks(
         view: The model, adapted or not.
         kinds: The adapter class of each layer that is targeted.
         still: Parameters of the base that stand still: frozen, or in no optimizer.
-        is_from_file: Whether the configuration is a file's, which names the networks that stand still.
     """
-    layers_are_chosen_by_us = view.config.target_modules in AUTOMATIC and not is_from_file
-    before = view.adapter.networks if view.is_on_layers else StillNetworks()
-    copies = _copies_as_before(view, before)  # if none of them trains now
-    may_lack = layers_are_chosen_by_us  # a layer that the user names follows only in an exact copy
-    copies |= find_copies(view.modules, view.base, kinds.keys(), still, may_lack=may_lack)
-    known = StillNetworks(beside_training=_still_as_before(view, before), copies=copies)
-    if still and layers_are_chosen_by_us:
+    if view.config.target_modules not in AUTOMATIC:
+        return known_still_networks(view, kinds, still)
+    known = _known_networks(view, kinds, still, copy_may_lack=True)
+    if still:
         known = _with_networks_found(view, known, kinds, still)
     return known.with_bare_layers(kinds.keys())
+
+
+def known_still_networks(view: View, kinds: Mapping[str, type], still: Set[nn.Parameter]) -> StillNetworks:
+    """Return which networks get no adapter as before, and which are exact copies. No other is looked for."""
+    return _known_networks(view, kinds, still, copy_may_lack=False).with_bare_layers(kinds.keys())
+
+
+def _known_networks(
+    view: View, kinds: Mapping[str, type], still: Set[nn.Parameter], *, copy_may_lack: bool
+) -> StillNetworks:
+    """Those of before that still stand still, and all copies. A copy may lack layers if the user has named none."""
+    before = view.adapter.networks if view.is_on_layers else StillNetworks()
+    copies = _copies_as_before(view, before)  # if none of them trains now
+    copies |= find_copies(view.modules, view.base, kinds.keys(), still, may_lack=copy_may_lack)
+    return StillNetworks(beside_training=_still_as_before(view, before), copies=copies)
 
 
 def _with_networks_found(
@@ -55,7 +64,7 @@ def _with_networks_found(
 ) -> StillNetworks:
     """The known networks, and those that are found in the layers outside them."""
 
-    def find_new_modules() -> tuple[str, ...]:
+    def find_new_modules() -> tuple[str, ...]:  # reads weights: it is called only if it is needed
         return find_untrained(view).new_modules
 
     layers = outside(_whole_layers(kinds), known.beside_training)
@@ -99,7 +108,7 @@ def _weights_that_have_learned(view: View) -> set[nn.Parameter]:
     """The weights below adapters that have learned."""
     weights: set[nn.Parameter] = set()
     for name in layers_that_have_learned(view):
-        weights |= view.weights_of(name)
+        weights |= view.base_weights_of(name)
     return weights
 
 

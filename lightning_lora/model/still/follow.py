@@ -49,12 +49,12 @@ def begin_as_originals(view: View, copies: Mapping[str, str], layers: Set[str]) 
         layer.lora_begin_as(originals[name])
 
 
-def copies_among(view: View, idle: Set[str]) -> dict[str, str]:
-    """Return the networks of idle layers that copy one of other layers."""
-    if not idle:
+def copies_among(view: View, layers: Set[str]) -> dict[str, str]:
+    """Return the networks in these layers that copy a network of others."""
+    if not layers:
         return {}
-    busy = modules_around(without(view.layers, idle))
-    still = {parameter for name, parameter in view.base.items() if owner_of(name) not in busy}
+    around_others = modules_around(without(view.layers, layers))
+    still = {parameter for name, parameter in view.base.items() if owner_of(name) not in around_others}
     return find_copies(view.modules, view.base, view.layers.keys(), still)
 
 

@@ -29,13 +29,13 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     # what has learned is kept, in whatever network it is
     paused = _pause_layers(view, unheld, copies)
     _resume_layers(view, paused, copies)
-    _tell_guards(view, paused)
+    _say_and_forget_frozen(view, paused)
 
     # all networks are noted before flags are set by them
     _note_networks(view, found.under_head, copies)
-    leave_alone(view, found.beside_training)
+    strip_adapters(view, found.beside_training)
     view.look_again()
-    attach.freeze(view)  # what trains in full does not in a copy
+    attach.freeze(view)  # again: in a copy, what trains in full does not, and strip_adapters may have done nothing
     follow_originals(view)
     return paused
 
@@ -62,7 +62,7 @@ def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, st
     paused = []
     for name in outside(view.layers, may_be_unheld):
         layer = view.layers[name]
-        if view.weights_of(name) <= unheld and not layer.lora_is_fresh():
+        if view.base_weights_of(name) <= unheld and not layer.lora_is_fresh():
             layer.lora_pause()
             paused.append(name)
     return paused
@@ -76,7 +76,7 @@ def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str
             layer.lora_train_again()
 
 
-def _tell_guards(view: View, paused: list[str]) -> None:
+def _say_and_forget_frozen(view: View, paused: list[str]) -> None:
     """Let guards say what is paused, and once, what the user has frozen since."""
     base = view.record.base
     Guards().networks_settled(view, paused, base.frozen_since)
@@ -90,8 +90,11 @@ def _note_networks(view: View, under_head: Collection[str], copies: Mapping[str,
     view.adapter.networks = replace(before, under_head=tuple(all_under_head), copies=copies)
 
 
-def leave_alone(view: View, networks: Collection[str]) -> None:
-    """Remove the adapters of networks. Files say that they are left out."""
+def strip_adapters(view: View, networks: Collection[str]) -> None:
+    """Remove the adapters of networks. Files say that they are left out.
+
+    An error, if no adapter would be left, changes nothing.
+    """
     before = view.adapter.networks
     under_head = tuple(not_in(before.under_head, networks))
     now = replace(before, beside_training=(*before.beside_training, *networks), under_head=under_head)

@@ -9,7 +9,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed
 from lightning_lora.layers import INITIALISATIONS, LoRALayer, Settings
 from lightning_lora.layers.matrices import AdaptedMatrix
-from lightning_lora.model.base_values import kept_tensors
+from lightning_lora.model.base_values import tensors_with_originals
 from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.same_base.base_check import check_base
@@ -120,7 +120,7 @@ def _check_names(
 ) -> None:
     """Refuse a state with missing or unexpected names: all that trains must be there, and changed tensors."""
     needed = {**trained_tensors(view), **only(view.base, changed)}
-    unexpected = not_in(state, {*needed, *view.buffers, *kept_tensors(view)})
+    unexpected = not_in(state, {*needed, *view.buffers, *tensors_with_originals(view)})
     if unexpected:  # what modules' own code adds may be there too
         unexpected = not_in(unexpected, values_to_store(view, state_dict(view.model), random))
     missing = not_in(needed, state)

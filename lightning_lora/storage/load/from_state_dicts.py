@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_lora.errors import LoRAError
 from lightning_lora.model.loading import note_plain_state
-from lightning_lora.model.record import check_start, record_of
+from lightning_lora.model.record import record_of, start_call
 from lightning_lora.model.view import view_of
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.load.put import BEING_WRITTEN, put, put_state
@@ -49,7 +49,7 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
     """
     if BEING_WRITTEN in notes:
         return  # what is checked, and is being written
-    check_start(model, "load_state_dict")
+    start_call(model, "load_state_dict")
     if _put_noted(model, state, notes):
         state.clear()
         state.update(model.state_dict())  # all is on the model: torch gets what it has

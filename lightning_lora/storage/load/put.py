@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.base_values import base_value, base_values, keep_frozen, restore_originals
-from lightning_lora.model.inject import inject
+from lightning_lora.model.inject import inject_from_file
 from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
-from lightning_lora.model.record import check_start, find_record, keep_record, record_of
-from lightning_lora.model.switch import activate, set_adapter
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.record import find_record, keep_record, record_of, start_call
+from lightning_lora.model.switch import activate, switch_to
+from lightning_lora.model.view import View, check_adapters_present, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.state import copies_of
 from lightning_lora.storage.stored import Reader, StoredAdapters
@@ -42,7 +42,7 @@ def adapt_and_put(model: nn.Module, read: Reader, *, name: str | None = None, re
             active one.
         refuses_other_base: Whether another base is refused. Otherwise it is only named.
     """
-    record = check_start(model, "load_adapter")
+    record = start_call(model, "load_adapter")
     if record is None or name is None or name == record.adapter.name:
         _put_in_place_of_active(model, read, name, refuses_other_base=refuses_other_base)
         return
@@ -50,7 +50,7 @@ def adapt_and_put(model: nn.Module, read: Reader, *, name: str | None = None, re
     with unmerged(model), activate(model, name, active.config) as undo:
         _put_in_place_of_active(model, read, name, refuses_other_base=refuses_other_base)
         undo.keep()
-        set_adapter(model, active.name)
+        switch_to(model, active.name)
 
 
 def put(model: nn.Module, stored: StoredAdapters, *, call: str, reads_base_anew: bool = True) -> None:
@@ -62,7 +62,7 @@ def put(model: nn.Module, stored: StoredAdapters, *, call: str, reads_base_anew:
         call: The user's call, as an error names it.
         reads_base_anew: Whether all of the base is read to be compared. Otherwise it has just been read.
     """
-    check_start(model, call)
+    start_call(model, call)
     with _opened(model) as view:
         check_fits(view, stored, reads_base_anew=reads_base_anew, refuses_other_base=True)
         _write_adapters(view, stored)
@@ -70,7 +70,7 @@ def put(model: nn.Module, stored: StoredAdapters, *, call: str, reads_base_anew:
 
 def put_state(model: nn.Module, state: StateDict) -> None:
     """Put a state alone on an adapted model, as :func:`put` does: nothing says how it was trained."""
-    check_start(model, "load_adapter_state_dict")
+    start_call(model, "load_adapter_state_dict")
     with _opened(model) as view:
         check_state_fits(view, state)
         _write_state(view, state)
@@ -122,10 +122,10 @@ def _adapt_if_plain(view: View, config: LoRAConfig, name: str | None) -> bool:
     """Adapt a model as a file says, if it has no adapters of its own. Return whether it had none."""
     is_new = not view.is_adapted or not view.adapter.layers
     if is_new:
-        inject(view.model, config, name=_name_of_new(view, name), is_from_file=True)
+        inject_from_file(view.model, config, name=_name_of_new(view, name))
         view.look_again()
     record_of(view.model)  # refuses one that shows its base
-    view.check_present()
+    check_adapters_present(view)
     return is_new
 
 

@@ -68,7 +68,7 @@ def _parameter_of(item: Any) -> Any:
 def _layers_that_train(view: View, held: set[nn.Parameter], added: set[Any]) -> list[str]:
     """Layers whose weights are added, though the optimizer trains their adapters."""
     trained = layers_trained_by(held, view)
-    return [name for name in trained if not added.isdisjoint(view.weights_of(name))]
+    return [name for name in trained if not added.isdisjoint(view.base_weights_of(name))]
 
 
 def _tell(layers: Collection[str], frozen: Collection[str]) -> None:

@@ -86,7 +86,7 @@ def _leads(layer: LoRALayer) -> bool:
 
 def base_weights_of(layers: Iterable[str], view: View) -> set[nn.Parameter]:
     """Return the base's weights of some adapted layers."""
-    return parameters_in(map(view.weights_of, layers))
+    return parameters_in(map(view.base_weights_of, layers))
 
 
 def parameters_in(groups: Iterable[Iterable[nn.Parameter]]) -> set[nn.Parameter]:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import StrategyError, listed
 from lightning_lora.model.still.find_still import about_networks_left_out
-from lightning_lora.model.still.settle import leave_alone
+from lightning_lora.model.still.settle import strip_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.named import inside, outside, with_values, without
 from lightning_lora.training.optimizers.edits import rewrite_groups
@@ -35,7 +35,7 @@ def remove_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fe
         return False
     view = view_of(model)
     said = about_networks_left_out(unfed, view.title)
-    leave_alone(view, unfed)
+    strip_adapters(view, unfed)
     rank_zero_info(said)
     _take_out_frozen(model, optimizer)
     return True

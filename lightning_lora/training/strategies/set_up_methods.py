@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
+from lightning_lora.model.attach import reinitialise_if_base_changed
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.compared_tensors import base_tensors, dtypes_of
@@ -72,7 +73,7 @@ class SetUpMethods(OverlaidMethods):
         with compatibility.keeping_adapters(self.strategy.precision_plugin):
             self.original.setup(trainer)
         view = view_of(self.module)
-        view.reinitialise_adapters()  # the base may have been converted
+        reinitialise_if_base_changed(view)  # the base may have been converted
         self._note_converted_base(view)
 
     def adapt(self, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:

@@ -1,14 +1,12 @@
-"""Optimizers in a loop of one's own that train nothing, or NaN.
+"""Optimizers in a loop of one's own that train nothing.
 
-They were made before the adapters, or of other adapters that are inactive now, or of float16 weights.
+They were made before the adapters, or of other adapters that are inactive now.
 """
 
 import gc
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from weakref import WeakSet
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,12 +16,12 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.layers import Adapter, LoRALayer
+from lightning_lora.model.own_loop.float16_steps import check_dtypes
 from lightning_lora.model.view import View
 from lightning_lora.tensors.named import joined, only, where, with_values
 
 _ADAPTED: "WeakSet[nn.Module]" = WeakSet()
 _CHECKED: "WeakSet[Optimizer]" = WeakSet()  # those that have taken a step since adapters were attached
-_IN_FLOAT32: "WeakSet[nn.Module]" = WeakSet()  # models whose Trainer lets float16 weights take their steps in float32
 _HOOKS: list[RemovableHandle] = []  # one, from the first adapters on: an import changes nothing of the process
 
 
@@ -45,54 +43,13 @@ def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
     may_hold_a_share = dist.is_available() and dist.is_initialized()  # of what trains, in each process
     for model in list(_ADAPTED):
         view = View(model)
-        _check_dtypes(view, optimizer, held)
+        check_dtypes(view, optimizer, held)
         if may_hold_a_share:
             continue
         _check_frozen(view, optimizer, held, frozen)
         if not with_gradients:
             _check_active(view, optimizer, held)
     _CHECKED.add(optimizer)
-
-
-@contextmanager
-def steps_are_in_float32(model: nn.Module) -> Iterator[None]:
-    """Let float16 weights of ``model`` train: inside the ``with`` block, an optimizer sees them in float32."""
-    _IN_FLOAT32.add(model)
-    try:
-        yield
-    finally:
-        _IN_FLOAT32.discard(model)
-
-
-def _check_dtypes(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> None:
-    """Refuse float16 weights that train in full, if adapters are kept in float32."""
-    if not view.is_on_layers or not view.config.autocast_adapter_dtype:
-        return
-    halves = where(with_values(view.trainable, held), _trains_in_float16)
-    if halves and _gives_nan_in_float16(optimizer) and not _steps_in_float32(view.model):
-        raise OptimizerError(
-            f"{listed(halves)} of {view.title} train in full in float16, in which {type(optimizer).__name__} ends in "
-            "NaN. Keep the weights in float32 (with autocast) or bfloat16, or use a Trainer with LoRACallback, which "
-            "takes these steps in float32."
-        )
-
-
-def _trains_in_float16(parameter: nn.Parameter) -> bool:
-    return parameter.dtype == torch.float16 and parameter.requires_grad
-
-
-def _gives_nan_in_float16(optimizer: Optimizer) -> bool:
-    """Whether it divides by roots of its state plus an epsilon, which is zero in float16, as that of Adam is."""
-    for group in optimizer.param_groups:
-        epsilon = group.get("eps")
-        if isinstance(epsilon, float) and torch.tensor(epsilon, dtype=torch.float16) == 0:
-            return True
-    return False
-
-
-def _steps_in_float32(model: nn.Module) -> bool:
-    """Whether a model is one, or lies in one, whose optimizers see float16 weights in float32."""
-    return any(model in set(outer.modules()) for outer in _IN_FLOAT32)
 
 
 def _check_frozen(view: View, optimizer: Optimizer, held: set[nn.Parameter], frozen: set[nn.Parameter]) -> None:
@@ -174,7 +131,7 @@ def _parameters_of(adapters: Iterable[Adapter]) -> Iterator[nn.Parameter]:
 def _are_held_by_another(adapters: set[nn.Parameter], optimizer: Optimizer) -> bool:
     """Whether any other optimizer holds some of these, also one that has taken no step yet."""
     for each in gc.get_objects():
-        is_another = issubclass(type(each), Optimizer) and each is not optimizer
+        is_another = issubclass(type(each), Optimizer) and each is not optimizer  # isinstance runs code of theirs
         if is_another and not adapters.isdisjoint(_held_by(each)):
             return True
     return False

@@ -1,0 +1,116 @@
+"""What an injection will do to a model: which layers get adapters, and which lose theirs. Nothing changes here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_lora.errors import TargetError
+from lightning_lora.layers import LoRALayer
+from lightning_lora.model.still.find_still import about_networks_left_out, find_still_networks, known_still_networks
+from lightning_lora.model.view import View
+from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.targets.arguments import AUTOMATIC
+from lightning_lora.targets.choice import Choice
+from lightning_lora.targets.select import select
+from lightning_lora.tensors.named import inside, names_by, only, outside, where, without
+from lightning_lora.tensors.names import first_names, owner_of, parameters_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which adapters a model will have."""
+
+    choices: dict[str, Choice]
+    """All layers that will have an adapter, by name."""
+
+    networks: StillNetworks
+    """The networks that get none, or that follow others."""
+
+    unwanted: list[str]
+    """Adapted layers whose adapters are taken off first: they no longer fit, or nobody has asked for them."""
+
+    new: dict[str, Choice]
+    """Those of the choices that have no adapter, or an unwanted one."""
+
+    @property
+    def changes_layers(self) -> bool:
+        """Whether adapters come or go."""
+        return bool(self.unwanted or self.new)
+
+
+def plan_adapters(view: View) -> Plan:
+    """Plan what the view's configuration asks for. Networks that stand still are looked for."""
+    targeted = select(view.model, view.config)
+    networks = find_still_networks(view, _kinds(targeted), _frozen_by_user(view))
+    return _plan(view, targeted, networks)
+
+
+def plan_as_in_file(view: View) -> Plan:
+    """Plan what a file's configuration says. It names the networks that stand still, so none is looked for."""
+    targeted = select(view.model, view.config)
+    networks = known_still_networks(view, _kinds(targeted), _frozen_by_user(view))
+    return _plan(view, targeted, networks)
+
+
+def _kinds(targeted: Mapping[str, Choice]) -> dict[str, type[LoRALayer]]:
+    return {name: choice.kind for name, choice in targeted.items()}
+
+
+def _frozen_by_user(view: View) -> set[nn.Parameter]:
+    return set(only(view.base, view.frozen_by_user).values())
+
+
+def _plan(view: View, targeted: Mapping[str, Choice], networks: StillNetworks) -> Plan:
+    """The plan for layers that are targeted, without networks that get no adapter."""
+    choices = only(targeted, outside(targeted, networks.without_adapters))
+    if not choices:
+        raise TargetError(
+            f"{about_networks_left_out(networks.beside_training, view.title)} Nothing else is targeted by "
+            f"{view.config.target_modules!r}: what trains has no layers of that kind."
+        )
+    copied_or_left_out = _copied_or_left_out(view, choices, networks)
+    unwanted = [*_resized_before_training(view), *copied_or_left_out, *_tied_since(view, choices)]
+    new = {**without_adapters(choices), **only(choices, unwanted)}
+    return Plan(choices, networks, unwanted, only(choices, new))  # in the order of the layers
+
+
+def without_adapters(choices: Mapping[str, Choice]) -> dict[str, Choice]:
+    """Return those of the chosen layers that have no adapters."""
+    return {name: choice for name, choice in choices.items() if not isinstance(choice.layer, LoRALayer)}
+
+
+# Unwanted adapters
+
+
+def _resized_before_training(view: View) -> dict[str, LoRALayer]:
+    """Layers of another size, whose adapters have learned nothing yet."""
+    resized = where(view.layers, LoRALayer.lora_is_resized)
+    return where(resized, LoRALayer.lora_is_fresh)
+
+
+def _copied_or_left_out(view: View, choices: Mapping[str, Choice], networks: StillNetworks) -> set[str]:
+    """Layers that other code copied with their adapters, or that get none now, where nobody chose them."""
+    copied = without(view.layers, view.recorded)
+    left_out = inside(view.layers, networks.without_adapters)
+    return {*copied, *left_out} - choices.keys()
+
+
+def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
+    """Layers that the same word chose before they were tied. None has learned.
+
+    ``"all-linear"`` leaves out a head that is tied to an embedding. A module's own ``setup`` may tie it only after
+    the adapters came.
+    """
+    word = view.config.target_modules
+    if not view.is_adapted or view.adapter.config.target_modules != word or word not in AUTOMATIC:
+        return []
+    tied = _tied_parameters(view)
+    fresh = where(without(view.layers, choices), LoRALayer.lora_is_fresh)
+    return [name for name in fresh if not tied.isdisjoint(view.base_weights_of(name))]
+
+
+def _tied_parameters(view: View) -> set[nn.Parameter]:
+    """The parameters that several modules hold."""
+    names_by_parameter = names_by(parameters_of(first_names(view.modules)))
+    return {parameter for parameter, names in names_by_parameter.items() if len(set(map(owner_of, names))) > 1}

@@ -1,0 +1,1 @@
+"""The parts of a view: a model's layers, and its tensors."""
