@@ -25,7 +25,7 @@ from lightning_lora.printing import fitting_console
 from lightning_lora.storage.same_base.base_forms import note_changed
 from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.summary import summarize
-from lightning_lora.tensors.named import without
+from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility, merging
 from lightning_lora.training.advice import advise

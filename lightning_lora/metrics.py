@@ -20,7 +20,7 @@ from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.functional import subspace
 from lightning_lora.functional.dtypes import precise
 from lightning_lora.measured import Measured, Source, measured
-from lightning_lora.tensors.named import only
+from lightning_lora.tensors.dicts import only
 
 _drawing: Any = plot  # with matplotlib or without
 _POOLED: dict[str, Any] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}

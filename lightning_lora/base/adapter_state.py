@@ -10,7 +10,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import Adapter
 from lightning_lora.networks.roles import StillNetworks
-from lightning_lora.tensors.named import only
+from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.values import copy_to_host
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_lora.base.readings import Readings, Tensors
+from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import without
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.seen import Seen
 
@@ -60,7 +60,7 @@ class Base:
     """What is known of the base's tensors: parameters, buffers, and entries of quantised layers.
 
     There is one dict, or set, for each fact. Of most tensors, only one or two facts are known: a row for each tensor
-    would be mostly empty. All names are as in ``named_parameters``, and what changes a fact is a method here.
+    would be mostly empty. All names are those of ``parameters_by_name``, and what changes a fact is a method here.
     """
 
     required_grad: dict[str, bool] = field(default_factory=dict)

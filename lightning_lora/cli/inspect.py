@@ -29,7 +29,7 @@ from lightning_lora.storage.inner_model import UNKNOWN
 from lightning_lora.storage.offline.layers import besides, matrix_updates, read_layers
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
 from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
-from lightning_lora.tensors.named import of_type
+from lightning_lora.tensors.dicts import of_type
 
 Plain = dict[str, Any]
 """What is said of something, in types that JSON has."""

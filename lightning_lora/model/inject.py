@@ -28,8 +28,15 @@ from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.select import select
-from lightning_lora.tensors.named import inside, names_by, only, outside, where, without
-from lightning_lora.tensors.names import first_names, named_modules, owner_of, parameters_of
+from lightning_lora.tensors.dicts import names_of_each, only, where, without
+from lightning_lora.tensors.names import (
+    direct_parameters,
+    first_names,
+    modules_by_name,
+    names_inside,
+    names_outside,
+    owner_of,
+)
 from lightning_lora.tensors.undo import Undo
 
 
@@ -152,7 +159,7 @@ def _to_be_adapted(choices: Mapping[str, Choice]) -> dict[str, Choice]:
 
 def _without_lost_exclusions(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """A file's configuration without exclusions that match nothing: what stood still in training may not be here."""
-    excludes_any = any(config.is_excluded(name) for name in named_modules(model))
+    excludes_any = any(config.is_excluded(name) for name in modules_by_name(model))
     return config if excludes_any else replace(config, exclude_modules=None)
 
 
@@ -175,7 +182,7 @@ def _choose(view: View, *, is_from_file: bool) -> tuple[dict[str, Choice], Still
     kinds = {name: choice.kind for name, choice in targeted.items()}
     frozen = set(only(view.base, view.frozen_by_user).values())
     networks = find_still_networks(view, kinds, frozen, is_from_file=is_from_file)
-    choices = only(targeted, outside(targeted, networks.without_adapters))
+    choices = only(targeted, names_outside(targeted, networks.without_adapters))
     if not choices:
         raise TargetError(
             f"{about_networks_left_out(networks.beside_training, view.title)} Nothing else is targeted by "
@@ -198,7 +205,7 @@ def _resized_before_training(view: View) -> dict[str, LoRALayer]:
 def _copied_or_left_out(view: View, choices: Mapping[str, Choice], networks: StillNetworks) -> set[str]:
     """Layers that other code copied with their adapters, or that get none now, where nobody chose them."""
     copied = without(view.layers, view.recorded)
-    left_out = inside(view.layers, networks.without_adapters)
+    left_out = names_inside(view.layers, networks.without_adapters)
     return {*copied, *left_out} - choices.keys()
 
 
@@ -214,7 +221,7 @@ def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
 
 def _tied_parameters(view: View) -> set[nn.Parameter]:
     """The parameters that several modules hold."""
-    names_by_parameter = names_by(parameters_of(first_names(view.modules)))
+    names_by_parameter = names_of_each(direct_parameters(first_names(view.modules)))
     return {parameter for parameter, names in names_by_parameter.items() if len(set(map(owner_of, names))) > 1}
 
 

@@ -15,15 +15,18 @@ from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, quantised_e
 from lightning_lora.model.record import Record, record_of, record_on, records_in
 from lightning_lora.networks.roles import StillNetworks
 from lightning_lora.private import NOT_STORED
-from lightning_lora.tensors.named import joined, not_in, of_type, only, outside, prefixed, where, with_values, without
+from lightning_lora.tensors.dicts import of_type, only, prefixed, where, with_values, without
 from lightning_lora.tensors.names import (
+    direct_parameters,
     first_names,
     is_bias,
     join,
     modules_by_all_names,
+    names_joined,
+    names_not_in,
+    names_outside,
     own_parameter,
     owner_of,
-    parameters_of,
     plain_module,
 )
 from lightning_lora.tensors.shards import is_dtensor
@@ -147,7 +150,7 @@ class View:
         """The layers that a record knows of. Others were copied with their adapters by other code, or just came."""
         recorded = set[str]()
         for prefix, record in records_in(self.modules).items():
-            recorded.update(joined(prefix, record.adapter.layers))
+            recorded.update(names_joined(prefix, record.adapter.layers))
         return recorded
 
     @cached_property
@@ -164,12 +167,12 @@ class View:
         """The names of the weights that have an update, merged or not."""
         names = []
         for layer, matrices in self.matrices.items():
-            names += joined(layer, weights_of(matrices))
+            names += names_joined(layer, weights_of(matrices))
         return names
 
     def weights_of(self, layer: str) -> set[nn.Parameter]:
         """Return the base's weights of an adapted layer."""
-        names = joined(layer, self.layers[layer].lora_weights())
+        names = names_joined(layer, self.layers[layer].lora_weights())
         return {self.base[name] for name in names}
 
     def size_of(self, names: Iterable[str]) -> int:
@@ -188,7 +191,7 @@ class View:
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters that the model has now."""
-        return parameters_of(self.modules)
+        return direct_parameters(self.modules)
 
     @cached_property
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -266,7 +269,7 @@ class View:
         networks = self.adapter.networks if self.is_adapted else StillNetworks()
         idle = (*networks.copies, *networks.beside_training)
         trained = with_values(self.base, meant)
-        return only(trained, set(outside(trained, idle)))
+        return only(trained, set(names_outside(trained, idle)))
 
     def _saved_parameters(self) -> set[nn.Parameter]:
         """The parameters that ``modules_to_save`` means."""
@@ -325,7 +328,7 @@ class View:
         """Refuse a model in which layers have lost their adapters."""
         record = self.record
         adapted = {**self.layers_by_all_names, **record.merged_adapters}
-        lost = [name for name in not_in(record.adapter.layers, adapted) if name in self.modules]
+        lost = [name for name in names_not_in(record.adapter.layers, adapted) if name in self.modules]
         if lost:
             raise AdapterStateError(
                 f"{listed(lost)} of {self.title} no longer have their adapters: replaced, or merged by a call on a "

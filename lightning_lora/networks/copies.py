@@ -6,9 +6,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lightning_lora.tensors.dicts import grouped, only, with_values, without
 from lightning_lora.tensors.inplace import original_class
-from lightning_lora.tensors.named import grouped, inside, modules_around, only, with_values, without
-from lightning_lora.tensors.names import Modules, Parameters, is_in_any, owner_of, starts_of
+from lightning_lora.tensors.names import (
+    Modules,
+    Parameters,
+    is_in_any,
+    modules_around,
+    names_inside,
+    owner_of,
+    starts_of,
+)
 from lightning_lora.tensors.shards import to_local
 
 _SAME = 0.9
@@ -47,7 +55,7 @@ class _Search:
         training = without(base, with_values(base, still))
         self.training = modules_around(map(owner_of, training))
         self.parameters = _parameters_by_module(base)
-        self.adapted = _parameters_by_module(only(base, set(inside(base, layers))))
+        self.adapted = _parameters_by_module(only(base, set(names_inside(base, layers))))
         self.candidates = grouped(only(self.parameters, self.training), self._class_of)
         self.copies_of: Counter[str] = Counter()  # how many each network has
         self.samples = _Samples()

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from torch import nn
 
 from lightning_lora.networks.roles import StillNetworks
-from lightning_lora.tensors.named import by_owner, largest_free_of, modules_around, only, outside, where, without
-from lightning_lora.tensors.names import Modules, Parameters
+from lightning_lora.tensors.dicts import by_owner, only, where, without
+from lightning_lora.tensors.names import Modules, Parameters, largest_free_of, modules_around, names_outside
 
 HEAD_LAYERS = 2
 HEAD_SHARE = 0.25
@@ -49,7 +49,7 @@ def find_networks(
         untrained: Returns what looks untrained, as a new head. It takes long, and is only asked where it decides.
     """
     matrices = _matrices_of(base, named)
-    still_layers = outside(where(only(matrices, layers), set(still).issuperset), copies)
+    still_layers = names_outside(where(only(matrices, layers), set(still).issuperset), copies)
     embeddings = where(modules, _is_embedding)  # one that trains, as with new tokens, is no network of its own
     training = list(without(where(matrices, still.isdisjoint), embeddings))
     something_trains = training or named
@@ -57,7 +57,7 @@ def find_networks(
         return StillNetworks(copies=copies)
     other_layers = layers - set(still_layers)
     found = _largest_modules(still_layers, {*training, *other_layers, *named})
-    trained_before = training and outside(training, untrained())
+    trained_before = training and names_outside(training, untrained())
     a_network_trains = trained_before and other_layers and not _is_head(trained_before, still_layers, matrices)
     if a_network_trains:
         return StillNetworks(beside_training=found, copies=copies)
@@ -67,7 +67,7 @@ def find_networks(
 def _matrices_of(base: Parameters, named: Collection[str]) -> dict[str, list[nn.Parameter]]:
     """The matrices of each module, without those that the user names."""
     matrices = where(base, _is_matrix)
-    return by_owner(only(matrices, set(outside(matrices, named))))
+    return by_owner(only(matrices, set(names_outside(matrices, named))))
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
-from lightning_lora.tensors.named import inside, outside, with_values, without
+from lightning_lora.tensors.dicts import with_values, without
+from lightning_lora.tensors.names import names_inside, names_outside
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class StillNetworks:
 
         ``layers`` would get adapters, if they were in no copy.
         """
-        adapted = outside(sorted(layers), self.beside_training)
+        adapted = names_outside(sorted(layers), self.beside_training)
         originals = self.originals_of(adapted)
         bare_layers = without(originals, with_values(originals, set(adapted)))
         return replace(self, bare_layers=tuple(sorted(bare_layers)))
@@ -48,6 +49,6 @@ class StillNetworks:
         """
         originals: dict[str, str] = {}
         for copy, original in self.copies.items():
-            for name in inside(layers, [copy]):
+            for name in names_inside(layers, [copy]):
                 originals.setdefault(name, original + name.removeprefix(copy))
         return originals

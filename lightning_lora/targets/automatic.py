@@ -7,7 +7,7 @@ from torch import nn
 from lightning_lora.layers import ADAPTERS, adapter_for
 from lightning_lora.targets.lookup import OUTPUT_HEAD, Names
 from lightning_lora.targets.matching import ending_in
-from lightning_lora.tensors.named import only, with_values
+from lightning_lora.tensors.dicts import only, with_values
 from lightning_lora.tensors.names import find_parameter, is_in, owner_of, with_all_inside
 
 

@@ -15,7 +15,7 @@ from lightning_lora.targets.choice import Choice, choose
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
 from lightning_lora.targets.token_rows import token_rows
-from lightning_lora.tensors.named import only, where
+from lightning_lora.tensors.dicts import only, where
 from lightning_lora.tensors.names import owner_of, starts_of, submodule, with_all_inside
 
 Matrices = tuple[AdaptedMatrix, ...]

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.private import STATE_NOTES
-from lightning_lora.tensors.named import joined, of_type, only, where, with_values
-from lightning_lora.tensors.names import named_modules, plain_name
+from lightning_lora.tensors.dicts import of_type, only, where, with_values
+from lightning_lora.tensors.names import modules_by_name, names_joined, plain_name
 from lightning_lora.tensors.shards import distributed_as
 
 StateDict = Mapping[str, Any]  # values by name, as torch has them: tensors, and what else modules keep
@@ -56,8 +56,8 @@ def load_state_dict(
 def _read_in_own_way(model: nn.Module) -> list[str]:
     """The entries of modules that load in their own way: each may read any of its own."""
     names: list[str] = []
-    for prefix, module in where(named_modules(model), loads_in_own_way).items():
-        names += joined(prefix, (*module._parameters.keys(), *module._buffers.keys()))
+    for prefix, module in where(modules_by_name(model), loads_in_own_way).items():
+        names += names_joined(prefix, (*module._parameters.keys(), *module._buffers.keys()))
     return names
 
 

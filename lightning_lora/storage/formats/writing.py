@@ -21,8 +21,8 @@ from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.whole_names import expression_of, list_or_expression
-from lightning_lora.tensors.named import modules_around, not_in, only, renamed, where, without
-from lightning_lora.tensors.names import is_in, join, modules_by_all_names
+from lightning_lora.tensors.dicts import only, renamed, where, without
+from lightning_lora.tensors.names import is_in, join, modules_around, modules_by_all_names, names_not_in
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Source:
         """All entries of modules that are trained whole, unchanged ones too."""
         present = self.present
         names = list(chain.from_iterable(self.stored.saved.values()))
-        missing = not_in(names, present)
+        missing = names_not_in(names, present)
         if missing:
             raise ExportError(
                 f"{self.stored.source} does not hold {listed(missing)}, which have the base's values, and PEFT's "
@@ -142,7 +142,7 @@ def _warn_of_lost_values(stored: StoredAdapters) -> None:
     outside = {
         name for name in stored.filled_in_state if not is_in(name, stored.root)
     }  # the reader has not these buffers
-    lost = not_in(stored.of_no_base, outside)
+    lost = names_not_in(stored.of_no_base, outside)
     if lost:
         warn(
             f"{listed(lost)} may be untrained or were filled by setup, and PEFT's format has no place for them. If the "

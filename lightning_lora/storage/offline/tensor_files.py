@@ -17,7 +17,7 @@ from lightning_lora.storage.disk import header_of, reading
 from lightning_lora.storage.formats.peft.peft_config import json_object
 from lightning_lora.storage.plain_pickles import load_plain
 from lightning_lora.storage.stored import dict_or_empty
-from lightning_lora.tensors.named import of_type, with_values, without
+from lightning_lora.tensors.dicts import of_type, with_values, without
 
 _UNDIVIDED = "model.safetensors"  # the only file of weights in a folder that is not divided
 INDEX = "model.safetensors.index.json"  # says which file of a folder holds which tensor

@@ -20,7 +20,7 @@ from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Com
 from lightning_lora.storage.same_base.compared_tensors import base_tensors, quantised_names
 from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import of_type, only, without
+from lightning_lora.tensors.dicts import of_type, only, without
 
 _Compared = tuple[StoredFingerprint, Comparison]  # a fingerprint in a file, and how the base differs from it
 

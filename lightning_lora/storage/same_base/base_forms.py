@@ -23,7 +23,7 @@ from lightning_lora.storage.same_base.compared_tensors import (
     quantised_names,
 )
 from lightning_lora.storage.same_base.fingerprint import fingerprint, layout_of
-from lightning_lora.tensors.named import where, without
+from lightning_lora.tensors.dicts import where, without
 
 
 def note_changed(view: View, *, anew: bool = True) -> list[Fingerprint]:

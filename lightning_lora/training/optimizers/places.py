@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import only, outside, where, with_values
-from lightning_lora.tensors.names import named_parameters, owner_of, owner_or_itself
+from lightning_lora.tensors.dicts import only, where, with_values
+from lightning_lora.tensors.names import names_outside, owner_of, owner_or_itself, parameters_by_name
 from lightning_lora.training.optimizers.edits import Edit
 from lightning_lora.training.optimizers.groups import Params, held_by, parameters_in
 
@@ -33,7 +33,7 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
             placed.append(replace(edit, groups=groups_with_all))
         return placed
     may_stay = view.adapter.networks.under_head if groups else ()  # the first step tells whether what trains reads them
-    unplaced = outside(remaining, may_stay)
+    unplaced = names_outside(remaining, may_stay)
     if unplaced:
         raise no_place_error(view.title, unplaced, len(groups))
     return edits
@@ -41,9 +41,9 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
 
 def _without_place(view: View, placed: set[nn.Parameter], idle: list[str]) -> dict[str, nn.Parameter]:
     """The parameters that train and that no group holds. In ``idle`` networks, they are meant to have none."""
-    parameters = named_parameters(view.model)
+    parameters = parameters_by_name(view.model)
     without_place = {}
-    for name in outside(parameters, idle):
+    for name in names_outside(parameters, idle):
         p = parameters[name]
         if p.requires_grad and p not in placed:
             without_place[name] = p
@@ -52,7 +52,7 @@ def _without_place(view: View, placed: set[nn.Parameter], idle: list[str]) -> di
 
 def _tell_of_only_group(view: View, added: Iterable[str]) -> None:
     """Say what trains in the only group though no optimizer held it."""
-    told = outside(added, view.adapter.networks.under_head)
+    told = names_outside(added, view.adapter.networks.under_head)
     if told:
         rank_zero_info(f"No optimizer held {listed(told)} or their weights: they train in its only parameter group.")
 

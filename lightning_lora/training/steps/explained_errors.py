@@ -12,7 +12,7 @@ from lightning_lora.errors import LoRAError, TargetError, listed
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.private import ASKED, tree_leaves
-from lightning_lora.tensors.named import only, where, with_values
+from lightning_lora.tensors.dicts import only, where, with_values
 from lightning_lora.tensors.names import owner_or_itself
 from lightning_lora.tensors.values import is_tensor
 

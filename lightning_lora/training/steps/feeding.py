@@ -17,9 +17,9 @@ from lightning_lora.model.still.find_still import about_networks_left_out
 from lightning_lora.model.still.settle import leave_alone
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
+from lightning_lora.tensors.dicts import only, where, with_values, without
 from lightning_lora.tensors.graphs import nodes_behind
-from lightning_lora.tensors.named import inside, only, outside, where, with_values, without
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import names_inside, names_outside, owner_of
 from lightning_lora.tensors.values import is_tensor
 from lightning_lora.training.optimizers.edits import rewrite_groups
 from lightning_lora.training.optimizers.groups import groups_of, held_by
@@ -44,7 +44,7 @@ class Feeding:
         self.hooks: list[RemovableHandle] = []
         for network in view.adapter.networks.under_head:
             self.unjudged[network] = set()
-            for name in inside(view.layers, [network]):
+            for name in names_inside(view.layers, [network]):
                 self._watch_layer(network, view.layers[name])
         if self.unjudged:
             for module in _modules_that_train(view, self.unjudged) or _modules_without_adapters(view):
@@ -99,7 +99,7 @@ class Feeding:
 
 def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]:
     """What trains beside these networks: adapted layers, and modules in full."""
-    beside = only(view.layers, outside(view.layers, networks))
+    beside = only(view.layers, names_outside(view.layers, networks))
     training: set[nn.Module] = set(where(beside, LoRALayer.lora_trainable).values())
     for module in view.saved:
         training.update(module.modules())
@@ -171,14 +171,14 @@ def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks
 def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
     """Refuse networks that feed what trains, if no optimizer holds their adapters."""
     placed = with_values(view.adapter_parameters, held_by(optimizers))
-    unplaced = inside(without(view.adapter_parameters, placed), fed)
+    unplaced = names_inside(without(view.adapter_parameters, placed), fed)
     if unplaced:
         raise no_place_error(view.title, unplaced, len(list(groups_of(optimizers))))
 
 
 def _tell_of_fed(view: View, fed: Sequence[str], unfed: Sequence[str]) -> None:
     """Say that adapters train in a frozen network too, if others train besides."""
-    others = outside(view.layers, (*fed, *unfed))
+    others = names_outside(view.layers, (*fed, *unfed))
     if others:
         rank_zero_info(
             f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in {listed(fed)} "

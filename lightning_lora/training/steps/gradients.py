@@ -14,7 +14,8 @@ from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.still.follow import begin_as_originals, copies_among
 from lightning_lora.model.view import View, view_of
 from lightning_lora.networks.copies import pairs_of
-from lightning_lora.tensors.named import outside, with_values
+from lightning_lora.tensors.dicts import with_values
+from lightning_lora.tensors.names import names_outside
 from lightning_lora.tensors.shards import agreed, to_local
 from lightning_lora.training.optimizers.groups import held_by, layers_trained_by
 from lightning_lora.training.steps.own_checkpoints import OwnCheckpoints
@@ -96,7 +97,7 @@ class Gradients:
         check_weights(view)  # hooks may compute them since training began
         unreached = layers_trained_by(missed, view)
         copies = self._settle_copies(view, layers_trained_by(held, view))
-        return outside(unreached, copies)
+        return names_outside(unreached, copies)
 
     def _settle_copies(self, view: View, layers: Mapping[str, LoRALayer]) -> dict[str, str]:
         """Find networks among these layers that copy others, and have no gradient yet.

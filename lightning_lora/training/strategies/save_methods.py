@@ -11,7 +11,7 @@ from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.formats.lightning import with_callback_state
 from lightning_lora.storage.state import adapter_state_dict
-from lightning_lora.tensors.named import inside
+from lightning_lora.tensors.names import names_inside
 from lightning_lora.training import compatibility
 from lightning_lora.training.reports import logged_metrics
 from lightning_lora.training.stage import Phase
@@ -75,4 +75,4 @@ class SaveMethods(SetUpMethods):
         A tuner saves before its trial, and loads that file after it.
         """
         view = view_of(self.module)
-        keep_frozen(view, inside(view.frozen, view.adapter.networks.copies))
+        keep_frozen(view, names_inside(view.frozen, view.adapter.networks.copies))
