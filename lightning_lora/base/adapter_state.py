@@ -9,7 +9,7 @@ from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import Adapter
-from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.values import copy_to_host
 

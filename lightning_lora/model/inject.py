@@ -23,7 +23,7 @@ from lightning_lora.model.trainer_only import refuse_trainer_only
 from lightning_lora.model.user_flags import note_what_the_user_set
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
-from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.choice import Choice

@@ -13,7 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, quantised_entries, weights_of
 from lightning_lora.model.record import Record, record_of, record_on, records_in
-from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.private import NOT_STORED
 from lightning_lora.tensors.dicts import of_type, only, prefixed, where, with_values, without
 from lightning_lora.tensors.names import (

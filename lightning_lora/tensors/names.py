@@ -107,7 +107,10 @@ def is_in(name: str, module: str) -> bool:
 
 
 def is_in_any(name: str, modules: Collection[str]) -> bool:
-    """Whether ``name`` is one of these modules, or in one of them."""
+    """Whether ``name`` is one of these modules, or in one of them.
+
+    The model itself, ``""``, counts for nothing here: unlike in :func:`is_in`, no name is in it.
+    """
     for outer in starts_of(name):  # noqa: SIM110  # a generator would be entered for each of them
         if outer in modules:
             return True

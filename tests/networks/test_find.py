@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
-from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.tensors.names import modules_by_name, parameters_by_name
 
 

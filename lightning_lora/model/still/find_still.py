@@ -11,7 +11,7 @@ from lightning_lora.model.untrained import find_untrained
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
-from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.lookup import Names
 from lightning_lora.tensors.dicts import only, where, where_not, with_values

@@ -11,7 +11,7 @@ from lightning_lora.model.still.find_still import about_networks_left_out, find_
 from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guards
-from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.tensors.dicts import only, without
 from lightning_lora.tensors.names import modules_around, names_inside, names_not_in, names_outside
 
