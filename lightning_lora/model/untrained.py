@@ -117,14 +117,26 @@ def random_weights(view: View) -> tuple[str, ...]:
 
     They are looked for once, when a fit or a file needs them. Collective: processes agree on them.
     """
-    noted = view.adapter.random
-    if noted is None:
-        noted = note_random_weights(view, find_untrained(view))
-    return tuple(dict.fromkeys((*noted, *sorted(view.record.base.filled))))
+    if view.adapter.random is None:
+        note_random_weights(view, find_untrained(view))
+    return random_weights_now(view)
 
 
-def note_random_weights(view: View, found: Untrained) -> tuple[str, ...]:
-    """Note the frozen weights that may be new, for files. Return them.
+def random_weights_now(view: View) -> tuple[str, ...]:
+    """Return the same, but note nothing: before a fit begins, the base may still change."""
+    random = view.adapter.random
+    if random is None:
+        random = _random_among_frozen(view, find_untrained(view))
+    return tuple(dict.fromkeys((*random, *sorted(view.record.base.filled))))
+
+
+def note_random_weights(view: View, found: Untrained) -> None:
+    """Note the frozen weights that may be new, for files. Collective."""
+    view.adapter.random = _random_among_frozen(view, found)
+
+
+def _random_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:
+    """The frozen weights that may be new.
 
     Collective: processes that hold other shards may find others, and all count. If most of a model looks untrained,
     none is noted: its base is not random by accident.
@@ -136,8 +148,7 @@ def note_random_weights(view: View, found: Untrained) -> tuple[str, ...]:
     in_modules = set(names_inside(view.frozen, modules))
     are_random = [name in in_modules for name in view.frozen]
     are_random = agreed(are_random, list(view.frozen.values()))
-    view.adapter.random = tuple(compress(view.frozen, are_random))
-    return view.adapter.random
+    return tuple(compress(view.frozen, are_random))
 
 
 def _layers(view: View, besides: Iterable[nn.Parameter]) -> dict[str, Weights]:
