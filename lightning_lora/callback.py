@@ -178,15 +178,15 @@ class LoRACallback(Callback):
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = without(defaults_of(LoRACallback), defaults_of(LoRAConfig))  # older versions have fewer arguments
-        vars(self).update({**defaults, **state})
+        own_defaults = without(defaults_of(LoRACallback), defaults_of(LoRAConfig))
+        vars(self).update({**own_defaults, **state})  # older versions have fewer arguments
         self.config = LoRAConfig.from_dict(state["config"])
         self.given = frozenset(state["given"])
         self._prepare()
 
     # Set-up
 
-    @compatibility.refuse_class
+    @compatibility.refuse_if_given_as_class
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add adapters to the module's layers. A merged module gets its own back.
 
@@ -227,7 +227,7 @@ class LoRACallback(Callback):
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse callbacks beside which no fit can adapt, and arguments that this fit cannot serve."""
         compatibility.check_callbacks(self._stage.callbacks, is_sharded=self._methods.shards_before_adapters)
-        switches = self._stage.wants_another(pl_module)
+        switches = self._stage.wants_another_adapter(pl_module)
         merging.check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted", switches=switches)
         check_data_init(trainer, pl_module, self.config)
 
@@ -271,7 +271,7 @@ class LoRACallback(Callback):
             name, *beside = view_of(pl_module).record.adapter_states
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
-        self._stage.guards_everywhere.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
+        self._stage.guards_in_each_process.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
         if trainer.is_global_zero and trainer.loggers:
             others = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
             log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
@@ -292,7 +292,7 @@ class LoRACallback(Callback):
     def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what looks wrong, let adapters start from data, and watch the steps."""
         view = view_of(pl_module)  # another one: hooks may have exchanged its tensors since
-        advise(view, self._stage.guards_on_first)  # not before: the module's own on_fit_start may load or reset weights
+        advise(view, self._stage.guards_in_first_process)  # on_fit_start may load or reset weights
         base = base_digests(view)  # before adapters start from data: code that runs there may change it
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
@@ -333,7 +333,7 @@ class LoRACallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
         self._check_set_up()
-        self._stage.guards_everywhere.training_ended(view_of(pl_module))
+        self._stage.guards_in_each_process.training_ended(view_of(pl_module))
         self._end_training()
 
     def _end_training(self) -> None:
@@ -353,10 +353,10 @@ class LoRACallback(Callback):
         view = View(pl_module)
         merging.check_layers_stayed(view)
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
-        self._stage.guards_everywhere.fit_ended(view, trainer.optimizers, trainer.global_step)
+        self._stage.guards_in_each_process.fit_ended(view, trainer.optimizers, trainer.global_step)
         view = view_of(pl_module)
         note_changed(view)
-        self._stage.guards_on_first.base_compared(view)
+        self._stage.guards_in_first_process.base_compared(view)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merging.merge_trained(trainer, pl_module, self.merge)
 
@@ -366,14 +366,14 @@ class LoRACallback(Callback):
         self._end_training()
         self._leave_stage()
 
-    @compatibility.refuse_class
+    @compatibility.refuse_if_given_as_class
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
         methods = methods_of(trainer.strategy)
-        is_alone = methods is not None and methods.shards_before_adapters
+        others_may_be_missing = methods is not None and methods.shards_before_adapters
         is_kept = self._stage.may_have_trained(pl_module)
-        self._stage.end_after_error(pl_module, is_alone=is_alone)
+        self._stage.end_after_error(pl_module, others_may_be_missing=others_may_be_missing)
         self._leave_stage()
         if is_kept and isinstance(exception, KeyboardInterrupt):
             compatibility.tell_of_interrupt(trainer, pl_module)

@@ -39,8 +39,8 @@ class AfterMerge:
     """All parameters of the model."""
 
     bases: dict[str, Tensor] = field(default_factory=dict)
-    """The base's values of each weight with an update. A layer with a tied weight has got one of its own, so these are
-    the tied parameter itself, which the other layer still uses."""
+    """The base's values of each weight with an update. Of a weight that was tied: the shared parameter itself, which
+    the other layer still uses, because this layer has a copy now."""
 
     seen_tied: dict[str, Seen] = field(default_factory=dict)
     """These tied parameters."""
@@ -164,7 +164,10 @@ class Base:
         return [self._digest_before_changes(name, digest_now) for name, digest_now in digests_now.items()]
 
     def _digest_before_changes(self, name: str, digest_now: int) -> int:
-        """The digest of the base's values of a tensor: before the last change, and before the rounding below that."""
+        """The digest of the base's values of a tensor: before the last change, and before the rounding below that.
+
+        A merge has rounded W to W', and code has changed this to W'': from W'' back to W', and then to W.
+        """
         found = digest_now
         for changes in (self.changes, self.roundings):
             change = changes.get(name)

@@ -13,7 +13,7 @@ from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import of_type, only
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join, names_joined, own_parameter
-from lightning_lora.tensors.shards import agreed, is_dtensor
+from lightning_lora.tensors.shards import is_dtensor, true_anywhere
 from lightning_lora.tensors.values import replace_values
 
 
@@ -32,7 +32,7 @@ def is_as_merged(view: View) -> bool:
         return True
     check_own(view)
     has_changed_here = not _is_as_merged_here(view)
-    (has_changed_anywhere,) = agreed([has_changed_here], list(view.parameters.values()))
+    (has_changed_anywhere,) = true_anywhere([has_changed_here], list(view.parameters.values()))
     return not has_changed_anywhere
 
 

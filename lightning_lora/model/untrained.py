@@ -25,7 +25,7 @@ from lightning_lora.tensors.names import (
     owner_of,
     starts_of,
 )
-from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
+from lightning_lora.tensors.shards import is_dtensor, to_local, true_anywhere
 
 Weights = dict[str, nn.Parameter]
 
@@ -147,7 +147,7 @@ def _random_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:
         modules.update(only(linear_layers, _small(view)))
     in_modules = set(names_inside(view.frozen, modules))
     are_random = [name in in_modules for name in view.frozen]
-    are_random = agreed(are_random, list(view.frozen.values()))
+    are_random = true_anywhere(are_random, list(view.frozen.values()))
     return tuple(compress(view.frozen, are_random))
 
 

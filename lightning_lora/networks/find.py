@@ -108,7 +108,8 @@ def _largest_modules(layers: Iterable[str], others: Iterable[str]) -> tuple[str,
 def _is_head(training: list[str], still_layers: list[str], matrices: _Matrices) -> bool:
     """Whether what trains is small, and no later block of the network that stands still."""
     still_size = _size(still_layers, matrices)
-    if _size(_alike_but_for_numbers(still_layers, training), matrices) >= _LATER_BLOCK_SHARE * still_size:
+    earlier_blocks = _alike_but_for_numbers(still_layers, training)
+    if _size(earlier_blocks, matrices) >= _LATER_BLOCK_SHARE * still_size:
         return False
     training_size = _size(training, matrices)
     return len(training) <= HEAD_LAYERS or training_size <= HEAD_SHARE * (training_size + still_size)

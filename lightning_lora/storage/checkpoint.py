@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.fingerprints import find_one_form
+from lightning_lora.base.fingerprints import find_same_form
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
 from lightning_lora.model.base_values import base_values
 from lightning_lora.model.merge import unmerged
@@ -133,7 +133,7 @@ def restore_base_from(model: nn.Module, merged: StateDict, checkpoint: Checkpoin
     if not merged:
         return False
     view = view_of(model)
-    there = find_one_form(checkpoint[KEY]["base"], fingerprint(view, anew=False))
+    there = find_same_form(checkpoint[KEY]["base"], fingerprint(view, anew=False))
     if there is None or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
     rounded = fingerprint(view, anew=False)

@@ -94,10 +94,10 @@ class Stage:
     is_first: bool = False
     """Whether this is the first process, which says what all of them would."""
 
-    guards_everywhere: Guards = field(default_factory=Guards)
+    guards_in_each_process: Guards = field(default_factory=Guards)
     """They look in each process, where one may see what others do not."""
 
-    guards_on_first: Guard = field(init=False)
+    guards_in_first_process: Guard = field(init=False)
     """The same in the first process, for what all see alike. In the others, they do nothing."""
 
     first_steps: FirstSteps = field(init=False)
@@ -105,8 +105,8 @@ class Stage:
     float32: Float32Steps = field(default_factory=Float32Steps)
 
     def __post_init__(self) -> None:
-        self.guards_on_first = self.guards_everywhere if self.is_first else Guard()
-        self.first_steps = FirstSteps(self.guards_everywhere, self.guards_on_first)
+        self.guards_in_first_process = self.guards_in_each_process if self.is_first else Guard()
+        self.first_steps = FirstSteps(self.guards_in_each_process, self.guards_in_first_process)
 
     @property
     def is_fitting(self) -> bool:
@@ -118,7 +118,7 @@ class Stage:
     def begin(self, pl_module: LightningModule) -> None:
         """Unmerge the module: it needs its adapters to train, or to load a checkpoint."""
         self._unmerge(pl_module)
-        if self.wants_another(pl_module):
+        if self.wants_another_adapter(pl_module):
             self._activate_adapter(pl_module)
             self.undo.callback(self.adapter.put_back, pl_module)
         if self.came == "plain":
@@ -135,7 +135,7 @@ class Stage:
         if record is not None and find_record(pl_module) is None:  # it was forgotten
             self.undo.callback(keep_record, pl_module, record)
 
-    def wants_another(self, pl_module: LightningModule) -> bool:
+    def wants_another_adapter(self, pl_module: LightningModule) -> bool:
         """Whether the module shows another adapter than this stage's."""
         return self.adapter.name is not None and not self.adapter.is_shown_by(pl_module)
 
@@ -149,7 +149,7 @@ class Stage:
         if not view.is_merged:
             return False
         check_own(view)
-        return not (loads_in_hooks(pl_module) or self.wants_another(pl_module))
+        return not (loads_in_hooks(pl_module) or self.wants_another_adapter(pl_module))
 
     # Take what the module or a file has
 
@@ -242,7 +242,7 @@ class Stage:
     def check_backward(self, pl_module: LightningModule) -> None:
         """Let guards look at a backward pass that begins while adapters are disabled."""
         if state_of(pl_module).shows_base:
-            self.guards_everywhere.backward_begins_without_adapters(View(pl_module))
+            self.guards_in_each_process.backward_begins_without_adapters(View(pl_module))
 
     # From one phase to the next
 
@@ -290,23 +290,23 @@ class Stage:
         """Whether the module has adapters that may be trained."""
         return False
 
-    def end_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> None:
+    def end_after_error(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> None:
         """End a stage that has failed. The module keeps adapters that may be trained, or is given back as it came.
 
-        ``is_alone``: other processes may not be here, so nothing that needs them is done.
+        ``others_may_be_missing``: other processes may not be here, so nothing that needs them is done.
         """
         if not self.may_have_trained(pl_module):
-            self._give_back(pl_module, is_alone=is_alone)
+            self._give_back(pl_module, others_may_be_missing=others_may_be_missing)
             return
         self._close()
-        if not is_alone:
+        if not others_may_be_missing:
             note_changed(view_of(pl_module))
 
-    def _give_back(self, pl_module: LightningModule, *, is_alone: bool) -> None:
+    def _give_back(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> None:
         """Give the module back as it came."""
         reached = self._close()
         is_given_back = reached is Phase.OVER or View(pl_module).is_merged
-        needs_others = is_alone and self.came == "merged"  # a merge is collective: the adapters stay
+        needs_others = others_may_be_missing and self.came == "merged"  # a merge is collective: the adapters stay
         if not (is_given_back or needs_others):
             self.undo.close()
 
@@ -334,7 +334,7 @@ class Fit(Stage):
         self.adapter.refuse_sum(pl_module)
         super().begin(pl_module)
 
-    def wants_another(self, pl_module: LightningModule) -> bool:
+    def wants_another_adapter(self, pl_module: LightningModule) -> bool:
         """Whether the module shows another adapter than this fit's, or its base."""
         return not self.adapter.is_shown_by(pl_module)
 
