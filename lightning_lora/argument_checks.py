@@ -71,6 +71,12 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     _expect(is_choice, name, value, f"one of {words}")
 
 
+def check_adapter_name(name: object) -> None:
+    """Refuse what is no name of an adapter."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name={name!r} is not valid. Expected a string that is not empty.")
+
+
 def check_merge(value: object) -> None:
     """Refuse what says no way to end a fit."""
     if value is not False and value not in ("last", "best"):

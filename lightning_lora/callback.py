@@ -11,9 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lora.argument_checks import Bias, Init, Merge, Save, check_merge, check_save
+from lightning_lora.argument_checks import Bias, Init, Merge, Save, check_adapter_name, check_merge, check_save
 from lightning_lora.argument_names import explains_arguments
-from lightning_lora.base.adapter_state import check_name
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import LoRAError, listed
 from lightning_lora.given_arguments import defaults_of, notes_given_arguments
@@ -25,7 +24,7 @@ from lightning_lora.printing import fitting_console
 from lightning_lora.storage.same_base.base_forms import note_changed
 from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.summary import summarize
-from lightning_lora.tensors.named import without
+from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility, merging
 from lightning_lora.training.advice import advise
@@ -106,9 +105,14 @@ class LoRACallback(Callback):
     """
 
     given: frozenset[str]  # the names of the arguments that the user gave
-    _is_set_up = False  # in a stage
-    _methods: StrategyMethods  # ours, over those of the Trainer's strategy, in a stage
-    _watch: NoTraining | TrainingWatch = NoTraining()  # of no training, until one runs
+    _filled: WeakKeyDictionary[LightningModule, set[str]]  # of each module: what its hooks filled in any stage
+
+    # What lives in one stage of a Trainer: `_leave_stage` drops it
+    _is_set_up: bool
+    _stage: Stage
+    _methods: StrategyMethods  # ours, over those of the Trainer's strategy
+    _training: ExitStack  # ends with the training
+    _watch: NoTraining | TrainingWatch  # of no training, until one runs
 
     def __init__(
         self,
@@ -140,11 +144,10 @@ class LoRACallback(Callback):
         check_save(save)
         self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
         scales_of(lr_scale)  # refuses what is no scale
-        check_name(name)
-        self.merge, self.save = merge, save
-        self.lr_scale, self.name = lr_scale, name
-        compatibility.join_pytorch_lightning(LoRACallback)
-        self._start()
+        check_adapter_name(name)
+        self.merge, self.save, self.lr_scale, self.name = merge, save, lr_scale, name
+        compatibility.join_pytorch_lightning(LoRACallback)  # again: it may have been imported since this file was
+        self._prepare()
 
     def __repr__(self) -> str:
         """Show the arguments that are not at their defaults."""
@@ -153,30 +156,38 @@ class LoRACallback(Callback):
         changed = [f"{name}={values[name]!r}" for name in defaults if values[name] != defaults[name]]
         return f"{type(self).__name__}({', '.join(changed)})"
 
-    def _start(self) -> None:
-        extend_launchers()
+    def _prepare(self) -> None:
+        """Make what a new object needs besides its arguments, and one that was unpickled in another process."""
+        extend_launchers()  # those of that process
+        self._filled = WeakKeyDictionary()
+        self._leave_stage()
+
+    def _leave_stage(self) -> None:
+        """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
+        self._is_set_up = False
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
+        vars(self).pop("_methods", None)
         self._training = ExitStack()
-        # of each module, the buffers that its own hooks have filled in any stage: no base is compared with them
-        self._filled = WeakKeyDictionary[LightningModule, set[str]]()
+        self._watch = NoTraining()
+        compatibility.forget_module(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        of_a_stage = ("_stage", "_is_set_up", "_methods", "_watch", "_training", "_filled")
-        left_out = {*of_a_stage, *compatibility.SET_BY_LIGHTNING}
+        made_again = ("_filled", "_is_set_up", "_stage", "_methods", "_training", "_watch")
+        left_out = {*made_again, *compatibility.SET_BY_LIGHTNING}
         kept = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = without(defaults_of(LoRACallback), defaults_of(LoRAConfig))  # older versions have fewer arguments
-        vars(self).update({**defaults, **state})
+        own_defaults = without(defaults_of(LoRACallback), defaults_of(LoRAConfig))
+        vars(self).update({**own_defaults, **state})  # older versions have fewer arguments
         self.config = LoRAConfig.from_dict(state["config"])
         self.given = frozenset(state["given"])
-        self._start()
+        self._prepare()
 
     # Set-up
 
-    @compatibility.refuse_class
+    @compatibility.refuse_if_given_as_class
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add adapters to the module's layers. A merged module gets its own back.
 
@@ -217,7 +228,7 @@ class LoRACallback(Callback):
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse callbacks beside which no fit can adapt, and arguments that this fit cannot serve."""
         compatibility.check_callbacks(self._stage.callbacks, is_sharded=self._methods.shards_before_adapters)
-        switches = self._stage.wants_another(pl_module)
+        switches = self._stage.wants_another_adapter(pl_module)
         merging.check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted", switches=switches)
         check_data_init(trainer, pl_module, self.config)
 
@@ -261,7 +272,7 @@ class LoRACallback(Callback):
             name, *beside = view_of(pl_module).record.adapter_states
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
-        self._stage.guards_everywhere.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
+        self._stage.guards_in_each_process.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
         if trainer.is_global_zero and trainer.loggers:
             others = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
             log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
@@ -276,14 +287,14 @@ class LoRACallback(Callback):
             self._report(trainer, pl_module)
         mirror_rates(*trainer.optimizers)  # a checkpoint may be of another scale
         if self._stage.set_base_from_hooks(view):  # hooks may have loaded it late
-            self._methods.note_base(anew=False)
+            self._methods.note_base(anew=False)  # the fingerprint, and what has not changed is not read again
         self._begin_training(trainer, pl_module)
 
     def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what looks wrong, let adapters start from data, and watch the steps."""
-        view = view_of(pl_module)  # hooks may have exchanged its tensors
-        advise(view, self._stage.guards_on_first)  # not before: the module's own on_fit_start may load or reset weights
-        base = base_digests(view)
+        view = view_of(pl_module)  # another one: hooks may have exchanged its tensors since
+        advise(view, self._stage.guards_in_first_process)  # on_fit_start may load or reset weights
+        base = base_digests(view)  # before adapters start from data: code that runs there may change it
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
             start_from_data(trainer, pl_module)
@@ -323,7 +334,7 @@ class LoRACallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
         self._check_set_up()
-        self._stage.guards_everywhere.training_ended(view_of(pl_module))
+        self._stage.guards_in_each_process.training_ended(view_of(pl_module))
         self._end_training()
 
     def _end_training(self) -> None:
@@ -343,10 +354,10 @@ class LoRACallback(Callback):
         view = View(pl_module)
         merging.check_layers_stayed(view)
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
-        self._stage.guards_everywhere.fit_ended(view, trainer.optimizers, trainer.global_step)
+        self._stage.guards_in_each_process.fit_ended(view, trainer.optimizers, trainer.global_step)
         view = view_of(pl_module)
         note_changed(view)
-        self._stage.guards_on_first.base_compared(view)
+        self._stage.guards_in_first_process.base_compared(view)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merging.merge_trained(trainer, pl_module, self.merge)
 
@@ -354,28 +365,21 @@ class LoRACallback(Callback):
         """Give the module back as it came, if nothing was trained."""
         self._stage.end(pl_module)
         self._end_training()
-        self._let_go()
+        self._leave_stage()
 
-    def _let_go(self) -> None:
-        """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
-        self._is_set_up = False
-        vars(self).pop("_methods", None)
-        self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
-        compatibility.forget_module(self)
-
-    @compatibility.refuse_class
+    @compatibility.refuse_if_given_as_class
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
         methods = methods_of(trainer.strategy)
-        is_alone = methods is not None and methods.shards_before_adapters
-        is_kept = self._stage.end_after_error(pl_module, is_alone=is_alone)
-        self._let_go()
+        others_may_be_missing = methods is not None and methods.shards_before_adapters
+        is_kept = self._stage.end_after_error(pl_module, others_may_be_missing=others_may_be_missing)
+        self._leave_stage()
         if is_kept and isinstance(exception, KeyboardInterrupt):
             compatibility.tell_of_interrupt(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the states of the random number generators."""
+        """Store the states of the random number generators, and see that the strategy stores adapters."""
         if find_record(pl_module) is None:  # the file is Lightning's own
             return
         checkpoint[RANDOM] = random_states(trainer)
@@ -386,12 +390,11 @@ class LoRACallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
         if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), dict):
-            self._stage.random_numbers = ResumedNumbers(trainer, checkpoint)
-            self._training.callback(vars(trainer.fit_loop).pop, "setup_data", None)  # then it is Lightning's own again
+            self._stage.random_numbers = self._training.enter_context(closing(ResumedNumbers(trainer, checkpoint)))
 
 
 compatibility.join_pytorch_lightning(LoRACallback)
 
 
-_SHARED = cleandoc(LoRAConfig.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]
-LoRACallback.__doc__ = cleandoc(LoRACallback.__doc__ or "").replace("Args:\n", f"Args:\n{_SHARED}", 1)
+_SHARED_ARGUMENTS = cleandoc(LoRAConfig.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]
+LoRACallback.__doc__ = cleandoc(LoRACallback.__doc__ or "").replace("Args:\n", f"Args:\n{_SHARED_ARGUMENTS}", 1)

@@ -184,6 +184,8 @@ class LoRAConfig:
 
     def is_excluded(self, name: str) -> bool:
         """Whether ``exclude_modules`` matches the module ``name``."""
+        if self.exclude_modules is None:
+            return False
         return re.fullmatch(as_expression(self.exclude_modules), name) is not None
 
     def completed(self, stored: "LoRAConfig", given: Set[str] = frozenset()) -> "LoRAConfig":

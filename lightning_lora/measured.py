@@ -20,7 +20,7 @@ from lightning_lora.tensors.shards import full_tensor
 Source = nn.Module | tuple[nn.Module, str] | str | Path  # a model, one of its adapters, or a file
 
 
-class MeasuredLayer(NamedTuple):
+class LayerWithAdapter(NamedTuple):
     """A layer, and an adapter of it: on it, merged into it, inactive, or in a file."""
 
     module: nn.Module
@@ -28,10 +28,10 @@ class MeasuredLayer(NamedTuple):
     bases: dict[str, Tensor]  # the base's weights, where those of the module are merged
 
 
-class Measured(NamedTuple):
-    """An adapted matrix. Its numbers are tensors without gradients."""
+class MatrixValues(NamedTuple):
+    """The values of an adapted matrix, of its update and of its weight. The numbers are tensors without gradients."""
 
-    layer: MeasuredLayer
+    layer: LayerWithAdapter
     matrix: AdaptedMatrix
 
     @property
@@ -77,7 +77,7 @@ class Measured(NamedTuple):
         return own_parameter(self.layer.module, name)
 
 
-def measured(source: Source) -> dict[str, Measured]:
+def measured(source: Source) -> dict[str, MatrixValues]:
     """Return the adapted matrices of a model or a file, by name."""
     if isinstance(source, str | Path):
         layers = _layers_of_file(source)
@@ -89,21 +89,21 @@ def measured(source: Source) -> dict[str, Measured]:
     for name, layer in layers.items():
         for matrix in layer.adapter.matrices:
             if not matrix.tokens:  # rows have no A and B
-                found[join(name, matrix.name)] = Measured(layer, matrix)
+                found[join(name, matrix.name)] = MatrixValues(layer, matrix)
     return found
 
 
-def _layers_of_file(path: str | Path) -> dict[str, MeasuredLayer]:
+def _layers_of_file(path: str | Path) -> dict[str, LayerWithAdapter]:
     """The layers in a file of adapters. They have no weights."""
     stored = read_layers(path)
     layers = {}
     for name in stored.layers:
         layer = layer_on(stored, name, {})
-        layers[name] = MeasuredLayer(layer, layer.lora_adapter(), {})
+        layers[name] = LayerWithAdapter(layer, layer.lora_adapter(), {})
     return layers
 
 
-def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, MeasuredLayer]:
+def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, LayerWithAdapter]:
     """The layers of a model that have this adapter, or the active one."""
     view = view_of(model)
     bases = defaultdict[str, dict[str, Tensor]](dict)
@@ -111,5 +111,5 @@ def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[
         bases[merged.layer][merged.weight] = merged.base
     layers = {}
     for name, adapter in adapters_of(model, adapter_name or view.adapter.name).items():
-        layers[name] = MeasuredLayer(view.modules[name], adapter, bases[name])
+        layers[name] = LayerWithAdapter(view.modules[name], adapter, bases[name])
     return layers

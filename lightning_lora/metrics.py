@@ -19,8 +19,8 @@ from torchmetrics.utilities import plot
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.functional import subspace
 from lightning_lora.functional.dtypes import precise
-from lightning_lora.measured import Measured, Source, measured
-from lightning_lora.tensors.named import only
+from lightning_lora.measured import MatrixValues, Source, measured
+from lightning_lora.tensors.dicts import only
 
 _drawing: Any = plot  # with matplotlib or without
 _POOLED: dict[str, Any] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
@@ -108,7 +108,7 @@ class _NumberOfEachMatrix(_AdapterMetric):
             values[name] = self._number(name, each).float()
         self.values = values
 
-    def _number(self, name: str, each: Measured) -> Tensor:
+    def _number(self, name: str, each: MatrixValues) -> Tensor:
         raise NotImplementedError
 
 
@@ -138,7 +138,7 @@ class UpdateNorm(_NumberOfEachMatrix):
         {'0': tensor(0.7071)}
     """
 
-    def _number(self, name: str, each: Measured) -> Tensor:
+    def _number(self, name: str, each: MatrixValues) -> Tensor:
         norms = subspace.norm(each.update())  # one for each matrix of a stack
         return ratio(vector_norm(norms), vector_norm(each.weight()))
 
@@ -154,7 +154,7 @@ class EffectiveRank(_NumberOfEachMatrix):
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.
     """
 
-    def _number(self, name: str, each: Measured) -> Tensor:
+    def _number(self, name: str, each: MatrixValues) -> Tensor:
         _, sizes, _ = subspace.directions(each.update())
         return subspace.effective_rank(sizes).mean()
 
@@ -186,7 +186,7 @@ class Amplification(_NumberOfEachMatrix):
         """The norms of what was measured last."""
         return {name: self._norms[name] for name in self.values}
 
-    def _number(self, name: str, each: Measured) -> Tensor:
+    def _number(self, name: str, each: MatrixValues) -> Tensor:
         weight = precise(each.weight())
         u, sizes, v = subspace.directions(each.update())
         if self.of == "weight":
@@ -255,7 +255,7 @@ class SubspaceSimilarity(_AdapterMetric):
         for name, matrix in common.items():
             self.values[name] = self._similarity(matrix, second[name])
 
-    def _similarity(self, one: Measured, other: Measured) -> Tensor:
+    def _similarity(self, one: MatrixValues, other: MatrixValues) -> Tensor:
         """A number of two matrices, or their grid."""
         first, second = self._factor(one), self._factor(other)
         grids = subspace.subspace_similarity(first, second.to(first.device)).float()
@@ -264,7 +264,7 @@ class SubspaceSimilarity(_AdapterMetric):
             return grid
         return grid[: self.i, : self.j][-1, -1]
 
-    def _factor(self, matrix: Measured) -> Tensor:
+    def _factor(self, matrix: MatrixValues) -> Tensor:
         """The factor to compare. Its rows are directions that the layer reads, or writes."""
         a, b = matrix.factors()
         return a if self.side == "A" else b.mT

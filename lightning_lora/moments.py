@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 from torch import nn
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what guards look at is above this file, which imports none of it when it runs
     from lightning_lora.model.untrained import Untrained
     from lightning_lora.model.view import View
     from lightning_lora.training.steps.moved_copies import FrozenCopies
 
-Seen = ParamSpec("Seen")
+Told = ParamSpec("Told")
 
 
 class Guard:
@@ -100,7 +100,10 @@ GUARDS: list[type[Guard]] = []
 
 
 class Guards(Guard):
-    """All guards of one fit, or of one call: each moment is passed on to each of them."""
+    """All guards of one fit, or of one call: each moment is passed on to each of them.
+
+    Each moment is written out, so that mypy checks the arguments where a moment is told.
+    """
 
     def __init__(self) -> None:
         self.guards = [kind() for kind in GUARDS]
@@ -109,7 +112,7 @@ class Guards(Guard):
         """End the fit: let go of what guards have noted of the model."""
         self.guards = []
 
-    def _pass_on(self, moment: Callable[Concatenate[Guard, Seen], None], *seen: Seen.args, **also: Seen.kwargs) -> None:
+    def _pass_on(self, moment: Callable[Concatenate[Guard, Told], None], *seen: Told.args, **also: Told.kwargs) -> None:
         """Let each guard look at a moment: those that need it have a method of its name."""
         for guard in self._those_at(moment):
             getattr(guard, moment.__name__)(*seen, **also)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
-from lightning_lora.measured import Measured, measured
+from lightning_lora.measured import MatrixValues, measured
 from lightning_lora.model.record import find_record
-from lightning_lora.training.compatibility import forget_module, join_pytorch_lightning, refuse_class
+from lightning_lora.training.compatibility import forget_module, join_pytorch_lightning, refuse_if_given_as_class
 
 
 class LoRAMonitor(Callback):
@@ -73,21 +73,21 @@ class LoRAMonitor(Callback):
         """Let go of the module, also if this callback is kept in a variable."""
         forget_module(self)
 
-    @refuse_class
+    @refuse_if_given_as_class
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the module, as at the end."""
         forget_module(self)
 
     def _is_due(self, step: int) -> bool:
-        """Whether a first step or an interval has ended since the last measurement."""
-        ended = int(step > 0) + step // self.every_n_steps  # batches that step no optimizer change nothing
+        """Whether nothing was measured in this fit, or the first step or an interval has ended since."""
+        ended = int(step > 0) + step // self.every_n_steps  # the same again if a batch has stepped no optimizer
         if ended == self._ended_intervals:
             return False
         self._ended_intervals = ended
         return True
 
 
-def _norm_and_rank(matrix: Measured) -> tuple[Tensor, Tensor]:
+def _norm_and_rank(matrix: MatrixValues) -> tuple[Tensor, Tensor]:
     """The norm and the effective rank of an update, without an SVD of its factors: it may run every few steps."""
     a, b = matrix.factors()
     core = (b.mT @ b @ (a @ a.mT)).cpu()  # r x r: its eigenvalues are the update's singular values, squared

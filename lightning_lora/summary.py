@@ -6,31 +6,31 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from rich.filesize import decimal
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
-from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import Optimizer
 
-from lightning_lora.errors import counted, listed
+from lightning_lora.errors import listed
 from lightning_lora.layers import LoRALayer, number_of_values
 from lightning_lora.model.record import find_record
-from lightning_lora.model.untrained import random_weights
+from lightning_lora.model.untrained import random_weights_now
 from lightning_lora.model.view import View
 from lightning_lora.printing import Writable, fitting_console
 from lightning_lora.storage.state import values_to_store
-from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
+from lightning_lora.summary_table import sums, table_of
+from lightning_lora.tables import grouped_by_name, shown_range
 from lightning_lora.tensors.inplace import original_class
 from lightning_lora.tensors.names import owner_of, submodule
 from lightning_lora.tensors.plain_states import state_dict
 
-_LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)  # they keep two tensors for each trained parameter
 _USUAL = (nn.Parameter, Tensor)
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind whose names differ only in blocks. ``parts`` names adapted matrices, ``r`` their ranks."""
+    """Layers of one kind whose names differ only in blocks, such as ``layers.*.query``.
+
+    ``parts`` says what of them is adapted: the names of matrices, or how many matrices or rows. ``r`` are the ranks.
+    """
 
     name: str
     layers: int
@@ -47,7 +47,7 @@ class LoRASummary:
 
     Sizes are those of Adam's state and of a checkpoint's weights; ``full_``, of full fine-tuning. ``adapters`` is the
     number of adapted matrices. A ``plain`` model was never adapted, or is merged. ``active`` is what the headline says
-    of its named adapters: nothing if there is "default" alone.
+    of its named adapters, `` 'a' (new; 'b' rests)``: nothing if there is "default" alone.
     """
 
     title: str
@@ -71,53 +71,7 @@ class LoRASummary:
         self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = (), rates: Sequence[str] = ()
     ) -> Writable:
         """Return a headline, a table and the costs, for rich. With ``trained_only``, of the 15 rows that train most."""
-        shown = self._groups_that_train_most() if trained_only else self.groups
-        layers = self._layers(shown)
-        if self.plain:
-            return Writable(_headline(self._what_is_plain()), layers)
-        share = f"{self.share:.2%} of its parameters"
-        headline = _headline(f"LoRA{self.active}: {self.title} trains {share}")
-        costs = self._costs(optimizers)
-        if any(rates):
-            costs.add_row("Learning rate", *rates)
-        return Writable(headline, layers, costs)
-
-    def _what_is_plain(self) -> str:
-        """The headline of a plain model, perhaps with adapters merged into it."""
-        what = f"{self.title} is a plain model"
-        if self.adapters:
-            what += f", with {counted(self.adapters, 'adapter')} merged into it{self.active}"
-        return what
-
-    def _groups_that_train_most(self) -> list[LayerGroup]:
-        """The groups of the 15 rows that train most, in the order of all groups."""
-        most_first = sorted(self.groups, key=attrgetter("trained"), reverse=True)
-        first_15 = most_first[:15]
-        return [group for group in self.groups if group.trained > 0 and group in first_15]
-
-    def _layers(self, shown: Sequence[LayerGroup]) -> Table:
-        """The table of these groups, with a row for all others."""
-        table = layer_table("r", "Trained", "Frozen")
-        for group in shown:
-            numbers = _cells_of_numbers(group.trained, group.frozen)
-            table.add_row(LayerName(_shown_name(group)), group.kind, group.r, *numbers)
-        others = _left_out_of(shown, self.groups)
-        if others:
-            trained, frozen = _sums(others)
-            name = _name_of_others(others, trains=trained > 0)
-            table.add_row(LayerName(name), "", "–", *_cells_of_numbers(trained, frozen))
-        table.add_section()
-        table.add_row("Total", "", "", *_cells_of_numbers(self.trained, self.frozen), style="bold")
-        return table
-
-    def _costs(self, optimizers: Sequence[Optimizer]) -> Table:
-        costs = Table.grid(padding=(0, 2))
-        are_like_adam = all(isinstance(optimizer, _LIKE_ADAM) for optimizer in optimizers)
-        if are_like_adam:
-            state = f"State of {_classes_of(optimizers)}"
-            _add_cost(costs, state, self.optimizer_bytes, self.full_optimizer_bytes)
-        _add_cost(costs, "Weights in a checkpoint", self.checkpoint_bytes, self.full_checkpoint_bytes)
-        return costs
+        return table_of(self, trained_only=trained_only, optimizers=optimizers, rates=rates)
 
     __rich__ = table  # for rich's print
 
@@ -147,58 +101,23 @@ def summarize(model: nn.Module) -> LoRASummary:
         (128, 544, ['0', '2'])
     """
     view = View(model)
-    groups = list[LayerGroup]()
-    for pattern, layers in grouped_by_name(_counted_layers(view), attrgetter("described")):
-        groups.append(_row_of(pattern, list(layers.values())))
-    return _with_costs(view, tuple(groups))
-
-
-# The texts of the table
-
-
-def _headline(text: str) -> Text:
-    return Text(text, style="bold")
-
-
-def _shown_name(group: LayerGroup) -> str:
-    """The layers' name, the names of the adapted matrices, and how many layers there are."""
-    name = group.name
-    if group.parts:
-        name += f" [{','.join(group.parts)}]"
-    if group.layers > 1:
-        name += f" (×{group.layers})"
-    return name
-
-
-def _name_of_others(groups: Iterable[LayerGroup], *, trains: bool) -> str:
-    """What stands for groups that a table leaves out. If something in them trains, it says how to see them."""
-    layers = sum(group.layers for group in groups)
-    name = counted(layers, "other layer")
-    if trains:
-        name += ": lightning_lora.summarize(model)"
-    return name
-
-
-def _left_out_of(shown: Iterable[LayerGroup], groups: Iterable[LayerGroup]) -> list[LayerGroup]:
-    """The groups that are not shown."""
-    shown = set(shown)
-    return [group for group in groups if group not in shown]
-
-
-def _cells_of_numbers(trained: int, frozen: int) -> tuple[str, str]:
-    return f"{trained:,}", f"{frozen:,}"
-
-
-def _classes_of(optimizers: Sequence[Optimizer]) -> str:
-    """The classes of a fit's optimizers. Without a fit, it is Adam."""
-    if not optimizers:
-        return "Adam"
-    names = [type(optimizer).__name__ for optimizer in optimizers]
-    return ", ".join(dict.fromkeys(names))
-
-
-def _add_cost(costs: Table, what: str, size: int, full_size: int) -> None:
-    costs.add_row(what, decimal(size), f"full fine-tuning: {decimal(full_size)}")
+    parameters = list(model.parameters())
+    parameters_of_adapters = set(view.adapter_parameters.values())
+    base = [p for p in parameters if p not in parameters_of_adapters]
+    trained, frozen = _trained_and_frozen(parameters)
+    return LoRASummary(
+        title=view.title,
+        groups=_groups(view),
+        trained=trained,
+        frozen=frozen,
+        optimizer_bytes=2 * _bytes(_trained(parameters)),
+        full_optimizer_bytes=2 * _full_bytes(base),
+        checkpoint_bytes=_bytes(_checkpoint_entries(view).values()),
+        full_checkpoint_bytes=_full_bytes(base) + _bytes(view.buffers.values()),
+        adapters=len(view.matrices),
+        plain=not view.layers,
+        active=_text_on_adapters(view),
+    )
 
 
 # The layers
@@ -220,6 +139,14 @@ class _CountedLayer:
     described: _Described
     trained: int
     frozen: int
+
+
+def _groups(view: View) -> tuple[LayerGroup, ...]:
+    """The rows of the table: layers that are described in the same way, and whose names differ only in blocks."""
+    groups = list[LayerGroup]()
+    for pattern, layers in grouped_by_name(_counted_layers(view), attrgetter("described")):
+        groups.append(_group_of(pattern, list(layers.values())))
+    return tuple(groups)
 
 
 def _counted_layers(view: View) -> dict[str, _CountedLayer]:
@@ -250,7 +177,7 @@ def _describe(module: nn.Module) -> _Described:
     kind = original_class(module).__name__
     if not isinstance(module, LoRALayer):
         return _Described(kind)
-    tokens = module.lora_matrices[0].tokens
+    tokens = module.lora_matrices[0].tokens  # an embedding whose rows train has this one matrix
     if tokens:
         return _Described(kind, parts=(f"{len(tokens)} rows",))
     return _Described(kind, _ranks(module), _parts(module))
@@ -269,10 +196,9 @@ def _parts(layer: LoRALayer) -> tuple[str, ...]:
     return tuple(names) if are_short else (f"{len(names)} matrices",)
 
 
-def _row_of(pattern: str, layers: Sequence[_CountedLayer]) -> LayerGroup:
-    """A row of the table: layers that are described in the same way."""
+def _group_of(pattern: str, layers: Sequence[_CountedLayer]) -> LayerGroup:
     described = layers[0].described
-    trained, frozen = _sums(layers)
+    trained, frozen = sums(layers)
     return LayerGroup(
         name=pattern,
         layers=len(layers),
@@ -284,36 +210,7 @@ def _row_of(pattern: str, layers: Sequence[_CountedLayer]) -> LayerGroup:
     )
 
 
-def _sums(layers: Iterable[_CountedLayer | LayerGroup]) -> tuple[int, int]:
-    """How many values train in all of these layers, and how many do not."""
-    trained = frozen = 0
-    for layer in layers:
-        trained += layer.trained
-        frozen += layer.frozen
-    return trained, frozen
-
-
 # The costs
-
-
-def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
-    parameters = list(view.model.parameters())
-    parameters_of_adapters = set(view.adapter_parameters.values())
-    base = [p for p in parameters if p not in parameters_of_adapters]
-    trained, frozen = _trained_and_frozen(parameters)
-    return LoRASummary(
-        title=view.title,
-        groups=groups,
-        trained=trained,
-        frozen=frozen,
-        optimizer_bytes=2 * _bytes(_trained(parameters)),
-        full_optimizer_bytes=2 * _full_bytes(base),
-        checkpoint_bytes=_bytes(_checkpoint_entries(view).values()),
-        full_checkpoint_bytes=_full_bytes(base) + _bytes(view.buffers.values()),
-        adapters=len(view.matrices),
-        plain=not view.layers,
-        active=_what_is_active(view),
-    )
 
 
 def _checkpoint_entries(view: View) -> Mapping[str, Any]:
@@ -327,14 +224,14 @@ def _random_in_files(view: View) -> tuple[str, ...]:
     """The frozen weights that files hold because they look untrained."""
     if view.is_sharded:  # to look for them needs every process, and this one alone may ask for a summary
         return view.adapter.random_so_far
-    noted = view.adapter.random
-    found = random_weights(view)  # it notes what it finds
-    view.adapter.random = noted  # which is too early: the base may change until a fit begins
-    return found
+    return random_weights_now(view)  # which notes nothing: the base may change until a fit begins
 
 
-def _what_is_active(view: View) -> str:
-    """What the headline says of a model's named adapters: `` 'a' (new; 'b' rests)``."""
+# The named adapters
+
+
+def _text_on_adapters(view: View) -> str:
+    """What the headline says of a model's named adapters, after ``LoRA``: `` 'a' (new; 'b' rests)``."""
     record = find_record(view.model)
     if record is None:
         return ""
@@ -353,6 +250,9 @@ def _age_of_adapter(view: View) -> str:
     """Whether the active adapter has been trained."""
     is_new = view.layers and not view.adapter.is_trained and view.is_fresh()
     return "new" if is_new else "trained before"
+
+
+# Values and bytes
 
 
 def _trained_and_frozen(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.printing import fitting_console
-from lightning_lora.sweep_run import Fit, Run
+from lightning_lora.sweep_run import FitFunction, Run
 
 _LISTS = {"target_modules", "target_parameters", "exclude_modules", "modules_to_save", "trainable_token_indices"}
 """Arguments of which one value may be a list itself."""
@@ -98,7 +98,7 @@ class LoRASweep:
             arguments.append(f"{name}={value!r}")
         return f"LoRASweep({', '.join(arguments)})"
 
-    def run(self, fit: Fit) -> list[dict[str, Any]]:
+    def run(self, fit: FitFunction) -> list[dict[str, Any]]:
         """Train all adapters, merge the best one, show a table, and return ``results``.
 
         Args:
@@ -116,7 +116,7 @@ class LoRASweep:
         for name, arguments in self.runs.items():
             runs.append(Run(name, arguments, self.directory, self.monitor))
         self._train(runs, fit)
-        runs.sort(key=self._rank)
+        runs.sort(key=self._order)
         self.results = [run.result(self._varied) for run in runs]
         try:
             self._merge(runs[0], fit)
@@ -124,7 +124,7 @@ class LoRASweep:
             rank_zero_only(fitting_console().print)(self.table())
         return self.results
 
-    def _train(self, runs: Sequence[Run], fit: Fit) -> None:
+    def _train(self, runs: Sequence[Run], fit: FitFunction) -> None:
         """Train all adapters, epoch by epoch with a validation, until each has ended or was dropped."""
         while runs:
             stops = len(runs) > 1 and self.keep < 1
@@ -136,7 +136,7 @@ class LoRASweep:
 
     def _drop_worse(self, runs: Sequence[Run]) -> list[Run]:
         """Drop the worse ones. Return those that go on."""
-        ranked = sorted(runs, key=self._rank)
+        ranked = sorted(runs, key=self._order)
         best = ranked[0]
         count = math.ceil(len(ranked) * self.keep)
         going_on = f"{count} of {len(ranked)} go on"
@@ -145,14 +145,14 @@ class LoRASweep:
             run.dropped = run.epochs
         return ranked[:count]
 
-    def _rank(self, run: Run) -> tuple[bool, float, float]:
+    def _order(self, run: Run) -> tuple[bool, float, float]:
         """Those with numbers first, then those that trained longest, then by the last metric."""
         value = run.metrics[-1]
         trained_epochs = run.dropped or math.inf
         badness = value if self.mode == "min" else -value
         return math.isnan(value), -trained_epochs, badness
 
-    def _merge(self, best: Run, fit: Fit) -> None:
+    def _merge(self, best: Run, fit: FitFunction) -> None:
         """Merge the best adapter, in a fit that ends at once."""
         if math.isnan(best.metrics[-1]):
             raise ConfigError(

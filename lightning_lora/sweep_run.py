@@ -14,7 +14,7 @@ from lightning_lora.model.remove import remove_adapters
 from lightning_lora.training.compatibility import kinds_of
 from lightning_lora.training.returned_records import returns_state_only
 
-Fit = Callable[[Any, str | None], object]
+FitFunction = Callable[[Any, str | None], object]
 """The user's function of a callback and a ``ckpt_path``."""
 
 
@@ -36,7 +36,7 @@ class Run:
         arguments = {name: self.arguments[name] for name in varied}
         return {"name": self.name, **arguments, "metrics": self.metrics, "dropped": self.dropped}
 
-    def go_on(self, fit: Fit, *, stops: bool) -> None:
+    def go_on(self, fit: FitFunction, *, stops: bool) -> None:
         """Train it to the end, or through the next epoch with a validation. Leave no adapter on the module."""
         callback = _Callback(self, {**self.arguments, "merge": False}, stops=stops)
         with isolate_rng():  # each begins with the same random numbers, or with those in its file
@@ -55,7 +55,7 @@ class Run:
         """The file from which the next fit goes on, or None for the first fit."""
         return str(self.file) if self.epochs else None
 
-    def merge(self, fit: Fit) -> bool:
+    def merge(self, fit: FitFunction) -> bool:
         """Merge what is in its file into the module. Return False if no fit has run."""
         callback = _Callback(self, self.arguments, stops=False)
         fit(callback, str(self.file))
@@ -91,7 +91,7 @@ class _Callback(LoRACallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if self.merge or self.progress.has_ended:  # nothing is left to train: this fit ends at once
+        if self.merge or self.progress.has_ended:  # by Run.merge, or to the end: this fit ends at once
             _end_after(trainer, self.progress.epochs)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -84,6 +84,12 @@ def test_what_is_left_out_too_is_no_part_of_another_expression() -> None:
     assert LoRAConfig(exclude_modules="head").excluding(inside).is_excluded("head")
 
 
+def test_nothing_is_excluded_if_nothing_is_named() -> None:
+    for name in ("", "encoder"):  # the model itself has no name
+        assert not LoRAConfig().is_excluded(name)
+        assert not LoRAConfig(exclude_modules="head").is_excluded(name)
+
+
 def test_empty_patterns_mean_none_and_numbers_of_numpy_become_pythons_own() -> None:
     assert LoRAConfig(exclude_modules=[], modules_to_save=[], rank_pattern={}) == LoRAConfig()
     config = LoRAConfig(alpha=np.float64(4), dropout=np.float64(0.5), alpha_pattern={"q": np.float64(2)}).to_dict()

@@ -5,19 +5,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from lightning_lora.argument_checks import check_adapter_name
 from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError
 from lightning_lora.layers import Adapter
-from lightning_lora.networks.roles import StillNetworks
-from lightning_lora.tensors.named import only
+from lightning_lora.networks.still_networks import StillNetworks
+from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.values import copy_to_host
-
-
-def check_name(name: object) -> None:
-    """Refuse what is no name of an adapter."""
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"name={name!r} is not valid. Expected a string that is not empty.")
 
 
 @dataclass
@@ -59,7 +53,7 @@ class AdapterState:
     """The adapters that it shows, added up with these weights. It cannot be trained."""
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        check_adapter_name(self.name)
 
     @property
     def random_so_far(self) -> tuple[str, ...]:

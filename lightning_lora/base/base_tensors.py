@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_lora.base.readings import Readings, Tensors
+from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import without
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.seen import Seen
 
@@ -39,8 +39,8 @@ class AfterMerge:
     """All parameters of the model."""
 
     bases: dict[str, Tensor] = field(default_factory=dict)
-    """The base's values of each weight with an update. A layer with a tied weight has got one of its own, so these are
-    the tied parameter itself, which the other layer still uses."""
+    """The base's values of each weight with an update. Of a weight that was tied: the shared parameter itself, which
+    the other layer still uses, because this layer has a copy now."""
 
     seen_tied: dict[str, Seen] = field(default_factory=dict)
     """These tied parameters."""
@@ -60,7 +60,7 @@ class Base:
     """What is known of the base's tensors: parameters, buffers, and entries of quantised layers.
 
     There is one dict, or set, for each fact. Of most tensors, only one or two facts are known: a row for each tensor
-    would be mostly empty. All names are as in ``named_parameters``, and what changes a fact is a method here.
+    would be mostly empty. All names are those of ``parameters_by_name``, and what changes a fact is a method here.
     """
 
     required_grad: dict[str, bool] = field(default_factory=dict)
@@ -164,7 +164,10 @@ class Base:
         return [self._digest_before_changes(name, digest_now) for name, digest_now in digests_now.items()]
 
     def _digest_before_changes(self, name: str, digest_now: int) -> int:
-        """The digest of the base's values of a tensor: before the last change, and before the rounding below that."""
+        """The digest of the base's values of a tensor: before the last change, and before the rounding below that.
+
+        A merge has rounded W to W', and code has changed this to W'': from W'' back to W', and then to W.
+        """
         found = digest_now
         for changes in (self.changes, self.roundings):
             change = changes.get(name)

@@ -7,7 +7,7 @@ from weakref import WeakSet
 from torch import nn
 
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.tensors.names import named_modules, plain_module
+from lightning_lora.tensors.names import modules_by_name, plain_module
 
 _OPEN: WeakSet[nn.Module] = WeakSet()
 """The modules that an open block runs in its own way."""
@@ -29,7 +29,7 @@ def is_in_block(module: nn.Module) -> bool:
 
 def refuse_in_block(model: nn.Module, call: str) -> None:
     """Refuse a call that changes adapters while a block runs layers of ``model``. A copy of it has no open block."""
-    if _OPEN and not _OPEN.isdisjoint(named_modules(model).values()):
+    if _OPEN and not _OPEN.isdisjoint(modules_by_name(model).values()):
         raise AdapterStateError(
             f"{call} is not possible in a block of adapter_names: each row of {type(plain_module(model)).__name__} has "
             "its own adapter there. Do it before the block, or after it."

@@ -45,14 +45,14 @@ def digests_by_name(names: Iterable[str], stored: Fingerprint) -> dict[str, int]
     return dict(zip(names, stored["digests"], strict=True))
 
 
-def have_one_form(one: Form, other: Form) -> bool:
+def have_same_form(one: Form, other: Form) -> bool:
     """Whether two fingerprints are of the same names, shapes and dtypes."""
     return (one["layout"], one["dtypes"]) == (other["layout"], other["dtypes"])
 
 
-def find_one_form(fingerprints: Iterable[Fingerprint], other: Form) -> Fingerprint | None:
+def find_same_form(fingerprints: Iterable[Fingerprint], other: Form) -> Fingerprint | None:
     """Return the first fingerprint that has the same form as another one, or None."""
     for each in fingerprints:
-        if have_one_form(each, other):
+        if have_same_form(each, other):
             return each
     return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lora.tensors.digests import digests, digests_as
 from lightning_lora.tensors.seen import Seen
-from lightning_lora.tensors.shards import agreed, is_dtensor
+from lightning_lora.tensors.shards import is_dtensor, true_anywhere
 
 Tensors = Mapping[str, Tensor]  # by name
 
@@ -87,7 +87,7 @@ class Readings:
         are_new = list[bool]()
         for name, tensor in tensors.items():
             are_new.append(self.known_digest(name, tensor) is None)
-        are_new_anywhere = agreed(are_new, list(tensors.values()))
+        are_new_anywhere = true_anywhere(are_new, list(tensors.values()))
         to_be_read = dict[str, Tensor]()
         for (name, tensor), is_new in zip(tensors.items(), are_new_anywhere, strict=True):
             if is_new:

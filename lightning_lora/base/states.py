@@ -31,8 +31,8 @@ FOLLOWING = {
     State.MERGED: {State.ADAPTED, State.MERGED_BASE_SHOWN},  # unmerge_adapters; set_adapter(model, None)
     State.MERGED_BASE_SHOWN: {State.MERGED},  # set_adapter
 }
-"""The states that follow each state. From each one, remove_adapters and whatever loses the adapters lead to a plain
-model, whose record is dropped. A merged model that is adapted anew gets a new record."""
+"""The states that follow each state: ``model/record.py`` asserts it. From each one, remove_adapters and whatever loses
+the adapters lead to a plain model, whose record is dropped. A merged model that is adapted anew gets a new record."""
 
 
 # From which states a call may start

@@ -22,7 +22,7 @@ from lightning_lora.storage.disk import opened
 from lightning_lora.storage.inner_model import UNKNOWN
 from lightning_lora.storage.offline.layers import matrix_updates, read_layers, tensors_beside_adapters
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
-from lightning_lora.tensors.named import of_type
+from lightning_lora.tensors.dicts import of_type
 
 
 def add_arguments(parser: Any) -> None:

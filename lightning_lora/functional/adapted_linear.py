@@ -71,6 +71,7 @@ def adapted_linear(
 def _composed(
     x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
+    """Y in operations that torch differentiates."""
     return F.linear(x, weight, bias) + low_rank_update(dropped, lora_A, lora_B, scaling)
 
 
@@ -147,7 +148,8 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, bias, lora_A, lora_B, scaling, ctx.dropout = args
         y, h, ctx.seed = _AdaptedLinear.run(*args)
         ctx.scaling_of_kept = scaling / (1 - ctx.dropout)  # the elements that dropout keeps are scaled up
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, bias, lora_A, lora_B, h)
+        weight_for_x = weight if ctx.needs_input_grad[0] else None  # only the gradient of x depends on it
+        ctx.save_for_backward(x, weight_for_x, bias, lora_A, lora_B, h)
         return y.data  # no view: an activation may change it in place
 
     @staticmethod
@@ -163,29 +165,34 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx: Any, grad: Tensor, inputs: Sequence[Any], h: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Compute the gradients as written out. Without h, the forward pass has multiplied by the sum."""
+        """Compute the gradients as written out."""
         x, weight, _, lora_A, lora_B = inputs
         rows = x.reshape(-1, x.shape[-1])
         out = grad.reshape(-1, grad.shape[-1])
         a = as_dtype(lora_A, x.dtype)
         b = as_dtype(lora_B, x.dtype)
         scaling = ctx.scaling_of_kept
+        multiplied_by_sum = h is None  # the forward pass, which needs no h then
         for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
         g = b.T @ out.T
         grad_B = grad_x = grad_rows = None
         if for_B:
             hidden = a @ rows.T if h is None else h
             grad_B = torch.addmm(b.T, hidden, out, beta=0, alpha=scaling).T
-        if for_x and h is None:
+        if for_x and multiplied_by_sum:
             grad_x = out.view(grad.shape) @ _updated(weight, a, b, scaling)
         elif for_x:
             grad_x = out.view(grad.shape) @ weight  # no view: torch may add to it in place
             grad_rows = grad_x.view(rows.shape)  # the update's part is added to these below
+        grad_A = None
         if ctx.dropout:
             g.mul_(scaling)  # not g A, which could overflow in half precision
-            grad_A: Tensor | None = _add_dropped_gradients(g, a, rows, grad_rows, ctx.dropout, ctx.seed)
+            grad_A = _add_gradients_with_dropout(g, a, rows, grad_rows, ctx.dropout, ctx.seed)
         else:
-            grad_A = _add_gradients(g, a, rows, grad_rows, scaling, for_A=for_A)
+            if grad_rows is not None:
+                grad_rows.addmm_(g.T, a, alpha=scaling)
+            if for_A:
+                grad_A = torch.addmm(a, g, rows, beta=0, alpha=scaling)
         grad_weight = out.T @ rows if for_weight else None
         grad_bias = out.sum(0) if for_bias else None
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None  # torch converts to dtypes of A and B
@@ -195,7 +202,7 @@ class _AdaptedLinear(torch.autograd.Function):
         """Let torch differentiate the separate operations, for second derivatives. Inputs count as independent."""
         inputs = [None if t is None else t.view_as(t) for t in inputs]  # x may depend on A if a layer is used twice
         x, weight, bias, lora_A, lora_B = inputs
-        if weight is None:  # no gradient depends on it
+        if weight is None:  # it was not saved, because no gradient depends on its values
             for_weight = ctx.needs_input_grad[1]
             weight = x.new_zeros(len(lora_B), x.shape[-1], requires_grad=for_weight)
             inputs[1] = weight
@@ -219,21 +226,13 @@ def _dropped_product(a: Tensor, rows: Tensor, dropout: float, seed: int) -> Tens
     return h
 
 
-def _add_gradients(
-    g: Tensor, a: Tensor, rows: Tensor, grad_rows: Tensor | None, scaling: float, *, for_A: bool
-) -> Tensor | None:
-    """Return the gradient of A, if it is needed, and add the update's to that of the rows, if it lacks this."""
-    if grad_rows is not None:
-        grad_rows.addmm_(g.T, a, alpha=scaling)
-    if not for_A:
-        return None
-    return torch.addmm(a, g, rows, beta=0, alpha=scaling)
-
-
-def _add_dropped_gradients(
+def _add_gradients_with_dropout(
     g: Tensor, a: Tensor, rows: Tensor, grad_rows: Tensor | None, dropout: float, seed: int
 ) -> Tensor:
-    """Do the same with dropout: the seed draws the elements of the forward pass again. ``g`` is scaled already."""
+    """Return the gradient of A, and add the update's part to that of the rows, if it lacks this.
+
+    Both in one pass, for which the seed draws the elements of the forward pass again. ``g`` is scaled already.
+    """
     grad_A = torch.zeros_like(a)
     for block, drop in drops(rows, dropout, seed):
         dropped = drop(rows[block].clone(memory_format=torch.contiguous_format))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import only, without
+from lightning_lora.tensors.dicts import only, without
 from lightning_lora.tensors.names import starts_of
 from lightning_lora.tensors.values import is_tensor
 

@@ -6,7 +6,8 @@ from lightning_lora.model.still.find_still import layers_that_have_learned
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.networks.copies import pairs_of
-from lightning_lora.tensors.named import modules_around, with_values, without
+from lightning_lora.tensors.dicts import with_values, without
+from lightning_lora.tensors.names import modules_around
 
 
 class CopiesNeverMoved(Guard):

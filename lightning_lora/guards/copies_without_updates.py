@@ -7,7 +7,7 @@ from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.networks.copies import pairs_of
 from lightning_lora.private import version_of
-from lightning_lora.tensors.named import inside
+from lightning_lora.tensors.names import names_inside
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
@@ -43,7 +43,7 @@ class CopiesWithoutUpdates(Guard):
         A load of the whole model writes into both. An average may write the same values again, as they are frozen.
         """
         written = dict(self.versions.items() - _versions_of(view).items())
-        for name in inside(written, [copy]):
+        for name in names_inside(written, [copy]):
             counterpart = self.copies.name_in_original(name, copy)
             if counterpart not in written:
                 return True

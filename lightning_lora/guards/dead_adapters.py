@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lightning_lora.errors import DeadAdapterWarning, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import modules_around
+from lightning_lora.tensors.names import modules_around
 
 
 class DeadAdapters(Guard):

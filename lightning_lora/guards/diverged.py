@@ -6,7 +6,7 @@ from torch import nn
 from lightning_lora.errors import listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.shards import to_local
 
 

@@ -6,7 +6,8 @@ from lightning_lora.errors import listed, warn
 from lightning_lora.model.still.find_still import layers_that_have_learned
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import joined, without
+from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.names import names_joined
 
 
 class FrozenAfterLearning(Guard):
@@ -16,7 +17,7 @@ class FrozenAfterLearning(Guard):
         """Look at the layers that train on."""
         frozen = []
         for name, layer in without(layers_that_have_learned(view), paused).items():
-            if frozen_since >= set(joined(name, layer.lora_weights())):
+            if frozen_since >= set(names_joined(name, layer.lora_weights())):
                 frozen.append(name)
         if frozen and len(frozen) < len(view.layers):
             warn(

@@ -6,8 +6,8 @@ from lightning_lora.errors import listed
 from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import joined, where
-from lightning_lora.tensors.names import named_parameters
+from lightning_lora.tensors.dicts import where
+from lightning_lora.tensors.names import names_joined, parameters_by_name
 
 
 class FrozenInModulesToSave(Guard):
@@ -23,7 +23,7 @@ class FrozenInModulesToSave(Guard):
 
 def _look_at(view: View, name: str, module: nn.Module) -> None:
     """Look at one module that trains in full."""
-    trained = joined(name, where(named_parameters(module), _trains))
+    trained = names_joined(name, where(parameters_by_name(module), _trains))
     flags_of_user = view.record.base.required_grad
     frozen_by_user = [each for each in trained if flags_of_user.get(each) is False]
     if 0 < len(frozen_by_user) < len(trained):

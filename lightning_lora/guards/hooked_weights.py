@@ -14,7 +14,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.private import has_gradient_hooks
-from lightning_lora.tensors.named import where, without
+from lightning_lora.tensors.dicts import where, without
 from lightning_lora.tensors.names import own_parameter
 
 _NAMED: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import of_type, without
+from lightning_lora.tensors.dicts import of_type, without
 
 
 class LargeHyperparameters(Guard):

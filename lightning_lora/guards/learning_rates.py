@@ -10,8 +10,8 @@ from lightning_lora.errors import listed
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
+from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.named import where
 from lightning_lora.training.optimizers.peak_rates import peak_rates, rates_by_layer
 
 _LOW = 1e-4

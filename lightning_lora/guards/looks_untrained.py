@@ -11,8 +11,7 @@ from lightning_lora.layers import adapter_for
 from lightning_lora.model.untrained import Untrained, random_weights
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import outside
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import names_outside, owner_of
 
 
 class LooksUntrained(Guard):
@@ -43,7 +42,7 @@ def _perhaps_new(view: View, untrained: Untrained) -> list[str]:
     if not untrained.was_judged:
         return []
     left_out = {*excluded_names(view), *view.adapter.networks.copies}
-    return outside(untrained.unsure, left_out)
+    return names_outside(untrained.unsure, left_out)
 
 
 def _name_untrained(view: View, untrained: Untrained, perhaps_new: list[str]) -> None:
@@ -63,7 +62,7 @@ def _name_untrained(view: View, untrained: Untrained, perhaps_new: list[str]) ->
 def _are_excluded(view: View, weights: Iterable[str]) -> bool:
     """Whether ``exclude_modules`` names all layers of these weights that could be adapted."""
     layers = set(map(owner_of, weights))
-    remaining = outside(layers, set(excluded_names(view)))
+    remaining = names_outside(layers, set(excluded_names(view)))
     return not any(adapter_for(view.modules[name]) for name in remaining)
 
 
@@ -85,7 +84,7 @@ def _about_untrained(view: View, untrained: Untrained) -> str:
         "purpose, or the loss does not depend on them, ignore this: the files hold them as they are.)"
     )
     message += _about_convolutions(view, untrained.modules)
-    if not outside(view.layers, untrained.modules):
+    if not names_outside(view.layers, untrained.modules):
         message += ' No other layer is adapted: adapt others too, for example with target_modules="all-linear".'
     return message
 

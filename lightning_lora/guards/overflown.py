@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from lightning_lora.errors import MergePrecisionWarning, listed, warn
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import where_not
+from lightning_lora.tensors.dicts import where_not
 
 
 class Overflown(Guard):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from lightning_lora.errors import MergePrecisionWarning, warn
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.dicts import where
 
 _MUCH = 0.25  # a warning is shown if a larger share of an update (in norm) is lost; in bfloat16, 0.1 to 0.2 is common
 

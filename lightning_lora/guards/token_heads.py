@@ -10,7 +10,7 @@ from lightning_lora.model.untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.storage.same_base.compared_tensors import rows_of
-from lightning_lora.tensors.named import only, without
+from lightning_lora.tensors.dicts import only, without
 from lightning_lora.tensors.names import owner_of
 
 

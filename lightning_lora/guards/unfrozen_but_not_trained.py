@@ -5,8 +5,8 @@ from lightning_lora.guards.wording import to_save, warn_in_each_fit
 from lightning_lora.model.untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import largest_free_of, modules_around, not_in, only, outside, where
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.dicts import only, where
+from lightning_lora.tensors.names import largest_free_of, modules_around, names_not_in, names_outside, owner_of
 
 
 class UnfrozenButNotTrained(Guard):
@@ -14,7 +14,7 @@ class UnfrozenButNotTrained(Guard):
 
     def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name those that do not look untrained: another guard names these."""
-        unfrozen = not_in(modules_unfrozen_but_not_trained(view), untrained.modules)
+        unfrozen = names_not_in(modules_unfrozen_but_not_trained(view), untrained.modules)
         if unfrozen:
             warn_in_each_fit(
                 f"You have frozen most of {view.title}, but not {listed(unfrozen)}. Now these are frozen too, "
@@ -46,7 +46,7 @@ def _module_of(name: str, view: View) -> str:
 def _frozen_by_user(view: View) -> list[str]:
     """What the user froze, but for networks that stand still or follow."""
     networks = view.adapter.networks
-    return outside(view.frozen_by_user, (*networks.beside_training, *networks.copies))
+    return names_outside(view.frozen_by_user, (*networks.beside_training, *networks.copies))
 
 
 def _unfrozen_weights(view: View) -> list[str]:

@@ -9,7 +9,8 @@ from lightning_lora.guards.wording import MOST_NAMES, as_entries
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import joined, only
+from lightning_lora.tensors.dicts import only
+from lightning_lora.tensors.names import names_joined
 from lightning_lora.tensors.seen import Seen
 from lightning_lora.training.optimizers.groups import leading_layers
 from lightning_lora.training.steps.moved_copies import FrozenCopies
@@ -60,7 +61,7 @@ def _weights_inside(view: View, name: str, layer: LoRALayer) -> list[str]:
     """The weights of an adapted layer. A quantised one may change the layout of its own."""
     if layer.lora_is_quantised(layer):
         return []
-    return list(only(view.base, joined(name, layer.lora_weights())))
+    return list(only(view.base, names_joined(name, layer.lora_weights())))
 
 
 def _about_written(title: str, names: list[str]) -> str:

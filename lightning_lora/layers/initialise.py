@@ -11,8 +11,8 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.contract import LayerKind
 from lightning_lora.layers.inits.table import FromWeight
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings
+from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import where
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, sharded_as
 from lightning_lora.tensors.values import replace_values

@@ -11,9 +11,9 @@ from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRATokens, Settings
 from lightning_lora.model.record import records_in
 from lightning_lora.model.view import View
 from lightning_lora.targets.choice import Choice
+from lightning_lora.tensors.dicts import of_type, renamed, where
 from lightning_lora.tensors.inplace import is_overlaid
-from lightning_lora.tensors.named import joined, of_type, renamed, where
-from lightning_lora.tensors.names import find_parameter, is_in, submodule
+from lightning_lora.tensors.names import find_parameter, is_in, names_joined, submodule
 
 
 def check_weights(view: View) -> None:
@@ -99,7 +99,7 @@ def _named(values: Mapping[str, Any], keys: Collection[str]) -> str:
 
 def _check_same_trained(view: View, prefix: str) -> None:
     """Refuse if the module ``prefix`` trains other biases or whole modules than this configuration."""
-    trained_there = set(joined(prefix, View(submodule(view.model, prefix)).trainable))
+    trained_there = set(names_joined(prefix, View(submodule(view.model, prefix)).trainable))
     trained_here = {name for name in view.trainable if is_in(name, prefix)}
     if trained_there != trained_here:
         raise AdapterMismatchError(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter, LoRALayer, put_on
 from lightning_lora.model.view import View
+from lightning_lora.tensors.dicts import of_type, only
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import joined, of_type, only
-from lightning_lora.tensors.names import join, own_parameter
-from lightning_lora.tensors.shards import agreed, is_dtensor
+from lightning_lora.tensors.names import join, names_joined, own_parameter
+from lightning_lora.tensors.shards import is_dtensor, true_anywhere
 from lightning_lora.tensors.values import replace_values
 
 
@@ -32,7 +32,7 @@ def is_as_merged(view: View) -> bool:
         return True
     refuse_layers_of_another_model(view)
     has_changed_here = not _is_as_merged_here(view)
-    (has_changed_anywhere,) = agreed([has_changed_here], list(view.parameters.values()))
+    (has_changed_anywhere,) = true_anywhere([has_changed_here], list(view.parameters.values()))
     return not has_changed_anywhere
 
 
@@ -57,7 +57,7 @@ def _is_as_merged_here(view: View) -> bool:
 
 def _is_layer_as_merged(view: View, layer: str, adapter: Adapter) -> bool:
     """Whether the weights of a merged layer are as merged, perhaps converted, and tied to the same ones."""
-    names = joined(layer, adapter.weights)
+    names = names_joined(layer, adapter.weights)
     shown = only(view.parameters, names)
     if len(shown) < len(names):  # prune or weight_norm computes the others
         return False

@@ -14,7 +14,7 @@ from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.own_loop.early_optimizers import watch_optimizers
 from lightning_lora.model.record import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import of_type, only, without
+from lightning_lora.tensors.dicts import of_type, only, without
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values, set_requires_grad

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_lora.model.view import View
 from lightning_lora.private import EXTRA_STATE
+from lightning_lora.tensors.dicts import only, without
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import only, without
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values, same_bits

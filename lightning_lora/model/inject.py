@@ -27,8 +27,8 @@ from lightning_lora.moments import Guards
 from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.select import select
-from lightning_lora.tensors.named import where
-from lightning_lora.tensors.names import named_modules
+from lightning_lora.tensors.dicts import where
+from lightning_lora.tensors.names import modules_by_name
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
@@ -181,7 +181,7 @@ def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
 
 def _without_lost_exclusions(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """A file's configuration without exclusions that match nothing: what stood still in training may not be here."""
-    excludes_any = any(config.is_excluded(name) for name in named_modules(model))
+    excludes_any = any(config.is_excluded(name) for name in modules_by_name(model))
     return config if excludes_any else replace(config, exclude_modules=None)
 
 

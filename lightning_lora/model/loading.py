@@ -10,7 +10,7 @@ from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.model.record import record_of
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import beginning_with, of_type, only, renamed, without
+from lightning_lora.tensors.dicts import beginning_with, of_type, only, renamed, without
 from lightning_lora.tensors.names import owner_of, plain_name
 from lightning_lora.tensors.values import same_bits
 

@@ -19,8 +19,15 @@ from lightning_lora.model.record import forget_record, record_of, start_call, st
 from lightning_lora.model.view import View, view_of
 from lightning_lora.model.views.tensors_view import was_tied
 from lightning_lora.moments import Guards
-from lightning_lora.tensors.named import not_in, with_values
-from lightning_lora.tensors.names import first_names, join, own_parameter, parameters_of, set_parameter
+from lightning_lora.tensors.dicts import with_values
+from lightning_lora.tensors.names import (
+    direct_parameters,
+    first_names,
+    join,
+    names_not_in,
+    own_parameter,
+    set_parameter,
+)
 from lightning_lora.tensors.seen import Seen
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.undo import Undo
@@ -152,7 +159,7 @@ def _merge_for_good(model: nn.Module) -> MergeReport:
             _set_weight(layer, weight, values, is_tied=weight in tied.get(name, ()))
         layer.lora_weights_changed()
         layer.lora_detach()
-        view.adapter.layers = tuple(not_in(view.adapter.layers, [name]))
+        view.adapter.layers = tuple(names_not_in(view.adapter.layers, [name]))
     torch.clear_autocast_cache()
     view.look_again()
     attach.unfreeze(view)
@@ -170,7 +177,7 @@ def _begin_merge(view: View) -> None:
 
 def tied_weights(view: View) -> dict[str, list[str]]:
     """Return the weights that another layer uses too, by layer. Layers without such are left out."""
-    uses = Counter(parameters_of(first_names(view.modules)).values())
+    uses = Counter(direct_parameters(first_names(view.modules)).values())
     tied = {}
     for name, layer in view.layers.items():
         shared = [weight for weight in layer.lora_weights() if uses[own_parameter(layer, weight)] > 1]

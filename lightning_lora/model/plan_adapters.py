@@ -9,12 +9,12 @@ from lightning_lora.errors import TargetError
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.still.find_still import about_networks_left_out, find_still_networks, known_still_networks
 from lightning_lora.model.view import View
-from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.select import select
-from lightning_lora.tensors.named import inside, names_by, only, outside, where, without
-from lightning_lora.tensors.names import first_names, owner_of, parameters_of
+from lightning_lora.tensors.dicts import names_of_each, only, where, without
+from lightning_lora.tensors.names import direct_parameters, first_names, names_inside, names_outside, owner_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _frozen_by_user(view: View) -> set[nn.Parameter]:
 
 def _plan(view: View, targeted: Mapping[str, Choice], networks: StillNetworks) -> Plan:
     """The plan for layers that are targeted, without networks that get no adapter."""
-    choices = only(targeted, outside(targeted, networks.without_adapters))
+    choices = only(targeted, names_outside(targeted, networks.without_adapters))
     if not choices:
         raise TargetError(
             f"{about_networks_left_out(networks.beside_training, view.title)} Nothing else is targeted by "
@@ -92,7 +92,7 @@ def _resized_before_training(view: View) -> dict[str, LoRALayer]:
 def _copied_or_left_out(view: View, choices: Mapping[str, Choice], networks: StillNetworks) -> set[str]:
     """Layers that other code copied with their adapters, or that get none now, where nobody chose them."""
     copied = without(view.layers, view.recorded)
-    left_out = inside(view.layers, networks.without_adapters)
+    left_out = names_inside(view.layers, networks.without_adapters)
     return {*copied, *left_out} - choices.keys()
 
 
@@ -112,5 +112,5 @@ def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
 
 def _tied_parameters(view: View) -> set[nn.Parameter]:
     """The parameters that several modules hold."""
-    names_by_parameter = names_by(parameters_of(first_names(view.modules)))
+    names_by_parameter = names_of_each(direct_parameters(first_names(view.modules)))
     return {parameter for parameter, names in names_by_parameter.items() if len(set(map(owner_of, names))) > 1}

@@ -16,7 +16,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter
 from lightning_lora.private import LOAD_HOOKS
-from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
+from lightning_lora.tensors.names import join, modules_by_name, plain_module, submodule
 from lightning_lora.tensors.shards import reshard
 
 _ATTRIBUTE = "_lora"  # the attribute that holds a model's record
@@ -228,7 +228,7 @@ def _refuse_several_adapters(model: nn.Module, inner_records: Mapping[str, Recor
 
 
 def _inner_records(model: nn.Module) -> dict[str, Record]:
-    inner_modules = named_modules(model)
+    inner_modules = modules_by_name(model)
     del inner_modules[""]
     return records_in(inner_modules)
 

@@ -18,8 +18,8 @@ from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.norms import has_running_statistics
 from lightning_lora.model.view import View
 from lightning_lora.private import version_of
+from lightning_lora.tensors.dicts import grouped
 from lightning_lora.tensors.inplace import combined
-from lightning_lora.tensors.named import grouped
 
 Name = str | None
 """An adapter's name. None: the base."""

@@ -17,8 +17,8 @@ from lightning_lora.model.row_runs import MixedModule, Name, Values
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, prepare_for_model
 from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.adaptable import has_forward
-from lightning_lora.tensors.named import modules_around, only, where, with_values
-from lightning_lora.tensors.names import named_modules, owner_of
+from lightning_lora.tensors.dicts import only, where, with_values
+from lightning_lora.tensors.names import modules_around, modules_by_name, owner_of
 from lightning_lora.tensors.values import same_bits
 
 
@@ -79,7 +79,7 @@ class _Block(ExitStack):
         adapters = _adapters_by_module(view, states)
         values = _values_besides_adapters(view, states)
 
-        modules = named_modules(view.model)
+        modules = modules_by_name(view.model)
         in_blocks = where(modules, is_in_block)
         differing = with_values(modules, {*adapters, *values, *in_blocks.values()})
         around = only(modules, {"", *modules_around(differing)})

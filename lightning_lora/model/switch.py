@@ -20,8 +20,8 @@ from lightning_lora.model.as_merged import check_as_merged
 from lightning_lora.model.base_values import tensors_with_originals
 from lightning_lora.model.record import Record, find_record, record_of, start_call, state_of
 from lightning_lora.model.view import View, check_adapters_present, view_of
-from lightning_lora.tensors.named import joined, not_in, only, where, with_values, without
-from lightning_lora.tensors.names import first_names, plain_module, set_parameter
+from lightning_lora.tensors.dicts import only, where, with_values, without
+from lightning_lora.tensors.names import first_names, names_joined, names_not_in, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
@@ -171,8 +171,8 @@ def _check_still_there(view: View, state: AdapterState) -> None:
     """Refuse a model that has lost what an inactive adapter is for."""
     needed = list(state.inactive_tensors)
     for name, adapter in state.inactive_adapters.items():
-        needed += joined(name, adapter.weights)
-    absent = not_in(dict.fromkeys(needed), view.tensors)
+        needed += names_joined(name, adapter.weights)
+    absent = names_not_in(dict.fromkeys(needed), view.tensors)
     if absent:
         raise AdapterStateError(
             f"{view.title} no longer has {listed(absent)}, for which the adapter {state.name!r} is. Give the model its "

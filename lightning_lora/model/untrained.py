@@ -13,22 +13,19 @@ from torch import nn
 from lightning_lora.functional.drawn import block_of, is_normal, is_uniform
 from lightning_lora.layers import adapter_for, number_of_values
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import (
-    by_owner,
-    grouped,
-    inside,
-    joined,
+from lightning_lora.tensors.dicts import by_owner, grouped, of_type, only, where, where_not, without
+from lightning_lora.tensors.names import (
+    direct_parameters,
+    is_bias,
     largest_free_of,
     modules_around,
-    of_type,
-    only,
-    outside,
-    where,
-    where_not,
-    without,
+    names_inside,
+    names_joined,
+    names_outside,
+    owner_of,
+    starts_of,
 )
-from lightning_lora.tensors.names import is_bias, owner_of, parameters_of, starts_of
-from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
+from lightning_lora.tensors.shards import is_dtensor, to_local, true_anywhere
 
 Weights = dict[str, nn.Parameter]
 
@@ -77,7 +74,7 @@ def find_untrained(view: View) -> Untrained:
     modules = _as_modules(view, _not_frozen_by_user(view, without(untrained, embeddings)))
     small_linear = only(small, of_type(view.modules, nn.Linear))
     unsure = _those_that_look_untrained(view, _not_frozen_by_user(view, small_linear))
-    return Untrained(tuple(modules), _share(view, untrained, judged), tuple(outside(unsure, modules)))
+    return Untrained(tuple(modules), _share(view, untrained, judged), tuple(names_outside(unsure, modules)))
 
 
 def _share(view: View, untrained: Mapping[str, Weights], judged: Mapping[str, Weights]) -> float:
@@ -99,7 +96,7 @@ def _those_that_look_untrained(view: View, layers: Mapping[str, Weights]) -> dic
 def _not_frozen_by_user(view: View, layers: Mapping[str, Weights]) -> dict[str, Weights]:
     """These layers without those that are random on purpose."""
     frozen = view.frozen_by_user
-    return {name: weights for name, weights in layers.items() if frozen.isdisjoint(joined(name, weights))}
+    return {name: weights for name, weights in layers.items() if frozen.isdisjoint(names_joined(name, weights))}
 
 
 def _number_of_values(layers: Mapping[str, Weights]) -> int:
@@ -124,14 +121,26 @@ def random_weights(view: View) -> tuple[str, ...]:
 
     They are looked for once, when a fit or a file needs them. Collective: processes agree on them.
     """
-    noted = view.adapter.random
-    if noted is None:
-        noted = note_random_weights(view, find_untrained(view))
-    return tuple(dict.fromkeys((*noted, *sorted(view.record.base.filled))))
+    if view.adapter.random is None:
+        note_random_weights(view, find_untrained(view))
+    return random_weights_now(view)
 
 
-def note_random_weights(view: View, found: Untrained) -> tuple[str, ...]:
-    """Note the frozen weights that may be new, for files. Return them.
+def random_weights_now(view: View) -> tuple[str, ...]:
+    """Return the same, but note nothing: before a fit begins, the base may still change."""
+    random = view.adapter.random
+    if random is None:
+        random = _random_among_frozen(view, find_untrained(view))
+    return tuple(dict.fromkeys((*random, *sorted(view.record.base.filled))))
+
+
+def note_random_weights(view: View, found: Untrained) -> None:
+    """Note the frozen weights that may be new, for files. Collective."""
+    view.adapter.random = _random_among_frozen(view, found)
+
+
+def _random_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:
+    """The frozen weights that may be new.
 
     Collective: processes that hold other shards may find others, and all count. If most of a model looks untrained,
     none is noted: its base is not random by accident.
@@ -140,11 +149,10 @@ def note_random_weights(view: View, found: Untrained) -> tuple[str, ...]:
     if found.share <= MOST_SHARE:  # not for NaN, where nothing was judged
         linear_layers = of_type(view.modules, nn.Linear)
         modules.update(only(linear_layers, _small(view)))
-    in_modules = set(inside(view.frozen, modules))
+    in_modules = set(names_inside(view.frozen, modules))
     are_random = [name in in_modules for name in view.frozen]
-    are_random = agreed(are_random, list(view.frozen.values()))
-    view.adapter.random = tuple(compress(view.frozen, are_random))
-    return view.adapter.random
+    are_random = true_anywhere(are_random, list(view.frozen.values()))
+    return tuple(compress(view.frozen, are_random))
 
 
 def _layers(view: View, except_for: Iterable[nn.Parameter]) -> dict[str, Weights]:
@@ -162,7 +170,7 @@ def _layers(view: View, except_for: Iterable[nn.Parameter]) -> dict[str, Weights
 def _matrices_besides(module: nn.Module, seen: set[nn.Parameter]) -> Weights:
     """The weights that a module itself holds, with two dimensions or more, and that were not seen before."""
     weights: Weights = {}
-    for leaf, parameter in parameters_of({"": module}).items():
+    for leaf, parameter in direct_parameters({"": module}).items():
         if parameter.dim() > 1 and parameter not in seen:
             weights[leaf] = parameter
     return weights
@@ -190,7 +198,7 @@ def _looks_untrained(view: View, name: str, weights: Weights) -> bool:
 
 def _has_bias(layer: nn.Module) -> bool:
     """Whether a layer has a bias other than zero."""
-    biases = [parameter for leaf, parameter in parameters_of({"": layer}).items() if is_bias(leaf)]
+    biases = [parameter for leaf, parameter in direct_parameters({"": layer}).items() if is_bias(leaf)]
     return any(to_local(bias).any() for bias in biases)
 
 

@@ -9,8 +9,8 @@ from lightning_lora.errors import AdapterStateError
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.record import records_in
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import inside, joined, only, where, without
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.dicts import only, where, without
+from lightning_lora.tensors.names import names_inside, names_joined, owner_of
 
 
 def note_what_the_user_set(view: View) -> None:
@@ -33,8 +33,8 @@ def _refuse_frozen_networks(view: View) -> None:
     trainable = where(view.layers, _has_trainable_parameters)
     networks = without(records_in(view.modules), [""])
     for network, record in networks.items():
-        has_adapters = not record.is_merged and inside(view.layers, [network])
-        if has_adapters and not inside(trainable, [network]):
+        has_adapters = not record.is_merged and names_inside(view.layers, [network])
+        if has_adapters and not names_inside(trainable, [network]):
             raise AdapterStateError(
                 f"{network!r} of {view.title} has adapters of its own, and is frozen. Merge them first: "
                 f"merge_adapters(model.get_submodule({network!r}))."
@@ -65,7 +65,7 @@ def _note_copied(view: View) -> None:
     The adapters have frozen them, and nobody else: a copy looks as its original does.
     """
     copied = where(without(view.layers, view.recorded), _has_trainable_parameters)
-    weights = inside(view.base, copied.keys())
+    weights = names_inside(view.base, copied.keys())
     view.record.base.correct_required_grad(weights, flag=True)
 
 
@@ -75,7 +75,7 @@ def _note_frozen_since(view: View) -> None:
         return
     trained_before = where(view.record.base.required_grad, bool)
     for name, layer in _frozen_layers(view).items():
-        weights = trained_before.keys() & joined(name, layer.lora_weights())
+        weights = trained_before.keys() & names_joined(name, layer.lora_weights())
         view.record.base.note_frozen_since(weights)
 
 

@@ -8,9 +8,9 @@ from lightning_lora.base.states import USE
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.model.record import record_of, records_in
 from lightning_lora.model.views.tensors_view import TensorsView
-from lightning_lora.networks.roles import StillNetworks
-from lightning_lora.tensors.named import not_in, only, outside, prefixed, where, with_values, without
-from lightning_lora.tensors.names import is_bias, owner_of
+from lightning_lora.networks.still_networks import StillNetworks
+from lightning_lora.tensors.dicts import only, prefixed, where, with_values, without
+from lightning_lora.tensors.names import is_bias, names_not_in, names_outside, owner_of
 from lightning_lora.tensors.shards import is_dtensor
 
 
@@ -34,7 +34,7 @@ class View(TensorsView):
         networks = self.adapter.networks if self.is_adapted else StillNetworks()
         stand_still = (*networks.copies, *networks.beside_training)
         trained = with_values(self.base, meant)
-        return only(trained, set(outside(trained, stand_still)))
+        return only(trained, set(names_outside(trained, stand_still)))
 
     def _saved_parameters(self) -> set[nn.Parameter]:
         """The parameters that ``modules_to_save`` means."""
@@ -99,7 +99,7 @@ def check_adapters_present(view: View) -> None:
     """Refuse a model in which layers have lost their adapters."""
     record = view.record
     adapted = {**view.layers_by_all_names, **record.merged_adapters}
-    lost = [name for name in not_in(record.adapter.layers, adapted) if name in view.modules]
+    lost = [name for name in names_not_in(record.adapter.layers, adapted) if name in view.modules]
     if lost:
         raise AdapterStateError(
             f"{listed(lost)} of {view.title} no longer have their adapters: replaced, or merged by a call on a "

@@ -6,9 +6,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lightning_lora.tensors.dicts import grouped, only
 from lightning_lora.tensors.inplace import original_class
-from lightning_lora.tensors.named import grouped, inside, modules_around, only, with_values, without
-from lightning_lora.tensors.names import Modules, Parameters, is_in_any, owner_of, starts_of
+from lightning_lora.tensors.names import (
+    Modules,
+    Parameters,
+    is_in_any,
+    modules_around,
+    names_inside,
+    owner_of,
+    starts_of,
+)
 from lightning_lora.tensors.shards import to_local
 
 _SAME = 0.9
@@ -32,7 +40,7 @@ def find_copies(
 
 def pairs_of(copies: Mapping[str, str]) -> str:
     """Return copies with what each is a copy of: ``'a' of 'b', 'c' of 'd'``."""
-    pairs = [f"{copy!r} of {copied!r}" for copy, copied in copies.items()]
+    pairs = [f"{copy!r} of {original!r}" for copy, original in copies.items()]
     return ", ".join(pairs)
 
 
@@ -44,11 +52,13 @@ class _Search:
     ) -> None:
         self.modules = modules
         self.may_lack = may_lack
-        training = without(base, with_values(base, still))
-        self.training = modules_around(map(owner_of, training))
+        owners_of_training = [owner_of(name) for name, parameter in base.items() if parameter not in still]
+        self.training = modules_around(owners_of_training)
         self.parameters = _parameters_by_module(base)
-        self.adapted = _parameters_by_module(only(base, set(inside(base, layers))))
-        self.candidates = grouped(only(self.parameters, self.training), self._class_of)
+        adapted = names_inside(base, layers)
+        self.adapted = _parameters_by_module(only(base, set(adapted)))
+        originals = only(self.parameters, self.training)
+        self.originals_by_class = grouped(originals, self._class_of)
         self.copies_of: Counter[str] = Counter()  # how many each network has
         self.samples = _Samples()
 
@@ -69,19 +79,20 @@ class _Search:
         return original_class(self.modules[name])
 
     def _may_be_copy(self, name: str) -> bool:
-        """Whether nothing in a module trains.
+        """Whether nothing in a module trains, and it is a network of its own.
 
-        A single layer counts only beside what trains: inside a larger network that stands still, many are alike.
+        Inside a larger network that stands still, many single layers are alike. So one layer counts only beside what
+        trains: as a teacher that is one layer.
         """
         if name in self.training:
             return False
         is_beside_what_trains = owner_of(name) in {"", *self.training}
-        is_single_layer = not self.modules[name]._modules
-        return is_beside_what_trains or not is_single_layer
+        has_several_layers = bool(self.modules[name]._modules)
+        return has_several_layers or is_beside_what_trains
 
     def _original_of(self, name: str) -> str | None:
         """The network that trains and is like this one: of several, one with the fewest copies."""
-        originals = self.candidates.get(self._class_of(name), [])
+        originals = self.originals_by_class.get(self._class_of(name), [])
         for original in sorted(originals, key=self.copies_of.__getitem__):
             if self._share_an_adapted_weight(name, original) and self._have_nearly_same_weights(name, original):
                 return original
@@ -94,19 +105,19 @@ class _Search:
 
     def _have_nearly_same_weights(self, copy: str, original: str) -> bool:
         """Whether one network has names and shapes of the other, and nearly the same weights."""
-        copied = self.parameters[copy]
-        originals = self.parameters[original]
-        shapes = _shapes(copied)
-        shapes_of_original = _shapes(originals)
+        of_copy = self.parameters[copy]
+        of_original = self.parameters[original]
+        shapes = _shapes(of_copy)
+        shapes_of_original = _shapes(of_original)
         if self.may_lack:
             shapes_of_original = only(shapes_of_original, shapes)
         if shapes != shapes_of_original:
             return False
         products = largest_products = 0.0
-        for name, parameter in copied.items():
-            if _is_compared(parameter, originals[name]):
+        for name, parameter in of_copy.items():
+            if _is_compared(parameter, of_original[name]):
                 one = self.samples.of(parameter)
-                other = self.samples.of(originals[name])
+                other = self.samples.of(of_original[name])
                 products += float(one.values @ other.values)
                 largest_products += one.norm * other.norm
         return products > _SAME * largest_products
@@ -140,7 +151,7 @@ class _Sample:
 class _Samples:
     """Some values of weights. Each weight is sampled once.
 
-    They are more than those of :func:`.values.samples`: a cosine needs more than a look for changes.
+    They are more than those of :func:`.seen.samples`: a cosine needs more than a look for changes.
     """
 
     def __init__(self) -> None:

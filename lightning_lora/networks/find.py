@@ -6,9 +6,16 @@ from types import MappingProxyType
 
 from torch import nn
 
-from lightning_lora.networks.roles import StillNetworks
-from lightning_lora.tensors.named import by_owner, largest_free_of, modules_around, only, outside, where, without
-from lightning_lora.tensors.names import Modules, Parameters
+from lightning_lora.networks.still_networks import StillNetworks
+from lightning_lora.tensors.dicts import by_owner, only, where
+from lightning_lora.tensors.names import (
+    Modules,
+    Parameters,
+    largest_free_of,
+    modules_around,
+    names_not_in,
+    names_outside,
+)
 
 HEAD_LAYERS = 2
 HEAD_SHARE = 0.25
@@ -34,10 +41,10 @@ def find_networks(
     copies: Mapping[str, str] = MappingProxyType({}),
     untrained: Callable[[], Collection[str]] = lambda: (),
 ) -> StillNetworks:
-    """Return what those of ``layers`` are in that stand still.
+    """Return the largest modules around the layers that stand still.
 
-    They are beside a network that trains if some of ``layers`` train, were trained before, and are no head. Otherwise
-    they are under a head. If nothing trains, there is no network to be told from them.
+    A student trains beside its teacher, which stands still and gets no adapters. A new head trains over an encoder,
+    which stands still and gets adapters. If nothing trains, there is no network to be told from another one.
 
     Args:
         modules: The modules of the model.
@@ -49,25 +56,38 @@ def find_networks(
         untrained: Returns what looks untrained, as a new head. It takes long, and is only asked where it decides.
     """
     matrices = _matrices_of(base, named)
-    still_layers = outside(where(only(matrices, layers), set(still).issuperset), copies)
-    embeddings = where(modules, _is_embedding)  # one that trains, as with new tokens, is no network of its own
-    training = list(without(where(matrices, still.isdisjoint), embeddings))
+    still_layers = _still_layers(only(matrices, layers), still, copies)
+    training = _training_modules(modules, matrices, still)
     something_trains = training or named
-    if not still_layers or not something_trains:
+    if not still_layers or not something_trains:  # all layers train; or the model is only evaluated
         return StillNetworks(copies=copies)
     other_layers = layers - set(still_layers)
-    found = _largest_modules(still_layers, {*training, *other_layers, *named})
-    trained_before = training and outside(training, untrained())
-    a_network_trains = trained_before and other_layers and not _is_head(trained_before, still_layers, matrices)
-    if a_network_trains:
-        return StillNetworks(beside_training=found, copies=copies)
-    return StillNetworks(under_head=found, copies=copies)
+    largest = _largest_modules(still_layers, {*training, *other_layers, *named})
+    if training:
+        trained_before = names_outside(training, untrained())
+        if trained_before and other_layers and not _is_head(trained_before, still_layers, matrices):
+            return StillNetworks(beside_training=largest, copies=copies)  # they are a teacher beside its student
+    return StillNetworks(under_head=largest, copies=copies)  # they are an encoder under a head
 
 
 def _matrices_of(base: Parameters, named: Collection[str]) -> dict[str, list[nn.Parameter]]:
     """The matrices of each module, without those that the user names."""
     matrices = where(base, _is_matrix)
-    return by_owner(only(matrices, set(outside(matrices, named))))
+    not_named = names_outside(matrices, named)
+    return by_owner(only(matrices, set(not_named)))
+
+
+def _still_layers(layers: _Matrices, still: Set[nn.Parameter], copies: Collection[str]) -> list[str]:
+    """The layers all of whose matrices stand still, and which are in no copy."""
+    entirely_still = where(layers, set(still).issuperset)
+    return names_outside(entirely_still, copies)
+
+
+def _training_modules(modules: Modules, matrices: _Matrices, still: Set[nn.Parameter]) -> list[str]:
+    """The modules all of whose matrices train. An embedding that trains, as with new tokens, is no network."""
+    entirely_training = where(matrices, still.isdisjoint)
+    embeddings = where(modules, _is_embedding)
+    return names_not_in(entirely_training, embeddings)
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
@@ -88,7 +108,8 @@ def _largest_modules(layers: Iterable[str], others: Iterable[str]) -> tuple[str,
 def _is_head(training: list[str], still_layers: list[str], matrices: _Matrices) -> bool:
     """Whether what trains is small, and no later block of the network that stands still."""
     still_size = _size(still_layers, matrices)
-    if _size(_alike_but_for_numbers(still_layers, training), matrices) >= _LATER_BLOCK_SHARE * still_size:
+    earlier_blocks = _alike_but_for_numbers(still_layers, training)
+    if _size(earlier_blocks, matrices) >= _LATER_BLOCK_SHARE * still_size:
         return False
     training_size = _size(training, matrices)
     return len(training) <= HEAD_LAYERS or training_size <= HEAD_SHARE * (training_size + still_size)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.fingerprints import find_one_form
+from lightning_lora.base.fingerprints import find_same_form
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
 from lightning_lora.model.attach import reinitialise_if_base_changed
 from lightning_lora.model.base_values import base_values
@@ -28,8 +28,8 @@ from lightning_lora.storage.same_base.base_forms import changes_between, note_ch
 from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.storage.state import NOTE, copies_of, own_adapters_in, values_to_store, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
-from lightning_lora.tensors.named import not_in, only, renamed, where, without
-from lightning_lora.tensors.names import plain_name
+from lightning_lora.tensors.dicts import only, renamed, where, without
+from lightning_lora.tensors.names import names_not_in, plain_name
 from lightning_lora.tensors.plain_states import StateDict, load_state_dict, state_dict
 from lightning_lora.tensors.shards import full_tensors
 from lightning_lora.tensors.values import detached
@@ -134,7 +134,7 @@ def restore_base_from(model: nn.Module, merged: StateDict, checkpoint: Checkpoin
     if not merged:
         return False
     view = view_of(model)
-    there = find_one_form(checkpoint[KEY]["base"], fingerprint(view, anew=False))
+    there = find_same_form(checkpoint[KEY]["base"], fingerprint(view, anew=False))
     if there is None or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
     rounded = fingerprint(view, anew=False)
@@ -238,7 +238,7 @@ def _state_of_base(model: nn.Module) -> dict[str, Any]:
 
 def _misfits(expected: StateDict, state: StateDict) -> list[str]:
     """What is missing in a state, is unexpected, or has another shape, in words."""
-    wrong = [f"{name} is missing" for name in not_in(expected, state)]
+    wrong = [f"{name} is missing" for name in names_not_in(expected, state)]
     for name, value in state.items():
         if name not in expected:
             wrong.append(f"{name} is unexpected")

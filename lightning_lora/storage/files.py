@@ -29,7 +29,7 @@ from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.same_base.base_forms import forms_of_base
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
 from lightning_lora.storage.stored import Reader, StoredAdapters
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.values import is_tensor
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.tensors.dicts import grouped, only, where
 from lightning_lora.tensors.inplace import class_names, original_class
-from lightning_lora.tensors.named import grouped, modules_around, only, where
-from lightning_lora.tensors.names import find_parameter, named_modules, plain_module, starts_of
+from lightning_lora.tensors.names import find_parameter, modules_around, modules_by_name, plain_module, starts_of
 
 _MODELS = {"PreTrainedModel", "ModelMixin"}  # the base classes of transformers' and diffusers' models
 
@@ -35,7 +35,7 @@ def _parts_of_lightning_module(model: nn.Module) -> list[str]:
 
 def _outermost_models(model: nn.Module) -> list[str]:
     """The models of other libraries that are in no other one of them."""
-    models = where(named_modules(model), is_model_of_other_library)
+    models = where(modules_by_name(model), is_model_of_other_library)
     return [name for name in models if models.keys().isdisjoint(_modules_around(name))]
 
 

@@ -23,7 +23,7 @@ from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.merged_state import merged_state
 from lightning_lora.storage.renaming import names_outside
 from lightning_lora.storage.state import check_not_diverged, trained_tensors
-from lightning_lora.tensors.named import beginning_with, of_type, only, renamed, without
+from lightning_lora.tensors.dicts import beginning_with, of_type, only, renamed, without
 from lightning_lora.tensors.names import plain_module, plain_name, submodule
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import reshard

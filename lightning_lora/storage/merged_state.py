@@ -17,7 +17,7 @@ from lightning_lora.model.merge import check_mergeable
 from lightning_lora.model.view import View
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.state import own_adapters_in
-from lightning_lora.tensors.named import names_by, only, renamed, without
+from lightning_lora.tensors.dicts import names_of_each, only, renamed, without
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import is_dtensor
@@ -132,7 +132,7 @@ def _merged_weights_on_host(view: View) -> tuple[dict[str, Tensor], dict[str, fl
 def _names_of_weights(view: View) -> dict[nn.Module, list[str]]:
     """All names under which the weights of each module are used: also those of a layer that is tied to it."""
     owners = {name: _layer_that_adapts(module) for name, module in view.modules.items()}
-    return names_by(owners)
+    return names_of_each(owners)
 
 
 def _layer_that_adapts(module: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ from itertools import accumulate
 from os.path import commonprefix
 from typing import TypeVar
 
-from lightning_lora.tensors.named import renamed
+from lightning_lora.tensors.dicts import renamed
 from lightning_lora.tensors.names import is_in, join
 
 Value = TypeVar("Value")

@@ -18,8 +18,8 @@ from lightning_lora.storage.load.put import adapt_and_put
 from lightning_lora.storage.offline.sums import weighted_sum
 from lightning_lora.storage.state import adapter_state
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import not_in, without
-from lightning_lora.tensors.names import named_modules, plain_module
+from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.names import modules_by_name, names_not_in, plain_module
 
 
 def set_adapter(
@@ -114,7 +114,7 @@ def _title(weights: Mapping[str, float]) -> str:
 
 def _drop_sums(record: Record, title: str) -> None:
     """Drop the inactive sum of this name, which is made anew, or else the oldest ones."""
-    inactive_sums = not_in(_sums_in(record), [record.adapter.name])
+    inactive_sums = names_not_in(_sums_in(record), [record.adapter.name])
     dropped = [title] if title in inactive_sums else inactive_sums[:-_MOST_INACTIVE_SUMS]
     for name in dropped:
         del record.others[name]
@@ -166,7 +166,7 @@ def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> Store
     if not weights or not _are_numbers(weights):
         raise ConfigError(f"Got the weights {weights}. Expected numbers by the names of adapters.")
     terms = [_stored(model, name) for name in weights]
-    return weighted_sum(terms, list(weights.values()), r, named_modules(model))
+    return weighted_sum(terms, list(weights.values()), r, modules_by_name(model))
 
 
 def _are_numbers(weights: object) -> bool:

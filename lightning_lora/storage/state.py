@@ -11,8 +11,8 @@ from lightning_lora.model.base_values import extra_digests, frozen_values
 from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
-from lightning_lora.tensors.named import joined, of_type, only, renamed, with_values, without
-from lightning_lora.tensors.names import plain_name
+from lightning_lora.tensors.dicts import of_type, only, renamed, with_values, without
+from lightning_lora.tensors.names import names_joined, plain_name
 from lightning_lora.tensors.plain_states import StateDict, state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
 from lightning_lora.tensors.values import same_bits
@@ -167,7 +167,7 @@ def _statistics(view: View) -> list[str]:
     """The running statistics of norms. A step that is skipped for its overflow, as in 16-mixed, spoils them alone."""
     names = list[str]()
     for name, norm in of_type(view.modules, NormBase).items():
-        names += joined(name, only(norm._buffers, ("running_mean", "running_var")))
+        names += names_joined(name, only(norm._buffers, ("running_mean", "running_var")))
     return names
 
 

@@ -19,9 +19,9 @@ from lightning_lora.storage.inner_model import StoredModule, modules_of, modules
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of, wanted_of
 from lightning_lora.targets.lookup import OUTPUT_HEAD
+from lightning_lora.tensors.dicts import only, where, without
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import inside, only, where, without
-from lightning_lora.tensors.names import is_in_any, owner_of
+from lightning_lora.tensors.names import is_in_any, names_inside, owner_of
 from lightning_lora.tensors.plain_states import StateDict
 
 KEY = "lightning_lora"  # the entry of a checkpoint, or of a file's metadata, that describes the adapters
@@ -174,7 +174,7 @@ def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
     modules = [name for name in view.modules if config.is_saved(name)]
     outermost = [name for name in modules if not is_in_any(owner_of(name), modules)]
     names = [*view.parameters, *view.buffers]
-    return {module: inside(names, [module]) for module in outermost}
+    return {module: names_inside(names, [module]) for module in outermost}
 
 
 def _tied_to_rows(layers: Iterable[StoredLayer]) -> list[str]:

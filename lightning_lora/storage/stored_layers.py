@@ -22,9 +22,9 @@ from lightning_lora.layers import (
     weights_of,
 )
 from lightning_lora.model.view import View
+from lightning_lora.tensors.dicts import names_of_each, only, with_values, without
 from lightning_lora.tensors.inplace import combined
-from lightning_lora.tensors.named import names_by, not_in, only, with_values, without
-from lightning_lora.tensors.names import join, own_parameter, owner_of
+from lightning_lora.tensors.names import join, names_not_in, own_parameter, owner_of
 
 Kind = type[LoRALayer]
 Matrices = tuple[AdaptedMatrix, ...]
@@ -71,7 +71,7 @@ class StoredLayer:
     def others_with_its_weights(self) -> list[str]:
         """Return the names of other layers that have a weight of it: not its own other names."""
         names = map(owner_of, chain.from_iterable(self.tied.values()))
-        return not_in(dict.fromkeys(names), self.other_names)
+        return names_not_in(dict.fromkeys(names), self.other_names)
 
     def settings(self, config: LoRAConfig) -> Settings:
         """Return the settings of its adapter."""
@@ -150,7 +150,7 @@ def layers_of(view: View) -> dict[str, StoredLayer]:
     """Describe the adapted layers of a model, merged or not, by name."""
     adapters = {name: layer.lora_adapter() for name, layer in view.layers.items()}
     adapters.update(view.record.merged_adapters)
-    names_by_weight = names_by(view.base)
+    names_by_weight = names_of_each(view.base)
     layers = dict[str, StoredLayer]()
     for name, adapter in adapters.items():
         kind = cast(Kind, adapter.kind)
@@ -167,7 +167,7 @@ def _other_names(
     tied = dict[str, tuple[str, ...]]()
     for weight in layer.shapes:
         name = join(layer.name, weight)
-        others = not_in(names_by_weight[view.base[name]], [name])
+        others = names_not_in(names_by_weight[view.base[name]], [name])
         if others:
             tied[weight] = tuple(others)
     return tied
@@ -209,7 +209,7 @@ def _options(view: View, name: str, kind: Kind) -> dict[str, Any]:
     layer = view.modules[name]
     options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
     names = with_values(view.modules, {layer})
-    also = not_in(names, [name])
+    also = names_not_in(names, [name])
     if also:
         options[_ALSO] = also
     return options

@@ -12,7 +12,7 @@ from lightning_lora.layers.each_kind.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import without
+from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import join
 
 

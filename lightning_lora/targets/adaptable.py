@@ -9,8 +9,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.errors import listed
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, adapter_for, name_of_kind
-from lightning_lora.tensors.named import prefixed, where, without
-from lightning_lora.tensors.names import Modules, named_modules, own_parameter, owner_of, parameters_of
+from lightning_lora.tensors.dicts import prefixed, where, without
+from lightning_lora.tensors.names import Modules, direct_parameters, modules_by_name, own_parameter, owner_of
 
 COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 
@@ -32,7 +32,7 @@ def _about_unsupported(modules: Modules, name: str, layer: nn.Module) -> str:
     """What of a layer of no supported kind can be adapted."""
     if isinstance(layer, LoRALayer):
         return "only its parameters can be adapted, and some are"  # a LoRAParameters, put on the module before
-    modules_inside = prefixed(name, without(named_modules(layer), [""]))
+    modules_inside = prefixed(name, without(modules_by_name(layer), [""]))
     layers = where(modules_inside, adapter_for)
     adaptable = [inner for inner, module in layers.items() if not why_not(modules, inner, module)]
     said = f"a {class_name_of(layer)} is not supported"
@@ -115,7 +115,7 @@ def own_matrices(name: str, layer: nn.Module) -> list[str]:
     is_model = not name
     if is_model or adapter_for(layer) or has_computed_weight(layer) or not has_forward(layer):
         return []
-    return list(where(parameters_of({name: layer}), _is_matrix_or_stack))
+    return list(where(direct_parameters({name: layer}), _is_matrix_or_stack))
 
 
 def _is_matrix_or_stack(parameter: nn.Parameter) -> bool:

@@ -18,8 +18,8 @@ from lightning_lora.targets.arguments import ARGUMENTS, AUTOMATIC
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.unmatched import SEE_ALL, unmatched
-from lightning_lora.tensors.named import inside, names_by, where, where_not, with_values, without
-from lightning_lora.tensors.names import Modules, join, starts_of
+from lightning_lora.tensors.dicts import names_of_each, where, where_not, with_values, without
+from lightning_lora.tensors.names import Modules, join, names_inside, starts_of
 
 _SHOWN = 5  # the number of layers that an error names
 
@@ -62,7 +62,7 @@ def _about_refused_layers(names: Names, config: LoRAConfig, layers: Modules, ref
     reasons = [f"{name!r}: {why}" for name, why in refused.items()]
     if len(reasons) > _SHOWN:
         reasons[_SHOWN:] = [f"and {len(reasons) - _SHOWN} more"]
-    adaptable = inside(names.adaptable(), refused)
+    adaptable = names_inside(names.adaptable(), refused)
     said_reasons = "; ".join(reasons)
     found = (
         f"target_modules {_as_given(config)!r} match layers of {names.title} that cannot be adapted ({said_reasons})."
@@ -128,7 +128,7 @@ def _is_in_saved_module(config: LoRAConfig, name: str) -> bool:
 def _adaptable_by_class(names: Names, layers: Modules) -> dict[str, list[str]]:
     """The layers that can be adapted, by the names of their classes."""
     classes = {name: type(layer).__name__ for name, layer in layers.items()}
-    return names_by(without(classes, names.refused(layers)))
+    return names_of_each(without(classes, names.refused(layers)))
 
 
 def _hint_of_all(by_class: Mapping[str, list[str]]) -> str:

@@ -10,8 +10,8 @@ from lightning_lora.targets.adaptable import why_not
 from lightning_lora.targets.arguments import ARGUMENTS
 from lightning_lora.targets.matching import ending_in, ends_of, last_two, matched_whole
 from lightning_lora.targets.unmatched import unmatched
-from lightning_lora.tensors.named import not_in, of_type, where, with_values, without
-from lightning_lora.tensors.names import Modules, first_names, modules_by_all_names, parameters_of
+from lightning_lora.tensors.dicts import of_type, where, with_values, without
+from lightning_lora.tensors.names import Modules, direct_parameters, first_names, modules_by_all_names, names_not_in
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -26,7 +26,7 @@ class Names:
         self.title = type(model).__name__
         self.all_modules = modules_by_all_names(model)  # with the model itself, whose name is empty
         self.modules = without(self.all_modules, [""])
-        self.parameters = parameters_of(self.all_modules)
+        self.parameters = direct_parameters(self.all_modules)
 
     # What matches
 
@@ -59,7 +59,7 @@ class Names:
         argument = ARGUMENTS[argument_name]
         found = ending_in(argument.candidates(self), entries)
         matched = set(ends_of(found))
-        missing = not_in(entries, matched)
+        missing = names_not_in(entries, matched)
         if missing:
             raise unmatched(self, argument, missing, argument.suggested(self), given=entries)
         return found

@@ -13,7 +13,7 @@ from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.automatic import automatic_targets
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.token_rows import TokenRows, find_token_rows
-from lightning_lora.tensors.named import only, where
+from lightning_lora.tensors.dicts import only, where
 from lightning_lora.tensors.names import owner_of, submodule, with_all_inside
 
 

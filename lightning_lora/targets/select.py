@@ -9,8 +9,7 @@ from lightning_lora.targets.choice import Choice, choose
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.meant import Meant, read_arguments
 from lightning_lora.targets.slices import sliced
-from lightning_lora.tensors.named import joined
-from lightning_lora.tensors.names import Modules, starts_of
+from lightning_lora.tensors.names import Modules, names_joined, starts_of
 
 Matrices = tuple[AdaptedMatrix, ...]
 
@@ -63,5 +62,5 @@ def _adapter_of(names: Names, config: LoRAConfig, meant: Meant, name: str) -> tu
 
 def _is_adapted(meant: Meant, name: str, matrix: AdaptedMatrix) -> bool:
     """Whether a matrix of a layer has numbers, and neither its weight nor a module inside the layer is left out."""
-    names_inside = joined(name, starts_of(matrix.weight))  # of modules inside, and of the weight itself
+    names_inside = names_joined(name, starts_of(matrix.weight))  # of modules inside, and of the weight itself
     return matrix.largest_rank > 0 and meant.excluded_names.isdisjoint(names_inside)

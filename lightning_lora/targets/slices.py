@@ -7,8 +7,8 @@ from torch import nn
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer
 from lightning_lora.targets.lookup import Names
-from lightning_lora.tensors.named import not_in, only
-from lightning_lora.tensors.names import starts_of
+from lightning_lora.tensors.dicts import only
+from lightning_lora.tensors.names import names_not_in, starts_of
 
 Ranges = dict[str, tuple[int, int]]
 """The rows of parts, by name: the first one, and the one behind the last."""
@@ -32,7 +32,7 @@ def sliced(names: Names, name: str, kind: type[LoRALayer], matrices: Matrices, w
         parts = _ranges_of_rows(names, name, kind, matrices[0], wanted)
     else:
         parts = _named_matrices(name, matrices, wanted)
-    unknown = not_in(wanted, parts)
+    unknown = names_not_in(wanted, parts)
     if unknown:
         raise TargetError(f"{name!r} has no parts {listed(unknown)}. It has {listed(parts, most=12)}.")
     return tuple(only(parts, wanted).values())

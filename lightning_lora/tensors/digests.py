@@ -35,14 +35,14 @@ def digest(tensor: Tensor) -> int:
     """
     if is_dtensor(tensor):
         return digests([tensor])[0]
-    if consists_of_others(tensor):
+    if holds_inner_tensors(tensor):
         return _digest_of_inner(tensor)
     if tensor.layout is not torch.strided:
         return _digest_of_sparse(tensor)
     return _digest_of_integers(_integers(tensor))
 
 
-def consists_of_others(tensor: Tensor) -> bool:
+def holds_inner_tensors(tensor: Tensor) -> bool:
     """Whether a tensor holds its values in other tensors, as a quantised one does."""
     return hasattr(tensor, "__tensor_flatten__")
 
@@ -139,7 +139,7 @@ def _sum_of_shard(tensor: Tensor) -> Tensor:
 
 def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
     """Return a floating-point tensor's digests in other dtypes. It is read once, and not copied as a whole."""
-    is_plain = tensor.layout is torch.strided and not consists_of_others(tensor)
+    is_plain = tensor.layout is torch.strided and not holds_inner_tensors(tensor)
     if not is_plain:
         return [digest(tensor.to(dtype)) for dtype in dtypes]
     sums = defaultdict[torch.dtype, list[Tensor]](list)

@@ -37,13 +37,13 @@ def plain_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of ``model``, each by its first name. In place of a wrapped module, it is the one inside."""
     return first_names(modules_by_all_names(model))
 
 
 def modules_by_all_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of ``model`` as :func:`named_modules` does, but a shared one under each of its names."""
+    """Return the modules of ``model`` as :func:`modules_by_name` does, but a shared one under each of its names."""
     named: dict[str, nn.Module] = {}
     _walk(model, "", named)
     return named
@@ -75,12 +75,12 @@ def with_all_inside(modules: Iterable[nn.Module]) -> set[nn.Module]:
     return inside
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of ``model`` by name, each once."""
-    return first_names(parameters_of(named_modules(model)))
+    return first_names(direct_parameters(modules_by_name(model)))
 
 
-def parameters_of(modules: Modules) -> dict[str, nn.Parameter]:
+def direct_parameters(modules: Modules) -> dict[str, nn.Parameter]:
     """Return the parameters of these modules by name, without those of modules inside them."""
     named: dict[str, nn.Parameter] = {}
     for prefix, module in modules.items():
@@ -107,11 +107,56 @@ def is_in(name: str, module: str) -> bool:
 
 
 def is_in_any(name: str, modules: Collection[str]) -> bool:
-    """Whether ``name`` is one of these modules, or in one of them."""
+    """Whether ``name`` is one of these modules, or in one of them.
+
+    The model itself, ``""``, counts for nothing here: unlike in :func:`is_in`, no name is in it.
+    """
     for outer in starts_of(name):  # noqa: SIM110  # a generator would be entered for each of them
         if outer in modules:
             return True
     return False
+
+
+# Lists of names, in their order
+
+
+def names_inside(names: Iterable[str], modules: Collection[str]) -> list[str]:
+    """Return the names that are one of these modules, or in one."""
+    return [name for name in names if is_in_any(name, modules)]
+
+
+def names_outside(names: Iterable[str], modules: Collection[str]) -> list[str]:
+    """Return the names that are none of these modules, and in none."""
+    return [name for name in names if not is_in_any(name, modules)]
+
+
+def names_not_in(names: Iterable[str], known: Collection[str]) -> list[str]:
+    """Return the names that are not among these."""
+    return [name for name in names if name not in known]
+
+
+def names_joined(prefix: str, names: Iterable[str]) -> list[str]:
+    """Return names in the module ``prefix`` as names in the model."""
+    return [join(prefix, name) for name in names]
+
+
+def modules_around(names: Iterable[str]) -> set[str]:
+    """Return these modules, and all around them but the model itself, which has no name."""
+    around: set[str] = set()
+    for name in names:
+        around.update(starts_of(name))
+    return around
+
+
+def largest_free_of(others: Collection[str], name: str) -> str:
+    """Return the largest module around ``name`` that is none of the others, or ``name`` itself."""
+    for outer in starts_of(name):
+        if outer not in others:
+            return outer
+    return name
+
+
+# Names of parameters
 
 
 def is_bias(parameter: str) -> bool:
@@ -130,7 +175,7 @@ def owner_or_itself(parameter: str) -> str:
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Return a submodule by its name in :func:`named_modules`."""
+    """Return a submodule by its name in :func:`modules_by_name`."""
     module = plain_module(model)
     if not name:
         return module

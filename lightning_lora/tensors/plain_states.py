@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.private import STATE_NOTES
-from lightning_lora.tensors.named import joined, of_type, only, where, with_values
-from lightning_lora.tensors.names import named_modules, plain_name
+from lightning_lora.tensors.dicts import of_type, only, where, with_values
+from lightning_lora.tensors.names import modules_by_name, names_joined, plain_name
 from lightning_lora.tensors.shards import distributed_as
 
 StateDict = Mapping[str, Any]  # values by name, as torch has them: tensors, and what else modules keep
@@ -31,24 +31,25 @@ def loads_in_own_way(module: nn.Module) -> bool:
 def load_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False, notes: Collection[str] = ()
 ) -> None:
-    """Load a state dict with plain names, full tensors into DTensors too.
+    """Load a state dict with plain names, full tensors into DTensors too. Unlike torch, entries may be missing.
 
     Args:
         model: The model.
         state: The state dict.
         strict: Whether all entries must be there.
-        notes: What hooks of the model find in torch's notes on the state dict.
+        notes: Marks for hooks of the model, which find them in the metadata of the state dict.
     """
     present = model.state_dict(keep_vars=True)
     names_in_model = {plain_name(name): name for name in present}
-    loaded: dict[str, Any] = {}
+    requested: dict[str, Any] = {}
     for plain, value in state.items():
         name = names_in_model.get(plain, plain)
-        loaded[name] = distributed_as(value, present.get(name))
+        requested[name] = distributed_as(value, present.get(name))
     read_in_own_way = {names_in_model.get(plain, plain) for plain in _read_in_own_way(model)}
-    loaded = {**only(present, read_in_own_way), **loaded}  # their code may ask for entries that ``state`` leaves out
-    shared = _under_all_names(present, loaded)
-    noted: Any = OrderedDict({**shared, **loaded})
+    read = only(present, read_in_own_way)  # their code may ask for entries that ``state`` leaves out
+    completed = {**read, **requested}
+    under_all_names = _under_all_names(present, completed)
+    noted: Any = OrderedDict({**under_all_names, **completed})
     setattr(noted, STATE_NOTES, {"": dict.fromkeys(notes, True)})
     model.load_state_dict(noted, strict=strict)
 
@@ -56,8 +57,8 @@ def load_state_dict(
 def _read_in_own_way(model: nn.Module) -> list[str]:
     """The entries of modules that load in their own way: each may read any of its own."""
     names: list[str] = []
-    for prefix, module in where(named_modules(model), loads_in_own_way).items():
-        names += joined(prefix, (*module._parameters.keys(), *module._buffers.keys()))
+    for prefix, module in where(modules_by_name(model), loads_in_own_way).items():
+        names += names_joined(prefix, (*module._parameters.keys(), *module._buffers.keys()))
     return names
 
 
@@ -65,6 +66,8 @@ def _under_all_names(present: Mapping[str, Any], loaded: Mapping[str, Any]) -> d
     """The loaded values, under every name that their tensors have in the model: a tied one has several."""
     value_by_tensor: dict[Tensor, Any] = {}
     tensors = of_type(present, Tensor)
-    for name, value in only(loaded, tensors).items():
-        value_by_tensor[tensors[name]] = value
-    return {name: value_by_tensor[tensor] for name, tensor in with_values(tensors, value_by_tensor).items()}
+    for name, value in loaded.items():
+        if name in tensors:
+            value_by_tensor[tensors[name]] = value
+    loaded_tensors = with_values(tensors, value_by_tensor)
+    return {name: value_by_tensor[tensor] for name, tensor in loaded_tensors.items()}

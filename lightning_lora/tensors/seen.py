@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.private import version_of
-from lightning_lora.tensors.digests import consists_of_others, digest, inner_tensors
+from lightning_lora.tensors.digests import digest, holds_inner_tensors, inner_tensors
 from lightning_lora.tensors.shards import to_local
 
 _SAMPLES = 1024
@@ -30,22 +30,37 @@ class Look:
         return self.device != earlier.device and self == replace(earlier, address=self.address, device=self.device)
 
 
-def _was_only_moved(earlier: object, now: object) -> bool:
+@dataclass(frozen=True)
+class LookInside:
+    """What can be seen quickly of a tensor that holds its values in others."""
+
+    version: int
+    inner: "list[AnyLook]"
+
+
+class Unseen:
+    """A look at a tensor that must be read in full. It equals no other look."""
+
+
+AnyLook = Look | LookInside | Unseen
+
+
+def _was_only_moved(earlier: AnyLook | None, now: AnyLook) -> bool:
     """Whether a tensor is on another device, not written to. Of tensors inside one, nothing tells that."""
     return isinstance(earlier, Look) and isinstance(now, Look) and now.is_of_a_moved_tensor(earlier)
 
 
-def look(tensor: Tensor) -> object:
+def look(tensor: Tensor) -> AnyLook:
     """Look at a tensor: address, version, device, dtype, shape and about a thousand values.
 
     Code that writes through ``.data``, numpy or torch.distributed, and a fused optimizer, change no version: such a
-    change is missed if it also misses every sample. A look at a tensor that must be read in full equals no other.
+    change is missed if it also misses every sample.
     """
-    if consists_of_others(tensor):
+    if holds_inner_tensors(tensor):
         inner_looks = [look(inner) for inner in inner_tensors(tensor)]
-        return version_of(tensor), inner_looks
+        return LookInside(version_of(tensor), inner_looks)
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_inference():
-        return object()
+        return Unseen()
     return Look(
         address=tensor.data_ptr(),
         version=version_of(tensor),
@@ -78,10 +93,11 @@ def _step_between_samples(values: Tensor) -> int:
 class Seen:
     """A tensor, or the local shard of a DTensor, as it was at one moment.
 
-    A copy or a pickle of this knows only the values. A tensor can be compared with it in three ways:
+    A copy or a pickle of this knows only the values. A tensor can be compared with it in three ways. With the same
+    values, the answer for another tensor, for one on another device, and for one in another dtype is:
 
     =========================  =================  =================  =================  =============================
-    is it yes, though it is    another tensor     on another device  in another dtype   what is looked at
+    question                   another tensor     another device     another dtype      what is looked at
     =========================  =================  =================  =================  =============================
     ``is_unchanged``           no                 no                 no                 what is seen quickly
     ``has_same_values``        yes                yes                no                 all values, where needed
@@ -115,10 +131,11 @@ class Seen:
         if tensor.is_meta or self.has_same_values(tensor):
             return True
         local = to_local(tensor)
+        # has_same_values has compared the digests, if that of then is known
         all_values_were_compared = self._digest is not None and local.dtype == self.dtype
         if all_values_were_compared:
             return False
-        if self._samples is None or consists_of_others(local):
+        if self._samples is None or holds_inner_tensors(local):
             return True
         return digest(samples(local).cpu()) == digest(self._samples.to(local.dtype))
 

@@ -128,7 +128,7 @@ def sharding_dims(tensor: Any) -> tuple[int, ...]:
     return tuple(dim for dim, placement in placements if not placement.is_replicate())
 
 
-def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
+def true_anywhere(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
     """Return which of these flags are set in any process. Collective if one of the tensors is a DTensor."""
     distributed = [tensor for tensor in tensors if is_dtensor(tensor)]
     if not distributed or not flags:

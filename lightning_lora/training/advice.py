@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora.model.untrained import Untrained, find_untrained, note_random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import modules_around
+from lightning_lora.tensors.names import modules_around
 
 
 def advise(view: View, guards: Guard) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from lightning_lora.model.record import records_in
 from lightning_lora.model.view import View
 from lightning_lora.private import NormBase
+from lightning_lora.tensors.dicts import of_type, only, where
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import joined, of_type, only, where
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import names_joined, owner_of
 from lightning_lora.tensors.seen import Seen
 
 
@@ -60,7 +60,7 @@ def _kept_by_adapters(view: View) -> dict[str, Seen]:
     """The tensors of which an adapter keeps the base's values."""
     names = set[str]()
     for prefix, record in records_in(view.modules).items():
-        names.update(joined(prefix, where(record.adapter.originals, _has_values)))
+        names.update(names_joined(prefix, where(record.adapter.originals, _has_values)))
     tensors = only({**view.parameters, **view.buffers}, names)
     return {name: Seen(tensor) for name, tensor in tensors.items()}
 

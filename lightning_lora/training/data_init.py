@@ -20,8 +20,8 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.view import view_of
 from lightning_lora.private import version_of
-from lightning_lora.tensors.named import not_in, where
-from lightning_lora.tensors.names import named_parameters
+from lightning_lora.tensors.dicts import where
+from lightning_lora.tensors.names import names_not_in, parameters_by_name
 from lightning_lora.training.compatibility import begin_averages, callbacks_of
 from lightning_lora.training.first_batches import first_batches, refusal
 from lightning_lora.training.no_trace import leave_no_trace
@@ -191,7 +191,7 @@ class _Version(NamedTuple):
 def _versions_of(module: nn.Module) -> dict[str, _Version]:
     """How often each parameter was written. Those of inference mode do not tell."""
     versions = {}
-    for name, parameter in named_parameters(module).items():
+    for name, parameter in parameters_by_name(module).items():
         if not parameter.is_inference():
             versions[name] = _Version(parameter, version_of(parameter))
     return versions
@@ -208,7 +208,7 @@ def _write_factors(layer: LoRALayer, matrix: AdaptedMatrix, lora_A: Tensor, lora
 
 def _tell(config: LoRAConfig, layers: Collection[str], started: Collection[str], number: int) -> None:
     """Say how many layers have started from data, and which have not."""
-    others = not_in(layers, started)
+    others = names_not_in(layers, started)
     more = ""
     if others:
         more = f" These start as with 'kaiming': {listed(others)}."

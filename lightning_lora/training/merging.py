@@ -20,7 +20,8 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_stored
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import not_in, where
+from lightning_lora.tensors.dicts import where
+from lightning_lora.tensors.names import names_not_in
 from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.compatibility import callbacks_of, drop_averages, end_bar, monitored_checkpoint
@@ -77,7 +78,7 @@ def _check_mergeable(view: View, merge: object) -> None:
 def _check_whole_files(view: View, tied: list[str]) -> None:
     """Refuse files of the whole model that would be wrong."""
     stored = state_dict(view.model, keep_vars=True)
-    not_stored = not_in(view.adapted_weights, stored)
+    not_stored = names_not_in(view.adapted_weights, stored)
     _refuse_whole_files(not_stored, "the module's own state_dict does not hold {}.")
     quantised = quantised_layers(view)
     _refuse_whole_files(quantised, "the weights of {} are quantised, so no update can be merged into them.")
@@ -105,7 +106,7 @@ def check_layers_stayed(view: View) -> None:
     """Refuse a module that has lost all its adapters in training. Warn if it has lost some."""
     if not view.is_on_layers:
         return
-    gone = not_in(view.adapter.layers, view.layers)
+    gone = names_not_in(view.adapter.layers, view.layers)
     if not gone:
         return
     found = (

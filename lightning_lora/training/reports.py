@@ -14,8 +14,8 @@ from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.errors import listed, warn
 from lightning_lora.model.view import view_of
 from lightning_lora.private import CLI_CLASS, LOGS_HPARAMS
+from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.named import where
 from lightning_lora.training.optimizers.peak_rates import peak_rates
 
 Values = dict[str, Any]

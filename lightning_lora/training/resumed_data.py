@@ -38,6 +38,10 @@ class ResumedNumbers(RandomNumbers):
         self.setup_data = self.loop.setup_data  # Lightning's own
         vars(self.loop)["setup_data"] = self._setup_data
 
+    def close(self) -> None:
+        """Give the loop Lightning's own way of beginning its data back."""
+        vars(self.loop).pop("setup_data", None)
+
     # When the data begin
 
     def _setup_data(self) -> None:

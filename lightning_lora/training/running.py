@@ -80,7 +80,7 @@ class TrainingWatch:
         view.look_again()  # what follows another network does not train
         view.adapter.layers = tuple(view.layers)
         view.adapter.is_trained = True  # so it counts from here on, before the first step
-        self.stage.guards_on_first.adapters_ready(view)
+        self.stage.guards_in_first_process.adapters_ready(view)
 
     def begin_batch(self) -> None:
         """Before the first step, warn of weights that hooks have made new since."""
@@ -91,7 +91,7 @@ class TrainingWatch:
         now = base_digests(view_of(self.module))
         changed = dict(now.items() - before.items())
         if changed:
-            advise_again(self.module, self.stage.guards_on_first, changed)
+            advise_again(self.module, self.stage.guards_in_first_process, changed)
 
     def begin_backward(self, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
@@ -110,7 +110,7 @@ class TrainingWatch:
         mirror_rates(optimizer)
         unreached = self.gradients.begin_step(optimizer)
         if unreached:
-            self.stage.guards_everywhere.optimizer_begins(View(self.module), unreached)
+            self.stage.guards_in_each_process.optimizer_begins(View(self.module), unreached)
         self.stage.float32.begin_step(optimizer)
         return train_fewer
 

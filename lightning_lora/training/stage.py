@@ -77,10 +77,10 @@ class Stage:
     is_first: bool = False
     """Whether this is the first process, which says what all of them would."""
 
-    guards_everywhere: Guards = field(default_factory=Guards)
+    guards_in_each_process: Guards = field(default_factory=Guards)
     """They look in each process, where one may see what others do not."""
 
-    guards_on_first: Guard = field(init=False)
+    guards_in_first_process: Guard = field(init=False)
     """The same in the first process, for what all see alike. In the others, they do nothing."""
 
     first_steps: FirstSteps = field(init=False)
@@ -88,8 +88,8 @@ class Stage:
     float32: Float32Steps = field(default_factory=Float32Steps)
 
     def __post_init__(self) -> None:
-        self.guards_on_first = self.guards_everywhere if self.is_first else Guard()
-        self.first_steps = FirstSteps(self.guards_everywhere, self.guards_on_first)
+        self.guards_in_first_process = self.guards_in_each_process if self.is_first else Guard()
+        self.first_steps = FirstSteps(self.guards_in_each_process, self.guards_in_first_process)
 
     @property
     def is_fitting(self) -> bool:
@@ -101,7 +101,7 @@ class Stage:
     def begin(self, pl_module: LightningModule) -> None:
         """Unmerge the module: it needs its adapters to train, or to load a checkpoint."""
         self._unmerge(pl_module)
-        if self.wants_another(pl_module):
+        if self.wants_another_adapter(pl_module):
             self._activate_adapter(pl_module)
             self.undo.callback(self.adapter.put_back, pl_module)  # which does nothing the second time
         if self.came == "plain":
@@ -118,7 +118,7 @@ class Stage:
         if record is not None and find_record(pl_module) is None:  # it was forgotten
             self.undo.callback(keep_record, pl_module, record)
 
-    def wants_another(self, pl_module: LightningModule) -> bool:
+    def wants_another_adapter(self, pl_module: LightningModule) -> bool:
         """Whether the module shows another adapter than this stage's."""
         return self.adapter.name is not None and not self.adapter.is_shown_by(pl_module)
 
@@ -132,7 +132,7 @@ class Stage:
         if not view.is_merged:
             return False
         refuse_layers_of_another_model(view)
-        return not (loads_in_hooks(pl_module) or self.wants_another(pl_module))
+        return not (loads_in_hooks(pl_module) or self.wants_another_adapter(pl_module))
 
     # Take what the module or a file has
 
@@ -226,7 +226,7 @@ class Stage:
     def check_backward(self, pl_module: LightningModule) -> None:
         """Let guards look at a backward pass that begins while adapters are disabled."""
         if state_of(pl_module).shows_base:
-            self.guards_everywhere.backward_begins_without_adapters(View(pl_module))
+            self.guards_in_each_process.backward_begins_without_adapters(View(pl_module))
 
     # From one phase to the next
 
@@ -262,19 +262,21 @@ class Stage:
         outcome = outcome_of(reached, is_fit=self.is_fit, has_failed=False)
         self._bring_about(outcome, pl_module, has_loaded=reached is Phase.LOADED)
 
-    def end_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
+    def end_after_error(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> bool:
         """End a stage that has failed. Return whether the module keeps adapters that may be trained.
 
-        ``is_alone``: other processes may not be here, so nothing that needs them is done.
+        ``others_may_be_missing``: other processes may not be here, so nothing that needs them is done.
         """
         outcome = outcome_of(self._close(), is_fit=self.is_fit, has_failed=True)
         if outcome is Outcome.KEPT and not View(pl_module).is_on_layers:
             outcome = Outcome.GIVEN_BACK
-        if outcome is Outcome.GIVEN_BACK and not self._may_give_back(pl_module, is_alone=is_alone):
+        if outcome is Outcome.GIVEN_BACK and not self._may_give_back(
+            pl_module, others_may_be_missing=others_may_be_missing
+        ):
             outcome = Outcome.LEFT
         self._bring_about(outcome, pl_module)
         is_kept = outcome is Outcome.KEPT
-        if is_kept and not is_alone:
+        if is_kept and not others_may_be_missing:
             note_changed(view_of(pl_module))
         return is_kept
 
@@ -285,15 +287,15 @@ class Stage:
         self.first_steps.close()
         return reached
 
-    def _may_give_back(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
+    def _may_give_back(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> bool:
         """Whether a module can be given back after an error.
 
         Not one that is merged now: it was evaluated so, or its own code has merged what it trained. And with
-        ``is_alone`` none that came merged, as a merge is collective: its adapters stay.
+        ``others_may_be_missing`` none that came merged, as a merge is collective: its adapters stay.
         """
         if View(pl_module).is_merged:
             return False
-        return not (is_alone and self.came == "merged")
+        return not (others_may_be_missing and self.came == "merged")
 
     def _bring_about(self, outcome: Outcome, pl_module: LightningModule, *, has_loaded: bool = False) -> None:
         """Do to the module what an outcome says. ``has_loaded``: it has a file's adapters."""
@@ -326,7 +328,7 @@ class Fit(Stage):
         self.adapter.refuse_sum(pl_module)
         super().begin(pl_module)
 
-    def wants_another(self, pl_module: LightningModule) -> bool:
+    def wants_another_adapter(self, pl_module: LightningModule) -> bool:
         """Whether the module shows another adapter than this fit's, or its base."""
         return not self.adapter.is_shown_by(pl_module)
 

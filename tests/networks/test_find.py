@@ -6,8 +6,8 @@ from torch import nn
 
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
-from lightning_lora.networks.roles import StillNetworks
-from lightning_lora.tensors.names import named_modules, named_parameters
+from lightning_lora.networks.still_networks import StillNetworks
+from lightning_lora.tensors.names import modules_by_name, parameters_by_name
 
 
 def blocks() -> nn.Sequential:
@@ -23,7 +23,7 @@ def test_a_copy_is_found_as_a_whole_and_not_block_by_block() -> None:
     average = copy.deepcopy(net)
     model = nn.ModuleDict({"net": net, "average": average})
     layers = {*LAYERS, *[name.replace("net", "average") for name in LAYERS]}
-    found = find_copies(named_modules(model), named_parameters(model), layers, set(average.parameters()))
+    found = find_copies(modules_by_name(model), parameters_by_name(model), layers, set(average.parameters()))
     assert found == {"average": "net"}
 
 
@@ -33,12 +33,12 @@ def test_of_several_networks_that_are_alike_each_has_a_copy_of_its_own() -> None
     model = nn.ModuleDict({name: copy.deepcopy(net) for name in names})
     layers = {f"{name}.0" for name in names}
     still = {*model["copy of one"].parameters(), *model["copy of other"].parameters()}
-    found = find_copies(named_modules(model), named_parameters(model), layers, still)
+    found = find_copies(modules_by_name(model), parameters_by_name(model), layers, still)
     assert found == {"copy of one": "one", "copy of other": "other"}
 
 
 def test_an_embedding_that_trains_is_no_network_beside_what_stands_still() -> None:
     model = nn.ModuleDict({"words": nn.Embedding(20, 8), "net": blocks()})
     still = set(model["net"].parameters())
-    found = find_networks(named_modules(model), named_parameters(model), {"words", *LAYERS}, still)
+    found = find_networks(modules_by_name(model), parameters_by_name(model), {"words", *LAYERS}, still)
     assert found == StillNetworks()

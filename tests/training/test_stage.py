@@ -597,13 +597,13 @@ def test_what_a_hook_loads_with_trained_adapters_is_no_base(tmp_path: Path) -> N
         assert torch.equal(model.head.weight, LitTiny().head.weight)
 
 
-@pytest.mark.parametrize("is_alone", [False, True])
+@pytest.mark.parametrize("others_may_be_missing", [False, True])
 def test_after_an_error_a_module_is_merged_again_only_where_no_other_process_is_needed(
-    tmp_path: Path, is_alone: bool
+    tmp_path: Path, others_may_be_missing: bool
 ) -> None:
     model, _ = fit(tmp_path, lora(), max_epochs=1)
     stage = Stage(lora().config)
     stage.begin(model)
     assert not is_plain(model)
-    stage.end_after_error(model, is_alone=is_alone)
-    assert is_plain(model) is not is_alone
+    stage.end_after_error(model, others_may_be_missing=others_may_be_missing)
+    assert is_plain(model) is not others_may_be_missing

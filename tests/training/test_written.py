@@ -227,6 +227,6 @@ def test_nothing_of_the_module_is_kept_after_a_fit_or_a_failure(tmp_path: Path, 
         fit(tmp_path, callback, model=build(), **NO_SAVES)
     steps = callback._stage.first_steps
     assert not steps._copies.originals
-    for guard in steps.guards_everywhere.guards:
+    for guard in steps.guards_in_each_process.guards:
         for note in vars(guard).values():
             assert not getattr(note, "originals", note)

@@ -6,7 +6,7 @@ from types import FunctionType
 from torch import nn
 
 from lightning_lora import private
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.dicts import where
 
 _SKIPPED_PACKAGES = {"torch", "builtins", "lightning", "pytorch_lightning", "lightning_lora"}
 """Functions in the files of these packages are not the model's own code."""

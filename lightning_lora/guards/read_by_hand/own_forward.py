@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_lora.guards.read_by_hand.watched_weight import WatchedWeight
 from lightning_lora.layers import LoRALayer
-from lightning_lora.tensors.named import only
+from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.names import find_parameter, owner_of, submodule
 
 

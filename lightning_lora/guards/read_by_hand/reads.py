@@ -21,8 +21,8 @@ from lightning_lora.guards.wording import MOST_NAMES, as_entries
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.named import joined, only, where, with_values, without
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.dicts import only, where, with_values, without
+from lightning_lora.tensors.names import names_joined, owner_of
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
@@ -105,7 +105,7 @@ def watched_weights(view: View) -> dict[nn.Parameter, str]:
     candidates = where(without(view.base, view.frozen_by_user), _can_be_watched)
     found = {}
     for name, layer in where(view.layers, _trains).items():
-        weights = only(candidates, joined(name, layer.lora_weights()))  # others may be computed now
+        weights = only(candidates, names_joined(name, layer.lora_weights()))  # others may be computed now
         found.update(dict.fromkeys(weights.values(), name))
     return found
 

@@ -6,7 +6,8 @@ from lightning_lora.model.view import View
 from lightning_lora.targets.adaptable import COMPUTED, has_computed_weight
 from lightning_lora.targets.automatic import automatic_targets
 from lightning_lora.targets.lookup import Names
-from lightning_lora.tensors.named import outside, where
+from lightning_lora.tensors.dicts import where
+from lightning_lora.tensors.names import names_outside
 
 
 def computed_layers(view: View, word: str) -> list[str]:
@@ -16,7 +17,7 @@ def computed_layers(view: View, word: str) -> list[str]:
     networks = view.adapter.networks
     expected = {*excluded_names(view), *saved, *networks.beside_training, *networks.copies}
     computed = set(where(automatic_targets(names, word), has_computed_weight).values())
-    return outside(names.first_names(computed), expected)
+    return names_outside(names.first_names(computed), expected)
 
 
 def about_computed(view: View, layers: list[str]) -> str:

@@ -17,8 +17,8 @@ from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, class_name_of, has_computed_weight, own_matrices
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.lookup import Names
-from lightning_lora.tensors.named import grouped, only, outside, with_values, without
-from lightning_lora.tensors.names import owner_of, owner_or_itself
+from lightning_lora.tensors.dicts import grouped, only, with_values, without
+from lightning_lora.tensors.names import names_outside, owner_of, owner_or_itself
 
 _LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are not named
 
@@ -78,7 +78,7 @@ class _Weights:
         """Return those that targets could mean: not what the user froze or excluded, unless it is adapted."""
         base = self.view.base
         by_user = self.view.frozen_by_user.union(excluded_names(self.view))
-        left_to_targets = {*outside(base, by_user), *with_values(base, self.adapted)}
+        left_to_targets = {*names_outside(base, by_user), *with_values(base, self.adapted)}
         return list(only(base, left_to_targets))
 
     def is_untargeted(self, name: str) -> bool:

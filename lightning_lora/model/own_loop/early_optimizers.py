@@ -18,7 +18,8 @@ from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.layers import Adapter, LoRALayer
 from lightning_lora.model.own_loop.float16_steps import check_dtypes
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import joined, only, where, with_values
+from lightning_lora.tensors.dicts import only, where, with_values
+from lightning_lora.tensors.names import names_joined
 
 _ADAPTED: "WeakSet[nn.Module]" = WeakSet()
 _CHECKED: "WeakSet[Optimizer]" = WeakSet()  # those that have taken a step since adapters were attached
@@ -105,7 +106,7 @@ def _layers_of_frozen_weights(view: View, frozen: set[nn.Parameter]) -> dict[str
     layers_by_weight = dict[str, str]()
     frozen_weights = with_values(view.base, frozen)
     for name, layer in where(view.layers, LoRALayer.lora_trainable).items():
-        frozen_of_layer = only(frozen_weights, joined(name, layer.lora_weights()))
+        frozen_of_layer = only(frozen_weights, names_joined(name, layer.lora_weights()))
         layers_by_weight.update(dict.fromkeys(frozen_of_layer, name))
     return layers_by_weight
 

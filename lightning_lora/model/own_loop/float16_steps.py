@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import where, with_values
+from lightning_lora.tensors.dicts import where, with_values
 
 _IN_FLOAT32: "WeakSet[nn.Module]" = WeakSet()  # models whose Trainer lets float16 weights take their steps in float32
 

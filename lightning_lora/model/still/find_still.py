@@ -11,10 +11,11 @@ from lightning_lora.model.untrained import find_untrained
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
-from lightning_lora.networks.roles import StillNetworks
+from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.lookup import Names
-from lightning_lora.tensors.named import modules_around, not_in, only, outside, where, where_not, with_values
+from lightning_lora.tensors.dicts import only, where, where_not, with_values
+from lightning_lora.tensors.names import modules_around, names_not_in, names_outside
 
 
 def about_networks_left_out(networks: Collection[str], title: str) -> str:
@@ -67,7 +68,7 @@ def _with_networks_found(
     def find_new_modules() -> tuple[str, ...]:  # reads weights: it is called only if it is needed
         return find_untrained(view).new_modules
 
-    layers = outside(_whole_layers(kinds), known.beside_training)
+    layers = names_outside(_whole_layers(kinds), known.beside_training)
     found = find_networks(
         view.modules,
         view.base,
@@ -92,7 +93,7 @@ def _still_as_before(view: View, before: StillNetworks) -> tuple[str, ...]:
         return ()
     requires_grad = view.record.base.required_grad
     thawed = [name for name in view.base if requires_grad.get(name, True)]
-    return tuple(not_in(before.beside_training, modules_around(thawed)))
+    return tuple(names_not_in(before.beside_training, modules_around(thawed)))
 
 
 def _whole_layers(kinds: Mapping[str, type]) -> list[str]:

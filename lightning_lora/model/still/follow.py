@@ -14,9 +14,9 @@ from dataclasses import replace
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
-from lightning_lora.networks.roles import StillNetworks
-from lightning_lora.tensors.named import modules_around, only, with_values, without
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.networks.still_networks import StillNetworks
+from lightning_lora.tensors.dicts import only, with_values, without
+from lightning_lora.tensors.names import modules_around, owner_of
 
 
 def follow_originals(view: View) -> None:

@@ -11,8 +11,9 @@ from lightning_lora.model.still.find_still import about_networks_left_out, find_
 from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guards
-from lightning_lora.networks.roles import StillNetworks
-from lightning_lora.tensors.named import inside, modules_around, not_in, only, outside, without
+from lightning_lora.networks.still_networks import StillNetworks
+from lightning_lora.tensors.dicts import only, without
+from lightning_lora.tensors.names import modules_around, names_inside, names_not_in, names_outside
 
 
 def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
@@ -60,7 +61,7 @@ def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, st
     """Pause adapters that have learned, if no optimizer holds them or their weights. Return their layers."""
     may_be_unheld = {*view.adapter.networks.under_head, *copies}
     paused = []
-    for name in outside(view.layers, may_be_unheld):
+    for name in names_outside(view.layers, may_be_unheld):
         layer = view.layers[name]
         if view.base_weights_of(name) <= unheld and not layer.lora_is_fresh():
             layer.lora_pause()
@@ -70,7 +71,7 @@ def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, st
 
 def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str]) -> None:
     """Let adapters train again that were paused in an earlier fit, or followed a network that is no copy now."""
-    standing_still = {*paused, *inside(view.layers, copies)}
+    standing_still = {*paused, *names_inside(view.layers, copies)}
     for layer in without(view.layers, standing_still).values():
         if not layer.lora_settings.trains:
             layer.lora_train_again()
@@ -96,10 +97,10 @@ def strip_adapters(view: View, networks: Collection[str]) -> None:
     An error, if no adapter would be left, changes nothing.
     """
     before = view.adapter.networks
-    under_head = tuple(not_in(before.under_head, networks))
+    under_head = tuple(names_not_in(before.under_head, networks))
     now = replace(before, beside_training=(*before.beside_training, *networks), under_head=under_head)
     now = now.with_bare_layers(view.layers.keys())
-    to_strip = inside(view.layers, now.without_adapters)
+    to_strip = names_inside(view.layers, now.without_adapters)
     if not to_strip:
         return
     if len(to_strip) == len(view.layers):

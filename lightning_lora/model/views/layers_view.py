@@ -9,8 +9,8 @@ from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, weights_of
 from lightning_lora.model.record import Record, record_on, records_in
-from lightning_lora.tensors.named import joined, of_type
-from lightning_lora.tensors.names import first_names, modules_by_all_names, plain_module
+from lightning_lora.tensors.dicts import of_type
+from lightning_lora.tensors.names import first_names, modules_by_all_names, names_joined, plain_module
 
 
 class LayersView:
@@ -95,7 +95,7 @@ class LayersView:
         """The layers that a record knows of. Others were copied with their adapters by other code, or just came."""
         recorded = set[str]()
         for prefix, record in records_in(self.modules).items():
-            recorded.update(joined(prefix, record.adapter.layers))
+            recorded.update(names_joined(prefix, record.adapter.layers))
         return recorded
 
     @cached_property
@@ -112,7 +112,7 @@ class LayersView:
         """The names of the weights that have an update, merged or not."""
         names = []
         for layer, matrices in self.matrices.items():
-            names += joined(layer, weights_of(matrices))
+            names += names_joined(layer, weights_of(matrices))
         return names
 
     def is_fresh(self) -> bool:

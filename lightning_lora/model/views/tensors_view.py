@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lightning_lora.layers import quantised_entries
 from lightning_lora.model.views.layers_view import LayersView
 from lightning_lora.private import NOT_STORED
-from lightning_lora.tensors.named import joined, prefixed
-from lightning_lora.tensors.names import join, own_parameter, parameters_of
+from lightning_lora.tensors.dicts import prefixed
+from lightning_lora.tensors.names import direct_parameters, join, names_joined, own_parameter
 from lightning_lora.tensors.shards import is_dtensor
 
 
@@ -53,7 +53,7 @@ class TensorsView(LayersView):
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters that the model has now."""
-        return parameters_of(self.modules)
+        return direct_parameters(self.modules)
 
     @cached_property
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -126,7 +126,7 @@ class TensorsView(LayersView):
 
     def base_weights_of(self, layer: str) -> set[nn.Parameter]:
         """Return the base's weights of an adapted layer."""
-        names = joined(layer, self.layers[layer].lora_weights())
+        names = names_joined(layer, self.layers[layer].lora_weights())
         return {self.base[name] for name in names}
 
     def size_of(self, names: Iterable[str]) -> int:

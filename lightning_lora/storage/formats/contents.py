@@ -14,7 +14,7 @@ from lightning_lora.storage import archives, disk, plain_pickles
 from lightning_lora.storage.beside_adapters import reduce_to_adapters
 from lightning_lora.storage.formats.format import HEADER
 from lightning_lora.storage.stored import KEY
-from lightning_lora.tensors.named import only
+from lightning_lora.tensors.dicts import only
 
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:

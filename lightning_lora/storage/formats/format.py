@@ -12,7 +12,7 @@ from lightning_lora.config import Slices
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.stored import Reader
-from lightning_lora.tensors.named import of_type, without
+from lightning_lora.tensors.dicts import of_type, without
 
 HEADER = "__metadata__"  # the contents of a file have its header under this name of safetensors, beside the tensors
 

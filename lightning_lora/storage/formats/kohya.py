@@ -35,7 +35,7 @@ from lightning_lora.storage.formats.unread import KOHYA_REMEDY
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import entries_inside
 from lightning_lora.storage.stored import Reader
-from lightning_lora.tensors.named import only, where_not, with_values
+from lightning_lora.tensors.dicts import only, where_not, with_values
 from lightning_lora.tensors.names import join, starts_of
 
 _FILE = "kohya_lora.safetensors"

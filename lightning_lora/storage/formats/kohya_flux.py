@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.functional.factors import Factors, with_rank
-from lightning_lora.tensors.named import joined
+from lightning_lora.tensors.names import names_joined
 
 FLUX_CLASS = "FluxTransformer2DModel"  # of diffusers
 
@@ -72,7 +72,7 @@ def _original_around(layer: str) -> _Original:
     for original, leaves in originals.items():
         if leaf in leaves:
             name = f"lora_unet.{blocks}.{number}.{original}".replace(".", "_")
-            return _Original(name, tuple(joined(block, leaves)))
+            return _Original(name, tuple(names_joined(block, leaves)))
     return _Original("", ())
 
 

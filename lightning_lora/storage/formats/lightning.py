@@ -5,7 +5,8 @@ from typing import Any, TypeGuard
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.stored import KEY, check_checksum
-from lightning_lora.tensors.named import not_in, without
+from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.names import names_not_in
 
 VERSION = "pytorch-lightning_version"  # which wrote the checkpoint
 MOVED = "current_model_state"  # where WeightAveraging moves the module's own state: "state_dict" holds the average
@@ -18,7 +19,7 @@ _OF_THE_RUN = (*_RESUMED, "callbacks", "epoch", "global_step", MOVED, "averaging
 
 def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
     """Refuse a checkpoint from which a fit cannot go on."""
-    missing = not_in(_RESUMED, checkpoint)
+    missing = names_not_in(_RESUMED, checkpoint)
     if missing:
         raise AdapterFileError(
             f"{path} has no {listed(missing)}, so a fit cannot go on from it: it may have been written with "

@@ -22,7 +22,7 @@ from lightning_lora.storage.stored import Reader, StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
-from lightning_lora.tensors.named import of_type
+from lightning_lora.tensors.dicts import of_type
 
 _KINDS = (LoRALinear, LoRAConv1D, LoRAEmbedding)  # for the layers that loralib adapts
 

@@ -12,7 +12,7 @@ from lightning_lora.storage.formats.format import HEADER, Asked, Format
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_tool
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum, dict_or_empty
-from lightning_lora.tensors.named import without
+from lightning_lora.tensors.dicts import without
 
 # Write
 

@@ -22,7 +22,7 @@ from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import with_values, without
+from lightning_lora.tensors.dicts import with_values, without
 from lightning_lora.tensors.names import first_names, is_in_any, starts_of, submodule
 
 

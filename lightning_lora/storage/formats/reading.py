@@ -21,8 +21,8 @@ from lightning_lora.storage.renaming import SAME_NAMES, Renaming, find_renamings
 from lightning_lora.storage.stored import StoredAdapters, is_computable
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.whole_names import by_whole_names
-from lightning_lora.tensors.named import joined, not_in, of_type, only, prefixed, where_not, without
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.dicts import of_type, only, prefixed, where_not, without
+from lightning_lora.tensors.names import names_joined, names_not_in, owner_of
 
 # The update of one layer
 
@@ -147,7 +147,7 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str], root
             "modules instead of the whole model."
         )
     if not found:
-        missing = not_in(names, known)
+        missing = names_not_in(names, known)
         raise AdapterMismatchError(
             f"These adapters do not fit {title}: it has no {listed(missing)}. Pass the model that they were trained on."
         )
@@ -219,7 +219,7 @@ def _adapted_weights(updates: Iterable[Update]) -> set[str]:
     """The names of the weights that have an update."""
     names = set[str]()
     for update in updates:
-        names.update(joined(update.layer.name, update.layer.shapes))
+        names.update(names_joined(update.layer.name, update.layer.shapes))
     return names
 
 

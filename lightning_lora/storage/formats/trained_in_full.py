@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.model.base_values import base_value
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import inside, modules_around, names_by, only, without
-from lightning_lora.tensors.names import is_bias, is_in_any, owner_of, starts_of
+from lightning_lora.tensors.dicts import names_of_each, only, without
+from lightning_lora.tensors.names import is_bias, is_in_any, modules_around, names_inside, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
@@ -41,7 +41,7 @@ def find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[st
     """
     changed = [name for name in entries if not is_the_base(view, name, entries[name])]
     modules = _modules_that_train(_whole_modules(view, entries), changed, saved)
-    names_in_modules = set(inside(entries, modules))
+    names_in_modules = set(names_inside(entries, modules))
     single = without(only(entries, view.base), names_in_modules)
     biases = {name for name in single if is_bias(name)}
     parameters = list(without(only(single, changed), biases))
@@ -96,7 +96,7 @@ def is_the_base(view: View, name: str, value: Tensor) -> bool:
 
 def check_ties(view: View, state: Mapping[str, Tensor]) -> None:
     """Refuse new values for one use of a tied weight: here they would change its other uses too."""
-    names_of = names_by(view.base)
+    names_of = names_of_each(view.base)
     for name, value in only(state, view.base).items():
         uses = names_of[view.base[name]]
         if _has_each(state, uses, value) or is_the_base(view, name, value):

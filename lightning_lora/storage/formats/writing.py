@@ -21,8 +21,8 @@ from lightning_lora.storage.renaming import Renaming, entries_inside, names_outs
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.whole_names import expression_of, list_or_expression
-from lightning_lora.tensors.named import modules_around, not_in, only, renamed, where, without
-from lightning_lora.tensors.names import join, modules_by_all_names
+from lightning_lora.tensors.dicts import only, renamed, where, without
+from lightning_lora.tensors.names import join, modules_around, modules_by_all_names, names_not_in
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Source:
         """All entries of modules that train whole, unchanged ones too. An error, if a file lacks some."""
         present = self.present
         names = list(chain.from_iterable(self.stored.saved.values()))
-        missing = not_in(names, present)
+        missing = names_not_in(names, present)
         if missing:
             raise ExportError(
                 f"{self.stored.source} does not hold {listed(missing)}, which have the base's values, and PEFT's "
@@ -150,7 +150,7 @@ def _warn_of_lost_values(stored: StoredAdapters) -> None:
     They are neither in its base nor trained. Buffers outside of the root it does not have.
     """
     outside = names_outside(stored.root, stored.filled_in_state)
-    lost = not_in(stored.of_no_base, outside)
+    lost = names_not_in(stored.of_no_base, outside)
     if lost:
         warn(
             f"{listed(lost)} may be untrained or were filled by setup, and PEFT's format has no place for them. If the "

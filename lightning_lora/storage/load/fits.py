@@ -16,7 +16,8 @@ from lightning_lora.storage.same_base.base_check import check_base
 from lightning_lora.storage.state import diverged, trained_tensors, values_to_store
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import Wanted, bare, wanted_of
-from lightning_lora.tensors.named import not_in, only, without
+from lightning_lora.tensors.dicts import only, without
+from lightning_lora.tensors.names import names_not_in
 from lightning_lora.tensors.plain_states import StateDict, state_dict
 
 
@@ -120,10 +121,10 @@ def _check_names(
 ) -> None:
     """Refuse a state with missing or unexpected names: all that trains must be there, and changed tensors."""
     needed = {**trained_tensors(view), **only(view.base, changed)}
-    unexpected = not_in(state, {*needed, *view.buffers, *tensors_with_originals(view)})
+    unexpected = names_not_in(state, {*needed, *view.buffers, *tensors_with_originals(view)})
     if unexpected:  # what modules' own code adds may be there too
-        unexpected = not_in(unexpected, values_to_store(view, state_dict(view.model), random))
-    missing = not_in(needed, state)
+        unexpected = names_not_in(unexpected, values_to_store(view, state_dict(view.model), random))
+    missing = names_not_in(needed, state)
     wrong = list[str]()
     if missing:
         wrong.append(f"missing {listed(missing)}")

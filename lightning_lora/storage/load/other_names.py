@@ -8,8 +8,7 @@ from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import find_renamings, names_outside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.whole_names import renamed_config
-from lightning_lora.tensors.named import not_in
-from lightning_lora.tensors.names import owner_of, owner_or_itself
+from lightning_lora.tensors.names import names_not_in, owner_of, owner_or_itself
 
 
 def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
@@ -82,11 +81,11 @@ def _check_present(view: View, stored: StoredAdapters) -> None:
 def _absent_modules(view: View, stored: StoredAdapters) -> list[str]:
     """The modules of a file that a model lacks."""
     owners = dict.fromkeys(map(owner_of, stored.state))
-    return not_in(owners, view.modules)
+    return names_not_in(owners, view.modules)
 
 
 def _absent_tensors(view: View, stored: StoredAdapters) -> list[str]:
     """What trains in full in a file, and the buffers that were filled there, if a model lacks them."""
-    saved = [name for name in not_in(stored.state, view.tensors) if stored.config.is_saved(name)]
-    filled = [name for name in not_in(stored.filled_in_state, view.tensors) if owner_of(name) in view.modules]
+    saved = [name for name in names_not_in(stored.state, view.tensors) if stored.config.is_saved(name)]
+    filled = [name for name in names_not_in(stored.filled_in_state, view.tensors) if owner_of(name) in view.modules]
     return [*saved, *filled]

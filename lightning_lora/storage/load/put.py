@@ -25,8 +25,8 @@ from lightning_lora.model.view import View, check_adapters_present, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.state import copies_of
 from lightning_lora.storage.stored import Reader, StoredAdapters
-from lightning_lora.tensors.named import not_in, of_type, only
-from lightning_lora.tensors.names import is_bias, join, own_parameter
+from lightning_lora.tensors.dicts import of_type, only
+from lightning_lora.tensors.names import is_bias, join, names_not_in, own_parameter
 from lightning_lora.tensors.plain_states import StateDict, load_state_dict, state_dict
 from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values
@@ -196,4 +196,4 @@ def _write_filled_buffers(view: View, state: StateDict, undo: Undo) -> None:
 
 def _left_to_the_base(view: View, state: StateDict) -> Iterable[str]:
     """What has other values than the base, does not train, and is not in a state: it gets the base's."""
-    return not_in(view.adapter.originals, {*state, *view.trainable})
+    return names_not_in(view.adapter.originals, {*state, *view.trainable})

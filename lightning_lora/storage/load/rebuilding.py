@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.storage.state import copies_of
-from lightning_lora.tensors.named import of_type, only, where
+from lightning_lora.tensors.dicts import of_type, only, where
 from lightning_lora.tensors.names import modules_by_all_names, starts_of
 from lightning_lora.tensors.plain_states import StateDict, loads_in_own_way, state_dict
 from lightning_lora.tensors.values import replace_values

@@ -13,7 +13,7 @@ from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, matrix_fact
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
-from lightning_lora.tensors.named import without
+from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import join
 
 

@@ -12,8 +12,8 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMi
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Comparison, compare
 from lightning_lora.storage.stored import is_computable
+from lightning_lora.tensors.dicts import of_type, only, where, with_values, without
 from lightning_lora.tensors.digests import digest, digests_as
-from lightning_lora.tensors.named import of_type, only, where, with_values, without
 
 
 def check_plan(plan: MergePlan) -> None:

@@ -11,8 +11,8 @@ from lightning_lora.storage.offline.tensor_files import TensorFiles
 from lightning_lora.storage.renaming import Renaming, find_renamings, names_outside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import joined, renamed, with_values
-from lightning_lora.tensors.names import is_in, join
+from lightning_lora.tensors.dicts import renamed, with_values
+from lightning_lora.tensors.names import is_in, join, names_joined
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
     """How names in the adapters' file become names in the base: one prefix may come off, or be added."""
     weights = list[str]()
     for layer in stored.layers.values():
-        weights += joined(layer.name, layer.shapes)
+        weights += names_joined(layer.name, layer.shapes)
     fitting = find_renamings(weights, files.file_of, root_there=stored.root)
     if len(fitting) > 1:
         places = sorted(renaming.name_here(weights[0]) for renaming in fitting)

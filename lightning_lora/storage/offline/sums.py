@@ -18,7 +18,7 @@ from lightning_lora.storage.offline.layers import matrix_updates, tensors_beside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
 from lightning_lora.storage.whole_names import by_whole_names
-from lightning_lora.tensors.named import only, prefixed
+from lightning_lora.tensors.dicts import only, prefixed
 from lightning_lora.tensors.names import owner_of
 
 Summands = Sequence[StoredAdapters]

@@ -16,7 +16,7 @@ from lightning_lora.storage.archives import check_file, check_new_format, kind_o
 from lightning_lora.storage.disk import header_of, json_object, reading
 from lightning_lora.storage.plain_pickles import load_plain
 from lightning_lora.storage.stored import dict_or_empty
-from lightning_lora.tensors.named import of_type, with_values, without
+from lightning_lora.tensors.dicts import of_type, with_values, without
 
 _UNDIVIDED = "model.safetensors"  # the only file of weights in a folder that is not divided
 INDEX = "model.safetensors.index.json"  # says which file of a folder holds which tensor

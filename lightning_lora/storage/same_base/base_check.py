@@ -11,7 +11,7 @@ from lightning_lora.base.fingerprints import (
     Form,
     StoredFingerprint,
     digests_by_name,
-    have_one_form,
+    have_same_form,
     without_halves,
 )
 from lightning_lora.errors import BaseMismatchError, listed, warn
@@ -20,7 +20,7 @@ from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Com
 from lightning_lora.storage.same_base.compared_tensors import base_tensors, quantised_names
 from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import of_type, only, without
+from lightning_lora.tensors.dicts import of_type, only, without
 
 _Compared = tuple[StoredFingerprint, Comparison]  # a fingerprint in a file, and how the base differs from it
 
@@ -93,7 +93,7 @@ class _BaseHere:
 
     def _has_form_of(self, there: StoredFingerprint) -> bool:
         """Whether names, shapes and dtypes are the same, and the same tensors are quantised."""
-        if not have_one_form(there, self.fingerprint):
+        if not have_same_form(there, self.fingerprint):
             return False
         quantised_there = {name for name in self.tensors if there["rounded"][self.names_there[name]] is None}
         return quantised_there == self.quantised & self.tensors.keys()

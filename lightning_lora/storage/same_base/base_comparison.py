@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_lora.base.fingerprints import Halves, StoredFingerprint, digests_by_name
 from lightning_lora.base.readings import HALVES
 from lightning_lora.storage.same_base.compared_tensors import is_convertible
+from lightning_lora.tensors.dicts import only, with_values
 from lightning_lora.tensors.digests import digests_as
-from lightning_lora.tensors.named import only, with_values
 
 
 @dataclass

@@ -9,8 +9,8 @@ from lightning_lora.base.fingerprints import (
     Halves,
     StoredFingerprint,
     digests_by_name,
-    find_one_form,
-    have_one_form,
+    find_same_form,
+    have_same_form,
 )
 from lightning_lora.base.readings import Readings
 from lightning_lora.model.view import View
@@ -23,7 +23,7 @@ from lightning_lora.storage.same_base.compared_tensors import (
     quantised_names,
 )
 from lightning_lora.storage.same_base.fingerprint import fingerprint, layout_of
-from lightning_lora.tensors.named import where, without
+from lightning_lora.tensors.dicts import where, without
 
 
 def note_changed(view: View, *, anew: bool = True) -> list[Fingerprint]:
@@ -36,7 +36,7 @@ def note_changed(view: View, *, anew: bool = True) -> list[Fingerprint]:
     fingerprints = record.adapter.fingerprints
     if now in fingerprints:
         return fingerprints
-    before = find_one_form(fingerprints, now)
+    before = find_same_form(fingerprints, now)
     if before is None:
         return [now]
     record.base.note_changes(changes_between(view, before, now))
@@ -83,7 +83,7 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[StoredF
         if each["layout"] == here["layout"]:
             digests = digests_by_name(tensors, each)
             about["rounded"] = _remembered_halves(readings, digests, quantised)
-            if have_one_form(each, here):
+            if have_same_form(each, here):
                 about["rounded"] |= _computed_halves(readings, digests, convertible)
         described.append(about)
     return described

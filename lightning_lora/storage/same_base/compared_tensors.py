@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from lightning_lora.layers import is_quantised, quantised_entries, repacks
 from lightning_lora.model.base_values import base_values
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import joined, of_type, where, with_values, without
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.dicts import of_type, where, with_values, without
+from lightning_lora.tensors.names import join, names_joined
 
 Tensors = Mapping[str, Tensor]  # by name
 
@@ -42,7 +42,7 @@ def _names_of_entries(modules: Mapping[str, nn.Module]) -> set[str]:
     """The names of the extra state dict entries of quantised layers."""
     names = set[str]()
     for prefix, module in modules.items():
-        names.update(joined(prefix, quantised_entries(module)))
+        names.update(names_joined(prefix, quantised_entries(module)))
     return names
 
 

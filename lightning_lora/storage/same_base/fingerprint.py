@@ -8,8 +8,8 @@ from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming
 from lightning_lora.storage.same_base.compared_tensors import Tensors, base_tensors, dtypes_of, rows_of
+from lightning_lora.tensors.dicts import only, where_not, without
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.named import only, where_not, without
 from lightning_lora.tensors.names import first_names
 
 

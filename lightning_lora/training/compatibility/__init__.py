@@ -17,7 +17,7 @@ from lightning_lora.training.compatibility.our_callbacks import (
     forget_module,
     join_pytorch_lightning,
     late_callback_error,
-    refuse_class,
+    refuse_if_given_as_class,
 )
 from lightning_lora.training.compatibility.precisions import keeping_adapters
 from lightning_lora.training.compatibility.sharding import refuse_strategy

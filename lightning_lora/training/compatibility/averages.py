@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_a
 from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.model.view import View
 from lightning_lora.private import AVERAGE, AVERAGES_WITH
-from lightning_lora.tensors.named import only
-from lightning_lora.tensors.names import named_parameters
+from lightning_lora.tensors.dicts import only
+from lightning_lora.tensors.names import parameters_by_name
 from lightning_lora.tensors.values import replace_values
 
 
@@ -25,10 +25,10 @@ def begin_averages(callbacks: list[Callback], pl_module: LightningModule, *, ane
 
     With ``anew``, each begins again: values may have changed too.
     """
-    names = named_parameters(pl_module).keys()
+    names = parameters_by_name(pl_module).keys()
     for average in _averages(callbacks):  # their setup would call configure_model, which may replace layers
         average.hide_frozen_norms()
-        if anew or named_parameters(average.copy).keys() != names:
+        if anew or parameters_by_name(average.copy).keys() != names:
             average.begin_from(pl_module)
 
 

@@ -25,7 +25,7 @@ def join_pytorch_lightning(kind: type[Callback]) -> None:
         kind.__bases__ = (*kind.__bases__, other.Callback)
 
 
-def refuse_class(hook: _Hook) -> _Hook:
+def refuse_if_given_as_class(hook: _Hook) -> _Hook:
     """Let a hook refuse a Trainer that has the callback's class, and no object: ``callbacks=[LoRACallback]``."""
     name = hook.__qualname__.partition(".")[0]
 

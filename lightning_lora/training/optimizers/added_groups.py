@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import listed
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import with_values
+from lightning_lora.tensors.dicts import with_values
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.training.optimizers.groups import Group, held_by, layers_trained_by, torch_optimizers
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import named_parameters
+from lightning_lora.tensors.names import parameters_by_name
 from lightning_lora.training.optimizers.group_splits import groups_without_split, split
 from lightning_lora.training.optimizers.groups import Params, held_by, listed_parameters
 from lightning_lora.training.optimizers.scales import Scales
@@ -66,7 +66,7 @@ def rewrite_groups(view: View, optimizer: Optimizer, groups: list[Params]) -> No
 
 def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
     """Write parameters into the groups, in place: LBFGS and schedulers keep references to these lists."""
-    names = {p: name for name, p in named_parameters(view.model).items()}
+    names = {p: name for name, p in parameters_by_name(view.model).items()}
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
         group["params"][:] = parameters
         if "param_names" in group:

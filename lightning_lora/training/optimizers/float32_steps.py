@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.own_loop.float16_steps import steps_are_in_float32
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.optimizers.groups import held_by, torch_optimizers
 

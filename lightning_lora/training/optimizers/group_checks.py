@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import only, outside, where, with_values
-from lightning_lora.tensors.names import named_parameters, owner_of, owner_or_itself
+from lightning_lora.tensors.dicts import only, where, with_values
+from lightning_lora.tensors.names import names_outside, owner_of, owner_or_itself, parameters_by_name
 from lightning_lora.training.optimizers.edits import Edit
 from lightning_lora.training.optimizers.groups import Params, held_by, parameters_in
 
@@ -35,7 +35,7 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
     judged_in_first_step: Collection[str] = ()  # by ``Feeding``, which removes those that feed nothing that trains
     if groups:
         judged_in_first_step = view.adapter.networks.under_head
-    unplaced = outside(remaining, judged_in_first_step)
+    unplaced = names_outside(remaining, judged_in_first_step)
     if unplaced:
         raise no_place_error(view.title, unplaced, len(groups))
     return edits
@@ -43,9 +43,9 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
 
 def _without_place(view: View, placed: set[nn.Parameter], paused: list[str]) -> dict[str, nn.Parameter]:
     """The parameters that train and that no group holds. In ``paused`` networks, they are meant to have none."""
-    parameters = named_parameters(view.model)
+    parameters = parameters_by_name(view.model)
     without_place = {}
-    for name in outside(parameters, paused):
+    for name in names_outside(parameters, paused):
         p = parameters[name]
         if p.requires_grad and p not in placed:
             without_place[name] = p
@@ -54,7 +54,7 @@ def _without_place(view: View, placed: set[nn.Parameter], paused: list[str]) -> 
 
 def _tell_of_only_group(view: View, added: Iterable[str]) -> None:
     """Say what trains in the only group though no optimizer held it."""
-    told = outside(added, view.adapter.networks.under_head)
+    told = names_outside(added, view.adapter.networks.under_head)
     if told:
         rank_zero_info(f"No optimizer held {listed(told)} or their weights: they train in its only parameter group.")
 

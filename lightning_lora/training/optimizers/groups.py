@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.dicts import where
 
 Params = list[nn.Parameter]
 Group = dict[str, Any]

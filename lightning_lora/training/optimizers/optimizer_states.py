@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import listed
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.dicts import where
 from lightning_lora.training.optimizers.groups import Group, torch_optimizers
 
 _NOT_SETTINGS = {"params", "param_names", "name"}

@@ -11,8 +11,8 @@ from torch import nn
 from lightning_lora.errors import LoRAError, TargetError, listed
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
-from lightning_lora.private import ASKED, tree_leaves
-from lightning_lora.tensors.named import only, where, with_values
+from lightning_lora.private import INPUTS_OF_GRAD, tree_leaves
+from lightning_lora.tensors.dicts import only, where, with_values
 from lightning_lora.tensors.names import owner_or_itself
 from lightning_lora.tensors.values import is_tensor
 
@@ -58,7 +58,7 @@ def _asked_for(error: BaseException) -> list[object]:
     for frame in _calls_behind(error):
         if frame.f_code is code:
             values = frame.f_locals
-            return tree_leaves(values.get(ASKED, values["inputs"]))  # a generator among the inputs is empty by now
+            return tree_leaves(values.get(INPUTS_OF_GRAD, values["inputs"]))  # a generator in them is empty by now
     return []
 
 

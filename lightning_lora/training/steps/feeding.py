@@ -12,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
+from lightning_lora.tensors.dicts import only, where, without
 from lightning_lora.tensors.graphs import nodes_behind
-from lightning_lora.tensors.named import inside, only, outside, where, without
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import names_inside, names_outside, owner_of
 from lightning_lora.tensors.values import is_tensor
 from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
 
@@ -37,7 +37,7 @@ class Feeding:
         self.hooks: list[RemovableHandle] = []
         for network in view.adapter.networks.under_head:
             self.unjudged[network] = set()
-            for name in inside(view.layers, [network]):
+            for name in names_inside(view.layers, [network]):
                 self._watch_layer(network, view.layers[name])
         if self.unjudged:
             # if only a head without an adapter trains, its inputs count
@@ -93,7 +93,7 @@ class Feeding:
 
 def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]:
     """What trains beside these networks: adapted layers, and modules in full."""
-    beside = only(view.layers, outside(view.layers, networks))
+    beside = only(view.layers, names_outside(view.layers, networks))
     training: set[nn.Module] = set(where(beside, LoRALayer.lora_trainable).values())
     for module in view.saved:
         training.update(module.modules())

@@ -14,8 +14,9 @@ from lightning_lora.model.as_adapted import check_weights
 from lightning_lora.model.still.follow import begin_as_originals, copies_among
 from lightning_lora.model.view import View, view_of
 from lightning_lora.networks.copies import pairs_of
-from lightning_lora.tensors.named import outside, with_values
-from lightning_lora.tensors.shards import agreed, to_local
+from lightning_lora.tensors.dicts import with_values
+from lightning_lora.tensors.names import names_outside
+from lightning_lora.tensors.shards import to_local, true_anywhere
 from lightning_lora.training.optimizers.groups import held_by, layers_trained_by
 from lightning_lora.training.steps.own_checkpoints import OwnCheckpoints
 from lightning_lora.training.steps.received import Received
@@ -98,7 +99,7 @@ class Gradients:
         check_weights(view)  # hooks may compute them since training began
         unreached = layers_trained_by(missed, view)
         copies = self._settle_copies(view, layers_trained_by(held, view))
-        return outside(unreached, copies)
+        return names_outside(unreached, copies)
 
     def _settle_copies(self, view: View, layers: Mapping[str, LoRALayer]) -> dict[str, str]:
         """Find networks among these layers that copy others, and have no gradient yet.
@@ -126,7 +127,7 @@ class Gradients:
 def _layers_without_gradient(view: View, layers: Mapping[str, LoRALayer]) -> set[str]:
     """Those of these layers whose gradients are zero in all processes. Collective."""
     here = list(map(_has_gradient, layers.values()))
-    in_any_process = agreed(here, list(view.adapter_parameters.values()))
+    in_any_process = true_anywhere(here, list(view.adapter_parameters.values()))
     return set(layers).difference(compress(layers, in_any_process))
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
-from lightning_lora.tensors.named import inside, modules_around, only, where, with_values, without
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.dicts import only, where, with_values, without
+from lightning_lora.tensors.names import modules_around, names_inside, owner_of
 from lightning_lora.tensors.seen import Seen, samples
 from lightning_lora.tensors.shards import is_dtensor
 
@@ -37,7 +37,7 @@ class FrozenCopies:
     def begin(self, view: View) -> None:
         """Note the copies as they are when the first step begins."""
         self.originals = _copies_without_adapters(view)
-        for name in inside(view.base, self.originals):
+        for name in names_inside(view.base, self.originals):
             weight = view.base[name]
             if weight.is_floating_point() and not weight.is_meta:
                 self._before[name] = _Noted(Seen(weight), samples(weight).clone())
@@ -52,7 +52,7 @@ class FrozenCopies:
     def moved_weights(self, view: View, copy: str) -> list[str]:
         """Return the weights of a copy that have changed since."""
         moved = []
-        for name in inside(only(view.base, self._before), [copy]):
+        for name in names_inside(only(view.base, self._before), [copy]):
             if not self._before[name].seen.may_have_same_values(view.base[name]):
                 moved.append(name)
         return moved

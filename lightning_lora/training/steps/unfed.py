@@ -12,7 +12,8 @@ from lightning_lora.errors import StrategyError, listed
 from lightning_lora.model.still.find_still import about_networks_left_out
 from lightning_lora.model.still.settle import strip_adapters
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.named import inside, outside, with_values, without
+from lightning_lora.tensors.dicts import with_values, without
+from lightning_lora.tensors.names import names_inside, names_outside
 from lightning_lora.training.optimizers.edits import rewrite_groups
 from lightning_lora.training.optimizers.group_checks import no_place_error
 from lightning_lora.training.optimizers.groups import groups_of, held_by
@@ -68,14 +69,14 @@ def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks
 def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
     """Refuse networks that feed what trains, if no optimizer holds their adapters."""
     placed = with_values(view.adapter_parameters, held_by(optimizers))
-    unplaced = inside(without(view.adapter_parameters, placed), fed)
+    unplaced = names_inside(without(view.adapter_parameters, placed), fed)
     if unplaced:
         raise no_place_error(view.title, unplaced, len(list(groups_of(optimizers))))
 
 
 def _tell_of_fed(view: View, fed: Sequence[str], unfed: Sequence[str]) -> None:
     """Say that adapters train in a frozen network too, if others train besides."""
-    others = outside(view.layers, (*fed, *unfed))
+    others = names_outside(view.layers, (*fed, *unfed))
     if others:
         rank_zero_info(
             f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in {listed(fed)} "

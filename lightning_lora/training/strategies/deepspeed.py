@@ -13,7 +13,7 @@ from lightning_lora.errors import StrategyError
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.view import View
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.dicts import where
 from lightning_lora.training.compatibility import refuse_strategy
 from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.optimizers.float32_steps import Float32Steps

@@ -20,7 +20,7 @@ from lightning_lora.storage.formats.lightning import (
 from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.storage.temporary_files import remove_left_parts
-from lightning_lora.tensors.named import without
+from lightning_lora.tensors.dicts import without
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import showing_float32
 from lightning_lora.training.optimizers.optimizer_states import refusing_other_states

@@ -5,7 +5,7 @@ from functools import update_wrapper
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from lightning_lora.tensors.named import only
+from lightning_lora.tensors.dicts import only
 
 _ATTRIBUTE = "lora_methods"  # of a strategy: what lies over its methods
 

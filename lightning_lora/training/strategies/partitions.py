@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import StrategyError
 from lightning_lora.private import own_run
-from lightning_lora.tensors.named import where
+from lightning_lora.tensors.dicts import where
 
 OptimizerState = dict[str, Any]
 """The state dict of an optimizer, or what it keeps of one parameter."""

@@ -11,7 +11,7 @@ from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.formats.lightning import with_callback_state
 from lightning_lora.storage.state import adapter_state_dict
-from lightning_lora.tensors.named import inside
+from lightning_lora.tensors.names import names_inside
 from lightning_lora.training import compatibility
 from lightning_lora.training.phases import Phase
 from lightning_lora.training.reports import logged_metrics
@@ -52,12 +52,12 @@ class SaveMethods(SetUpMethods):
         metrics = logged_metrics(module)
         checkpoint = checkpoints.adapter_only(module, checkpoint, metrics, written_later=written_later)
         if stage.phase is Phase.TRAINING:
-            stage.guards_on_first.base_compared(View(module))
+            stage.guards_in_first_process.base_compared(View(module))
         if stage.save == "adapters":
             return with_callback_state(checkpoint, view_of(module).adapter.name)
         if self.strategy.is_global_zero:
             checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=written_later)
-            stage.guards_everywhere.merged_in_checkpoint(type(module).__name__, lost)
+            stage.guards_in_each_process.merged_in_checkpoint(type(module).__name__, lost)
         return checkpoint
 
     def _forget_replaced_merge(self) -> None:
@@ -76,4 +76,4 @@ class SaveMethods(SetUpMethods):
         A tuner saves before its trial, and loads that file after it.
         """
         view = view_of(self.module)
-        keep_frozen(view, inside(view.frozen, view.adapter.networks.copies))
+        keep_frozen(view, names_inside(view.frozen, view.adapter.networks.copies))

@@ -21,8 +21,8 @@ from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors import shards
-from lightning_lora.tensors.named import grouped, only, where, where_not
-from lightning_lora.tensors.names import named_parameters, set_parameter
+from lightning_lora.tensors.dicts import grouped, only, where, where_not
+from lightning_lora.tensors.names import parameters_by_name, set_parameter
 from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
@@ -99,7 +99,7 @@ class ShardedMethods(LateRestoreMethods):
     def _check_mesh(self) -> None:
         """Refuse a module that is sharded over other processes than those with their own batches."""
         size = self.mesh.size()
-        for name, p in where(named_parameters(self.module), shards.is_sharded_over_data).items():
+        for name, p in where(parameters_by_name(self.module), shards.is_sharded_over_data).items():
             count = shards.data_processes(p)
             if count != size:
                 raise StrategyError(
@@ -197,7 +197,7 @@ class ShardedGradients(Gradients):
         super().__init__(model, NotedGradients(model), begins_copies=begins_copies)
         self.methods = methods
         self.mesh = methods.mesh
-        averaged = where(named_parameters(model), _is_left_to_us)
+        averaged = where(parameters_by_name(model), _is_left_to_us)
         self.averaged = grouped(averaged.values(), _dtype_of)
         self.statistics: list[Tensor] = []  # the buffers of modules that train in full, such as norms
         for module in view_of(model).saved:

@@ -11,8 +11,8 @@ from lightning_lora.storage.formats.peft.peft_file import PeftFile, Tensors
 from lightning_lora.storage.formats.peft.peft_layers import has_layer
 from lightning_lora.storage.formats.peft.peft_names import PEFT_CONFIG, without_wrappers
 from lightning_lora.storage.renaming import entries_inside
-from lightning_lora.tensors.named import joined, modules_around, only, where, without
-from lightning_lora.tensors.names import owner_of, starts_of
+from lightning_lora.tensors.dicts import only, where, without
+from lightning_lora.tensors.names import modules_around, names_joined, owner_of, starts_of
 
 
 def check_complete(file: PeftFile) -> None:
@@ -91,7 +91,7 @@ class _Contents:
         module = self.file.view.modules[name]
         if self.file.peft.adapts(name_in_file) and has_layer(adapter_for(module)):
             return True
-        parameters = joined(name_in_file, module._parameters)
+        parameters = names_joined(name_in_file, module._parameters)
         return any(map(self.file.peft.names_parameter, parameters))
 
     def is_saved_in_part(self, name: str) -> bool:

@@ -10,7 +10,7 @@ from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.patterns import matches
 from lightning_lora.storage.disk import json_object
 from lightning_lora.storage.formats.peft.peft_names import PEFT_CONFIG, config_beside
-from lightning_lora.tensors.named import only, renamed, where, without
+from lightning_lora.tensors.dicts import only, renamed, where, without
 
 
 class PeftConfig(NamedTuple):

@@ -13,8 +13,8 @@ from lightning_lora.storage.formats.peft.peft_refusals import check_exportable, 
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import joined, only, without
-from lightning_lora.tensors.names import join, owner_of
+from lightning_lora.tensors.dicts import only, without
+from lightning_lora.tensors.names import join, names_joined, owner_of
 
 
 def fitted(source: Source) -> Source:
@@ -81,7 +81,7 @@ def _with_tied_modules(source: Source) -> Source:
     for name, module in without(_holders(stored.state, source), stored.layers).items():
         has_their_weights = not their_weights.isdisjoint(module.parameters(recurse=False))
         if has_their_weights and module not in saved_whole:
-            tied[name] = joined(name, module.state_dict())
+            tied[name] = names_joined(name, module.state_dict())
     return replace(source, stored=replace(stored, saved={**stored.saved, **tied}))
 
 

@@ -18,7 +18,7 @@ from lightning_lora.storage.formats.peft.peft_names import PREFIX
 from lightning_lora.storage.formats.peft.peft_shells import shell_of
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import not_in
+from lightning_lora.tensors.names import names_not_in
 
 
 class PeftLoading:
@@ -131,7 +131,7 @@ class _OntoConvertedModel(_OntoModel):
         """Return the names under which tensors have to be written to arrive. What cannot arrive has none."""
         names = dict(zip(tensors, tensors, strict=True))
         arriving = self._arriving(tensors, names)
-        renamed = not_in(tensors, arriving)
+        renamed = names_not_in(tensors, arriving)
         if not renamed:
             return arriving
         for name in renamed:

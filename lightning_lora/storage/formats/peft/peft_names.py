@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.formats.format import HEADER
-from lightning_lora.tensors.named import not_in, without
+from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.names import names_not_in
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
@@ -62,7 +63,7 @@ def peft_key(name: str) -> PeftKey:
 
 def without_wrappers(name: str) -> str:
     """Return a name in the base: without PEFT's wrappers inside."""
-    components = not_in(name.split("."), _WRAPPERS)
+    components = names_not_in(name.split("."), _WRAPPERS)
     return ".".join(components)
 
 

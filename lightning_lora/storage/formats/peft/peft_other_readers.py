@@ -22,7 +22,7 @@ from lightning_lora.storage.formats.peft.reader_table import (
 from lightning_lora.storage.formats.writing import Source, WeightUpdate
 from lightning_lora.storage.inner_model import StoredModule, full_name
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import only, where
+from lightning_lora.tensors.dicts import only, where
 from lightning_lora.tensors.names import starts_of
 
 

@@ -26,7 +26,7 @@ from lightning_lora.storage.formats.reading import Update, place_of, stored_from
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import Reader, StoredAdapters
-from lightning_lora.tensors.named import where, where_not
+from lightning_lora.tensors.dicts import where, where_not
 
 
 def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:

@@ -14,8 +14,8 @@ from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.renaming import entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import not_in, without
-from lightning_lora.tensors.names import join, owner_of, starts_of
+from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.names import join, names_not_in, owner_of, starts_of
 
 _LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and save the whole model."
 
@@ -115,7 +115,7 @@ class _ReaderModel:
         stand_ins = stand_ins_of(source)
         tensors = dict(chain.from_iterable(map(dict.items, stand_ins.values())))
         arriving = self.loading.names_in_file(tensors)
-        self.lost = [name for name, names in stand_ins.items() if not_in(names, arriving)]
+        self.lost = [name for name, names in stand_ins.items() if names_not_in(names, arriving)]
 
     def why_refused(self, layer: StoredLayer) -> str:
         """Return why PEFT refuses a layer in this model, or loads it as another one, or nothing."""
@@ -144,7 +144,7 @@ class _ReaderModel:
 def _check_modules_to_save(source: Source) -> None:
     """Refuse modules that PEFT would not find, and names by which it would save others too: it takes any ending."""
     saved_for_reader = list(map(source.name_for_reader, source.stored.saved))
-    others = not_in(source.described, saved_for_reader)
+    others = names_not_in(source.described, saved_for_reader)
     for module in source.stored.saved:
         around = _adapted_around(module, source.stored)
         if around:
@@ -174,7 +174,7 @@ def _check_is_in_root(stored: StoredAdapters) -> None:
 def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
     """Refuse what PEFT's file cannot hold. It has adapters, biases and the entries of modules trained whole."""
     exportable = stored.adapter_names().union(saved, trained_biases(stored))
-    left = not_in(stored.state, exportable)
+    left = names_not_in(stored.state, exportable)
     if left:
         raise ExportError(
             f"PEFT's format has no place for {listed(left)}: it takes whole modules that are not tied to others, and "

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_lora.storage.inner_model import UNKNOWN, StoredModule
-from lightning_lora.tensors.named import where, without
+from lightning_lora.tensors.dicts import where, without
 from lightning_lora.tensors.names import starts_of
 
 _PRETRAINED = "transformers.modeling_utils.PreTrainedModel"

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_lora.errors import listed
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.named import only
+from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.names import find_parameter
 
 

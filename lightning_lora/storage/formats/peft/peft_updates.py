@@ -24,7 +24,7 @@ from lightning_lora.storage.formats.peft.peft_names import without_wrappers
 from lightning_lora.storage.formats.peft.peft_tokens import why_not_rows
 from lightning_lora.storage.formats.reading import RowsUpdate, Update, check_shapes, pair_of
 from lightning_lora.storage.stored_layers import StoredLayer, described
-from lightning_lora.tensors.named import names_by, without
+from lightning_lora.tensors.dicts import names_of_each, without
 from lightning_lora.tensors.names import join
 
 Matrices = tuple[AdaptedMatrix, ...]
@@ -130,7 +130,7 @@ class _AdaptedModule:
             return
         base = self.file.view.base
         weight = base[join(layer.name, matrix.weight)]
-        uses = names_by(base)[weight]
+        uses = names_of_each(base)[weight]
         if len(uses) > 1:
             raise AdapterMismatchError(
                 f"{listed(uses)} are one weight, and init_lora_weights is {self.settings.init!r}: PEFT takes a "

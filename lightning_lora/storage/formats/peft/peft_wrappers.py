@@ -12,8 +12,8 @@ from lightning_lora.storage.formats.peft.peft_layers import has_counterpart, pef
 from lightning_lora.storage.formats.peft.peft_names import TOKENS
 from lightning_lora.storage.formats.writing import Source, WeightUpdate
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.named import not_in, where, without
-from lightning_lora.tensors.names import is_bias, join
+from lightning_lora.tensors.dicts import where, without
+from lightning_lora.tensors.names import is_bias, join, names_not_in
 
 Wrapper = dict[str, Tensor]  # its tensors, by the ends of their names
 
@@ -27,7 +27,7 @@ def tensors_of(source: Source, updates: Iterable[WeightUpdate]) -> dict[str, Ten
         (rows,) = layer.parameters(stored.config).values()
         place = wrappers.name_inside(source.name_for_reader(name))
         tensors[f"{place}.{TOKENS}"] = stored.state[rows]
-    for name in not_in(trained_biases(stored), source.saved):
+    for name in names_not_in(trained_biases(stored), source.saved):
         place = wrappers.name_inside(source.name_for_reader(name))
         tensors[place] = stored.state[name]
     for name, value in source.saved.items():
@@ -132,4 +132,4 @@ def trained_biases(stored: StoredAdapters) -> list[str]:
     if stored.config.bias == "none":
         return []
     of_others = stored.adapter_names().union(stored.changed)  # a slice's own name may say "bias" too
-    return [name for name in not_in(stored.state, of_others) if is_bias(name)]
+    return [name for name in names_not_in(stored.state, of_others) if is_bias(name)]

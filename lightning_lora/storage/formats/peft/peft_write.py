@@ -35,8 +35,8 @@ from lightning_lora.storage.formats.writing import (
 )
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.tensors.named import not_in, renamed
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.dicts import renamed
+from lightning_lora.tensors.names import join, names_not_in
 
 Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without PEFT's prefix, and a configuration
 
@@ -66,7 +66,7 @@ def _names_in_file(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, s
     loading = loading_of(source)
     loading.warn_if_unsure()
     names = loading.names_in_file(tensors)
-    lost = not_in(tensors, names)
+    lost = names_not_in(tensors, names)
     if lost:
         raise ExportError(
             f"PEFT gives {listed(lost)} other names when it loads a model of type {loading.model_type!r}: they would "

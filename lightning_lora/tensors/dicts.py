@@ -1,9 +1,9 @@
-"""Questions about things by name, as modules, parameters and layers are."""
+"""Dicts of things by name, as modules, parameters and layers are. Each function returns a new dict."""
 
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from typing import TypeVar
 
-from lightning_lora.tensors.names import is_in_any, join, owner_of, starts_of
+from lightning_lora.tensors.names import owner_of
 
 Thing = TypeVar("Thing")
 Key = TypeVar("Key")
@@ -43,21 +43,6 @@ def without(named: Mapping[str, Thing], names: Collection[str]) -> dict[str, Thi
     return {name: thing for name, thing in named.items() if name not in names}
 
 
-def inside(names: Iterable[str], modules: Collection[str]) -> list[str]:
-    """Return the names that are one of these modules, or in one."""
-    return [name for name in names if is_in_any(name, modules)]
-
-
-def outside(names: Iterable[str], modules: Collection[str]) -> list[str]:
-    """Return the names that are none of these modules, and in none."""
-    return [name for name in names if not is_in_any(name, modules)]
-
-
-def not_in(names: Iterable[str], known: Collection[str]) -> list[str]:
-    """Return the names that are not among these."""
-    return [name for name in names if name not in known]
-
-
 def beginning_with(start: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
     """Return those whose names begin so, by the rest of their names."""
     return {name.removeprefix(start): thing for name, thing in named.items() if name.startswith(start)}
@@ -71,31 +56,10 @@ def renamed(named: Mapping[str, Thing], name_of: Callable[[str], str]) -> dict[s
     return {name_of(name): thing for name, thing in named.items()}
 
 
-def joined(prefix: str, names: Iterable[str]) -> list[str]:
-    """Return names in the module ``prefix`` as names in the model."""
-    return [join(prefix, name) for name in names]
-
-
 def prefixed(prefix: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
     """Return what has these names in the module ``prefix``, by its names in the model."""
     start = f"{prefix}." if prefix else ""
     return {start + name: thing for name, thing in named.items()}
-
-
-def modules_around(names: Iterable[str]) -> set[str]:
-    """Return these modules, and all around them but the model itself, which has no name."""
-    around: set[str] = set()
-    for name in names:
-        around.update(starts_of(name))
-    return around
-
-
-def largest_free_of(others: Collection[str], name: str) -> str:
-    """Return the largest module around ``name`` that is none of the others, or ``name`` itself."""
-    for outer in starts_of(name):
-        if outer not in others:
-            return outer
-    return name
 
 
 # By something else than the name
@@ -115,6 +79,6 @@ def by_owner(tensors: Mapping[str, Thing]) -> dict[str, list[Thing]]:
     return {module: [tensors[name] for name in names] for module, names in by_module.items()}
 
 
-def names_by(named: Mapping[str, Key]) -> dict[Key, list[str]]:
+def names_of_each(named: Mapping[str, Key]) -> dict[Key, list[str]]:
     """Return the names of each thing: a shared module or a tied tensor has several."""
     return grouped(named, named.__getitem__)

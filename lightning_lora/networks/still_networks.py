@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
-from lightning_lora.tensors.named import inside, outside, with_values, without
+from lightning_lora.tensors.names import names_inside, names_outside
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,12 @@ class StillNetworks:
     def with_bare_layers(self, layers: Set[str]) -> "StillNetworks":
         """Return these networks, and the bare layers of their copies.
 
-        ``layers`` would get adapters, if they were in no copy.
+        ``layers`` are those that the user's arguments choose, in copies too. A layer of a copy is bare if its original
+        is not among them.
         """
-        adapted = outside(sorted(layers), self.beside_training)
-        originals = self.originals_of(adapted)
-        bare_layers = without(originals, with_values(originals, set(adapted)))
+        adapted = set(names_outside(layers, self.beside_training))
+        originals = self.originals_of(sorted(adapted))
+        bare_layers = [layer for layer, original in originals.items() if original not in adapted]
         return replace(self, bare_layers=tuple(sorted(bare_layers)))
 
     def originals_of(self, layers: Iterable[str]) -> dict[str, str]:
@@ -48,6 +49,6 @@ class StillNetworks:
         """
         originals: dict[str, str] = {}
         for copy, original in self.copies.items():
-            for name in inside(layers, [copy]):
+            for name in names_inside(layers, [copy]):
                 originals.setdefault(name, original + name.removeprefix(copy))
         return originals
