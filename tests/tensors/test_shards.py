@@ -19,7 +19,7 @@ from lightning_lora.tensors.shards import (
     is_sharded,
     is_sharded_over_data,
     replicated,
-    set_anywhere,
+    agreed,
     sharded_as,
     sharding_dims,
     to_local,
@@ -51,7 +51,7 @@ def test_plain_tensors_pass_through() -> None:
     assert sharded_as(tensor, tensor, 0) is tensor
     assert not is_sharded(tensor)
     assert not is_sharded_over_data(tensor)
-    assert set_anywhere([True, False], [tensor]) == [True, False]
+    assert agreed([True, False], [tensor]) == [True, False]
 
 
 @needs_shards
@@ -112,7 +112,7 @@ def parts_of_each() -> list[Any]:
     mesh = init_device_mesh("cpu", (2,))
     tensor = distribute_tensor(torch.arange(12.0).reshape(4, 3), mesh, [Shard(0)], src_data_rank=None)
     is_first = mesh.get_rank() == 0
-    return [is_sharded(tensor), data_processes(tensor), first_local(tensor), set_anywhere([is_first, False], [tensor])]
+    return [is_sharded(tensor), data_processes(tensor), first_local(tensor), agreed([is_first, False], [tensor])]
 
 
 @needs_shards
