@@ -13,7 +13,7 @@ from torch import Tensor
 import lightning_lora as ll
 from tests.support.models import LitTiny, data, trainer
 from tests.support.parameters import trainable_names, values_of
-from tests.training.test_advice import fit
+from tests.guards.test_advice import fit
 
 
 class Keeps(LitTiny):
