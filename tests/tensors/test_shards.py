@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_lora.tensors.shards import (
+    agreed,
     data_processes,
     distributed_as,
     first_local,
@@ -19,7 +20,6 @@ from lightning_lora.tensors.shards import (
     is_sharded,
     is_sharded_over_data,
     replicated,
-    agreed,
     sharded_as,
     sharding_dims,
     to_local,
