@@ -11,7 +11,7 @@ from lightning_lora.moments import Guard
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.optimizers.peak_rates import rates_by_layer
 
-_LARGE = 4  # measured in tests/training/test_sgd.py
+_LARGE = 4  # measured in tests/guards/test_sgd.py
 
 
 class ScaledForSGD(Guard):

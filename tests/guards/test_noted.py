@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import lightning_lora as ll
+from tests.guards.test_advice import fit
 from tests.support.models import LitTiny, data, trainer
 from tests.support.parameters import trainable_names, values_of
-from tests.training.test_advice import fit
 
 
 class Keeps(LitTiny):
