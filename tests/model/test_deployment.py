@@ -64,7 +64,8 @@ class Onnx:
 
     def __call__(self, x: Tensor) -> Tensor:
         (name,) = [each.name for each in self.session.get_inputs()]
-        outputs, *_ = self.session.run(None, {name: x.numpy()})
+        given = {name: x.numpy()}
+        outputs, *_ = self.session.run(None, given)
         return torch.from_numpy(outputs)
 
 
@@ -90,7 +91,8 @@ def test_a_deployed_model_computes_the_adapters(deploy: Callable[[nn.Module], An
 def test_a_script_needs_merged_weights() -> None:
     with pytest.raises(torch.jit.frontend.NotSupportedError):
         torch.jit.script(adapted())
-    torch.testing.assert_close(torch.jit.script(merged())(INPUT), adapted()(INPUT))
+    scripted = torch.jit.script(merged())
+    torch.testing.assert_close(scripted(INPUT), adapted()(INPUT))
 
 
 def test_torch_quantises_merged_layers_only() -> None:
@@ -102,7 +104,8 @@ def test_a_symbolic_trace_without_gradients_needs_merged_weights() -> None:
     with torch.no_grad():
         with pytest.raises(torch.fx.proxy.TraceError):
             torch.fx.symbolic_trace(adapted())
-        torch.testing.assert_close(torch.fx.symbolic_trace(merged())(INPUT), adapted()(INPUT))
+        traced = torch.fx.symbolic_trace(merged())
+        torch.testing.assert_close(traced(INPUT), adapted()(INPUT))
 
 
 @pytest.mark.parametrize("adapts", [False, True])
@@ -133,7 +136,8 @@ def test_a_merge_after_a_trace_counts_twice_in_it(deploy: Callable[[nn.Module], 
 @pytest.mark.parametrize("make", [adapted, merged])
 @torch.no_grad()
 def test_onnxruntime_computes_the_adapters(make: Callable[[], nn.Module], tmp_path: Path) -> None:
-    difference = Onnx(make(), tmp_path / "model.onnx", INPUT)(INPUT) - adapted()(INPUT)
+    exported = Onnx(make(), tmp_path / "model.onnx", INPUT)
+    difference = exported(INPUT) - adapted()(INPUT)
     assert difference.abs().max() <= 1e-6
 
 
@@ -146,7 +150,8 @@ def test_onnxruntime_computes_an_adapted_transformer(merges: bool, tmp_path: Pat
     model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=60)).eval()
     ids = torch.arange(2, 14).view(2, 6)
     base: Tensor = model(ids)[0]
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["query", "value", "dense"]))
+    config = ll.LoRAConfig(r=2, target_modules=["query", "value", "dense"])
+    ll.inject_adapters(model, config)
     randomise(model, scale=0.1)
     here: Tensor = model(ids)[0]
     if merges:
@@ -174,4 +179,5 @@ def test_a_program_without_this_package_computes_the_same(tmp_path: Path) -> Non
     torch.save(merged().state_dict(), tmp_path / "plain.pt")
     torch.save(INPUT, tmp_path / "input.pt")
     subprocess.run([sys.executable, "-c", PLAIN_PROGRAM], cwd=tmp_path, check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), adapted()(INPUT))
+    outputs = torch.load(tmp_path / "outputs.pt")
+    torch.testing.assert_close(outputs, adapted()(INPUT))

@@ -37,11 +37,14 @@ def lines(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def exported(folder: Path, kind: str = "Llama", uniform: bool = False, **config: Any) -> str:
     """A folder of a tiny language model. Returns what the export warned of."""
-    model = trained(tiny(kind, "ForCausalLM"), LoRAConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"]} | config))
+    usual = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    base = tiny(kind, "ForCausalLM")
+    model = trained(base, LoRAConfig(**usual | config))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         export_peft(model, folder, uniform=uniform)
-    return " ".join(str(each.message) for each in said if each.category is LoRAWarning)
+    ours = [each for each in said if each.category is LoRAWarning]
+    return " ".join(str(each.message) for each in ours)
 
 
 def test_a_plain_folder_is_taken_by_all(lines: Any, tmp_path: Path) -> None:

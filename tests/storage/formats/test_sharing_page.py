@@ -44,7 +44,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_transformers_and_peft() -> None:
     base = tiny("Llama", "ForCausalLM")
     base.save_pretrained("base")
-    module = trained(Around(base), ll.LoRAConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    config = ll.LoRAConfig(r=2, target_modules=["q_proj", "v_proj"])
+    module = trained(Around(base), config)
     ll.export_peft(module, "adapter")
     learned = run(module.model)
     assert (learned - run(base)).norm() > 1e-3 * learned.norm()
@@ -76,11 +77,12 @@ def save_tiny_encoder(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     bert = tiny("Bert", "Model")
     bert.save_pretrained(folder / "bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *" ".join(TEXTS).split()]
+    words = " ".join(["[PAD] [UNK] [CLS] [SEP] [MASK]", *TEXTS]).split()
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(words)))
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
-    layers = [modules.Transformer(str(folder / "bert")), modules.Pooling(bert.config.hidden_size)]
-    package.SentenceTransformer(modules=layers).save(str(folder / "encoder"))
+    transformer = modules.Transformer(str(folder / "bert"))
+    pooling = modules.Pooling(bert.config.hidden_size)
+    package.SentenceTransformer(modules=[transformer, pooling]).save(str(folder / "encoder"))
 
 
 def test_a_sentence_encoder(here: Path) -> None:
@@ -88,7 +90,8 @@ def test_a_sentence_encoder(here: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     base = SentenceTransformer("encoder")
-    module = trained(Around(base), ll.LoRAConfig(r=2, target_modules=["query", "value"]))
+    config = ll.LoRAConfig(r=2, target_modules=["query", "value"])
+    module = trained(Around(base), config)
     learned = embeddings(module.model)
     assert (learned - embeddings(base)).norm() > 1e-3 * learned.norm()
     names = execute("sentence-transformers", "encoder", module=module)
@@ -105,10 +108,12 @@ def embeddings(encoder: Any) -> Tensor:
 def test_onnx(here: Path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    module = trained(nn.Sequential(nn.Linear(8, 6), nn.Tanh()), ll.LoRAConfig(r=2, target_modules=["0"]))
+    base = nn.Sequential(nn.Linear(8, 6), nn.Tanh())
+    module = trained(base, ll.LoRAConfig(r=2, target_modules=["0"]))
     inputs = torch.linspace(-1, 1, 24).view(3, 8)
     learned = module(inputs)
     execute("ONNX", module=module, inputs=inputs)
     session = runtime.InferenceSession(here / "model.onnx", providers=["CPUExecutionProvider"])
     (name,) = [each.name for each in session.get_inputs()]
-    check_equal(torch.from_numpy(session.run(None, {name: inputs.numpy()})[0]), learned)
+    outputs, *_ = session.run(None, {name: inputs.numpy()})
+    check_equal(torch.from_numpy(outputs), learned)
