@@ -148,7 +148,7 @@ def test_commands_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[str]
     *_, makes_the_files = blocks("command-line")
     runpy.run_path(str(written(here, [makes_the_files])))
     lines = commands_of("lightning-lora")
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
     written_files = {path.stem for path in here.iterdir()}

@@ -3,25 +3,48 @@
 For each reader and each kind of training: it takes it, refuses it with an
 error, ignores it or computes something else without a word; and how this
 is known: from our tests, or from its source, with the version or commit.
+With a folder: what each reader of PEFT's format does with this one.
 
 examples::
 
   lightning-lora readers
+  lightning-lora readers peft_folder/
 """
 
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from lightning_lora.printing import fitting_console
+from lightning_lora.printing import fitting_console, printable
+from lightning_lora.storage.formats.contents import read_contents
+from lightning_lora.storage.formats.peft.folder_readers import lines_of_readers
 from lightning_lora.storage.formats.peft.reader_table import COLUMNS, MEANINGS, READERS
+from lightning_lora.storage.formats.registry import adapter_file_at
 
 
 def add_arguments(parser: Any) -> None:
-    """Add no arguments: this command has none."""
+    """Add the argument of this command."""
+    parser.add_argument("folder", nargs="?", help="a folder of PEFT's format; without it, the whole table is shown")
 
 
-def run(_: Any) -> None:
+def run(arguments: Any) -> None:
+    """Print what the readers do with a folder, or the table."""
+    if arguments.folder is None:
+        _show_table()
+    else:
+        _show_lines(Path(arguments.folder))
+
+
+def _show_lines(folder: Path) -> None:
+    """Print a line for each reader of a folder."""
+    console = fitting_console()
+    file = adapter_file_at(folder)
+    for reader, line in lines_of_readers(read_contents(file), file).items():
+        console.print(printable(f"{reader}: {line}"), markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_table() -> None:
     """Print the table, what its words mean, and the notes."""
     console = fitting_console()
     console.print(_table())

@@ -49,6 +49,10 @@ class PeftConfig(NamedTuple):
         """Return whether ``target_parameters`` names a parameter."""
         return _matches_any(self.as_ours.target_parameters or (), name)
 
+    def saves(self, name: str) -> bool:
+        """Return whether PEFT saves a module whole: ``modules_to_save`` names the end of its name."""
+        return name.endswith(tuple(self.saved))
+
     def token_rows(self, name: str) -> list[int]:
         """Return the rows that train in an embedding."""
         for end, rows in self.tokens.items():

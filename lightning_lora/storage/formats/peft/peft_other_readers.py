@@ -88,7 +88,7 @@ def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: di
         readers += readers_that(DIFFERS, RSLORA)
     if readers:
         names = ", ".join(dict.fromkeys(readers))
-        warn(f"For {names}, pass uniform=True: they would scale this adapter otherwise, without a word.")
+        warn(f"For {names}, pass uniform=True: they may scale this adapter otherwise, without a word.")
 
 
 def warn_of_layers(source: Source) -> None:

@@ -78,19 +78,19 @@ VLLM = Reader(
 
 SGLANG = Reader(
     "SGLang",
-    "source, 002c60aa",
+    "source, 002c60aa and 0ceb81fe",
     {
         RANKS: DIFFERS,
         ALPHAS: DIFFERS,
         RSLORA: DIFFERS,
-        DORA: UNKNOWN,
+        DORA: REFUSES,
         EMBEDDINGS: UNKNOWN,
         HEADS: IGNORES,
         NORMS: IGNORES,
         BIASES: UNKNOWN,
         EXPERTS: UNKNOWN,
     },
-    "It refuses a target_modules that is an expression.",
+    "Late versions refuse ranks and alphas of single layers. All refuse a target_modules that is an expression.",
 )
 
 TGI = Reader(
@@ -136,7 +136,10 @@ DIFFUSERS = Reader(
     "Where it refuses, so does the export, before anything is written.",
 )
 
-READERS = (PEFT, TRANSFORMERS, VLLM, SGLANG, TGI, LORAX, LLAMA_CPP, DIFFUSERS)
+PEFT_READERS = (PEFT, TRANSFORMERS, VLLM, SGLANG, TGI, LORAX, LLAMA_CPP)
+"""Those that read the folder of PEFT's format. diffusers has one of its own."""
+
+READERS = (*PEFT_READERS, DIFFUSERS)
 
 
 def readers_that(does: str, what: str) -> list[str]:

@@ -1,0 +1,109 @@
+"""`lightning-lora readers FOLDER`: a line for each reader, which agrees with the warnings of the export."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_lora import LoRAConfig, LoRAWarning, export_peft
+from lightning_lora.cli.main import main
+from lightning_lora.storage.formats.peft.reader_table import PEFT_READERS
+from tests.storage.formats.test_export_models import SCALED, tiny
+from tests.support.peft_export import trained
+
+TAKES_IT = "takes it as it is"
+
+
+@pytest.fixture
+def lines(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the command prints of each reader."""
+    monkeypatch.setenv("COLUMNS", "240")
+
+    def lines_of(folder: Path) -> dict[str, str]:
+        assert main(["readers", str(folder)]) == 0, capsys.readouterr().err
+        found = dict[str, str]()
+        for line in capsys.readouterr().out.splitlines():
+            reader, _, text = line.partition(": ")
+            found[reader] = text
+        return found
+
+    return lines_of
+
+
+def exported(folder: Path, kind: str = "Llama", uniform: bool = False, **config: Any) -> str:
+    """A folder of a tiny language model. Returns what the export warned of."""
+    usual = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    base = tiny(kind, "ForCausalLM")
+    model = trained(base, LoRAConfig(**usual | config))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        export_peft(model, folder, uniform=uniform)
+    ours = [each for each in said if each.category is LoRAWarning]
+    return " ".join(str(each.message) for each in ours)
+
+
+def test_a_plain_folder_is_taken_by_all(lines: Any, tmp_path: Path) -> None:
+    exported(tmp_path)
+    found = lines(tmp_path)
+    assert list(found) == [reader.name for reader in PEFT_READERS]
+    assert set(found.values()) == {TAKES_IT}
+
+
+@pytest.mark.parametrize(("config", "says"), SCALED)
+@pytest.mark.parametrize("uniform", [False, True])
+def test_scalings_are_those_that_the_export_warns_of(
+    lines: Any, config: Any, says: str, uniform: bool, tmp_path: Path
+) -> None:
+    warned = exported(tmp_path, uniform=uniform, **config)
+    for reader, text in lines(tmp_path).items():
+        is_warned = reader in warned
+        assert ("scales otherwise" in text) == is_warned, reader
+        assert (text == TAKES_IT) != is_warned, text
+
+
+def test_what_trains_whole_is_named(lines: Any, tmp_path: Path) -> None:
+    exported(tmp_path, modules_to_save=["norm", "lm_head"])
+    found = lines(tmp_path)
+    assert found["PEFT"] == found["transformers"] == TAKES_IT
+    assert found["SGLang"] == "ignores whole heads ('lm_head'), whole norms ('model.norm')"
+    assert found["llama.cpp"] == "refuses whole heads ('lm_head'); ignores whole norms ('model.norm')"
+
+
+def test_each_other_kind_is_named(lines: Any, tmp_path: Path) -> None:
+    exported(tmp_path / "dora", use_dora=True, kind="Qwen2", bias="lora_only")
+    found = lines(tmp_path / "dora")
+    assert found["vLLM"].startswith("refuses DoRA, biases")
+    assert found["TGI"] == "ignores DoRA, biases"
+    exported(tmp_path / "embedding", target_modules=["embed_tokens"])
+    assert lines(tmp_path / "embedding")["LoRAX"] == "ignores adapted embeddings ('model.embed_tokens')"
+    exported(tmp_path / "experts", kind="Mixtral", target_parameters=["down_proj"])
+    found = lines(tmp_path / "experts")
+    assert found["PEFT"] == TAKES_IT
+    assert found["llama.cpp"] == "not known: experts ('model.layers.0.mlp.experts', 'model.layers.1.mlp.experts')"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # which peft asks for
+def test_a_folder_that_peft_wrote_is_read(lines: Any, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4}, modules_to_save=["norm"]
+    )
+    peft.get_peft_model(tiny("Llama", "ForCausalLM"), config).save_pretrained(tmp_path)
+    found = lines(tmp_path)
+    assert found["transformers"] == TAKES_IT
+    norm = "model.layers.0.input_layernorm"
+    assert found["vLLM"].startswith(f"scales otherwise: ranks of single layers; refuses whole norms ({norm!r}")
+    assert found["llama.cpp"].startswith(f"ignores whole norms ({norm!r}")
+
+
+def test_what_is_no_folder_of_pefts_is_an_error(capsys: Any, tmp_path: Path) -> None:
+    assert main(["readers", str(tmp_path)]) == 1
+    assert "holds no adapters of PEFT" in capsys.readouterr().err
+    save_file({"weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    assert main(["readers", str(tmp_path)]) == 1
+    assert "holds no adapters in PEFT's format" in " ".join(capsys.readouterr().err.split())
