@@ -1,9 +1,13 @@
 """What is remembered of one adapter."""
 
-import torch
+from typing import Any
 
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import ConfigError, LoRAConfig, inject_adapters
 from lightning_lora.base.adapter_state import AdapterState
-from lightning_lora.config import LoRAConfig
 
 
 def test_what_was_kept_for_an_error_does_not_change_with_later_events() -> None:
@@ -15,3 +19,52 @@ def test_what_was_kept_for_an_error_does_not_change_with_later_events() -> None:
     state.fingerprints.append({"layout": "b"})
     assert list(before.originals) == ["bias"]
     assert before.fingerprints == [{"layout": "a"}]
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_an_adapter_has_a_name(name: Any) -> None:
+    with pytest.raises(ConfigError, match=r"name=.* is not valid. Expected a string that is not empty."):
+        AdapterState(LoRAConfig(r=2), name)
+
+
+def test_an_original_is_copied_once_unless_its_shape_is_another() -> None:
+    state = AdapterState(LoRAConfig(r=2))
+    tensors = {"bias": torch.zeros(2), "head": torch.zeros(3)}
+    state.keep_originals(tensors, extra={"a": 1})
+    trained = {"bias": torch.ones(2), "head": torch.ones(4)}
+    state.keep_originals(trained, extra={"a": 2})
+    assert torch.equal(state.originals["bias"], torch.zeros(2))
+    assert torch.equal(state.originals["head"], torch.ones(4))
+    assert state.extra == {"a": 2}
+    tensors["bias"].add_(5)
+    assert torch.equal(state.originals["bias"], torch.zeros(2))
+
+
+def test_what_is_not_named_again_is_let_go_and_a_trained_adapter_keeps_what_it_noted() -> None:
+    state = AdapterState(LoRAConfig(r=2), is_trained=True, extra={"a": 1})
+    state.keep_originals({"bias": torch.zeros(2)}, extra={"a": 2})
+    assert state.extra == {"a": 1}
+    state.keep_originals({}, extra={})
+    assert state.originals == {}
+
+
+def test_a_new_base_is_looked_at_again_and_only_what_is_kept_is_taken() -> None:
+    state = AdapterState(LoRAConfig(r=2), originals={"bias": torch.zeros(2)}, random=("head",))
+    assert state.random_so_far == ("head",)
+    state.note_base_loaded({"bias": torch.ones(2), "weight": torch.ones(4)})
+    assert state.random is None
+    assert state.random_so_far == ()
+    assert list(state.originals) == ["bias"]
+    assert torch.equal(state.originals["bias"], torch.ones(2))
+
+
+def test_a_sum_of_adapters_never_trains() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    inject_adapters(model, LoRAConfig(r=2))
+    layer: Any = model[0]
+    adapter = layer.lora_adapter()
+    state = AdapterState(LoRAConfig(r=2), "sum", inactive_adapters={"0": adapter})
+    state.become_sum({"fr": 0.5})
+    assert state.sum_of == {"fr": 0.5}
+    assert not adapter.settings.trains
+    assert not any(parameter.requires_grad for parameter in adapter.parameters.values())

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from lightning_lora.base.base_tensors import Base, Change
+from lightning_lora.base.base_tensors import AfterMerge, Base, Change
 from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.seen import Seen
 
 
 def test_the_digest_of_a_copy_is_that_of_its_own_dtype() -> None:
@@ -41,3 +42,81 @@ def test_what_the_user_froze_in_a_merged_model_was_frozen_since_it_learned() -> 
     base.note_unmerged({"weight": frozen, "bias": frozen})
     assert base.frozen_since == {"weight"}
     assert base.required_grad == {"weight": False, "bias": False}
+
+
+def test_what_a_part_noted_does_not_replace_what_the_model_knows() -> None:
+    model = Base(required_grad={"part.weight": True}, changes={"part.bias": Change(3, 4)})
+    part = Base(required_grad={"weight": False, "bias": False}, changes={"bias": Change(1, 2)})
+    model.absorb("part", part, is_merged=False)
+    assert model.required_grad == {"part.weight": True, "part.bias": False}
+    assert model.changes == {"part.bias": Change(3, 4)}
+
+
+def test_whether_a_parameter_trained_before_is_noted_once_and_can_be_corrected() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    base = Base()
+    base.note_required_grad({"weight": parameter})
+    parameter.requires_grad_(False)
+    base.note_required_grad({"weight": parameter, "bias": parameter})
+    assert base.required_grad == {"weight": True, "bias": False}
+    base.correct_required_grad(["bias"], flag=True)
+    assert base.required_grad == {"weight": True, "bias": True}
+
+
+def test_what_trains_again_is_not_frozen_since() -> None:
+    base = Base()
+    base.note_frozen_since(["weight", "bias"])
+    base.note_thawed_since(["bias"])
+    assert base.frozen_since == {"weight"}
+    base.forget_frozen_since()
+    assert base.frozen_since == set()
+
+
+def test_what_the_user_thawed_in_a_merged_model_is_not_frozen_since() -> None:
+    trains = nn.Parameter(torch.zeros(2))
+    base = Base(required_grad={"weight": False}, frozen_since={"weight"}, after_merge=AfterMerge({}, {"a": trains}))
+    base.note_unmerged({"weight": trains, "new": trains})
+    assert base.frozen_since == set()
+    assert base.required_grad == {"weight": True, "new": True}
+    assert base.after_merge == AfterMerge()
+
+
+def test_the_digest_before_is_found_through_a_change_and_the_rounding_below_it() -> None:
+    base = Base()
+    base.note_roundings({"weight": Change(digest_now=2, digest_before=1)})
+    base.note_changes({"weight": Change(digest_now=3, digest_before=2), "bias": Change(5, 4)})
+    assert base.digests_before_changes({"weight": 3, "bias": 6, "other": 7}) == [1, 6, 7]
+    base.forget_changes(["weight"])
+    assert base.digests_before_changes({"weight": 2, "bias": 5}) == [1, 4]
+    base.forget_all_changes()
+    assert base.digests_before_changes({"bias": 5}) == [5]
+
+
+def test_a_file_that_is_loaded_has_the_changed_values_of_the_same_base() -> None:
+    loaded = torch.ones(2)
+    base = Base(changes={"weight": Change(digest_now=3, digest_before=2)})
+    base.note_loaded({"weight": loaded})
+    assert base.changes == {"weight": Change(digest(loaded), digest_before=2)}
+
+
+def test_a_merge_tells_weights_with_an_update_from_others() -> None:
+    seen = {"layer.weight": Seen(torch.zeros(2)), "bias": Seen(torch.zeros(1))}
+    weight = torch.ones(2)
+    after_merge = AfterMerge(seen, {"layer.weight": weight})
+    assert list(after_merge.seen_without_update) == ["bias"]
+    assert after_merge.bases_of("layer", ["weight"]) == {"weight": weight}
+
+
+def test_what_was_kept_for_an_error_does_not_follow_the_base() -> None:
+    tensor = torch.zeros(2)
+    base = Base()
+    before = base.snapshot()
+    base.note_required_grad({"weight": nn.Parameter(tensor)})
+    base.note_changes({"weight": Change(1, 2)})
+    base.note_filled(["buffer"])
+    base.note_hidden("weight", tensor, required_grad=True)
+    base.readings.digests_now({"weight": tensor})
+    assert (before.required_grad, before.changes, before.filled, before.hidden) == ({}, {}, set(), {})
+    assert before.readings.known_digest("weight", tensor) is None
+    base.forget_hidden()
+    assert base.hidden == {}

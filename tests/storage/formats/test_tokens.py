@@ -43,7 +43,7 @@ def assert_same_rows(here: dict[str, Tensor], there: dict[str, Tensor]) -> None:
         assert torch.equal(value, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*may be untrained:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings("ignore:.*may be untrained|llama.cpp does not:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize(("kind", "head", "targets"), MODELS.values(), ids=MODELS)
 def test_files_of_peft_are_read_and_written_as_they_are(
     tmp_path: Path, kind: str, head: str, targets: list[str]
