@@ -34,12 +34,13 @@ from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.optimizers.added_groups import trimming_added_groups
 from lightning_lora.training.optimizers.groups_behind import mirror_rates
 from lightning_lora.training.optimizers.scales import scales_of
+from lightning_lora.training.phases import Phase
 from lightning_lora.training.randomness import RANDOM, random_states
 from lightning_lora.training.reports import log_arguments, log_values, shown_rates
 from lightning_lora.training.resumed_data import ResumedNumbers
 from lightning_lora.training.returned_records import extend_launchers
-from lightning_lora.training.running import TrainingWatch, Watch
-from lightning_lora.training.stage import Fit, Phase, Stage
+from lightning_lora.training.running import NoTraining, TrainingWatch
+from lightning_lora.training.stage import Fit, Stage
 from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
 from lightning_lora.training.strategies.strategy import StrategyMethods
 
@@ -107,7 +108,7 @@ class LoRACallback(Callback):
     given: frozenset[str]  # the names of the arguments that the user gave
     _is_set_up = False  # in a stage
     _methods: StrategyMethods  # ours, over those of the Trainer's strategy, in a stage
-    _watch: Watch = Watch()  # of no training, until one runs
+    _watch: NoTraining | TrainingWatch = NoTraining()  # of no training, until one runs
 
     def __init__(
         self,
@@ -327,7 +328,7 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._watch = Watch()
+        self._watch = NoTraining()
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -368,8 +369,7 @@ class LoRACallback(Callback):
         self._end_training()
         methods = methods_of(trainer.strategy)
         is_alone = methods is not None and methods.shards_before_adapters
-        is_kept = self._stage.may_have_trained(pl_module)
-        self._stage.end_after_error(pl_module, is_alone=is_alone)
+        is_kept = self._stage.end_after_error(pl_module, is_alone=is_alone)
         self._let_go()
         if is_kept and isinstance(exception, KeyboardInterrupt):
             compatibility.tell_of_interrupt(trainer, pl_module)

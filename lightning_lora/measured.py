@@ -42,7 +42,7 @@ class Measured(NamedTuple):
     def factors(self) -> Factors:
         """Return A and B in float64, with the scaling in B."""
         a, b = matrix_factors(self.matrix, self.settings, self._parameter)
-        return a, b * self.matrix.scale(self.settings.scaling)
+        return a, b * self.matrix.scaling_for(self.settings.scaling)
 
     def _parameter(self, name: str) -> Tensor:
         parameter = self.layer.adapter.parameters[name]

@@ -191,7 +191,7 @@ class Amplification(_NumberOfEachMatrix):
         u, sizes, v = subspace.directions(each.update())
         if self.of == "weight":
             u, _, v = subspace.directions(weight)
-        rank = each.matrix.rank(each.settings.r)
+        rank = each.matrix.rank_for(each.settings.r)
         u = u[..., :rank].to(weight.device)
         v = v[..., :rank].to(weight.device)
         if self.of == "random":

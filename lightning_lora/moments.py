@@ -16,10 +16,10 @@ Seen = ParamSpec("Seen")
 
 
 class Guard:
-    """A hazard that is only said: a guard changes nothing.
+    """A hazard that is only said: a guard changes nothing that lasts.
 
     Each method is a moment, in the order in which they come, and does nothing here. A guard has those that it needs.
-    Each fit has a guard of its own, which may note what it sees.
+    Each fit, and each call, has guards of its own, which may note what they see.
     """
 
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:
@@ -84,8 +84,8 @@ class Guard:
     def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
         """The updates of a model are merged.
 
-        ``lost`` is the share of each layer's update that rounding took away, and ``untied`` names the layers with a
-        weight that was tied to another layer's.
+        ``lost`` is the share of each layer's update that rounding took away: infinite or NaN, where the sum has
+        overflowed. ``untied`` names the layers with a weight that was tied to another layer's.
         """
 
     def merged_in_checkpoint(self, title: str, lost: Mapping[str, float]) -> None:

@@ -130,7 +130,7 @@ def before_transfer(pl_module: Any, batch: Any) -> Any:
 # DeepSpeed
 
 
-class OwnPlace(NamedTuple):
+class OwnRun(NamedTuple):
     """The run of numbers that a parameter shares with this process's shard of its group."""
 
     first: int  # in the parameter
@@ -138,10 +138,10 @@ class OwnPlace(NamedTuple):
     length: int
 
 
-def own_place(parameter: Any) -> OwnPlace:
+def own_run(parameter: Any) -> OwnRun:
     """Return what a parameter shares with this process's shard: files would lack states without it."""
     shared = parameter._hp_mapping
     if shared is None:
-        return OwnPlace(0, 0, 0)
+        return OwnRun(0, 0, 0)
     in_shard = shared.hp_fragment_address
-    return OwnPlace(shared.lp_fragment_address.start, in_shard.start, in_shard.numel)
+    return OwnRun(shared.lp_fragment_address.start, in_shard.start, in_shard.numel)

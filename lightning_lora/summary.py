@@ -258,7 +258,7 @@ def _describe(module: nn.Module) -> _Described:
 
 def _ranks(layer: LoRALayer) -> str:
     """The rank of a layer's updates, or the least and the largest one."""
-    ranks = [matrix.rank(layer.lora_settings.r) for matrix in layer.lora_matrices]
+    ranks = [matrix.rank_for(layer.lora_settings.r) for matrix in layer.lora_matrices]
     return shown_range(str(min(ranks)), str(max(ranks)))
 
 

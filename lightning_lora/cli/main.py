@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rich.markup import escape
 
@@ -14,18 +14,34 @@ from lightning_lora.cli import combine, export, inspect, merge, readers
 from lightning_lora.errors import LoRAError, LoRAWarning
 from lightning_lora.printing import fitting_console, printable
 
-_COMMANDS = (inspect, merge, export, readers, combine)  # the docstring of each is its help
+
+class _Command(Protocol):
+    """A module with a command, whose docstring is the help."""
+
+    __name__: str
+    __doc__: str | None
+
+    def add_arguments(self, parser: Any) -> None:
+        """Add the arguments of the command."""
+        ...
+
+    def run(self, arguments: Any) -> str | None:
+        """Do the work. Return a line to print, or None if the command has printed."""
+        ...
+
+
+_COMMANDS: tuple[_Command, ...] = (inspect, merge, export, readers, combine)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Return 0, or 1 after an error."""
+    """Run one command. Return 0, or 1 after an error. Arguments that are not known end Python with 2."""
     return _run_and_report(_parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     about = "Work with files of LoRA adapters, without the model."
-    version = f"%(prog)s {sys.modules['lightning_lora'].__version__}"
+    version = f"%(prog)s {sys.modules['lightning_lora'].__version__}"  # no room imports the package itself
     parser = argparse.ArgumentParser(prog="lightning-lora", description=about)
     parser.add_argument("--version", action="version", version=version)
 
@@ -39,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(commands: Any, module: Any) -> None:
-    """Add the command that a module is: its docstring is the help, and its ``run`` does the work."""
+def _add_command(commands: Any, module: _Command) -> None:
+    """Add a command to the parser."""
     _, _, name = module.__name__.rpartition(".")
     text = module.__doc__ or ""
     first_line, _, _ = text.partition("\n")
@@ -83,11 +99,11 @@ class _Failure:
 def _run_command(command: argparse.Namespace) -> _Failure | None:
     """Run a command and print its result, or return why it has failed."""
     try:
-        result = command.run(command)  # a line to print, or None from a command that has printed
+        result: str | None = command.run(command)
         if result:
             fitting_console().print(printable(result), markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError too, but no failure
         raise
     except FileNotFoundError as error:
         if not error.filename:  # a message of ours, which says what to do

@@ -18,7 +18,7 @@ from lightning_lora.tensors.named import where, without
 from lightning_lora.tensors.names import own_parameter
 
 _NAMED: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
-"""The layers that were named, of each model."""
+"""The layers that were named, of each model: calls may add adapters to one model several times, and a fit then look."""
 
 
 class HookedWeights(Guard):
@@ -26,15 +26,19 @@ class HookedWeights(Guard):
 
     def injected_by_call(self, view: View) -> None:
         """Name those that have hooks now."""
+        self._name(view)
+
+    def adapters_ready(self, view: View) -> None:
+        """Name those that have got hooks since."""
+        self._name(view)
+
+    def _name(self, view: View) -> None:
+        """Name those that were not named before."""
         already_named = _NAMED.setdefault(view.model, set())
         names = list(where(without(view.layers, already_named), _has_hooked_weight))
         if names:
             already_named.update(names)
             warn(_about_hooks(view.title, names))
-
-    def adapters_ready(self, view: View) -> None:
-        """Name those that have got hooks since."""
-        self.injected_by_call(view)
 
 
 def _has_hooked_weight(layer: LoRALayer) -> bool:

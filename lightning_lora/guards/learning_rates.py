@@ -16,7 +16,7 @@ from lightning_lora.training.optimizers.peak_rates import peak_rates, rates_by_l
 
 _LOW = 1e-4
 _HIGH = 0.0101  # more than 0.01, up to rounding
-_MULTIPLIED = 0.5  # a scheduler multiplies so high ones, such as 1
+_FACTOR = 0.5  # from here on, a rate is the factor of a scheduler that computes the rate: LambdaLR with lr=1
 
 
 class LearningRates(Guard):
@@ -40,11 +40,12 @@ def _is_like_adam(optimizer: Optimizer) -> bool:
 def _tell_of_high_rate(view: View, optimizers: Iterable[Optimizer], *, is_scaled: bool) -> None:
     """Tell of a rate that is high for adapters."""
     rates, _ = peak_rates(view, optimizers)
-    if not rates or not _HIGH < rates[0] < _MULTIPLIED:
+    if not rates:
         return
-    message = (
-        f"The adapters' learning rate is {rates[0]:g}, which is high: 0.002 is usual. If the loss grows, lower it."
-    )
+    lowest, *_ = rates  # who has set several may mean a high one, as LoRA+ does for B
+    if not _HIGH < lowest < _FACTOR:
+        return
+    message = f"The adapters' learning rate is {lowest:g}, which is high: 0.002 is usual. If the loss grows, lower it."
     if is_scaled:
         message += " Or is the rate of configure_optimizers one for LoRA? Then leave lr_scale out."
     rank_zero_info(message)

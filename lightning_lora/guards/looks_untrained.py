@@ -1,6 +1,5 @@
 """Layers that look untrained and do not train: a new head would stay random."""
 
-import math
 from collections.abc import Iterable
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -41,14 +40,17 @@ class LooksUntrained(Guard):
 
 def _perhaps_new(view: View, untrained: Untrained) -> list[str]:
     """The layers that may be new. None, if the user left them out, or no layer was large enough to judge."""
-    if math.isnan(untrained.share):
+    if not untrained.was_judged:
         return []
     left_out = {*excluded_names(view), *view.adapter.networks.copies}
     return outside(untrained.unsure, left_out)
 
 
 def _name_untrained(view: View, untrained: Untrained, perhaps_new: list[str]) -> None:
-    """Name layers that look untrained. Who excludes them knows them, perhaps from DeadAdapterWarning, which says so."""
+    """Name layers that look untrained. Who excludes all that is random knows it.
+
+    DeadAdapterWarning advises that, for layers that the loss does not depend on.
+    """
     message = _about_untrained(view, untrained)
     if perhaps_new:
         message += _about_perhaps_new_too(view, untrained, perhaps_new)

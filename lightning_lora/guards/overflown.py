@@ -12,7 +12,7 @@ class Overflown(Guard):
     """Names layers whose merged weights are infinite."""
 
     def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
-        """Name them: of an update that overflows, the lost share is no finite number."""
+        """Name them: their lost share is infinite or NaN."""
         overflown = where_not(lost, _is_finite)
         if overflown:
             warn(

@@ -33,7 +33,7 @@ class RunningStatistics(Guard):
         old = dict[str, float]()
         for name, seen in _batches_seen(norms).items():
             batches = seen - self.batches_before.get(name, seen)
-            if batches < _TRIAL:  # none at all: in eval mode all along, it trains as it evaluates
+            if batches < _TRIAL:  # or it was in eval mode all along, and trained as it evaluates
                 continue
             share = _share_of_the_base(norms[name], max(batches, steps))
             if share > _MUCH:

@@ -31,12 +31,16 @@ def modules_unfrozen_but_not_trained(view: View) -> list[str]:
     around_frozen = modules_around(frozen_by_user)
     found: dict[str, None] = {}  # each once
     for name in _unfrozen_weights(view):
-        # the largest module around it without frozen weights, or this weight alone
-        largest_unfrozen = largest_free_of(around_frozen, name)
-        module = owner_of(name) if largest_unfrozen == name else largest_unfrozen
+        largest_unfrozen = largest_free_of(around_frozen, name)  # a module, or this weight alone
+        module = _module_of(largest_unfrozen, view)
         if module not in around_trained:
             found[largest_unfrozen] = None
     return list(found)
+
+
+def _module_of(name: str, view: View) -> str:
+    """A module itself, or the one that holds a weight."""
+    return owner_of(name) if name in view.base else name
 
 
 def _frozen_by_user(view: View) -> list[str]:

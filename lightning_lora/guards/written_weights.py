@@ -51,7 +51,7 @@ class WrittenWeights(Guard):
         if weight not in self.seen:
             return False
         change = view.record.base.changes.get(weight)
-        if change is not None and change.digest_now != self.digests.get(weight, change.digest_now):
+        if change is not None and weight in self.digests and change.digest_now != self.digests[weight]:
             return True
         return not self.seen[weight].may_have_same_values(view.base[weight])
 

@@ -12,7 +12,8 @@ class Step:
     """Whether a Trainer's training step runs: then dropout acts, whatever the mode.
 
     The Trainer's side sets it, because a module may be in eval mode in its step. A call of ``train`` or ``eval`` in the
-    step ends it: what the module says then counts. Each adapter has one for life, on any layer, and is known by it.
+    step ends it: what the module says then counts. Each adapter keeps one for life, also off its layer: so two objects
+    of ``Adapter`` with the same step are one adapter.
     """
 
     runs = False

@@ -1,47 +1,31 @@
-"""The base class of all adapted layers."""
+"""The base class of all adapted layers: how they compute."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_lora.errors import warn
 from lightning_lora.functional.explicit import can_be_explicit
 from lightning_lora.functional.update import added, magnitude_scale
+from lightning_lora.layers.as_text import LayerAsText
 from lightning_lora.layers.functional_call import functional_call
-from lightning_lora.layers.on_layer import AdapterOnLayer
-from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.values import replace_values
-
-HAS_UPDATE = "has_lora_update"
-"""A note on a layer in a state dict, beside torch's own: an update is merged into its weights."""
 
 
-_UPDATES_MAY_COUNT_TWICE = (  # always the same words, so that Python warns once
-    "A state of the base was loaded below trained adapters. If it holds merged updates, these count twice "
-    "now. Call remove_adapters(model) before; or for a file of adapters, load_adapter(model, path)."
-)
+class LoRALayer(LayerAsText):
+    """Base class of all adapted layers.
 
+    Each class above it adds one thing, from what a kind declares to how a layer computes::
 
-@dataclass
-class _Unconverted:
-    """A parameter's values and gradient before it was moved or converted."""
-
-    data: Tensor
-    grad: Tensor | None
-
-
-class LoRALayer(AdapterOnLayer):
-    """Base class of all adapted layers: how they run, and how they move and load as modules do.
-
-    What they compute with is in ``UpdatedWeights``, their adapter in ``AdapterOnLayer``, and what differs from kind to
-    kind in ``LayerKind``.
+        LayerKind         contract.py    what differs from kind to kind, and the class of a layer
+        UpdatedWeights    weights.py     the weights with their updates
+        AdapterOnLayer    on_layer.py    the adapter: its parameters, beginning and end
+        LayerAsModule     as_module.py   moving and loading, as modules do
+        LayerAsText       as_text.py     how it is printed
+        LoRALayer         base.py        forward
+        LoRALinear, ...   each_kind/     a kind
     """
-
-    # Forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with its update."""
@@ -113,119 +97,3 @@ class LoRALayer(AdapterOnLayer):
     def lora_run_on(self, weights: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
         """Run the layer's own forward on other weights."""
         return functional_call(self, self.lora_plain_class, weights, self.lora_from_weights, *args, **kwargs)
-
-    # Methods of nn.Module
-
-    def train(self, mode: bool = True) -> Any:
-        """Set the mode. In a training step, dropout follows it until the next step begins."""
-        self.lora_step.runs = False
-        return super().train(mode)
-
-    def reset_parameters(self) -> None:
-        """Initialise the base's parameters and the adapter again. It is usually called after ``to_empty``."""
-        if hasattr(self.lora_plain_class, "reset_parameters"):
-            super().reset_parameters()  # type: ignore[misc]  # checked above
-        self.lora_initialise()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move and convert as nn.Module does, without rounding an adapter to half precision and back."""
-        was_on_meta = self._lora_is_on_meta()
-        parameters = self.lora_parameters()
-        before = {name: _Unconverted(p.data, p.grad) for name, p in parameters.items()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
-        if was_on_meta and not self._lora_is_on_meta():
-            self.lora_initialise()  # to_empty leaves arbitrary values
-        self._lora_undo_rounding(before)
-        self.lora_initialise_if_base_changed()  # the base may have been converted
-        return self
-
-    def _lora_undo_rounding(self, before: Mapping[str, _Unconverted]) -> None:
-        """Give parameters that were converted the dtype that they should have, with the values from before."""
-        for name, spec in self.lora_specs().items():
-            p = own_parameter(self, name)
-            dtype = spec.dtype(p.dtype, self.lora_settings)
-            if p.dtype == dtype:
-                continue
-            p.grad = None
-            was = before[name]
-            values = p.data if was.data.is_meta else was.data
-            replace_values(p, values.to(p.device, dtype))
-            if was.grad is not None:
-                p.grad = was.grad.to(p.device, dtype)
-
-    def _lora_is_on_meta(self) -> bool:
-        """Whether a parameter of the adapter has no values."""
-        return any(p.is_meta for p in self.lora_parameters().values())
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load as nn.Module does, or the base alone. Merged weights begin anew: their update would count twice."""
-        adapter_keys = {prefix + name for name in self.lora_specs()}
-        holds_adapter = not adapter_keys.isdisjoint(state_dict)
-        is_merged = local_metadata.get(HAS_UPDATE)
-        if not holds_adapter and not is_merged and self._lora_may_count_twice(state_dict, prefix):
-            warn(_UPDATES_MAY_COUNT_TWICE)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if holds_adapter:
-            return
-        got_values = self._lora_leave_meta()
-        if got_values or is_merged:
-            self.lora_initialise()
-        self.lora_initialise_if_base_changed()
-        missing_keys[:] = [key for key in missing_keys if key not in adapter_keys]
-
-    def _lora_leave_meta(self) -> bool:
-        """Give the adapter memory if its weight has some: the base was loaded with ``assign=True``. Return whether."""
-        weight = own_parameter(self, self.lora_matrices[0].weight)
-        if weight.is_meta or not self._lora_is_on_meta():
-            return False
-        for name, p in self.lora_parameters().items():
-            values = torch.empty_like(p, device=weight.device)
-            setattr(self, name, nn.Parameter(values, p.requires_grad))
-        return True
-
-    def _lora_may_count_twice(self, state_dict: Any, prefix: str) -> bool:
-        """Whether a state has weights of this layer, whose adapter is trained."""
-        weights = {prefix + name for name in self.lora_weights()}
-        return not weights.isdisjoint(state_dict) and not self.lora_is_fresh()
-
-    # As text
-
-    def extra_repr(self) -> str:
-        """Describe the layer and the adapter."""
-        return f"{super().extra_repr()}, {self._lora_about()}".removeprefix(", ")
-
-    def _lora_about(self) -> str:
-        settings = self.lora_settings
-        parts = [f"r={settings.r}", f"scaling={settings.scaling:g}"]
-        if settings.use_dora:
-            parts.append("use_dora=True")
-        elif settings.is_difference:
-            parts.append(f"init={settings.init!r}")
-        names = [matrix.name for matrix in self.lora_matrices if matrix.name]
-        if names:
-            parts.append(f"parts={names}")
-        return ", ".join(parts)
-
-    def __repr__(self) -> str:
-        """Describe the adapter too, if the layer overrides ``__repr__``, as Conv1D does."""
-        text = super().__repr__()
-        about = self._lora_about()
-        class_name = type(self).__name__
-        if not text.endswith(")"):
-            return f"{class_name}: {text}, {about}"
-        if about not in text:
-            text = f"{text.removesuffix(')')}, {about})"
-        if text.startswith(class_name):
-            return text
-        return class_name + text[text.index("(") :]

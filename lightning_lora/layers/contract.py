@@ -56,13 +56,16 @@ class LayerKind(InPlace, nn.Module):
     lora_fits_dora: ClassVar[bool] = False
     """Whether DoRA is possible: there is one matrix, and each of its rows is an output feature."""
     lora_writes_rows: ClassVar[bool] = True
-    """Whether ``target_slices`` can name rows: each row of its one matrix is an output feature."""
+    """Whether each row of its one matrix is an output feature, so that ``target_slices`` can name rows.
+
+    It has nothing to do with :attr:`lora_reads_rows`, which is about the input.
+    """
     lora_input: ClassVar[str]
     """The name of the first argument of ``forward``."""
     lora_reads_rows: ClassVar[bool] = False
-    """Whether it multiplies each row of its one input by the weight, as nn.Linear does."""
+    """Whether it multiplies each row of its one input by the weight, as nn.Linear does. EVA looks at these rows."""
     lora_drops_input: ClassVar[bool] = True
-    """Whether the input has features that dropout can drop."""
+    """Whether the input has features, which dropout can drop. An embedding's has none: it is indices of tokens."""
     lora_output_is_new: ClassVar[bool] = False
     """Whether the output is a new tensor that nothing else uses, so that the update is added in place."""
     lora_zero: ClassVar[Role] = Role.B
@@ -73,7 +76,7 @@ class LayerKind(InPlace, nn.Module):
     Such as ``is_transposed`` of transformers' experts.
     """
     lora_from_weights: ClassVar[tuple[str, ...]] = ()
-    """Attributes that ``forward`` itself sets from the weights. After a call on other weights, they are not kept."""
+    """Attributes that ``forward`` itself derives from the weights. After a call on other weights, they are dropped."""
 
     # Noted when a layer gets an adapter
 
@@ -84,22 +87,19 @@ class LayerKind(InPlace, nn.Module):
     _lora_is_additive: ClassVar[bool]
     """Whether the update is added to the output. Otherwise, the layer runs on ``W + ΔW``."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Decide how layers of one class compute, when their first one gets an adapter.
+    @classmethod
+    def note_overlaid(cls, mixin: Any, original: Any) -> None:
+        """Decide how the layers of one class compute, when the first of them gets an adapter.
 
-        Its class becomes a combined one (:func:`.overlay`), of an adapter class and the class of the layer. The update
-        is added to the output if the adapter class can compute it, and the layer's class computes as that expects.
+        A layer gets an adapter by a change of its class (:func:`.overlay`): that of an nn.Linear becomes a subclass of
+        LoRALinear and nn.Linear, in this order. This is called on that combined class, with LoRALinear as the ``mixin``
+        and nn.Linear as the ``original`` class.
         """
-        super().__init_subclass__(**kwargs)
-        is_combined = "overlaid" in cls.__dict__
-        if is_combined:
-            kind: Any
-            kind, layer_class = cls.overlaid
-            has_update = cls.lora_update is not LayerKind.lora_update
-            cls.lora_kind = kind
-            cls.lora_plain_class = layer_class
-            cls.lora_input = _first_argument(layer_class)
-            cls._lora_is_additive = has_update and not cls._lora_is_overridden_in(layer_class)
+        has_update = cls.lora_update is not LayerKind.lora_update
+        cls.lora_kind = mixin
+        cls.lora_plain_class = original
+        cls.lora_input = _first_argument(original)
+        cls._lora_is_additive = has_update and not cls._lora_is_overridden_in(original)
 
     @classmethod
     def _lora_is_overridden_in(cls, layer_class: type) -> bool:
@@ -125,8 +125,11 @@ class LayerKind(InPlace, nn.Module):
 
     @classmethod
     def lora_may_start_from_weight(cls) -> bool:
-        """Whether both factors may differ from zero at first. In an embedding, they would change tokens never seen."""
-        return cls.lora_drops_input
+        """Whether both factors may differ from zero at first.
+
+        Not where the input is indices: a token that training never sees keeps the zero column that it starts with.
+        """
+        return cls.lora_drops_input  # it has features then, and no indices
 
     @classmethod
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
@@ -186,7 +189,7 @@ class LayerKind(InPlace, nn.Module):
 
 def _first_argument(layer_class: Any) -> str:
     """The name of the first argument of a class's forward, after self."""
-    names = [*signature(layer_class.forward).parameters, "input"]
+    names = [*signature(layer_class.forward).parameters, "input"]  # the last, where forward declares none but self
     return names[1]
 
 

@@ -66,11 +66,11 @@ def _full_values(adapter: Adapter) -> dict[str, Tensor]:
 
 @dataclass
 class _Start:
-    """The first values of an adapter's parameters, by name in the layer."""
+    """What writes the first values of an adapter's parameters, for one matrix after the other."""
 
     layer: nn.Module
     adapter: Adapter
-    values: dict[str, Tensor]
+    values: dict[str, Tensor]  # written in place, by name in the layer: parameters, or full copies of distributed ones
 
     def begin(self, matrix: AdaptedMatrix) -> None:
         """Initialise the factors of a matrix, and DoRA's magnitudes."""
@@ -81,15 +81,17 @@ class _Start:
         else:
             self.take_from_weight(matrix, how.from_weight)
         if settings.use_dora:
-            self.note(matrix, Role.MAGNITUDE, row_norms(self.read_base(matrix)))
+            self.copy_from_base(matrix, Role.MAGNITUDE, row_norms(self.read_base(matrix)))
+            self.note_base(matrix)
         if how.is_difference:
             keep_start(matrix, self.values)
 
     @torch.no_grad()
     def copy_rows(self, matrix: AdaptedMatrix) -> None:
         """Let the rows of an embedding start as those of the weight."""
-        embeddings = self.read_base(matrix).T
-        self.note(matrix, Role.ROWS, embeddings[list(matrix.tokens)])
+        embeddings = self.read_base(matrix).T  # (in, out) again, with a row for each token
+        self.copy_from_base(matrix, Role.ROWS, embeddings[list(matrix.tokens)])
+        self.note_base(matrix)
 
     def draw(self, matrix: AdaptedMatrix) -> None:
         """Draw one factor. The other is zero."""
@@ -110,23 +112,29 @@ class _Start:
         rows = self.read_base(matrix).narrow(-2, matrix.first, matrix.writes)
         if rows.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
             rows = torch.zeros_like(rows)
-        factors = from_weight(rows, matrix.rank(settings.r), matrix.scale(settings.scaling))
+        factors = from_weight(rows, matrix.rank_for(settings.r), matrix.scaling_for(settings.scaling))
         for name, factor in matrix.named(factors).items():
             self.values[name].copy_(factor)
+        self.note_base(matrix)
 
     @torch.no_grad()
     def read_base(self, matrix: AdaptedMatrix) -> Tensor:
-        """Return a weight as a matrix (out, in), and note its digest. Collective if it is distributed."""
+        """Return a weight as a matrix (out, in). Collective if it is distributed."""
         kind = self.adapter.kind
         weight = own_parameter(self.layer, matrix.weight)
         values = kind.lora_values(self.layer, full_tensor(weight))
-        if not weight.is_meta:
-            self.adapter.base_digests[matrix.weight] = digest(weight)
         return kind.lora_as_matrix(values.detach())
 
     @torch.no_grad()
-    def note(self, matrix: AdaptedMatrix, role: Role, value: Tensor) -> None:
-        """Set a parameter that starts as a value of the weight, and note its digest, which tells if it trains."""
+    def note_base(self, matrix: AdaptedMatrix) -> None:
+        """Note the digest of a weight: with other values, the adapter starts again. Collective if it is distributed."""
+        weight = own_parameter(self.layer, matrix.weight)
+        if not weight.is_meta:
+            self.adapter.base_digests[matrix.weight] = digest(weight)
+
+    @torch.no_grad()
+    def copy_from_base(self, matrix: AdaptedMatrix, role: Role, value: Tensor) -> None:
+        """Set a parameter that starts as a value of the weight, and note its digest, which tells if it has learned."""
         name = matrix.parameter_name(role)
         self.values[name].copy_(value)
         if not value.is_meta:

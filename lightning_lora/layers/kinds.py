@@ -3,17 +3,17 @@
 from torch import nn
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.bilinear import LoRABilinear
 from lightning_lora.layers.contract import full_name, of_nearest_class
-from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
-from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
-from lightning_lora.layers.experts import LoRAParameters  # noqa: F401  # a kind too, but of no layer type
-from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
-from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit
-from lightning_lora.layers.recurrent import LoRARecurrent
-from lightning_lora.layers.tokens import LoRATokens  # noqa: F401  # likewise
+from lightning_lora.layers.each_kind.attention import LoRAAttention
+from lightning_lora.layers.each_kind.bilinear import LoRABilinear
+from lightning_lora.layers.each_kind.convolution import LoRAConvNd, LoRAConvTransposeNd
+from lightning_lora.layers.each_kind.embedding import LoRAEmbedding, LoRAEmbeddingBag
+from lightning_lora.layers.each_kind.linear import LoRAConv1D, LoRALinear
+from lightning_lora.layers.each_kind.quantized import LoRALinear4bit, LoRALinear8bit
+from lightning_lora.layers.each_kind.read_parameters import LoRAParameters  # noqa: F401  # of no layer type
+from lightning_lora.layers.each_kind.recurrent import LoRARecurrent
+from lightning_lora.layers.each_kind.tokens import LoRATokens  # noqa: F401  # likewise
 
 ADAPTER_CLASSES: tuple[type[LoRALayer], ...] = (
     LoRALinear,

@@ -39,7 +39,7 @@ class Role(Enum):
 class Settings:
     """The settings of one layer's adapter."""
 
-    r: int  # in a layer with several matrices, a smaller one has its largest rank
+    r: int  # the rank of its matrices. One that is smaller than r has its largest rank (AdaptedMatrix.rank_for)
     scaling: float  # the factor of B @ A
     dropout: float = 0.0  # the probability of dropping an input of A in training
     init: str = "kaiming"
@@ -70,26 +70,32 @@ class Settings:
 
 @dataclass(frozen=True)
 class AdaptedMatrix:
-    """A weight, or some of its rows, with one update."""
+    """A weight as a matrix (writes, reads), or some of its rows, with one update.
+
+    The names of the fields are in files. Of a fused projection with 12 rows, the part k is
+    ``AdaptedMatrix("weight", reads=4, writes=4, first=4, rows=12, name="k")``.
+    """
 
     weight: str  # the parameter's name in the layer, such as "weight" or "out_proj.weight"
-    reads: int  # columns: input features
-    writes: int  # rows: output features
+    reads: int  # its columns: input features
+    writes: int  # its own rows: output features
     first: int = 0  # the index of its first row in the weight
-    rows: int = 0  # the rows of the weight. 0: it is the whole weight (files say it so)
+    rows: int = (
+        0  # those of the whole weight, as ``weight_rows`` returns them. 0 in a few kinds: it is the whole weight
+    )
     name: str = ""  # the end of its factors' names, after lora_A_ and lora_B_; empty if the layer has only one matrix
     stack: tuple[int, ...] = ()  # the leading dimensions of a stacked weight, such as the number of experts
-    r: int | None = None  # its own rank and scaling, if they are not those of the layer's settings
-    scaling: float | None = None
+    r: int | None = None  # its own rank, if it is not the one in the layer's settings
+    scaling: float | None = None  # likewise
     tokens: tuple[int, ...] = ()  # the rows of an embedding that train by themselves, in place of A and B
 
     @property
     def has_all_rows(self) -> bool:
-        """Whether it is not only some rows of the weight."""
-        return self.rows_of_weight == self.writes
+        """Whether it is the whole weight, and not only some of its rows."""
+        return self.weight_rows == self.writes
 
     @property
-    def rows_of_weight(self) -> int:
+    def weight_rows(self) -> int:
         """How many rows the weight has."""
         return self.rows or self.writes
 
@@ -109,13 +115,13 @@ class AdaptedMatrix:
         """The smaller side of the matrix."""
         return min(self.reads, self.writes)
 
-    def rank(self, r: int) -> int:
-        """Return the rank of its update: ``r`` or its own, or the largest rank if that is less."""
-        return min(self.r or r, self.largest_rank)
+    def rank_for(self, layer_r: int) -> int:
+        """Return the rank of its update: its own ``r`` or the layer's, and at most the largest."""
+        return min(self.r or layer_r, self.largest_rank)
 
-    def scale(self, scaling: float) -> float:
-        """Return the factor of its update: ``scaling`` or its own."""
-        return self.scaling or scaling
+    def scaling_for(self, layer_scaling: float) -> float:
+        """Return the factor of its update: its own ``scaling`` or the layer's."""
+        return self.scaling or layer_scaling
 
 
 class ParameterSpec(NamedTuple):
@@ -125,13 +131,13 @@ class ParameterSpec(NamedTuple):
     matrix: AdaptedMatrix
 
     def shape(self, r: int) -> tuple[int, ...]:
-        """Return its shape, for the rank in the layer's settings."""
+        """Return its shape, for the rank ``r`` in the layer's settings."""
         matrix = self.matrix
         if self.role is Role.MAGNITUDE:
             return (matrix.writes,)
         if self.role is Role.ROWS:
             return len(matrix.tokens), matrix.writes
-        rank = matrix.rank(r)
+        rank = matrix.rank_for(r)
         if self.role.reads_input:
             return (*matrix.stack, rank, matrix.reads)
         return (*matrix.stack, matrix.writes, rank)
@@ -144,7 +150,11 @@ class ParameterSpec(NamedTuple):
 
     @property
     def split_dim(self) -> int | None:
-        """Its dimension that is split as that of the weight is (tensor parallelism). None: it is not split."""
+        """Its dimension that tensor parallelism splits. None: each process keeps it whole.
+
+        It splits a weight by its inputs, which are the last dimension of A, or by its outputs, which are the first one
+        of B and of the magnitudes.
+        """
         if self.role.reads_input:
             return -1
         return 0 if self.matrix.has_all_rows else None
@@ -159,8 +169,8 @@ def weights_of(matrices: Iterable[AdaptedMatrix]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([matrix.weight for matrix in matrices]))
 
 
-def rows_of_weight(matrices: Iterable[AdaptedMatrix], weight: str) -> list[AdaptedMatrix]:
-    """Return those of the matrices that are this weight, or rows of it."""
+def matrices_of_weight(weight: str, matrices: Iterable[AdaptedMatrix]) -> list[AdaptedMatrix]:
+    """Return those of the matrices that are this weight, or some rows of it."""
     return [matrix for matrix in matrices if matrix.weight == weight]
 
 
@@ -187,9 +197,9 @@ def weight_factors(
     weight: str, matrices: Iterable[AdaptedMatrix], settings: Settings, tensor: Callable[[str], Tensor]
 ) -> Factors:
     r"""Return A: (\*, r', in) and B: (\*, out, r') of a weight's update: those of its matrices, stacked."""
-    its_matrices = rows_of_weight(matrices, weight)
+    its_matrices = matrices_of_weight(weight, matrices)
     updates = [matrix_factors(matrix, settings, tensor) for matrix in its_matrices]
     if len(its_matrices) == 1 and its_matrices[0].has_all_rows:
         return updates[0]
     first_rows = [matrix.first for matrix in its_matrices]
-    return in_rows(updates, first_rows, its_matrices[0].rows_of_weight)
+    return in_rows(updates, first_rows, its_matrices[0].weight_rows)

@@ -22,9 +22,9 @@ from lightning_lora.tensors.values import replace_values, set_requires_grad
 class AdapterOnLayer(UpdatedWeights):
     """A layer with the parameters of an adapter."""
 
-    lora_base_digests: dict[str, int]
+    lora_base_digests: dict[str, int]  # both as in Adapter
     lora_start_digests: dict[str, int]
-    lora_enabled: bool
+    lora_enabled: bool  # not while the base is shown, without its update
 
     # The parameters
 
@@ -34,17 +34,21 @@ class AdapterOnLayer(UpdatedWeights):
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters, by name in the layer."""
-        held: dict[str, Any] = self._parameters  # each is there, and itself, not computed
+        held = self._lora_held()
         return {name: held[name] for name in self.lora_specs()}
 
     def lora_trainable(self) -> list[nn.Parameter]:
         """Return the adapter's trainable parameters."""
         if not self.lora_settings.trains:
             return []
-        held: dict[str, Any] = self._parameters
+        held = self._lora_held()
         return [held[name] for name, spec in self.lora_specs().items() if spec.role.trains]
 
-    # Another layer's adapter
+    def _lora_held(self) -> dict[str, Any]:
+        """The layer's own parameters. As an attribute, one may be what other code computes from it."""
+        return self._parameters
+
+    # Whether it trains
 
     def lora_follow(self, original: "AdapterOnLayer") -> None:
         """Follow another layer, which this one copies, and do not train."""
@@ -67,9 +71,18 @@ class AdapterOnLayer(UpdatedWeights):
 
     def lora_set_flags(self) -> None:
         """Let the adapter's parameters require a gradient if they train, and no others."""
-        held: dict[str, Any] = self._parameters
+        held = self._lora_held()
         for name, spec in self.lora_specs().items():
             set_requires_grad(held[name], spec.role.trains and self.lora_settings.trains)
+
+    # Beginning
+
+    def lora_initialise(self) -> None:
+        """Initialise the adapter again, with an update of zero."""
+        adapter = self.lora_adapter()
+        initialise(self, adapter)
+        self.lora_base_digests = adapter.base_digests
+        self.lora_start_digests = adapter.start_digests
 
     def lora_begin_as(self, original: "AdapterOnLayer") -> None:
         """Take the values of another layer's adapter, if neither has learned."""
@@ -81,15 +94,6 @@ class AdapterOnLayer(UpdatedWeights):
             p = own_parameter(self, name)
             values = own_parameter(original, name).data
             replace_values(p, values.to(p, copy=True))
-
-    # Beginning
-
-    def lora_initialise(self) -> None:
-        """Initialise the adapter again, with an update of zero."""
-        adapter = self.lora_adapter()
-        initialise(self, adapter)
-        self.lora_base_digests = adapter.base_digests
-        self.lora_start_digests = adapter.start_digests
 
     def lora_is_fresh(self) -> bool:
         """Whether the update is still zero."""
@@ -167,7 +171,7 @@ def is_resized(layer: nn.Module, kind: Any, matrices: Iterable[AdaptedMatrix]) -
     for matrix in matrices:
         weight: Tensor = attrgetter(matrix.weight)(layer)
         shape = kind.lora_as_matrix(weight).shape[-2:]
-        if shape != (matrix.rows_of_weight, matrix.reads):
+        if shape != (matrix.weight_rows, matrix.reads):
             return True
     return False
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.layers.contract import dequantises, of_nearest_class
-from lightning_lora.layers.quantized import LINEAR_4BIT, LINEAR_8BIT, LoRALinear4bit, LoRALinear8bit
+from lightning_lora.layers.each_kind.quantized import LINEAR_4BIT, LINEAR_8BIT, LoRALinear4bit, LoRALinear8bit
 from lightning_lora.tensors.names import find_parameter
 
 _KINDS: dict[str, type[LoRALinear4bit]] = {  # by the names of the layers' classes

@@ -12,13 +12,20 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged
 from lightning_lora.layers.adapter import Step
 from lightning_lora.layers.contract import LayerKind
-from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, rows_of_weight, weight_factors, weights_of
+from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, matrices_of_weight, weight_factors, weights_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, without_dtensor
 
 
 class UpdatedWeights(LayerKind):
-    """A layer whose weights have updates."""
+    """A layer whose weights have updates.
+
+    - ``lora_factors``: A and B of one weight's update, whatever its matrices are.
+    - ``_lora_delta``: the update itself, after dropout.
+    - ``lora_effective_weight``: W + ΔW, with DoRA's magnitudes, in float32 or wider. ``_lora_with_update`` computes it,
+      for given values of W and with dropout.
+    - ``lora_merged_weight``: the same in the dtype of W, which a merge writes. Where it can, a few rows at a time.
+    """
 
     lora_matrices: tuple[AdaptedMatrix, ...]
     lora_settings: Settings
@@ -109,11 +116,11 @@ class UpdatedWeights(LayerKind):
 
     def _lora_scaling(self, name: str) -> float:
         """The scaling of a weight. All matrices in one have the same: patterns mean layers, and whole parameters."""
-        first, *_ = rows_of_weight(self.lora_matrices, name)
-        return first.scale(self.lora_settings.scaling)
+        first, *_ = matrices_of_weight(name, self.lora_matrices)
+        return first.scaling_for(self.lora_settings.scaling)
 
     def _lora_weight(self, name: str) -> Tensor:
-        """A weight without its update. Read as an attribute: replicas of a module have no parameters."""
+        """A weight without its update. Read as an attribute, because nn.DataParallel's replicas hold no parameters."""
         weight: Tensor = attrgetter(name)(self)
         return weight
 

@@ -12,10 +12,10 @@ from lightning_lora.functional.batch_rows import add_to_rows, stacked
 from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.some_rows import NoRowsError, put_together, take_rows
 from lightning_lora.layers import Adapter, LoRALayer, LoRALinear, Step, attributes_of
+from lightning_lora.layers.each_kind.recurrent import LoRARecurrent
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.norms import has_running_statistics
-from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
 from lightning_lora.private import version_of
 from lightning_lora.tensors.inplace import combined

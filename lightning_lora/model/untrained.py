@@ -50,6 +50,11 @@ class Untrained:
     """Linear layers that look untrained, with too few values to tell."""
 
     @property
+    def was_judged(self) -> bool:
+        """Whether a layer was large enough to be judged."""
+        return not math.isnan(self.share)
+
+    @property
     def is_whole_model(self) -> bool:
         """Whether most of the model looks untrained, as one that is trained from its start."""
         return self.share > MOST_SHARE

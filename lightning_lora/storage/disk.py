@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -226,6 +226,15 @@ def reading(source: Any, remedy: str = "") -> Iterator[None]:
             f"{source} cannot be read: it is truncated, damaged or of another kind ({type(error).__name__}: "
             f"{_first_line(error)}). Pass a file that save_adapter or a Trainer with LoRACallback wrote."
         ) from error
+
+
+def json_object(text: str | bytes, source: object) -> dict[str, Any]:
+    """Return the fields of a JSON object, such as the contents of a configuration."""
+    with suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+    raise AdapterFileError(f"{source} is not a JSON object. Use the file as it was written.")
 
 
 def _first_line(error: Exception) -> str:

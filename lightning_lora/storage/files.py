@@ -24,11 +24,11 @@ from lightning_lora.storage.formats.registry import WRITTEN, adapter_file_at, fi
 from lightning_lora.storage.formats.writing import ModelSource, Source, for_reader
 from lightning_lora.storage.load.built_modules import built_by_lightning
 from lightning_lora.storage.load.other_names import with_names_of
-from lightning_lora.storage.load.put import Reader, adapt_and_put
+from lightning_lora.storage.load.put import adapt_and_put
 from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.same_base.base_forms import forms_of_base
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored import Reader, StoredAdapters
 from lightning_lora.tensors.named import where
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.values import is_tensor
@@ -163,7 +163,7 @@ def export_peft(
         source = for_reader(Source(stored, base_name=base_name), root)
     chosen = WRITTEN[format]
     check_output(directory, [model_or_file], chosen.files[:1])
-    chosen.write(source, path_here(directory), uniform)
+    chosen.write(source, path_here(directory), uniform=uniform)
 
 
 def _state_of(view: View) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lightning_lora.model import switch
 from lightning_lora.model.record import Record, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.put import adapt_and_put
-from lightning_lora.storage.offline.combine_files import combined
+from lightning_lora.storage.offline.sums import weighted_sum
 from lightning_lora.storage.state import adapter_state
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.named import not_in, without
@@ -166,7 +166,7 @@ def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> Store
     if not weights or not _are_numbers(weights):
         raise ConfigError(f"Got the weights {weights}. Expected numbers by the names of adapters.")
     terms = [_stored(model, name) for name in weights]
-    return combined(terms, list(weights.values()), r, named_modules(model))
+    return weighted_sum(terms, list(weights.values()), r, named_modules(model))
 
 
 def _are_numbers(weights: object) -> bool:

@@ -1,7 +1,7 @@
 """Adapters outside of a model: what training changed, and what a file says of it."""
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
@@ -153,6 +153,10 @@ class StoredAdapters:
         broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if broken:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
+
+
+Reader = Callable[[View], StoredAdapters]
+"""Reads what a file holds for a model that is not merged, by the model's names."""
 
 
 def _split_random(random: Iterable[str], changed: Collection[str]) -> tuple[list[str], list[str]]:

@@ -131,7 +131,7 @@ class Wanted:
 
     def is_met(self, matrix: AdaptedMatrix, r: int, scaling: float) -> bool:
         """Whether a matrix has this rank and scaling, in a layer with these."""
-        return self.r == matrix.rank(r) and math.isclose(self.scaling, matrix.scale(scaling))
+        return self.r == matrix.rank_for(r) and math.isclose(self.scaling, matrix.scaling_for(scaling))
 
 
 def wanted_of(config: LoRAConfig, name: str, matrix: AdaptedMatrix, kind: str) -> Wanted:

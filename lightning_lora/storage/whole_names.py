@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import AdaptedMatrix, LoRAParameters
-from lightning_lora.layers.attention import LoRAAttention
-from lightning_lora.layers.recurrent import LoRARecurrent
+from lightning_lora.layers.each_kind.attention import LoRAAttention
+from lightning_lora.layers.each_kind.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -60,7 +60,7 @@ class _Targets:
             for matrix in layer.matrices:
                 self._add_parameter(layer, matrix)
             return
-        scaling = layer.matrices[0].scale(layer.scaling)
+        scaling = layer.matrices[0].scaling_for(layer.scaling)
         self._set_numbers(layer.name, layer.r, scaling)
         if layer.tokens:
             self.tokens[layer.name] = layer.tokens
@@ -72,8 +72,8 @@ class _Targets:
     def _add_parameter(self, layer: StoredLayer, matrix: AdaptedMatrix) -> None:
         """Name a parameter of a layer."""
         name = join(layer.name, matrix.weight)
-        r = matrix.rank(layer.r)
-        scaling = matrix.scale(layer.scaling)
+        r = matrix.rank_for(layer.r)
+        scaling = matrix.scaling_for(layer.scaling)
         self._set_numbers(name, r, scaling)
         self.parameters.append(name)
 

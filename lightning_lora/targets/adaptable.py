@@ -31,11 +31,11 @@ def why_not(modules: Modules, name: str, layer: nn.Module) -> str:
 def _about_unsupported(modules: Modules, name: str, layer: nn.Module) -> str:
     """What of a layer of no supported kind can be adapted."""
     if isinstance(layer, LoRALayer):
-        return "only its parameters can be adapted, and some are"  # as LoRAParameters does already
+        return "only its parameters can be adapted, and some are"  # a LoRAParameters, put on the module before
     modules_inside = prefixed(name, without(named_modules(layer), [""]))
     layers = where(modules_inside, adapter_for)
     adaptable = [inner for inner, module in layers.items() if not why_not(modules, inner, module)]
-    said = f"a {class_of(layer)} is not supported"
+    said = f"a {class_name_of(layer)} is not supported"
     if adaptable:
         said += f" (layers inside it are: {listed(adaptable)})"
     parameters = own_matrices(name, layer)
@@ -76,8 +76,11 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str:
     return ""
 
 
-def is_computed(layer: nn.Module) -> bool:
-    """Whether a weight of a layer is computed from others, or the module holds these others, as a parametrization."""
+def has_computed_weight(layer: nn.Module) -> bool:
+    """Whether a weight of a layer is computed from other parameters. In a parametrized one, a list holds these.
+
+    That list counts too: its parameters are no weights of their own.
+    """
     kind = adapter_for(layer)
     if kind is None:
         return isinstance(layer, ParametrizationList)
@@ -110,7 +113,7 @@ def _matrices_of(layer: nn.Module, kind: type[LoRALayer]) -> tuple[AdaptedMatrix
 def own_matrices(name: str, layer: nn.Module) -> list[str]:
     """Return the names of what ``target_parameters`` can adapt in a module of no supported kind."""
     is_model = not name
-    if is_model or adapter_for(layer) or is_computed(layer) or not has_forward(layer):
+    if is_model or adapter_for(layer) or has_computed_weight(layer) or not has_forward(layer):
         return []
     return list(where(parameters_of({name: layer}), _is_matrix_or_stack))
 
@@ -128,7 +131,7 @@ def has_forward(module: nn.Module) -> bool:
 # Names of kinds
 
 
-def class_of(layer: nn.Module) -> str:
+def class_name_of(layer: nn.Module) -> str:
     """Return the name of a layer's class, with its package if it is not torch's: others have a ``Linear`` too."""
     return re.sub(r"^torch\.nn\.(\w+\.)*", "", name_of_kind(type(layer)))
 

@@ -1,20 +1,22 @@
-"""The arguments that name modules or parameters: how each is written, and what is said if an entry matches nothing."""
+"""The arguments that name modules or parameters: what each can name, and how it is written in advice.
+
+In this room, ``given`` is an argument as the user wrote it, ``missing`` are its entries that match nothing, and
+``could_mean`` are the names that these may have been meant as.
+"""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from lightning_lora.errors import TargetError, listed
+from lightning_lora.errors import listed
 from lightning_lora.targets.matching import ending_in, last_component, matched_whole
-from lightning_lora.targets.suggestions import as_end, escaped, expressions_meant, names_between_commas, similar_names
+from lightning_lora.targets.suggestions import as_end, escaped, similar_names
 from lightning_lora.tensors.names import owner_of
 
 if TYPE_CHECKING:
     from lightning_lora.targets.lookup import Names
 
 AUTOMATIC = ("all-linear", "all")  # the keywords that ``target_modules`` accepts, besides regular expressions and lists
-
-SEE_ALL = "print(lightning_lora.summarize(model)) shows every layer"
 
 _MOST_NAMES = 20  # that are written in place of an expression
 
@@ -34,8 +36,8 @@ class Argument:
         """Return the names that its entries are compared with."""
         return list(names.modules)
 
-    def to_suggest_from(self, names: "Names") -> list[str]:
-        """Return the names that an entry without a match may have been meant as."""
+    def suggested(self, names: "Names") -> list[str]:
+        """Return the names that advice may name for it."""
         return self.candidates(names)
 
     # How it is written
@@ -44,41 +46,17 @@ class Argument:
         """Return several names in the form of this argument."""
         return f"a list: {self.name}={found}. In YAML: [{', '.join(found)}]"
 
-    def instead(self, given: Sequence[str], expressions: Mapping[str, str], names: Sequence[str]) -> str:
-        """Say what to write instead of the ``given`` entries, some of which were meant as these expressions."""
+    def rewritten(self, given: Sequence[str], expressions: Mapping[str, str], could_mean: Sequence[str]) -> str:
+        """Say how to write a list, or keys, some of which were meant as these ``expressions``, by entry."""
+        del could_mean  # an expression needs no names
         alternatives = [expressions.get(entry, as_end(escaped(entry))) for entry in given]
         return f'Write one regular expression, and no list: {self.name}=r"{"|".join(alternatives)}".'
 
-    # What is said of entries that match nothing
+    # What is said of its names
 
-    def about_several_names(self, entries: Iterable[str], could_mean: Sequence[str]) -> str:
-        """Say how to write several names, if an entry holds them between commas."""
-        found = names_between_commas(entries, could_mean)
-        if not found:
-            return ""
-        return f"For several names, write {self.written(found)}."
-
-    def about_expressions(self, given: str | Sequence[str], entries: Iterable[str], could_mean: Sequence[str]) -> str:
-        """Say how to write an expression, if an entry is one, or a name with ``*``, or a row of a table.
-
-        ``given`` is the whole argument, of which these entries match nothing.
-        """
-        expressions = expressions_meant(entries, could_mean, self.wildcard)
-        if not expressions:
-            return ""
-        if isinstance(given, str):
-            advice = f'Perhaps write {self.name}=r"{expressions[given]}".'
-            about_star = '"*" is no wildcard in an expression; ".*" is. '
-        else:
-            advice = self.instead(given, expressions, could_mean)
-            about_star = '"*" is no wildcard in a name. '
-        if "*" in "".join(expressions):
-            return about_star + advice
-        return advice
-
-    def about_similar(self, names: "Names", entries: list[str], could_mean: list[str]) -> str:
-        """Say what the entries are similar to, or what can be named."""
-        similar = similar_names(entries, could_mean)
+    def about_similar(self, names: "Names", missing: Sequence[str], could_mean: Sequence[str]) -> str:
+        """Say what the missing entries are similar to, or what can be named."""
+        similar = similar_names(missing, could_mean)
         if similar:
             return f"Nearest names: {', '.join(similar)}."
         return self.about_choice(names)
@@ -96,10 +74,12 @@ class _ListOfNames(Argument):
 
     wildcard = "[^.]*"
 
-    def instead(self, given: Sequence[str], expressions: Mapping[str, str], names: Sequence[str]) -> str:
+    def rewritten(self, given: Sequence[str], expressions: Mapping[str, str], could_mean: Sequence[str]) -> str:
+        """Say which names the expressions match."""
+        del given
         matching: dict[str, None] = {}  # each name once
         for expression in expressions.values():
-            matching |= dict.fromkeys(matched_whole(expression, names))
+            matching |= dict.fromkeys(matched_whole(expression, could_mean))
         if len(matching) > _MOST_NAMES:
             return "Write names, or their ends."
         return f"Write the names: {self.name}={list(matching)}."
@@ -111,7 +91,9 @@ class _Keys(Argument):
     def written(self, found: list[str]) -> str:
         return f"a key for each: {', '.join(map(repr, found))}"
 
-    def instead(self, given: Sequence[str], expressions: Mapping[str, str], names: Sequence[str]) -> str:
+    def rewritten(self, given: Sequence[str], expressions: Mapping[str, str], could_mean: Sequence[str]) -> str:
+        """Say that each expression can be a key."""
+        del given, could_mean
         keys = [f'r"{expression}"' for expression in expressions.values()]
         return f"Write a regular expression as the key: {', '.join(keys)}."
 
@@ -119,16 +101,16 @@ class _Keys(Argument):
 class _TargetModules(Argument):
     """Layers to adapt."""
 
-    def to_suggest_from(self, names: "Names") -> list[str]:
+    def suggested(self, names: "Names") -> list[str]:
         return names.adaptable()
 
-    def about_similar(self, names: "Names", entries: list[str], could_mean: list[str]) -> str:
+    def about_similar(self, names: "Names", missing: Sequence[str], could_mean: Sequence[str]) -> str:
         """Say also what belongs into another argument, and the word that an entry is similar to."""
-        advice = super().about_similar(names, entries, could_mean)
-        parameters = ending_in(names.parameters, entries)
+        advice = super().about_similar(names, missing, could_mean)
+        parameters = ending_in(names.parameters, missing)
         if parameters:
             advice += f" {parameters[0]!r} is a parameter: name it in target_parameters."
-        for entry in entries:
+        for entry in missing:
             for word in difflib.get_close_matches(entry, AUTOMATIC, n=1):
                 return f"{advice} Or did you mean the word {word!r}?"
         return advice
@@ -142,13 +124,13 @@ class _TargetParameters(_ListOfNames):
     def candidates(self, names: "Names") -> list[str]:
         return list(names.parameters)
 
-    def about_similar(self, names: "Names", entries: list[str], could_mean: list[str]) -> str:
+    def about_similar(self, names: "Names", missing: Sequence[str], could_mean: Sequence[str]) -> str:
         """Say a parameter of a module that an entry names."""
-        modules = set(ending_in(names.modules, entries))
+        modules = set(ending_in(names.modules, missing))
         for parameter in names.parameters:
             if owner_of(parameter) in modules:
                 return f"Name parameters, such as {parameter!r}."
-        return super().about_similar(names, entries, could_mean)
+        return super().about_similar(names, missing, could_mean)
 
 
 class _ModulesToSave(_ListOfNames):
@@ -165,7 +147,7 @@ class _ModulesToSave(_ListOfNames):
 class _TokenIndices(_Keys):
     """Embeddings of which single rows train."""
 
-    def to_suggest_from(self, names: "Names") -> list[str]:
+    def suggested(self, names: "Names") -> list[str]:
         return names.embeddings()
 
     def about_choice(self, names: "Names") -> str:
@@ -185,29 +167,3 @@ _ALL: tuple[Argument, ...] = (
 )
 
 ARGUMENTS = {argument.name: argument for argument in _ALL}
-
-
-def unmatched(
-    names: "Names",
-    argument: Argument,
-    entries: Iterable[str],
-    could_mean: Iterable[str],
-    *,
-    given: str | Sequence[str] = (),
-) -> TargetError:
-    """Return the error for entries that match nothing, with the names that they could mean.
-
-    ``given`` is the whole pattern, if it is one expression or a list.
-    """
-    entries = list(dict.fromkeys(entries))
-    could_mean = list(dict.fromkeys(could_mean))
-    if isinstance(given, str):
-        found = f"{argument.name}={given!r} is an expression, and matches no whole name of a {argument.what}"
-    else:
-        found = f"{argument.name} {entries} match no {argument.what}"
-    advice = (
-        argument.about_several_names(entries, could_mean)
-        or argument.about_expressions(given, entries, could_mean)
-        or argument.about_similar(names, entries, could_mean)
-    )
-    return TargetError(f"{found} of {names.title}. {advice} Correct {argument.name}; {SEE_ALL}.")

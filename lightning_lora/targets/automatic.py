@@ -7,12 +7,14 @@ from torch import nn
 from lightning_lora.layers import ADAPTERS, adapter_for
 from lightning_lora.targets.lookup import OUTPUT_HEAD, Names
 from lightning_lora.targets.matching import ending_in
-from lightning_lora.tensors.named import only, with_values
 from lightning_lora.tensors.names import find_parameter, is_in, owner_of, with_all_inside
 
 
 def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
-    """Return the layers that ``"all-linear"`` or ``"all"`` means, with those whose weight is computed."""
+    """Return the layers that ``"all-linear"`` or ``"all"`` means.
+
+    Those whose weight is computed are among them: callers leave them out, and a guard names them.
+    """
     kinds = set(ADAPTERS.values())
     left_out = _inside_attentions(names)
     if word == "all-linear":
@@ -36,9 +38,10 @@ def _output_heads(names: Names) -> set[Any]:
 def _with_weight_of_embedding(names: Names) -> list[nn.Module]:
     """The embeddings, and layers that are tied to one."""
     # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
-    weights = {name: find_parameter(module, "weight") for name, module in names.modules.items()}
-    of_embeddings = set(only(weights, names.embeddings()).values()) - {None}
-    return list(only(names.modules, with_values(weights, of_embeddings)).values())
+    embeddings = names.of_type(nn.Embedding).values()
+    weights = {find_parameter(embedding, "weight") for embedding in embeddings}
+    weights.discard(None)
+    return [module for module in names.modules.values() if find_parameter(module, "weight") in weights]
 
 
 def _heads_that_models_name(names: Names) -> list[object]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import chain
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -14,10 +14,11 @@ from lightning_lora.layers import INITIALISATIONS, LoRAParameters, adapter_for, 
 from lightning_lora.layers.matrices import weights_of
 from lightning_lora.patterns import fits
 from lightning_lora.targets.adaptable import own_matrices, supported_types
-from lightning_lora.targets.arguments import ARGUMENTS, AUTOMATIC, SEE_ALL, unmatched
+from lightning_lora.targets.arguments import ARGUMENTS, AUTOMATIC
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import Names
-from lightning_lora.tensors.named import inside, joined, names_by, where, where_not, with_values, without
+from lightning_lora.targets.unmatched import SEE_ALL, unmatched
+from lightning_lora.tensors.named import inside, names_by, where, where_not, with_values, without
 from lightning_lora.tensors.names import Modules, join, starts_of
 
 _SHOWN = 5  # the number of layers that an error names
@@ -62,18 +63,18 @@ def _about_refused_layers(names: Names, config: LoRAConfig, layers: Modules, ref
     if len(reasons) > _SHOWN:
         reasons[_SHOWN:] = [f"and {len(reasons) - _SHOWN} more"]
     adaptable = inside(names.adaptable(), refused)
-    supported = such = remedy = ""
-    if adaptable:
-        such = f", such as {listed(adaptable, most=3)}"
-    elif any(adapter_for(layers[name]) is None for name in refused):
-        supported = f"Supported are {supported_types()} and their subclasses. "
-    if len(refused) < len(layers):
-        remedy = f", or exclude these: exclude_modules={list(refused)[:_SHOWN]}"
     said_reasons = "; ".join(reasons)
-    return (
-        f"target_modules {_as_given(config)!r} match layers of {names.title} that cannot be adapted ({said_reasons}). "
-        f"{supported}Name other layers{such}{remedy}."
+    found = (
+        f"target_modules {_as_given(config)!r} match layers of {names.title} that cannot be adapted ({said_reasons})."
     )
+    remedy = "Name other layers"
+    if adaptable:
+        remedy += f", such as {listed(adaptable, most=3)}"
+    elif any(adapter_for(layers[name]) is None for name in refused):
+        found += f" Supported are {supported_types()} and their subclasses."
+    if len(refused) < len(layers):
+        remedy += f", or exclude these: exclude_modules={list(refused)[:_SHOWN]}"
+    return f"{found} {remedy}."
 
 
 def _as_given(config: LoRAConfig) -> object:
@@ -147,7 +148,9 @@ def _hint_of_what_there_is(names: Names, layers: Modules) -> str:
     for name, layer in layers.items():
         matrices += own_matrices(name, layer)
     if matrices:
-        hint += f" Or adapt matrices of other kinds of layers: target_parameters={names.endings(matrices)}."
+        hint += (
+            f" Or adapt matrices of other kinds of layers: target_parameters={names.as_target_parameters(matrices)}."
+        )
     return hint
 
 
@@ -156,66 +159,80 @@ def _hint_of_what_there_is(names: Names, layers: Modules) -> str:
 
 def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse a pattern's key without effect: it matches no adapted layer, or earlier keys match all of its layers."""
-    layers: dict[str, str] = {}  # what a key may mean, with its module: a layer is its own
-    parameters: dict[str, str] = {}
+    layers = []
+    parameters = []
     for name, choice in choices.items():
         if choice.kind is LoRAParameters:
-            parameters |= dict.fromkeys(joined(name, weights_of(choice.matrices)), name)
+            for weight in weights_of(choice.matrices):
+                parameters.append(_Adapted(join(name, weight), name))
         else:
-            layers[name] = name
-    adapted = layers | parameters
-    _check_keys(names, "rank_pattern", config.rank_pattern, adapted)
-    _check_keys(names, "alpha_pattern", config.alpha_pattern, adapted)
+            layers.append(_Adapted(name, name))
+    _check_keys(names, "rank_pattern", config.rank_pattern, layers + parameters)
+    _check_keys(names, "alpha_pattern", config.alpha_pattern, layers + parameters)
     _check_keys(names, "target_slices", config.target_slices, layers)  # parameters have no slices
 
 
-def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, adapted: Mapping[str, str]) -> None:
-    """Refuse keys of a pattern without effect on what is ``adapted``: layers and parameters, with their modules."""
+class _Adapted(NamedTuple):
+    """An adapted layer or parameter, which a key means by its own name or by that of its module."""
+
+    name: str
+    module: str  # a layer is its own
+
+    def is_meant_by(self, key: str) -> bool:
+        """Whether a key of a pattern means it."""
+        return fits(key, self.name) or fits(key, self.module)
+
+
+def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, all_adapted: Sequence[_Adapted]) -> None:
+    """Refuse keys of a pattern that mean nothing that is adapted, or nothing that earlier keys leave."""
     if keys is None:
         return
-    matched = {key: _matched_by(key, adapted) for key in keys}
-    without_match = list(where_not(matched, bool))
-    if without_match:
-        _refuse_keys_of_unadapted(names, argument, without_match, names.modules, "layers", "target_modules")
-        _refuse_keys_of_unadapted(names, argument, without_match, names.parameters, "parameters", "target_parameters")
-        raise unmatched(names, ARGUMENTS[argument], without_match, [*adapted, *adapted.values()])
+    matched: dict[str, set[str]] = {}
+    for key in keys:
+        matched[key] = {adapted.name for adapted in all_adapted if adapted.is_meant_by(key)}
+    missing = [key for key, found in matched.items() if not found]
+    if missing:
+        _refuse_keys_of_unadapted(names, argument, missing, names.modules, "layers", "target_modules")
+        _refuse_keys_of_unadapted(names, argument, missing, names.parameters, "parameters", "target_parameters")
+        own_names = [adapted.name for adapted in all_adapted]
+        modules = [adapted.module for adapted in all_adapted]
+        raise unmatched(names, ARGUMENTS[argument], missing, own_names + modules)
     _check_order(names, argument, matched)
-
-
-def _matched_by(key: str, adapted: Mapping[str, str]) -> set[str]:
-    """The layers and parameters that a key means, by their own names or by those of their modules."""
-    modules = _matching(key, set(adapted.values()))
-    return {*_matching(key, adapted), *with_values(adapted, modules)}
 
 
 def _refuse_keys_of_unadapted(
     names: Names, argument: str, keys: Sequence[str], candidates: Iterable[str], what: str, other_argument: str
 ) -> None:
     """Refuse those of the keys that match a candidate: it is there, but ``other_argument`` does not adapt it."""
-    idle = [key for key in keys if _matching(key, candidates)]
-    if idle:
+    without_effect = []
+    for key in keys:
+        if any(fits(key, name) for name in candidates):
+            without_effect.append(key)
+    if without_effect:
         raise TargetError(
-            f"{argument} {idle} match {what} of {names.title} that are not adapted. Name them in {other_argument} too, "
-            f"or remove them from {argument}."
+            f"{argument} {without_effect} match {what} of {names.title} that are not adapted. Name them in "
+            f"{other_argument} too, or remove them from {argument}."
         )
-
-
-def _matching(key: str, names: Iterable[str]) -> list[str]:
-    """Those of the names that a key means."""
-    return [name for name in names if fits(key, name)]
 
 
 def _check_order(names: Names, argument: str, matched: Mapping[str, set[str]]) -> None:
     """Refuse a key whose layers all match earlier keys: the first match decides."""
-    earlier: dict[str, set[str]] = {}
+    decided: set[str] = set()  # the layers that earlier keys match
     for key, layers in matched.items():
-        if layers.issubset(chain.from_iterable(earlier.values())):
-            deciding = where_not(earlier, layers.isdisjoint)
+        if layers <= decided:
+            deciding = _keys_before(key, matched)
             raise TargetError(
                 f"{argument} {key!r} has no effect on {names.title}: {listed(deciding)} before it match all its "
                 "layers, and the first key that matches decides. Put it first."
             )
-        earlier[key] = layers
+        decided |= layers
+
+
+def _keys_before(key: str, matched: Mapping[str, set[str]]) -> list[str]:
+    """The keys before this one that match some of its layers."""
+    keys = list(matched)
+    earlier = keys[: keys.index(key)]
+    return [other for other in earlier if matched[other] & matched[key]]
 
 
 # What adapters can do
@@ -264,7 +281,7 @@ def _refuse_unfit(what: str, fitting: str, unfit: Mapping[str, Choice]) -> None:
 
 
 def check_merges(choices: Mapping[str, Choice]) -> None:
-    """Refuse one's own kinds of layers that would merge another update than the one that they compute."""
+    """Refuse adapter classes of users that would merge another update than the one that they compute."""
     for name, choice in choices.items():
         why = why_merge_is_wrong(choice.kind, choice.layer, choice.matrices)
         if why is not None:

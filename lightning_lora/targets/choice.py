@@ -31,13 +31,13 @@ def choose(
     for matrix in matrices:
         # patterns mean a parameter by a name of its own
         meant_as = join(name, matrix.weight) if kind is LoRAParameters else name
-        ranks.append(matrix.rank(config.rank(name, meant_as)))
+        ranks.append(matrix.rank_for(config.rank(name, meant_as)))
         scalings.append(config.scaling(name, meant_as))
     r = max(ranks)
     scaling = scalings[0]
     chosen = []
     for matrix, its_rank, its_scaling in zip(matrices, ranks, scalings, strict=True):
-        if its_rank == matrix.rank(r) and its_scaling == scaling:
+        if its_rank == matrix.rank_for(r) and its_scaling == scaling:
             chosen.append(matrix)
         else:
             chosen.append(replace(matrix, r=its_rank, scaling=its_scaling))

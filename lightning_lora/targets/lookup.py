@@ -7,8 +7,9 @@ from torch import nn
 
 from lightning_lora.errors import TargetError
 from lightning_lora.targets.adaptable import why_not
-from lightning_lora.targets.arguments import ARGUMENTS, unmatched
+from lightning_lora.targets.arguments import ARGUMENTS
 from lightning_lora.targets.matching import ending_in, ends_of, last_two, matched_whole
+from lightning_lora.targets.unmatched import unmatched
 from lightning_lora.tensors.named import not_in, of_type, where, with_values, without
 from lightning_lora.tensors.names import Modules, first_names, modules_by_all_names, parameters_of
 
@@ -29,38 +30,38 @@ class Names:
 
     # What matches
 
-    def find(self, argument: str, pattern: object) -> list[str]:
+    def find(self, argument_name: str, pattern: object) -> list[str]:
         """Return every name that an argument's pattern matches: an expression for full names, or a list of names."""
         if pattern is None:
             return []
         if isinstance(pattern, str):
-            return self._find_by_expression(argument, pattern)
+            return self._find_by_expression(argument_name, pattern)
         assert isinstance(pattern, tuple)
-        return self._find_by_list(argument, pattern)
+        return self._find_by_list(argument_name, pattern)
 
-    def _find_by_expression(self, argument: str, expression: str) -> list[str]:
+    def _find_by_expression(self, argument_name: str, expression: str) -> list[str]:
         """The names that an expression matches whole."""
-        about = ARGUMENTS[argument]
-        candidates = about.candidates(self)
+        argument = ARGUMENTS[argument_name]
+        candidates = argument.candidates(self)
         found = matched_whole(expression, candidates)
         if found:
             return found
         ends = matched_whole(expression, ends_of(candidates))
         if ends:
             raise TargetError(
-                f"{argument}={expression!r} is an expression, which must match the whole name of a module of "
-                f"{self.title}, and matches none. To match ends of names, give a list: {argument}={ends}."
+                f"{argument_name}={expression!r} is an expression, which must match the whole name of a module of "
+                f"{self.title}, and matches none. To match ends of names, give a list: {argument_name}={ends}."
             )
-        raise unmatched(self, about, [expression], about.to_suggest_from(self), given=expression)
+        raise unmatched(self, argument, [expression], argument.suggested(self), given=expression)
 
-    def _find_by_list(self, argument: str, entries: tuple[str, ...]) -> list[str]:
+    def _find_by_list(self, argument_name: str, entries: tuple[str, ...]) -> list[str]:
         """The names that are an entry, or end in one."""
-        about = ARGUMENTS[argument]
-        found = ending_in(about.candidates(self), entries)
+        argument = ARGUMENTS[argument_name]
+        found = ending_in(argument.candidates(self), entries)
         matched = set(ends_of(found))
         missing = not_in(entries, matched)
         if missing:
-            raise unmatched(self, about, missing, about.to_suggest_from(self), given=entries)
+            raise unmatched(self, argument, missing, argument.suggested(self), given=entries)
         return found
 
     # What there is
@@ -68,6 +69,11 @@ class Names:
     def first_names(self, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
         """Return these modules by the first of their names, in the model's order."""
         return first_names(with_values(self.modules, modules))
+
+    def first_name_of(self, module: nn.Module) -> str:
+        """Return the first name of a module, which must be there."""
+        (name,) = self.first_names({module})
+        return name
 
     def adaptable(self) -> list[str]:
         """Return the layers that can be adapted."""
@@ -86,8 +92,8 @@ class Names:
         """Return the modules of torch's own kind of embedding."""
         return list(self.of_type(nn.Embedding))
 
-    def endings(self, parameters: Collection[str]) -> list[str]:
-        """Return a list for ``target_parameters`` that means these: the ends of names, if they mean nothing else."""
+    def as_target_parameters(self, parameters: Collection[str]) -> list[str]:
+        """Return these parameters as a list for that argument: ends of their names, if these mean nothing else."""
         ends = tuple(dict.fromkeys(map(last_two, parameters)))
         means_others = set(self.find("target_parameters", ends)) != set(parameters)
         return list(parameters if means_others else ends)

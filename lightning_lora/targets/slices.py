@@ -10,10 +10,14 @@ from lightning_lora.targets.lookup import Names
 from lightning_lora.tensors.named import not_in, only
 from lightning_lora.tensors.names import starts_of
 
-Rows = dict[str, tuple[int, int]]
-Slices = tuple[str, ...] | Rows  # names of parts, or names with their ranges of rows
+Ranges = dict[str, tuple[int, int]]
+"""The rows of parts, by name: the first one, and the one behind the last."""
+
+WantedParts = tuple[str, ...] | Ranges
+"""What ``target_slices`` gives for one layer: names of its parts, or names with ranges."""
+
 Matrices = tuple[AdaptedMatrix, ...]
-Parts = dict[str, AdaptedMatrix]
+Parts = dict[str, AdaptedMatrix]  # by name
 
 _ATTENTION = ("c_attn", "qkv", "qkv_proj", "Wqkv")
 """Names of fused projections whose output is all queries, then all keys, then all values."""
@@ -22,22 +26,22 @@ _INTERLEAVED = ("CodeGenAttention",)
 """Classes of attention whose projection has one of these names, but is ordered head by head."""
 
 
-def sliced(names: Names, name: str, kind: type[LoRALayer], matrices: Matrices, slices: Slices) -> Matrices:
+def sliced(names: Names, name: str, kind: type[LoRALayer], matrices: Matrices, wanted: WantedParts) -> Matrices:
     """Return what ``target_slices`` selects of the layer ``name``, which has these matrices."""
     if len(matrices) == 1:
-        parts = _ranges_of_rows(names, name, kind, matrices[0], slices)
+        parts = _ranges_of_rows(names, name, kind, matrices[0], wanted)
     else:
-        parts = _named_matrices(name, matrices, slices)
-    unknown = not_in(slices, parts)
+        parts = _named_matrices(name, matrices, wanted)
+    unknown = not_in(wanted, parts)
     if unknown:
         raise TargetError(f"{name!r} has no parts {listed(unknown)}. It has {listed(parts, most=12)}.")
-    return tuple(only(parts, slices).values())
+    return tuple(only(parts, wanted).values())
 
 
-def _named_matrices(name: str, matrices: Matrices, slices: Slices) -> Parts:
+def _named_matrices(name: str, matrices: Matrices, wanted: WantedParts) -> Parts:
     """The matrices of a layer with several, by the names that the layer has for them."""
     parts = {matrix.name: matrix for matrix in matrices}
-    if isinstance(slices, dict):
+    if isinstance(wanted, dict):
         part_names = ", ".join(map(repr, parts))
         raise TargetError(
             f"target_slices give rows of {name!r}, whose parts have names: {part_names}. Give a list of these."
@@ -45,45 +49,47 @@ def _named_matrices(name: str, matrices: Matrices, slices: Slices) -> Parts:
     return parts
 
 
-def _ranges_of_rows(names: Names, name: str, kind: type[LoRALayer], matrix: AdaptedMatrix, slices: Slices) -> Parts:
+def _ranges_of_rows(
+    names: Names, name: str, kind: type[LoRALayer], matrix: AdaptedMatrix, wanted: WantedParts
+) -> Parts:
     """Ranges of rows of a layer with one weight, by name."""
     if not kind.lora_writes_rows:
         title = type(names.modules[name]).__name__
         raise TargetError(f"{name!r} is a {title}, which has no parts for target_slices.")
-    rows = slices if isinstance(slices, dict) else _known_rows(names, name, matrix, slices)
-    # `writes` is how many rows a matrix has, one for each output
-    beyond = [part for part, (_, end) in rows.items() if end > matrix.writes]
+    ranges = wanted if isinstance(wanted, dict) else _known_ranges(names, name, matrix, wanted)
+    # a matrix has a row for each feature that it writes
+    beyond = [part for part, (_, end) in ranges.items() if end > matrix.writes]
     if beyond:
         raise TargetError(f"target_slices of {name!r} end beyond its {matrix.writes} rows: {listed(beyond)}.")
     parts = {}
-    for part, (first, end) in rows.items():
+    for part, (first, end) in ranges.items():
         parts[part] = AdaptedMatrix(
             matrix.weight, reads=matrix.reads, writes=end - first, first=first, rows=matrix.writes, name=part
         )
     return parts
 
 
-def _about_unknown_rows(name: str, matrix: AdaptedMatrix, slices: Slices) -> str:
-    """What to do if only the user knows where the parts are."""
-    first_part = next(iter(slices))
-    example = f"target_slices={{{name!r}: {{{first_part!r}: [first, end]}}}}"
-    return (
-        f"The rows of {listed(slices)} in {name!r}, which has {matrix.writes}, are not known. If each is one range "
-        f"of rows, give it: {example}. If the model writes them head by head, adapt the whole layer."
-    )
-
-
-def _known_rows(names: Names, name: str, matrix: AdaptedMatrix, slices: Slices) -> Rows:
+def _known_ranges(names: Names, name: str, matrix: AdaptedMatrix, wanted: WantedParts) -> Ranges:
     """The rows of each part of a fused projection, one part after the other."""
     sizes = _known_sizes(names, name, matrix)
     if sum(sizes.values()) != matrix.writes:
-        raise TargetError(_about_unknown_rows(name, matrix, slices))
-    rows: Rows = {}
+        raise TargetError(_about_unknown_ranges(name, matrix, wanted))
+    ranges: Ranges = {}
     first = 0
     for part, size in sizes.items():
-        rows[part] = (first, first + size)
+        ranges[part] = (first, first + size)
         first += size
-    return rows
+    return ranges
+
+
+def _about_unknown_ranges(name: str, matrix: AdaptedMatrix, wanted: WantedParts) -> str:
+    """What to do if only the user knows where the parts are."""
+    first_part = next(iter(wanted))
+    example = f"target_slices={{{name!r}: {{{first_part!r}: [first, end]}}}}"
+    return (
+        f"The rows of {listed(wanted)} in {name!r}, which has {matrix.writes}, are not known. If each is one range "
+        f"of rows, give it: {example}. If the model writes them head by head, adapt the whole layer."
+    )
 
 
 def _known_sizes(names: Names, name: str, matrix: AdaptedMatrix) -> dict[str, int]:

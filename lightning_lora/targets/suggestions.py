@@ -70,27 +70,33 @@ def _names_by_end(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def expressions_meant(entries: Iterable[str], names: Sequence[str], wildcard: str) -> dict[str, str]:
-    """Return the expressions that entries may have been meant as, by entry: those that match a name."""
+    """Return the expressions that entries may have been meant as, by entry: those that match a name.
+
+    An entry means whole names and ends of names. So the expression for whole names is enough if no other name ends so.
+    """
     meant = {}
     for entry in entries:
-        expression = _as_expression(entry, wildcard)
-        if matched_whole(expression, names):
-            meant[entry] = expression
-        elif matched_whole(as_end(expression), names):
-            meant[entry] = as_end(expression)
+        expression, ending = _guessed_expressions(entry, wildcard)
+        names_with_end = matched_whole(ending, names)
+        if names_with_end:
+            is_enough = matched_whole(expression, names) == names_with_end
+            meant[entry] = expression if is_enough else ending
     return meant
 
 
-def _as_expression(entry: str, wildcard: str) -> str:
-    """An entry of a list as the expression that it may have been meant as."""
-    if "\\" in entry or "|" in entry:  # it is one already
-        return entry
+def _guessed_expressions(entry: str, wildcard: str) -> tuple[str, str]:
+    """What an entry may have been meant as: an expression for whole names, and one for their ends."""
+    if "|" in entry:  # it is an expression already, with alternatives
+        return entry, as_end(f"({entry})")
+    if "\\" in entry:  # likewise, with a dot for example
+        return entry, as_end(entry)
     name = _BESIDE_NAME.sub("", entry)
-    components = [_component_as_expression(component, wildcard) for component in name.split(".")]
-    return r"\.".join(components)
+    components = [_guessed_component(component, wildcard) for component in name.split(".")]
+    expression = r"\.".join(components)
+    return expression, as_end(expression)
 
 
-def _component_as_expression(component: str, wildcard: str) -> str:
+def _guessed_component(component: str, wildcard: str) -> str:
     """A component of a name as an expression: alternatives for a range, and wildcards for stars."""
     if _RANGES.fullmatch(component):
         return f"({'|'.join(map(str, _numbers(component)))})"
@@ -98,12 +104,15 @@ def _component_as_expression(component: str, wildcard: str) -> str:
 
 
 def as_end(expression: str) -> str:
-    """Return the expression for names that end as this one says."""
+    """Return the expression for names that end as this one says, which has no alternatives outside of a group.
+
+    Users copy it: it is shorter than that of :func:`lightning_lora.patterns.ending`.
+    """
     return rf"(.*\.)?{expression}"
 
 
 def escaped(name: str) -> str:
-    """Return the expression that matches this name alone."""
+    """Return the expression that matches this name alone, as it is easy to read."""
     return re.escape(name).replace(r"\-", "-")
 
 

@@ -20,7 +20,7 @@ _ARGUMENT = "trainable_token_indices"
 _USUAL = "embed_tokens"  # the name that most language models have for their input embedding
 
 
-def token_rows(names: Names, config: LoRAConfig, named_elsewhere: Container[object]) -> "TokenRows":
+def find_token_rows(names: Names, config: LoRAConfig, named_elsewhere: Container[object]) -> "TokenRows":
     """Return the embeddings whose rows train. Other arguments mean the modules that are ``named_elsewhere``."""
     found = TokenRows(names, named_elsewhere)
     for key, rows in _rows_by_key(names, config.trainable_token_indices).items():
@@ -48,13 +48,16 @@ def _meant_by(names: Names, key: str) -> list[str]:
 
 
 class TokenRows:
-    """The embeddings whose rows train, and the layers that are tied to them."""
+    """The embeddings whose rows train, and the layers that are tied to them.
+
+    Several layers may have one weight. All are in ``layers``, and the one that the argument names is in ``matrices``.
+    """
 
     def __init__(self, names: Names, named_elsewhere: Container[object]) -> None:
         self._names = names
         self._named_elsewhere = named_elsewhere
         self._rows: dict[nn.Module, Sequence[int]] = {}
-        self.matrices: dict[nn.Module, AdaptedMatrix] = {}  # of one layer for each weight
+        self.matrices: dict[nn.Module, AdaptedMatrix] = {}  # by the layer that gets the adapter: of tied layers, one
 
     @property
     def layers(self) -> Set[nn.Module]:
@@ -65,7 +68,7 @@ class TokenRows:
         """Let rows of an embedding train, if it and all that share its weight can."""
         layer = self._names.modules[name]
         owners = self._owners_of_weight(layer)
-        for owner in (name, *owners):
+        for owner in (name, *owners):  # there are no owners if the weight is computed
             why = self._why_not(owner, rows)
             if why:
                 raise TargetError(f"{_ARGUMENT} means {name!r} of {self._names.title}. {owner!r} does not fit: {why}.")
@@ -122,7 +125,8 @@ def _embeddings_that_models_name(names: Names) -> list[str]:
         is_outermost = found.keys().isdisjoint(["", *starts_of(name)])
         if callable(ask) and is_outermost:
             with suppress(NotImplementedError):
-                (found[name],) = names.first_names({plain_module(ask())})
+                embedding = plain_module(ask())
+                found[name] = names.first_name_of(embedding)
     return list(found.values())
 
 

@@ -12,6 +12,10 @@ class InPlace:
     overlaid_prefix: ClassVar[str] = "LoRA"
     """The start of the combined class's name. The original class's name follows."""
 
+    @classmethod
+    def note_overlaid(cls, mixin: Any, original: Any) -> None:
+        """Called once on the combined class of a mixin and an original class, when it is made."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by reference to the mixin and the original class."""
         reduced = super().__reduce_ex__(max(protocol, 2))
@@ -27,7 +31,8 @@ def combined(mixin: "type[InPlace]", base: type) -> type:
     """Return the class that combines ``mixin`` and ``base``: always the same one for the same pair."""
     if (mixin, base) not in _COMBINED:
         namespace = {"overlaid": (mixin, base), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
-        made = type(f"{mixin.overlaid_prefix}{base.__name__}", (mixin, base), namespace)
+        made: Any = type(f"{mixin.overlaid_prefix}{base.__name__}", (mixin, base), namespace)
+        made.note_overlaid(mixin, base)
         _COMBINED.setdefault((mixin, base), made)  # another thread may have been faster
     return _COMBINED[mixin, base]
 

@@ -22,7 +22,7 @@ from lightning_lora.model.view import view_of
 from lightning_lora.private import version_of
 from lightning_lora.tensors.named import not_in, where
 from lightning_lora.tensors.names import named_parameters
-from lightning_lora.training.compatibility import callbacks_of, copy_adapted
+from lightning_lora.training.compatibility import begin_averages, callbacks_of
 from lightning_lora.training.first_batches import first_batches, refusal
 from lightning_lora.training.no_trace import leave_no_trace
 from lightning_lora.training.optimizers.groups import leading_layers
@@ -59,7 +59,7 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
         values = trainer.strategy.broadcast(parameter.detach().cpu())
         parameter.detach().copy_(values)
     follow_originals(view)
-    copy_adapted(callbacks_of(trainer), pl_module, anew=True)  # into averages
+    begin_averages(callbacks_of(trainer), pl_module, anew=True)
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class _Start:
         """Write the factors of each matrix of a layer. Return whether there were any."""
         has_started = False
         for matrix in layer.lora_matrices:
-            factors = factors_of(matrix, matrix.rank(layer.lora_settings.r))
+            factors = factors_of(matrix, matrix.rank_for(layer.lora_settings.r))
             if factors is None:
                 continue
             has_started = True
             parameters = _write_factors(layer, matrix, *factors)
             if self.initialisation.is_difference:
-                keep_start(matrix, parameters)
+                keep_start(matrix, parameters)  # the update counts from these: the base stays
         return has_started
 
     def _run_batches(self) -> int:

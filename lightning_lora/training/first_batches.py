@@ -31,13 +31,17 @@ def first_batches(trainer: Trainer, pl_module: LightningModule, config: LoRAConf
         loader.reset()  # ends its workers
 
 
-_WITH_OWN_PLACE: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
+_COPIED_WITH_POSITION: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
 """Iterators whose copies go on by themselves."""
 
 
 def _copy_sharing_data(loader: Any, config: LoRAConfig) -> Any:
-    """A copy of a loader that shares its data alone."""
-    if hasattr(loader, "__next__") and not isinstance(loader, _WITH_OWN_PLACE):
+    """A copy of a loader that shares its data alone, so that the loader stays where it is.
+
+    The copy of a DataLoader begins anew, and one of an iterator in ``_COPIED_WITH_POSITION`` goes on by itself. Other
+    builtin iterators are refused. One of another class is copied, which may share its position: that is said.
+    """
+    if hasattr(loader, "__next__") and not isinstance(loader, _COPIED_WITH_POSITION):
         _refuse_shared_iterator(loader, config)
         _tell_of_one_reading(loader, config)
     again = copy(loader)
@@ -56,7 +60,7 @@ def _refuse_shared_iterator(loader: Any, config: LoRAConfig) -> None:
 def _share_data_alone(again: DataLoader[Any], config: LoRAConfig) -> None:
     """Give a copied DataLoader its own workers, samplers and random numbers."""
     dataset = again.dataset
-    attributes = vars(again)
+    attributes = vars(again)  # a DataLoader refuses to have these set
     attributes[LOADER_STATE] = None
     shared = {id(dataset): dataset}  # and one generator for all of these, if it is one
     for name in ("generator", "sampler", "batch_sampler"):

@@ -34,14 +34,19 @@ def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool,
             "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
             "ModelCheckpoint(monitor=...), or set merge='last'."
         )
-    keys_stay = bool(merge)  # the model has the same keys after fit as before: a plain one, if it is merged
-    if was_adapted:
-        keys_stay = not (merge or switches)
+    keys_stay = _keys_stay(merge, was_adapted=was_adapted, switches=switches)
     if returns_state_only(trainer) and not keys_stay:
         raise ConfigError(
             f"merge={merge!r} would lose the adapters: this strategy's processes send back only weights that the model "
             "has before fit. Use strategy='ddp', or merge='last' without adapters, or merge=False with inject_adapters."
         )
+
+
+def _keys_stay(merge: object, *, was_adapted: bool, switches: bool) -> bool:
+    """Whether the model has the same keys after fit as before."""
+    if was_adapted:
+        return not (merge or switches)
+    return bool(merge)  # which leaves a plain model
 
 
 def check_merge_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:

@@ -20,14 +20,17 @@ _CONTAINERS = (dict, set, list, deque)
 
 
 def leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack) -> None:
-    """Let ``undo`` give back all that a step changes: gradients, modes, buffers, metrics, attributes."""
+    """Let ``undo`` give back all that a step changes: gradients, modes, buffers, metrics, attributes.
+
+    It runs backwards: gradients are enabled for the step, and off while values are written back.
+    """
     undo.enter_context(isolate_rng())
     undo.enter_context(letting_gradients_pass(pl_module))
     _keep_parameters(pl_module, undo)
     _keep_trainer(trainer, undo)
     if hasattr(torch.compiler, "set_stance"):  # or compiled code would keep the hooks
         undo.enter_context(torch.compiler.set_stance("force_eager"))
-    undo.enter_context(torch.no_grad())  # to write the values back
+    undo.enter_context(torch.no_grad())
     memory = _Memory(undo)
     memory.remember(pl_module)
     for optimizer in trainer.optimizers:

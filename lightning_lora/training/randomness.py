@@ -26,9 +26,10 @@ States = dict[str, Tensor]
 
 @contextmanager
 def reseeded(model: nn.Module) -> Iterator[None]:
-    """Draw a seed, and put the generator back. If adapters come meanwhile, go on with that seed.
+    """Let adapters draw in the ``with`` block. Without new ones, the generator stays as it was.
 
-    So however much they draw, the run sees the same batches. After an error nothing is set: another injection follows.
+    With some, it goes on from a seed: so however much they draw, the run sees the same batches, and none of the numbers
+    that the adapters got. After an error nothing is set: another injection follows.
     """
     before = torch.get_rng_state()
     adapted = View(model).matrices

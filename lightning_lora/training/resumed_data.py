@@ -58,14 +58,19 @@ class ResumedNumbers(RandomNumbers):
     # When the training begins
 
     def begin_training(self) -> None:
-        """Set the generators for the first step. Data that began with other numbers begin again."""
+        """Set the generators for the first step. Data that began with other numbers begin again.
+
+        - Where Lightning begins the epoch's data later (before 2.6), they get the states of the file.
+        - Where it goes on within an epoch (since 2.6), the first step does: its data had begun in the file.
+        - Otherwise, this epoch's data have begun here, and the states are those from then.
+        """
         has_another_epoch = self._set_another_epoch()
         begins_data_later = self._begins_data_later()
         if not begins_data_later and (has_another_epoch or self._began_without_states()):
             self._begin_data_again()
         if begins_data_later or self._goes_on_within_an_epoch():
             set_states(self.stored, self.device)
-        else:  # the file was written between two epochs, before the data of this one began
+        else:  # the file was written between two epochs
             set_states(self.after_the_data, self.device)
 
     def _set_another_epoch(self) -> bool:

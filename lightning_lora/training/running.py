@@ -1,7 +1,6 @@
 """What watches a training while it runs: from its start to its end, in the order of Lightning's hooks."""
 
 from contextlib import ExitStack, closing
-from typing import Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -12,33 +11,28 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
 from lightning_lora.training.compatibility import average_what_trains, callbacks_of, late_callback_error
-from lightning_lora.training.optimizers.float32_steps import Float32Steps
+from lightning_lora.training.optimizers.group_checks import check_frozen
 from lightning_lora.training.optimizers.groups_behind import mirror_rates
-from lightning_lora.training.optimizers.places import check_frozen
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.steps.feeding import Feeding, remove_unfed
+from lightning_lora.training.steps.feeding import Feeding
 from lightning_lora.training.steps.gradients import Gradients
+from lightning_lora.training.strategies.strategy import StrategyMethods
 
 
-class WatchesGradients(Protocol):
-    """Our methods for a strategy: they know which gradients there are."""
+class NoTraining:
+    """What the callback's hooks call while no training runs: a user's code may take steps around one.
 
-    def gradients(self, *, is_new_fit: bool) -> Gradients:
-        """Return what watches the gradients of a fit."""
-        ...
-
-
-class Watch:
-    """What looks on while no training runs: it watches nothing. A user's hooks may take steps around a training."""
+    Rates are mirrored, a batch that ends is an error, and all else does nothing.
+    """
 
     def begin_batch(self) -> None:
-        """Watch nothing."""
+        """Do nothing."""
 
     def begin_backward(self, loss: Tensor) -> None:
-        """Watch nothing."""
+        """Do nothing."""
 
     def end_backward(self) -> None:
-        """Watch nothing."""
+        """Do nothing."""
 
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
         """Let adapters follow the module's rates. As many parameters train as before."""
@@ -50,13 +44,12 @@ class Watch:
         raise late_callback_error()
 
 
-class TrainingWatch(Watch):
+class TrainingWatch:
     """Watches one training. The callback's hooks call it only in training steps, not in evaluations between them."""
 
+    methods: StrategyMethods
     gradients: Gradients
     feeding: Feeding
-    trains_copies: bool
-    """Whether the optimizers train copies of the parameters, which are in float32."""
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         self.trainer = trainer
@@ -65,28 +58,27 @@ class TrainingWatch(Watch):
         self._at_the_end = ExitStack()
         self._base_at_the_start: dict[str, int] | None = None  # digests, until the first step
 
-    def begin(self, methods: WatchesGradients, *, is_new: bool, base: dict[str, int]) -> None:
+    def begin(self, methods: StrategyMethods, *, is_new: bool, base: dict[str, int]) -> None:
         """Begin to watch. ``is_new``: no checkpoint was loaded. ``base``: the digests of the base.
 
         ``methods`` are ours for the Trainer's strategy.
         """
         view = view_of(self.module)
-        self._note_trained_layers(view)
+        self._prepare_layers(view)
         average_what_trains(callbacks_of(self.trainer), view)
         self._base_at_the_start = base
+        self.methods = methods
         self.gradients = self._at_the_end.enter_context(closing(methods.gradients(is_new_fit=is_new)))
-        self.trains_copies = bool(self.gradients.copied)
         self.feeding = self._at_the_end.enter_context(closing(Feeding(self.trainer, view)))
-        if not self.trains_copies:
-            self.stage.float32 = self._at_the_end.enter_context(closing(Float32Steps.of(view)))
+        self.stage.float32 = self._at_the_end.enter_context(closing(methods.float32_steps(view)))
 
-    def _note_trained_layers(self, view: View) -> None:
-        """Note which layers train, with what came since the set-up."""
+    def _prepare_layers(self, view: View) -> None:
+        """Let all layers begin to train, those too that came since the set-up."""
         view.reinitialise_adapters()  # hooks may have loaded the base late
         follow_new_copies(view, view.layers.keys() - view.recorded)  # or copied networks
         view.look_again()  # what follows another network does not train
         view.adapter.layers = tuple(view.layers)
-        view.adapter.is_trained = True
+        view.adapter.is_trained = True  # so it counts from here on, before the first step
         self.stage.guards_on_first.adapters_ready(view)
 
     def begin_batch(self) -> None:
@@ -110,10 +102,9 @@ class TrainingWatch(Watch):
 
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
         """Check that the optimizer trains adapters, and nothing frozen. Return whether fewer train from now on."""
-        strategy = self.trainer.strategy
         train_fewer = False
         if self.feeding.unjudged:  # only until all networks are judged
-            train_fewer = remove_unfed(self.module, optimizer, strategy, self.feeding, copied=self.trains_copies)
+            train_fewer = self.methods.remove_unfed(optimizer, self.feeding)
         check_frozen(self.module, optimizer, self.gradients.frozen)
         mirror_rates(optimizer)
         unreached = self.gradients.begin_step(optimizer)
@@ -125,7 +116,7 @@ class TrainingWatch(Watch):
     def end_batch(self) -> None:
         """End dropout until the next step. After the first, name weights that other code reads."""
         self.stage.dropout.end_step()
-        self.stage.float32.pause_step()  # one that was left out
+        self.stage.float32.pause_step()  # one that a GradScaler has skipped does not end by itself
         self.stage.first_steps.end_batch(self.module)
 
     def close(self) -> None:

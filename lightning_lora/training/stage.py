@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from typing import ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule
@@ -20,30 +19,13 @@ from lightning_lora.moments import Guard, Guards
 from lightning_lora.storage.same_base.base_forms import note_changed
 from lightning_lora.training.before_hooks import BeforeHooks
 from lightning_lora.training.chosen_adapter import ChosenAdapter
-from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
+from lightning_lora.training.compatibility import begin_averages, loads_in_hooks
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
+from lightning_lora.training.phases import Outcome, Phase, outcome_of
 from lightning_lora.training.randomness import reseeded
 from lightning_lora.training.resumed_data import RandomNumbers
 from lightning_lora.training.steps.first_steps import FirstSteps
 from lightning_lora.training.steps.step_dropout import Dropout
-
-
-class Phase(Enum):
-    """How far a stage has come. Until training begins, an error undoes what the stage did to the module.
-
-    The methods that change it:
-
-    - ``note_loaded``: SET_UP to LOADED, where a file's adapters are on the module.
-    - ``note_failed_loading``: LOADED to SET_UP, where the optimizers do not fit that file.
-    - ``begin_training``: SET_UP or LOADED to TRAINING.
-    - ``end_fit``: LOADED or TRAINING to OVER, at the end of a fit. The module keeps them, or is merged.
-    - ``end`` and ``end_after_error``: to OVER, from each.
-    """
-
-    SET_UP = "set up"
-    LOADED = "loaded"
-    TRAINING = "training"
-    OVER = "over"
 
 
 @dataclass
@@ -69,7 +51,7 @@ class Stage:
     came: Literal["plain", "adapted", "merged"] = "plain"
 
     undo: ExitStack = field(default_factory=ExitStack)
-    """Gives the module back as it came."""
+    """Gives the module back as it came. Only ``_bring_about`` closes it, and not where loaded adapters stay."""
 
     before: BeforeHooks = field(default_factory=BeforeHooks)
 
@@ -120,7 +102,7 @@ class Stage:
         self._unmerge(pl_module)
         if self.wants_another(pl_module):
             self._activate_adapter(pl_module)
-            self.undo.callback(self.adapter.put_back, pl_module)
+            self.undo.callback(self.adapter.put_back, pl_module)  # which does nothing the second time
         if self.came == "plain":
             self.undo.callback(_remove_all, pl_module)
         self.before = BeforeHooks.of(pl_module)
@@ -164,17 +146,17 @@ class Stage:
         taken = ", ".join(_changed_arguments(config, self.config))
         rank_zero_info(f"LoRACallback takes {taken} from {source}, instead of the defaults.")
         self.config = config
-        return self._begin_adapters_again(pl_module)
+        return self._take_off_or_begin_again(pl_module)
 
-    def _begin_adapters_again(self, pl_module: LightningModule) -> bool:
-        """Begin adapters again that this stage has made. Return whether there were any.
+    def _take_off_or_begin_again(self, pl_module: LightningModule) -> bool:
+        """Replace the adapters that this stage has made. Return whether there were any.
 
-        Those of a plain module are only taken off: ``adapt`` makes others next.
+        One that is new beside others begins again. Those of a plain module are only taken off: ``adapt`` makes others.
         """
         was_made_here = self.came == "plain" or self.adapter.is_new
         if find_record(pl_module) is None or not was_made_here:
             return False
-        self.set_base_from_hooks(view_of(pl_module))
+        self.set_base_from_hooks(view_of(pl_module))  # before: adapters that go put the base's values back
         if self.adapter.is_new:
             self.adapter.put_back(pl_module)
             self._activate_adapter(pl_module)
@@ -203,11 +185,12 @@ class Stage:
         - with adapters on its layers: yes.
         - merged, or showing its base: no, it runs as it is.
         - plain: no, unless the adapters of a file need their layers (``for_file``).
-        - without a record, but it came with adapted layers: yes. They were adapted in a network inside.
+        - plain, but it came with adapted layers: yes. They were adapted in a network inside.
         """
-        if find_record(pl_module) is not None:
-            return shows_adapters(pl_module)
-        return self.came == "adapted" or for_file
+        state = state_of(pl_module)
+        if state is State.PLAIN:
+            return self.came == "adapted" or for_file
+        return state is State.ADAPTED
 
     def adapt(self, pl_module: LightningModule, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
         """Adapt the module after its own hooks have run, or for a file. The weights that they load become the base.
@@ -222,7 +205,7 @@ class Stage:
         view.record.base.note_filled(self.filled)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
-        copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
+        begin_averages(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
         self.set_base_from_hooks(view)
 
     def add_adapters(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
@@ -273,49 +256,57 @@ class Stage:
         return True
 
     def end(self, pl_module: LightningModule) -> None:
-        """Show again what the module showed before, and merge it again."""
+        """End the stage: the module becomes what ``outcome_of`` says."""
         reached = self._close()
-        if reached is Phase.OVER or find_record(pl_module) is None:
-            return
-        self.adapter.put_back(pl_module)
-        if self.came == "merged":
-            self._merge_again(pl_module, has_loaded=reached is Phase.LOADED)
+        outcome = outcome_of(reached, is_fit=self.is_fit, has_failed=False)
+        self._bring_about(outcome, pl_module, has_loaded=reached is Phase.LOADED)
+
+    def end_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
+        """End a stage that has failed. Return whether the module keeps adapters that may be trained.
+
+        ``is_alone``: other processes may not be here, so nothing that needs them is done.
+        """
+        outcome = outcome_of(self._close(), is_fit=self.is_fit, has_failed=True)
+        if outcome is Outcome.KEPT and not View(pl_module).is_on_layers:
+            outcome = Outcome.GIVEN_BACK
+        if outcome is Outcome.GIVEN_BACK and not self._may_give_back(pl_module, is_alone=is_alone):
+            outcome = Outcome.LEFT
+        self._bring_about(outcome, pl_module)
+        is_kept = outcome is Outcome.KEPT
+        if is_kept and not is_alone:
+            note_changed(view_of(pl_module))
+        return is_kept
+
+    def _close(self) -> Phase:
+        """Set the phase OVER. Return the one before."""
+        reached = self.phase
+        self.phase = Phase.OVER
+        self.first_steps.close()
+        return reached
+
+    def _may_give_back(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
+        """Whether a module can be given back after an error.
+
+        Not one that is merged now: it was evaluated so, or its own code has merged what it trained. And with
+        ``is_alone`` none that came merged, as a merge is collective: its adapters stay.
+        """
+        if View(pl_module).is_merged:
+            return False
+        return not (is_alone and self.came == "merged")
+
+    def _bring_about(self, outcome: Outcome, pl_module: LightningModule, *, has_loaded: bool = False) -> None:
+        """Do to the module what an outcome says. ``has_loaded``: it has a file's adapters."""
+        if outcome is Outcome.GIVEN_BACK:
+            self.undo.close()
+        elif outcome is Outcome.SHOWN_AGAIN and find_record(pl_module) is not None:
+            self.adapter.put_back(pl_module)
+            if self.came == "merged":
+                self._merge_again(pl_module, has_loaded=has_loaded)
 
     def _merge_again(self, pl_module: LightningModule, *, has_loaded: bool) -> None:
         merge(pl_module)
         if has_loaded and self.adapter.is_shown_by(pl_module):
             rank_zero_info(f"LoRA: merged the file's adapters. {type(pl_module).__name__} is plain again.")
-
-    def may_have_trained(self, pl_module: LightningModule) -> bool:
-        """Whether the module has adapters that may be trained."""
-        return False
-
-    def end_after_error(self, pl_module: LightningModule, *, is_alone: bool) -> None:
-        """End a stage that has failed. The module keeps adapters that may be trained, or is given back as it came.
-
-        ``is_alone``: other processes may not be here, so nothing that needs them is done.
-        """
-        if not self.may_have_trained(pl_module):
-            self._give_back(pl_module, is_alone=is_alone)
-            return
-        self._close()
-        if not is_alone:
-            note_changed(view_of(pl_module))
-
-    def _give_back(self, pl_module: LightningModule, *, is_alone: bool) -> None:
-        """Give the module back as it came."""
-        reached = self._close()
-        is_given_back = reached is Phase.OVER or View(pl_module).is_merged
-        needs_others = is_alone and self.came == "merged"  # a merge is collective: the adapters stay
-        if not (is_given_back or needs_others):
-            self.undo.close()
-
-    def _close(self) -> Phase:
-        """End the stage. Return how far it had come."""
-        reached = self.phase
-        self.phase = Phase.OVER
-        self.first_steps.close()
-        return reached
 
 
 @dataclass
@@ -343,19 +334,8 @@ class Fit(Stage):
         self.adapter.activate(pl_module, self.config)
 
     def runs_adapted(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
-        """Whether the module runs with adapters, which it has or gets now. A plain one always gets some."""
+        """Whether the module runs with adapters, which it has or gets now. A plain one gets some in any case."""
         return state_of(pl_module) in (State.PLAIN, State.ADAPTED)
-
-    def end(self, pl_module: LightningModule) -> None:
-        """Undo all of a fit that did not even load. One that trained nothing is given back; what was trained stays."""
-        if self.phase is Phase.LOADED:  # as after a tuner's trials
-            super().end(pl_module)
-        elif self._close() is Phase.SET_UP:
-            self.undo.close()
-
-    def may_have_trained(self, pl_module: LightningModule) -> bool:
-        """Whether the module has adapters that may be trained: by this fit, or as it has loaded them."""
-        return self.phase in (Phase.LOADED, Phase.TRAINING) and View(pl_module).is_on_layers
 
 
 def shows_adapters(pl_module: LightningModule) -> bool:
@@ -374,7 +354,10 @@ def _changed_arguments(config: LoRAConfig, before: LoRAConfig) -> list[str]:
 
 
 def _remove_all(pl_module: LightningModule) -> None:
-    """Remove the adapters of all layers: code in the fit may have replaced others."""
+    """Remove the adapters of the layers that have some now.
+
+    Code in the fit may have replaced some of the adapted layers. ``remove_adapters`` refuses a record that names these.
+    """
     record = find_record(pl_module)
     if record is not None:
         record.adapter.layers = tuple(View(pl_module).layers)

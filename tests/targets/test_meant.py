@@ -52,6 +52,12 @@ def test_a_wildcard_or_a_row_of_a_table_is_answered_with_an_expression_that_mean
     assert "*" not in str(given) or '"*" is no wildcard' in found
 
 
+@pytest.mark.parametrize("given", [["linear1|linear2"], ["head|linear1|linear2"]])  # one of them is a whole name
+def test_alternatives_in_a_list_are_answered_with_an_expression_for_all_their_ends(given: list[str]) -> None:
+    (written,) = re.findall(r'r"(.*?)"', said(target_modules=given))
+    assert adapted(target_modules=written) == adapted(target_modules=given[0].split("|"))
+
+
 def test_each_name_in_a_table_is_answered_with_all_layers_in_its_row() -> None:
     kinds = {name: type(layer).__name__ for name, layer in model().named_modules() if isinstance(layer, nn.Linear)}
     kinds = {name: kind for name, kind in kinds.items() if kind == "Linear"}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_lora import unmerge_adapters
 from lightning_lora.base import readings
 from lightning_lora.tensors import digests as hashing
-from lightning_lora.training.optimizers import float32_steps, places
-from lightning_lora.training.steps import feeding, gradients
+from lightning_lora.training.optimizers import float32_steps, group_checks
+from lightning_lora.training.steps import feeding, gradients, unfed
 from tests.support.cases import StopError
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import fit, outcome
@@ -169,9 +169,9 @@ def test_a_step_does_not_look_at_the_whole_module_its_graph_or_all_parameters(
 ) -> None:
     looks = Looks(
         monkeypatch,
-        (places, "view_of"),
+        (group_checks, "view_of"),
         (gradients, "view_of"),
-        (feeding, "view_of"),
+        (unfed, "view_of"),
         (feeding, "_leaves_behind"),
         (float32_steps, "held_by"),
     )

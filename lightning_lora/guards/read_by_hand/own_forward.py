@@ -37,7 +37,7 @@ class OwnForward:
             attributes.update(self.before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102  # the layer's own forward
-        if id(self.layer) != self.id_of_layer:  # of a copy that was made meanwhile
+        if id(self.layer) != self.id_of_layer:  # deepcopy has copied this object with its layer, which shall be plain
             self.take_off()
         self.was_called = True
         if self._shown:  # the layer calls itself

@@ -3,7 +3,7 @@
 from lightning_lora.errors import listed
 from lightning_lora.guards.wording import excluded_names, to_save
 from lightning_lora.model.view import View
-from lightning_lora.targets.adaptable import COMPUTED, is_computed
+from lightning_lora.targets.adaptable import COMPUTED, has_computed_weight
 from lightning_lora.targets.automatic import automatic_targets
 from lightning_lora.targets.lookup import Names
 from lightning_lora.tensors.named import outside, where
@@ -15,7 +15,7 @@ def computed_layers(view: View, word: str) -> list[str]:
     saved = names.find("modules_to_save", view.config.modules_to_save)
     networks = view.adapter.networks
     expected = {*excluded_names(view), *saved, *networks.beside_training, *networks.copies}
-    computed = set(where(automatic_targets(names, word), is_computed).values())
+    computed = set(where(automatic_targets(names, word), has_computed_weight).values())
     return outside(names.first_names(computed), expected)
 
 

@@ -14,7 +14,7 @@ from lightning_lora.layers import adapter_for
 from lightning_lora.model.untrained import MOST_SHARE, Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.targets.adaptable import COMPUTED, class_of, is_computed, own_matrices
+from lightning_lora.targets.adaptable import COMPUTED, class_name_of, has_computed_weight, own_matrices
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.lookup import Names
 from lightning_lora.tensors.named import grouped, only, outside, with_values, without
@@ -33,9 +33,9 @@ class Untargeted(Guard):
             return
         untargeted = untargeted_matrices(view)
         if untargeted.share > MOST_SHARE:
-            word = "all"  # as is advised then: so computed weights that it would reach are named too
             if untargeted.classes:
                 warn_in_each_fit(_about_untargeted(view, untargeted))
+            word = "all"  # this message advises it: so computed weights that "all" would reach are named too
         computed = computed_layers(view, str(word))
         if computed:
             warn_in_each_fit(about_computed(view, computed))
@@ -58,7 +58,7 @@ def untargeted_matrices(view: View) -> UntargetedMatrices:
     meant = weights.meant()
     size_of_meant = max(view.size_of(meant), 1)
     untargeted = filter(weights.is_untargeted, meant)
-    by_class = grouped(untargeted, weights.class_of_layer)
+    by_class = grouped(untargeted, weights.class_name_of_layer)
     sizes = {layer_class: view.size_of(names) for layer_class, names in by_class.items()}
     classes: dict[str, str] = {}
     for layer_class in sorted(without(sizes, [COMPUTED]), key=sizes.__getitem__, reverse=True):
@@ -88,13 +88,13 @@ class _Weights:
             return False
         return _is_matrix(p) and not _is_usually_untargeted(self._layer_of(name))
 
-    def class_of_layer(self, name: str) -> str:
+    def class_name_of_layer(self, name: str) -> str:
         """Return the class of the layer that holds a matrix.
 
         All layers with computed weights have one class here: another message names them.
         """
         layer = self._layer_of(name)
-        return COMPUTED if is_computed(layer) else class_of(layer)
+        return COMPUTED if has_computed_weight(layer) else class_name_of(layer)
 
     def _layer_of(self, name: str) -> nn.Module:
         """The layer that holds a parameter."""
@@ -109,7 +109,10 @@ def _is_matrix(p: nn.Parameter) -> bool:
 
 
 def _is_usually_untargeted(layer: nn.Module) -> bool:
-    """Whether nobody expects an adapter here: in embeddings, norms, and a linear layer, which is an output head."""
+    """Whether nobody expects an adapter here: in embeddings, norms, and output heads.
+
+    A linear layer without an adapter is such a head: automatic targets adapt all others.
+    """
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm):
         return True
     return getattr(adapter_for(layer), "lora_is_linear", False)
@@ -134,7 +137,7 @@ def _arguments_for(view: View, matrices: Iterable[str]) -> list[str]:
         arguments.append('target_modules="all"')
     if _Way.PARAMETER in ways:
         targets_now = view.config.target_parameters or ()
-        parameters = Names(view.model).endings(ways[_Way.PARAMETER])
+        parameters = Names(view.model).as_target_parameters(ways[_Way.PARAMETER])
         arguments.append(f"target_parameters={[*targets_now, *parameters]}")
     if _Way.IN_FULL in ways:
         arguments.append(to_save(view, ways[_Way.IN_FULL]))

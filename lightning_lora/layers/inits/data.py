@@ -13,8 +13,11 @@ from lightning_lora.layers.inits.table import FromData, Initialisation, register
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
 
+GAMMA = 16
+"""LoRA-GA's, in the scale of the factors that the authors' code calls ``"stable"``."""
 
-class Inputs:
+
+class EvaObserver:
     """EVA: A takes the strongest directions of a layer's inputs, and B is zero.
 
     They come from a singular value decomposition that each batch continues. Every layer keeps its rank, where the paper
@@ -28,7 +31,7 @@ class Inputs:
     def __init__(self, layer: Any, undo: ExitStack) -> None:
         self.argument = layer.lora_input
         self.count = 0
-        ranks = [matrix.rank(layer.lora_settings.r) for matrix in layer.lora_matrices]
+        ranks = [matrix.rank_for(layer.lora_settings.r) for matrix in layer.lora_matrices]
         self.most = 2 * max(ranks)  # some to spare
         self.mean = self.sizes = self.directions = torch.empty(0)
         undo.callback(layer.register_forward_pre_hook(self.look, with_kwargs=True).remove)
@@ -66,7 +69,7 @@ class Inputs:
         return self.directions[: min(r, directions)], zeros
 
 
-class Gradients:
+class LoraGaObserver:
     """LoRA-GA: the first step of the adapter is close to that of the weight.
 
     A takes the first r right singular vectors of the weight's gradient, summed over the batches, and B the next r left
@@ -108,7 +111,7 @@ class Gradients:
         rank = min(4 * r, *grad.shape[-2:])
         left, _, right = torch.svd_lowrank(grad, rank, niter=4)
         last = min(2 * r, left.shape[-1])  # a small matrix has fewer than 2 r directions
-        scale = matrix.writes**0.25 / 16**0.5  # "stable", with the authors' gamma
+        scale = matrix.writes**0.25 / GAMMA**0.5
         a = scale * right[..., :r].mT
         b = scale * left[..., last - r : last]
         return a, b
@@ -117,14 +120,14 @@ class Gradients:
 def from_inputs(layer: Any, undo: ExitStack) -> FromData | None:
     """Look at the inputs of a layer, if it multiplies their rows by the weight."""
     if layer.lora_reads_rows and layer._lora_is_additive:
-        return Inputs(layer, undo).factors
+        return EvaObserver(layer, undo).factors
     return None
 
 
 def from_gradients(layer: Any, undo: ExitStack) -> FromData | None:
     """Look at the gradients of a layer's weights. An embedding would change for tokens never seen."""
     if layer.lora_may_start_from_weight() and not layer.lora_matrices[0].tokens:
-        return Gradients(layer, undo).factors
+        return LoraGaObserver(layer, undo).factors
     return None
 
 

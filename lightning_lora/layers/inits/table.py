@@ -16,7 +16,7 @@ Draw = Callable[[Tensor, Tensor], None]
 FromWeight = Callable[[Tensor, int, float], Factors]
 """Returns A: (*, r, in) and B: (*, out, r) for a weight as a matrix (*, out, in), a rank and a scaling."""
 
-FromData = Callable[[Any, int], Factors | None]
+FromData = Callable[[Any, int], Factors | None]  # of any type: AdaptedMatrix is above this room, and layers too
 """Returns A and B of one of a layer's matrices, for a rank, or None without data. Rows that A lacks stay as drawn."""
 
 

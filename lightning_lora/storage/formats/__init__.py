@@ -1,1 +1,1 @@
-"""What reads a file into ``StoredAdapters`` or writes one from it. PEFT is imported only to be asked."""
+"""The formats of files: each is read into ``StoredAdapters``, and most are written from it."""

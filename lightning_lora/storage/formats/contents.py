@@ -48,7 +48,7 @@ def _read_with(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy:
                 raise AdapterFileError(f"{path} is no archive of torch, and no file of safetensors: {found}")
             archives.check_archive(file, path)
             contents = load(file)
-            reduce_to_adapters(contents)
+            reduce_to_adapters(contents)  # a merged model, or a base that a hook saw, may lie beside them
             return contents
 
 

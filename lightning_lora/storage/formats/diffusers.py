@@ -10,45 +10,44 @@ from torch import Tensor
 
 from lightning_lora.errors import warn
 from lightning_lora.model.view import View
-from lightning_lora.storage.disk import save
-from lightning_lora.storage.formats.format import HEADER, Asked, Reader, WrittenFormat
+from lightning_lora.storage.disk import json_object, save
+from lightning_lora.storage.formats.format import HEADER, Asked, WrittenFormat, tensors_in
 from lightning_lora.storage.formats.peft.peft_card import FOLDER, ModelCard, repository_of
-from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, json_object, most_common
+from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, most_common
 from lightning_lora.storage.formats.peft.peft_names import (
     DIFFUSERS_WEIGHTS,
+    MEMBER_NAME,
     METADATA,
-    PARTS,
     PREFIX,
     is_diffusers,
     peft_key,
-    tensors_in,
 )
-from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
+from lightning_lora.storage.formats.peft.peft_write import exported
 from lightning_lora.storage.formats.pipeline import (
-    Part,
+    PeftContents,
     PipelineFile,
     adapters_in_pipeline,
     checked_member,
-    parts_of_pipeline,
+    sources_of_members,
     warn_of_replaced,
 )
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.renaming import Renaming, entries_inside
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored import Reader, StoredAdapters
 from lightning_lora.tensors.names import owner_of
 
 # Write
 
 
-def write(source: Source, directory: Path, uniform: bool) -> None:
+def write(source: Source, directory: Path, *, uniform: bool) -> None:
     """Write what a pipeline reads: all its adapted members in one file."""
     tensors = dict[str, Tensor]()
     header = dict[str, Any]()
-    for part in parts_of_pipeline(source, DIFFUSERS.name):
+    for member_source in sources_of_members(source, DIFFUSERS.name):
         # diffusers before 0.34, and others that read its files, scale all by 1
-        member_tensors, config = exported_with_scaling(part, uniform, scaling=1.0)
-        name = checked_member(part, member_tensors, DIFFUSERS.name)
+        member_tensors, config = exported(member_source, uniform=uniform, scaling=1.0)
+        name = checked_member(member_source, member_tensors, DIFFUSERS.name)
         in_pipeline = Renaming(here=name)
         tensors |= in_pipeline.with_names_here(member_tensors)
         header |= in_pipeline.with_names_here(config)
@@ -97,22 +96,22 @@ class _DiffusersFile(PipelineFile):
     header: Mapping[str, Any]  # the configurations, which older files do not have
 
     def members(self) -> set[str]:
-        """Return the members, by what is before their names. One model may have PEFT's prefix there, or nothing."""
-        starts = set(map(_start, self.tensors))
+        """Return the members, by what names begin with."""
+        of_tensors = set(map(_start, self.tensors))
         if not self.header:
-            is_pipeline = any(map(PARTS.fullmatch, starts))
-            return starts if is_pipeline else {""}
-        members = set(map(owner_of, self.header))
-        is_one_model = not members.isdisjoint(("", PREFIX))
-        return members if is_one_model else members | starts
+            is_pipeline = any(map(MEMBER_NAME.fullmatch, of_tensors))
+            return of_tensors if is_pipeline else {""}  # of one model, whose names begin with its own modules
+        of_header = set(map(owner_of, self.header))
+        is_one_model = not of_header.isdisjoint(("", PREFIX))  # with PEFT's prefix, or with none
+        return of_header if is_one_model else of_header | of_tensors  # the header may lack some
 
-    def part(self, member: str, modules: Collection[str]) -> Part:
+    def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
         """Return the tensors and the configuration of one member."""
         tensors = Renaming(there=member).with_names_here(entries_inside(member, self.tensors))
         return tensors, self._config_of(member, tensors)
 
     def _config_of(self, member: str, tensors: Mapping[str, Tensor]) -> PeftConfig:
-        """The configuration of one member, which has these tensors."""
+        """The configuration of one member. If the header has none, it follows from the tensors."""
         fields = Renaming(there=member).with_names_here(entries_inside(member, self.header))
         if not fields:
             fields = _without_scaling(tensors)
@@ -125,7 +124,7 @@ class _DiffusersFile(PipelineFile):
 
 
 def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The configuration with which the scaling of each layer is one."""
+    """The fields of PEFT's configuration with which the scaling of each layer is one: alpha is its rank."""
     ranks = dict[str, int]()
     kinds = set[str]()
     for name, value in tensors.items():

@@ -4,20 +4,21 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
 
 from lightning_lora.config import Slices
-from lightning_lora.model.view import View
+from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.formats.writing import Source
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored import Reader
+from lightning_lora.tensors.named import of_type, without
 
-HEADER = "__metadata__"  # safetensors' name for what a file's header says, beside the names of its tensors
-
-Reader = Callable[[View], StoredAdapters]  # reads the tensors of a file for a model
+HEADER = "__metadata__"  # the contents of a file have its header under this name of safetensors, beside the tensors
 
 
 class Asked(NamedTuple):
-    """The arguments of ``load_adapter`` that some formats need."""
+    """The arguments of ``load_adapter`` that say what some files do not."""
 
     alpha: float | None = None
     target_slices: Slices | None = None
@@ -25,26 +26,33 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """The format of another library. It is described in its own file, and is one line of the registry."""
+    """The format of another library. Each has a file of its own, and a line in the registry."""
 
     name: str  # the ``format`` of ``export_peft``
     tool: str  # whose it is, in messages
-    read: Callable[[Mapping[str, Any], Any, Asked], Reader | None]  # None for a file of another format
-    files: tuple[str, ...] = ()  # the names of its files, if it is a folder; the first one is written
+    read: Callable[[Mapping[str, Any], Any, Asked], Reader | None]  # contents, path; None: a file of another format
+    files: tuple[str, ...] = ()  # the names of its files in a folder; the first one is written
     expected_files: str = ""  # those of a whole folder, in messages
-    takes_arguments: bool = False  # whether its files do not say what Asked holds
+    takes_arguments: bool = False  # whether it needs what is asked: its files do not say that
+
+
+class Writer(Protocol):
+    """Writes adapters into a directory."""
+
+    def __call__(self, source: Source, directory: Path, *, uniform: bool) -> None:
+        """Write the files. ``uniform``: with one rank and one alpha for all layers."""
 
 
 @dataclass(frozen=True)
 class WrittenFormat(Format):
     """A format that is written too."""
 
-    write: Callable[[Source, Path, bool], None] = field(kw_only=True)  # into a directory; True: one rank, one alpha
+    write: Writer = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class UnreadTool:
-    """A tool whose files are not read: the names of their tensors tell it, and an error says how to go on."""
+    """A tool whose files are not read, but told, so that the error says how to go on."""
 
     tool: str  # in messages
     names: str  # an expression for names of their tensors
@@ -54,3 +62,15 @@ class UnreadTool:
         """Whether names of tensors tell that a file is of this tool."""
         expression = re.compile(self.names)
         return any(map(expression.fullmatch, names))
+
+
+def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
+    """Return all but the header of a file. Refuse what is no tensor."""
+    others = without(contents, [HEADER])
+    tensors = of_type(others, Tensor)
+    odd = without(others, tensors)
+    if odd:
+        raise AdapterFileError(
+            f"{path} holds {listed(map(str, odd))}, which are no tensors. Use the file as it was written."
+        )
+    return tensors

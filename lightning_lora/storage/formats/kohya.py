@@ -16,25 +16,25 @@ from lightning_lora.base.fingerprints import names_in
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.functional.factors import Factors
 from lightning_lora.storage.disk import save
-from lightning_lora.storage.formats.format import Asked, Reader, WrittenFormat
-from lightning_lora.storage.formats.kohya_flux import CLASS as FLUX
-from lightning_lora.storage.formats.kohya_flux import in_one, name_in_flux
-from lightning_lora.storage.formats.kohya_names import ATTENTION, MEMBERS, OUTER, NameOf, forms
+from lightning_lora.storage.formats.format import Asked, WrittenFormat, tensors_in
+from lightning_lora.storage.formats.kohya_flux import FLUX_CLASS, name_in_flux, stacked_update
+from lightning_lora.storage.formats.kohya_names import ATTENTION, MEMBERS, OUTER, NameOf, naming_forms
 from lightning_lora.storage.formats.peft.peft_config import config_of, most_common
-from lightning_lora.storage.formats.peft.peft_names import peft_key, tensors_in
-from lightning_lora.storage.formats.peft.peft_write import exported_with_scaling
+from lightning_lora.storage.formats.peft.peft_names import peft_key
+from lightning_lora.storage.formats.peft.peft_write import exported
 from lightning_lora.storage.formats.pipeline import (
-    Part,
+    PeftContents,
     PipelineFile,
     adapters_in_pipeline,
     checked_member,
-    parts_of_pipeline,
+    sources_of_members,
     warn_of_replaced,
 )
 from lightning_lora.storage.formats.reading import pair_of
 from lightning_lora.storage.formats.unread import KOHYA_REMEDY
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.renaming import entries_inside
+from lightning_lora.storage.stored import Reader
 from lightning_lora.tensors.named import only, where_not, with_values
 from lightning_lora.tensors.names import join, starts_of
 
@@ -43,18 +43,21 @@ _FILE = "kohya_lora.safetensors"
 # Write
 
 
-def write(source: Source, directory: Path, uniform: bool) -> None:
-    """Write what these tools read: all adapted members of a pipeline in one file."""
+def write(source: Source, directory: Path, *, uniform: bool) -> None:
+    """Write what these tools read: all adapted members of a pipeline in one file.
+
+    The most common rank is the alpha of all layers of a member.
+    """
     modules = _known_modules(source)
     tensors = dict[str, Tensor]()
-    for part in parts_of_pipeline(source, KOHYA.name):
-        _refuse_dora(part)
-        exported, config = exported_with_scaling(part, uniform, scaling=1.0)
-        member = checked_member(part, exported, KOHYA.name)
-        layers = _with_whole_attentions(_layers_in(exported))
-        names = _names_there(part, member, layers, modules)
-        for name, parts in _by_name(layers, names).items():
-            tensors |= _tensors_of(name, in_one(parts), alpha=config["r"])
+    for member_source in sources_of_members(source, KOHYA.name):
+        _refuse_dora(member_source)
+        member_tensors, config = exported(member_source, uniform=uniform, scaling=1.0)
+        member = checked_member(member_source, member_tensors, KOHYA.name)
+        layers = _with_whole_attentions(_layers_in(member_tensors))
+        names = _names_in_file(member_source, member, layers, modules)
+        for name, updates in _by_name(layers, names).items():
+            tensors |= _tensors_of(name, stacked_update(updates), alpha=config["r"])
     warn_of_replaced(directory / _FILE, tensors, _beginning)
     write_files(directory, {_FILE: save(tensors, {})})
 
@@ -77,22 +80,22 @@ def _tensors_of(name: str, factors: Factors, alpha: int) -> dict[str, Tensor]:
 # The layers of a member
 
 
-def _refuse_dora(part: Source) -> None:
+def _refuse_dora(source: Source) -> None:
     """Refuse DoRA, of which diffusers drops the magnitudes."""
-    if part.stored.config.use_dora:
+    if source.stored.config.use_dora:
         raise ExportError(
             "Of a file of kohya's with DoRA, diffusers would read A and B alone, another update. Write "
             "format='diffusers', or merge: save_merged(model, path)."
         )
 
 
-def _layers_in(exported: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """A and B by layer."""
-    tensors = dict[str, dict[str, Tensor]]()
-    for name, value in exported.items():
+def _layers_in(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """A and B of each layer, from PEFT's tensors."""
+    pairs = dict[str, dict[str, Tensor]]()
+    for name, value in tensors.items():
         layer, what = peft_key(name)
-        tensors.setdefault(layer, {})[what] = value
-    return {layer: pair_of(layer, pair) for layer, pair in tensors.items()}
+        pairs.setdefault(layer, {})[what] = value
+    return {layer: pair_of(layer, pair) for layer, pair in pairs.items()}
 
 
 def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
@@ -109,9 +112,9 @@ def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
 # Their names
 
 
-def _names_there(part: Source, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
-    """The names of a member's layers in the file. Refuse layers without one."""
-    name_of = _naming(part, member, modules)
+def _names_in_file(source: Source, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
+    """The names in the file of a member's layers. Refuse layers without one."""
+    name_of = _naming(source, member, modules)
     names = {layer: name_of(layer) for layer in layers}
     unnamed = where_not(names, bool)
     if unnamed:
@@ -120,29 +123,29 @@ def _names_there(part: Source, member: str, layers: Iterable[str], modules: set[
             "UNet and the CLIP text encoders of Stable Diffusion and SDXL, and for the blocks of Flux. Leave these "
             "layers out (exclude_modules), or write format='diffusers', which ComfyUI reads too."
         )
-    _warn_of_skipped(part, member, names)
+    _warn_of_skipped(source, member, names)
     return names
 
 
-def _warn_of_skipped(part: Source, member: str, names: Mapping[str, str]) -> None:
+def _warn_of_skipped(source: Source, member: str, names: Mapping[str, str]) -> None:
     """Warn of layers that some reader skips, or may skip."""
     outer = only(names, OUTER)
     if outer:
         warn(f"kohya's own scripts skip {listed(outer)} without an error. ComfyUI, A1111 and diffusers read them.")
-    if member == "text_encoder" and part.stored.root == "":
+    if member == "text_encoder" and source.stored.root == "":
         warn(
             "Nothing around this text encoder says whose it is: it is named as that of Stable Diffusion. If it is one "
             "of SDXL or Flux, A1111 and kohya's scripts would skip it: export the module around the whole pipeline."
         )
 
 
-def _naming(part: Source, member: str, modules: set[str]) -> NameOf:
-    """How the layers of a member are named in the file."""
-    if part.inner_described.class_name == FLUX:
+def _naming(source: Source, member: str, modules: set[str]) -> NameOf:
+    """What gives a layer of a member its name in the file."""
+    if source.inner_described.class_name == FLUX_CLASS:
         return name_in_flux
-    inside = entries_inside(part.stored.root, dict.fromkeys(modules))
-    modules_there = set(map(part.name_there, inside))
-    first, *_ = forms(_beginning_of(member, modules), modules_there)
+    inside = entries_inside(source.stored.root, dict.fromkeys(modules))
+    modules_for_reader = set(map(source.name_for_reader, inside))
+    first, *_ = naming_forms(_beginning_of(member, modules), modules_for_reader)
     return first
 
 
@@ -154,21 +157,21 @@ def _by_name(layers: Mapping[str, Factors], names: Mapping[str, str]) -> dict[st
     return named
 
 
+_WITH_TWO_TEXT_ENCODERS = ("text_encoder_2", "add_embedding", "single_transformer_blocks")
+"""The names of modules that only SDXL and Flux have."""
+
+
 def _beginning_of(member: str, modules: Iterable[str]) -> str:
-    """The beginning of a member's names. Empty: it has none."""
+    """The beginning of a member's names in a file. Empty: this format has no such member."""
     last_components = {name.rpartition(".")[2] for name in modules}
     if member == "text_encoder" and not last_components.isdisjoint(_WITH_TWO_TEXT_ENCODERS):
         return "lora_te1"
     return {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}.get(member, "")
 
 
-_WITH_TWO_TEXT_ENCODERS = ("text_encoder_2", "add_embedding", "single_transformer_blocks")
-"""The names of modules that only SDXL and Flux have."""
-
-
 def _known_modules(source: Source) -> set[str]:
     """The names of all modules that are known: a file names the tensors of its base."""
-    modules = {*source.modules_here, *source.stored.layers}
+    modules = {*source.modules_of_model, *source.stored.layers}
     for fingerprint in source.stored.base:
         for tensor in names_in(fingerprint):
             modules.update(starts_of(tensor))
@@ -178,13 +181,13 @@ def _known_modules(source: Source) -> set[str]:
 # Read
 
 
-_ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}  # the ends of names, and PEFT's
+_ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}  # of names in a file, and PEFT's
 _ALPHA = "alpha"
 _LAYER = re.compile(rf"({'|'.join(MEMBERS)})_\w+")
 
 
 def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
-    """Return how to read these contents of a file, if kohya's scripts wrote it, or other code that has its names."""
+    """Return how to read these contents of a file, if it has the names of kohya's scripts."""
     if not any(map(_is_factor, map(str, contents))):
         return None
     tensors = tensors_in(contents, path)
@@ -199,7 +202,7 @@ def _is_factor(name: str) -> bool:
 
 
 def _check_names(names: Iterable[str], path: Any) -> None:
-    """Refuse what is no update of LoRA."""
+    """Refuse a file with a name of another method than LoRA."""
     odd = list[str]()
     for name in names:
         layer, _, end = name.partition(".")
@@ -221,17 +224,17 @@ class _KohyaFile(PipelineFile):
         """Return the members, by the beginnings of the names."""
         return {_member_of(name) for name in self.tensors}
 
-    def part(self, member: str, modules: Collection[str]) -> Part:
-        """Return what PEFT would have of one member."""
+    def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
+        """Return what PEFT would have in a file of one member, so that it is read as such."""
         layers = _layers_by_name(member, modules)
         adapters = _Adapters()
         unknown = dict[str, None]()
         for name, value in self._tensors_of(member).items():
-            there, _, end = name.partition(".")
-            if there in layers:
-                adapters.add(layers[there], end, value)
+            layer_in_file, _, end = name.partition(".")
+            if layer_in_file in layers:
+                adapters.add(layers[layer_in_file], end, value)
             else:
-                unknown[there] = None
+                unknown[layer_in_file] = None
         if unknown:
             raise AdapterMismatchError(
                 f"{self.path} holds adapters of {listed(unknown)}, and the model has no such layers of a UNet or a "
@@ -253,7 +256,7 @@ def _layers_by_name(member: str, modules: Collection[str]) -> dict[str, str]:
     """The layers of a member, by all names that files have for them."""
     layers = dict[str, str]()
     for beginning in with_values(MEMBERS, [member]):
-        for name_of in forms(beginning, modules):
+        for name_of in naming_forms(beginning, modules):
             layers |= {name_of(layer): layer for layer in modules}
     return layers
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.tensors.named import joined
 
-CLASS = "FluxTransformer2DModel"
+FLUX_CLASS = "FluxTransformer2DModel"  # of diffusers
 
 _IN_DOUBLE_BLOCK = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -53,8 +53,8 @@ def name_in_flux(layer: str) -> str:
     return _original_around(layer).name
 
 
-def in_one(updates: Mapping[str, Factors]) -> Factors:
-    """Return the update of an original layer from those of its parts."""
+def stacked_update(updates: Mapping[str, Factors]) -> Factors:
+    """Return the update of an original layer from those of its parts, by their names in diffusers."""
     first, *_ = updates
     parts = _original_around(first).parts
     if len(parts) < 2:

@@ -11,7 +11,7 @@ from functools import partial
 MEMBERS = {
     "lora_unet": "unet",
     "lora_te": "text_encoder",
-    "lora_te1": "text_encoder",  # beside a second one, as in SDXL
+    "lora_te1": "text_encoder",  # if there is a second one, as in SDXL
     "lora_te2": "text_encoder_2",
 }
 """The beginnings of names, and the members of a pipeline."""
@@ -19,7 +19,7 @@ MEMBERS = {
 NameOf = Callable[[str], str]  # from a layer's name in a member to that in a file; empty if it has none
 
 
-def forms(beginning: str, modules: Collection[str]) -> list[NameOf]:
+def naming_forms(beginning: str, modules: Collection[str]) -> list[NameOf]:
     """Return all ways in which files name the layers of a member, which has these modules. The first one is written."""
     if beginning != "lora_unet":
         return [partial(_name_in_text_encoder, beginning)]
@@ -69,17 +69,17 @@ def _name_in_unet(layer: str) -> str:
 
 
 class _OriginalUnet:
-    """The original names in a UNet, which count all layers of its blocks."""
+    """The original names in a UNet. They number ResNets and samplers through, where diffusers has blocks."""
 
     def __init__(self, modules: Collection[str]) -> None:
         self.layers = dict(OUTER)  # by their names in diffusers
-        self.places = {  # of attentions and ResNets
+        self.places = {  # of attentions and ResNets, which have layers inside
             "mid_block.resnets.0": "middle_block.0",
             "mid_block.attentions.0": "middle_block.1",
             "mid_block.resnets.1": "middle_block.2",
         }
         resnets = [name for name in modules if re.fullmatch(r"down_blocks\.0\.resnets\.\d+", name)]
-        for block in range(4):
+        for block in range(4):  # no such UNet has more
             self._add_block(block, len(resnets))
             if f"up_blocks.{block}.attentions.0" in modules:  # without one, diffusers would read another layer
                 self._add_upsampler(block, len(resnets))

@@ -1,4 +1,4 @@
-"""What a Lightning checkpoint holds besides the model's state: the run's, which users may edit, and their own."""
+"""What a Lightning checkpoint holds besides the model's state: the state of the run, and that of callbacks."""
 
 from collections.abc import Mapping
 from typing import Any, TypeGuard
@@ -70,8 +70,8 @@ def _is_lightning(checkpoint: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(checkpoint.get("state_dict"), Mapping)
 
 
-def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a full checkpoint as the base of a fine-tune: without the state of the run that wrote it."""
-    base = without(checkpoint, _OF_THE_RUN)
+def without_run_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a full checkpoint without the state of the run that wrote it: a new run begins from it."""
+    others = without(checkpoint, _OF_THE_RUN)
     anew = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
-    return {**base, **anew}
+    return {**others, **anew}

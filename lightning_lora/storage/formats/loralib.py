@@ -14,11 +14,11 @@ from lightning_lora.layers import AdaptedMatrix, LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View
 from lightning_lora.patterns import fits
-from lightning_lora.storage.formats.format import Asked, Format, Reader
+from lightning_lora.storage.formats.format import Asked, Format
 from lightning_lora.storage.formats.reading import Update, check_shapes, pair_of, place_of, stored_from_updates
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored import Reader, StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
@@ -32,7 +32,7 @@ class _LoralibFile:
     """What a file of loralib holds, by its own names."""
 
     pairs: dict[str, dict[str, Tensor]]  # "A" and "B" of each layer
-    rest: dict[str, Tensor]
+    rest: dict[str, Tensor]  # what is no part of an update
 
     def add(self, name: str, value: Tensor) -> None:
         """Add one tensor of the file."""
@@ -45,12 +45,12 @@ class _LoralibFile:
 
 def read(contents: Mapping[str, Any], path: object, asked: Asked) -> Reader | None:
     """Return how to read these contents of a file of torch, if loralib wrote it."""
-    tensors = _LoralibFile(pairs={}, rest={})
+    file = _LoralibFile(pairs={}, rest={})
     for name, value in _tensors_in(contents).items():
-        tensors.add(name, value)
-    if not tensors.pairs:
+        file.add(name, value)
+    if not file.pairs:
         return None
-    return lambda view: _adapters_in_file(view, tensors, path, asked)
+    return lambda view: _adapters_in_file(view, file, path, asked)
 
 
 def _tensors_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -65,23 +65,23 @@ def _tensors_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def _adapters_in_file(view: View, tensors: _LoralibFile, path: object, asked: Asked) -> StoredAdapters:
+def _adapters_in_file(view: View, file: _LoralibFile, path: object, asked: Asked) -> StoredAdapters:
     """The adapters for a model, whose names may differ by one prefix."""
     if asked.alpha is None:
         raise ConfigError(
             f"{path} holds adapters of loralib, whose alpha is in no file: load_adapter(model, path, alpha=...). Or "
             "a state of a model adapted here: inject_adapters(model, config), then model.load_state_dict(state)."
         )
-    settings = LoRAConfig(alpha=asked.alpha, target_slices=asked.target_slices)
+    settings_of_file = LoRAConfig(alpha=asked.alpha, target_slices=asked.target_slices)
     root = root_of(view.model)
-    place = place_of(view, tensors.pairs.keys(), tensors.rest.keys(), root)
-    factors = {name: pair_of(name, pair) for name, pair in tensors.pairs.items()}
+    place = place_of(view, file.pairs.keys(), file.rest.keys(), root)
+    factors = {name: pair_of(name, pair) for name, pair in file.pairs.items()}
     factors = place.with_names_here(factors)
-    _check_slices(settings, factors)
-    layers = _Layers(view, settings)
+    _check_slices(settings_of_file, factors)
+    layers = _Layers(view, settings_of_file)
     updates = [layers.update(name, pair) for name, pair in factors.items()]
-    rest = place.with_names_here(tensors.rest)
-    return stored_from_updates(view, updates, rest, LoRAConfig())
+    rest = place.with_names_here(file.rest)
+    return stored_from_updates(view, updates, rest, LoRAConfig())  # each update has its own scaling and slices
 
 
 def _check_slices(settings: LoRAConfig, layers: Iterable[str]) -> None:
@@ -96,13 +96,13 @@ def _check_slices(settings: LoRAConfig, layers: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class _Layers:
-    """The layers of a model, and what the user says of the file."""
+    """The layers of a model that a file adapts."""
 
     view: View
-    settings: LoRAConfig
+    settings: LoRAConfig  # with alpha and the slices that the user names: the file says neither
 
     def update(self, name: str, factors: Factors) -> Update:
-        """Return the update of one layer."""
+        """Return the update of one layer, or of its slices: a ``MergedLinear``, if the user names some."""
         layer, kind = self._described(name, factors)
         slices = self.settings.slices(name)
         if slices:
@@ -114,7 +114,7 @@ class _Layers:
         return Update(layer, (factors,))
 
     def _described(self, name: str, factors: Factors) -> tuple[StoredLayer, type[LoRALayer]]:
-        """The layer with its scaling, if loralib adapts such a layer with such factors. And our adapter of it."""
+        """The layer with its scaling, and the class of its adapter here. Refuse a layer that loralib does not adapt."""
         module = self.view.modules[name]
         kind = adapter_for(module)
         a, b = factors
@@ -131,7 +131,7 @@ class _Layers:
 
 
 def _rank_of(factors: Factors) -> int:
-    """The rank of one update, or of each slice."""
+    """The rank: the columns of B. A has as many rows for each slice."""
     _, b = factors
     return b.shape[1]
 

@@ -15,7 +15,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig
-from lightning_lora.storage.formats.peft.peft_names import PARTS, peft_key
+from lightning_lora.storage.formats.peft.peft_names import MEMBER_NAME, peft_key
 from lightning_lora.storage.formats.peft.peft_read import read_updates
 from lightning_lora.storage.formats.reading import Update, stored_from_updates
 from lightning_lora.storage.formats.writing import Source
@@ -27,9 +27,12 @@ from lightning_lora.tensors.names import first_names, is_in_any, starts_of, subm
 
 
 def member_name(model: nn.Module | None, root: str) -> str:
-    """Return what a pipeline calls a model: by ``root`` (its name in its module) or its class. Empty: it has none."""
+    """Return what a pipeline calls a model. Empty: it is no member of one.
+
+    ``root`` is its name in the module around it, which says more than its class.
+    """
     name = root.rpartition(".")[2]
-    if PARTS.fullmatch(name):
+    if MEMBER_NAME.fullmatch(name):
         return name
     for ancestor in type(model).__mro__:
         if ancestor.__module__.startswith("diffusers.models.unets"):
@@ -42,14 +45,19 @@ def member_name(model: nn.Module | None, root: str) -> str:
 
 
 def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
-    """The names of a pipeline's members among modules, by what it calls them. A name says more than a class."""
+    """Return a pipeline's members among modules: their names in the model, by what the pipeline calls them.
+
+    Nothing inside of a member is another one. If the pipeline would call two the same, such as two text encoders by
+    their class, the one that has this name here is meant.
+    """
     places = dict[str, str]()
     for name, module in without(modules, [""]).items():
         if is_in_any(name, places.values()):
             continue
         member = member_name(module, name)
-        is_better = member not in places or name.endswith(member)
-        if member and is_better:
+        is_first = member not in places
+        is_called_so = name.endswith(member)
+        if member and (is_first or is_called_so):
             places[member] = name
     return places
 
@@ -57,37 +65,42 @@ def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
 # The adapters of each member
 
 
-def parts_of_pipeline(source: Source, format: str) -> list[Source]:
-    """Return the adapters of each member of a pipeline: of the model itself, or of all in a module."""
+def sources_of_members(source: Source, format: str) -> list[Source]:
+    """Return the adapters of each member of a pipeline: the model may be one, or hold several."""
     roots = _roots_of_members(source)
     outside = set(source.stored.state)
-    parts = list[Source]()
+    sources = list[Source]()
     for root in roots:
-        part = _part_inside(root, source.stored)
-        parts.append(replace(source, stored=part))
-        outside -= part.state.keys()
+        stored = _adapters_inside(root, source.stored)
+        sources.append(replace(source, stored=stored))
+        outside -= stored.state.keys()
     if outside:
         raise ExportError(
             f"{listed(sorted(outside))} were trained outside of {listed(roots)}. With format={format!r}, a file holds "
             "parts of a pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
         )
-    return parts
+    return sources
 
 
 def _roots_of_members(source: Source) -> list[str]:
-    """The names of the adapted members. If none is known, the root, which is refused later."""
+    """The names of the adapted members in the model.
+
+    The root is one by itself. Otherwise they lie anywhere in the model. If none does, it is the root after all, which
+    :func:`checked_member` refuses.
+    """
     root = source.stored.root
     if member_name(source.inner, root):
         return [root]
     starts = map(starts_of, source.stored.layers)
     with_adapters = dict.fromkeys(chain.from_iterable(starts))  # in the order of the layers
-    modules = with_adapters if source.inner is None else first_names(source.modules_here)
-    members = members_in(modules)
-    return list(with_values(members, with_adapters).values()) or [root]
+    has_modules = source.inner is not None
+    modules = first_names(source.modules_of_model) if has_modules else with_adapters
+    adapted_members = with_values(members_in(modules), with_adapters)
+    return list(adapted_members.values()) or [root]
 
 
-def _part_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
-    """The adapters of one member."""
+def _adapters_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
+    """The adapters of one member, by the same names."""
     return replace(
         stored,
         root=root,
@@ -97,10 +110,10 @@ def _part_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
     )
 
 
-def checked_member(part: Source, tensors: Iterable[str], format: str) -> str:
-    """Return what a pipeline calls a part with these tensors. Refuse what it would not read."""
-    stored = part.stored
-    member = member_name(part.inner, stored.root)
+def checked_member(source: Source, tensors: Iterable[str], format: str) -> str:
+    """Return what a pipeline calls the member with these tensors. Refuse what it would not read."""
+    stored = source.stored
+    member = member_name(source.inner, stored.root)
     if not member:
         raise ExportError(
             f"format={format!r} is for parts of a pipeline that read adapters, and {stored.source} is none that is "
@@ -130,7 +143,7 @@ def warn_of_replaced(path: Path, tensors: Iterable[str], member_of: Callable[[st
 # Read
 
 
-Part = tuple[Mapping[str, Tensor], PeftConfig]  # what PEFT would have of one member
+PeftContents = tuple[Mapping[str, Tensor], PeftConfig]  # what PEFT would have in a file of one member
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,7 @@ class PipelineFile(ABC):
         """Return the members of which the file has adapters."""
 
     @abstractmethod
-    def part(self, member: str, modules: Collection[str]) -> Part:
+    def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
         """Return what the file has for one member, which has these modules."""
 
 
@@ -158,22 +171,22 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
     rest = dict[str, Tensor]()
     saved = list[str]()
     settings = list[LoRAConfig]()
-    kinds = set[tuple[bool, str]]()
+    kinds = set[tuple[bool, str]]()  # what one configuration here says for all members
     for member in sorted(members & places.keys()):
         place = places[member]
         modules = Renaming(there=place).names_here(entries_inside(place, view.modules))
-        tensors, peft = file.part(member, modules)
+        tensors, peft = file.contents_of(member, modules)
         member_updates, others = read_updates(view, tensors, peft, file.path, place)
         updates += member_updates
         rest |= others
         saved += peft.saved
-        settings.append(peft.config)
-        kinds.add((peft.config.use_dora, peft.config.init))
+        settings.append(peft.as_ours)
+        kinds.add((peft.as_ours.use_dora, peft.as_ours.init))
     if len(kinds) > 1:
         raise AdapterFileError(
             f"{file.path} has parts with other use_dora or init_lora_weights. Load each onto its model."
         )
-    return stored_from_updates(view, updates, rest, settings[0], saved)
+    return stored_from_updates(view, updates, rest, settings[0], saved)  # ranks and scalings are those of the updates
 
 
 def _places_of(members: set[str], view: View) -> dict[str, str]:
@@ -181,7 +194,8 @@ def _places_of(members: set[str], view: View) -> dict[str, str]:
     root = root_of(view.model)
     itself = member_name(submodule(view.model, root), root)
     places = {itself: root} if itself else members_in(view.modules)
-    if len(members) == 1 and members.isdisjoint(places):  # a file of one model is meant for this one
+    is_of_one = len(members) == 1
+    if is_of_one and members.isdisjoint(places):  # under any name it is meant for this model
         return dict.fromkeys(members, root)
     return places
 

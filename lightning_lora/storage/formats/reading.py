@@ -1,4 +1,8 @@
-"""What the readers of other libraries' files share: from updates of layers to adapters of this package."""
+"""What the readers of other libraries' files share: from updates of layers to adapters of this package.
+
+A file holds updates, and the rest: tensors that it trains in full, and copies of the base's. Readers give both by their
+names in the model.
+"""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +16,7 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMi
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.view import View
-from lightning_lora.storage.formats.trained_in_full import check_ties, find_trained, is_the_base
+from lightning_lora.storage.formats.trained_in_full import TrainedInFull, check_ties, find_trained, is_the_base
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming, find_renamings
 from lightning_lora.storage.stored import StoredAdapters, is_computable
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -34,7 +38,7 @@ class Update:
     @property
     def r(self) -> int:
         """The rank of the layer: the highest of its factors, each cut to the largest rank of its matrix."""
-        ranks = [matrix.rank(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
+        ranks = [matrix.rank_for(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
         return max(ranks)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -45,7 +49,7 @@ class Update:
         """The adapter's tensors, by name in the layer."""
         named = dict[str, Tensor]()
         for matrix, factors in self._by_matrix():
-            r = matrix.rank(self.r)
+            r = matrix.rank_for(self.r)
             a, b = with_rank(factors, r)
             named |= matrix.named((a.contiguous(), b.contiguous()))
         if self.magnitude is not None:
@@ -163,32 +167,52 @@ def stored_from_updates(
     settings: LoRAConfig,
     saved: Collection[str] | None = None,
 ) -> StoredAdapters:
-    """Return adapters with these updates and settings, and the rest of a file. ``rest`` has its names in the model.
+    """Return what a file holds, as adapters of this package.
 
-    Modules that train have names that end in one of ``saved``. None: the file holds each tensor of them.
+    Args:
+        view: The model.
+        updates: The updates in the file.
+        rest: The other tensors in it, by their names in the model.
+        settings: What the file says of the training. What trains in full, and whether DoRA does, its tensors say.
+        saved: The ends of the names of modules that train in full. None: the file does not say which.
     """
     if not updates:
         raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
     _check_floating(updates)
     adapted_weights = _adapted_weights(updates)
-    _check_copied_weights(view, rest, adapted_weights)
-    others = without(rest, adapted_weights)
-    trained = find_trained(view, others, saved)
-    state = only(others, trained.names.union(view.buffers))
-    check_ties(view, state)
+    trained, state = _trained_in_rest(view, rest, adapted_weights, saved)
     layers = list[StoredLayer]()
     for update in updates:
         layers.append(replace(update.layer, r=update.r))
         state |= update.tensors()
-    settings = replace(
+    settings = _settings_of_tensors(settings, updates, trained, adapted_weights)
+    config = by_whole_names(layers, settings, view.modules.keys())
+    with_rows = {layer.name: layer for layer in layers if layer.tokens}  # which rows, no tensor says
+    return StoredAdapters(config, state, with_rows)
+
+
+def _trained_in_rest(
+    view: View, rest: Mapping[str, Tensor], adapted_weights: Collection[str], saved: Collection[str] | None
+) -> tuple[TrainedInFull, dict[str, Tensor]]:
+    """What the rest of a file trains in full, with the values of that and of buffers. Copies are the base's."""
+    _check_copied_weights(view, rest, adapted_weights)
+    others = without(rest, adapted_weights)
+    trained = find_trained(view, others, saved)
+    values = only(others, trained.names.union(view.buffers))
+    check_ties(view, values)
+    return trained, values
+
+
+def _settings_of_tensors(
+    settings: LoRAConfig, updates: Iterable[Update], trained: TrainedInFull, adapted_weights: Collection[str]
+) -> LoRAConfig:
+    """The settings of the file, with those that only its tensors say."""
+    return replace(
         settings,
         modules_to_save=[*trained.modules, *trained.parameters] or None,
         bias=_bias_argument(trained.biases, adapted_weights),
         use_dora=any(update.magnitude is not None for update in updates),
     )
-    config = by_whole_names(layers, settings, view.modules.keys())
-    with_rows = {layer.name: layer for layer in layers if layer.tokens}  # which rows, no tensor says
-    return StoredAdapters(config, state, with_rows)
 
 
 def _adapted_weights(updates: Iterable[Update]) -> set[str]:

@@ -7,11 +7,11 @@ from typing import Any
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.storage.formats import diffusers, kohya, loralib
-from lightning_lora.storage.formats.format import Asked, Format, Reader, UnreadTool, WrittenFormat
+from lightning_lora.storage.formats.format import Asked, Format, UnreadTool, WrittenFormat
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.peft import peft_format
 from lightning_lora.storage.formats.unread import UNREAD_TOOLS
-from lightning_lora.storage.stored import KEY
+from lightning_lora.storage.stored import KEY, Reader
 
 FORMATS = (peft_format.PEFT, diffusers.DIFFUSERS, kohya.KOHYA, loralib.LORALIB)
 """All formats, in the order in which they are asked whether a file is theirs."""
@@ -20,7 +20,7 @@ WRITTEN = {format.name: format for format in FORMATS if isinstance(format, Writt
 
 
 def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, Reader] | None:
-    """Return a file's format, and how to read its contents. None: no other library wrote it."""
+    """Return a file's format, and how to read its contents. None: it has none of these formats."""
     if not isinstance(contents, dict) or KEY in contents or VERSION in contents:
         return None
     for format in FORMATS:
@@ -51,6 +51,10 @@ def file_in(folder: Path) -> tuple[Format, Path] | None:
     return None
 
 
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/(?!.*\.(safetensors|ckpt|bin|pt)$)[\w.-]{1,96}")
+"""A name of the hub, such as ``owner/adapter``. ``folder/adapter.bin`` is none: it ends as the name of a file."""
+
+
 def adapter_file_at(path: Path) -> Path:
     """Return the file with the tensors: ``path`` itself, or in the folder ``path``, or of a repository of the hub."""
     if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
@@ -73,9 +77,6 @@ def _no_adapters_in(folder: Path) -> str:
         f"{folder} is not a file, and as a folder it holds no adapters of PEFT. Expected {', or '.join(expected)}. "
         f"Otherwise pass one file, such as {first.name!r}."
     )
-
-
-_REPOSITORY = re.compile(r"[\w.-]{1,96}/(?!.*\.(safetensors|ckpt|bin|pt)$)[\w.-]{1,96}")  # no name of a file
 
 
 def _cached(repository: str) -> Path:

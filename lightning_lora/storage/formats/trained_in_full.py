@@ -23,19 +23,21 @@ class TrainedInFull:
     modules: list[str]
     parameters: list[str]  # single ones, in no such module
     biases: set[str]  # likewise
-    names: set[str]  # of all these tensors
+    names: set[str]  # of all tensors of these three groups
 
 
 def find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[str] | None) -> TrainedInFull:
     """Return what a file trains in full, in three groups.
 
-    Modules of which it holds each tensor, if they train. All other biases in it. And other parameters, if their values
-    are not the base's.
+    1. Modules of which it holds each tensor. They train if ``saved`` names them; if nothing does, one value must differ
+       from the base's.
+    2. Biases outside of these modules.
+    3. Other parameters outside of them, whose values differ from the base's: the others are copies of it.
 
     Args:
         view: The model.
         entries: The file's tensors besides updates, by their names in the model.
-        saved: The ends of the names of modules that train. None: the file does not say which, so those that changed.
+        saved: The ends of the names of modules that train. None: the file does not say which.
     """
     changed = [name for name in entries if not is_the_base(view, name, entries[name])]
     modules = _modules_that_train(_whole_modules(view, entries), changed, saved)
@@ -48,16 +50,20 @@ def find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[st
 
 
 def _modules_that_train(whole: Iterable[str], changed: Iterable[str], saved: Collection[str] | None) -> list[str]:
-    """Those of the whole modules that train, without the ones inside another one that does."""
+    """Those of the whole modules that train. One inside of another one is left out: it trains with that."""
     if saved is None:
         trained = modules_around(changed).intersection(whole)
     else:
         trained = {module for module in whole if module.endswith(tuple(saved))}
-    return [module for module in whole if module in trained and not is_in_any(owner_of(module), trained)]
+    outermost = list[str]()
+    for module in whole:
+        if module in trained and not is_in_any(owner_of(module), trained):
+            outermost.append(module)
+    return outermost
 
 
 def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
-    """The modules of which the file holds each tensor, outer ones first. Containers are none: they do not train."""
+    """The modules of which the file holds each tensor, outer ones first. Containers are none of them."""
     tensors_in_model = _tensors_by_module((*view.base, *view.buffers))
     tensors_in_file = _tensors_by_module(entries)
     modules = list[str]()
@@ -69,7 +75,7 @@ def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
 
 
 def _tensors_by_module(names: Iterable[str]) -> Counter[str]:
-    """The number of these tensors in each module, the modules inside it included."""
+    """The number of these tensors in each module, and in the modules inside of it."""
     count = Counter[str]()
     for name in names:
         *around, _ = starts_of(name)
@@ -81,7 +87,7 @@ def _tensors_by_module(names: Iterable[str]) -> Counter[str]:
 
 
 def is_the_base(view: View, name: str, value: Tensor) -> bool:
-    """Whether a value is the base's, in the narrower of the two dtypes."""
+    """Whether a value is the base's. Two dtypes are compared in the narrower one."""
     base = base_value(view, name).cpu()
     if base.is_meta:  # it has no values to compare
         return True

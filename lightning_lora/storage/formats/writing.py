@@ -13,59 +13,66 @@ from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, li
 from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers import LoRAParameters
-from lightning_lora.layers.matrices import Role, rows_of_weight, weight_factors
+from lightning_lora.layers.matrices import Role, matrices_of_weight, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import write_errors, writing
 from lightning_lora.storage.inner_model import UNKNOWN, StoredModule
-from lightning_lora.storage.renaming import Renaming, entries_inside
+from lightning_lora.storage.renaming import Renaming, entries_inside, names_outside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.whole_names import expression_of, list_or_expression
 from lightning_lora.tensors.named import modules_around, not_in, only, renamed, where, without
-from lightning_lora.tensors.names import is_in, join, modules_by_all_names
+from lightning_lora.tensors.names import join, modules_by_all_names
 
 
 @dataclass(frozen=True)
 class Source:
-    """Adapters to write, which are from a file. Of its model, only that is known what the file says of modules."""
+    """Adapters from a file, to write for a reader.
+
+    The reader is the program that loads the files. It has the module ``stored.root`` of the trained model, or all of it
+    (an empty root), and names modules from there.
+    """
 
     stored: StoredAdapters
-    base_name: str | None = field(default=None, kw_only=True)  # of the reader's model, in place of the one known
+    base_name: str | None = field(default=None, kw_only=True)  # from which the reader loads its model; None: as stored
 
-    def name_there(self, name: str) -> str:
-        """Return a name in the module that the reader has: without the root's prefix."""
+    def name_for_reader(self, name: str) -> str:
+        """Return the reader's name: without the prefix of the root."""
         return Renaming(self.stored.root, "").name_here(name)
 
     @property
-    def modules_here(self) -> dict[str, nn.Module]:
-        """All modules of the model. Those of a file are not known: there are none."""
+    def modules_of_model(self) -> dict[str, nn.Module]:
+        """All modules of the model, by their names there. None: a file has no modules."""
         return {}
 
     @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """The modules that the reader has, by their names there."""
-        return renamed(entries_inside(self.stored.root, self.modules_here), self.name_there)
+    def modules_for_reader(self) -> dict[str, nn.Module]:
+        """The modules that the reader has, by its names."""
+        return renamed(entries_inside(self.stored.root, self.modules_of_model), self.name_for_reader)
 
     @property
     def inner(self) -> nn.Module | None:
-        """The module that the reader has, with all others in it. That of a file is not known."""
-        return self.modules.get("")
+        """The module that the reader has, with all others in it. None: a file has no modules."""
+        return self.modules_for_reader.get("")
 
     @cached_property
     def described(self) -> dict[str, StoredModule]:
-        """The modules around adapted layers or alike, by their names there. A file of 0.2.0 says of none."""
-        return renamed(entries_inside(self.stored.root, self.stored.modules), self.name_there)
+        """What a file says of modules, by the reader's names: nothing, if 0.2.0 wrote it. A model says it too."""
+        return renamed(entries_inside(self.stored.root, self.stored.modules), self.name_for_reader)
 
     @property
     def inner_described(self) -> StoredModule:
-        """The module that the reader has, as it is described."""
+        """What is known of the module that the reader has."""
         inner = self.described.get("", UNKNOWN)
         if self.base_name is None:
             return inner
         return replace(inner, pretrained=self.base_name)
 
     def as_targets(self, names: list[str]) -> list[str] | str:
-        """Return the argument that means exactly the modules with these names there: a list, if no others end so."""
+        """Return the ``target_modules`` that mean exactly these modules.
+
+        The names are the reader's. They are a list if no other name ends so, otherwise an expression.
+        """
         if names and not self.described:
             return expression_of(names)
         return list_or_expression(names, self.described)
@@ -77,7 +84,7 @@ class Source:
 
     @cached_property
     def saved(self) -> dict[str, Tensor]:
-        """All entries of modules that are trained whole, unchanged ones too."""
+        """All entries of modules that train whole, unchanged ones too. An error, if a file lacks some."""
         present = self.present
         names = list(chain.from_iterable(self.stored.saved.values()))
         missing = not_in(names, present)
@@ -90,18 +97,18 @@ class Source:
 
     @property
     def present(self) -> dict[str, Tensor]:
-        """All tensors that are known: of a file, those that training changed."""
+        """All tensors that are known: a file has those that training changed."""
         return self.stored.state
 
 
 @dataclass(frozen=True)
 class ModelSource(Source):
-    """Adapters to write, and the model that they are from."""
+    """Adapters from a model, to write for a reader."""
 
     model: nn.Module
 
     @cached_property
-    def modules_here(self) -> dict[str, nn.Module]:
+    def modules_of_model(self) -> dict[str, nn.Module]:
         """All modules of the model."""
         return modules_by_all_names(self.model)
 
@@ -118,7 +125,7 @@ def _has_rows(layer: StoredLayer) -> bool:
 
 
 def for_reader(source: Source, root: str | None) -> Source:
-    """Return what to write for a reader that has the module ``root``."""
+    """Return what to write for a reader that has the module ``root``. None: the root that is stored."""
     stored = source.stored
     if root is not None:
         _check_root(root, stored)
@@ -138,10 +145,11 @@ def _check_root(root: str, stored: StoredAdapters) -> None:
 
 
 def _warn_of_lost_values(stored: StoredAdapters) -> None:
-    """Warn of values that are not the base's, and not of training: the reader gets none of them."""
-    outside = {
-        name for name in stored.filled_in_state if not is_in(name, stored.root)
-    }  # the reader has not these buffers
+    """Warn of values that the reader does not get, such as those of a buffer that ``setup`` filled.
+
+    They are neither in its base nor trained. Buffers outside of the root it does not have.
+    """
+    outside = names_outside(stored.root, stored.filled_in_state)
     lost = not_in(stored.of_no_base, outside)
     if lost:
         warn(
@@ -155,15 +163,15 @@ def _warn_of_lost_values(stored: StoredAdapters) -> None:
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """The update of one weight of a layer, which the reader has under ``name``: ``scaling`` times B @ A."""
+    """The update of one weight of a layer: ``scaling`` times B @ A."""
 
     layer: StoredLayer
-    name: str
-    weight: str
-    factors: Factors
+    name: str  # the reader's name of the layer
+    weight: str  # its name in the layer
+    factors: Factors  # A and B
     alpha: float
     scaling: float
-    magnitude: Tensor | None = None
+    magnitude: Tensor | None = None  # of DoRA
 
     @property
     def rank(self) -> int:
@@ -185,20 +193,21 @@ def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
     """The update of one weight, with the sum of all its parts."""
     config = source.stored.config
     settings = layer.settings(config)
-    tensor = partial(_value_of, source.stored, layer)
-    factors = weight_factors(weight, layer.matrices, settings, tensor)
+    value_of = partial(_value_of, source.stored, layer)
+    factors = weight_factors(weight, layer.matrices, settings, value_of)
     a, _ = factors
     is_parameter = layer.adapter_class is LoRAParameters
     parameter = join(layer.name, weight) if is_parameter else ""
-    first, *_ = rows_of_weight(layer.matrices, weight)
+    first, *_ = matrices_of_weight(weight, layer.matrices)
+    magnitude = value_of(first.parameter_name(Role.MAGNITUDE)) if settings.use_dora else None
     return WeightUpdate(
         layer=layer,
-        name=source.name_there(layer.name),
+        name=source.name_for_reader(layer.name),
         weight=weight,
         factors=factors,
         alpha=config.alpha_of(layer.name, parameter, r=a.shape[-2]),
-        scaling=first.scale(layer.scaling),
-        magnitude=tensor(first.parameter_name(Role.MAGNITUDE)) if settings.use_dora else None,
+        scaling=first.scaling_for(layer.scaling),
+        magnitude=magnitude,
     )
 
 
@@ -212,16 +221,16 @@ def _value_of(stored: StoredAdapters, layer: StoredLayer, parameter: str) -> Ten
 
 
 def with_largest_rank(updates: Collection[WeightUpdate]) -> list[WeightUpdate]:
-    """Give all the largest rank of any, with zeros. Alpha is as before."""
+    """Give all the largest rank of any, by rows and columns of zeros. Alpha is as before."""
     rank = max(update.rank for update in updates)
     return [replace(update, factors=with_rank(update.factors, rank)) for update in updates]
 
 
 def with_scaling(updates: Iterable[WeightUpdate], scaling: float) -> list[WeightUpdate]:
-    """Give all the same scaling: B takes over what differs, in float32 or wider."""
+    """Give all the same scaling. B takes over what differs, so the updates are as before."""
     changed = list[WeightUpdate]()
     for update in updates:
-        a, b = with_rank(update.factors, update.rank)
+        a, b = with_rank(update.factors, update.rank)  # the same rank, in float32 or wider
         factors = a, b * (update.scaling / scaling)
         alpha = scaling * update.rank
         changed.append(replace(update, factors=factors, alpha=alpha, scaling=scaling))

@@ -67,8 +67,8 @@ def _is_same_start(settings: Settings, config: LoRAConfig) -> bool:
 def _other_settings(view: View, config: LoRAConfig, wanted: Wanted, matrix: AdaptedMatrix, layer: LoRALayer) -> str:
     """What a file's adapters were trained with, and what the layer has."""
     settings = layer.lora_settings
-    r = matrix.rank(settings.r)
-    scaling = matrix.scale(settings.scaling)
+    r = matrix.rank_for(settings.r)
+    scaling = matrix.scaling_for(settings.scaling)
     start_there = start_here = ""
     if not _is_same_start(settings, config):
         start_there = f", init={config.init!r}"

@@ -6,7 +6,7 @@ Trainer's checkpoint (``checkpoint.py``), and state dicts that torch loads (``fr
 :func:`put_state` has nothing but the state.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,15 +24,12 @@ from lightning_lora.model.switch import activate, set_adapter
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.state import copies_of
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored import Reader, StoredAdapters
 from lightning_lora.tensors.named import not_in, of_type, only
 from lightning_lora.tensors.names import is_bias, join, own_parameter
 from lightning_lora.tensors.plain_states import StateDict, load_state_dict, state_dict
 from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values
-
-Reader = Callable[[View], StoredAdapters]
-"""Reads what a file holds for a model that is not merged, by the model's names."""
 
 
 def adapt_and_put(model: nn.Module, read: Reader, *, name: str | None = None, refuses_other_base: bool = True) -> None:

@@ -30,8 +30,8 @@ def read_layers(path: str | Path) -> StoredAdapters:
     return stored
 
 
-def besides(stored: StoredAdapters) -> dict[str, Any]:
-    """Return what a file holds besides adapters: trained modules, biases, buffers; not what is the run's alone."""
+def tensors_beside_adapters(stored: StoredAdapters) -> dict[str, Any]:
+    """Return what a file holds besides adapters, such as trained modules. Not the buffers that a run filled."""
     return without(stored.state, stored.adapter_names().union(stored.filled_in_state))
 
 
@@ -49,13 +49,13 @@ def matrix_updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Fac
     updates = dict[AdaptedMatrix, Factors]()
     for matrix in layer.matrices:
         a, b = matrix_factors(matrix, settings, parameter_of_layer)
-        scale = matrix.scale(layer.scaling)
+        scale = matrix.scaling_for(layer.scaling)
         updates[bare(matrix)] = a, b * scale
     return updates
 
 
 def layer_on(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -> LoRALayer:
-    """Return an adapted layer with these weights of the base. It can compute its merged weights."""
+    """Return an adapted layer with these weights of the base, which it can merge. Its other weights are empty."""
     layer = stored.layers[name]
     kind = cast(type[LoRALayer], layer.adapter_class)
     shell = nn.Module()

@@ -40,12 +40,12 @@ def check_tensors_alone(plan: MergePlan) -> None:
 def _check_adapted_weights(plan: MergePlan) -> None:
     """Refuse a base without the adapted weights."""
     wrong = list[str]()
-    for place, adapted in plan.adapted.items():
-        wanted = f"{place} {list(adapted.shape)}"
-        if not plan.is_in_base(place):
+    for in_base, adapted in plan.adapted.items():
+        wanted = f"{in_base} {list(adapted.shape)}"
+        if not plan.is_in_base(in_base):
             wrong.append(f"{wanted}, absent")
             continue
-        found = plan.files.get(place)
+        found = plan.files.get(in_base)
         if not _can_be_updated(found, adapted):
             wrong.append(f"{wanted}, {found.dtype} {list(found.shape)}")
     if wrong:
@@ -57,7 +57,7 @@ def _check_adapted_weights(plan: MergePlan) -> None:
 
 def _check_not_tied(plan: MergePlan) -> None:
     """Refuse updates that would reach other layers."""
-    tied = [place for place, adapted in plan.adapted.items() if adapted.is_tied]
+    tied = [in_base for in_base, adapted in plan.adapted.items() if adapted.is_tied]
     if tied:
         raise AdapterMismatchError(
             f"{listed(tied)} are tied to other layers, which a file cannot show: whoever loads it would tie them "
@@ -96,13 +96,13 @@ def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
     absent = _absent_tensors(plan, halves, digests)
     if not absent:
         return []
-    explained = {*map(plan.find_in_base, halves), *plan.adapted, *plan.replaced}
-    other_places = plan.files.file_of.keys() - explained
-    other_digests = _digests_of(plan, other_places)
+    explained = {*map(plan.find_in_base, halves), *plan.adapted, *plan.replaced}  # named by the adapters' file
+    unexplained = plan.files.file_of.keys() - explained  # one may be an absent tensor under another name
+    other_digests = _digests_of(plan, unexplained)
     lost = list[str]()
     for name, digest_there in absent.items():
         has_no_other_name = other_digests.isdisjoint({digest_there, *(halves[name] or ())})
-        if has_no_other_name or _is_misspelt(plan.name_in_base(name), other_places):
+        if has_no_other_name or _is_misspelt(plan.name_in_base(name), unexplained):
             lost.append(name)
     return lost
 
@@ -121,11 +121,11 @@ def _expected_tensors(plan: MergePlan, halves: Halves) -> set[str]:
     return {name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)}
 
 
-def _digests_of(plan: MergePlan, places: Iterable[str]) -> set[int]:
+def _digests_of(plan: MergePlan, names_in_base: Iterable[str]) -> set[int]:
     """The digests of some tensors of the base: as they are, and in half precision."""
     digests = set[int]()
-    for place in places:
-        value = plan.files.get(place)
+    for name in names_in_base:
+        value = plan.files.get(name)
         if not is_computable(value):
             continue
         digests.add(digest(value))
@@ -184,19 +184,19 @@ def _count_of_differences(found: Comparison) -> int:
 def _compared_tensors(plan: MergePlan, halves: Halves) -> Iterator[ComparedTensor]:
     """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
     for name, half_digests in without(halves, plan.not_of_the_base).items():
-        place = plan.find_in_base(name)
+        in_base = plan.find_in_base(name)
         is_quantised = half_digests is None
-        if is_quantised or place is None:
+        if is_quantised or in_base is None:
             continue
-        value = _without_trained_rows(plan, place)
+        value = _without_trained_rows(plan, in_base)
         digests_in_halves = partial(digests_as, value, HALVES)
-        yield ComparedTensor(name, place, value, digest(value), digests_in_halves)
+        yield ComparedTensor(name, in_base, value, digest(value), digests_in_halves)
 
 
-def _without_trained_rows(plan: MergePlan, place: str) -> Tensor:
+def _without_trained_rows(plan: MergePlan, in_base: str) -> Tensor:
     """A tensor of the base, as fingerprints know it: rows that train by themselves are zero."""
-    value = plan.files.get(place)
-    adapted = plan.adapted.get(place)
+    value = plan.files.get(in_base)
+    adapted = plan.adapted.get(in_base)
     if adapted is None or not adapted.layer.tokens:
         return value
     return value.index_fill(0, torch.tensor(adapted.layer.tokens), 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.moments import Guards
 from lightning_lora.storage.disk import check_output, folder_beside, path_here, writing, writing_folder
-from lightning_lora.storage.formats.lightning import as_base
+from lightning_lora.storage.formats.lightning import without_run_state
 from lightning_lora.storage.offline.layers import layer_on, read_layers
 from lightning_lora.storage.offline.merge_checks import check_plan, check_tensors_alone
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
@@ -28,9 +28,22 @@ from lightning_lora.storage.offline.tensor_files import (
 from lightning_lora.storage.plain_pickles import unread_in
 from lightning_lora.storage.stored import dict_or_empty
 
+Progress = Callable[[int], object]
+"""What is called before each tensor, with the number of all."""
 
-def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress: Callable[[int], object] = int) -> int:
-    """Merge adapters into a base, one tensor at a time. Return how many weights."""
+
+def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress: Progress | None = None) -> int:
+    """Merge adapters into files of a base, one tensor at a time.
+
+    Args:
+        base: A ``.safetensors`` file, a folder of them, or a checkpoint.
+        adapter: The file of adapters.
+        out: The merged model.
+        progress: Called before each tensor.
+
+    Returns:
+        How many weights got an update.
+    """
     base = path_here(base)
     out = path_here(out)
     files = tensor_files(base)
@@ -38,12 +51,12 @@ def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress
     _check_no_adapters(out)
     merge = _Merge(files, adapter, progress)
     check_plan(merge.plan)
-    _write_as_base(merge, files, out)
+    _write_in_form_of_base(merge, files, out)
     merge.warn_of_rounding()
     return len(merge.plan.adapted)
 
 
-def _write_as_base(merge: "_Merge", files: TensorFiles, out: Path) -> None:
+def _write_in_form_of_base(merge: "_Merge", files: TensorFiles, out: Path) -> None:
     """Write the merged model as what the base is, or as one safetensors file."""
     if isinstance(files, SafetensorsFolder):
         _merge_into_folder(merge, files, out)
@@ -76,14 +89,15 @@ def _check_no_adapters(out: Path) -> None:
 class _Merge:
     """Computes the tensors of a merged model, one by one."""
 
-    def __init__(self, files: TensorFiles, adapter: str | Path, progress: Callable[[int], object]) -> None:
+    def __init__(self, files: TensorFiles, adapter: str | Path, progress: Progress | None) -> None:
         self.plan = MergePlan(files, read_layers(adapter))
         self.progress = progress
         self.lost_share: dict[str, float] = {}  # of each layer's update, to rounding; of the layers computed so far
 
     def merged(self, name: str) -> Tensor:
         """Return a tensor of the merged model."""
-        self.progress(len(self.plan.output_of))
+        if self.progress is not None:
+            self.progress(len(self.plan.output_of))
         value = self.without_update(name)
         if name not in self.plan.adapted:
             return value
@@ -142,7 +156,7 @@ def _merge_into_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> No
     with writing(out) as part, folder_beside(out) as folder:
         state = _merged_state(merge, base, folder)
         is_state_alone = base.checkpoint.keys() <= state.keys()
-        contents = state if is_state_alone else {**as_base(base.checkpoint), "state_dict": state}
+        contents = state if is_state_alone else {**without_run_state(base.checkpoint), "state_dict": state}
         torch.save(contents, part)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_lora.base.fingerprints import StoredFingerprint
 from lightning_lora.errors import AdapterMismatchError, listed
-from lightning_lora.storage.offline.layers import besides
+from lightning_lora.storage.offline.layers import tensors_beside_adapters
 from lightning_lora.storage.offline.tensor_files import TensorFiles
 from lightning_lora.storage.renaming import Renaming, find_renamings, names_outside
 from lightning_lora.storage.stored import StoredAdapters
@@ -34,37 +34,37 @@ class AdaptedWeight:
 
 
 class MergePlan:
-    """The base and the adapters of a merge. Tensors have their names in the base."""
+    """The base and the adapters of a merge. Its tensors have their names in the base."""
 
     def __init__(self, files: TensorFiles, stored: StoredAdapters) -> None:
         self.files = files
         self.stored = stored
         self.base = files.path
         self.source = stored.source
-        self.renaming = _find_renaming(files, stored)
+        self.renaming = _find_renaming(files, stored)  # from names in the adapters' file to those in the base
         _check_inside(self.renaming, files, stored)
         self.adapted = self._find_adapted()  # the weights that get an update
         self.replaced = self._find_replaced()  # tensors of the adapters' file that take a place as they are
         self.output_of = self._find_outputs()  # the file of the base in whose place each merged tensor is written
 
     def name_in_base(self, name: str) -> str:
-        """Return the name in the base for one in the adapters' file that has a place there."""
+        """Return the name in the base for one in the adapters' file, if it :meth:`has_place` there."""
         return self.renaming.name_here(name)
 
     def find_in_base(self, name: str) -> str | None:
         """Return the name of the base's tensor for one in the adapters' file. None: it has none."""
         if not self.has_place(name):  # then it may have the name of another tensor of the base
             return None
-        place = self.name_in_base(name)
-        return place if self.is_in_base(place) else None
+        in_base = self.name_in_base(name)
+        return in_base if self.is_in_base(in_base) else None
 
     def has_place(self, name: str) -> bool:
         """Whether a name in the adapters' file lies inside of what the base is."""
         return is_in(name, self.renaming.there)
 
-    def is_in_base(self, place: str) -> bool:
-        """Whether the base has a tensor of this name."""
-        return place in self.files.file_of
+    def is_in_base(self, name: str) -> bool:
+        """Whether the base has a tensor of this name, which is one in the base."""
+        return name in self.files.file_of
 
     def names_in(self, file: Path) -> list[str]:
         """Return the merged tensors that are written in the place of one file of the base."""
@@ -85,33 +85,33 @@ class MergePlan:
         adapted = dict[str, AdaptedWeight]()
         for layer in self.stored.layers.values():
             for weight in layer.shapes:
-                place = self.name_in_base(join(layer.name, weight))
-                adapted[place] = AdaptedWeight(layer, weight)
-            for place in self._other_places_of_rows(layer):
-                adapted[place] = AdaptedWeight(layer, "weight")
+                in_base = self.name_in_base(join(layer.name, weight))
+                adapted[in_base] = AdaptedWeight(layer, weight)
+            for other in self._other_names_of_rows(layer):
+                adapted[other] = AdaptedWeight(layer, "weight")
         return adapted
 
-    def _other_places_of_rows(self, layer: StoredLayer) -> list[str]:
-        """Where the base holds an embedding of trained rows again, such as that of a tied head."""
+    def _other_names_of_rows(self, layer: StoredLayer) -> list[str]:
+        """The names under which the base holds an embedding of trained rows again, such as that of a tied head."""
         others = layer.tied.get("weight", ()) if layer.tokens else ()
-        places = map(self.find_in_base, others)
-        return [place for place in places if place is not None]
+        in_base = map(self.find_in_base, others)
+        return [name for name in in_base if name is not None]
 
     def _find_replaced(self) -> dict[str, Any]:
-        """What the adapters' file holds besides adapters. Of buffers that the run filled, those of the base."""
-        replaced = renamed(besides(self.stored), self.name_in_base)
+        """What the adapters' file holds besides adapters. Of buffers that its run filled, the base's."""
+        replaced = renamed(tensors_beside_adapters(self.stored), self.name_in_base)
         for name in self.stored.filled_in_state:
-            place = self.find_in_base(name)
-            if place is not None:
-                replaced[place] = self.stored.state[name]
+            in_base = self.find_in_base(name)
+            if in_base is not None:
+                replaced[in_base] = self.stored.state[name]
         return replaced
 
     def _find_outputs(self) -> dict[str, Path]:
         """The files of all merged tensors. What the base lacks, such as a new head, comes into its last file."""
         output_of = dict(self.files.file_of)
         *_, last = output_of.values()
-        for place in self.replaced:
-            output_of.setdefault(place, last)
+        for in_base in self.replaced:
+            output_of.setdefault(in_base, last)
         return output_of
 
 
@@ -134,7 +134,7 @@ def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
 
 def _check_inside(renaming: Renaming, files: TensorFiles, stored: StoredAdapters) -> None:
     """Refuse what the adapters' file holds for modules that the base has not."""
-    outside = names_outside(renaming.there, besides(stored))
+    outside = names_outside(renaming.there, tensors_beside_adapters(stored))
     if outside:
         raise AdapterMismatchError(
             f"{stored.source} also holds {listed(outside)}, trained outside of {renaming.there!r}, for which "

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.archives import check_file, check_new_format, kind_of
-from lightning_lora.storage.disk import header_of, reading
-from lightning_lora.storage.formats.peft.peft_config import json_object
+from lightning_lora.storage.disk import header_of, json_object, reading
 from lightning_lora.storage.plain_pickles import load_plain
 from lightning_lora.storage.stored import dict_or_empty
 from lightning_lora.tensors.named import of_type, with_values, without
@@ -199,7 +198,7 @@ def _is_inside_folder(folder: Path, name: str) -> bool:
 def write_tensors(
     path: Path,
     names: Collection[str],
-    described: Callable[[str], Tensor],
+    like: Callable[[str], Tensor],
     value_of: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> int:
@@ -208,11 +207,11 @@ def write_tensors(
     Args:
         path: The file.
         names: Its tensors.
-        described: Gives a tensor of the shape and dtype that the one of this name will have.
+        like: Gives a tensor of the shape and dtype that the one of this name will have.
         value_of: Gives the tensor of this name. It is called once for each.
         metadata: What the file says of itself.
     """
-    shells = {name: described(name).to("meta") for name in names}
+    shells = {name: like(name).to("meta") for name in names}
     names = sorted(names, key=lambda name: shells[name].itemsize, reverse=True)  # so each is aligned in memory
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
@@ -248,7 +247,7 @@ def _header_entry(name: str, tensor: Tensor) -> dict[str, Any]:
         raise _not_held(name, tensor)
     try:
         no_rows = torch.empty((0, *tensor.shape), dtype=tensor.dtype)
-        header = save({"": no_rows})[8:]
+        header = save({"": no_rows})[8:]  # after the eight bytes of its length
     except (KeyError, RuntimeError, ValueError, SafetensorError) as error:  # a dtype that safetensors lacks
         raise _not_held(name, tensor) from error
     entry: dict[str, Any] = json.loads(header)[""]

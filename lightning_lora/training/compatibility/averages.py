@@ -20,8 +20,8 @@ from lightning_lora.tensors.names import named_parameters
 from lightning_lora.tensors.values import replace_values
 
 
-def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew: bool) -> None:
-    """Let averages begin from the module as it is now, if they copied it before it was adapted.
+def begin_averages(callbacks: list[Callback], pl_module: LightningModule, *, anew: bool) -> None:
+    """Let averages begin from the adapted module, if they copied a plain one.
 
     With ``anew``, each begins again: values may have changed too.
     """
@@ -80,7 +80,10 @@ class _Average:
         vars(self.callback)[AVERAGE] = deepcopy(pl_module)
 
     def hide_frozen_norms(self) -> None:
-        """Hide frozen norms from SWA. It would estimate their statistics again in one more epoch."""
+        """Hide frozen norms from SWA, which would estimate their statistics again.
+
+        SWA asks two methods about norms. Ours stay on the callback: without frozen norms, they do the same as its own.
+        """
         kind = type(self.callback)
         if hasattr(kind, "reset_batch_norm_and_save_state"):
             reset = partial(kind.reset_batch_norm_and_save_state, self.callback)

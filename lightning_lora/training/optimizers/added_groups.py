@@ -51,8 +51,7 @@ def _trim(view: View, optimizer: Optimizer, group: Group) -> None:
     held = held_by([optimizer])
     added = set(map(_parameter_of, group["params"]))
     held_already = with_values({**view.adapter_parameters, **view.trainable}, held & added)
-    layers = dict.fromkeys(map(owner_of, held_already))
-    layers.update(dict.fromkeys(_layers_that_train(view, held, added)))
+    layers = dict.fromkeys([*map(owner_of, held_already), *_layers_that_train(view, held, added)])
     if not layers:  # frozen weights alone are refused in the optimizer's next step
         return
     frozen = with_values(view.frozen, added)

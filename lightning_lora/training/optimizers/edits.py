@@ -46,7 +46,10 @@ class Edit:
 
 
 def built_groups(optimizer: Optimizer) -> list[Params]:
-    """Return the groups as they were built. If other code edited them since: as they are now."""
+    """Return the groups as they were built. If other code edited them since: as they are now.
+
+    Call ``unsplit`` before: groups behind would count as such an edit.
+    """
     now = listed_parameters(optimizer)
     written: _Written | None = vars(optimizer).get(_WRITTEN)
     if written is not None and written.is_still_in(now):

@@ -89,7 +89,7 @@ class Float32Steps:
                 optimizer.state[p][KEY] = self._hide(p)
 
     def pause_step(self) -> None:
-        """Hide them, if a step is not over. LBFGS and SAM compute the loss again in it, others may be left out."""
+        """Hide them, if a step is not over. LBFGS and SAM compute the loss again in it; a GradScaler may skip it."""
         for p in list(self._shown):
             self._between[p] = self._hide(p)
 

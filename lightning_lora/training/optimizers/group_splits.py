@@ -80,7 +80,7 @@ def unsplit(optimizer: Optimizer) -> None:
     groups = optimizer.param_groups
     for group, of_module, _ in behind.pairs(groups):
         of_module["params"].extend(group["params"])
-    del groups[behind.place]
+    del groups[behind.slice]
     for hook in behind.hooks:
         hook.remove()
 
@@ -89,9 +89,9 @@ def groups_without_split(optimizer: Optimizer) -> list[Params]:
     """Return the parameters of each group of the module, as without the split."""
     groups = listed_parameters(optimizer)
     behind = BEHIND.get(optimizer, Behind())
-    for parameters, mirrored in zip(groups[behind.place], behind.mirrored, strict=True):
+    for parameters, mirrored in zip(groups[behind.slice], behind.mirrored, strict=True):
         groups[mirrored.number] += parameters
-    del groups[behind.place]
+    del groups[behind.slice]
     return groups
 
 
@@ -100,18 +100,18 @@ def groups_without_split(optimizer: Optimizer) -> list[Params]:
 
 def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Refuse the states of A for B: the sizes may be the same."""
-    place = BEHIND[optimizer].place
-    stored = settings_of(state["param_groups"][place], "name")
-    here = settings_of(optimizer.param_groups[place], "name")
+    behind = BEHIND[optimizer].slice
+    stored = settings_of(state["param_groups"][behind], "name")
+    here = settings_of(optimizer.param_groups[behind], "name")
     if stored != here:
         raise ValueError(f"its parameter groups of adapters are {stored}, and the module's {here}")
 
 
 def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Mirror what other code wrote, such as a warm-up by hand: one rate in all groups is meant as the module's."""
-    show_behind(optimizer)  # a scheduler may call us
+    """Mirror the module's rates. Code may have written one rate into all groups, also over ours, as a warm-up does."""
+    show_behind(optimizer)  # which mirrors them; and a scheduler that hides groups may call the step
     behind = BEHIND[optimizer]
-    behind.steps.begin(optimizer, optimizer.param_groups[behind.place])
+    behind.steps.begin(optimizer, optimizer.param_groups[behind.slice])
     closure = kwargs.get("closure")
     if closure:
         return args, {**kwargs, "closure": partial(_with_closure, closure, optimizer)}

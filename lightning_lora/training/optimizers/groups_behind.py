@@ -37,7 +37,7 @@ class Behind:
     steps: WatchedSteps = field(default_factory=WatchedSteps)
 
     @property
-    def place(self) -> slice:
+    def slice(self) -> slice:
         """Where they stand among the optimizer's groups."""
         return slice(self.first, self.first + len(self.mirrored))
 
@@ -46,12 +46,15 @@ class Behind:
 
         In a step of DeepSpeed, the optimizer has only one of its groups: then there may be none behind.
         """
-        for group, mirrored in zip(groups[self.place], self.mirrored, strict=False):
+        for group, mirrored in zip(groups[self.slice], self.mirrored, strict=False):
             yield group, groups[mirrored.number], mirrored.scale
 
 
 BEHIND: "WeakKeyDictionary[Optimizer, Behind]" = WeakKeyDictionary()
-"""What an optimizer has behind the module's groups."""
+"""What an optimizer has behind the module's groups.
+
+Between two steps it refers to no parameter, of which one may refer to the optimizer. So nothing keeps the key alive.
+"""
 
 
 def has_groups_behind(optimizer: Optimizer) -> bool:
@@ -97,8 +100,8 @@ def hide_behind(optimizer: Optimizer) -> bool:
     if behind.hidden:
         return False
     groups = optimizer.param_groups
-    behind.hidden = groups[behind.place]
-    del groups[behind.place]
+    behind.hidden = groups[behind.slice]
+    del groups[behind.slice]
     return True
 
 

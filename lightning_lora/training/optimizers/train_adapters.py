@@ -13,6 +13,7 @@ from lightning_lora.model.still.settle import settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.training.optimizers.edits import Edit, built_groups
+from lightning_lora.training.optimizers.group_checks import check_emptied, place_remaining
 from lightning_lora.training.optimizers.group_splits import check_splits, unsplit
 from lightning_lora.training.optimizers.groups import (
     Params,
@@ -21,14 +22,13 @@ from lightning_lora.training.optimizers.groups import (
     leading_layers,
     parameters_in,
 )
-from lightning_lora.training.optimizers.places import check_emptied, place_remaining
 from lightning_lora.training.optimizers.scales import Scale, scales_in
 
 
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: Scale = 1) -> None:
     """Replace base weights in the groups by adapters. Check all optimizers before the first is changed."""
     for optimizer in optimizers:
-        unsplit(optimizer)
+        unsplit(optimizer)  # first: ``built_groups`` compares groups without a split
     view = view_of(model)
     paused = _settle_networks(view, optimizers)
     scales = scales_in(view, lr_scale)
@@ -52,9 +52,9 @@ def _settle_networks(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
 
 
 def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
-    """The base's parameters that no optimizer holds, nor their adapters.
+    """If an adapted weight is held: the base's parameters that no optimizer holds, nor adapters of them.
 
-    If no adapted weight is held at all, the set is empty: that says nothing about single networks.
+    If none is held at all, the set is empty: that says nothing about single networks.
     """
     held = _built_by(optimizers)
     held |= base_weights_of(layers_trained_by(held, view), view)
@@ -105,12 +105,13 @@ class _Places:
 
     def in_groups(self, groups: list[Params]) -> list[Params]:
         """Return one optimizer's groups with adapters. Files keep the order."""
-        placed = set[nn.Parameter]()
+        already_placed = set[nn.Parameter]()
         edited = []
         for group in groups:
-            stands_elsewhere = placed | self.in_built_groups.difference(group)
+            in_another_group = self.in_built_groups.difference(group)
+            stands_elsewhere = already_placed | in_another_group
             trained = [p for p in self._may_train_in(group) if p not in stands_elsewhere]
-            placed.update(trained)
+            already_placed.update(trained)
             edited.append(trained)
         return edited
 

@@ -1,52 +1,46 @@
-"""Frozen networks that may be backbones: does what trains read them? The first step tells. If not, adapters go off."""
+"""Frozen networks that may be backbones: is what trains computed from their outputs? The first step tells."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch import Trainer
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.errors import StrategyError, listed
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.still.find_still import about_networks_left_out
-from lightning_lora.model.still.settle import leave_alone
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.view import View
 from lightning_lora.private import NODE_FUNCTION, tree_leaves
 from lightning_lora.tensors.graphs import nodes_behind
-from lightning_lora.tensors.named import inside, only, outside, where, with_values, without
+from lightning_lora.tensors.named import inside, only, outside, where, without
 from lightning_lora.tensors.names import owner_of
 from lightning_lora.tensors.values import is_tensor
-from lightning_lora.training.optimizers.edits import rewrite_groups
-from lightning_lora.training.optimizers.groups import groups_of, held_by
-from lightning_lora.training.optimizers.places import no_place_error
 from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
 
-_WHAT_TRAINS = ""  # stands among the networks that have run for what trains
 _UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its graph is made in the backward pass
 
 
 class Feeding:
-    """Notes which frozen networks feed what trains. The graphs behind the inputs of the layers that train say so.
+    """Notes which frozen networks feed what trains.
 
-    A backbone feeds its head. A network in the loss, and a teacher, feed nothing that trains.
+    A backbone feeds its head: the head's inputs are computed from it, as the graphs behind them say. A network in the
+    loss, and a teacher, feed nothing that trains.
     """
 
     def __init__(self, trainer: Trainer, view: View) -> None:
         self.trainer = trainer
         self.unjudged: dict[str, set[int]] = {}  # the networks, with the ids of their adapters' parameters
-        self.found: set[int] = set()  # parameters from which inputs of what trains were computed
-        self.have_run: set[str] = set()
+        self.have_run: set[str] = set()  # of these networks
+        self.what_trains_has_run = False
+        self.leaves_read: set[int] = set()  # the ids of parameters from which inputs of what trains were computed
         self.hooks: list[RemovableHandle] = []
         for network in view.adapter.networks.under_head:
             self.unjudged[network] = set()
             for name in inside(view.layers, [network]):
                 self._watch_layer(network, view.layers[name])
         if self.unjudged:
+            # if only a head without an adapter trains, its inputs count
             for module in _modules_that_train(view, self.unjudged) or _modules_without_adapters(view):
                 self.hooks.append(module.register_forward_pre_hook(self._look_at_inputs, with_kwargs=True))
 
@@ -62,9 +56,9 @@ class Feeding:
     def _look_at_inputs(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        self.have_run.add(_WHAT_TRAINS)
+        self.what_trains_has_run = True
         if not self.have_run.isdisjoint(self.unjudged):  # what feeds a layer has run before it
-            self.found |= _leaves_behind(tree_leaves((args, kwargs)))
+            self.leaves_read |= _leaves_behind(tree_leaves((args, kwargs)))
 
     def judge(self, networks: Iterable[str], is_agreed: Callable[[bool], bool]) -> tuple[list[str], list[str]]:
         """Judge these networks, once each. Return those that feed nothing, and those that feed what trains.
@@ -85,11 +79,11 @@ class Feeding:
 
     def _have_both_run(self, network: str) -> bool:
         """Whether a network and what trains have run."""
-        return {_WHAT_TRAINS, network} <= self.have_run
+        return self.what_trains_has_run and network in self.have_run
 
     def _feeds_nothing(self, network: str) -> bool:
         """Whether nothing that trains was computed from the network."""
-        return self.found.isdisjoint({*self.unjudged[network], _UNKNOWN})
+        return self.leaves_read.isdisjoint({*self.unjudged[network], _UNKNOWN})
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -121,76 +115,3 @@ def _leaves_behind(values: Iterable[object]) -> set[int]:
         if issubclass(getattr(type(node), NODE_FUNCTION, object), CHECKPOINT_FUNCTION):
             found.add(_UNKNOWN)
     return found
-
-
-# The judgement, before the first optimizer step
-
-
-def remove_unfed(
-    model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool
-) -> bool:
-    """Remove the adapters of frozen networks that feed nothing that trains. No optimizer has changed them yet.
-
-    All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
-    were such networks. Refuse one that feeds what trains, if no optimizer has a place for its adapters.
-    """
-    to_judge = list(feeding.unjudged)
-    if not copied:
-        to_judge = _judged_with(optimizer, strategy.optimizers, feeding.unjudged)
-    unfed, fed = feeding.judge(to_judge, strategy.reduce_boolean_decision)
-    if fed:
-        view = view_of(model)
-        if not copied:
-            _check_places(view, fed, strategy.optimizers)
-        _tell_of_fed(view, fed, unfed)
-    if not unfed:
-        return False
-    said = about_networks_left_out(unfed, view_of(model).title)
-    if copied:
-        raise StrategyError(
-            f"{said} DeepSpeed cannot take parameters out of a fit that has begun. "
-            f"Name it yourself: exclude_modules={unfed}."
-        )
-    leave_alone(view_of(model), unfed)
-    rank_zero_info(said)
-    _take_out_frozen(model, optimizer)
-    return True
-
-
-def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks: Mapping[str, Set[int]]) -> list[str]:
-    """The networks that an optimizer trains, or that none does."""
-    held_here = set(map(id, held_by([optimizer])))
-    held_anywhere = set(map(id, held_by(optimizers)))
-    judged = []
-    for name, parameters in networks.items():
-        if not held_here.isdisjoint(parameters) or held_anywhere.isdisjoint(parameters):
-            judged.append(name)
-    return judged
-
-
-def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
-    """Refuse networks that feed what trains, if no optimizer holds their adapters."""
-    placed = with_values(view.adapter_parameters, held_by(optimizers))
-    unplaced = inside(without(view.adapter_parameters, placed), fed)
-    if unplaced:
-        raise no_place_error(view.title, unplaced, len(list(groups_of(optimizers))))
-
-
-def _tell_of_fed(view: View, fed: Sequence[str], unfed: Sequence[str]) -> None:
-    """Say that adapters train in a frozen network too, if others train besides."""
-    others = outside(view.layers, (*fed, *unfed))
-    if others:
-        rank_zero_info(
-            f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in {listed(fed)} "
-            f"too. To leave that as it is: exclude_modules={fed}."
-        )
-
-
-def _take_out_frozen(model: nn.Module, optimizer: Optimizer) -> None:
-    """Take parameters that train no more out of the groups."""
-    view = view_of(model)
-    trained = set(model.parameters()) - set(view.frozen.values())
-    groups = []
-    for group in optimizer.param_groups:
-        groups.append([parameter for parameter in group["params"] if parameter in trained])
-    rewrite_groups(view, optimizer, groups)

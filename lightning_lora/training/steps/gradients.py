@@ -1,6 +1,6 @@
 """Gradients of adapters and frozen weights in a run's steps."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from itertools import compress
 
 from lightning.pytorch import LightningModule
@@ -24,16 +24,13 @@ from lightning_lora.training.steps.received import Received
 class Gradients:
     """Watches the gradients of one run: frozen weights get none, and each optimizer's first step shows who has some.
 
-    ``copied`` are the parameters of which the optimizer trains copies. ``is_new_fit``: it has loaded no adapters.
+    That step also shows which networks copy others. With ``begins_copies``, these begin with the originals' adapters.
     """
 
-    def __init__(
-        self, model: nn.Module, received: Received, copied: Sequence[nn.Parameter] = (), *, is_new_fit: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, received: Received, *, begins_copies: bool) -> None:
         self.model = model
         self.received = received
-        self.copied = set(copied)
-        self.is_new_fit = is_new_fit
+        self.begins_copies = begins_copies
         self.frozen = set(view_of(model).frozen.values())
         self.checkpoints = OwnCheckpoints(self.frozen)
         self.has_told_of_thawed = False
@@ -83,12 +80,17 @@ class Gradients:
             self._keep_frozen()  # a step by hand may call loss.backward()
         if optimizer in self.optimizers:
             return []
-        held = self.copied or held_by([optimizer])
+        held = self.held_by(optimizer)
         missed = self.received.missed(held)
-        if not self.had_backward and missed == held:  # no backward pass yet
+        has_any_gradient = self.had_backward or missed != held  # code may call loss.backward() itself
+        if not has_any_gradient:
             return []
         self.optimizers.append(optimizer)
         return self._begin_first_step(held, missed)
+
+    def held_by(self, optimizer: Optimizer) -> Set[nn.Parameter]:
+        """Return the module's parameters that an optimizer trains."""
+        return held_by([optimizer])
 
     def _begin_first_step(self, held: Set[nn.Parameter], missed: Set[nn.Parameter]) -> list[str]:
         """Check the weights, and settle which copies follow. Return the other layers without a gradient."""
@@ -101,13 +103,13 @@ class Gradients:
     def _settle_copies(self, view: View, layers: Mapping[str, LoRALayer]) -> dict[str, str]:
         """Find networks among these layers that copy others, and have no gradient yet.
 
-        In a new fit, they get the originals' adapters. In one that goes on, they have their own from the file.
+        In a fit that goes on, they have adapters of their own from the file.
         """
-        idle = _layers_without_gradient(view, layers)
-        copies = copies_among(view, idle)
-        if self.copied or not self.is_new_fit:
+        without_gradient = _layers_without_gradient(view, layers)
+        copies = copies_among(view, without_gradient)
+        if not self.begins_copies:
             return copies
-        begin_as_originals(view, copies, idle)
+        begin_as_originals(view, copies, without_gradient)
         if copies:
             rank_zero_info(
                 f"Copies in {view.title} that have received no gradient yet: {pairs_of(copies)}. They begin with the "

@@ -62,19 +62,19 @@ class FrozenCopies:
         return self.originals[copy] + name.removeprefix(copy)
 
     def _is_towards_original(self, view: View, name: str, copy: str) -> bool:
-        """Whether a weight has moved towards its original's, with or without the update, or not at all."""
+        """Whether a weight lies between what it was and its original, with or without the update."""
         wanted = _weights_with_update(view, self.name_in_original(name, copy))
         if not wanted or wanted[0].shape != view.base[name].shape:
             return False
         now = samples(view.base[name])
-        ends = [self._before[name].some_values]
-        ends += map(samples, wanted)
-        alike = [end.to(now) for end in ends]
-        return _are_between(now, torch.stack(alike).double())
+        before_and_wanted = [self._before[name].some_values]
+        before_and_wanted += map(samples, wanted)
+        ends = [values.to(now) for values in before_and_wanted]
+        return _are_between(now, torch.stack(ends).double())
 
 
 def _are_between(values: Tensor, ends: Tensor) -> bool:
-    """Whether each value lies between its ends, up to rounding."""
+    """Whether each value lies between the least and the greatest of its ends, up to rounding."""
     rounding = 8 * torch.finfo(values.dtype).eps * ends.abs().amax(0)
     least = ends.amin(0) - rounding
     most = ends.amax(0) + rounding

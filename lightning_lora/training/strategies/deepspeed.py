@@ -1,12 +1,13 @@
-"""DeepSpeed with ZeRO stage 1 or 2: each process holds all weights, and trains copies in float32 of a shard of them."""
+"""DeepSpeed with ZeRO stage 1 or 2: each process holds all weights, and trains a float32 shard of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lora.errors import StrategyError
 from lightning_lora.layers import LoRALayer
@@ -15,10 +16,13 @@ from lightning_lora.model.view import View
 from lightning_lora.tensors.named import where
 from lightning_lora.training.compatibility import refuse_strategy
 from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
+from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.optimizers.schedulers import hide_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
+from lightning_lora.training.steps.feeding import Feeding
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.steps.received import NotedGradients
+from lightning_lora.training.steps.unfed import refuse_unfed
 from lightning_lora.training.strategies.late_restore import LateRestoreMethods
 from lightning_lora.training.strategies.partitions import (
     OptimizerState,
@@ -28,8 +32,8 @@ from lightning_lora.training.strategies.partitions import (
     scattered_state,
 )
 
-_COPIES = "float32"
-"""The entry of an optimizer's state in half precision with DeepSpeed's copies."""
+_SHARDS = "float32"
+"""The entry of an optimizer's state in half precision with DeepSpeed's float32 shards."""
 
 _SCALE = "loss_scaler"
 """The entry that says how DeepSpeed scales the loss in float16."""
@@ -46,12 +50,13 @@ class DeepSpeedMethods(LateRestoreMethods):
         "teardown",
         "optimizer_state",
     )
+    # its own read and write a folder, with a file of each process
     of_all_strategies = ("load_checkpoint", "load_model_state_dict", "save_checkpoint")
 
     def __init__(self, strategy: Any) -> None:
         super().__init__(strategy)
         self.partitions: Sequence[Partition] = ()  # what this process trains of each group
-        self._idle: dict[str, nn.Parameter] = {}  # what keeps the places of groups which train nothing, by name
+        self._placeholders: dict[str, nn.Parameter] = {}  # what keeps the places of groups which train nothing, by name
 
     @classmethod
     def check(cls, strategy: Any) -> None:
@@ -84,9 +89,9 @@ class DeepSpeedMethods(LateRestoreMethods):
         for number, group in enumerate(optimizer.param_groups):
             if not group["params"]:
                 name = f"lora_idle_{number}"
-                self._idle[name] = nn.Parameter(torch.zeros(2 * dist.get_world_size()))  # some for each process
-                self.module.register_parameter(name, self._idle[name])
-                group["params"].append(self._idle[name])
+                self._placeholders[name] = nn.Parameter(torch.zeros(2 * dist.get_world_size()))  # some for each process
+                self.module.register_parameter(name, self._placeholders[name])
+                group["params"].append(self._placeholders[name])
 
     def init_deepspeed(self) -> None:
         """Build the engine."""
@@ -102,14 +107,14 @@ class DeepSpeedMethods(LateRestoreMethods):
         """Build the engine of a fit, and find this process's shards in it."""
         self._check_dtypes()
         self._check_scale()
-        self._idle = {}  # ``_init_optimizers``, which this calls, fills it
+        self._placeholders = {}  # ``_init_optimizers``, which this calls, fills it
         try:
             self.original.init_deepspeed()
         finally:
-            for name in self._idle:
+            for name in self._placeholders:
                 delattr(self.module, name)
         (optimizer,) = self.strategy.optimizers
-        self.partitions = partitions_of(optimizer, set(self._idle.values()))
+        self.partitions = partitions_of(optimizer, set(self._placeholders.values()))
 
     def _check_dtypes(self) -> None:
         """Refuse adapters in float32 where DeepSpeed would take all that trains for float32."""
@@ -177,7 +182,7 @@ class DeepSpeedMethods(LateRestoreMethods):
         (optimizer,) = self.strategy.optimizers
         (state,) = checkpoint["optimizer_states"]
         optimizer.optimizer.load_state_dict(scattered_state(self.partitions, state))
-        for partition, values in zip(self.partitions, state.get(_COPIES, ()), strict=False):  # or a file has no copies
+        for partition, values in zip(self.partitions, state.get(_SHARDS, ()), strict=False):  # or a file has none
             partition.local.detach().copy_(partition.local_of(values))
         if _SCALE in state and hasattr(optimizer, "loss_scaler"):
             vars(optimizer.loss_scaler).update(state[_SCALE])
@@ -187,20 +192,41 @@ class DeepSpeedMethods(LateRestoreMethods):
         device = self.strategy.root_device
         state = gathered_state(self.partitions, optimizer, device)
         if any(map(Partition.has_other_dtype, self.partitions)):
-            state[_COPIES] = [partition.full(partition.local.detach(), device) for partition in self.partitions]
+            state[_SHARDS] = [partition.full(partition.local.detach(), device) for partition in self.partitions]
         scaler = vars(optimizer).get("loss_scaler")
         if scaler is not None and scaler.dynamic:
             state[_SCALE] = where(vars(scaler), _is_plain)
         return state
 
-    # Gradients
+    # Training
 
     def gradients(self, *, is_new_fit: bool) -> Gradients:
-        """Return what watches the gradients of a fit. Its optimizer trains copies of the parameters."""
-        copied: list[nn.Parameter] = []
-        for partition in self.partitions:
-            copied += partition.parameters
-        return Gradients(self.module, NotedGradients(self.module), copied, is_new_fit=is_new_fit)
+        """Return what watches the gradients of a fit."""
+        return PartitionedGradients(self.module, self.partitions)
+
+    def float32_steps(self, view: View) -> Float32Steps:
+        """Return one that does nothing: the shards are float32."""
+        return Float32Steps()
+
+    def remove_unfed(self, optimizer: Any, feeding: Feeding) -> bool:
+        """Refuse networks that feed nothing."""
+        refuse_unfed(self.module, self.strategy, feeding)
+        return False
+
+
+class PartitionedGradients(Gradients):
+    """Gradients of parameters that DeepSpeed's optimizer trains by its float32 shards of them."""
+
+    def __init__(self, model: nn.Module, partitions: Iterable[Partition]) -> None:
+        # what is written to a parameter now is lost: the shards have the values, so copies keep their adapters
+        super().__init__(model, NotedGradients(model), begins_copies=False)
+        self.sharded = set[nn.Parameter]()
+        for partition in partitions:
+            self.sharded.update(partition.parameters)
+
+    def held_by(self, optimizer: Optimizer) -> Set[nn.Parameter]:
+        """Return all that are sharded: there is one optimizer."""
+        return self.sharded
 
 
 def _uses_dora(layer: LoRALayer) -> bool:

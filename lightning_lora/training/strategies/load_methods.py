@@ -11,7 +11,12 @@ from lightning_lora.model.view import View
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.beside_adapters import reduce_to_adapters, show_base
-from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, remove_callback_state
+from lightning_lora.storage.formats.lightning import (
+    check_readable,
+    check_resumable,
+    remove_callback_state,
+    without_run_state,
+)
 from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.storage.temporary_files import remove_left_parts
@@ -19,7 +24,7 @@ from lightning_lora.tensors.named import without
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import showing_float32
 from lightning_lora.training.optimizers.optimizer_states import refusing_other_states
-from lightning_lora.training.stage import Phase
+from lightning_lora.training.phases import Phase
 from lightning_lora.training.strategies.checkpoint_files import Checkpoint, read_checkpoint
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
 
@@ -30,7 +35,12 @@ class LoadMethods(SetUpMethods):
     # The file
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Checkpoint:
-        """Read the checkpoint, then adapt the module. A full checkpoint becomes the base."""
+        """Read the checkpoint, then adapt the module. Return what the file holds.
+
+        - adapters: with the base beside them, which hooks expect.
+        - adapters beside a merged model: the same; the merged model alone, for a plain module that is evaluated.
+        - a full model: as the base of the fine-tune; as it is, for a plain module that is evaluated.
+        """
         self._remove_left_parts(checkpoint_path)
         self.stage.file = checkpoint_path
         checkpoint: Checkpoint = read_checkpoint(self, checkpoint_path, *args, **kwargs)
@@ -50,7 +60,7 @@ class LoadMethods(SetUpMethods):
         rank_zero_info(
             f"{checkpoint_path} holds a full model and no adapters: it is the base of the fine-tune, which begins anew."
         )
-        return as_base(checkpoint)
+        return without_run_state(checkpoint)
 
     def _remove_left_parts(self, path: Any) -> None:
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
@@ -97,7 +107,7 @@ class LoadMethods(SetUpMethods):
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
-        reduce_to_adapters(checkpoint)
+        reduce_to_adapters(checkpoint)  # takes out the base that ``show_base`` has added for hooks
         self._rebuild_layers(checkpoint)
         self.adapt_replaced_layers(checkpoint)
         if KEY not in checkpoint and find_record(self.module) is None:  # a plain module, only to be evaluated

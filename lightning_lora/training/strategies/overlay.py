@@ -81,7 +81,7 @@ class OverlaidMethods:
         of_class = self._method_of(kind, name)
         on_strategy = vars(self.strategy).get(name, of_class)
         self._by_other_code.pop(name, None)
-        if on_strategy != of_class:  # a copied strategy has that of its class
+        if on_strategy != of_class:  # in a copied strategy, the class's own method stands in place of ours
             self._by_other_code[name] = on_strategy
             return on_strategy
         if name in self.of_all_strategies:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.errors import StrategyError
-from lightning_lora.private import own_place
+from lightning_lora.private import own_run
 from lightning_lora.tensors.named import where
 
 OptimizerState = dict[str, Any]
@@ -37,14 +37,14 @@ class Piece(NamedTuple):
 class Partition:
     """A group of parameters that lie end to end in one vector. Of it this process trains the shard ``local``.
 
-    ``places`` says what each parameter shares with it: the first number in the parameter, the first in ``local``, and
+    ``runs`` says what each parameter shares with it: the first number in the parameter, the first in ``local``, and
     how many.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], local: Tensor, places: list[tuple[int, int, int]]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], local: Tensor, runs: list[tuple[int, int, int]]) -> None:
         self.parameters = parameters
         self.local = local
-        self.pieces = [Piece(p, *place) for p, place in zip(parameters, places, strict=True)]
+        self.pieces = [Piece(p, *run) for p, run in zip(parameters, runs, strict=True)]
 
     # Values
 
@@ -71,15 +71,18 @@ class Partition:
         return shard
 
     def copy_parameters(self) -> None:
-        """Copy the parameters into the shard, except those that are this shard rounded."""
+        """Copy the parameters into the shard.
+
+        Where the shard rounds to the parameter, it has the finer value, which stays.
+        """
         for piece in self.pieces:
-            copies = piece.of_shard(self.local.detach())
-            values = piece.of_parameter(piece.parameter.detach()).to(copies.device)
-            is_rounded = copies.to(values.dtype) == values
-            copies.copy_(torch.where(is_rounded, copies, values.to(copies.dtype)))
+            finer = piece.of_shard(self.local.detach())
+            values = piece.of_parameter(piece.parameter.detach()).to(finer.device)
+            is_rounded = finer.to(values.dtype) == values
+            finer.copy_(torch.where(is_rounded, finer, values.to(finer.dtype)))
 
     def has_other_dtype(self) -> bool:
-        """Whether what trains is in another dtype than the parameters: copies in float32."""
+        """Whether what trains is in another dtype than the parameters: float32."""
         return any(p.dtype != self.local.dtype for p in self.parameters)
 
     # States of the optimizer
@@ -169,13 +172,13 @@ def _check_sizes(partitions: Sequence[Partition], state: OptimizerState) -> None
 # The groups of DeepSpeed's optimizer
 
 
-def partitions_of(optimizer: Any, idle: set[nn.Parameter]) -> list[Partition]:
-    """Return the groups of DeepSpeed's optimizer, without parameters that are idle."""
+def partitions_of(optimizer: Any, placeholders: set[nn.Parameter]) -> list[Partition]:
+    """Return the groups of DeepSpeed's optimizer, without placeholders."""
     partitions = []
     for parameters, group in zip(_parameters_by_group(optimizer), optimizer.param_groups, strict=True):
-        used = [p for p in parameters if p not in idle]
+        used = [p for p in parameters if p not in placeholders]
         (shard,) = group["params"]
-        partitions.append(Partition(used, shard, list(map(own_place, used))))
+        partitions.append(Partition(used, shard, list(map(own_run, used))))
     return partitions
 
 

@@ -13,8 +13,8 @@ from lightning_lora.storage.formats.lightning import with_callback_state
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.named import inside
 from lightning_lora.training import compatibility
+from lightning_lora.training.phases import Phase
 from lightning_lora.training.reports import logged_metrics
-from lightning_lora.training.stage import Phase
 from lightning_lora.training.strategies.checkpoint_files import Checkpoint, has_lightnings_io
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
 
@@ -63,7 +63,8 @@ class SaveMethods(SetUpMethods):
     def _forget_replaced_merge(self) -> None:
         """Forget a merge, if other code has loaded other weights since.
 
-        The record of the merge is no longer true then, and a file of the whole model holds what was loaded.
+        The record of the merge is no longer true then, and a file of the whole model holds what was loaded. A file of
+        adapters alone goes on to hold those that were merged.
         """
         if self.stage.save == "model" and not is_as_merged(View(self.module)):
             unmerge_or_forget(self.module)  # drops the record, and says so

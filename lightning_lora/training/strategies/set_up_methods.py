@@ -18,7 +18,8 @@ from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.optimizers.schedulers import hide_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
-from lightning_lora.training.stage import Phase, Stage, shows_adapters
+from lightning_lora.training.phases import Phase
+from lightning_lora.training.stage import Stage, shows_adapters
 from lightning_lora.training.strategies.overlay import OverlaidMethods
 
 
@@ -85,9 +86,10 @@ class SetUpMethods(OverlaidMethods):
             rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: its plain weights are evaluated.")
 
     def note_base(self, *, anew: bool = True) -> None:
-        """Note the base's fingerprint as it was loaded: later, a checkpoint or a conversion may change it.
+        """Note the base's fingerprint as it was loaded, then convert to float64 if the run does.
 
-        Without ``anew``, a weight is read again only if a quick look shows a change.
+        Later, a checkpoint or a conversion may change it. Without ``anew``, a weight is read again only if a quick look
+        shows a change.
         """
         view = view_of(self.module)
         view.record.note_fingerprint(fingerprint(view, anew=anew))

@@ -28,9 +28,7 @@ from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.steps.received import NotedGradients
 from lightning_lora.training.strategies.late_restore import LateRestoreMethods
-
-OptimizerState = dict[str, Any]
-"""The state dict of an optimizer, or what it keeps of one parameter."""
+from lightning_lora.training.strategies.partitions import OptimizerState
 
 
 class ShardedMethods(LateRestoreMethods):
@@ -43,6 +41,7 @@ class ShardedMethods(LateRestoreMethods):
         "optimizer_state",
         "block_backward_sync",
     )
+    # its own read and write a folder of shards, and states by the names of parameters
     of_all_strategies = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
     shards_before_adapters = True
     averages_gradients = True
@@ -188,14 +187,14 @@ class ShardedMethods(LateRestoreMethods):
 
     def gradients(self, *, is_new_fit: bool) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return ShardedGradients(self.module, self, is_new_fit=is_new_fit)
+        return ShardedGradients(self.module, self, begins_copies=is_new_fit)
 
 
 class ShardedGradients(Gradients):
     """Averages the gradients that FSDP2 does not. A layer that one process leaves out gets zero there."""
 
-    def __init__(self, model: nn.Module, methods: ShardedMethods, *, is_new_fit: bool) -> None:
-        super().__init__(model, NotedGradients(model), is_new_fit=is_new_fit)
+    def __init__(self, model: nn.Module, methods: ShardedMethods, *, begins_copies: bool) -> None:
+        super().__init__(model, NotedGradients(model), begins_copies=begins_copies)
         self.methods = methods
         self.mesh = methods.mesh
         averaged = where(named_parameters(model), _is_left_to_us)

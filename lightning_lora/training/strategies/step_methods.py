@@ -5,11 +5,17 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch.optim import Optimizer
 
+from lightning_lora.model.view import View
 from lightning_lora.training import compatibility
+from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.steps.explained_errors import IN_A_STEP, IN_BACKWARD, explain
-from lightning_lora.training.steps.gradients import check_loss
+from lightning_lora.training.steps.feeding import Feeding
+from lightning_lora.training.steps.gradients import Gradients, check_loss
+from lightning_lora.training.steps.received import received_gradients
 from lightning_lora.training.steps.reentrant import letting_gradients_pass
+from lightning_lora.training.steps.unfed import remove_unfed
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
 
 
@@ -62,3 +68,18 @@ class StepMethods(SetUpMethods):
     def watching(self, module: LightningModule) -> AbstractContextManager[None]:
         """Let guards watch a part of the first batch, in the first process."""
         return self.stage.first_steps.watching(module)
+
+    # What a training watch asks for
+
+    def gradients(self, *, is_new_fit: bool) -> Gradients:
+        """Return what watches the gradients of a fit. ``is_new_fit``: it has loaded no adapters."""
+        received = received_gradients(self.module, self.strategy.model, self.awaited_by_ddp)
+        return Gradients(self.module, received, begins_copies=is_new_fit)
+
+    def float32_steps(self, view: View) -> Float32Steps:
+        """Return what lets float16 weights take steps in float32."""
+        return Float32Steps.of(view)
+
+    def remove_unfed(self, optimizer: Optimizer, feeding: Feeding) -> bool:
+        """Remove adapters of networks that feed nothing. Return whether fewer parameters train."""
+        return remove_unfed(self.module, optimizer, self.strategy, feeding)

@@ -2,8 +2,6 @@
 
 from typing import ClassVar
 
-from lightning_lora.training.steps.gradients import Gradients
-from lightning_lora.training.steps.received import received_gradients
 from lightning_lora.training.strategies.load_methods import LoadMethods
 from lightning_lora.training.strategies.save_methods import SaveMethods
 from lightning_lora.training.strategies.step_methods import StepMethods
@@ -26,6 +24,14 @@ class StrategyMethods(LoadMethods, SaveMethods, StepMethods):
     - ``process_dataloader``: after the user's code has made the loader, before its workers draw.
     - ``training_step``, ``backward``: something around each call, which also ends after an error. An optimizer may run
       several of them in a batch.
+
+    What a kind of strategy may override, beside these:
+
+    - ``check``: which strategies are accepted. ``shards_before_adapters``: whether ``configure_model`` shards.
+    - ``setup_in_stage``, ``adapt``, ``note_base``: the parts of the set-up.
+    - ``rebuild_optimizers``, ``load_plain``, ``adapt_replaced_layers``, ``load_states``: the parts of loading.
+    - ``begin_first_steps``, ``watching``: what looks at the first steps.
+    - ``gradients``, ``float32_steps``, ``remove_unfed``: what a training watch asks for.
     """
 
     overlaid: ClassVar[tuple[str, ...]] = (
@@ -40,8 +46,3 @@ class StrategyMethods(LoadMethods, SaveMethods, StepMethods):
         "training_step",
         "backward",
     )
-
-    def gradients(self, *, is_new_fit: bool) -> Gradients:
-        """Return what watches the gradients of a fit."""
-        received = received_gradients(self.module, self.strategy.model, self.awaited_by_ddp)
-        return Gradients(self.module, received, is_new_fit=is_new_fit)

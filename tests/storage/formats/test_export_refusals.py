@@ -11,7 +11,7 @@ from transformers import GptOssConfig, GptOssModel
 
 import lightning_lora as ll
 from lightning_lora.layers import ADAPTERS
-from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.each_kind.linear import LoRALinear
 from tests.support.faults import contents, in_fork, limit, unchanged
 from tests.support.layers import Scaled
 from tests.support.models import LitTiny, TinyLM

@@ -16,7 +16,7 @@ from lightning_lora.tensors.names import owner_of, starts_of
 
 
 def check_complete(file: PeftFile) -> None:
-    """Refuse a file that lacks some of what its configuration names, or warn: an encoder's has no decoder."""
+    """Refuse a file that lacks some of what its configuration names in the model, or warn of it."""
     contents = _Contents(file)
     lacking = contents.missing_rows()
     elsewhere = list[str]()
@@ -25,8 +25,10 @@ def check_complete(file: PeftFile) -> None:
             lacking.append(name)
         elif contents.is_missed(name):
             is_beside_others = owner_of(name) in contents.parts
-            missed = lacking if is_beside_others else elsewhere
-            missed.append(name)
+            if is_beside_others:  # PEFT would have written it with them
+                lacking.append(name)
+            else:  # the file may be of a part of the model, such as its encoder
+                elsewhere.append(name)
     if lacking:
         raise AdapterFileError(
             f"{_says(lacking, file)}Use all that was saved, on the model of the training. If they are to stay as "
@@ -48,7 +50,7 @@ def _says(names: list[str], file: PeftFile) -> str:
 
 @dataclass(frozen=True)
 class _Contents:
-    """What a file holds of a model, beside what its configuration names there."""
+    """What a file holds of a model, to compare with what its configuration names there."""
 
     file: PeftFile
 
@@ -68,7 +70,7 @@ class _Contents:
 
     @cached_property
     def parts(self) -> set[str]:
-        """The modules of which the file holds something inside. The model itself is one of them."""
+        """The modules in which the file has something. The model itself is one of them."""
         return {"", *modules_around(map(owner_of, (*self.file.layers, *self.file.rest)))}
 
     @cached_property
@@ -79,23 +81,23 @@ class _Contents:
     def is_missed(self, name: str) -> bool:
         """Return whether PEFT would adapt a module, and the file has no update of it, or of a module around it."""
         around = {self.file.view.modules[start] for start in starts_of(name)}
-        return around.isdisjoint(self.adapted) and self._is_adapted_there(name)
+        return around.isdisjoint(self.adapted) and self._is_adapted_by_peft(name)
 
-    def _is_adapted_there(self, name: str) -> bool:
+    def _is_adapted_by_peft(self, name: str) -> bool:
         """Whether PEFT would adapt a module, or one of its parameters."""
-        there = self.file.place.name_there(name)
-        if any(map(self.file.config.is_saved, starts_of(there))):
+        name_in_file = self.file.place.name_there(name)
+        if any(map(self.file.peft.as_ours.is_saved, starts_of(name_in_file))):
             return False
         module = self.file.view.modules[name]
-        if self.file.peft.adapts(there) and has_layer(adapter_for(module)):
+        if self.file.peft.adapts(name_in_file) and has_layer(adapter_for(module)):
             return True
-        parameters = joined(there, module._parameters)
+        parameters = joined(name_in_file, module._parameters)
         return any(map(self.file.peft.names_parameter, parameters))
 
     def is_saved_in_part(self, name: str) -> bool:
         """Return whether a module trains whole, and the file lacks some of it. PEFT takes any ending of a name."""
-        there = self.file.place.name_there(name)
-        if not there.endswith(tuple(self.file.peft.saved)):
+        name_in_file = self.file.place.name_there(name)
+        if not name_in_file.endswith(tuple(self.file.peft.saved)):
             return False
         view = self.file.view
         entries = entries_inside(name, {**view.base, **view.buffers})

@@ -1,15 +1,14 @@
-"""What PEFT's configuration says, in our words, and which of its fields are known."""
+"""What PEFT's configuration says, and which of its fields are known."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.patterns import matches
+from lightning_lora.storage.disk import json_object
 from lightning_lora.storage.formats.peft.peft_names import PEFT_CONFIG, config_beside
 from lightning_lora.tensors.named import only, renamed, where, without
 
@@ -17,37 +16,38 @@ from lightning_lora.tensors.named import only, renamed, where, without
 class PeftConfig(NamedTuple):
     """What PEFT's configuration says."""
 
-    config: LoRAConfig
+    as_ours: LoRAConfig  # the fields that we have too; names and patterns in it mean what they mean in PEFT
     tokens: dict[str, list[int]]  # the rows of embeddings that train, by the end of their names
-    layers: list[int] | None  # the only numbers in the names of adapted layers
+    layer_numbers: list[int] | None  # PEFT adapts only what lies in blocks with these numbers. None: in all
 
     @property
     def saved(self) -> Sequence[str]:
         """The ends of the names of modules that train whole."""
-        return self.config.modules_to_save or ()
+        return self.as_ours.modules_to_save or ()
 
     def adapts(self, name: str) -> bool:
-        """Return whether PEFT adapts a module of its model. It must be of a kind that PEFT adapts."""
-        return self._is_target(name) and self._is_of_layers(name) and not self.config.is_excluded(name)
+        """Return whether PEFT adapts the module of this name, if it is of a kind that PEFT adapts."""
+        return self._is_target(name) and self._is_of_layers(name) and not self.as_ours.is_excluded(name)
 
     def _is_target(self, name: str) -> bool:
         """Whether ``target_modules`` names a module."""
-        targets = self.config.target_modules
+        targets = self.as_ours.target_modules
         if isinstance(targets, str):
             return re.fullmatch(targets, name) is not None
         return _matches_any(targets, name)
 
     def _is_of_layers(self, name: str) -> bool:
-        """Whether a module lies in one of the layers, if these are given by number."""
-        if self.layers is None:
+        """Whether a module lies in one of the blocks with these numbers, as in ``model.layers.0.mlp``."""
+        if self.layer_numbers is None:
             return True
-        inner = name.split(".")[2:-1]
-        numbers = {int(component) for component in inner if component.isdecimal()}
-        return bool(numbers) and numbers.issubset(self.layers)
+        components = name.split(".")
+        may_be_numbers = components[2:-1]  # PEFT's expression wants two names before a number, and one after it
+        numbers = {int(component) for component in may_be_numbers if component.isdecimal()}
+        return bool(numbers) and numbers.issubset(self.layer_numbers)
 
     def names_parameter(self, name: str) -> bool:
         """Return whether ``target_parameters`` names a parameter."""
-        return _matches_any(self.config.target_parameters or (), name)
+        return _matches_any(self.as_ours.target_parameters or (), name)
 
     def token_rows(self, name: str) -> list[int]:
         """Return the rows that train in an embedding."""
@@ -80,17 +80,11 @@ def read_config(weights: Any) -> PeftConfig:
     return config_of(json_object(path.read_bytes(), path), path)
 
 
-def json_object(text: str | bytes, source: object) -> dict[str, Any]:
-    """Return the fields of a configuration."""
-    with suppress(ValueError):
-        found = json.loads(text)
-        if isinstance(found, dict):
-            return found
-    raise AdapterFileError(f"{source} is not a JSON object. Use the file as it was written.")
-
-
 def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
-    """Return what these fields say. Those that are not known are ignored, with a warning."""
+    """Return what these fields say. Those that are not known are ignored, with a warning.
+
+    ``source`` is where they come from, for messages.
+    """
     _check_fields(fields, source)
     _warn_of_unknown(fields, source)
     init = _init_of(fields, source)
@@ -131,7 +125,7 @@ def _warn_of_unknown(fields: Mapping[str, Any], source: object) -> None:
 
 
 def _init_of(fields: Mapping[str, Any], source: object) -> str:
-    """Our word for how training began."""
+    """Our ``init`` for PEFT's ``init_lora_weights``. Refuse what changed the base before the training."""
     init = str(fields.get("init_lora_weights")).lower()
     if init not in _INITIALISATIONS:
         raise AdapterFileError(
@@ -148,14 +142,14 @@ def _tokens(fields: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _layer_numbers(fields: Mapping[str, Any]) -> list[int] | None:
-    """The numbers of the only layers that PEFT adapts. None: all."""
-    numbers: Any = fields.get("layers_to_transform")
-    layers: list[int] = [numbers] if type(numbers) is int else numbers
-    if not layers:
+    """The numbers of the only blocks that PEFT adapts. None: all."""
+    given: Any = fields.get("layers_to_transform")
+    numbers: list[int] = [given] if type(given) is int else given
+    if not numbers:
         return None
     if fields.get("layers_pattern"):
-        return []  # which layers it means is not known here
-    return layers
+        return []  # which blocks these numbers mean is not known here, so no module is missed in a file
+    return numbers
 
 
 MERGE_THERE = "Merge it with PEFT (merge_and_unload), if that can, and use the merged model."
@@ -179,17 +173,17 @@ _REFUSED = (
     "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "use_bdlora", "arrow_config",
     "kasa_config", "monteclora_config", "megatron_config",
 )  # fmt: skip
-"""Those that make another update."""
+"""PEFT's fields that make another update: a file that sets one is refused."""
 
 _INITIALISATIONS = {
-    # a part of the update
+    # the base decides where training began, and the update is the difference from there
     "pissa": "pissa",
     "olora": "olora",
-    # forgotten once it is trained
+    # an update of zero, so nothing depends on it after the training
     "gaussian": "gaussian",
     **dict.fromkeys(("true", "false", "none", "orthogonal", "eva", "mica", "lora_ga"), "kaiming"),
 }
-"""PEFT's words for how training began, if the base is known after it, and ours."""
+"""PEFT's words for how training began, and ours: those that need no other base than the one before the training."""
 
 _OTHERS = {
     # read above, or from the tensors

@@ -7,30 +7,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig
 from lightning_lora.storage.formats.peft.peft_names import without_wrappers
 from lightning_lora.storage.renaming import Renaming
 
-Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens"
+Tensors = Mapping[str, Tensor]  # of one adapter, by what they are: "A", "B", "magnitude", "tokens"
 
 
 @dataclass(frozen=True)
 class PeftFile:
-    """A file that has been read for a model."""
+    """A file that has been read for a model. ``there`` means the file's names."""
 
     path: Any
-    peft: PeftConfig
-    view: View
-    place: Renaming
+    peft: PeftConfig  # the configuration beside the tensors
+    view: View  # of the model
+    place: Renaming  # how names in the file become names in the model
     adapters: Mapping[str, Tensors]  # by the name there of what PEFT wraps
     rest: Mapping[str, Tensor]  # by name in the model
-
-    @property
-    def config(self) -> LoRAConfig:
-        """What PEFT's configuration says, in our words."""
-        return self.peft.config
 
     @cached_property
     def layers(self) -> list[str]:

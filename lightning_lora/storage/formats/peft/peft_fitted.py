@@ -1,4 +1,4 @@
-"""Adapters as PEFT can hold them: without layers that no batch has reached, and with tied modules named twice."""
+"""Adapters as PEFT can hold them: without layers that no batch has reached, and with tied modules saved twice."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -29,7 +29,10 @@ def fitted(source: Source) -> Source:
 
 
 def _without_zeros(source: Source) -> Source:
-    """Leave out layers that PEFT cannot hold, if their update is zero: no batch has reached them."""
+    """Leave out layers that PEFT cannot hold, if their update is zero: no batch has reached them.
+
+    If all are zero, none is left out: nothing would remain.
+    """
     stored = source.stored
     if stored.config.use_dora or INITIALISATIONS[stored.config.init].is_difference:  # B alone does not tell
         return source
@@ -37,7 +40,8 @@ def _without_zeros(source: Source) -> Source:
     for name in chain.from_iterable(refused_layers(source).values()):
         if _has_zero_update(stored.layers[name], stored.state):
             zeros.append(name)
-    if len(zeros) in (0, len(stored.layers)):
+    are_all = len(zeros) == len(stored.layers)
+    if not zeros or are_all:
         return source
     warn(f"{listed(zeros)} have updates of zero, and PEFT cannot hold them: they are left out.")
     return replace(source, stored=_without_layers(stored, zeros))
@@ -64,21 +68,25 @@ def _without_layers(stored: StoredAdapters, names: Collection[str]) -> StoredAda
 
 
 def _with_tied_modules(source: Source) -> Source:
-    """Save modules whole that share a weight with such a module (a tied head): PEFT takes each by itself."""
+    """Save tied modules whole, if one of them is: PEFT gives each its own weight.
+
+    An embedding is saved whole, and its head has the same weight: here that trains both, so both are written.
+    """
     stored = source.stored
-    whole = set(_holders(chain.from_iterable(stored.saved.values()), source).values())
-    trained = set[nn.Parameter]()
-    for module in whole:
-        trained.update(module.parameters(recurse=False))
+    saved_whole = set(_holders(chain.from_iterable(stored.saved.values()), source).values())
+    their_weights = set[nn.Parameter]()
+    for module in saved_whole:
+        their_weights.update(module.parameters(recurse=False))
     tied = dict[str, list[str]]()
     for name, module in without(_holders(stored.state, source), stored.layers).items():
-        if module not in whole and not trained.isdisjoint(module.parameters(recurse=False)):
+        has_their_weights = not their_weights.isdisjoint(module.parameters(recurse=False))
+        if has_their_weights and module not in saved_whole:
             tied[name] = joined(name, module.state_dict())
     return replace(source, stored=replace(stored, saved={**stored.saved, **tied}))
 
 
 def _holders(entries: Iterable[str], source: Source) -> dict[str, nn.Module]:
-    """The modules that hold these entries. Those of a file are not known: there are none."""
-    modules = source.modules_here
+    """The modules that hold these entries of a state. None: a file has no modules."""
+    modules = source.modules_of_model
     names = dict.fromkeys(map(owner_of, entries))
     return {name: modules[name] for name in only(names, modules)}

@@ -82,7 +82,7 @@ def _is_registered(layer_class: str) -> bool:
 # Layers that add the update to their output
 
 
-_COMPUTES_THE_SAME = "transformers.models.falcon.modeling_falcon.FalconLinear"
+_COMPUTES_THE_SAME = "transformers.models.falcon.modeling_falcon.FalconLinear"  # its forward is x @ W.T + bias
 _SCALED_EMBEDDING = re.compile(r"transformers\..*ScaledWordEmbedding")
 
 
@@ -166,7 +166,7 @@ def _flattened_stack(factors: Factors, shape: Shape, options: Options) -> Factor
 
 
 def _unflattened_stack(factors: Factors, shape: Shape, options: Options) -> Factors:
-    """The stacks again."""
+    """The stacks of A and B again: the way back of :func:`_flattened_stack`."""
     if len(shape) == 2:
         return factors
     a, b = factors

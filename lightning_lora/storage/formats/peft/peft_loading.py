@@ -22,7 +22,7 @@ from lightning_lora.tensors.named import not_in
 
 
 class PeftLoading:
-    """How PEFT loads a file onto a model that is not of transformers: nothing changes."""
+    """How PEFT loads a file onto a model: here one that is not of transformers, for which it changes nothing."""
 
     model_type = ""  # what transformers calls the architecture
 
@@ -45,8 +45,8 @@ class PeftLoading:
 def loading_of(source: Source) -> PeftLoading:
     """Return how PEFT loads these adapters onto the reader's model."""
     if source.inner is not None:
-        leaves = set(map(_leaf, source.modules))
-        return _loading_onto(source.inner, may_be_mamba="conv1d" in leaves)
+        leaves = set(map(_leaf, source.modules_for_reader))
+        return _loading_onto(source.inner, may_be_mamba="conv1d" in leaves)  # a layer's name that Mamba's models have
     if not source.described:
         return _OntoUnknownModel(source.stored)
     try:
@@ -57,7 +57,7 @@ def loading_of(source: Source) -> PeftLoading:
 
 
 def _loading_onto(model: nn.Module, *, may_be_mamba: bool) -> PeftLoading:
-    """How PEFT loads a file onto a model. Its import takes seconds, so only models that it may change need it."""
+    """How PEFT loads a file onto a model. It is imported, which takes seconds, only if it may change something."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if not model_type:
@@ -93,7 +93,7 @@ def _leaf(name: str) -> str:
 
 
 class _OntoModel(PeftLoading):
-    """How PEFT loads a file onto a model of transformers: it refuses some layers."""
+    """How PEFT loads a file onto a model of transformers: it refuses some layers of Mamba."""
 
     def __init__(self, model: nn.Module, model_type: str) -> None:
         self.model = model
@@ -139,7 +139,10 @@ class _OntoConvertedModel(_OntoModel):
         return self._arriving(tensors, names)
 
     def _arriving(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, str]:
-        """Those of the names in a file under which tensors arrive where they belong, and as they are."""
+        """Those of the names in a file under which tensors arrive where they belong, and as they are.
+
+        PEFT's own code converts a file with these names, and the result is compared with what was written.
+        """
         written = dict[str, Tensor]()
         for name, in_file in names.items():
             written[f"{PREFIX}.{in_file}"] = tensors[name].detach()  # each is an object of its own
@@ -207,7 +210,7 @@ class _OntoUnknownModel(PeftLoading):
 
     @cached_property
     def _has_experts(self) -> bool:
-        """Whether the base has experts, so far as the file says which tensors it has: of rounded weights alone."""
+        """Whether the base has experts, by its tensors' names. Not every file says these."""
         names = list[str]()
         for fingerprint in self.stored.base:
             names += names_in(fingerprint)
@@ -215,3 +218,4 @@ class _OntoUnknownModel(PeftLoading):
 
 
 _OFTEN_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+"""The last names of layers that PEFT takes for experts in many types of models."""

@@ -5,27 +5,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.formats.format import HEADER
-from lightning_lora.tensors.named import not_in, of_type, without
+from lightning_lora.tensors.named import not_in, without
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
 PREFIX = "base_model.model"  # before every name of the base
 
 DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
+METADATA = "lora_adapter_metadata"  # the configuration in the header of a file, as diffusers writes it; we do in both
+NAMES_HERE = "lightning_lora_names"  # our entry in that header: names in the model, of tensors with others in the file
 
-NAMES_HERE = (
-    "lightning_lora_names"  # our entry in that header: the names in the model of tensors with others in the file
-)
-
-PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its models
+MEMBER_NAME = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")  # what a pipeline calls its members
 _NAME_IN_PEFT = re.compile(rf"{re.escape(PREFIX)}\.")
-_OLDER_NAME = re.compile(rf"{PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")  # in a file without header
+_OLDER_NAME = re.compile(rf"{MEMBER_NAME.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")  # in a file without header
 
 TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
 
@@ -92,7 +86,17 @@ def _has_updates(contents: Iterable[object]) -> bool:
 
 
 def _is_of_a_pipeline(contents: Mapping[Any, Any], path: Any) -> bool:
-    """Whether updates are those of a pipeline, by the header or, in older files, by the names."""
+    """Whether updates are those of a pipeline, or PEFT's.
+
+    PEFT's configuration is    names                           of a pipeline
+    -------------------------  ------------------------------  -------------
+    beside, and in the header  none begins as PEFT's           yes
+    beside, and in the header  some begin as PEFT's            no
+    only beside                any                             no
+    only in the header         any                             yes
+    nowhere                    all as diffusers had them once  yes
+    nowhere                    others                          no
+    """
     names = list(map(str, without(contents, [HEADER])))
     has_header = METADATA in contents.get(HEADER, {})
     if config_beside(path) is not None:
@@ -107,15 +111,3 @@ def config_beside(path: Any) -> Path | None:
     if local is not None and (local.parent / PEFT_CONFIG).is_file():
         return local.parent / PEFT_CONFIG
     return None
-
-
-def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
-    """Return all but the header of a file. Refuse what is no tensor."""
-    others = without(contents, [HEADER])
-    tensors = of_type(others, Tensor)
-    odd = without(others, tensors)
-    if odd:
-        raise AdapterFileError(
-            f"{path} holds {listed(map(str, odd))}, which are no tensors. Use the file as it was written."
-        )
-    return tensors

@@ -65,7 +65,7 @@ def _encoder_layers(source: Source) -> list[str]:
     """The names of the transformer layers around adapted ones."""
     around = dict[str, None]()
     for name in source.stored.layers:
-        *modules, _ = starts_of(source.name_there(name))
+        *modules, _ = starts_of(source.name_for_reader(name))
         around |= dict.fromkeys(modules)
     return list(only(around, where(source.described, _is_encoder_layer)))
 

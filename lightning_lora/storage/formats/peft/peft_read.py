@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.model.view import View
-from lightning_lora.storage.formats.format import HEADER, Asked, Reader
+from lightning_lora.storage.disk import json_object
+from lightning_lora.storage.formats.format import HEADER, Asked, tensors_in
 from lightning_lora.storage.formats.peft.peft_complete import check_complete
-from lightning_lora.storage.formats.peft.peft_config import MERGE_THERE, PeftConfig, json_object, read_config
+from lightning_lora.storage.formats.peft.peft_config import MERGE_THERE, PeftConfig, read_config
 from lightning_lora.storage.formats.peft.peft_file import PeftFile, Tensors
 from lightning_lora.storage.formats.peft.peft_names import (
     NAMES_HERE,
@@ -18,14 +19,13 @@ from lightning_lora.storage.formats.peft.peft_names import (
     PREFIX,
     is_peft,
     peft_key,
-    tensors_in,
     without_wrappers,
 )
 from lightning_lora.storage.formats.peft.peft_updates import updates_in
 from lightning_lora.storage.formats.reading import Update, place_of, stored_from_updates
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored import Reader, StoredAdapters
 from lightning_lora.tensors.named import where, where_not
 
 
@@ -38,7 +38,7 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     def reader(view: View) -> StoredAdapters:
         peft = read_config(path)
         updates, rest = read_updates(view, tensors, peft, path, root_of(view.model))
-        return stored_from_updates(view, updates, rest, peft.config, peft.saved)
+        return stored_from_updates(view, updates, rest, peft.as_ours, peft.saved)
 
     return reader
 
@@ -59,7 +59,7 @@ def read_updates(
 ) -> tuple[list[Update], Mapping[str, Tensor]]:
     """Return the updates in a PEFT file, and its other tensors by their names here."""
     adapters, others = _adapters_and_others(tensors, path)
-    _check_magnitudes(adapters, path, use_dora=peft.config.use_dora)
+    _check_magnitudes(adapters, path, use_dora=peft.as_ours.use_dora)
     layers = list(map(without_wrappers, adapters))
     place = place_of(view, layers, others.keys(), root)
     file = PeftFile(path, peft, view, place, adapters, rest=place.with_names_here(others))

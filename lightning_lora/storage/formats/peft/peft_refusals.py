@@ -22,7 +22,7 @@ _LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and sav
 
 def check_exportable(source: Source) -> None:
     """Refuse what PEFT cannot hold, or would compute otherwise."""
-    saved = source.saved  # first: a file may lack some of these
+    saved = source.saved  # before all else: this refuses a file that lacks some of them
     _refuse_layers(source)
     _check_modules_to_save(source)
     _check_is_in_root(source.stored)
@@ -47,7 +47,7 @@ def _refuse_layers(source: Source) -> None:
 def refused_layers(source: Source) -> dict[str, list[str]]:
     """Return the layers that PEFT cannot hold, or would compute otherwise, by the reason."""
     refused = dict[str, list[str]]()
-    model = _ModelThere(source)
+    model = _ReaderModel(source)
     for layer in source.stored.layers.values():
         why = _why_refused(layer, source) or model.why_refused(layer)
         if why:
@@ -93,8 +93,8 @@ def _why_not_with_its_rows(layer: StoredLayer, source: Source) -> str:
     """Why PEFT computes something else with single rows that train."""
     if not layer.tokens:
         return ""
-    if source.modules:
-        return why_not_rows(source.modules, source.name_there(layer.name))
+    if source.modules_for_reader:
+        return why_not_rows(source.modules_for_reader, source.name_for_reader(layer.name))
     return why_not_rows_of_file(layer, source)
 
 
@@ -106,7 +106,7 @@ _RULES: tuple[Callable[[StoredLayer, Source], str], ...] = (
 """Each says why PEFT cannot hold a layer, or nothing."""
 
 
-class _ModelThere:
+class _ReaderModel:
     """The reader's model, onto which PEFT loads the layers: it may refuse some, or take them for others."""
 
     def __init__(self, source: Source) -> None:
@@ -143,8 +143,8 @@ class _ModelThere:
 
 def _check_modules_to_save(source: Source) -> None:
     """Refuse modules that PEFT would not find, and names by which it would save others too: it takes any ending."""
-    saved_there = list(map(source.name_there, source.stored.saved))
-    others = not_in(source.described, saved_there)
+    saved_for_reader = list(map(source.name_for_reader, source.stored.saved))
+    others = not_in(source.described, saved_for_reader)
     for module in source.stored.saved:
         around = _adapted_around(module, source.stored)
         if around:
@@ -152,7 +152,7 @@ def _check_modules_to_save(source: Source) -> None:
                 f"modules_to_save names {module!r}, inside of {listed(around)}, whose parameters are adapted: PEFT "
                 f"would not find it. {_LEAVE_OUT}"
             )
-        name = source.name_there(module)
+        name = source.name_for_reader(module)
         alike = [other for other in others if other.endswith(name)]
         if alike:
             raise ExportError(

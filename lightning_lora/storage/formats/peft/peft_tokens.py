@@ -12,7 +12,7 @@ from lightning_lora.tensors.names import find_parameter
 
 
 def why_not_rows(modules: Mapping[str, nn.Module], name: str) -> str:
-    """Return why PEFT computes something else with rows of the layer ``name``, or nothing."""
+    """Return why PEFT computes something else with rows of the layer ``name`` among ``modules``, or nothing."""
     uses = _uses_of_weight(modules, name)
     biased = [use for layer, use in uses.items() if getattr(layer, "bias", None) is not None]
     return _why_not(list(uses.values()), biased, says_tied=_says_tied(modules))
@@ -23,11 +23,11 @@ def why_not_rows_of_file(layer: StoredLayer, source: Source) -> str:
     uses = [layer.name, *layer.others_with_its_weights()]
     if len(uses) > 1 and not source.described:
         return f"{listed(uses)} have one weight. Load the file onto its model, which says whether PEFT knows that."
-    uses_there = list(map(source.name_there, uses))
-    known = only(source.described, uses_there)
+    uses_for_reader = list(map(source.name_for_reader, uses))
+    known = only(source.described, uses_for_reader)
     biased = [use for use, module in known.items() if module.has_bias]
     says_tied = any(module.says_tied for module in source.described.values())
-    return _why_not(uses_there, biased, says_tied=says_tied)
+    return _why_not(uses_for_reader, biased, says_tied=says_tied)
 
 
 def _why_not(uses: Sequence[str], biased: Sequence[str], *, says_tied: bool) -> str:
@@ -40,7 +40,7 @@ def _why_not(uses: Sequence[str], biased: Sequence[str], *, says_tied: bool) -> 
 
 
 def _uses_of_weight(modules: Mapping[str, nn.Module], name: str) -> dict[nn.Module, str]:
-    """The layers that have the weight of this one, each with its last name."""
+    """The layers that have the weight of this one, each with the last of its names."""
     weight = find_parameter(modules[name], "weight")
     uses = dict[nn.Module, str]()
     for other, module in modules.items():

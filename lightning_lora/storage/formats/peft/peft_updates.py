@@ -1,4 +1,8 @@
-"""From what PEFT wraps to the updates of our layers: one class for each way in which PEFT adapts a module."""
+"""From what PEFT wraps to the updates of our layers: one class for each way in which PEFT adapts a module.
+
+With pissa and olora, adapters start from a part of the weight, and PEFT takes this start off its base. The update here
+is the difference from the start, which is computed again from the weight as it was.
+"""
 
 import math
 from collections.abc import Mapping
@@ -9,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
@@ -26,8 +31,8 @@ Matrices = tuple[AdaptedMatrix, ...]
 
 
 def updates_in(file: PeftFile) -> list[Update]:
-    """Return the updates of the layers. The model may be adapted already."""
-    by_layer = dict[str, dict[str, Tensors]]()
+    """Return the updates of the layers in a file. The model may be adapted already."""
+    by_layer = dict[str, dict[str, Tensors]]()  # names in the file: of layers, then of what PEFT wraps for each
     for name, tensors in file.adapters.items():
         by_layer.setdefault(_layer_of(name, file), {})[name] = tensors
     updates = list[Update]()
@@ -39,7 +44,7 @@ def updates_in(file: PeftFile) -> list[Update]:
 
 
 def _layer_of(wrapped: str, file: PeftFile) -> str:
-    """The layer that has the update of what PEFT wraps: an attention has that of its output projection too."""
+    """The layer, by its name in the file, that has the update: that of an output projection is its attention's."""
     name = without_wrappers(wrapped)
     outer, _, inner = name.rpartition(".")
     if inner == "out_proj" and isinstance(file.module(outer), nn.MultiheadAttention):
@@ -84,12 +89,17 @@ class _AdaptedModule:
         return self.file.module(self.there)
 
     @property
+    def settings(self) -> LoRAConfig:
+        """What the configuration says, under our names."""
+        return self.file.peft.as_ours
+
+    @property
     def title(self) -> str:
         """The name of its class, for messages."""
         return type(self.module).__name__
 
     def described(self, kind: type[LoRALayer], matrices: Matrices, magnitude: Tensor | None = None) -> StoredLayer:
-        """Return the layer with this adapter, if PEFT computes the same."""
+        """Return the layer with this adapter. Refuse one with which PEFT computes something else."""
         layer = described(self.file.view, self.file.place.name_here(self.there), kind, matrices)
         why = why_not(layer, magnitude)
         if why:
@@ -100,7 +110,7 @@ class _AdaptedModule:
         return layer
 
     def factors(self, layer: StoredLayer, matrix: AdaptedMatrix, in_file: Factors, named: str) -> Factors:
-        """Return A and B of one matrix as they are here. ``named``: the name by which patterns mean it."""
+        """Return A and B of one matrix as they are here. ``named``: what patterns of ranks and alphas call it."""
         self._check_start(layer, matrix)
         rank = self._rank_in_file(matrix, in_file, named)
         factors = in_file
@@ -111,8 +121,8 @@ class _AdaptedModule:
 
     @property
     def is_difference(self) -> bool:
-        """Whether PEFT took the start of each adapter off the base."""
-        return INITIALISATIONS[self.file.config.init].is_difference
+        """Whether PEFT took the start of each adapter off the base: the update is the difference from it."""
+        return INITIALISATIONS[self.settings.init].is_difference
 
     def _check_start(self, layer: StoredLayer, matrix: AdaptedMatrix) -> None:
         """Refuse a tied weight of which PEFT took a start off."""
@@ -123,7 +133,7 @@ class _AdaptedModule:
         uses = names_by(base)[weight]
         if len(uses) > 1:
             raise AdapterMismatchError(
-                f"{listed(uses)} are one weight, and init_lora_weights is {self.file.config.init!r}: PEFT takes a "
+                f"{listed(uses)} are one weight, and init_lora_weights is {self.settings.init!r}: PEFT takes a "
                 "start off it for each use, and its merge gives another model. Train anew, from another start."
             )
 
@@ -132,7 +142,7 @@ class _AdaptedModule:
         a, _ = factors
         rows = a.shape[0] if a.dim() else 0
         rank = rows // math.prod(matrix.stack)
-        asked = self.file.config.rank(named)
+        asked = self.settings.rank(named)
         possible = [asked]
         if self.is_difference:
             possible.append(min(asked, matrix.largest_rank))  # its start has no more
@@ -162,18 +172,24 @@ class _Layer(_AdaptedModule):
         named = self.there
         parameter = f"{self.there}.weight"
         if self.file.peft.names_parameter(parameter):
-            named = parameter  # patterns mean a parameter by its own name
-            if self.kind in (LoRAEmbedding, LoRAConv1D):  # this parameter is (in, out)
-                a, b = factors
-                factors = b.T, a.T
+            named = parameter
+            factors = self._factors_of_parameter(factors)
         (matrix,) = layer.matrices
         factors = self.factors(layer, matrix, factors, named)
-        layer = replace(layer, scaling=self.file.config.scaling(named))
+        layer = replace(layer, scaling=self.settings.scaling(named))
         return Update(layer, (factors,), magnitude)
+
+    def _factors_of_parameter(self, factors: Factors) -> Factors:
+        """A and B of the layer from those of its weight as a parameter, which PEFT takes for (out, in)."""
+        is_weight_in_out = self.kind in (LoRAEmbedding, LoRAConv1D)
+        if not is_weight_in_out:
+            return factors
+        a, b = factors
+        return b.T, a.T
 
     def _check_is_not_olora_of_conv1d(self) -> None:
         """Refuse an update that cannot be computed again."""
-        if self.kind is LoRAConv1D and self.file.config.init == "olora":
+        if self.kind is LoRAConv1D and self.settings.init == "olora":
             raise AdapterMismatchError(
                 f"{self.there!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from another "
                 "matrix than its weight, so its update cannot be computed again. Merge it with PEFT, and use the "
@@ -185,7 +201,7 @@ class _Attention(_AdaptedModule):
     """An attention: q, k and v share A, and lie one after the other in B."""
 
     def update(self) -> Update:
-        """Return the update of the attention. PEFT adds that of its output projection twice."""
+        """Return the update of the attention. PEFT adds that of its output projection twice, so B is twice as large."""
         tensors, *_ = self.wrapped.values()
         layer = self.described(LoRAAttention, LoRAAttention.lora_matrices_of(self.module), tensors.get("magnitude"))
         *qkv, out = layer.matrices
@@ -205,14 +221,14 @@ class _Attention(_AdaptedModule):
         for matrix, in_file in found:
             matrices.append(matrix)
             factors.append(self.factors(layer, matrix, in_file, self.there))
-        layer = replace(layer, scaling=self.file.config.scaling(self.there), matrices=tuple(matrices))
+        layer = replace(layer, scaling=self.settings.scaling(self.there), matrices=tuple(matrices))
         return Update(layer, tuple(factors))
 
     def _warn_of_uncalled(self, name: str) -> None:
         """Warn of a layer inside that nothing calls. Refuse it, if PEFT took a start off its weight."""
         if self.is_difference:
             raise AdapterMismatchError(
-                f"The file adapts {name!r} with init_lora_weights={self.file.config.init!r}. Its nn.MultiheadAttention "
+                f"The file adapts {name!r} with init_lora_weights={self.settings.init!r}. Its nn.MultiheadAttention "
                 "never calls that layer: PEFT's model computes with what the start has left of the weight. Train "
                 f"again without this layer, or adapt {self.there!r} itself."
             )
@@ -232,7 +248,7 @@ class _Parameters(_AdaptedModule):
             )
         kind, matrices = self._adapter_of(names)
         layer = self.described(kind, matrices)
-        config = self.file.config
+        config = self.settings
         scaling = config.scaling(f"{self.there}.{names[0]}")
         innermost_first = sorted(self.wrapped, key=len, reverse=True)
         factors = list[Factors]()
@@ -273,8 +289,8 @@ class _Rows(_AdaptedModule):
             raise AdapterMismatchError(f"The rows of {self.there!r} cannot be read: {why} Merge it with PEFT.")
         matrix = replace(matrix, tokens=tuple(sorted(indices)))
         layer = self.described(LoRATokens, (matrix,))
-        config = self.file.config
-        r = matrix.rank(config.rank(self.there))
+        config = self.settings
+        r = matrix.rank_for(config.rank(self.there))
         layer = replace(layer, scaling=config.scaling(self.there), r=r)
         in_order = torch.tensor(indices).argsort()
         return RowsUpdate(layer, rows=rows[in_order])

@@ -25,13 +25,13 @@ def tensors_of(source: Source, updates: Iterable[WeightUpdate]) -> dict[str, Ten
     tensors = wrappers.tensors()
     for name, layer in source.layers_with_rows.items():
         (rows,) = layer.parameters(stored.config).values()
-        place = wrappers.name_inside(source.name_there(name))
+        place = wrappers.name_inside(source.name_for_reader(name))
         tensors[f"{place}.{TOKENS}"] = stored.state[rows]
     for name in not_in(trained_biases(stored), source.saved):
-        place = wrappers.name_inside(source.name_there(name))
+        place = wrappers.name_inside(source.name_for_reader(name))
         tensors[place] = stored.state[name]
     for name, value in source.saved.items():
-        place = source.name_there(name)
+        place = source.name_for_reader(name)
         tensors[place] = value
     return tensors
 
@@ -43,8 +43,8 @@ def stand_ins_of(source: Source) -> dict[str, dict[str, Tensor]]:
     for layer in layers.values():
         for _ in layer.shapes:
             tensors = dict.fromkeys(peft_layer(layer).keys, torch.zeros(1, 1))
-            wrappers.add(source.name_there(layer.name), tensors)
-    return {name: wrappers.tensors_of(source.name_there(name)) for name in layers}
+            wrappers.add(source.name_for_reader(layer.name), tensors)
+    return {name: wrappers.tensors_of(source.name_for_reader(name)) for name in layers}
 
 
 def _wrappers_of(updates: Iterable[WeightUpdate]) -> "_Wrappers":

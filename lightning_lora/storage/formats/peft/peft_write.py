@@ -41,28 +41,28 @@ from lightning_lora.tensors.names import join
 Exported = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, by names without PEFT's prefix, and a configuration
 
 
-def write(source: Source, directory: Path, uniform: bool) -> None:
+def write(source: Source, directory: Path, *, uniform: bool) -> None:
     """Write PEFT's two files, and a model card."""
-    tensors, config = _exported(source, uniform)
+    tensors, config = exported(source, uniform=uniform)
     names = _names_in_file(source, tensors)
     warn_of_whole_modules(source)
     warn_of_layers(source)
     in_peft = Renaming(here=PREFIX)
     header = {METADATA: json.dumps(in_peft.with_names_here(config))}
-    in_file = renamed(tensors, names.__getitem__)
-    if in_file.keys() != tensors.keys():
+    by_name_in_file = renamed(tensors, names.__getitem__)
+    if by_name_in_file.keys() != tensors.keys():
         header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()})
     card = ModelCard(source, "peft", _loading(source.inner_described))
     contents = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
-        PEFT_WEIGHTS[0]: save(in_peft.with_names_here(in_file), header),
+        PEFT_WEIGHTS[0]: save(in_peft.with_names_here(by_name_in_file), header),
         **card.files(directory),
     }
     write_files(directory, contents)
 
 
 def _names_in_file(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names under which PEFT loads all tensors onto the reader's model."""
+    """The names in the file of all tensors, with which PEFT loads them onto the reader's model."""
     loading = loading_of(source)
     loading.warn_if_unsure()
     names = loading.names_in_file(tensors)
@@ -75,42 +75,43 @@ def _names_in_file(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, s
     return names
 
 
-def _exported(source: Source, uniform: bool) -> Exported:
-    """PEFT's tensors and configuration. Each update keeps its scaling. ``uniform``: all get the most common one."""
+def exported(source: Source, *, uniform: bool, scaling: float | None = None) -> Exported:
+    """Return PEFT's tensors and configuration.
+
+    Args:
+        source: The adapters.
+        uniform: Give all updates one rank, and one scaling.
+        scaling: The one that all get. None: each keeps its own, or, if uniform, all get the most common one.
+    """
     source = fitted(source)
     updates = weight_updates(source)
-    if uniform or not updates:
+    has_rows_alone = not updates  # so there is no rank to write
+    if uniform or scaling is not None or has_rows_alone:
         _refuse_rows(source)
     if uniform:
-        scalings = Counter(update.scaling for update in updates)
-        ((scaling, _),) = scalings.most_common(1)
-        return _with_scaling(source, with_largest_rank(updates), scaling)
-    config = _config(source, updates, use_rslora=source.stored.config.use_rslora)
-    warn_of_merges(source)
-    warn_of_scalings(source, updates, config)
-    return tensors_of(source, updates), config
-
-
-def exported_with_scaling(source: Source, uniform: bool, scaling: float) -> Exported:
-    """Return PEFT's tensors and configuration, with one scaling of all updates. ``uniform``: and with one rank."""
-    source = fitted(source)
-    _refuse_rows(source)
-    updates = weight_updates(source)
-    if uniform:
         updates = with_largest_rank(updates)
-    return _with_scaling(source, updates, scaling)
-
-
-def _with_scaling(source: Source, updates: Iterable[WeightUpdate], scaling: float) -> Exported:
-    """PEFT's tensors and configuration, with one scaling of all updates."""
-    updates = with_scaling(updates, scaling)
-    config = _config(source, updates, use_rslora=False)
-    warn_of_merges(source)
+        if scaling is None:
+            scaling = _most_common_scaling(updates)
+    if scaling is None:
+        config = _config(source, updates, use_rslora=source.stored.config.use_rslora)
+        warn_of_merges(source)
+        warn_of_scalings(source, updates, config)
+    else:
+        updates = with_scaling(updates, scaling)
+        config = _config(source, updates, use_rslora=False)
+        warn_of_merges(source)
     return tensors_of(source, updates), config
+
+
+def _most_common_scaling(updates: Iterable[WeightUpdate]) -> float:
+    """The scaling that most updates have."""
+    scalings = Counter(update.scaling for update in updates)
+    ((scaling, _),) = scalings.most_common(1)
+    return scaling
 
 
 def _refuse_rows(source: Source) -> None:
-    """Refuse single rows that train: they have no factors."""
+    """Refuse single rows that train: they have no rank or scaling of their own."""
     if source.layers_with_rows:
         raise ExportError("Rows (trainable_token_indices) fit in PEFT's format alone, beside adapters, not uniform.")
 
@@ -144,10 +145,10 @@ def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool
         config["lora_dropout"] = 0.0
         if settings.bias == "lora_only":
             config["bias"] = "none"  # PEFT stops at an LSTM's bias=True
-    rows = {source.name_there(name): list(layer.tokens) for name, layer in source.layers_with_rows.items()}
+    rows = {source.name_for_reader(name): list(layer.tokens) for name, layer in source.layers_with_rows.items()}
     if rows:
         config["trainable_token_indices"] = rows
-    saved = list(map(source.name_there, source.stored.saved))
+    saved = list(map(source.name_for_reader, source.stored.saved))
     config["modules_to_save"] = saved or None
     config["rank_pattern"] = rank_pattern
     config["alpha_pattern"] = alpha_pattern

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.contract import LayerTypes
-from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.each_kind.linear import LoRALinear
 from lightning_lora.layers.matrices import AdaptedMatrix
 
 LINEAR_4BIT = "bitsandbytes.nn.modules.Linear4bit"

@@ -1,6 +1,6 @@
-"""Whether each parameter that trains has a place in an optimizer, and no frozen one has."""
+"""Check groups: each parameter that trains has a place in an optimizer, and no frozen one has."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from os.path import commonprefix
 
@@ -32,18 +32,20 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
             groups_with_all = [[*group, *remaining.values()] for group in edit.groups]
             placed.append(replace(edit, groups=groups_with_all))
         return placed
-    may_stay = view.adapter.networks.under_head if groups else ()  # the first step tells whether what trains reads them
-    unplaced = outside(remaining, may_stay)
+    judged_in_first_step: Collection[str] = ()  # by ``Feeding``, which removes those that feed nothing that trains
+    if groups:
+        judged_in_first_step = view.adapter.networks.under_head
+    unplaced = outside(remaining, judged_in_first_step)
     if unplaced:
         raise no_place_error(view.title, unplaced, len(groups))
     return edits
 
 
-def _without_place(view: View, placed: set[nn.Parameter], idle: list[str]) -> dict[str, nn.Parameter]:
-    """The parameters that train and that no group holds. In ``idle`` networks, they are meant to have none."""
+def _without_place(view: View, placed: set[nn.Parameter], paused: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters that train and that no group holds. In ``paused`` networks, they are meant to have none."""
     parameters = named_parameters(view.model)
     without_place = {}
-    for name in outside(parameters, idle):
+    for name in outside(parameters, paused):
         p = parameters[name]
         if p.requires_grad and p not in placed:
             without_place[name] = p

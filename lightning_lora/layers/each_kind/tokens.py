@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.layers.contract import LayerTypes
-from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.each_kind.embedding import LoRAEmbedding
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import Role
 from lightning_lora.tensors.inplace import InPlace, original_class, overlay, uncover
@@ -18,6 +18,8 @@ from lightning_lora.tensors.names import find_parameter, own_parameter
 
 class LoRATokens(LoRAEmbedding):
     r"""An embedding or an output head in which trained rows replace some of the weight. A head has no padding.
+
+    The weight of both has a row for each token. So a head is taken as an embedding too: its matrix is (width, tokens).
 
     Shape:
         weight: (num_embeddings, embedding_dim); lora_rows: (tokens, embedding_dim), which start as these rows.
@@ -53,7 +55,7 @@ class LoRATokens(LoRAEmbedding):
 class Rows:
     """The rows that train, one for each token."""
 
-    indices: tuple[int, ...]
+    indices: tuple[int, ...]  # in ascending order, as the configuration sorts them
     places: Tensor  # the indices, on the device of what is computed
     values: Tensor
 
@@ -127,10 +129,10 @@ def _with_features(layer: nn.Linear, output: Tensor, x: Tensor, rows: Rows) -> T
 def _with_embeddings(layer: nn.Embedding, output: Tensor, x: Tensor, rows: Rows) -> Tensor:
     """Replace the embeddings of the tokens whose rows train. ``x`` are the tokens of the input."""
     count = len(rows.indices)
-    nearest = torch.searchsorted(rows.places, x.long()).clamp_max(count - 1)
+    nearest = torch.searchsorted(rows.places, x.long()).clamp_max(count - 1)  # the place of a token, if it trains
     is_trained = rows.places[nearest] == x
     found = nearest.where(is_trained, count)  # all other tokens find a row of zeros behind these
-    padding = count  # it gets no gradient
+    padding = count  # that row: the one that gets no gradient, unless the padding is a token that trains
     if layer.padding_idx in rows.indices:
         padding = rows.indices.index(layer.padding_idx)
     values_and_zeros = F.pad(rows.values, (0, 0, 0, 1))

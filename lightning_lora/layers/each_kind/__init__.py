@@ -1,0 +1,1 @@
+"""The kinds of layers that can be adapted, each in its own file."""

@@ -1,0 +1,176 @@
+"""Sum the updates of several files of adapters, or of several adapters of a model."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lightning_lora.base.fingerprints import names_in
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
+from lightning_lora.functional.factors import Factors, concatenated, truncated, with_rank
+from lightning_lora.layers import AdaptedMatrix
+from lightning_lora.storage.inner_model import StoredModule
+from lightning_lora.storage.offline.layers import matrix_updates, tensors_beside_adapters
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_layers import StoredLayer, bare
+from lightning_lora.storage.whole_names import by_whole_names
+from lightning_lora.tensors.named import only, prefixed
+from lightning_lora.tensors.names import owner_of
+
+Summands = Sequence[StoredAdapters]
+Weights = Sequence[float]  # one for each of them
+_Updates = dict[AdaptedMatrix, Factors]  # of one layer
+
+
+@torch.no_grad()
+def weighted_sum(
+    summands: Summands, weights: Weights, r: int | None, module_names: Iterable[str] = ()
+) -> StoredAdapters:
+    """Return the weighted sum of all updates on one base.
+
+    It is exact, with the ranks added up, or the best approximation of rank r.
+
+    Args:
+        summands: The adapters, of several files or of one model.
+        weights: One for each of them.
+        r: The rank of each sum. None: as high as its updates' ranks together.
+        module_names: All modules of the model, as far as they are known: the configuration means none of the others.
+    """
+    _check_numbers(weights, r)
+    first = summands[0]
+    layers = dict[str, StoredLayer]()
+    state = only(first.state, first.filled_in_state)  # buffers that a run filled are no update: those of the first one
+    for name, layer in _layers_of_all(summands).items():
+        updates = _summed_updates(summands, weights, name, r)
+        highest_rank = max(map(_rank_of_update, updates.values()))
+        layers[name] = replace(layer, r=highest_rank)
+        state.update(_named_factors(name, updates, highest_rank))
+    modules = _modules_of_all(summands)
+    present = {*layers, *module_names, *modules, *_owners_in_base(first)}
+    config = by_whole_names(layers.values(), LoRAConfig(), present)
+    return StoredAdapters(
+        config, state, layers, first.base, filled=first.filled_in_state, root=first.root, modules=modules
+    )
+
+
+def _modules_of_all(summands: Summands) -> dict[str, StoredModule]:
+    """What is known of modules, as the first one that has it says. Nothing, if a file of 0.2.0 is among them."""
+    modules = dict[str, StoredModule]()
+    for stored in summands:
+        if not stored.modules:
+            return {}
+        modules = {**stored.modules, **modules}
+    return modules
+
+
+# Sums of updates
+
+
+@dataclass
+class _Terms:
+    """The terms of one sum: the updates of one matrix, and their weights."""
+
+    updates: list[Factors] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+    def add(self, update: Factors, weight: float) -> None:
+        """Add one more update."""
+        self.updates.append(update)
+        self.weights.append(weight)
+
+    def factors(self, matrix: AdaptedMatrix, r: int | None) -> Factors:
+        """Return A and B of the sum: exact, if the rank r (or the largest of the matrix) suffices for it."""
+        update = concatenated(self.updates, self.weights)
+        highest_rank = matrix.largest_rank if r is None else matrix.rank_for(r)
+        if _rank_of_update(update) <= highest_rank:
+            return update
+        return truncated(update, highest_rank)
+
+
+def _summed_updates(summands: Summands, weights: Weights, name: str, r: int | None) -> _Updates:
+    """The sum for each matrix of a layer. A summand that does not adapt it adds nothing."""
+    sums = defaultdict[AdaptedMatrix, _Terms](_Terms)
+    for stored, weight in zip(summands, weights, strict=True):
+        for matrix, update in matrix_updates(stored, name).items():
+            sums[matrix].add(update, weight)
+    return {matrix: terms.factors(matrix, r) for matrix, terms in sums.items()}
+
+
+def _named_factors(name: str, updates: _Updates, r: int) -> dict[str, Tensor]:
+    """A and B of a layer by their names in a file: all with rank r, or with the largest of their matrix."""
+    named = dict[str, Tensor]()
+    for matrix, update in updates.items():
+        a, b = with_rank(update, matrix.rank_for(r))
+        named |= matrix.named((a.contiguous(), b.contiguous()))
+    return prefixed(name, named)
+
+
+def _rank_of_update(update: Factors) -> int:
+    a, _ = update
+    return a.shape[-2]
+
+
+def _owners_in_base(stored: StoredAdapters) -> set[str]:
+    """The modules that hold the tensors of a base."""
+    owners = set[str]()
+    for fingerprint in stored.base:
+        owners.update(map(owner_of, names_in(fingerprint)))
+    return owners
+
+
+# Checks
+
+
+def _check_numbers(weights: Weights, r: int | None) -> None:
+    """Refuse weights and a rank with which no sum can be computed."""
+    are_finite = all(map(math.isfinite, weights))
+    is_rank = r is None or (isinstance(r, int) and r > 0)
+    if not (are_finite and is_rank):
+        raise ConfigError(f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank of at least 1.")
+
+
+def _layers_of_all(summands: Summands) -> dict[str, StoredLayer]:
+    """The layers of all, each with a scaling of one: its own is in B. Updates that cannot be added are refused."""
+    layers = dict[str, StoredLayer]()
+    first_source = dict[str, str]()  # of each layer
+    for stored in summands:
+        _check_can_be_added(stored)
+        for name, layer in stored.layers.items():
+            comparable = _comparable(layer, stored.source)
+            first = layers.setdefault(name, comparable)
+            source = first_source.setdefault(name, stored.source)
+            if not _have_same_parts(first, comparable):
+                raise AdapterMismatchError(
+                    f"{name!r} is adapted in other parts in {source} than in {stored.source}. Use one base, "
+                    "and the same target_slices and target_parameters."
+                )
+    return layers
+
+
+def _check_can_be_added(stored: StoredAdapters) -> None:
+    """Refuse what holds more than updates of weights."""
+    if stored.config.use_dora:
+        raise AdapterMismatchError(f"{stored.source} uses DoRA: its updates depend on the base and cannot be added.")
+    others = tensors_beside_adapters(stored)
+    if others:
+        raise AdapterMismatchError(
+            f"{stored.source} also holds {listed(others)}, which cannot be combined: they were trained in full, or "
+            "looked untrained. Train without modules_to_save and bias, from one base, or merge one file first."
+        )
+
+
+def _comparable(layer: StoredLayer, source: str) -> StoredLayer:
+    """A layer without its ranks and scalings, in which summands may differ. Single rows are refused."""
+    if layer.tokens:
+        raise AdapterMismatchError(f"{source} trains single rows of {layer.name!r}, which cannot be added up.")
+    matrices = tuple(map(bare, layer.matrices))
+    return replace(layer, scaling=1.0, matrices=matrices)
+
+
+def _have_same_parts(one: StoredLayer, other: StoredLayer) -> bool:
+    """Whether the same parts of the same weights are adapted, by the same kind of adapter."""
+    return (one.kind, one.shapes, one.matrices) == (other.kind, other.shapes, other.matrices)

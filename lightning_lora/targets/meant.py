@@ -1,0 +1,150 @@
+"""What the arguments mean in one model: its modules and parameters in place of names."""
+
+from collections.abc import Collection, Iterable, Mapping, Set
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import TargetError
+from lightning_lora.layers import LoRALayer, adapter_for
+from lightning_lora.targets.adaptable import has_forward, has_matrices
+from lightning_lora.targets.arguments import AUTOMATIC
+from lightning_lora.targets.automatic import automatic_targets
+from lightning_lora.targets.lookup import Names
+from lightning_lora.targets.token_rows import TokenRows, find_token_rows
+from lightning_lora.tensors.named import only, where
+from lightning_lora.tensors.names import owner_of, submodule, with_all_inside
+
+
+@dataclass(frozen=True)
+class Meant:
+    """What the arguments mean in one model."""
+
+    excluded_names: set[str]
+    """What ``exclude_modules`` and ``modules_to_save`` name: modules and parameters."""
+
+    excluded_modules: set[nn.Module]
+    """The modules of these names, with all inside them."""
+
+    parameters: Mapping[nn.Module, list[str]]
+    """What ``target_parameters`` names and nothing excludes: names in the module that reads them, by this module."""
+
+    named_targets: set[nn.Module]
+    """What ``target_modules`` names, before any of it is excluded."""
+
+    targets: set[nn.Module]
+    """Those of them that nothing excludes, and that hold none of ``parameters``."""
+
+    token_rows: TokenRows
+    """The embeddings in ``trainable_token_indices``, and the layers that are tied to them."""
+
+    def adapted(self) -> set[nn.Module]:
+        """Return the modules that get an adapter. One in which rows train gets no other."""
+        targets = self.targets - self.token_rows.layers
+        return targets.union(self.parameters, self.token_rows.matrices)
+
+
+def read_arguments(names: Names, config: LoRAConfig) -> Meant:
+    """Return what the arguments mean. A name that matches nothing is an error."""
+    saved = names.find("modules_to_save", config.modules_to_save)
+    excluded_names = {*saved, *names.find("exclude_modules", config.exclude_modules)}
+    excluded_modules = _modules_of(names, excluded_names)
+    parameters = _parameters_by_reader(names, config, excluded_modules)
+    holders = _holders_of(parameters)
+    named_targets = _named_by_target_modules(names, config)
+    targets = named_targets - excluded_modules - holders
+    named_elsewhere = holders | _modules_of(names, saved)  # no single rows of these may train
+    if config.target_modules not in AUTOMATIC:  # the words leave embeddings to their rows
+        named_elsewhere |= targets
+    token_rows = find_token_rows(names, config, named_elsewhere)
+    return Meant(excluded_names, excluded_modules, parameters, named_targets, targets, token_rows)
+
+
+def _modules_of(names: Names, named: Collection[str]) -> set[nn.Module]:
+    """The named modules, or the layers of named weights, and all modules inside them.
+
+    Of a layer with several weights, one that is named takes out its own matrix alone: ``_is_adapted`` in ``select``.
+    """
+    modules = {name.removesuffix(".weight") for name in named}
+    return with_all_inside(only(names.modules, modules).values())
+
+
+# target_modules
+
+
+def _named_by_target_modules(names: Names, config: LoRAConfig) -> set[nn.Module]:
+    """The modules that ``target_modules`` names, supported or not."""
+    targets = config.target_modules
+    if targets in AUTOMATIC:
+        found = automatic_targets(names, str(targets))
+        fitting = where(found, has_matrices)  # a word does not mean weights that are computed or empty
+    else:
+        found = only(names.modules, set(names.find("target_modules", targets)))
+        fitting = where(found, adapter_for)  # an expression does not mean containers and norms
+    is_list = not isinstance(targets, str)  # a list means each of its names
+    if is_list or not fitting:  # an error says why what is found does not fit
+        return set(found.values())
+    return set(fitting.values())
+
+
+# target_parameters
+
+
+def _parameters_by_reader(
+    names: Names, config: LoRAConfig, excluded_modules: Set[nn.Module]
+) -> dict[nn.Module, list[str]]:
+    """The ``target_parameters`` by the module that reads them, with their names in it."""
+    by_reader: dict[nn.Module, list[str]] = {}
+    for name in names.find("target_parameters", config.target_parameters):
+        reader = _reader_of(names, name)
+        why = _why_not_adaptable(names, name, reader)
+        if why:
+            given = config.to_dict()["target_parameters"]
+            raise TargetError(f"target_parameters {given} match {name!r}, but {why}.")
+        module = names.modules[reader]
+        if module not in excluded_modules:
+            by_reader.setdefault(module, []).append(name.removeprefix(f"{reader}."))
+    return by_reader
+
+
+def _holders_of(parameters: Mapping[nn.Module, Iterable[str]]) -> set[nn.Module]:
+    """The modules that hold these parameters: they get no other adapter. A reader may be around them."""
+    holders: set[nn.Module] = set()
+    for reader, inner_names in parameters.items():
+        for name in inner_names:
+            holders.add(submodule(reader, owner_of(name)))
+    return holders
+
+
+def _reader_of(names: Names, parameter: str) -> str:
+    """The module that gets the adapter of a parameter: the one whose code reads it. The model has no name.
+
+    That is the module which holds it. If this is a layer, such as the ``gate`` of ``gate.weight``, it is the module
+    around it: for the layer itself, there is ``target_modules``.
+    """
+    owner = owner_of(parameter)
+    module = names.all_modules[owner]
+    reads_its_own = adapter_for(module) is None or isinstance(module, nn.MultiheadAttention)
+    return owner if reads_its_own else owner_of(owner)
+
+
+def _why_not_adaptable(names: Names, name: str, reader: str) -> str:
+    """Why a parameter that a module reads cannot be adapted, or nothing."""
+    if not reader:
+        return (
+            f"{names.title} itself may read it: move it into a module, or name its layer in target_modules, with "
+            "target_slices for one of several weights"
+        )
+    module = names.modules[reader]
+    class_name = type(module).__name__
+    parameter = names.parameters[name]
+    if adapter_for(module):
+        return f"its {class_name} is adapted as a layer: name {reader!r} in target_modules"
+    if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
+        return f"it is {tuple(parameter.shape)}, {parameter.dtype}, neither a matrix nor a stack of matrices"
+    if not has_forward(module):
+        return f"its {class_name} has no forward of its own, so other code reads it"
+    if "forward" in vars(module) and not isinstance(module, LoRALayer):
+        return "its forward is replaced on the instance, which would bypass the adapter"
+    return ""

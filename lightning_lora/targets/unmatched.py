@@ -1,0 +1,65 @@
+"""The error for entries of an argument that match nothing: what was perhaps meant, and how it is written."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from lightning_lora.errors import TargetError
+from lightning_lora.targets.arguments import Argument
+from lightning_lora.targets.suggestions import expressions_meant, names_between_commas
+
+if TYPE_CHECKING:
+    from lightning_lora.targets.lookup import Names
+
+SEE_ALL = "print(lightning_lora.summarize(model)) shows every layer"
+
+
+def unmatched(
+    names: "Names",
+    argument: Argument,
+    missing: Iterable[str],
+    could_mean: Iterable[str],
+    *,
+    given: str | Sequence[str] = (),
+) -> TargetError:
+    """Return the error for entries that match nothing.
+
+    ``given`` is the whole argument, if it is one expression or a list. Of keys, only those that are missing count.
+    """
+    missing = list(dict.fromkeys(missing))
+    could_mean = list(dict.fromkeys(could_mean))
+    if isinstance(given, str):
+        found = f"{argument.name}={given!r} is an expression, and matches no whole name of a {argument.what}"
+    else:
+        found = f"{argument.name} {missing} match no {argument.what}"
+    advice = (
+        _about_several_names(argument, missing, could_mean)
+        or _about_expressions(argument, given, missing, could_mean)
+        or argument.about_similar(names, missing, could_mean)
+    )
+    return TargetError(f"{found} of {names.title}. {advice} Correct {argument.name}; {SEE_ALL}.")
+
+
+def _about_several_names(argument: Argument, missing: Sequence[str], could_mean: Sequence[str]) -> str:
+    """How to write several names, if an entry holds them between commas."""
+    found = names_between_commas(missing, could_mean)
+    if not found:
+        return ""
+    return f"For several names, write {argument.written(found)}."
+
+
+def _about_expressions(
+    argument: Argument, given: str | Sequence[str], missing: Sequence[str], could_mean: Sequence[str]
+) -> str:
+    """How to write an expression, if an entry is one, or a name with ``*``, or a row of a table."""
+    expressions = expressions_meant(missing, could_mean, argument.wildcard)
+    if not expressions:
+        return ""
+    if isinstance(given, str):
+        (expression,) = expressions.values()  # a string is its only entry
+        about_star = '"*" is no wildcard in an expression; ".*" is. '
+        advice = f'Perhaps write {argument.name}=r"{expression}".'
+    else:
+        about_star = '"*" is no wildcard in a name. '
+        advice = argument.rewritten(given, expressions, could_mean)
+    has_star = any("*" in entry for entry in expressions)
+    return about_star + advice if has_star else advice
