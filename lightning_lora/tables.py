@@ -57,13 +57,19 @@ def shown_range(least: str, greatest: str, sign: str = "–") -> str:
 _BLOCK = re.compile(r"\d+(?=\.)")  # the number of a block in a layer's name; one at its end says which layer it is
 
 
+def split_at_blocks(name: str) -> tuple[tuple[int, ...], str]:
+    """Return the numbers of the blocks in a layer's name, and the name with a star for each."""
+    numbers = [int(number) for number in _BLOCK.findall(name)]
+    return tuple(numbers), _BLOCK.sub("*", name)
+
+
 def grouped_by_name(
     layers: Mapping[str, Layer], kind_of: Callable[[Layer], Hashable]
 ) -> Iterator[tuple[str, dict[str, Layer]]]:
     """Group layers of one kind whose names differ only in blocks: ``*`` or a range. Yield that name, and them."""
     groups = dict[tuple[str, Hashable], dict[str, Layer]]()
     for name, layer in layers.items():
-        pattern = _BLOCK.sub("*", name)
+        _, pattern = split_at_blocks(name)
         group = groups.setdefault((pattern, kind_of(layer)), {})
         group[name] = layer
     groups_of_pattern = Counter(pattern for pattern, _ in groups)

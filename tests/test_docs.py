@@ -70,8 +70,14 @@ def program(folder: Path, page: str) -> Path:
 
 def written(folder: Path, code: list[str]) -> Path:
     path = folder / "main.py"
-    path.write_text("".join(code).replace("L.Trainer(", f"L.Trainer({QUIET}"))
+    path.write_text(quiet("".join(code)))
     return path
+
+
+def quiet(code: str) -> str:
+    """Code with quiet Trainers. One with a logger in the same line keeps it."""
+    code = code.replace("L.Trainer(", f"L.Trainer({QUIET}")
+    return re.sub(r"logger=False, (?=.*\blogger=)", "", code)
 
 
 @pytest.fixture
@@ -298,7 +304,7 @@ def fitted(here: Path) -> dict[str, Any]:
 
 
 def run_block(code: str, known: dict[str, Any]) -> None:
-    exec(code.replace("L.Trainer(", f"L.Trainer({QUIET}"), known)
+    exec(quiet(code), known)
 
 
 @pytest.mark.filterwarnings("ignore:.*no last checkpoint:UserWarning")

@@ -6,10 +6,11 @@ import textwrap
 from pathlib import Path
 
 import lightning_lora
-from lightning_lora import metrics
+from lightning_lora import metrics, plots
 
 PAGE = Path(__file__).parent.parent / "docs" / "stability.md"
 METRICS = ("UpdateNorm", "EffectiveRank", "Amplification", "SubspaceSimilarity")
+PLOTS = ("plot_layers", "plot_losses")
 
 
 def signature(name: str, value: object) -> str:
@@ -32,6 +33,7 @@ def listed() -> list[str]:
         else:
             calls.append(signature(name, value))
     calls += [signature(f"metrics.{name}", getattr(metrics, name)) for name in METRICS]
+    calls += [signature(f"plots.{name}", getattr(plots, name)) for name in PLOTS]
     return ["\n".join(calls) + "\n", "\n".join(raised) + "\n"]
 
 
