@@ -9,7 +9,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_lora.tensors.shards import (
-    agreed,
     data_processes,
     distributed_as,
     first_local,
@@ -23,6 +22,7 @@ from lightning_lora.tensors.shards import (
     sharded_as,
     sharding_dims,
     to_local,
+    true_anywhere,
     without_dtensor,
 )
 from tests.support.ranks import alone, has_shards, join_group, run_ranks
@@ -51,7 +51,7 @@ def test_plain_tensors_pass_through() -> None:
     assert sharded_as(tensor, tensor, 0) is tensor
     assert not is_sharded(tensor)
     assert not is_sharded_over_data(tensor)
-    assert agreed([True, False], [tensor]) == [True, False]
+    assert true_anywhere([True, False], [tensor]) == [True, False]
 
 
 @needs_shards
@@ -112,7 +112,7 @@ def parts_of_each() -> list[Any]:
     mesh = init_device_mesh("cpu", (2,))
     tensor = distribute_tensor(torch.arange(12.0).reshape(4, 3), mesh, [Shard(0)], src_data_rank=None)
     is_first = mesh.get_rank() == 0
-    return [is_sharded(tensor), data_processes(tensor), first_local(tensor), agreed([is_first, False], [tensor])]
+    return [is_sharded(tensor), data_processes(tensor), first_local(tensor), true_anywhere([is_first, False], [tensor])]
 
 
 @needs_shards

@@ -12,8 +12,8 @@ def warn_of_tied_embeddings(source: Source) -> None:
     embeddings = where(source.stored.layers, _is_tied_embedding)
     if embeddings:
         warn(
-            f"llama.cpp cannot run {listed(embeddings)}: an adapted embedding whose weight another layer has stops it "
-            "while it runs. For it, merge with save_merged(model, path)."
+            f"llama.cpp cannot run {listed(embeddings)}: an adapted embedding whose weight another layer has ends it "
+            "as it loads. For it, set config.tie_word_embeddings = False and merge with save_merged(model, path)."
         )
 
 
