@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.storage.formats.format import tensors_in
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, read_config
-from lightning_lora.storage.formats.peft.peft_names import PREFIX, is_peft, peft_key, tensors_in, without_wrappers
+from lightning_lora.storage.formats.peft.peft_names import PREFIX, is_peft, peft_key, without_wrappers
 from lightning_lora.storage.formats.peft.reader_table import (
     ALPHAS,
     BIASES,
@@ -26,7 +27,7 @@ from lightning_lora.storage.formats.peft.reader_table import (
     UNKNOWN,
     Reader,
 )
-from lightning_lora.tensors.named import renamed
+from lightning_lora.tensors.dicts import renamed
 from lightning_lora.tensors.names import starts_of
 
 _WORDS = {DIFFERS: "scales otherwise:", REFUSES: "refuses", IGNORES: "ignores", UNKNOWN: "not known:"}
@@ -82,7 +83,7 @@ def _held(tensors: Mapping[str, Tensor], peft: PeftConfig) -> _Contents:
 
 def _add_settings(held: _Contents, peft: PeftConfig) -> None:
     """Note what the configuration says of all layers."""
-    config = peft.config
+    config = peft.as_ours
     settings = {
         RANKS: config.rank_pattern,
         ALPHAS: config.alpha_pattern,
@@ -97,13 +98,13 @@ def _add_settings(held: _Contents, peft: PeftConfig) -> None:
 
 def _add_adapter(held: _Contents, peft: PeftConfig, name: str, layer: str) -> None:
     """Note the scaling of a layer, and whether it is an embedding or holds experts."""
-    usual = peft.config.scaling("")
-    difference = abs(peft.config.scaling(layer) - usual)
+    usual = peft.as_ours.scaling("")
+    difference = abs(peft.as_ours.scaling(layer) - usual)
     if difference > 1e-6 * usual:
         held.has_one_scaling = False
     if "lora_embedding_" in name:
         held.add(EMBEDDINGS, layer)
-    if peft.config.target_parameters and not peft.adapts(layer):
+    if peft.as_ours.target_parameters and not peft.adapts(layer):
         held.add(EXPERTS, layer)
 
 

@@ -116,7 +116,7 @@ LLAMA_CPP = Reader(
         BIASES: REFUSES,
         EXPERTS: UNKNOWN,
     },
-    "Ollama uses it. An adapted embedding that is tied with the head ends it while it runs.",
+    "Ollama uses it. An adapted embedding that is tied with the head ends it while it loads (merge for it).",
 )
 
 DIFFUSERS = Reader(
