@@ -11,15 +11,17 @@ examples::
   lightning-lora readers peft_folder/
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from lightning_lora.printing import fitting_console, printable
 from lightning_lora.storage.formats.contents import read_contents
 from lightning_lora.storage.formats.peft.folder_readers import lines_of_readers
-from lightning_lora.storage.formats.peft.reader_table import COLUMNS, MEANINGS, READERS
+from lightning_lora.storage.formats.peft.reader_table import MEANINGS, PARTS, READERS, SCALINGS
 from lightning_lora.storage.formats.registry import adapter_file_at
 
 
@@ -47,22 +49,23 @@ def _show_lines(folder: Path) -> None:
 def _show_table() -> None:
     """Print the table, what its words mean, and the notes."""
     console = fitting_console()
-    console.print(_table())
+    console.print(_table(SCALINGS))
+    console.print(_table(PARTS))
     for word, meaning in MEANINGS.items():
         console.print(f"{word}: {meaning}", markup=False, highlight=False)
     for reader in READERS:
+        text = f"{reader.name} (known from {reader.known_from})"
         if reader.note:
-            console.print(f"{reader.name}: {reader.note}", markup=False, highlight=False)
+            text += f": {reader.note}"
+        console.print(text, markup=False, highlight=False)
 
 
-def _table() -> Table:
-    """A row for each reader."""
-    table = Table()
-    table.add_column("Reader")
-    for what in COLUMNS:
+def _table(columns: Sequence[str]) -> Table:
+    """A row for each reader, and some of the columns: all of them are too wide for most terminals."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("Reader", no_wrap=True)
+    for what in columns:
         table.add_column(what)
-    table.add_column("Known from")
     for reader in READERS:
-        cells = [reader.cells[what] for what in COLUMNS]
-        table.add_row(reader.name, *cells, reader.known_from)
+        table.add_row(reader.name, *[reader.cells[what] for what in columns])
     return table

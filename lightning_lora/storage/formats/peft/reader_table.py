@@ -27,7 +27,9 @@ NORMS = "whole norms"
 BIASES = "biases"
 EXPERTS = "experts"
 
-COLUMNS = (RANKS, ALPHAS, RSLORA, DORA, EMBEDDINGS, HEADS, NORMS, BIASES, EXPERTS)
+SCALINGS = (RANKS, ALPHAS, RSLORA, DORA)
+PARTS = (EMBEDDINGS, HEADS, NORMS, BIASES, EXPERTS)
+COLUMNS = (*SCALINGS, *PARTS)
 """In PEFT's words: rank_pattern, alpha_pattern, whole modules in modules_to_save, experts in target_parameters."""
 
 
