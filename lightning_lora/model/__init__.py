@@ -11,7 +11,7 @@ A layer's adapter, of the active one:
 - is paused: it has learned, and no optimizer of this fit holds it or its weight. Its effect stays.
 - follows: its layer is in a copy of a network, and its values follow those of the original's adapter.
 
-A network, a module with layers of its own, trains or stands still (``still/``, ``networks/roles.py``):
+A network, a module with layers of its own, trains or stands still (``still/``, ``networks/still_networks.py``):
 
 - beside training networks: it gets no adapters, or loses them.
 - under a head: nothing but a head trains beside it, so it gets adapters.
