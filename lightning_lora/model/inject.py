@@ -161,7 +161,7 @@ def _put_on_new(model: nn.Module, view: View, plan: Plan, name: str) -> None:
     record = begin_record(model, view.config, name)
     record.adapter.networks = plan.networks
 
-    view = View(model)  # from now on, the record's configuration counts
+    view = view.as_recorded()
     attach.attach_adapters(view, new_adapters)
     attach.reinitialise_if_base_changed(view)
     follow_originals(view)

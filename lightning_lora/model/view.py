@@ -1,5 +1,6 @@
 """A model's layers, adapters and base, by name, and which of them train."""
 
+from copy import copy
 from functools import cached_property
 
 from torch import nn
@@ -23,6 +24,13 @@ class View(TensorsView):
     Its three parts are layers (:class:`.LayersView`), tensors (:class:`.TensorsView`), and here, what trains: ``base``
     is ``trainable`` and ``frozen``.
     """
+
+    def as_recorded(self) -> "View":
+        """Return a view of the same modules that shows what the record says, and not what is asked for now."""
+        view = copy(self)
+        view._config_asked_for = None
+        view.look_again()
+        return view
 
     @cached_property
     def trainable(self) -> dict[str, nn.Parameter]:
