@@ -84,7 +84,7 @@ def plot_layers(run: str | Path) -> tuple[Any, Any]:
     width = 2 * (2 + 0.6 * len(norm_map.columns))
     height = 2 + 0.36 * len(norm_map.rows)
     figure, axes = _pyplot().subplots(1, 2, layout="constrained", figsize=(width, height))
-    _draw_heat_map(axes[0], norm_map, "Norm of the update", least=0, number=".2g")
+    _draw_heat_map(axes[0], norm_map, "Norm of the update", least=0, number="#.2g")
     _draw_heat_map(axes[1], rank_map, "Effective rank", least=1, number=".1f")
     figure.suptitle(f"What each layer learned, logged at step {step}", fontsize="medium")
     return figure, axes
@@ -138,7 +138,22 @@ def _version(file: Path) -> tuple[int, str]:
 def _rows(file: Path) -> list[dict[str, str]]:
     """The rows of a metrics.csv. What was not logged at a step is empty there."""
     with file.open(newline="", encoding="utf-8") as opened:
-        return list(csv.DictReader(opened))
+        rows = list(csv.DictReader(opened))
+    for number, row in enumerate(rows, 2):
+        if None in row:  # csv's key for cells behind the last column
+            raise ConfigError(
+                f"Line {number} of {file} has more cells than its first line. Expected a file of CSVLogger."
+            )
+    return rows
+
+
+def _number(file: Path, row: Mapping[str, str], column: str) -> float:
+    """The number in a cell."""
+    cell = row.get(column)
+    try:
+        return float(cell or "")
+    except ValueError:
+        raise ConfigError(f"{file} has {column}={cell!r}. Expected a number, as CSVLogger writes it.") from None
 
 
 def _curve(file: Path, metric: str) -> tuple[list[int], list[float]]:
@@ -148,8 +163,8 @@ def _curve(file: Path, metric: str) -> tuple[list[int], list[float]]:
     values = []
     for row in rows:
         if row.get(metric):
-            steps.append(int(row["step"]))
-            values.append(float(row[metric]))
+            steps.append(int(_number(file, row, "step")))
+            values.append(_number(file, row, metric))
     if not steps:
         columns = rows[0] if rows else {}
         others = sorted(columns.keys() - {"epoch", "step"})
@@ -163,9 +178,9 @@ def _last_by_layer(file: Path, beginning: str) -> tuple[str, dict[str, float]]:
         found = {}
         for name, value in row.items():
             if name.startswith(beginning) and value:
-                found[name.removeprefix(beginning)] = float(value)
+                found[name.removeprefix(beginning)] = _number(file, row, name)
         if found:
-            return row["step"], found
+            return row.get("step", "?"), found
     raise ConfigError(f"{file} has no numbers of single layers. LoRAMonitor(per_layer=True) logs them.")
 
 
@@ -229,6 +244,6 @@ def _draw_heat_map(ax: Any, heat_map: _HeatMap, title: str, *, least: float, num
     for row, values in enumerate(heat_map.values):
         for column, value in enumerate(values):
             is_dark = image.norm(value) < 0.6
-            text = "" if math.isnan(value) else f"{value:{number}}"
+            text = "" if math.isnan(value) else f"{value:{number}}".rstrip(".")
             style = {"color": "white" if is_dark else "black", "fontsize": "x-small"}
             ax.text(column, row, text, ha="center", va="center", **style)

@@ -47,6 +47,13 @@ def texts_of(artists: Any) -> list[str]:
     return [artist.get_text() for artist in artists]
 
 
+def numbers_in(ax: Any) -> list[list[float]]:
+    """Those of a heat map, and -1 where it has none."""
+    (image,) = ax.images
+    shown: list[list[float]] = image.get_array().filled(-1).tolist()
+    return shown
+
+
 def written(folder: Path, **columns: list[Any]) -> Path:
     """A metrics.csv with these columns."""
     folder.mkdir(parents=True)
@@ -108,7 +115,8 @@ def test_each_layer_has_its_last_numbers(run: CSVLogger) -> None:
     figure, axes = plot_layers(Path(run.save_dir) / "run")
     last = logged_by(run, "lora/update_norm")[-1]
     for ax, metric in zip(axes, ("update_norm", "effective_rank"), strict=True):
-        shown = dict(zip(texts_of(ax.get_xticklabels()), ax.images[0].get_array()[0].tolist(), strict=True))
+        (numbers,) = numbers_in(ax)
+        shown = dict(zip(texts_of(ax.get_xticklabels()), numbers, strict=True))
         logged = {}
         for name, value in last.items():
             if name.startswith(f"lora/{metric}/"):
@@ -120,14 +128,15 @@ def test_each_layer_has_its_last_numbers(run: CSVLogger) -> None:
 
 def test_rows_are_blocks_in_their_order_and_columns_are_matrices(tmp_path: Path) -> None:
     columns: dict[str, list[Any]] = {"step": [5]}
-    for name, value in (("0.mlp.up", 1), ("0.q", 2), ("2.q", 3), ("10.q", 4), ("10.mlp.up", 5)):
+    logged = {"0.mlp.up": 1, "0.q": 2, "2.q": 3, "10.q": 4, "10.mlp.up": 5}
+    for name, value in logged.items():
         columns[f"lora/update_norm/model.layers.{name}"] = [value]
         columns[f"lora/effective_rank/model.layers.{name}"] = [value + 1]
     _, (norms, ranks) = plot_layers(written(tmp_path / "a", **columns))
     assert texts_of(norms.get_xticklabels()) == texts_of(ranks.get_xticklabels()) == ["mlp.up", "q"]
     assert texts_of(norms.get_yticklabels()) == ["0", "2", "10"]
-    assert norms.images[0].get_array().filled(-1).tolist() == [[1, 2], [-1, 3], [5, 4]]
-    assert ranks.images[0].get_array().filled(-1).tolist() == [[2, 3], [-1, 4], [6, 5]]
+    assert numbers_in(norms) == [[1, 2], [-1, 3], [5, 4]]
+    assert numbers_in(ranks) == [[2, 3], [-1, 4], [6, 5]]
     assert texts_of(ranks.texts) == ["2.0", "3.0", "", "4.0", "6.0", "5.0"]
 
 
@@ -168,3 +177,20 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ModuleNotFoundError, match=r"extra 'plots': pip install '\.\[plots\]'"):
         plot_losses({"a": run})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("step,val_loss\n,0.5\n", "has step=''. Expected a number"),
+        ("epoch,val_loss\n0,0.5\n", "has step=None. Expected a number"),
+        ("step,val_loss\n1,low\n", "has val_loss='low'. Expected a number"),
+        ("step,val_loss\n1,0.5,7\n", "Line 2 of .* has more cells than its first line"),
+    ],
+    ids=["no step", "no steps", "a word", "more cells"],
+)
+def test_a_file_that_is_not_of_csvlogger_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text(text)
+    with pytest.raises(ll.ConfigError, match=says):
+        plot_losses({"run": path})
