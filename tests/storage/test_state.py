@@ -55,6 +55,14 @@ def test_state_that_does_not_fit_is_refused_and_nothing_is_written(change: Any, 
         ll.load_adapter_state_dict(model, bad)
 
 
+def test_state_with_nan_is_refused_and_nothing_is_written() -> None:
+    bad = cloned(ll.adapter_state_dict(trained()))
+    bad["q_proj.lora_B"][0, 0] = torch.nan
+    model = as_trained(LitTiny(), **CONFIG.to_dict())
+    with refused(model, ll.AdapterFileError, "'q_proj.lora_B' hold NaN or infinite values"):
+        ll.load_adapter_state_dict(model, bad)
+
+
 class Slim(LitTiny):
     """A module that leaves all but its head out of its state."""
 

@@ -42,6 +42,7 @@ def check_state_fits(view: View, state: StateDict) -> None:
     remedy = "Use the same targets, modules_to_save and bias as for the training."
     _check_names(view, state, random=random_weights(view), remedy=remedy)
     _check_tensors(view, state)
+    _check_finite(view, state)
 
 
 # Settings and layers

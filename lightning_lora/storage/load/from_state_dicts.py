@@ -29,6 +29,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         AdapterMismatchError: a name is missing or unexpected, or a tensor is of another shape or kind. Then nothing
             was written.
+        AdapterFileError: a tensor holds NaN or infinite values.
         AdapterStateError: ``model`` has no adapters.
     """
     view_of(model)  # refuses one that has no adapters, or has lost some

@@ -50,7 +50,8 @@ def write(source: Source, directory: Path, *, uniform: bool) -> None:
     in_peft = Renaming(here=PREFIX)
     header = {METADATA: json.dumps(in_peft.with_names_here(config))}
     by_name_in_file = renamed(tensors, names.__getitem__)
-    if by_name_in_file.keys() != tensors.keys():
+    is_any_renamed = any(name != in_file for name, in_file in names.items())
+    if is_any_renamed:
         header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()})
     card = ModelCard(source, "peft", _loading(source.inner_described))
     contents = {
