@@ -121,8 +121,10 @@ def test_whole_modules_that_servers_drop_are_named(
     base = Around(tiny(kind, head))
     model = adapted(base, target_modules=linear, modules_to_save=[whole])
     told = assert_same(model, tmp_path, uniform=uniform)
-    assert told.count(f"The folder holds 'model.{whole}' whole (modules_to_save).") == is_served
-    assert told.count("SGLang, TGI, LoRAX, llama.cpp ignore norms") == is_served
+    assert (
+        told.count(f"The folder holds 'model.{whole}' whole (modules_to_save), for PEFT and transformers.") == is_served
+    )
+    assert told.count("without a word (SGLang, TGI, LoRAX, llama.cpp)") == is_served
 
 
 class Nested(nn.Module):

@@ -104,12 +104,11 @@ def warn_of_whole_modules(source: Source) -> None:
     if not whole or not _is_served(source.inner_described, whole):
         return
     takers = " and ".join(readers_that(TAKES, NORMS))
-    without_norms = ", ".join(readers_that(IGNORES, NORMS))
-    without_heads = ", ".join(readers_that(IGNORES, HEADS))
+    ignorers = ", ".join(dict.fromkeys([*readers_that(IGNORES, NORMS), *readers_that(IGNORES, HEADS)]))
     warn(
-        f"The folder holds {listed(whole)} whole (modules_to_save). {takers} read them, vLLM only a head called "
-        f"'score'. Without a word, {without_norms} ignore norms, and {without_heads} heads too: merge for these, "
-        "with save_merged(model, path). 'lightning-lora readers' shows what each reader takes."
+        f"The folder holds {listed(whole)} whole (modules_to_save), for {takers}. Other readers refuse that, or "
+        f"leave it out without a word ({ignorers}): 'lightning-lora readers FOLDER' tells which. For them, merge with "
+        "save_merged(model, path), or 'lightning-lora merge'."
     )
 
 
