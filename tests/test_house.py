@@ -62,7 +62,7 @@ class Limits:
 
 LIMITS = {
     HOUSE: Limits(22, 27.2, 0.029, 2.63, 0),
-    TESTS: Limits(10.1, 19.4, 0.054, 2.49, 0),
+    TESTS: Limits(10.1, 19.4, 0.053, 2.49, 0),
     EXAMPLES: Limits(18.7, 34, 0.046, 2.79, 0),
 }
 

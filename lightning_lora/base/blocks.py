@@ -14,7 +14,10 @@ _OPEN: WeakSet[nn.Module] = WeakSet()
 
 
 def open_block(modules: Collection[nn.Module]) -> ExitStack:
-    """Note that a block runs these modules. Return what ends it: modules of a block around this one stay open."""
+    """Note that a block runs these modules.
+
+    Return what ends it. Modules of a block around this one stay open.
+    """
     opened = set(modules).difference(_OPEN)
     _OPEN.update(opened)
     block = ExitStack()
@@ -28,7 +31,10 @@ def is_in_block(module: nn.Module) -> bool:
 
 
 def refuse_in_block(model: nn.Module, call: str) -> None:
-    """Refuse a call that changes adapters while a block runs layers of ``model``. A copy of it has no open block."""
+    """Refuse a call that changes adapters in a block.
+
+    That is, while a block runs layers of ``model``. A copy of the model has no open block.
+    """
     if _OPEN and not _OPEN.isdisjoint(modules_by_name(model).values()):
         raise AdapterStateError(
             f"{call} is not possible in a block of adapter_names: each row of {type(plain_module(model)).__name__} has "

@@ -55,7 +55,10 @@ class Readings:
         return self._known_digests(tensors)
 
     def known_digest(self, name: str, tensor: Tensor) -> int | None:
-        """Return the digest of ``tensor`` if it was read in full, without visible change since."""
+        """Return the known digest of ``tensor``, or None.
+
+        It is known if the tensor was read in full, and has not changed visibly since.
+        """
         reading = self.by_name.get(name)
         if reading is not None and reading.seen.is_unchanged(tensor):
             return reading.digest
@@ -97,17 +100,26 @@ class Readings:
     # Digests in half precision, by which a base that was converted is known again
 
     def known_halves(self, digest: int) -> list[int]:
-        """Return the digests in half precision of a tensor with this digest, or none if they are not known."""
+        """Return what is known of a tensor in half precision.
+
+        These are the digests of the tensor with this digest. The list is empty if they are not known.
+        """
         return self.halves.get(digest, [])
 
     def halves_of(self, digest: int, tensor: Tensor) -> list[int]:
-        """Return the digests in half precision of a tensor with this digest. They are computed once."""
+        """Return the digests of a tensor in half precision.
+
+        ``digest`` is that of the tensor. For each digest, they are computed once.
+        """
         if digest not in self.halves:
             self.halves[digest] = digests_as(tensor, HALVES)
         return self.halves[digest]
 
     def prepare_halves(self, tensors: Mapping[int, Tensor]) -> None:
-        """Compute what :meth:`halves_of` will look up for DTensors: one message for each dtype and layout."""
+        """Compute what :meth:`halves_of` will look up for DTensors.
+
+        Processes exchange one message for each dtype and layout.
+        """
         distributed = dict[int, Tensor]()
         for digest, tensor in tensors.items():
             if digest not in self.halves and is_dtensor(tensor):

@@ -8,7 +8,8 @@ from lightning_lora.base.blocks import is_in_block, open_block, refuse_in_block
 
 
 def test_a_model_is_refused_while_a_block_runs_a_part_of_it() -> None:
-    model, other = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    model = nn.Sequential(nn.Linear(2, 2))
+    other = nn.Sequential(nn.Linear(2, 2))
     with open_block([model[0]]):
         assert is_in_block(model[0])
         assert not is_in_block(model)
@@ -20,7 +21,8 @@ def test_a_model_is_refused_while_a_block_runs_a_part_of_it() -> None:
 
 
 def test_a_block_in_another_one_ends_for_its_own_modules_alone() -> None:
-    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    first = nn.Linear(2, 2)
+    second = nn.Linear(2, 2)
     with open_block([first]):
         with open_block([first, second]):
             assert is_in_block(second)

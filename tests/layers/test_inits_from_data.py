@@ -36,17 +36,23 @@ def inputs_of(directions: int, rows: int = 50, dtype: torch.dtype = torch.float3
     """Rows around a mean, which differ from it in some directions: by less in each."""
     sizes = 10.0 ** -torch.arange(directions)
     orthogonal, _ = torch.linalg.qr(torch.randn(IN, directions))
-    return (torch.randn(rows, directions) * sizes @ orthogonal.T + 3).to(dtype)
+    spread = torch.randn(rows, directions) * sizes
+    return (spread @ orthogonal.T + 3).to(dtype)
 
 
 def principal(x: Tensor, r: int) -> Tensor:
     """The projection on the r strongest directions of centred rows."""
-    _, _, v = torch.linalg.svd((x - x.mean(0)).double(), full_matrices=False)
+    centred = (x - x.mean(0)).double()
+    _, _, v = torch.linalg.svd(centred, full_matrices=False)
     return v[:r].T @ v[:r]
 
 
 def projection(a: Tensor) -> Tensor:
     return a.double().T @ a.double()
+
+
+def assert_same_directions(rows: Tensor, projection_on_others: Tensor) -> None:
+    torch.testing.assert_close(projection(rows), projection_on_others, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("batches", [1, 2, 5])
@@ -56,12 +62,13 @@ def test_eva_has_the_principal_directions_of_all_batches(batches: int) -> None:
 
     def look() -> None:
         for batch in x.chunk(batches):
-            layer(batch.reshape(-1, 2, IN) if len(batch) % 2 == 0 else batch)
+            is_even = len(batch) % 2 == 0
+            layer(batch.reshape(-1, 2, IN) if is_even else batch)
 
     a, b = factors(from_inputs, layer, look)
     assert (a.shape, b.shape) == ((R, IN), (OUT, R))
     assert not b.any()
-    torch.testing.assert_close(projection(a), principal(x, R), atol=1e-3, rtol=0)
+    assert_same_directions(a, principal(x, R))
 
 
 def test_eva_reads_inputs_that_are_passed_by_name_and_skips_rows_with_nan() -> None:
@@ -69,7 +76,7 @@ def test_eva_reads_inputs_that_are_passed_by_name_and_skips_rows_with_nan() -> N
     x = inputs_of(3)
     bad = torch.full((1, IN), torch.nan)
     a, _ = factors(from_inputs, layer, lambda: layer(input=torch.cat([x, bad])))
-    torch.testing.assert_close(projection(a), principal(x, R), atol=1e-3, rtol=0)
+    assert_same_directions(a, principal(x, R))
 
 
 def test_eva_has_fewer_rows_than_the_rank_if_the_inputs_have_fewer_directions() -> None:
@@ -118,10 +125,12 @@ def test_lora_ga_has_the_directions_of_the_summed_gradient(r: int) -> None:
 
     a, b = factors(from_gradients, layer, look, r)
     assert (a.shape, b.shape) == ((r, IN), (OUT, r))
-    u, _, v = torch.linalg.svd(upstream.T @ (xs[0] + xs[1]), full_matrices=False)
+    gradient = upstream.T @ (xs[0] + xs[1])
+    u, _, v = torch.linalg.svd(gradient, full_matrices=False)
     scale = OUT**0.25 / 16**0.5
-    torch.testing.assert_close(projection(a / scale), projection(v[:r]), atol=1e-3, rtol=0)
-    torch.testing.assert_close(projection(b.T / scale), projection(u[:, r : 2 * r].T), atol=1e-3, rtol=0)
+    assert_same_directions(a / scale, projection(v[:r]))
+    next_directions = u[:, r : 2 * r]
+    assert_same_directions(b.T / scale, projection(next_directions.T))
 
 
 @pytest.mark.parametrize("upstream", [0.0, torch.nan])

@@ -35,7 +35,7 @@ def test_of_several_networks_that_are_alike_each_has_a_copy_of_its_own() -> None
     names = ("one", "other", "copy of one", "copy of other")
     model = nn.ModuleDict({name: copy.deepcopy(net) for name in names})
     layers = {f"{name}.0" for name in names}
-    still = {*model["copy of one"].parameters(), *model["copy of other"].parameters()}
+    still = parameters_in(model, "copy of one", "copy of other")
     found = find_copies(modules_by_name(model), parameters_by_name(model), layers, still)
     assert found == {"copy of one": "one", "copy of other": "other"}
 
@@ -55,13 +55,27 @@ def stack(*sizes: int) -> nn.Sequential:
     return nn.Sequential(*[nn.Linear(size, size) for size in sizes])
 
 
+def networks(**depths: int) -> nn.ModuleDict:
+    """Networks of so many layers, by name."""
+    made = {name: stack(*[8] * depth) for name, depth in depths.items()}
+    return nn.ModuleDict(made)
+
+
+def parameters_in(model: nn.ModuleDict, *names: str) -> set[nn.Parameter]:
+    """The parameters of some networks."""
+    found: set[nn.Parameter] = set()
+    for name in names:
+        found.update(model[name].parameters())
+    return found
+
+
 def layers_of(model: nn.Module) -> set[str]:
     return {name for name, module in modules_by_name(model).items() if isinstance(module, nn.Linear)}
 
 
 def test_a_teacher_stands_still_beside_its_student() -> None:
-    model = nn.ModuleDict({"student": stack(8, 8, 8), "teacher": stack(8, 8, 8)})
-    still = set(model["teacher"].parameters())
+    model = networks(student=3, teacher=3)
+    still = parameters_in(model, "teacher")
     assert found(model, layers_of(model), still) == StillNetworks(beside_training=("teacher",))
 
 
@@ -74,48 +88,49 @@ def test_an_encoder_stands_still_under_a_head(sizes: tuple[int, ...]) -> None:
 
 def test_later_blocks_that_train_are_no_head() -> None:
     model = stack(8, 8, 8, 8)
-    still = {*model[0].parameters(), *model[1].parameters(), *model[2].parameters()}
+    still = set(model[:3].parameters())
     assert found(model, layers_of(model), still) == StillNetworks(beside_training=("0", "1", "2"))
 
 
 def test_a_new_head_that_trains_alone_has_an_encoder_under_it() -> None:
-    model = nn.ModuleDict({"encoder": stack(8, 8, 8), "head": stack(8, 8, 8)})
-    still = set(model["encoder"].parameters())
-    networks = found(model, layers_of(model), still, untrained=lambda: ["head"])
-    assert networks == StillNetworks(under_head=("encoder",))
+    model = networks(encoder=3, head=3)
+    still = parameters_in(model, "encoder")
+    still_networks = found(model, layers_of(model), still, untrained=lambda: ["head"])
+    assert still_networks == StillNetworks(under_head=("encoder",))
 
 
 def test_what_trains_and_would_get_no_adapter_makes_no_teacher() -> None:
-    model = nn.ModuleDict({"encoder": stack(8, 8, 8), "head": stack(8, 8, 8)})
-    still = set(model["encoder"].parameters())
+    model = networks(encoder=3, head=3)
+    still = parameters_in(model, "encoder")
     encoder_alone = {name for name in layers_of(model) if name.startswith("encoder")}
     assert found(model, encoder_alone, still) == StillNetworks(under_head=("encoder",))
 
 
 def test_without_anything_that_trains_no_network_is_told_from_another() -> None:
-    model = nn.ModuleDict({"one": stack(8), "other": stack(8)})
+    model = networks(one=1, other=1)
     assert found(model, layers_of(model), set(model.parameters())) == StillNetworks()
     assert found(model, layers_of(model), set()) == StillNetworks()
 
 
 def test_a_named_head_leaves_an_encoder_under_it() -> None:
     model = nn.ModuleDict({"encoder": stack(8, 8), "head": nn.Linear(8, 2)})
-    networks = found(model, {"encoder.0", "encoder.1"}, set(model.parameters()), named=["head"])
-    assert networks == StillNetworks(under_head=("encoder",))
+    still = set(model.parameters())
+    still_networks = found(model, {"encoder.0", "encoder.1"}, still, named=["head"])
+    assert still_networks == StillNetworks(under_head=("encoder",))
 
 
 def test_what_was_found_as_a_copy_is_no_other_network() -> None:
-    model = nn.ModuleDict({"net": stack(8, 8, 8), "average": stack(8, 8, 8), "teacher": stack(8, 8, 8)})
-    still = {*model["average"].parameters(), *model["teacher"].parameters()}
+    model = networks(net=3, average=3, teacher=3)
+    still = parameters_in(model, "average", "teacher")
     copies = {"average": "net"}
-    networks = found(model, layers_of(model), still, copies=copies)
-    assert networks == StillNetworks(beside_training=("teacher",), copies=copies)
+    still_networks = found(model, layers_of(model), still, copies=copies)
+    assert still_networks == StillNetworks(beside_training=("teacher",), copies=copies)
 
 
 def test_layers_of_copies_whose_originals_have_no_adapter_are_bare() -> None:
-    networks = StillNetworks(beside_training=("teacher",), copies={"average": "net", "other": "teacher"})
+    still_networks = StillNetworks(beside_training=("teacher",), copies={"average": "net", "other": "teacher"})
     layers = {"net.0", "average.0", "average.1", "teacher.0", "other.0"}
-    found = networks.with_bare_layers(layers)
+    found = still_networks.with_bare_layers(layers)
     assert found.bare_layers == ("average.1", "other.0")
     assert found.without_adapters == ("teacher", "average.1", "other.0")
     assert found.originals_of(["average.0", "net.0"]) == {"average.0": "net.0"}

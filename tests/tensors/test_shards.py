@@ -30,15 +30,20 @@ from tests.support.ranks import alone, has_shards, join_group, run_ranks
 needs_shards = pytest.mark.skipif(not has_shards, reason="older versions of torch spread tensors by messages")
 
 
+def spread(tensor: torch.Tensor, mesh: Any, placement: Any) -> Any:
+    """A DTensor, made without messages."""
+    return distribute_tensor(tensor, mesh, [placement], src_data_rank=None)
+
+
 @needs_shards
 def test_values_are_spread_as_others_are_without_their_graph() -> None:
     factor = nn.Parameter(torch.ones(4))
     with alone() as mesh:
-        like = distribute_tensor(torch.zeros(4), mesh, [Shard(0)], src_data_rank=None)
-        spread = distributed_as(2 * factor, like)
-        assert spread.placements == like.placements
-        assert not spread.requires_grad
-        assert torch.equal(spread.to_local(), torch.full((4,), 2.0))
+        like = spread(torch.zeros(4), mesh, Shard(0))
+        found = distributed_as(2 * factor, like)
+        assert found.placements == like.placements
+        assert not found.requires_grad
+        assert torch.equal(found.to_local(), torch.full((4,), 2.0))
 
 
 def test_plain_tensors_pass_through() -> None:
@@ -63,7 +68,7 @@ def test_a_replicated_tensor_lets_gradients_pass_and_a_sharded_one_stays() -> No
         assert local.requires_grad
         assert not is_dtensor(local)
         assert not to_local(parameter).requires_grad
-        sharded = distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)
+        sharded = spread(torch.ones(4), mesh, Shard(0))
         assert without_dtensor(sharded) is sharded
         assert torch.equal(full_tensors([sharded])[0], torch.ones(4))
         assert distributed_as(sharded, parameter) is sharded
@@ -76,7 +81,7 @@ def test_a_replicated_tensor_lets_gradients_pass_and_a_sharded_one_stays() -> No
 )
 def test_a_factor_is_split_where_its_tensor_parallel_weight_is(of_weight: Any, dim: int | None, expected: Any) -> None:
     with alone() as mesh:
-        weight = distribute_tensor(torch.ones(4, 6), mesh, [of_weight], src_data_rank=None)
+        weight = spread(torch.ones(4, 6), mesh, of_weight)
         factor = sharded_as(torch.ones(2, 6), weight, dim)
         assert is_dtensor(factor)
         assert factor.placements == (expected,)
@@ -85,9 +90,10 @@ def test_a_factor_is_split_where_its_tensor_parallel_weight_is(of_weight: Any, d
 @needs_shards
 @pytest.mark.parametrize(("name", "over_data"), [("tensor_parallel", False), ("data_parallel", True), (None, True)])
 def test_shards_of_tensor_parallelism_get_the_same_data(name: str | None, over_data: bool) -> None:
-    with alone() as mesh:
-        named = mesh if name == "tensor_parallel" else init_device_mesh("cpu", (1,), mesh_dim_names=name and (name,))
-        weight = distribute_tensor(torch.ones(4, 6), named, [Shard(0)], src_data_rank=None)
+    with alone():
+        names = None if name is None else (name,)
+        named = init_device_mesh("cpu", (1,), mesh_dim_names=names)
+        weight = spread(torch.ones(4, 6), named, Shard(0))
         assert is_sharded_over_data(weight) is over_data
         factor = torch.ones(2, 6)
         assert (sharded_as(factor, weight, 0) is factor) is over_data
@@ -96,9 +102,9 @@ def test_shards_of_tensor_parallelism_get_the_same_data(name: str | None, over_d
 @needs_shards
 def test_one_run_of_values() -> None:
     with alone() as mesh:
-        rows = distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)], src_data_rank=None)
-        columns = distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)], src_data_rank=None)
-        whole = distribute_tensor(torch.ones(()), mesh, [Replicate()], src_data_rank=None)
+        rows = spread(torch.ones(4, 6), mesh, Shard(0))
+        columns = spread(torch.ones(4, 6), mesh, Shard(1))
+        whole = spread(torch.ones(()), mesh, Replicate())
         assert is_one_run_of_values(rows)
         assert not is_one_run_of_values(columns)
         assert is_one_run_of_values(whole)
@@ -110,7 +116,7 @@ def parts_of_each() -> list[Any]:
     """What each of two processes knows of a tensor that is split in rows."""
     join_group()
     mesh = init_device_mesh("cpu", (2,))
-    tensor = distribute_tensor(torch.arange(12.0).reshape(4, 3), mesh, [Shard(0)], src_data_rank=None)
+    tensor = spread(torch.arange(12.0).reshape(4, 3), mesh, Shard(0))
     is_first = mesh.get_rank() == 0
     return [is_sharded(tensor), data_processes(tensor), first_local(tensor), true_anywhere([is_first, False], [tensor])]
 
