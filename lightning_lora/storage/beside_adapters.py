@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.storage.checksum import dict_or_empty
 from lightning_lora.storage.state import is_note
-from lightning_lora.storage.stored import KEY, dict_or_empty
+from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.plain_states import state_dict
 

@@ -169,7 +169,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, completes
     if KEY not in checkpoint:
         _load_base(model, state)
         return
-    load_stored(model, StoredAdapters.from_file(state, checkpoint[KEY], ""))
+    load_stored(model, StoredAdapters.from_description(state, checkpoint[KEY], ""))
     if completes_states:
         _add_base_to_states(model, checkpoint)
 

@@ -14,7 +14,6 @@ from lightning_lora.errors import AdapterStateError, ConfigError, listed, warn
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.disk import check_output, local_path, path_here
 from lightning_lora.storage.formats import own
 from lightning_lora.storage.formats.contents import read_checkpoint, read_contents
 from lightning_lora.storage.formats.format import Asked
@@ -26,9 +25,10 @@ from lightning_lora.storage.load.built_modules import built_by_lightning
 from lightning_lora.storage.load.other_names import with_names_of
 from lightning_lora.storage.load.put import adapt_and_put
 from lightning_lora.storage.load.rebuilding import rebuild_modules
+from lightning_lora.storage.on_disk.disk import check_output, local_path, path_here
 from lightning_lora.storage.same_base.base_forms import forms_of_base
-from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
-from lightning_lora.storage.stored import Reader, StoredAdapters
+from lightning_lora.storage.state import adapter_state, check_not_diverged, without_unchanged_extra
+from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.values import is_tensor
@@ -168,7 +168,7 @@ def export_peft(
 
 def _state_of(view: View) -> dict[str, Any]:
     """All that training changed, if it has values."""
-    state = without_extra(view, adapter_state(view))
+    state = without_unchanged_extra(view, adapter_state(view))
     tensors = where(state, is_tensor)
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:
@@ -240,7 +240,7 @@ def load_adapter(
     adapt_and_put(model, reader, name=name, refuses_other_base=check_base)
 
 
-def _reader_for_file(path: Any, asked: Asked) -> Reader:
+def _reader_for_file(path: Any, asked: Asked) -> ReadFor:
     """Read a file of any format. Return what reads its contents for a model."""
     local = local_path(path)
     file = path if local is None else adapter_file_at(local)

@@ -60,7 +60,7 @@ def adapter_state(view: View) -> dict[str, Any]:
     return {name: full_tensor(value) for name, value in state.items()}
 
 
-def without_extra(view: View, state: StateDict) -> dict[str, Any]:
+def without_unchanged_extra(view: View, state: StateDict) -> dict[str, Any]:
     """Return a state without what modules keep besides tensors (``get_extra_state``), if training did not change it."""
     unchanged = view.adapter.extra.items() & extra_digests(view).items()
     return without(state, dict(unchanged))

@@ -1,12 +1,8 @@
 """Adapters outside of a model: what training changed, and what a file says of it."""
 
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from lightning_lora.base.fingerprints import StoredFingerprint
 from lightning_lora.config import LoRAConfig
@@ -15,37 +11,40 @@ from lightning_lora.layers import LoRAParameters, LoRATokens
 from lightning_lora.model.as_adapted import check_as_adapted, check_weights
 from lightning_lora.model.untrained import random_weights
 from lightning_lora.model.view import View
+from lightning_lora.storage.checksum import FORMAT, Description, checksum, dict_or_empty
 from lightning_lora.storage.inner_model import StoredModule, modules_of, modules_to_store, plain_modules, root_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of, wanted_of
 from lightning_lora.targets.lookup import OUTPUT_HEAD
-from lightning_lora.tensors.dicts import only, where, without
-from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.dicts import only, where
 from lightning_lora.tensors.names import is_in_any, names_inside, owner_of
-from lightning_lora.tensors.plain_states import StateDict
+from lightning_lora.tensors.values import is_computable
 
 KEY = "lightning_lora"  # the entry of a checkpoint, or of a file's metadata, that describes the adapters
-FORMAT = 3  # the version of that entry
 
 DIVERGED = (
     "the training that wrote them had diverged. Use an earlier checkpoint, or train again with a lower learning rate"
 )
 """What is said of NaN and infinite values in a file."""
 
-_BESIDE = "copies"  # the entry for what 0.2.0 does not know: that refuses new names, and takes any list under this one
+# 0.2.0 refuses a description with an entry that it does not know, but takes whatever is in the list of this name. So
+# what later versions say in addition is there
+_SAID_SINCE_0_2_0 = "copies"
 
 _AS_THEY_ARE = ("base", "changed", "saved", "root")  # entries of a description that are fields here
-
-
-Description = Mapping[str, Any]  # what a file says of adapters, in plain types
 
 
 @dataclass(frozen=True)
 class StoredAdapters:
     """Adapters outside of a model: every file format reads into this or writes from it.
 
-    What another library's file lacks has its default here. Such a file describes no layers, so nobody asks for its
-    :meth:`adapter_names` or :meth:`description`: only for those of a model, or of a file of this package.
+    ``state`` has the values. Beside adapters and what trains in full, it has values that are not the base's own, in two
+    groups: ``changed`` weights, which are frozen (some look ``untrained``, as a new head), and ``filled`` buffers.
+
+    All names are those of the model that was saved; after :meth:`with_names_of_model`, those of the model at hand. Only
+    ``base`` keeps the file's names, because its layout is a hash of them: ``renaming`` leads from one to the other.
+
+    Another library's file says less. It has the defaults here, and so no :meth:`adapter_names` or :meth:`description`.
     """
 
     config: LoRAConfig  # which adapts a model in the same way
@@ -53,16 +52,16 @@ class StoredAdapters:
     layers: dict[str, StoredLayer] = field(
         default_factory=dict
     )  # by name; of another library's file, only those with single rows
-    base: list[StoredFingerprint] = field(default_factory=list)  # its fingerprints; empty if the format has none
-    changed: Sequence[str] = field(default_factory=list)  # the frozen weights in the state
-    untrained: Sequence[str] = field(default_factory=list)  # those of them that look untrained
-    filled: Sequence[str] = field(default_factory=list)  # buffers that hooks filled: of the run, and of no base
+    base: list[StoredFingerprint] = field(default_factory=list)  # its fingerprints; empty if nothing says its base
+    changed: Sequence[str] = field(default_factory=list)  # frozen weights whose values are in the state
+    untrained: Sequence[str] = field(default_factory=list)  # those of them that look untrained: of no base
+    filled: Sequence[str] = field(default_factory=list)  # buffers that hooks filled, perhaps from data: of no base
     saved: dict[str, list[str]] = field(default_factory=dict)  # all entries of each module in modules_to_save
     root: str = ""  # the path of the one model inside
     modules: dict[str, StoredModule] = field(default_factory=dict)  # by name; empty if the file does not say
     metrics: dict[str, float] = field(default_factory=dict)  # that a run logged last before it wrote the file
     source: str = ""  # for messages: a file, or the class of a model
-    renaming: Renaming = field(default_factory=Renaming)  # how names of the base become those in the state
+    renaming: Renaming = field(default_factory=Renaming)  # from the names in ``base`` to all others
 
     @classmethod
     def from_view(cls, view: View, state: dict[str, Any], base: list[StoredFingerprint]) -> "StoredAdapters":
@@ -74,7 +73,7 @@ class StoredAdapters:
         _check_as_configured(view, config, layers.values())
         saved = _saved_entries(view, config)
         changed = list(only(state, view.frozen))
-        untrained, filled = _split_random(random_weights(view), changed)
+        untrained, filled = _split(random_weights(view), changed)
         return cls(
             config=config,
             state=state,
@@ -90,16 +89,16 @@ class StoredAdapters:
         )
 
     @classmethod
-    def from_file(cls, state: dict[str, Any], description: Description, source: object) -> "StoredAdapters":
-        """Return what a file holds."""
+    def from_description(cls, state: dict[str, Any], description: Description, source: object) -> "StoredAdapters":
+        """Return adapters as a file describes them. ``source``: the file, for messages."""
         layers = dict[str, StoredLayer]()
         for about in description["layers"]:
             layers[about["name"]] = StoredLayer.from_dict(about)
         config = stored_config(description)
-        beside = _beside(description)
-        modules = modules_of(beside.get("modules", ()))
-        metrics = beside.get("metrics", {})
-        untrained, filled = _split_random(description.get("random", ()), description.get("changed", ()))
+        since = _said_since_0_2_0(description)
+        modules = modules_of(since.get("modules", ()))
+        metrics = since.get("metrics", {})
+        untrained, filled = _split(description.get("random", ()), description.get("changed", ()))
         return cls(
             config=config,
             state=state,
@@ -121,23 +120,52 @@ class StoredAdapters:
         about["config"] = self.config.to_stored()
         about["entries"] = len(self.state)
         about["layers"] = [layer.to_dict() for layer in self.layers.values()]
-        about[_BESIDE] = [{"modules": plain_modules(self.modules), "metrics": self.metrics}]
+        about[_SAID_SINCE_0_2_0] = [{"modules": plain_modules(self.modules), "metrics": self.metrics}]
         about["checksum"] = checksum(self.state, about)
         return about
 
+    def with_names_of_model(self, renaming: Renaming, config: LoRAConfig) -> "StoredAdapters":
+        """Return the same by a model's names. ``config`` is for that model already."""
+        layers = dict[str, StoredLayer]()
+        for layer in self.layers.values():
+            renamed_layer = layer.renamed(renaming.name_here)
+            layers[renamed_layer.name] = renamed_layer
+        saved = dict[str, list[str]]()
+        for module, entries in self.saved.items():
+            saved[renaming.name_here(module)] = renaming.names_here(entries)
+        return replace(
+            self,
+            config=config,
+            state=renaming.with_names_here(self.state),
+            layers=layers,
+            changed=renaming.names_here(self.changed),
+            untrained=renaming.names_here(self.untrained),
+            filled=renaming.names_here(self.filled),
+            saved=saved,
+            root=renaming.name_here(self.root),
+            modules=renaming.with_names_here(self.modules),
+            renaming=renaming,
+        )
+
     @property
-    def is_ours(self) -> bool:
-        """Whether it says which base it is for. Other libraries' files, and sums in a model, do not."""
+    def names_its_base(self) -> bool:
+        """Whether it says on which base it was trained.
+
+        Files of this package do. Those of other libraries do not, nor do sums of the adapters in a model.
+        """
         return bool(self.base)
 
     @property
     def of_no_base(self) -> list[str]:
-        """The names of weights that look untrained, and of filled buffers: each run has its own values of them."""
+        """The names of weights that look untrained, and of filled buffers: each run has its own values of them.
+
+        Files call these ``random``.
+        """
         return [*self.untrained, *self.filled]
 
     @property
     def filled_in_state(self) -> list[str]:
-        """The filled buffers with a value here: user code may have dropped others from the state."""
+        """The filled buffers that have a value in the state: user code may have dropped others from it."""
         return [name for name in self.filled if name in self.state]
 
     def adapter_names(self) -> set[str]:
@@ -155,18 +183,11 @@ class StoredAdapters:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
 
 
-Reader = Callable[[View], StoredAdapters]
+ReadFor = Callable[[View], StoredAdapters]
 """Reads what a file holds for a model that is not merged, by the model's names."""
 
 
-def _split_random(random: Iterable[str], changed: Collection[str]) -> tuple[list[str], list[str]]:
-    """Split what files call random: frozen weights that look untrained, and buffers that hooks filled."""
-    untrained = list[str]()
-    filled = list[str]()
-    for name in random:
-        group = untrained if name in changed else filled
-        group.append(name)
-    return untrained, filled
+# What a model has
 
 
 def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
@@ -202,9 +223,22 @@ def _check_as_configured(view: View, config: LoRAConfig, layers: Iterable[Stored
         )
 
 
-def _beside(description: Description) -> dict[str, Any]:
-    """Return what a file says that 0.2.0 does not know. Its files do not say it."""
-    entries = description.get(_BESIDE)
+def _split(of_no_base: Iterable[str], changed: Collection[str]) -> tuple[list[str], list[str]]:
+    """Split what belongs to no base: into frozen weights that look untrained, and buffers that hooks filled."""
+    untrained = list[str]()
+    filled = list[str]()
+    for name in of_no_base:
+        group = untrained if name in changed else filled
+        group.append(name)
+    return untrained, filled
+
+
+# What a file says
+
+
+def _said_since_0_2_0(description: Description) -> dict[str, Any]:
+    """Return what a description says that 0.2.0 does not know. Its own files do not say it."""
+    entries = description.get(_SAID_SINCE_0_2_0)
     return dict_or_empty(entries[0]) if entries else {}
 
 
@@ -228,50 +262,3 @@ def _is_named_as_head(layer: str) -> bool:
 
 
 _NAMED_OTHERWISE = (LoRAParameters.__name__, LoRATokens.__name__)  # kinds of layers that target_modules does not mean
-
-
-def checksum(state: StateDict, about: Description) -> int:
-    """Return one number for all names and tensors, and for their description."""
-    said = without(about, ["checksum"])
-    tensors = dict(sorted(where(state, _is_tensor_with_values).items()))
-    kinds = list[Any]()
-    for name, tensor in tensors.items():
-        kinds.append([name, str(tensor.dtype), list(tensor.shape)])
-    text = json.dumps([said, kinds], sort_keys=True).encode()
-    total = digest(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    for tensor in tensors.values():
-        total = (total * 1_000_003 + digest(tensor)) % (1 << 63)
-    return total
-
-
-def _is_tensor_with_values(value: object) -> bool:
-    """Whether a value is a tensor that is not on the meta device."""
-    return isinstance(value, Tensor) and not value.is_meta
-
-
-def check_checksum(state: StateDict, description: object, path: object) -> None:
-    """Refuse adapters of another format, or that were changed after they were written."""
-    about = dict_or_empty(description)
-    if about.get("format") != FORMAT:
-        raise AdapterFileError(
-            f"The file has format {about.get('format')}; expected {FORMAT}. For a later one, update the package; the "
-            "changelog of 0.2.0 says how to move a file of 0.1.0."
-        )
-    damaged = "The file is damaged or was changed."
-    if len(state) != about.get("entries"):
-        raise AdapterFileError(f"{path} has {len(state)} entries, and {about.get('entries')} were written. {damaged}")
-    if checksum(state, about) != about.get("checksum"):
-        raise AdapterFileError(f"The adapters in {path} are not as they were written. {damaged}")
-
-
-def dict_or_empty(value: Any) -> dict[str, Any]:
-    """Return a value that should be a dict. What else a file holds says nothing by name."""
-    return value if isinstance(value, dict) else {}
-
-
-def is_computable(value: object) -> TypeGuard[Tensor]:
-    """Whether a value is a tensor with which torch can compute, not a sparse one."""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        return False
-    is_float8 = value.dtype.itemsize == 1 and value.is_floating_point()
-    return not is_float8

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from typing import Any, cast
@@ -72,6 +72,14 @@ class StoredLayer:
         """Return the names of other layers that have a weight of it: not its own other names."""
         names = map(owner_of, chain.from_iterable(self.tied.values()))
         return names_not_in(dict.fromkeys(names), self.other_names)
+
+    def renamed(self, name_of: Callable[[str], str]) -> "StoredLayer":
+        """Return the layer as another model has it, with the names there."""
+        tied = {weight: tuple(map(name_of, names)) for weight, names in self.tied.items()}
+        options = dict(self.options)
+        if _ALSO in options:
+            options[_ALSO] = list(map(name_of, options[_ALSO]))
+        return replace(self, name=name_of(self.name), tied=tied, options=options)
 
     def settings(self, config: LoRAConfig) -> Settings:
         """Return the settings of its adapter."""

@@ -14,6 +14,14 @@ def is_tensor(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor)
 
 
+def is_computable(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor with which torch can compute: not a sparse one, nor one in float8."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    is_float8 = value.dtype.itemsize == 1 and value.is_floating_point()
+    return not is_float8
+
+
 def detached(value: Any) -> Any:
     """Return a tensor without its graph, or another value as it is."""
     return value.detach() if isinstance(value, Tensor) else value

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import lightning_lora as ll
 from lightning_lora.cli.main import main
-from lightning_lora.storage import archives
+from lightning_lora.storage.on_disk import archives
 from tests.support.faults import adapted
 from tests.support.models import LitTiny, data, lora, state, trainer
 from tests.support.storage import fitted, goes_on

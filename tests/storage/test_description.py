@@ -15,7 +15,7 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.cli.main import main
-from lightning_lora.storage.stored import FORMAT, checksum
+from lightning_lora.storage.checksum import FORMAT, checksum
 from tests.support import faults
 from tests.support.cases import held
 from tests.support.compared import assert_state

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import lightning_lora as ll
-from lightning_lora.storage.stored import checksum
+from lightning_lora.storage.checksum import checksum
 from tests.support.cases import held
 from tests.support.models import LitTiny, TinyLM, X, data, trainer
 from tests.support.storage import fitted, rewrite, saved

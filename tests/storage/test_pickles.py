@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_lora import AdapterFileError, ConfigError, load_adapter, load_from_checkpoint, merge_adapters
 from lightning_lora.cli.main import main
-from lightning_lora.storage.plain_pickles import load_plain
+from lightning_lora.storage.on_disk.plain_pickles import load_plain
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import Runs, forks, put_pickle, refused, unchanged
 from tests.support.models import LitTiny, best, data, lora, state, trainer

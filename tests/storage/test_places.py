@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 
 from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, save_adapter
-from lightning_lora.storage import disk
+from lightning_lora.storage.on_disk import disk
 from tests.support.cases import file_names
 from tests.support.compared import assert_same_state
 from tests.support.models import LitTiny, data, lora, trainer

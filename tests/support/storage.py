@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, load_adapter, save_adapter
-from lightning_lora.storage.stored import KEY, checksum
+from lightning_lora.storage.checksum import checksum
+from lightning_lora.storage.stored import KEY
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, as_trained, data, lora, same, state, trainer
 

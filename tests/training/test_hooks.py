@@ -176,7 +176,7 @@ def forget_what_was_filled(file: Path) -> None:
     kept = held(checkpoint)
     for name in FILLED:
         del kept[name]
-    stored = StoredAdapters.from_file(kept, checkpoint[KEY] | {"random": []}, "")
+    stored = StoredAdapters.from_description(kept, checkpoint[KEY] | {"random": []}, "")
     checkpoint["state_dict"] = kept
     checkpoint[KEY] = stored.description()
     torch.save(checkpoint, file)

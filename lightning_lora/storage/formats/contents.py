@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage import archives, disk, plain_pickles
 from lightning_lora.storage.beside_adapters import reduce_to_adapters
 from lightning_lora.storage.formats.format import HEADER
+from lightning_lora.storage.on_disk import archives, disk, plain_pickles
 from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.dicts import only
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_lora.errors import warn
 from lightning_lora.model.view import View
-from lightning_lora.storage.disk import json_object, save
 from lightning_lora.storage.formats.format import HEADER, Asked, WrittenFormat, tensors_in
 from lightning_lora.storage.formats.peft.peft_card import FOLDER, ModelCard, repository_of
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, most_common
@@ -33,8 +32,9 @@ from lightning_lora.storage.formats.pipeline import (
 )
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.inner_model import StoredModule
+from lightning_lora.storage.on_disk.disk import json_object, save
 from lightning_lora.storage.renaming import Renaming, entries_inside
-from lightning_lora.storage.stored import Reader, StoredAdapters
+from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.tensors.names import owner_of
 
 # Write
@@ -75,7 +75,7 @@ def _start(name: str) -> str:
 # Read
 
 
-def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
+def read(contents: Mapping[str, Any], path: Any, _: Asked) -> ReadFor | None:
     """Return how to read these contents of a file, if diffusers wrote it. Or PEFT did, with the same header."""
     if not is_diffusers(contents, path):
         return None

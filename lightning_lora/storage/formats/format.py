@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lora.config import Slices
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.formats.writing import Source
-from lightning_lora.storage.stored import Reader
+from lightning_lora.storage.stored import ReadFor
 from lightning_lora.tensors.dicts import of_type, without
 
 HEADER = "__metadata__"  # the contents of a file have its header under this name of safetensors, beside the tensors
@@ -30,7 +30,7 @@ class Format:
 
     name: str  # the ``format`` of ``export_peft``
     tool: str  # whose it is, in messages
-    read: Callable[[Mapping[str, Any], Any, Asked], Reader | None]  # contents, path; None: a file of another format
+    read: Callable[[Mapping[str, Any], Any, Asked], ReadFor | None]  # contents, path; None: a file of another format
     files: tuple[str, ...] = ()  # the names of its files in a folder; the first one is written
     expected_files: str = ""  # those of a whole folder, in messages
     takes_arguments: bool = False  # whether it needs what is asked: its files do not say that

@@ -15,7 +15,6 @@ from torch import Tensor
 from lightning_lora.base.fingerprints import names_in
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.functional.factors import Factors
-from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import Asked, WrittenFormat, tensors_in
 from lightning_lora.storage.formats.kohya_flux import FLUX_CLASS, name_in_flux, stacked_update
 from lightning_lora.storage.formats.kohya_names import ATTENTION, MEMBERS, OUTER, NameOf, naming_forms
@@ -33,8 +32,9 @@ from lightning_lora.storage.formats.pipeline import (
 from lightning_lora.storage.formats.reading import pair_of
 from lightning_lora.storage.formats.unread import KOHYA_REMEDY
 from lightning_lora.storage.formats.writing import Source, write_files
+from lightning_lora.storage.on_disk.disk import save
 from lightning_lora.storage.renaming import entries_inside
-from lightning_lora.storage.stored import Reader
+from lightning_lora.storage.stored import ReadFor
 from lightning_lora.tensors.dicts import only, where_not, with_values
 from lightning_lora.tensors.names import join, starts_of
 
@@ -186,7 +186,7 @@ _ALPHA = "alpha"
 _LAYER = re.compile(rf"({'|'.join(MEMBERS)})_\w+")
 
 
-def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
+def read(contents: Mapping[str, Any], path: Any, _: Asked) -> ReadFor | None:
     """Return how to read these contents of a file, if it has the names of kohya's scripts."""
     if not any(map(_is_factor, map(str, contents))):
         return None

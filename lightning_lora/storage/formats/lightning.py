@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.stored import KEY, check_checksum
+from lightning_lora.storage.checksum import check_as_written
+from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import names_not_in
 
@@ -51,7 +52,7 @@ def check_readable(checkpoint: object, path: object) -> None:
     """Refuse what is not a Lightning checkpoint, or not as it was written."""
     contents = check_is_lightning(checkpoint, path)
     if KEY in contents:
-        check_checksum(contents["state_dict"], contents[KEY], path)
+        check_as_written(contents["state_dict"], contents[KEY], path)
 
 
 def check_is_lightning(checkpoint: object, path: object) -> Mapping[str, Any]:

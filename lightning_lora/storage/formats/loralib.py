@@ -18,7 +18,7 @@ from lightning_lora.storage.formats.format import Asked, Format
 from lightning_lora.storage.formats.reading import Update, check_shapes, pair_of, place_of, stored_from_updates
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
-from lightning_lora.storage.stored import Reader, StoredAdapters
+from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
@@ -43,7 +43,7 @@ class _LoralibFile:
             self.rest[name] = value
 
 
-def read(contents: Mapping[str, Any], path: object, asked: Asked) -> Reader | None:
+def read(contents: Mapping[str, Any], path: object, asked: Asked) -> ReadFor | None:
     """Return how to read these contents of a file of torch, if loralib wrote it."""
     file = _LoralibFile(pairs={}, rest={})
     for name, value in _tensors_in(contents).items():

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage import disk
+from lightning_lora.storage.checksum import check_as_written, dict_or_empty
 from lightning_lora.storage.formats.contents import read_contents
 from lightning_lora.storage.formats.format import HEADER, Asked, Format
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_tool
-from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum, dict_or_empty
+from lightning_lora.storage.on_disk import disk
+from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.dicts import without
 
 # Write
@@ -56,8 +57,8 @@ def stored_adapters(contents: Any, path: object) -> StoredAdapters:
     description = contents.get(KEY)
     if not isinstance(state, dict) or description is None:
         raise AdapterFileError(f"{path} holds {_what_it_holds_instead(contents, path)}")
-    check_checksum(state, description, path)
-    return StoredAdapters.from_file(state, description, path)
+    check_as_written(state, description, path)
+    return StoredAdapters.from_description(state, description, path)
 
 
 # What a file holds that is none of this package

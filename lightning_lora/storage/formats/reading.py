@@ -18,11 +18,12 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.trained_in_full import TrainedInFull, check_ties, find_trained, is_the_base
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming, find_renamings
-from lightning_lora.storage.stored import StoredAdapters, is_computable
+from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.whole_names import by_whole_names
 from lightning_lora.tensors.dicts import of_type, only, prefixed, where_not, without
 from lightning_lora.tensors.names import names_joined, names_not_in, owner_of
+from lightning_lora.tensors.values import is_computable
 
 # The update of one layer
 

@@ -11,7 +11,7 @@ from lightning_lora.storage.formats.format import Asked, Format, UnreadTool, Wri
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.peft import peft_format
 from lightning_lora.storage.formats.unread import UNREAD_TOOLS
-from lightning_lora.storage.stored import KEY, Reader
+from lightning_lora.storage.stored import KEY, ReadFor
 
 FORMATS = (peft_format.PEFT, diffusers.DIFFUSERS, kohya.KOHYA, loralib.LORALIB)
 """All formats, in the order in which they are asked whether a file is theirs."""
@@ -19,7 +19,7 @@ FORMATS = (peft_format.PEFT, diffusers.DIFFUSERS, kohya.KOHYA, loralib.LORALIB)
 WRITTEN = {format.name: format for format in FORMATS if isinstance(format, WrittenFormat)}  # by name
 
 
-def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, Reader] | None:
+def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, ReadFor] | None:
     """Return a file's format, and how to read its contents. None: it has none of these formats."""
     if not isinstance(contents, dict) or KEY in contents or VERSION in contents:
         return None

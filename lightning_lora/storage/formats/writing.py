@@ -15,8 +15,8 @@ from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, matrices_of_weight, weight_factors
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.disk import write_errors, writing
 from lightning_lora.storage.inner_model import UNKNOWN, StoredModule
+from lightning_lora.storage.on_disk.disk import write_errors, writing
 from lightning_lora.storage.renaming import Renaming, entries_inside, names_outside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer

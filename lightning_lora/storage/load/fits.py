@@ -28,7 +28,7 @@ def check_fits(view: View, stored: StoredAdapters, *, reads_base_anew: bool, ref
     remedy = _as_trained(view, stored.config)
     _check_names(view, stored.state, random=random, changed=stored.changed, remedy=remedy)
     is_converted = False
-    if stored.is_ours:
+    if stored.names_its_base:
         is_converted = check_base(view, stored, reads_base_anew=reads_base_anew, refuses_other_base=refuses_other_base)
     compared = without(stored.state, stored.filled_in_state)  # these may have another shape
     _check_tensors(view, compared, is_converted=is_converted)
@@ -97,9 +97,8 @@ def _as_trained(view: View, config: LoRAConfig) -> str:
 
 def _check_same_rows(view: View, stored: StoredAdapters) -> None:
     """Refuse a file that adapts other rows of a layer's weight than the model does."""
-    layers_there = stored.renaming.with_names_here(stored.layers)
-    for name, layer in only(view.layers, layers_there).items():
-        matrices_there = set(map(bare, layers_there[name].matrices))
+    for name, layer in only(view.layers, stored.layers).items():
+        matrices_there = set(map(bare, stored.layers[name].matrices))
         if matrices_there != set(map(bare, layer.lora_matrices)):
             raise AdapterMismatchError(
                 f"In {name!r}, the file adapts other rows of the weight than this model does. "
@@ -112,7 +111,7 @@ def _check_same_rows(view: View, stored: StoredAdapters) -> None:
 
 def _weights_of_foreign_files(view: View, stored: StoredAdapters) -> Collection[str]:
     """The weights that look untrained. Another library's file may hold them, and does not say that it does."""
-    if stored.is_ours:
+    if stored.names_its_base:
         return ()
     return view.adapter.random_so_far
 

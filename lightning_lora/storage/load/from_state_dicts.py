@@ -10,9 +10,10 @@ from lightning_lora.model.loading import note_plain_state
 from lightning_lora.model.record import record_of, start_call
 from lightning_lora.model.view import view_of
 from lightning_lora.private import STATE_NOTES
+from lightning_lora.storage.checksum import Description, checksum
 from lightning_lora.storage.load.put import BEING_WRITTEN, put, put_state
 from lightning_lora.storage.state import without_notes
-from lightning_lora.storage.stored import KEY, Description, StoredAdapters, checksum
+from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.plain_states import StateDict
 
 
@@ -100,5 +101,5 @@ def _put_beside_merged(model: nn.Module, state: StateDict, notes: Mapping[str, A
 
 def _put_described(model: nn.Module, state: StateDict, description: Description) -> None:
     """Put adapters as their description says."""
-    stored = StoredAdapters.from_file(without_notes(state), description, "")
+    stored = StoredAdapters.from_description(without_notes(state), description, "")
     put(model, stored, call="load_state_dict")

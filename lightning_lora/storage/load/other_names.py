@@ -1,11 +1,9 @@
 """A file of this package whose names differ from the model's by one prefix."""
 
-from dataclasses import replace
-
 from lightning_lora.errors import AdapterMismatchError, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.inner_model import root_of
-from lightning_lora.storage.renaming import find_renamings, names_outside
+from lightning_lora.storage.renaming import Renaming, find_renamings, names_outside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.whole_names import renamed_config
 from lightning_lora.tensors.names import names_not_in, owner_of, owner_or_itself
@@ -26,7 +24,7 @@ def _with_another_prefix(view: View, stored: StoredAdapters) -> StoredAdapters:
     """Return adapters by a model's names, if these differ by one prefix."""
     found = find_renamings(list(stored.layers), view.modules, root_there=stored.root, root_here=root_of(view.model))
     if len(found) == 1 and _is_all_inside(view, found[0].here):
-        return _renamed(view, replace(stored, renaming=found[0]))
+        return _renamed(view, stored, found[0])
     places = [renaming.here for renaming in found if renaming.here]
     if places:
         raise AdapterMismatchError(
@@ -41,24 +39,16 @@ def _is_all_inside(view: View, prefix: str) -> bool:
     return not names_outside(prefix, view.tensors)
 
 
-def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
-    """Return what a file holds by the model's names."""
-    renaming = stored.renaming
-    _refuse_outside(stored, view.title)
+def _renamed(view: View, stored: StoredAdapters, renaming: Renaming) -> StoredAdapters:
+    """Return what a file holds by the model's names, and say so."""
+    _refuse_outside(stored, renaming.there, view.title)
     warn(renaming.told(view.title))
-    return replace(
-        stored,
-        config=renamed_config(stored.config, stored.layers.values(), renaming, view),
-        state=renaming.with_names_here(stored.state),
-        changed=renaming.names_here(stored.changed),
-        untrained=renaming.names_here(stored.untrained),
-        filled=renaming.names_here(stored.filled),
-    )
+    config = renamed_config(stored.config, stored.layers.values(), renaming, view)
+    return stored.with_names_of_model(renaming, config)
 
 
-def _refuse_outside(stored: StoredAdapters, title: str) -> None:
+def _refuse_outside(stored: StoredAdapters, prefix: str, title: str) -> None:
     """Refuse a file that holds other modules too, for which the model has no place."""
-    prefix = stored.renaming.there
     outside = [owner_or_itself(name) for name in names_outside(prefix, stored.state)]
     if outside:
         raise AdapterMismatchError(

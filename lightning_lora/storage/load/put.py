@@ -24,7 +24,7 @@ from lightning_lora.model.switch import activate, switch_to
 from lightning_lora.model.view import View, check_adapters_present, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.state import copies_of
-from lightning_lora.storage.stored import Reader, StoredAdapters
+from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.tensors.dicts import of_type, only
 from lightning_lora.tensors.names import is_bias, join, names_not_in, own_parameter
 from lightning_lora.tensors.plain_states import StateDict, load_state_dict, state_dict
@@ -32,7 +32,7 @@ from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values
 
 
-def adapt_and_put(model: nn.Module, read: Reader, *, name: str | None = None, refuses_other_base: bool = True) -> None:
+def adapt_and_put(model: nn.Module, read: ReadFor, *, name: str | None = None, refuses_other_base: bool = True) -> None:
     """Put the adapters of a file on a model, which is adapted first if it is plain. An error changes nothing.
 
     Args:
@@ -76,7 +76,7 @@ def put_state(model: nn.Module, state: StateDict) -> None:
         _write_state(view, state)
 
 
-def _put_in_place_of_active(model: nn.Module, read: Reader, name: str | None, *, refuses_other_base: bool) -> None:
+def _put_in_place_of_active(model: nn.Module, read: ReadFor, name: str | None, *, refuses_other_base: bool) -> None:
     """Put the adapters of a file in the place of the active one."""
     with _opened_to_adapt(model) as view:
         stored = read(view)
@@ -138,7 +138,7 @@ def _name_of_new(view: View, name: str | None) -> str:
 
 def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) -> StoredAdapters:
     """Add what files of other libraries do not hold: base values of what trains, and start values from the base."""
-    if stored.is_ours:
+    if stored.names_its_base:
         return stored
     added = dict[str, Any]()
     for name in view.trainable:
@@ -159,7 +159,7 @@ BEING_WRITTEN = "lightning_lora_written"
 
 def _write_adapters(view: View, stored: StoredAdapters) -> None:
     """Write adapters that have been checked. Files of this package say which weights and buffers belong to no base."""
-    if stored.is_ours:
+    if stored.names_its_base:
         view.adapter.random = tuple(stored.of_no_base)
         view.record.base.note_filled(stored.filled_in_state)
     _write_state(view, stored.state)

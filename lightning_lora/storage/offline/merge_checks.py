@@ -11,9 +11,9 @@ from lightning_lora.base.readings import HALVES
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Comparison, compare
-from lightning_lora.storage.stored import is_computable
 from lightning_lora.tensors.dicts import of_type, only, where, with_values, without
 from lightning_lora.tensors.digests import digest, digests_as
+from lightning_lora.tensors.values import is_computable
 
 
 def check_plan(plan: MergePlan) -> None:

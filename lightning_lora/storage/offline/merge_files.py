@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.moments import Guards
-from lightning_lora.storage.disk import check_output, folder_beside, path_here, writing, writing_folder
+from lightning_lora.storage.checksum import dict_or_empty
 from lightning_lora.storage.formats.lightning import without_run_state
 from lightning_lora.storage.offline.layers import layer_on, read_layers
 from lightning_lora.storage.offline.merge_checks import check_plan, check_tensors_alone
@@ -25,8 +25,8 @@ from lightning_lora.storage.offline.tensor_files import (
     tensor_files,
     write_tensors,
 )
-from lightning_lora.storage.plain_pickles import unread_in
-from lightning_lora.storage.stored import dict_or_empty
+from lightning_lora.storage.on_disk.disk import check_output, folder_beside, path_here, writing, writing_folder
+from lightning_lora.storage.on_disk.plain_pickles import unread_in
 
 Progress = Callable[[int], object]
 """What is called before each tensor, with the number of all."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage import archives, disk
+from lightning_lora.storage.on_disk import archives, disk
 from lightning_lora.training.strategies.overlay import OverlaidMethods
 
 Checkpoint = dict[str, Any]

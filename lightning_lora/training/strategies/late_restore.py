@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage import disk
+from lightning_lora.storage.on_disk import disk
 from lightning_lora.training.strategies.strategy import StrategyMethods
 
 

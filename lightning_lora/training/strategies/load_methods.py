@@ -9,7 +9,6 @@ from lightning_lora.errors import OptimizerError
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.storage import checkpoint as checkpoints
-from lightning_lora.storage import disk
 from lightning_lora.storage.beside_adapters import reduce_to_adapters, show_base
 from lightning_lora.storage.formats.lightning import (
     check_readable,
@@ -18,8 +17,9 @@ from lightning_lora.storage.formats.lightning import (
     without_run_state,
 )
 from lightning_lora.storage.load.rebuilding import rebuild_modules
+from lightning_lora.storage.on_disk import disk
+from lightning_lora.storage.on_disk.temporary_files import remove_left_parts
 from lightning_lora.storage.stored import KEY, stored_config
-from lightning_lora.storage.temporary_files import remove_left_parts
 from lightning_lora.tensors.dicts import without
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import showing_float32

@@ -8,8 +8,8 @@ from lightning_lora.model.merge import unmerge_or_forget
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
-from lightning_lora.storage import disk
 from lightning_lora.storage.formats.lightning import with_callback_state
+from lightning_lora.storage.on_disk import disk
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import names_inside
 from lightning_lora.training import compatibility

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.formats.format import HEADER
+from lightning_lora.storage.on_disk.disk import local_path
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import names_not_in
 

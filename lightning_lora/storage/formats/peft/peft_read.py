@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.model.view import View
-from lightning_lora.storage.disk import json_object
 from lightning_lora.storage.formats.format import HEADER, Asked, tensors_in
 from lightning_lora.storage.formats.peft.peft_complete import check_complete
 from lightning_lora.storage.formats.peft.peft_config import MERGE_THERE, PeftConfig, read_config
@@ -24,12 +23,13 @@ from lightning_lora.storage.formats.peft.peft_names import (
 from lightning_lora.storage.formats.peft.peft_updates import updates_in
 from lightning_lora.storage.formats.reading import Update, place_of, stored_from_updates
 from lightning_lora.storage.inner_model import root_of
+from lightning_lora.storage.on_disk.disk import json_object
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.storage.stored import Reader, StoredAdapters
+from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.tensors.dicts import where, where_not
 
 
-def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
+def read(contents: Mapping[str, Any], path: Any, _: Asked) -> ReadFor | None:
     """Return how to read these contents of a file, if PEFT wrote it."""
     if not is_peft(contents, path):
         return None

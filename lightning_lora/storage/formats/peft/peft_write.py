@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
-from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.peft.peft_card import FOLDER, ModelCard
 from lightning_lora.storage.formats.peft.peft_config import most_common
 from lightning_lora.storage.formats.peft.peft_fitted import fitted
@@ -34,6 +33,7 @@ from lightning_lora.storage.formats.writing import (
     write_files,
 )
 from lightning_lora.storage.inner_model import StoredModule
+from lightning_lora.storage.on_disk.disk import save
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.dicts import renamed
 from lightning_lora.tensors.names import join, names_not_in

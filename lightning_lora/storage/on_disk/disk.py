@@ -18,7 +18,7 @@ from safetensors.torch import save as save_in_any_order
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, LoRAError
-from lightning_lora.storage.temporary_files import temporary_file
+from lightning_lora.storage.on_disk.temporary_files import temporary_file
 
 
 @contextmanager
