@@ -40,6 +40,7 @@ from lightning_lora.training.resumed_data import ResumedNumbers
 from lightning_lora.training.returned_records import extend_launchers
 from lightning_lora.training.running import NoTraining, TrainingWatch
 from lightning_lora.training.stage import Fit, Stage
+from lightning_lora.training.steps.step_tools import StepTools
 from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
 from lightning_lora.training.strategies.strategy import StrategyMethods
 
@@ -222,7 +223,7 @@ class LoRACallback(Callback):
             lr_scale=self.lr_scale,
             filled=self._filled.setdefault(pl_module, set()),
             callbacks=compatibility.callbacks_of(trainer),
-            is_first=trainer.is_global_zero,
+            tools=StepTools(is_first_process=trainer.is_global_zero),
         )
 
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -272,7 +273,8 @@ class LoRACallback(Callback):
             name, *beside = view_of(pl_module).record.adapter_states
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
-        self._stage.guards_in_each_process.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
+        guards = self._stage.tools.guards_in_first_process
+        guards.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
         if trainer.is_global_zero and trainer.loggers:
             others = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
             log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
@@ -293,7 +295,7 @@ class LoRACallback(Callback):
     def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what looks wrong, let adapters start from data, and watch the steps."""
         view = view_of(pl_module)  # another one: hooks may have exchanged its tensors since
-        advise(view, self._stage.guards_in_first_process)  # on_fit_start may load or reset weights
+        advise(view, self._stage.tools.guards_in_first_process)  # on_fit_start may load or reset weights
         base = base_digests(view)  # before adapters start from data: code that runs there may change it
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
@@ -334,13 +336,13 @@ class LoRACallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
         self._check_set_up()
-        self._stage.guards_in_each_process.training_ended(view_of(pl_module))
+        self._stage.tools.guards_in_each_process.training_ended(view_of(pl_module))
         self._end_training()
 
     def _end_training(self) -> None:
         self._training.close()
         self._watch = NoTraining()
-        self._stage.dropout.close()
+        self._stage.tools.end_training()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the updates: the module is a plain one again.
@@ -354,10 +356,10 @@ class LoRACallback(Callback):
         view = View(pl_module)
         merging.check_layers_stayed(view)
         pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
-        self._stage.guards_in_each_process.fit_ended(view, trainer.optimizers, trainer.global_step)
+        self._stage.tools.guards_in_each_process.fit_ended(view, trainer.optimizers, trainer.global_step)
         view = view_of(pl_module)
         note_changed(view)
-        self._stage.guards_in_first_process.base_compared(view)
+        self._stage.tools.guards_in_first_process.base_compared(view)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merging.merge_trained(trainer, pl_module, self.merge)
 
