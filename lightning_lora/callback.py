@@ -29,7 +29,7 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility, merging
 from lightning_lora.training.advice import advise
 from lightning_lora.training.chosen_adapter import ChosenAdapter
-from lightning_lora.training.data_init import check_data_init, start_from_data
+from lightning_lora.training.data_init.data_start import check_data_init, start_from_data
 from lightning_lora.training.optimizers.added_groups import trimming_added_groups
 from lightning_lora.training.optimizers.groups_behind import mirror_rates
 from lightning_lora.training.optimizers.scales import scales_of
