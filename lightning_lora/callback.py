@@ -200,7 +200,7 @@ class LoRACallback(Callback):
         self._methods = overlay_strategy(trainer.strategy, self._stage)
         compatibility.refuse_second_callback(self._stage.callbacks)
         if View(pl_module).layers:
-            self._stage.came = "adapted"
+            self._stage.way_back.came = "adapted"
         if self._stage.is_fit:
             self._check_fit(trainer, pl_module)
         else:
@@ -230,7 +230,7 @@ class LoRACallback(Callback):
         """Refuse callbacks beside which no fit can adapt, and arguments that this fit cannot serve."""
         compatibility.check_callbacks(self._stage.callbacks, is_sharded=self._methods.shards_before_adapters)
         switches = self._stage.wants_another_adapter(pl_module)
-        merging.check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted", switches=switches)
+        merging.check_merge_arguments(trainer, self.merge, was_adapted=self._stage.way_back.came == "adapted", switches=switches)
         check_data_init(trainer, pl_module, self.config)
 
     def _take_config_of(self, pl_module: LightningModule) -> None:
@@ -241,7 +241,7 @@ class LoRACallback(Callback):
 
     def _adapt_early(self, pl_module: LightningModule) -> None:
         """Adapt the layers that are there, before other callbacks copy the module."""
-        if self._stage.runs_adapted(pl_module):  # a plain module gets none for an evaluation
+        if self._stage.should_be_adapted(pl_module):  # a plain module gets none for an evaluation
             with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
                 self._stage.add_adapters(pl_module)
 

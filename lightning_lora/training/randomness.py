@@ -1,4 +1,4 @@
-"""The states of random number generators: in files, of all processes, and while adapters are drawn."""
+"""The states of random number generators, in files: those of all processes."""
 
 import math
 import random
@@ -22,25 +22,6 @@ _OTHERS = Struct("<625Iid625Id")  # numpy's and Python's: 624 numbers of a Merse
 
 States = dict[str, Tensor]
 """The states of generators, by name: "cpu", "cuda", and "others" for those of numpy and Python."""
-
-
-@contextmanager
-def reseeded(model: nn.Module) -> Iterator[None]:
-    """Let adapters draw in the ``with`` block. Without new ones, the generator stays as it was.
-
-    With some, it goes on from a seed: so however much they draw, the run sees the same batches, and none of the numbers
-    that the adapters got. After an error nothing is set: another injection follows.
-    """
-    before = torch.get_rng_state()
-    adapted = View(model).matrices
-    seed = int(torch.randint(1 << 62, (), device="cpu"))
-    torch.set_rng_state(before)
-    yield
-    if View(model).matrices != adapted:
-        torch.manual_seed(seed)
-
-
-# The states of all processes
 
 
 def random_states(trainer: Trainer) -> States:
