@@ -31,8 +31,8 @@ from lightning_lora.training.advice import advise
 from lightning_lora.training.chosen_adapter import ChosenAdapter
 from lightning_lora.training.data_init import check_data_init, start_from_data
 from lightning_lora.training.optimizers.added_groups import trimming_added_groups
-from lightning_lora.training.optimizers.groups_behind import mirror_rates
-from lightning_lora.training.optimizers.scales import scales_of
+from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
+from lightning_lora.training.optimizers.scales import scale_of_each_factor
 from lightning_lora.training.phases import Phase
 from lightning_lora.training.randomness import RANDOM, random_states
 from lightning_lora.training.reports import log_arguments, log_values, shown_rates
@@ -143,7 +143,7 @@ class LoRACallback(Callback):
         check_merge(merge)
         check_save(save)
         self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
-        scales_of(lr_scale)  # refuses what is no scale
+        scale_of_each_factor(lr_scale)  # refuses what is no scale
         check_adapter_name(name)
         self.merge, self.save, self.lr_scale, self.name = merge, save, lr_scale, name
         compatibility.join_pytorch_lightning(LoRACallback)  # again: it may have been imported since this file was
@@ -252,7 +252,7 @@ class LoRACallback(Callback):
         reshard(pl_module)  # FSDP2 still shows full weights after an evaluation, as of a tuner
         merging.check_merge_weights(trainer, pl_module, self.merge, self.save)
         self._training.enter_context(trimming_added_groups(pl_module))
-        mirror_rates(*trainer.optimizers)  # a tuner may have written to them
+        update_scaled_rates(*trainer.optimizers)  # a tuner may have written to them
         if trainer.is_global_zero and compatibility.shows_summary(trainer):
             rates = shown_rates(pl_module, trainer.optimizers)
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers, rates=rates)
@@ -285,7 +285,7 @@ class LoRACallback(Callback):
         check_adapted(view)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
-        mirror_rates(*trainer.optimizers)  # a checkpoint may be of another scale
+        update_scaled_rates(*trainer.optimizers)  # a checkpoint may be of another scale
         if self._stage.set_base_from_hooks(view):  # hooks may have loaded it late
             self._methods.note_base(anew=False)  # the fingerprint, and what has not changed is not read again
         self._begin_training(trainer, pl_module)
@@ -321,7 +321,7 @@ class LoRACallback(Callback):
         """Check that the optimizer trains adapters, and nothing frozen."""
         self._check_set_up()
         if not trainer.training:
-            mirror_rates(optimizer)
+            update_scaled_rates(optimizer)
         elif self._watch.begin_optimizer_step(optimizer) and trainer.is_global_zero:
             share = summarize(pl_module).share
             rank_zero_info(f"Now {share:.2%} of its parameters train, which is less than the first table shows.")
