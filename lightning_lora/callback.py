@@ -267,7 +267,9 @@ class LoRACallback(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log how the adapters train. A checkpoint is loaded by then."""
-        is_untrained = self._stage.adapter.is_new and not view_of(pl_module).adapter.is_trained  # that of a file is
+        is_untrained = (
+            self._stage.adapter.is_new and not view_of(pl_module).adapter.may_have_learned
+        )  # that of a file is
         if is_untrained:
             name, *beside = view_of(pl_module).record.adapter_states
             rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
