@@ -36,7 +36,7 @@ class AfterMerge:
 
     An example of a tied weight: an adapted ``embedding`` and a ``head`` without adapter share a parameter P. The merge
     leaves P to ``head``, and gives ``embedding`` a new parameter, P + ΔW. Then ``seen`` has both, and the base's values
-    in ``bases["embedding.weight"]`` are P itself, without a copy. So ``seen_tied["embedding.weight"]`` says how P looked.
+    in ``bases["embedding.weight"]`` are P itself, without a copy. ``seen_tied["embedding.weight"]`` says how P looked.
     """
 
     seen: dict[str, Seen] = field(default_factory=dict)
