@@ -28,7 +28,7 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility, merging
 from lightning_lora.training.advice import advise
 from lightning_lora.training.chosen_adapter import ChosenAdapter
-from lightning_lora.training.data_init import check_data_init, start_from_data
+from lightning_lora.training.data_init.data_start import check_data_init, start_from_data
 from lightning_lora.training.optimizers.added_groups import trimming_added_groups
 from lightning_lora.training.optimizers.groups_behind import mirror_rates
 from lightning_lora.training.optimizers.scales import scales_of
@@ -39,6 +39,7 @@ from lightning_lora.training.resumed_data import ResumedNumbers
 from lightning_lora.training.returned_records import extend_launchers
 from lightning_lora.training.running import NoTraining, TrainingWatch
 from lightning_lora.training.stage import Fit, Stage
+from lightning_lora.training.steps.step_tools import StepTools
 from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
 from lightning_lora.training.strategies.strategy import StrategyMethods
 
@@ -222,7 +223,7 @@ class LoRACallback(Callback):
             lr_scale=self.lr_scale,
             filled=self._filled_buffers.setdefault(pl_module, set()),
             callbacks=compatibility.callbacks_of(trainer),
-            is_first=trainer.is_global_zero,
+            tools=StepTools(is_first_process=trainer.is_global_zero),
         )
 
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -272,7 +273,7 @@ class LoRACallback(Callback):
             others = listed(view.record.others)
             rank_zero_info(f"LoRACallback begins a new adapter {view.adapter.name!r} beside {others}.")
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
-        self._stage.guards_in_each_process.optimizers_built(view, trainer.optimizers, is_scaled=is_scaled)
+        self._stage.tools.guards_in_first_process.optimizers_built(view, trainer.optimizers, is_scaled=is_scaled)
         if trainer.is_global_zero and trainer.loggers:
             own_arguments = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
             log_arguments(trainer, pl_module, **own_arguments, trained_share=summarize(pl_module).share)
@@ -293,15 +294,14 @@ class LoRACallback(Callback):
     def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what looks wrong, let adapters start from data, and watch the steps."""
         view = view_of(pl_module)  # a new one, since tensors may have been exchanged
-        advise(view, self._stage.guards_in_first_process)  # not earlier: on_fit_start may load or reset weights
+        advise(view, self._stage.tools.guards_in_first_process)  # not earlier: on_fit_start may load or reset weights
         base = base_digests(view)  # before adapters start from data: the user's code runs then, and may change it
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
             start_from_data(trainer, pl_module)
         self._stage.begin_training()  # from here on, the module keeps its adapters if the fit fails
-        self._watch = watch = self._until_training_ends.enter_context(
-            closing(TrainingWatch(trainer, pl_module, self._stage))
-        )
+        watch = TrainingWatch(trainer, pl_module, self._stage)
+        self._watch = self._until_training_ends.enter_context(closing(watch))
         watch.begin(self._strategy_methods, is_new=is_new, base=base)
         self._stage.take_random_numbers()
 
@@ -336,13 +336,13 @@ class LoRACallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
         self._check_set_up()
-        self._stage.guards_in_each_process.training_ended(view_of(pl_module))
+        self._stage.tools.guards_in_each_process.training_ended(view_of(pl_module))
         self._end_training()
 
     def _end_training(self) -> None:
         self._until_training_ends.close()
         self._watch = NoTraining()
-        self._stage.dropout.close()  # after a step that failed, the adapters' dropout would still act
+        self._stage.tools.end_training()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the updates: the module is a plain one again.
@@ -356,10 +356,10 @@ class LoRACallback(Callback):
         view = View(pl_module)  # not view_of: check_layers_stayed says more of layers that have lost their adapters
         merging.check_layers_stayed(view)
         pl_module.zero_grad()  # gradients of the last step would take memory, and count in a step by hand
-        self._stage.guards_in_each_process.fit_ended(view, trainer.optimizers, trainer.global_step)
+        self._stage.tools.guards_in_each_process.fit_ended(view, trainer.optimizers, trainer.global_step)
         view = view_of(pl_module)
         note_changed(view)  # compares the base with its fingerprint, for the guards and for later files
-        self._stage.guards_in_first_process.base_compared(view)
+        self._stage.tools.guards_in_first_process.base_compared(view)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merging.merge_trained(trainer, pl_module, self.merge)
 

@@ -9,14 +9,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError, LoRAError
 from lightning_lora.private import LOADER_STATE, before_transfer, loader_of
-
-
-def refusal(config: LoRAConfig, why: str, kind: type[LoRAError] = ConfigError) -> LoRAError:
-    """Return the error where no batch can run before training."""
-    what = f"init={config.init!r} runs training_step on some batches before training"
-    return kind(f"{what}. That is not possible here: {why}. Use an init that needs no data.")
+from lightning_lora.training.data_init.data_refusals import refusal
 
 
 def first_batches(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> Generator[Any, None, None]:

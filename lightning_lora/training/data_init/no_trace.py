@@ -1,4 +1,4 @@
-"""Run a module's step, and give back all that it changes."""
+"""What a module's step changes is given back: all but the values of parameters, which the caller checks."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ _CONTAINERS = (dict, set, list, deque)
 
 
 def leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack) -> None:
-    """Let ``undo`` give back all that a step changes: gradients, modes, buffers, metrics, attributes.
+    """Let ``undo`` give back what a step changes: gradients, modes, buffers, metrics, attributes.
 
-    It runs backwards: gradients are enabled for the step, and off while values are written back.
+    Not the values of parameters: the caller refuses a step that writes to them.
     """
     undo.enter_context(isolate_rng())
     undo.enter_context(letting_gradients_pass(pl_module))
@@ -30,12 +30,12 @@ def leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack
     _keep_trainer(trainer, undo)
     if hasattr(torch.compiler, "set_stance"):  # or compiled code would keep the hooks
         undo.enter_context(torch.compiler.set_stance("force_eager"))
-    undo.enter_context(torch.no_grad())
+    undo.enter_context(torch.no_grad())  # while ``undo``, which runs backwards, writes what the memory holds
     memory = _Memory(undo)
     memory.remember(pl_module)
     for optimizer in trainer.optimizers:
         memory.remember(optimizer.param_groups)
-    undo.enter_context(torch.enable_grad())
+    undo.enter_context(torch.enable_grad())  # in the step
     _log_nothing_in(pl_module)
 
 
@@ -66,7 +66,7 @@ def _log_nothing(*_: object, **__: object) -> None:
 
 
 class _Memory:
-    """What tensors and containers held. ``undo`` writes it back into the same objects."""
+    """What tensors and containers held, but no parameters. ``undo`` writes it back into the same objects."""
 
     def __init__(self, undo: ExitStack) -> None:
         self.undo = undo
