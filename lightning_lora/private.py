@@ -37,6 +37,7 @@ RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")  # of these weights: a 
 START_METHOD = "_start_method"  # of a strategy's processes: adapters that do not come back would not be refused
 HPARAMS_NAME = "_hparams_name"  # the argument with the hyperparameters: Lightning could not build a file's module
 LOADER_STATE = "_iterator"  # where a loader keeps workers that stay: those of a copy would be the same
+SUMMARY_DEPTH = "_max_depth"  # of a ModelSummary, 0 for no table: a line would speak of one that is not there
 LOGS_HPARAMS = "_log_hyperparams"  # whether Lightning logs them: TensorBoard would show ours alone
 CLI_CLASS = "_class_path"  # LightningCLI's entry in them: load_from_checkpoint would build the wrong class
 AVERAGE, AVERAGES_WITH = "_average_model", "_avg_fn"  # of SWA and EMA: they would not know adapters and frozen weights
