@@ -257,7 +257,7 @@ class LoRACallback(Callback):
         if trainer.is_global_zero and compatibility.shows_summary(trainer):
             rates = shown_rates(pl_module, trainer.optimizers)
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers, rates=rates)
-            fitting_console().print(table)
+            fitting_console().print(table, *compatibility.about_lightnings_table(trainer))
         if not trainer.strategy.restore_checkpoint_after_setup:  # otherwise, the checkpoint is not loaded yet
             self._report(trainer, pl_module)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
@@ -43,6 +44,7 @@ def test_each_private_name_that_no_other_test_would_miss_is_there() -> None:
     assert getattr(doubled.grad_fn, private.NODE_FUNCTION) is Doubles
     assert getattr(DDPStrategy(start_method="fork"), private.START_METHOD) == "fork"
     assert getattr(LitTiny(), private.HPARAMS_NAME) == "kwargs"
+    assert getattr(ModelSummary(0), private.SUMMARY_DEPTH) == 0
 
 
 # They are read in one place

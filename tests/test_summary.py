@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
 from rich.console import Console
 from torch import nn
 
@@ -214,6 +215,20 @@ def test_a_fit_with_an_optimizer_without_state_says_nothing_of_it(
 def test_a_fit_without_a_summary_shows_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer(tmp_path, [LoRACallback(r=6)], max_epochs=1).fit(LitTiny(), data())
     assert "LoRA" not in capsys.readouterr().out
+
+
+def test_a_fit_says_what_lightnings_own_table_is_where_it_shows_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    note = "Lightning's own table (ModelSummary(0) hides it): LoRALinear is a Linear with its adapter, Frozen"
+    for callbacks, is_said in (([], True), ([RichModelSummary(2)], True), ([ModelSummary(0)], False)):
+        run = trainer(tmp_path, [LoRACallback(r=6), *callbacks], max_epochs=1, enable_model_summary=True)
+        run.fit(LitTiny(), data())
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "Weights in a checkpoint" in shown
+        assert (note in shown) == is_said
+        assert ("LoRALinear │" in shown) == is_said
 
 
 def test_the_table_shows_the_ranks_that_a_layer_has() -> None:

@@ -81,7 +81,8 @@ def refusal(call: str, state: State, title: str, adapter: str) -> str:
     if state is State.PLAIN:
         return (
             f"{title} has no adapters. Call inject_adapters, or load_adapter. If it is part of a model that was "
-            "trained, pass that model (after a fit: trainer.lightning_module)."
+            "trained, pass that model (after a fit: trainer.lightning_module). If they were merged for good "
+            "(load_from_checkpoint with merge=True, or remove_adapters on a merged model), load their file again."
         )
     if state.is_merged and State.MERGED not in CALLS[call].states:
         return (

@@ -3,6 +3,7 @@
 from lightning_lora.training.compatibility.averages import average_what_trains, begin_averages, drop_averages
 from lightning_lora.training.compatibility.bars import end_bar, tell_of_interrupt
 from lightning_lora.training.compatibility.callbacks import (
+    about_lightnings_table,
     callbacks_of,
     check_callbacks,
     kinds_of,
