@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.formats import diffusers, kohya, loralib
+from lightning_lora.storage.formats import loralib
 from lightning_lora.storage.formats.format import Asked, Format, UnreadTool, WrittenFormat
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.peft import peft_format
+from lightning_lora.storage.formats.pipelines import diffusers, kohya
 from lightning_lora.storage.formats.unread import UNREAD_TOOLS
 from lightning_lora.storage.stored import KEY, Reader
 

@@ -9,7 +9,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.patterns import matches
 from lightning_lora.storage.disk import json_object
-from lightning_lora.storage.formats.peft.peft_names import PEFT_CONFIG, config_beside
+from lightning_lora.storage.formats.peft_names import PEFT_CONFIG, config_beside
 from lightning_lora.tensors.dicts import only, renamed, where, without
 
 

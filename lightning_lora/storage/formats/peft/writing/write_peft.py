@@ -12,19 +12,19 @@ from torch import Tensor
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
 from lightning_lora.storage.disk import save
-from lightning_lora.storage.formats.peft.peft_card import FOLDER, ModelCard
+from lightning_lora.storage.formats.peft.counterparts import peft_layer
+from lightning_lora.storage.formats.peft.naming.when_loaded import PeftLoading, loading_of
+from lightning_lora.storage.formats.peft.naming.wrappers import tensors_of
 from lightning_lora.storage.formats.peft.peft_config import most_common
-from lightning_lora.storage.formats.peft.peft_fitted import fitted
-from lightning_lora.storage.formats.peft.peft_layers import peft_layer
-from lightning_lora.storage.formats.peft.peft_loading import PeftLoading, loading_of
-from lightning_lora.storage.formats.peft.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
-from lightning_lora.storage.formats.peft.peft_other_readers import (
+from lightning_lora.storage.formats.peft.readers.reader_warnings import (
     warn_of_layers,
     warn_of_merges,
     warn_of_scalings,
     warn_of_whole_modules,
 )
-from lightning_lora.storage.formats.peft.peft_wrappers import tensors_of
+from lightning_lora.storage.formats.peft.writing.fitted import fitted
+from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard
+from lightning_lora.storage.formats.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from lightning_lora.storage.formats.writing import (
     Source,
     WeightUpdate,

@@ -6,10 +6,10 @@ from itertools import chain
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.layers.kinds import LoRALinear
 from lightning_lora.layers.matrices import Role
-from lightning_lora.storage.formats.peft.peft_layers import peft_layer, why_not
-from lightning_lora.storage.formats.peft.peft_loading import loading_of
-from lightning_lora.storage.formats.peft.peft_tokens import why_not_rows, why_not_rows_of_file
-from lightning_lora.storage.formats.peft.peft_wrappers import stand_ins_of, trained_biases
+from lightning_lora.storage.formats.peft.counterparts import peft_layer, why_not
+from lightning_lora.storage.formats.peft.naming.when_loaded import loading_of
+from lightning_lora.storage.formats.peft.naming.wrappers import stand_ins_of, trained_biases
+from lightning_lora.storage.formats.peft.refusals.refused_rows import why_not_rows, why_not_rows_of_file
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.renaming import entries_inside
 from lightning_lora.storage.stored import StoredAdapters

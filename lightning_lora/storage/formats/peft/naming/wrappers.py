@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers.kinds import LoRAAttention
-from lightning_lora.storage.formats.peft.peft_layers import has_counterpart, peft_layer
-from lightning_lora.storage.formats.peft.peft_names import TOKENS
+from lightning_lora.storage.formats.peft.counterparts import has_counterpart, peft_layer
+from lightning_lora.storage.formats.peft_names import TOKENS
 from lightning_lora.storage.formats.writing import Source, WeightUpdate
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import where, without

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.errors import listed, warn
-from lightning_lora.storage.formats.peft.peft_llama_cpp import warn_of_tied_embeddings, warn_of_transposed_layers
-from lightning_lora.storage.formats.peft.reader_table import (
+from lightning_lora.storage.formats.peft.readers.llama_cpp import warn_of_tied_embeddings, warn_of_transposed_layers
+from lightning_lora.storage.formats.peft.readers.reader_table import (
     DIFFERS,
     HEADS,
     IGNORES,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig
-from lightning_lora.storage.formats.peft.peft_names import without_wrappers
+from lightning_lora.storage.formats.peft_names import without_wrappers
 from lightning_lora.storage.renaming import Renaming
 
 Tensors = Mapping[str, Tensor]  # of one adapter, by what they are: "A", "B", "magnitude", "tokens"

@@ -17,12 +17,12 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, Export
 from lightning_lora.functional.factors import Factors
 from lightning_lora.storage.disk import save
 from lightning_lora.storage.formats.format import Asked, WrittenFormat, tensors_in
-from lightning_lora.storage.formats.kohya_flux import FLUX_CLASS, name_in_flux, stacked_update
-from lightning_lora.storage.formats.kohya_names import ATTENTION, MEMBERS, OUTER, NameOf, naming_forms
 from lightning_lora.storage.formats.peft.peft_config import config_of, most_common
-from lightning_lora.storage.formats.peft.peft_names import peft_key
-from lightning_lora.storage.formats.peft.peft_write import exported
-from lightning_lora.storage.formats.pipeline import (
+from lightning_lora.storage.formats.peft.writing.write_peft import exported
+from lightning_lora.storage.formats.peft_names import peft_key
+from lightning_lora.storage.formats.pipelines.kohya_flux import FLUX_CLASS, name_in_flux, stacked_update
+from lightning_lora.storage.formats.pipelines.kohya_names import ATTENTION, MEMBERS, OUTER, NameOf, naming_forms
+from lightning_lora.storage.formats.pipelines.pipeline import (
     PeftContents,
     PipelineFile,
     adapters_in_pipeline,

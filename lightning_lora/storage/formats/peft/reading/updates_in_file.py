@@ -18,10 +18,10 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
-from lightning_lora.storage.formats.peft.peft_file import PeftFile, Tensors
-from lightning_lora.storage.formats.peft.peft_layers import peft_layer, why_not
-from lightning_lora.storage.formats.peft.peft_names import without_wrappers
-from lightning_lora.storage.formats.peft.peft_tokens import why_not_rows
+from lightning_lora.storage.formats.peft.counterparts import peft_layer, why_not
+from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile, Tensors
+from lightning_lora.storage.formats.peft.refusals.refused_rows import why_not_rows
+from lightning_lora.storage.formats.peft_names import without_wrappers
 from lightning_lora.storage.formats.reading import RowsUpdate, Update, check_shapes, pair_of
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.tensors.dicts import names_of_each, without

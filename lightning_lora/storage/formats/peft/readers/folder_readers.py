@@ -9,8 +9,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.formats.format import tensors_in
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, read_config
-from lightning_lora.storage.formats.peft.peft_names import PREFIX, is_peft, peft_key, without_wrappers
-from lightning_lora.storage.formats.peft.reader_table import (
+from lightning_lora.storage.formats.peft.readers.reader_table import (
     ALPHAS,
     BIASES,
     DIFFERS,
@@ -27,6 +26,8 @@ from lightning_lora.storage.formats.peft.reader_table import (
     UNKNOWN,
     Reader,
 )
+from lightning_lora.storage.formats.peft_names import PREFIX, peft_key, without_wrappers
+from lightning_lora.storage.formats.whose import is_peft
 from lightning_lora.tensors.dicts import renamed
 from lightning_lora.tensors.names import starts_of
 

@@ -7,9 +7,9 @@ from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed, warn
 from lightning_lora.layers import adapter_for
-from lightning_lora.storage.formats.peft.peft_file import PeftFile, Tensors
-from lightning_lora.storage.formats.peft.peft_layers import has_layer
-from lightning_lora.storage.formats.peft.peft_names import PEFT_CONFIG, without_wrappers
+from lightning_lora.storage.formats.peft.counterparts import has_layer
+from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile, Tensors
+from lightning_lora.storage.formats.peft_names import PEFT_CONFIG, without_wrappers
 from lightning_lora.storage.renaming import entries_inside
 from lightning_lora.tensors.dicts import only, where, without
 from lightning_lora.tensors.names import modules_around, names_joined, owner_of, starts_of

@@ -15,9 +15,10 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig
-from lightning_lora.storage.formats.peft.peft_names import MEMBER_NAME, peft_key
-from lightning_lora.storage.formats.peft.peft_read import read_updates
+from lightning_lora.storage.formats.peft.reading.read_peft import read_updates
+from lightning_lora.storage.formats.peft_names import peft_key
 from lightning_lora.storage.formats.reading import Update, stored_from_updates
+from lightning_lora.storage.formats.whose import MEMBER_NAME
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_lora.base.fingerprints import names_in
 from lightning_lora.errors import warn
-from lightning_lora.storage.formats.peft.peft_names import PREFIX
-from lightning_lora.storage.formats.peft.peft_shells import shell_of
+from lightning_lora.storage.formats.peft.naming.shells import shell_of
+from lightning_lora.storage.formats.peft_names import PREFIX
 from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import names_not_in

@@ -12,18 +12,11 @@ from lightning_lora.errors import warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.disk import json_object, save
 from lightning_lora.storage.formats.format import HEADER, Asked, WrittenFormat, tensors_in
-from lightning_lora.storage.formats.peft.peft_card import FOLDER, ModelCard, repository_of
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, most_common
-from lightning_lora.storage.formats.peft.peft_names import (
-    DIFFUSERS_WEIGHTS,
-    MEMBER_NAME,
-    METADATA,
-    PREFIX,
-    is_diffusers,
-    peft_key,
-)
-from lightning_lora.storage.formats.peft.peft_write import exported
-from lightning_lora.storage.formats.pipeline import (
+from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard, repository_of
+from lightning_lora.storage.formats.peft.writing.write_peft import exported
+from lightning_lora.storage.formats.peft_names import METADATA, PREFIX, peft_key
+from lightning_lora.storage.formats.pipelines.pipeline import (
     PeftContents,
     PipelineFile,
     adapters_in_pipeline,
@@ -31,11 +24,14 @@ from lightning_lora.storage.formats.pipeline import (
     sources_of_members,
     warn_of_replaced,
 )
+from lightning_lora.storage.formats.whose import MEMBER_NAME, is_diffusers
 from lightning_lora.storage.formats.writing import Source, write_files
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import Reader, StoredAdapters
 from lightning_lora.tensors.names import owner_of
+
+_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # the newer one first
 
 # Write
 
@@ -51,7 +47,7 @@ def write(source: Source, directory: Path, *, uniform: bool) -> None:
         in_pipeline = Renaming(here=name)
         tensors |= in_pipeline.with_names_here(member_tensors)
         header |= in_pipeline.with_names_here(config)
-    file = DIFFUSERS_WEIGHTS[0]
+    file = _FILES[0]
     warn_of_replaced(directory / file, tensors, _start)
     card = ModelCard(source, "diffusers", _loading(source.inner_described))
     contents = {file: save(tensors, {METADATA: json.dumps(header)}), **card.files(directory)}
@@ -146,10 +142,5 @@ def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 DIFFUSERS = WrittenFormat(
-    name="diffusers",
-    tool="diffusers",
-    read=read,
-    write=write,
-    files=DIFFUSERS_WEIGHTS,
-    expected_files=DIFFUSERS_WEIGHTS[0],
+    name="diffusers", tool="diffusers", read=read, write=write, files=_FILES, expected_files=_FILES[0]
 )

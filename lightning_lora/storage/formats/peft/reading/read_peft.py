@@ -10,19 +10,13 @@ from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.model.view import View
 from lightning_lora.storage.disk import json_object
 from lightning_lora.storage.formats.format import HEADER, Asked, tensors_in
-from lightning_lora.storage.formats.peft.peft_complete import check_complete
 from lightning_lora.storage.formats.peft.peft_config import MERGE_THERE, PeftConfig, read_config
-from lightning_lora.storage.formats.peft.peft_file import PeftFile, Tensors
-from lightning_lora.storage.formats.peft.peft_names import (
-    NAMES_HERE,
-    PEFT_CONFIG,
-    PREFIX,
-    is_peft,
-    peft_key,
-    without_wrappers,
-)
-from lightning_lora.storage.formats.peft.peft_updates import updates_in
+from lightning_lora.storage.formats.peft.reading.completeness import check_complete
+from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile, Tensors
+from lightning_lora.storage.formats.peft.reading.updates_in_file import updates_in
+from lightning_lora.storage.formats.peft_names import NAMES_HERE, PEFT_CONFIG, PREFIX, peft_key, without_wrappers
 from lightning_lora.storage.formats.reading import Update, place_of, stored_from_updates
+from lightning_lora.storage.formats.whose import is_peft
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import Reader, StoredAdapters
