@@ -102,7 +102,7 @@ def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r:
 # With which values nothing can be computed
 
 
-def check_usual(contents: Mapping[Any, Any], path: object) -> None:
+def check_computable(contents: Mapping[Any, Any], path: object) -> None:
     """Refuse tensors with which torch cannot compute, in a file or in a state dict inside of it."""
     odd = list[str]()
     for group in (contents, *of_type(contents, dict).values()):
@@ -134,14 +134,14 @@ def _check_floating(updates: Iterable[Update]) -> None:
 # Where a file's names lie in the model
 
 
-def place_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
+def renaming_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
     """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
     names = [*layers, *entries]
     known = {**view.modules, **view.base, **view.buffers}
     title = view.title
     found = find_renamings(names, known, root_here=root)
     if len(found) > 1:
-        places = [place.here for place in found]
+        places = [renaming.here for renaming in found]
         raise AdapterMismatchError(
             f"The names in the file fit in {title} below {listed(places)}. Pass one of these "
             "modules instead of the whole model."
@@ -151,10 +151,10 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str], root
         raise AdapterMismatchError(
             f"These adapters do not fit {title}: it has no {listed(missing)}. Pass the model that they were trained on."
         )
-    (place,) = found
-    if place not in (SAME_NAMES, Renaming(here=root)):
-        warn(place.told(title))
-    return place
+    (renaming,) = found
+    if renaming not in (SAME_NAMES, Renaming(here=root)):
+        warn(renaming.told(title))
+    return renaming
 
 
 # All that a file holds

@@ -24,8 +24,9 @@ from lightning_lora.storage.formats.pipelines.pipeline import (
     sources_of_members,
     warn_of_replaced,
 )
+from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.formats.whose import MEMBER_NAME, is_diffusers
-from lightning_lora.storage.formats.writing import Source, write_files
+from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import Reader, StoredAdapters
@@ -49,7 +50,7 @@ def write(source: Source, directory: Path, *, uniform: bool) -> None:
         header |= in_pipeline.with_names_here(config)
     file = _FILES[0]
     warn_of_replaced(directory / file, tensors, _start)
-    card = ModelCard(source, "diffusers", _loading(source.inner_described))
+    card = ModelCard(source, "diffusers", _loading(source.stored_inner))
     contents = {file: save(tensors, {METADATA: json.dumps(header)}), **card.files(directory)}
     write_files(directory, contents)
 
@@ -78,11 +79,11 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     text = contents.get(HEADER, {}).get(METADATA, "{}")
     tensors = tensors_in(contents, path)
 
-    def reader(view: View) -> StoredAdapters:
+    def read_for_model(view: View) -> StoredAdapters:
         header = json_object(text, f"{METADATA!r} of {path}")
         return adapters_in_pipeline(view, _DiffusersFile(path, tensors, header))
 
-    return reader
+    return read_for_model
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,9 @@ from lightning_lora.storage.formats.pipelines.pipeline import (
     warn_of_replaced,
 )
 from lightning_lora.storage.formats.reading import pair_of
+from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.formats.unread import KOHYA_REMEDY
-from lightning_lora.storage.formats.writing import Source, write_files
+from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.renaming import entries_inside
 from lightning_lora.storage.stored import Reader
 from lightning_lora.tensors.dicts import only, where_not, with_values
@@ -141,7 +142,7 @@ def _warn_of_skipped(source: Source, member: str, names: Mapping[str, str]) -> N
 
 def _naming(source: Source, member: str, modules: set[str]) -> NameOf:
     """What gives a layer of a member its name in the file."""
-    if source.inner_described.class_name == FLUX_CLASS:
+    if source.stored_inner.class_name == FLUX_CLASS:
         return name_in_flux
     inside = entries_inside(source.stored.root, dict.fromkeys(modules))
     modules_for_reader = set(map(source.name_for_reader, inside))

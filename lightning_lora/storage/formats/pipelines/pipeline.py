@@ -18,8 +18,8 @@ from lightning_lora.storage.formats.peft.peft_config import PeftConfig
 from lightning_lora.storage.formats.peft.reading.read_peft import read_updates
 from lightning_lora.storage.formats.peft_names import peft_key
 from lightning_lora.storage.formats.reading import Update, stored_from_updates
+from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.formats.whose import MEMBER_NAME
-from lightning_lora.storage.formats.writing import Source
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
@@ -51,16 +51,16 @@ def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     Nothing inside of a member is another one. If the pipeline would call two the same, such as two text encoders by
     their class, the one that has this name here is meant.
     """
-    places = dict[str, str]()
+    roots = dict[str, str]()
     for name, module in without(modules, [""]).items():
-        if is_in_any(name, places.values()):
+        if is_in_any(name, roots.values()):
             continue
         member = member_name(module, name)
-        is_first = member not in places
+        is_first = member not in roots
         is_called_so = name.endswith(member)
         if member and (is_first or is_called_so):
-            places[member] = name
-    return places
+            roots[member] = name
+    return roots
 
 
 # The adapters of each member
@@ -166,23 +166,23 @@ class PipelineFile(ABC):
 def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
     """Return the adapters of a pipeline's members: of the one that the model is, or of all that it holds."""
     members = file.members()
-    places = _places_of(members, view)
-    _check_members(members, places, file.path)
+    roots = _roots_in_model(members, view)
+    _check_members(members, roots, file.path)
     updates = list[Update]()
     rest = dict[str, Tensor]()
     saved = list[str]()
     settings = list[LoRAConfig]()
     kinds = set[tuple[bool, str]]()  # what one configuration here says for all members
-    for member in sorted(members & places.keys()):
-        place = places[member]
-        modules = Renaming(there=place).names_here(entries_inside(place, view.modules))
-        tensors, peft = file.contents_of(member, modules)
-        member_updates, others = read_updates(view, tensors, peft, file.path, place)
+    for member in sorted(members & roots.keys()):
+        root = roots[member]
+        modules = Renaming(there=root).names_here(entries_inside(root, view.modules))
+        tensors, config = file.contents_of(member, modules)
+        member_updates, others = read_updates(view, tensors, config, file.path, root)
         updates += member_updates
         rest |= others
-        saved += peft.saved
-        settings.append(peft.as_ours)
-        kinds.add((peft.as_ours.use_dora, peft.as_ours.init))
+        saved += config.saved
+        settings.append(config.as_ours)
+        kinds.add((config.as_ours.use_dora, config.as_ours.init))
     if len(kinds) > 1:
         raise AdapterFileError(
             f"{file.path} has parts with other use_dora or init_lora_weights. Load each onto its model."
@@ -190,24 +190,24 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
     return stored_from_updates(view, updates, rest, settings[0], saved)  # ranks and scalings are those of the updates
 
 
-def _places_of(members: set[str], view: View) -> dict[str, str]:
-    """The names of the pipeline's members in the model."""
+def _roots_in_model(members: set[str], view: View) -> dict[str, str]:
+    """The names in the model of the pipeline's members, by what the pipeline calls them."""
     root = root_of(view.model)
     itself = member_name(submodule(view.model, root), root)
-    places = {itself: root} if itself else members_in(view.modules)
+    roots = {itself: root} if itself else members_in(view.modules)
     is_of_one = len(members) == 1
-    if is_of_one and members.isdisjoint(places):  # under any name it is meant for this model
+    if is_of_one and members.isdisjoint(roots):  # under any name it is meant for this model
         return dict.fromkeys(members, root)
-    return places
+    return roots
 
 
-def _check_members(members: set[str], places: Mapping[str, str], path: Any) -> None:
+def _check_members(members: set[str], roots: Mapping[str, str], path: Any) -> None:
     """Refuse a file of which the model has no member. Warn of those that it does not have."""
-    if members.isdisjoint(places):
+    if members.isdisjoint(roots):
         raise AdapterMismatchError(
             f"{path} holds adapters of several parts of a pipeline: {listed(sorted(members))}. Pass one of these "
             "models, or a module with attributes of these names."
         )
-    left = members - places.keys()
+    left = members - roots.keys()
     if left:
         warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lightning_lora.base.fingerprints import names_in
 from lightning_lora.errors import warn
 from lightning_lora.storage.formats.peft.naming.shells import shell_of
+from lightning_lora.storage.formats.peft.reasons import Reason
 from lightning_lora.storage.formats.peft_names import PREFIX
-from lightning_lora.storage.formats.writing import Source
+from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import names_not_in
 
@@ -29,8 +30,8 @@ class PeftLoading:
     def warn_if_unsure(self) -> None:
         """Warn if it is not known what PEFT does."""
 
-    def why_refused(self, layer: str) -> str:
-        """Return why PEFT refuses a layer with this name, or nothing."""
+    def why_refused(self, layer: str) -> Reason:
+        """Return why PEFT refuses a layer with this name."""
         return ""
 
     def is_taken_for_experts(self, layer: str) -> bool:
@@ -47,12 +48,12 @@ def loading_of(source: Source) -> PeftLoading:
     if source.inner is not None:
         leaves = set(map(_leaf, source.modules_for_reader))
         return _loading_onto(source.inner, may_be_mamba="conv1d" in leaves)  # a layer's name that Mamba's models have
-    if not source.described:
+    if not source.stored_modules:
         return _OntoUnknownModel(source.stored)
     try:
-        shell = shell_of(source.described)
+        shell = shell_of(source.stored_modules)
     except ImportError:
-        return _WithoutPeft(source.inner_described.class_name)
+        return _WithoutPeft(source.stored_inner.class_name)
     return _loading_onto(shell, may_be_mamba=True)
 
 
@@ -100,8 +101,8 @@ class _OntoModel(PeftLoading):
         self.model_type = model_type
         self.peft: Any = import_module("peft")
 
-    def why_refused(self, layer: str) -> str:
-        """Return why PEFT refuses a layer with this name, or nothing."""
+    def why_refused(self, layer: str) -> Reason:
+        """Return why PEFT refuses a layer with this name."""
         from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
 
         leaf = _leaf(layer)

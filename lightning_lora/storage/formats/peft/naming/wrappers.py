@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers.kinds import LoRAAttention
-from lightning_lora.storage.formats.peft.counterparts import has_counterpart, peft_layer
+from lightning_lora.storage.formats.peft.counterparts import counterpart_of, has_counterpart
 from lightning_lora.storage.formats.peft_names import TOKENS
-from lightning_lora.storage.formats.writing import Source, WeightUpdate
+from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.weight_updates import WeightUpdate
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import where, without
 from lightning_lora.tensors.names import is_bias, join, names_not_in
@@ -37,12 +38,15 @@ def tensors_of(source: Source, updates: Iterable[WeightUpdate]) -> dict[str, Ten
 
 
 def stand_ins_of(source: Source) -> dict[str, dict[str, Tensor]]:
-    """Return small tensors by the names that each layer's will have: the values need not be there yet."""
+    """Return small tensors by the names that each layer's will have, to ask PEFT what becomes of these.
+
+    So that is known before the values are there.
+    """
     layers = where(without(source.stored.layers, source.layers_with_rows), has_counterpart)
     wrappers = _Wrappers()
     for layer in layers.values():
         for _ in layer.shapes:
-            tensors = dict.fromkeys(peft_layer(layer).keys, torch.zeros(1, 1))
+            tensors = dict.fromkeys(counterpart_of(layer).keys, torch.zeros(1, 1))
             wrappers.add(source.name_for_reader(layer.name), tensors)
     return {name: wrappers.tensors_of(source.name_for_reader(name)) for name in layers}
 
@@ -60,7 +64,7 @@ def _wrappers_of(updates: Iterable[WeightUpdate]) -> "_Wrappers":
 
 def _wrapper_of(update: WeightUpdate) -> Wrapper:
     """What PEFT has for an update."""
-    counterpart = peft_layer(update.layer)
+    counterpart = counterpart_of(update.layer)
     shape = update.layer.shapes[update.weight]
     factors = counterpart.to_peft(update.factors, shape, update.layer.options)
     tensors = dict(zip(counterpart.keys, factors, strict=True))

@@ -2,7 +2,7 @@
 
 from lightning_lora.errors import listed, warn
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding
-from lightning_lora.storage.formats.writing import Source
+from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import where
 

@@ -19,7 +19,8 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
     readers_that,
     readers_that_know_one_alpha,
 )
-from lightning_lora.storage.formats.writing import Source, WeightUpdate
+from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.weight_updates import WeightUpdate
 from lightning_lora.storage.inner_model import StoredModule, full_name
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import only, where
@@ -67,7 +68,7 @@ def _encoder_layers(source: Source) -> list[str]:
     for name in source.stored.layers:
         *modules, _ = starts_of(source.name_for_reader(name))
         around |= dict.fromkeys(modules)
-    return list(only(around, where(source.described, _is_encoder_layer)))
+    return list(only(around, where(source.stored_modules, _is_encoder_layer)))
 
 
 def _is_encoder_layer(module: StoredModule) -> bool:
@@ -77,7 +78,7 @@ def _is_encoder_layer(module: StoredModule) -> bool:
 
 def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: dict[str, Any]) -> None:
     """Name readers that would scale otherwise: most know one number, llama.cpp lora_alpha over each rank."""
-    if not _is_causal_lm(source.inner_described):
+    if not _is_causal_lm(source.stored_inner):
         return
     readers = list[str]()
     if _is_any_scaled_otherwise(updates, config):
@@ -93,7 +94,7 @@ def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: di
 
 def warn_of_layers(source: Source) -> None:
     """Name adapted layers that llama.cpp cannot run."""
-    if _is_causal_lm(source.inner_described):
+    if _is_causal_lm(source.stored_inner):
         warn_of_tied_embeddings(source)
         warn_of_transposed_layers(source)
 
@@ -101,7 +102,7 @@ def warn_of_layers(source: Source) -> None:
 def warn_of_whole_modules(source: Source) -> None:
     """Name modules that train whole, where servers of language models read the folder: some drop them."""
     whole = list(source.stored.saved)
-    if not whole or not _is_served(source.inner_described, whole):
+    if not whole or not _is_served(source.stored_inner, whole):
         return
     takers = " and ".join(readers_that(TAKES, NORMS))
     ignorers = ", ".join(dict.fromkeys([*readers_that(IGNORES, NORMS), *readers_that(IGNORES, HEADS)]))

@@ -7,8 +7,8 @@ from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed, warn
 from lightning_lora.layers import adapter_for
-from lightning_lora.storage.formats.peft.counterparts import has_layer
-from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile, Tensors
+from lightning_lora.storage.formats.peft.counterparts import wraps_layers_of
+from lightning_lora.storage.formats.peft.reading.peft_file import AdapterTensors, PeftFile
 from lightning_lora.storage.formats.peft_names import PEFT_CONFIG, without_wrappers
 from lightning_lora.storage.renaming import entries_inside
 from lightning_lora.tensors.dicts import only, where, without
@@ -17,15 +17,15 @@ from lightning_lora.tensors.names import modules_around, names_joined, owner_of,
 
 def check_complete(file: PeftFile) -> None:
     """Refuse a file that lacks some of what its configuration names in the model, or warn of it."""
-    contents = _Contents(file)
-    lacking = contents.missing_rows()
+    held = _Held(file)
+    lacking = held.missing_rows()
     elsewhere = list[str]()
-    for name in contents.modules():
-        if contents.is_saved_in_part(name):
+    for name in held.modules():
+        if held.is_saved_in_part(name):
             lacking.append(name)
-        elif contents.is_missed(name):
-            is_beside_others = owner_of(name) in contents.parts
-            if is_beside_others:  # PEFT would have written it with them
+        elif held.is_missed(name):
+            is_beside_others = owner_of(name) in held.parts  # PEFT would have written it with them
+            if is_beside_others:
                 lacking.append(name)
             else:  # the file may be of a part of the model, such as its encoder
                 elsewhere.append(name)
@@ -49,21 +49,21 @@ def _says(names: list[str], file: PeftFile) -> str:
 
 
 @dataclass(frozen=True)
-class _Contents:
+class _Held:
     """What a file holds of a model, to compare with what its configuration names there."""
 
     file: PeftFile
 
     def modules(self) -> list[str]:
         """Return the modules inside of the model that the file is for."""
-        place = self.file.place.here
-        return list(without(entries_inside(place, self.file.view.modules), [place]))
+        root = self.file.renaming.here
+        return list(without(entries_inside(root, self.file.view.modules), [root]))
 
     def missing_rows(self) -> list[str]:
         """Return the embeddings whose rows train, and are not in the file."""
         with_rows = list(map(without_wrappers, where(self.file.adapters, _holds_rows)))
         missing = list[str]()
-        for end in self.file.peft.tokens:
+        for end in self.file.config.tokens:
             if not any(name.endswith(end) for name in with_rows):
                 missing.append(f"{end}: rows")
         return missing
@@ -85,25 +85,24 @@ class _Contents:
 
     def _is_adapted_by_peft(self, name: str) -> bool:
         """Whether PEFT would adapt a module, or one of its parameters."""
-        name_in_file = self.file.place.name_there(name)
-        if any(map(self.file.peft.as_ours.is_saved, starts_of(name_in_file))):
+        name_there = self.file.renaming.name_there(name)
+        if self.file.config.leaves_to_saving(name_there):
             return False
         module = self.file.view.modules[name]
-        if self.file.peft.adapts(name_in_file) and has_layer(adapter_for(module)):
+        if self.file.config.adapts(name_there) and wraps_layers_of(adapter_for(module)):
             return True
-        parameters = names_joined(name_in_file, module._parameters)
-        return any(map(self.file.peft.names_parameter, parameters))
+        parameters = names_joined(name_there, module._parameters)
+        return any(map(self.file.config.names_parameter, parameters))
 
     def is_saved_in_part(self, name: str) -> bool:
-        """Return whether a module trains whole, and the file lacks some of it. PEFT takes any ending of a name."""
-        name_in_file = self.file.place.name_there(name)
-        if not name_in_file.endswith(tuple(self.file.peft.saved)):
+        """Return whether a module trains whole, and the file lacks some of it."""
+        if not self.file.config.saves(self.file.renaming.name_there(name)):
             return False
         view = self.file.view
         entries = entries_inside(name, {**view.base, **view.buffers})
         return not entries.keys() <= self.file.rest.keys()
 
 
-def _holds_rows(tensors: Tensors) -> bool:
+def _holds_rows(tensors: AdapterTensors) -> bool:
     """Whether a file has single rows in place of A and B."""
     return "tokens" in tensors

@@ -12,25 +12,25 @@ from lightning_lora.storage.formats.peft.peft_config import PeftConfig
 from lightning_lora.storage.formats.peft_names import without_wrappers
 from lightning_lora.storage.renaming import Renaming
 
-Tensors = Mapping[str, Tensor]  # of one adapter, by what they are: "A", "B", "magnitude", "tokens"
+AdapterTensors = Mapping[str, Tensor]  # of one adapter, by what they are: "A", "B", "magnitude", "tokens"
 
 
 @dataclass(frozen=True)
 class PeftFile:
-    """A file that has been read for a model. ``there`` means the file's names."""
+    """A file that has been read for a model. A ``name_there`` is a name in the file."""
 
     path: Any
-    peft: PeftConfig  # the configuration beside the tensors
+    config: PeftConfig  # beside the tensors
     view: View  # of the model
-    place: Renaming  # how names in the file become names in the model
-    adapters: Mapping[str, Tensors]  # by the name there of what PEFT wraps
+    renaming: Renaming  # how names in the file become names in the model
+    adapters: Mapping[str, AdapterTensors]  # by what PEFT wraps: its name in the file
     rest: Mapping[str, Tensor]  # by name in the model
 
     @cached_property
     def layers(self) -> list[str]:
         """The names in the model of what PEFT wraps."""
-        return self.place.names_here(map(without_wrappers, self.adapters))
+        return self.renaming.names_here(map(without_wrappers, self.adapters))
 
-    def module(self, there: str) -> nn.Module:
+    def module(self, name_there: str) -> nn.Module:
         """Return the module of the model that has this name in the file."""
-        return self.view.modules[self.place.name_here(there)]
+        return self.view.modules[self.renaming.name_here(name_there)]

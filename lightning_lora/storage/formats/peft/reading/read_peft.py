@@ -12,10 +12,10 @@ from lightning_lora.storage.disk import json_object
 from lightning_lora.storage.formats.format import HEADER, Asked, tensors_in
 from lightning_lora.storage.formats.peft.peft_config import MERGE_THERE, PeftConfig, read_config
 from lightning_lora.storage.formats.peft.reading.completeness import check_complete
-from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile, Tensors
+from lightning_lora.storage.formats.peft.reading.peft_file import AdapterTensors, PeftFile
 from lightning_lora.storage.formats.peft.reading.updates_in_file import updates_in
 from lightning_lora.storage.formats.peft_names import NAMES_HERE, PEFT_CONFIG, PREFIX, peft_key, without_wrappers
-from lightning_lora.storage.formats.reading import Update, place_of, stored_from_updates
+from lightning_lora.storage.formats.reading import Update, renaming_of, stored_from_updates
 from lightning_lora.storage.formats.whose import is_peft
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming
@@ -29,34 +29,44 @@ def read(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
         return None
     tensors = _with_names_here(tensors_in(contents, path), contents.get(HEADER, {}), path)
 
-    def reader(view: View) -> StoredAdapters:
-        peft = read_config(path)
-        updates, rest = read_updates(view, tensors, peft, path, root_of(view.model))
-        return stored_from_updates(view, updates, rest, peft.as_ours, peft.saved)
+    def read_for_model(view: View) -> StoredAdapters:
+        config = read_config(path)
+        updates, rest = read_updates(view, tensors, config, path, root_of(view.model))
+        return stored_from_updates(view, updates, rest, config.as_ours, config.saved)
 
-    return reader
+    return read_for_model
 
 
 def _with_names_here(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Any) -> dict[str, Tensor]:
-    """The tensors by their names in the model. PEFT renames some when it loads them, and the header says how."""
-    names = json_object(header.get(NAMES_HERE, "{}"), path)
+    """The tensors by the names that PEFT gives them when it has loaded them: the header says which it renames."""
+    names = json_object(header.get(NAMES_HERE, "{}"), path)  # of both sides, without PEFT's prefix
     in_peft = Renaming(here=PREFIX)
     here = dict[str, Tensor]()
     for key, tensor in tensors.items():
-        name = in_peft.name_there(key)
-        here[str(names.get(name, key))] = tensor
+        in_file = in_peft.name_there(key)
+        if in_file in names:
+            key = in_peft.name_here(names[in_file])
+        here[key] = tensor
     return here
 
 
 def read_updates(
-    view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any, root: str
+    view: View, tensors: Mapping[str, Any], config: PeftConfig, path: Any, root: str
 ) -> tuple[list[Update], Mapping[str, Tensor]]:
-    """Return the updates in a PEFT file, and its other tensors by their names here."""
+    """Return the updates in a PEFT file, and its other tensors by name in the model. Refuse a file that lacks some.
+
+    Args:
+        view: The model.
+        tensors: Those of the file, with or without PEFT's prefix.
+        config: The configuration beside them.
+        path: The file's, for messages.
+        root: The module of the model for which the file may be.
+    """
     adapters, others = _adapters_and_others(tensors, path)
-    _check_magnitudes(adapters, path, use_dora=peft.as_ours.use_dora)
+    _check_magnitudes(adapters, path, use_dora=config.as_ours.use_dora)
     layers = list(map(without_wrappers, adapters))
-    place = place_of(view, layers, others.keys(), root)
-    file = PeftFile(path, peft, view, place, adapters, rest=place.with_names_here(others))
+    renaming = renaming_of(view, layers, others.keys(), root)
+    file = PeftFile(path, config, view, renaming, adapters, rest=renaming.with_names_here(others))
     updates = updates_in(file)
     check_complete(file)
     return updates, file.rest
@@ -99,7 +109,7 @@ def _is_copy(key: str, tensors: Mapping[str, Any]) -> bool:
     return original != key and original in tensors
 
 
-def _check_magnitudes(adapters: Mapping[str, Tensors], path: object, *, use_dora: bool) -> None:
+def _check_magnitudes(adapters: Mapping[str, AdapterTensors], path: object, *, use_dora: bool) -> None:
     """Refuse a file that holds only some of DoRA's magnitudes, or against its configuration."""
     with_factors = where(adapters, _has_factors)
     if use_dora:
@@ -115,9 +125,9 @@ def _check_magnitudes(adapters: Mapping[str, Tensors], path: object, *, use_dora
         )
 
 
-def _has_factors(tensors: Tensors) -> bool:
+def _has_factors(tensors: AdapterTensors) -> bool:
     return "A" in tensors
 
 
-def _has_magnitude(tensors: Tensors) -> bool:
+def _has_magnitude(tensors: AdapterTensors) -> bool:
     return "magnitude" in tensors

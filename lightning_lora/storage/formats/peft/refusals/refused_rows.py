@@ -1,42 +1,63 @@
 """Single rows of an embedding that train, which PEFT calls trainable tokens: where it computes something else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import nn
 
 from lightning_lora.errors import listed
-from lightning_lora.storage.formats.writing import Source
+from lightning_lora.storage.formats.peft.reasons import Reason, first_reason
+from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.names import find_parameter
 
 
-def why_not_rows(modules: Mapping[str, nn.Module], name: str) -> str:
-    """Return why PEFT computes something else with rows of the layer ``name`` among ``modules``, or nothing."""
+class _Uses(NamedTuple):
+    """The layers that have the embedding's weight."""
+
+    names: list[str]
+    biased: list[str]  # those of them with a bias
+    says_tied: bool  # whether a configuration says that the weight is tied
+
+
+def why_rows_differ(modules: Mapping[str, nn.Module], name: str) -> Reason:
+    """Return why PEFT computes something else with rows of the layer ``name`` among ``modules``."""
     uses = _uses_of_weight(modules, name)
     biased = [use for layer, use in uses.items() if getattr(layer, "bias", None) is not None]
-    return _why_not(list(uses.values()), biased, says_tied=_says_tied(modules))
+    return first_reason(_RULES, _Uses(list(uses.values()), biased, _says_tied(modules)))
 
 
-def why_not_rows_of_file(layer: StoredLayer, source: Source) -> str:
-    """Return why PEFT computes something else with a layer's rows, by what a file says of modules, or nothing."""
+def why_rows_of_file_differ(layer: StoredLayer, source: Source) -> Reason:
+    """Return why PEFT computes something else with a layer's rows, by what a file says of modules."""
     uses = [layer.name, *layer.others_with_its_weights()]
-    if len(uses) > 1 and not source.described:
+    if len(uses) > 1 and not source.stored_modules:
         return f"{listed(uses)} have one weight. Load the file onto its model, which says whether PEFT knows that."
-    uses_for_reader = list(map(source.name_for_reader, uses))
-    known = only(source.described, uses_for_reader)
+    names = list(map(source.name_for_reader, uses))
+    known = only(source.stored_modules, names)
     biased = [use for use, module in known.items() if module.has_bias]
-    says_tied = any(module.says_tied for module in source.described.values())
-    return _why_not(uses_for_reader, biased, says_tied=says_tied)
+    says_tied = any(module.says_tied for module in source.stored_modules.values())
+    return first_reason(_RULES, _Uses(names, biased, says_tied))
 
 
-def _why_not(uses: Sequence[str], biased: Sequence[str], *, says_tied: bool) -> str:
-    """Why PEFT computes something else with rows of a weight that has these uses, or nothing."""
-    if biased:
-        return f"{listed(biased)} has a bias, which PEFT leaves out with trainable_token_indices."
-    if len(uses) > 1 and not says_tied:
-        return f"{listed(uses)} have one weight, and PEFT knows that only from config.tie_word_embeddings."
+def _because_of_bias(uses: _Uses) -> Reason:
+    """A layer adds a bias to what it computes with the weight."""
+    if uses.biased:
+        return f"{listed(uses.biased)} has a bias, which PEFT leaves out with trainable_token_indices."
     return ""
+
+
+def _because_tied_by_hand(uses: _Uses) -> Reason:
+    """The weight is tied, and no configuration says so."""
+    if len(uses.names) > 1 and not uses.says_tied:
+        return f"{listed(uses.names)} have one weight, and PEFT knows that only from config.tie_word_embeddings."
+    return ""
+
+
+_RULES = (_because_of_bias, _because_tied_by_hand)
+
+
+# The layers with one weight, in a model
 
 
 def _uses_of_weight(modules: Mapping[str, nn.Module], name: str) -> dict[nn.Module, str]:

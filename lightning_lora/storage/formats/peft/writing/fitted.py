@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from lightning_lora.errors import listed, warn
 from lightning_lora.layers import INITIALISATIONS
 from lightning_lora.layers.matrices import Role
-from lightning_lora.storage.formats.peft.refusals.refused_layers import check_exportable, refused_layers
-from lightning_lora.storage.formats.writing import Source
+from lightning_lora.storage.formats.peft.refusals.exportable import check_exportable
+from lightning_lora.storage.formats.peft.refusals.refused_layers import refused_layers
+from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import only, without

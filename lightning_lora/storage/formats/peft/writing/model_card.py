@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import warn
-from lightning_lora.storage.formats.writing import Source
+from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.inner_model import StoredModule
 
 README = "README.md"
@@ -61,7 +61,7 @@ class ModelCard:
 
     def _header(self) -> str:
         """What a hub reads: YAML, for which strings of JSON are valid."""
-        model = self.source.inner_described
+        model = self.source.stored_inner
         tags = ["lora"]
         lines = ["---"]
         repository = repository_of(model)
@@ -79,7 +79,7 @@ class ModelCard:
 
     def _title(self) -> str:
         """The heading, with the last part of the base's name, or with its class."""
-        model = self.source.inner_described
+        model = self.source.stored_inner
         name = Path(model.pretrained).name or model.class_name
         return f"# LoRA adapters for {name}" if name else "# LoRA adapters"
 

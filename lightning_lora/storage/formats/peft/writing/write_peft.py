@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
 from lightning_lora.storage.disk import save
-from lightning_lora.storage.formats.peft.counterparts import peft_layer
+from lightning_lora.storage.formats.peft.counterparts import counterpart_of
 from lightning_lora.storage.formats.peft.naming.when_loaded import PeftLoading, loading_of
 from lightning_lora.storage.formats.peft.naming.wrappers import tensors_of
 from lightning_lora.storage.formats.peft.peft_config import most_common
@@ -25,14 +25,9 @@ from lightning_lora.storage.formats.peft.readers.reader_warnings import (
 from lightning_lora.storage.formats.peft.writing.fitted import fitted
 from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard
 from lightning_lora.storage.formats.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
-from lightning_lora.storage.formats.writing import (
-    Source,
-    WeightUpdate,
-    weight_updates,
-    with_largest_rank,
-    with_scaling,
-    write_files,
-)
+from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.weight_updates import WeightUpdate, weight_updates, with_largest_rank, with_scaling
+from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.dicts import renamed
@@ -53,7 +48,7 @@ def write(source: Source, directory: Path, *, uniform: bool) -> None:
     is_any_renamed = any(name != in_file for name, in_file in names.items())
     if is_any_renamed:
         header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()})
-    card = ModelCard(source, "peft", _loading(source.inner_described))
+    card = ModelCard(source, "peft", _loading(source.stored_inner))
     contents = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
         PEFT_WEIGHTS[0]: save(in_peft.with_names_here(by_name_in_file), header),
@@ -130,7 +125,7 @@ def _config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool
     alpha, alpha_pattern = most_common(targets.alphas)
     config = {
         "peft_type": "LORA",
-        **_pretrained(source.inner_described),
+        **_pretrained(source.stored_inner),
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -170,7 +165,7 @@ class _PeftTargets:
     def add(self, update: WeightUpdate) -> None:
         """Name what has one more update."""
         name = update.name
-        if peft_layer(update.layer).is_parameter or self.loading.is_taken_for_experts(name):
+        if counterpart_of(update.layer).is_parameter or self.loading.is_taken_for_experts(name):
             name = join(name, update.weight)
             self.parameters.append(name)
         else:
