@@ -15,7 +15,8 @@ from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View
 from lightning_lora.patterns import fits
 from lightning_lora.storage.formats.format import Asked, Format
-from lightning_lora.storage.formats.reading import Update, check_shapes, pair_of, renaming_of, stored_from_updates
+from lightning_lora.storage.formats.reading import renaming_of, stored_from_updates
+from lightning_lora.storage.formats.updates import Update, check_shapes, pair_of
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import Reader, StoredAdapters

@@ -21,7 +21,10 @@ WRITTEN = {format.name: format for format in FORMATS if isinstance(format, Writt
 
 
 def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, Reader] | None:
-    """Return a file's format, and how to read its contents. None: it has none of these formats."""
+    """Return a file's format, and how to read its contents. None: it has none of these formats.
+
+    Files of this package and Lightning's checkpoints have none, whatever the names of their tensors are.
+    """
     if not isinstance(contents, dict) or KEY in contents or VERSION in contents:
         return None
     for format in FORMATS:

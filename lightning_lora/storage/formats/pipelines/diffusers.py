@@ -13,8 +13,8 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.disk import json_object, save
 from lightning_lora.storage.formats.format import HEADER, Asked, WrittenFormat, tensors_in
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, most_common
+from lightning_lora.storage.formats.peft.writing.exported import exported
 from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard, repository_of
-from lightning_lora.storage.formats.peft.writing.write_peft import exported
 from lightning_lora.storage.formats.peft_names import METADATA, PREFIX, peft_key
 from lightning_lora.storage.formats.pipelines.pipeline import (
     PeftContents,
@@ -50,12 +50,12 @@ def write(source: Source, directory: Path, *, uniform: bool) -> None:
         header |= in_pipeline.with_names_here(config)
     file = _FILES[0]
     warn_of_replaced(directory / file, tensors, _start)
-    card = ModelCard(source, "diffusers", _loading(source.stored_inner))
+    card = ModelCard(source, "diffusers", _code_that_loads(source.stored_inner))
     contents = {file: save(tensors, {METADATA: json.dumps(header)}), **card.files(directory)}
     write_files(directory, contents)
 
 
-def _loading(model: StoredModule) -> str:
+def _code_that_loads(model: StoredModule) -> str:
     """The lines of Python that load the folder."""
     pipeline = repository_of(model) or "the pipeline of the training"
     return f"""from diffusers import DiffusionPipeline

@@ -1,7 +1,7 @@
 """What kohya's sd-scripts, ComfyUI and A1111 call the layers of a pipeline's members.
 
-A name begins with the member, and has underscores for points. In SDXL, a layer of the UNet has its name in the original
-model. Only layers that ComfyUI, A1111 and diffusers all know have a name.
+A name begins with a prefix for the member, and has underscores for points. In SDXL, a layer of the UNet has its name in
+the original model. Only layers that ComfyUI, A1111 and diffusers all know have a name.
 """
 
 import re
@@ -14,15 +14,20 @@ MEMBERS = {
     "lora_te1": "text_encoder",  # if there is a second one, as in SDXL
     "lora_te2": "text_encoder_2",
 }
-"""The beginnings of names, and the members of a pipeline."""
+"""The prefixes of names in a file, and the members of a pipeline that they mean."""
 
 NameOf = Callable[[str], str]  # from a layer's name in a member to that in a file; empty if it has none
 
 
-def naming_forms(beginning: str, modules: Collection[str]) -> list[NameOf]:
+def member_prefix(name: str) -> str:
+    """Return the prefix of a name in a file: ``lora_te1`` of ``lora_te1_text_model_...``."""
+    return "_".join(name.split("_")[:2])
+
+
+def naming_forms(prefix: str, modules: Collection[str]) -> list[NameOf]:
     """Return all ways in which files name the layers of a member, which has these modules. The first one is written."""
-    if beginning != "lora_unet":
-        return [partial(_name_in_text_encoder, beginning)]
+    if prefix != "lora_unet":
+        return [partial(_name_in_text_encoder, prefix)]
     original = _OriginalUnet(modules).name_of
     if "add_embedding.linear_1" in modules:  # SDXL; some tools have the names of diffusers there too
         return [original, _name_in_unet]
@@ -73,7 +78,7 @@ class _OriginalUnet:
 
     def __init__(self, modules: Collection[str]) -> None:
         self.layers = dict(OUTER)  # by their names in diffusers
-        self.places = {  # of attentions and ResNets, which have layers inside
+        self.blocks = {  # of attentions and ResNets, which have layers inside
             "mid_block.resnets.0": "middle_block.0",
             "mid_block.attentions.0": "middle_block.1",
             "mid_block.resnets.1": "middle_block.2",
@@ -88,14 +93,14 @@ class _OriginalUnet:
         """Add a block on each side. The one that goes up has one more ResNet."""
         first = block * (resnets + 1)
         for number in range(resnets + 1):
-            self._add_place(f"down_blocks.{block}", number, f"input_blocks.{first + number + 1}")
-            self._add_place(f"up_blocks.{block}", number, f"output_blocks.{first + number}")
+            self._add_to_block(f"down_blocks.{block}", number, f"input_blocks.{first + number + 1}")
+            self._add_to_block(f"up_blocks.{block}", number, f"output_blocks.{first + number}")
         self.layers[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{first + resnets + 1}.0.op"
 
-    def _add_place(self, block: str, number: int, original: str) -> None:
+    def _add_to_block(self, block: str, number: int, original: str) -> None:
         """Add a ResNet and the attention behind it."""
-        self.places[f"{block}.resnets.{number}"] = f"{original}.0"
-        self.places[f"{block}.attentions.{number}"] = f"{original}.1"
+        self.blocks[f"{block}.resnets.{number}"] = f"{original}.0"
+        self.blocks[f"{block}.attentions.{number}"] = f"{original}.1"
 
     def _add_upsampler(self, block: int, resnets: int) -> None:
         """Add the upsampler behind an attention."""
@@ -107,10 +112,10 @@ class _OriginalUnet:
         if layer in self.layers:
             return _joined("lora_unet", self.layers[layer])
         found = _IN_BLOCK.fullmatch(layer)
-        if found is None or found[1] not in self.places:
+        if found is None or found[1] not in self.blocks:
             return ""
         inner = _IN_RESNET.get(found[2], found[2])
-        return _joined("lora_unet", self.places[found[1]], inner)
+        return _joined("lora_unet", self.blocks[found[1]], inner)
 
 
 # Text encoders
@@ -122,9 +127,9 @@ _IN_LAYER = rf"self_attn\.(?:{'|'.join(ATTENTION)})|mlp\.fc[12]"
 _IN_ENCODER = re.compile(rf"(?:text_model\.)?(encoder\.layers\.\d+\.(?:{_IN_LAYER}))")
 
 
-def _name_in_text_encoder(beginning: str, layer: str) -> str:
+def _name_in_text_encoder(prefix: str, layer: str) -> str:
     """The name of a layer in a text encoder of CLIP, which has no ``text_model`` in transformers 5."""
     found = _IN_ENCODER.fullmatch(layer)
-    if found is None or not beginning:
+    if found is None or not prefix:
         return ""
-    return _joined(beginning, "text_model", found[1])
+    return _joined(prefix, "text_model", found[1])

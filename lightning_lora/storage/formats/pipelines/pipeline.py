@@ -17,8 +17,9 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig
 from lightning_lora.storage.formats.peft.reading.read_peft import read_updates
 from lightning_lora.storage.formats.peft_names import peft_key
-from lightning_lora.storage.formats.reading import Update, stored_from_updates
+from lightning_lora.storage.formats.reading import stored_from_updates
 from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.updates import Update
 from lightning_lora.storage.formats.whose import MEMBER_NAME
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
@@ -86,8 +87,8 @@ def sources_of_members(source: Source, format: str) -> list[Source]:
 def _roots_of_members(source: Source) -> list[str]:
     """The names of the adapted members in the model.
 
-    The root is one by itself. Otherwise they lie anywhere in the model. If none does, it is the root after all, which
-    :func:`checked_member` refuses.
+    The root is one by itself. Otherwise they lie anywhere in the model. If none does, the root is returned after all:
+    :func:`checked_member` then refuses it, after what is wrong with its layers has been said.
     """
     root = source.stored.root
     if member_name(source.inner, root):

@@ -10,7 +10,7 @@ from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.layers.kinds import LoRAAttention
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule, Matrices
 from lightning_lora.storage.formats.peft_names import without_wrappers
-from lightning_lora.storage.formats.reading import Update, pair_of
+from lightning_lora.storage.formats.updates import Update, pair_of
 
 
 class AdaptedAttention(AdaptedModule):

@@ -7,7 +7,7 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule
-from lightning_lora.storage.formats.reading import Update, pair_of
+from lightning_lora.storage.formats.updates import Update, pair_of
 
 
 @dataclass(frozen=True)

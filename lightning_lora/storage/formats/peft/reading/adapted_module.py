@@ -14,7 +14,7 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer
 from lightning_lora.storage.formats.peft.counterparts import counterpart_of, why_no_counterpart
 from lightning_lora.storage.formats.peft.reading.peft_file import AdapterTensors, PeftFile
-from lightning_lora.storage.formats.reading import Update, check_shapes
+from lightning_lora.storage.formats.updates import Update, check_shapes
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.tensors.dicts import names_of_each
 from lightning_lora.tensors.names import join

@@ -7,7 +7,7 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRARecurrent
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule, Matrices
-from lightning_lora.storage.formats.reading import Update, pair_of
+from lightning_lora.storage.formats.updates import Update, pair_of
 from lightning_lora.tensors.dicts import without
 
 

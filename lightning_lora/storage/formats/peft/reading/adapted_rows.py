@@ -10,7 +10,7 @@ from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.layers.kinds import LoRATokens
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule
 from lightning_lora.storage.formats.peft.refusals.refused_rows import why_rows_differ
-from lightning_lora.storage.formats.reading import RowsUpdate, Update
+from lightning_lora.storage.formats.updates import RowsUpdate, Update
 
 
 class AdaptedRows(AdaptedModule):

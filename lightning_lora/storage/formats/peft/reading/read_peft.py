@@ -15,7 +15,8 @@ from lightning_lora.storage.formats.peft.reading.completeness import check_compl
 from lightning_lora.storage.formats.peft.reading.peft_file import AdapterTensors, PeftFile
 from lightning_lora.storage.formats.peft.reading.updates_in_file import updates_in
 from lightning_lora.storage.formats.peft_names import NAMES_HERE, PEFT_CONFIG, PREFIX, peft_key, without_wrappers
-from lightning_lora.storage.formats.reading import Update, renaming_of, stored_from_updates
+from lightning_lora.storage.formats.reading import renaming_of, stored_from_updates
+from lightning_lora.storage.formats.updates import Update
 from lightning_lora.storage.formats.whose import is_peft
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming

@@ -13,7 +13,7 @@ from lightning_lora.storage.formats.peft.reading.adapted_parameters import Adapt
 from lightning_lora.storage.formats.peft.reading.adapted_rows import AdaptedRows
 from lightning_lora.storage.formats.peft.reading.peft_file import AdapterTensors, PeftFile
 from lightning_lora.storage.formats.peft_names import without_wrappers
-from lightning_lora.storage.formats.reading import Update
+from lightning_lora.storage.formats.updates import Update
 
 
 def updates_in(file: PeftFile) -> list[Update]:
