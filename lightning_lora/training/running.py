@@ -79,7 +79,7 @@ class TrainingWatch:
         follow_new_copies(view, view.layers.keys() - view.recorded)  # or copied networks
         view.look_again()  # what follows another network does not train
         view.adapter.layers = tuple(view.layers)
-        view.adapter.is_trained = True  # so it counts from here on, before the first step
+        view.adapter.may_have_learned = True  # so it counts from here on, before the first step
         self.stage.guards_in_first_process.adapters_ready(view)
 
     def begin_batch(self) -> None:

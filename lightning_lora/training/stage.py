@@ -170,7 +170,7 @@ class Stage:
 
         Return whether it is. Once something was trained or loaded, the base stays, and so does its fingerprint.
         """
-        if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
+        if self.phase is not Phase.SET_UP or view.adapter.may_have_learned or not view.is_fresh():
             return False
         changed = self.before.changed_base_tensors(tensors_with_originals(view))
         view.adapter.set_base_values(changed)
