@@ -239,3 +239,10 @@ def test_the_table_shows_the_ranks_that_a_layer_has() -> None:
     assert ranks == {"lstm": "1–4", "attention": "2", "body": "4", "heads.0": "1"}
     assert "lstm [4 matrices] " in str(summarize(model))
     assert "attention [q,k,v,out] " in str(summarize(model))
+
+
+def test_integers_would_train_as_float32() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model.register_parameter("codes", nn.Parameter(torch.zeros(10, dtype=torch.int8), requires_grad=False))
+    full_bytes = 4 * (16 + 10)
+    assert summarize(model).full_optimizer_bytes == 2 * full_bytes

@@ -55,6 +55,7 @@ def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_p
 TIED: dict[str, Callable[[TinyLM], Any]] = {
     "one use converted": lambda model: model.embed.half(),
     "the other converted": lambda model: model.lm_head.half(),
+    "the other changed": lambda model: model.embed.weight.data.add_(1),
     "loaded by assignment": lambda model: model.load_state_dict(state(model), assign=True),
 }
 
@@ -65,6 +66,17 @@ def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: Callable[[
     model = as_merged(TinyLM(), target_modules=["lm_head"])
     change(model)
     with unchanged(model), pytest.raises(ll.AdapterStateError, match=CHANGED):
+        ll.unmerge_adapters(model)
+
+
+@unties
+def test_one_value_of_a_large_tied_weight_is_noticed_where_no_version_tells_it() -> None:
+    model = nn.Sequential(nn.Embedding(300, 20), nn.Linear(20, 300, bias=False))
+    model[1].weight = model[0].weight
+    as_merged(model, target_modules=["1"])
+    values = model[0].weight.data
+    values[0, 1] += 1  # through .data
+    with pytest.raises(ll.AdapterStateError, match=CHANGED):
         ll.unmerge_adapters(model)
 
 
