@@ -99,6 +99,10 @@ GUARDS: list[type[Guard]] = []
 """All guards. ``guards/__init__.py`` has the list. Where several speak at one moment, this is their order."""
 
 
+NO_GUARDS = Guard()
+"""For a process that says nothing: each moment does nothing."""
+
+
 class Guards(Guard):
     """All guards of one fit, or of one call: each moment is passed on to each of them.
 

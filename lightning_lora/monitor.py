@@ -11,7 +11,11 @@ from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
 from lightning_lora.measured import MatrixValues, measured
 from lightning_lora.model.record import find_record
-from lightning_lora.training.compatibility import forget_module, join_pytorch_lightning, refuse_if_given_as_class
+from lightning_lora.training.compatibility import (
+    forget_module,
+    refuse_if_given_as_class,
+    subclass_pytorch_lightning_too,
+)
 
 
 class LoRAMonitor(Callback):
@@ -42,7 +46,7 @@ class LoRAMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
         self._ended_intervals = -1  # none was measured
-        join_pytorch_lightning(LoRAMonitor)
+        subclass_pytorch_lightning_too(LoRAMonitor)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there are adapters. The first step will be measured."""
@@ -98,4 +102,4 @@ def _norm_and_rank(matrix: MatrixValues) -> tuple[Tensor, Tensor]:
     return norm, effective_rank(sizes).mean()
 
 
-join_pytorch_lightning(LoRAMonitor)
+subclass_pytorch_lightning_too(LoRAMonitor)

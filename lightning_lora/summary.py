@@ -223,7 +223,7 @@ def _checkpoint_entries(view: View) -> Mapping[str, Any]:
 def _random_in_files(view: View) -> tuple[str, ...]:
     """The frozen weights that files hold because they look untrained."""
     if view.is_sharded:  # to look for them needs every process, and this one alone may ask for a summary
-        return view.adapter.random_so_far
+        return view.adapter.known_random_weights
     return random_weights_now(view)  # which notes nothing: the base may change until a fit begins
 
 
@@ -248,7 +248,7 @@ def _text_on_adapters(view: View) -> str:
 
 def _age_of_adapter(view: View) -> str:
     """Whether the active adapter has been trained."""
-    is_new = view.layers and not view.adapter.is_trained and view.is_fresh()
+    is_new = view.layers and not view.adapter.may_have_learned and view.is_fresh()
     return "new" if is_new else "trained before"
 
 

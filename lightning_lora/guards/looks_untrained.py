@@ -98,9 +98,11 @@ def _about_perhaps_new_too(view: View, untrained: Untrained, perhaps_new: list[s
 
 
 def _about_perhaps_new(view: View, perhaps_new: list[str]) -> str:
+    its, it_is = ("Its", "it is") if len(perhaps_new) == 1 else ("Their", "they are")
     return (
-        f"Perhaps new: {listed(perhaps_new)} of {view.title} (too few weights to tell). If so, train in full: "
-        f"{to_save(view, perhaps_new)}. If pretrained, all is well."
+        f"Perhaps new: {listed(perhaps_new)} of {view.title} (too few weights to tell). {its} own weights are frozen: "
+        f"if {it_is} new, they stay random. Then train in full: {to_save(view, perhaps_new)}. If {its.lower()} "
+        "weights were loaded, all is well."
     )
 
 

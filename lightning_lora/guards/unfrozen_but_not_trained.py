@@ -51,5 +51,5 @@ def _frozen_by_user(view: View) -> list[str]:
 
 def _unfrozen_weights(view: View) -> list[str]:
     """The weights that would train without adapters, and are frozen now."""
-    flags = only(view.record.base.required_grad, view.frozen)
+    flags = only(view.record.base.trained_before, view.frozen)
     return list(where(flags, bool))

@@ -130,7 +130,7 @@ def update_for_changed_weights(view: View) -> None:
 
 def freeze(view: View) -> None:
     """Freeze all parameters that do not train, and the running statistics of norms."""
-    view.record.base.note_required_grad(view.base)  # before any flag changes: a tied parameter has several names
+    view.record.base.note_trained_before(view.base)  # before any flag changes: a tied parameter has several names
     for name, parameter in view.base.items():
         set_requires_grad(parameter, name in view.trainable and _can_train(parameter))
     for layer in view.layers.values():
@@ -140,9 +140,9 @@ def freeze(view: View) -> None:
 
 def unfreeze(view: View) -> None:
     """Make the base trainable again, as it was before: every parameter, and the running statistics of every norm."""
-    required_grad = view.record.base.required_grad
-    for name, parameter in only(view.parameters, required_grad).items():
-        set_requires_grad(parameter, required_grad[name] and _can_train(parameter))
+    trained_before = view.record.base.trained_before
+    for name, parameter in only(view.parameters, trained_before).items():
+        set_requires_grad(parameter, trained_before[name] and _can_train(parameter))
     for module in view.modules.values():
         set_frozen(module, False)
 
@@ -169,7 +169,7 @@ class _ModelBefore:
     """A model as it was before a change, without its values."""
 
     def __init__(self, view: View) -> None:
-        self.required_grad = {parameter: parameter.requires_grad for parameter in view.parameters.values()}
+        self.requires_grad = {parameter: parameter.requires_grad for parameter in view.parameters.values()}
         self.adapters = {name: layer.lora_adapter() for name, layer in view.layers.items()}
         self.frozen_norms = set(of_type(view.modules, FrozenNorm).values())
         self.records = {name: record.snapshot() for name, record in records_in(view.modules).items()}
@@ -180,7 +180,7 @@ class _ModelBefore:
         self._restore_adapters(view)
         for module in view.modules.values():
             set_frozen(module, module in self.frozen_norms)
-        for parameter, flag in self.required_grad.items():
+        for parameter, flag in self.requires_grad.items():
             set_requires_grad(parameter, flag)
         forget_record(view.model)
         for name, record in self.records.items():

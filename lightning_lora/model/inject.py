@@ -83,7 +83,7 @@ def _check_arguments(model: object, config: object) -> None:
             about += " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)."
         raise ConfigError(about)
     record = find_record(model)
-    if record is None or not record.adapter.is_trained:
+    if record is None or not record.adapter.may_have_learned:
         refuse_trainer_only(config)
 
 

@@ -276,7 +276,7 @@ def _show_base(view: View) -> None:
     present = first_names(view.tensors)  # not what was tied, and is in no module until it is unmerged
     for name, tensor in with_values(present, values).items():
         hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data  # the memory of a spread one is written into
-        view.record.base.note_hidden(name, hidden, required_grad=tensor.requires_grad)
+        view.record.base.note_hidden(name, hidden, requires_grad=tensor.requires_grad)
         set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
         replace_values(tensor, values[tensor])
     _enable(view, has_effect=False)
@@ -315,7 +315,7 @@ def _show_adapter(view: View) -> None:
         converted[name] = hidden.values.to(view.tensors[name])  # which may have been moved or converted since
     for name, hidden in hidden_tensors.items():
         replace_values(view.tensors[name], converted[name])
-        set_requires_grad(view.tensors[name], hidden.required_grad)
+        set_requires_grad(view.tensors[name], hidden.requires_grad)
     _enable(view, has_effect=True)
     view.record.note_adapter_shown()
 

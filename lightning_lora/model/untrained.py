@@ -121,14 +121,14 @@ def random_weights(view: View) -> tuple[str, ...]:
 
     They are looked for once, when a fit or a file needs them. Collective: processes agree on them.
     """
-    if view.adapter.random is None:
+    if view.adapter.random_weights is None:
         note_random_weights(view, find_untrained(view))
     return random_weights_now(view)
 
 
 def random_weights_now(view: View) -> tuple[str, ...]:
     """Return the same, but note nothing: before a fit begins, the base may still change."""
-    random = view.adapter.random
+    random = view.adapter.random_weights
     if random is None:
         random = _random_among_frozen(view, find_untrained(view))
     return tuple(dict.fromkeys((*random, *sorted(view.record.base.filled))))
@@ -136,7 +136,7 @@ def random_weights_now(view: View) -> tuple[str, ...]:
 
 def note_random_weights(view: View, found: Untrained) -> None:
     """Note the frozen weights that may be new, for files. Collective."""
-    view.adapter.random = _random_among_frozen(view, found)
+    view.adapter.random_weights = _random_among_frozen(view, found)
 
 
 def _random_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:

@@ -54,9 +54,9 @@ def _note_thawed(view: View) -> None:
     """Note as thawed: frozen weights of the base that require a gradient."""
     base = view.record.base
     trainable = where(view.frozen, _requires_grad)
-    thawed = only(trainable, base.required_grad)
+    thawed = only(trainable, base.trained_before)
     base.note_thawed_since(thawed)
-    base.correct_required_grad(thawed, flag=True)
+    base.set_trained_before(thawed, flag=True)
 
 
 def _note_copied(view: View) -> None:
@@ -66,14 +66,14 @@ def _note_copied(view: View) -> None:
     """
     copied = where(without(view.layers, view.recorded), _has_trainable_parameters)
     weights = names_inside(view.base, copied.keys())
-    view.record.base.correct_required_grad(weights, flag=True)
+    view.record.base.set_trained_before(weights, flag=True)
 
 
 def _note_frozen_since(view: View) -> None:
     """Note as frozen since: the weights of layers whose adapters have learned, and train no more."""
-    if not view.adapter.is_trained:
+    if not view.adapter.may_have_learned:
         return
-    trained_before = where(view.record.base.required_grad, bool)
+    trained_before = where(view.record.base.trained_before, bool)
     for name, layer in _frozen_layers(view).items():
         weights = trained_before.keys() & names_joined(name, layer.lora_weights())
         view.record.base.note_frozen_since(weights)
@@ -81,11 +81,11 @@ def _note_frozen_since(view: View) -> None:
 
 def note_frozen(view: View) -> None:
     """Note as frozen before: the weights of layers whose new adapters the user has frozen. The weights are meant."""
-    if view.adapter.is_trained:
+    if view.adapter.may_have_learned:
         return
     frozen = _frozen_layers(view)
     weights = [weight for weight in view.base if owner_of(weight) in frozen]
-    view.record.base.correct_required_grad(weights, flag=False)
+    view.record.base.set_trained_before(weights, flag=False)
 
 
 def _frozen_layers(view: View) -> dict[str, LoRALayer]:

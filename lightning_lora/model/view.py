@@ -85,7 +85,7 @@ class View(TensorsView):
         flags = dict[str, bool]()
         for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
             if not record.is_merged:
-                flags.update(prefixed(prefix, record.base.required_grad))
+                flags.update(prefixed(prefix, record.base.trained_before))
         return flags
 
 

@@ -138,7 +138,7 @@ def restore_base_from(model: nn.Module, merged: StateDict, checkpoint: Checkpoin
     if there is None or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
     rounded = fingerprint(view, anew=False)
-    view.record.base.note_roundings(changes_between(view, there, rounded))
+    view.record.base.note_computed_back(changes_between(view, there, rounded))
     return True
 
 
@@ -216,7 +216,7 @@ def _load_base(model: nn.Module, state: StateDict) -> None:
         reinitialise_if_base_changed(View(model))
     record = record_of(model)
     record.adapter.fingerprints = []
-    record.adapter.is_trained = False
+    record.adapter.may_have_learned = False
     record.base.forget_all_changes()
 
 

@@ -17,7 +17,7 @@ def advise(view: View, guards: Guard) -> None:
     if not view.is_fresh():  # its adapters are trained already
         return
     untrained = find_untrained(view)
-    if view.adapter.random is None:
+    if view.adapter.random_weights is None:
         note_random_weights(view, untrained)
     guards.new_adapters_begin(view, untrained)
 

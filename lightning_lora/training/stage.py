@@ -16,17 +16,14 @@ from lightning_lora.model.merge import merge, unmerge_or_forget
 from lightning_lora.model.record import find_record, keep_record, state_of
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.view import View, view_of
-from lightning_lora.moments import Guard, Guards
 from lightning_lora.storage.same_base.base_forms import note_changed
 from lightning_lora.training.before_hooks import BeforeHooks
 from lightning_lora.training.chosen_adapter import ChosenAdapter
 from lightning_lora.training.compatibility import begin_averages, loads_in_hooks
-from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.phases import Outcome, Phase, outcome_of
 from lightning_lora.training.randomness import reseeded
 from lightning_lora.training.resumed_data import RandomNumbers
-from lightning_lora.training.steps.first_steps import FirstSteps
-from lightning_lora.training.steps.step_dropout import Dropout
+from lightning_lora.training.steps.step_tools import StepTools
 
 
 @dataclass
@@ -74,22 +71,8 @@ class Stage:
     callbacks: list[Callback] = field(default_factory=list)
     """All of the Trainer's."""
 
-    is_first: bool = False
-    """Whether this is the first process, which says what all of them would."""
-
-    guards_in_each_process: Guards = field(default_factory=Guards)
-    """They look in each process, where one may see what others do not."""
-
-    guards_in_first_process: Guard = field(init=False)
-    """The same in the first process, for what all see alike. In the others, they do nothing."""
-
-    first_steps: FirstSteps = field(init=False)
-    dropout: Dropout = field(default_factory=Dropout)
-    float32: Float32Steps = field(default_factory=Float32Steps)
-
-    def __post_init__(self) -> None:
-        self.guards_in_first_process = self.guards_in_each_process if self.is_first else Guard()
-        self.first_steps = FirstSteps(self.guards_in_each_process, self.guards_in_first_process)
+    tools: StepTools = field(default_factory=StepTools)
+    """Its guards, and what acts in each training step."""
 
     @property
     def is_fitting(self) -> bool:
@@ -170,7 +153,7 @@ class Stage:
 
         Return whether it is. Once something was trained or loaded, the base stays, and so does its fingerprint.
         """
-        if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
+        if self.phase is not Phase.SET_UP or view.adapter.may_have_learned or not view.is_fresh():
             return False
         changed = self.before.changed_base_tensors(tensors_with_originals(view))
         view.adapter.set_base_values(changed)
@@ -220,13 +203,6 @@ class Stage:
                 inject(pl_module, self.config, name=name)
             else:
                 inject_from_file(pl_module, self.config.excluding(stored.exclude_modules), name=name)
-
-    # What guards look at
-
-    def check_backward(self, pl_module: LightningModule) -> None:
-        """Let guards look at a backward pass that begins while adapters are disabled."""
-        if state_of(pl_module).shows_base:
-            self.guards_in_each_process.backward_begins_without_adapters(View(pl_module))
 
     # From one phase to the next
 
@@ -284,7 +260,7 @@ class Stage:
         """Set the phase OVER. Return the one before."""
         reached = self.phase
         self.phase = Phase.OVER
-        self.first_steps.close()
+        self.tools.close()
         return reached
 
     def _may_give_back(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> bool:

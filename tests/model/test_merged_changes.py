@@ -55,6 +55,7 @@ def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_p
 TIED: dict[str, Callable[[TinyLM], Any]] = {
     "one use converted": lambda model: model.embed.half(),
     "the other converted": lambda model: model.lm_head.half(),
+    "the other changed": lambda model: model.embed.weight.data.add_(1),
     "loaded by assignment": lambda model: model.load_state_dict(state(model), assign=True),
 }
 

@@ -91,7 +91,7 @@ def _still_as_before(view: View, before: StillNetworks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
     if not before.beside_training:
         return ()
-    requires_grad = view.record.base.required_grad
+    requires_grad = view.record.base.trained_before
     thawed = [name for name in view.base if requires_grad.get(name, True)]
     return tuple(names_not_in(before.beside_training, modules_around(thawed)))
 

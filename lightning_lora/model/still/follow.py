@@ -24,7 +24,7 @@ def follow_originals(view: View) -> None:
     originals = _original_layers(view, view.adapter.networks)
     for name, original in originals.items():
         view.layers[name].lora_follow(original)
-    if view.adapter.is_trained:
+    if view.adapter.may_have_learned:
         return
     for layer in without(view.layers, originals).values():
         if not layer.lora_settings.trains and layer.lora_is_fresh():  # one that has learned may be paused

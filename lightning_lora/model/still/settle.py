@@ -52,8 +52,8 @@ def _kinds_that_train(view: View) -> dict[str, type]:
 
 def _copies_that_stand_still(view: View, found: StillNetworks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
-    required_grad = view.record.base.required_grad
-    training = [name for name, p in view.base.items() if required_grad.get(name) and p not in still]
+    trained_before = view.record.base.trained_before
+    training = [name for name, p in view.base.items() if trained_before.get(name) and p not in still]
     return without(found.copies, modules_around(training))
 
 

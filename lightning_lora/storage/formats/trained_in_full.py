@@ -63,7 +63,10 @@ def _modules_that_train(whole: Iterable[str], changed: Iterable[str], saved: Col
 
 
 def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
-    """The modules of which the file holds each tensor, outer ones first. Containers are none of them."""
+    """The modules of which the file holds each tensor, outer ones first. Containers are none of them.
+
+    Counts are enough: each name in the file is one of the model, as :func:`renaming_of` has checked.
+    """
     tensors_in_model = _tensors_by_module((*view.base, *view.buffers))
     tensors_in_file = _tensors_by_module(entries)
     modules = list[str]()

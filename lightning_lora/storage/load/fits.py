@@ -114,7 +114,7 @@ def _weights_of_foreign_files(view: View, stored: StoredAdapters) -> Collection[
     """The weights that look untrained. Another library's file may hold them, and does not say that it does."""
     if stored.is_ours:
         return ()
-    return view.adapter.random_so_far
+    return view.adapter.known_random_weights
 
 
 def _check_names(

@@ -160,7 +160,7 @@ BEING_WRITTEN = "lightning_lora_written"
 def _write_adapters(view: View, stored: StoredAdapters) -> None:
     """Write adapters that have been checked. Files of this package say which weights and buffers belong to no base."""
     if stored.is_ours:
-        view.adapter.random = tuple(stored.of_no_base)
+        view.adapter.random_weights = tuple(stored.of_no_base)
         view.record.base.note_filled(stored.filled_in_state)
     _write_state(view, stored.state)
 

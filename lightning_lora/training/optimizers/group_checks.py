@@ -92,7 +92,7 @@ def check_emptied(view: View, number: int, edit: Edit) -> None:
     if any(edit.groups):
         return
     held = with_values(view.base, parameters_in(edit.built))
-    trained_before = where(view.record.base.required_grad, bool)
+    trained_before = where(view.record.base.trained_before, bool)
     lost = only(held, trained_before)
     if not lost:
         return
