@@ -15,8 +15,8 @@ from lightning_lora.argument_names import documents_arguments_of, explains_argum
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import LoRAError, listed
 from lightning_lora.given_arguments import defaults_of, notes_given_arguments
-from lightning_lora.model.as_adapted import check_weights
-from lightning_lora.model.inject import check_adapted
+from lightning_lora.model.as_adapted import refuse_computed_weights
+from lightning_lora.model.inject import refuse_targets_without_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.printing import fitting_console
@@ -281,9 +281,9 @@ class LoRACallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the module as its own hooks and the checkpoint have left it, and begin the training."""
         self._check_set_up()
-        check_weights(View(pl_module))  # first: it says more than view_of would
+        refuse_computed_weights(View(pl_module))  # first: it says more than view_of would
         view = view_of(pl_module)
-        check_adapted(view)
+        refuse_targets_without_adapters(view)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
         update_scaled_rates(*trainer.optimizers)  # the checkpoint may have been written with another lr_scale

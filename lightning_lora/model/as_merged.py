@@ -17,7 +17,7 @@ from lightning_lora.tensors.shards import is_dtensor, true_anywhere
 from lightning_lora.tensors.values import replace_values
 
 
-def check_as_merged(view: View) -> None:
+def refuse_changed_since_merge(view: View) -> None:
     """Raise an error if a merged model's weights have changed."""
     if not is_as_merged(view):
         raise AdapterStateError(

@@ -99,11 +99,11 @@ def view_of(model: nn.Module, call: str = USE) -> View:
     """Return a :class:`View` of an adapted model. Refuse one without adapters, or with disabled or lost ones."""
     record_of(model, call)
     view = View(model)
-    check_adapters_present(view)
+    refuse_lost_adapters(view)
     return view
 
 
-def check_adapters_present(view: View) -> None:
+def refuse_lost_adapters(view: View) -> None:
     """Refuse a model in which layers have lost their adapters."""
     record = view.record
     adapted = {**view.layers_by_all_names, **record.merged_adapters}

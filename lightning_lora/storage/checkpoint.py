@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_lora.base.fingerprints import find_same_form
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
-from lightning_lora.model.attach import reinitialise_if_base_changed
 from lightning_lora.model.base_values import base_values
+from lightning_lora.model.changes.attach import reinitialise_if_base_changed
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import record_of, start_call
 from lightning_lora.model.untrained import random_weights

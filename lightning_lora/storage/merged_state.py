@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.functional.dtypes import wide
 from lightning_lora.layers import HAS_UPDATE, LoRALayer
-from lightning_lora.model.as_adapted import check_weights
-from lightning_lora.model.as_merged import check_as_merged
-from lightning_lora.model.merge import check_mergeable
+from lightning_lora.model.as_adapted import refuse_computed_weights
+from lightning_lora.model.as_merged import refuse_changed_since_merge
+from lightning_lora.model.merge import refuse_unmergeable
 from lightning_lora.model.view import View
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.state import own_adapters_in
@@ -35,13 +35,13 @@ def merged_state(view: View, changed: StateDict) -> tuple[dict[str, Any], dict[s
         The state, and the share of each layer's update that is lost to rounding.
     """
     if view.is_merged:
-        check_as_merged(view)
+        refuse_changed_since_merge(view)
         state = plain_module(view.model).state_dict()
         return _noted(view, state), {}
     changed = renamed(changed, plain_name)
     _refuse_spread_weights(view, changed)
-    check_weights(view)
-    check_mergeable(view)
+    refuse_computed_weights(view)
+    refuse_unmergeable(view)
     with _replaced_values(view, changed):
         merged, lost = _merged_weights_on_host(view)
     return _noted(view, _state_with(view, changed, merged)), lost

@@ -164,12 +164,12 @@ def test_autocast_remembers_no_weight_of_another_model(base_first: bool) -> None
         with ll.disable_adapters(model):
             assert torch.equal(model(x), expected)
 
-    def check_adapted() -> None:
+    def refuse_targets_without_adapters() -> None:
         assert torch.equal(model(x), alike(x))
 
     with torch.autocast("cpu", torch.bfloat16):
         if base_first:
             check_base()
-        check_adapted()
+        refuse_targets_without_adapters()
         check_base()
-        check_adapted()
+        refuse_targets_without_adapters()

@@ -128,7 +128,7 @@ def test_part_and_whole_remember_what_is_theirs_when_adapting_the_whole_fails(mo
     part, model, config = part_and_whole()
     values = ll.adapter_state_dict(part)
     before = flags(model)
-    monkeypatch.setattr("lightning_lora.model.attach.freeze", None)
+    monkeypatch.setattr("lightning_lora.model.inject.freeze", None)
     with pytest.raises(TypeError):
         ll.inject_adapters(model, config)
     assert_same_tensors(ll.adapter_state_dict(part), values)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.model.attach import move_to
+from lightning_lora.model.changes.off_layers import move_to
 from lightning_lora.model.switch import activate
 from tests.support.compared import assert_holds, assert_state
 from tests.support.faults import fails_at, unchanged

@@ -6,7 +6,8 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_lora.errors import TargetError
-from lightning_lora.model import attach
+from lightning_lora.model.changes.attach import detach_from
+from lightning_lora.model.changes.freeze import freeze
 from lightning_lora.model.still.find_still import about_networks_left_out, find_still_networks
 from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.view import View
@@ -36,7 +37,7 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     _note_networks(view, found.under_head, copies)
     strip_adapters(view, found.beside_training)
     view.look_again()
-    attach.freeze(view)  # again: in a copy, what trains in full does not, and strip_adapters may have done nothing
+    freeze(view)  # again: in a copy, what trains in full does not, and strip_adapters may have done nothing
     follow_originals(view)
     return paused
 
@@ -106,7 +107,7 @@ def strip_adapters(view: View, networks: Collection[str]) -> None:
     if len(to_strip) == len(view.layers):
         about = about_networks_left_out(networks, view.title)
         raise TargetError(f"{about} No other layer has an adapter.")
-    attach.detach_from(view, to_strip)
+    detach_from(view, to_strip)
     view.adapter.layers = tuple(view.layers)
     view.adapter.networks = now
-    attach.freeze(view)
+    freeze(view)

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.model.attach import attach_adapters, detach_adapters, freeze, unfreeze
+from lightning_lora.model.changes.attach import attach_adapters, detach_adapters
+from lightning_lora.model.changes.freeze import freeze, unfreeze
 from lightning_lora.model.user_flags import note_frozen
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.values import set_requires_grad
