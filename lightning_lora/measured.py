@@ -112,7 +112,7 @@ def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[
     view = view_of(model)
     base_weights = defaultdict[str, dict[str, Tensor]](dict)
     for merged in view.merged_weights:
-        base_weights[merged.layer][merged.weight] = merged.base
+        base_weights[merged.layer][merged.weight] = merged.base_value
     layers = {}
     for name, adapter in adapters_of(model, adapter_name or view.adapter.name).items():
         layers[name] = LayerWithAdapter(view.modules[name], adapter, base_weights[name])

@@ -107,7 +107,7 @@ def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
 
 def _rates_of(view: View) -> _Rates:
     """What is known for a model of this size."""
-    if view.size_of(view.base) < _LARGE:
+    if view.size_of(view.base_parameters) < _LARGE:
         return _RATES
     return _RATES_OF_LARGE_MODELS
 

@@ -25,7 +25,7 @@ class UnfrozenButNotTrained(Guard):
 def modules_unfrozen_but_not_trained(view: View) -> list[str]:
     """Return modules that nothing trains. The user froze most of the model, but not them."""
     frozen_by_user = _frozen_by_user(view)
-    if 2 * view.size_of(frozen_by_user) <= view.size_of(view.base):
+    if 2 * view.size_of(frozen_by_user) <= view.size_of(view.base_parameters):
         return []
     around_trained = modules_around([*view.adapted_weights, *view.trainable])
     around_frozen = modules_around(frozen_by_user)
@@ -40,7 +40,7 @@ def modules_unfrozen_but_not_trained(view: View) -> list[str]:
 
 def _module_of(name: str, view: View) -> str:
     """A module itself, or the one that holds a weight."""
-    return owner_of(name) if name in view.base else name
+    return owner_of(name) if name in view.base_parameters else name
 
 
 def _frozen_by_user(view: View) -> list[str]:

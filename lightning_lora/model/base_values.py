@@ -27,7 +27,7 @@ def frozen_values(view: View) -> dict[str, Tensor]:
     """Return the values of the frozen parameters without updates."""
     bases = dict[nn.Parameter, Tensor]()
     for merged in view.merged_weights:
-        bases[merged.parameter] = merged.base.to(merged.parameter.dtype)  # it may have been converted since
+        bases[merged.parameter] = merged.base_value.to(merged.parameter.dtype)  # it may have been converted since
     return {name: bases.get(parameter, parameter) for name, parameter in view.frozen.items()}
 
 
@@ -65,14 +65,14 @@ def extra_digests(view: View) -> dict[str, int]:
 def keep_originals(view: View) -> None:
     """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
     changing = {**view.trainable, **view.buffers}
-    changing.update(only(view.base, view.adapter.originals))  # replaced by a file's
+    changing.update(only(view.base_parameters, view.adapter.originals))  # replaced by a file's
     view.adapter.keep_originals(changing, extra_digests(view))
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
     """Copy frozen weights to CPU memory before they change. Skip those whose base values are already copied or lost."""
     are_known = {*view.adapter.originals, *view.record.base.changes}
-    view.adapter.set_base_values(only(view.base, set(names) - are_known))
+    view.adapter.set_base_values(only(view.base_parameters, set(names) - are_known))
 
 
 def restore_originals(view: View, names: Iterable[str], undo: Undo) -> None:

@@ -246,7 +246,7 @@ def _look_at_parameters(view: View, bases: dict[str, Tensor]) -> AfterMerge:
     """Look at all parameters after a merge. ``bases`` are the base's values of the merged ones."""
     seen = dict[str, Seen]()
     merged = {view.parameters[name] for name in bases}
-    for name, parameter in view.base.items():
+    for name, parameter in view.base_parameters.items():
         if parameter not in merged:  # a shared layer has several names
             seen[name] = Seen(parameter, _known_digest(view, name, parameter))
     for name in bases:

@@ -58,7 +58,7 @@ def _kinds(targeted: Mapping[str, Choice]) -> dict[str, type[LoRALayer]]:
 
 
 def _frozen_by_user(view: View) -> set[nn.Parameter]:
-    return set(only(view.base, view.frozen_by_user).values())
+    return set(only(view.base_parameters, view.frozen_by_user).values())
 
 
 def _plan(view: View, targeted: Mapping[str, Choice], networks: StillNetworks) -> Plan:

@@ -294,7 +294,7 @@ def _values_to_show(view: View) -> dict[Tensor, Tensor]:
         if has_base_value and name not in record.base.filled:
             values[tensor] = original.to(tensor, copy=True)
     for merged in view.merged_weights:
-        base = values.get(merged.base, merged.base)  # a tied weight's other use may have trained
+        base = values.get(merged.base_value, merged.base_value)  # a tied weight's other use may have trained
         values[merged.parameter] = base.detach().to(merged.parameter)
     return values
 

@@ -257,7 +257,7 @@ def _as_modules(view: View, untrained: Mapping[str, Weights]) -> list[str]:
     """
     if not untrained:
         return []
-    parameters = by_owner(view.base)
+    parameters = by_owner(view.base_parameters)
     norms = _blank_norms(view, parameters)
     say_nothing = norms.keys() | _small(view)
     look_trained = parameters.keys() - untrained.keys() - say_nothing
@@ -278,7 +278,7 @@ def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> di
 
 def _small(view: View) -> set[str]:
     """The layers that are too small to judge."""
-    small = where(by_owner(view.base), _are_small)
+    small = where(by_owner(view.base_parameters), _are_small)
     return set(where(only(view.modules, small), adapter_for))
 
 

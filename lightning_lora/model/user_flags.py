@@ -65,7 +65,7 @@ def _note_copied(view: View) -> None:
     The adapters have frozen them, and nobody else: a copy looks as its original does.
     """
     copied = where(without(view.layers, view.recorded), _has_trainable_parameters)
-    weights = names_inside(view.base, copied.keys())
+    weights = names_inside(view.base_parameters, copied.keys())
     view.record.base.set_trained_before(weights, flag=True)
 
 
@@ -84,7 +84,7 @@ def note_frozen(view: View) -> None:
     if view.adapter.may_have_learned:
         return
     frozen = _frozen_layers(view)
-    weights = [weight for weight in view.base if owner_of(weight) in frozen]
+    weights = [weight for weight in view.base_parameters if owner_of(weight) in frozen]
     view.record.base.set_trained_before(weights, flag=False)
 
 

@@ -179,7 +179,7 @@ def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 def _is_exact_sum(view: View) -> bool:
     """Whether an update can be subtracted again: not from a scaled, rounded or sharded sum."""
     uses_dora = any(layer.lora_settings.use_dora for layer in view.layers.values())
-    is_rounded = any(_is_narrow(parameter) for parameter in view.base.values())
+    is_rounded = any(_is_narrow(parameter) for parameter in view.base_parameters.values())
     return not (uses_dora or is_rounded or view.is_sharded)
 
 
@@ -190,6 +190,6 @@ def _is_narrow(parameter: Tensor) -> bool:
 
 def _has_weights(view: View, merged: StateDict) -> bool:
     """Whether all weights of the model are those of a file."""
-    if not view.base.keys() <= merged.keys():
+    if not view.base_parameters.keys() <= merged.keys():
         return False
-    return all(torch.equal(parameter.cpu(), merged[name].cpu()) for name, parameter in view.base.items())
+    return all(torch.equal(parameter.cpu(), merged[name].cpu()) for name, parameter in view.base_parameters.items())

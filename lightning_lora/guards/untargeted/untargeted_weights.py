@@ -72,18 +72,18 @@ class _Weights:
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self.adapted = set(only(view.base, set(view.adapted_weights)).values())
+        self.adapted = set(only(view.base_parameters, set(view.adapted_weights)).values())
 
     def meant(self) -> list[str]:
         """Return those that targets could mean: not what the user froze or excluded, unless it is adapted."""
-        base = self.view.base
+        base = self.view.base_parameters
         by_user = self.view.frozen_by_user.union(excluded_names(self.view))
         left_to_targets = {*names_outside(base, by_user), *with_values(base, self.adapted)}
         return list(only(base, left_to_targets))
 
     def is_untargeted(self, name: str) -> bool:
         """Whether a parameter is a matrix without an adapter, where somebody may expect one."""
-        p = self.view.base[name]
+        p = self.view.base_parameters[name]
         if name not in self.view.frozen or p in self.adapted:
             return False
         return _is_matrix(p) and not _is_usually_untargeted(self._layer_of(name))

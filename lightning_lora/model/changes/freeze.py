@@ -10,8 +10,10 @@ from lightning_lora.tensors.values import set_requires_grad
 
 def freeze(view: View) -> None:
     """Freeze all parameters that do not train, and the running statistics of norms."""
-    view.record.base.note_trained_before(view.base)  # before any flag changes: a tied parameter has several names
-    for name, parameter in view.base.items():
+    view.record.base.note_trained_before(
+        view.base_parameters
+    )  # before any flag changes: a tied parameter has several names
+    for name, parameter in view.base_parameters.items():
         set_requires_grad(parameter, name in view.trainable and _can_train(parameter))
     for layer in view.layers.values():
         layer.lora_set_flags()  # other code may have frozen some, or thawed a copy's

@@ -54,8 +54,8 @@ def copies_among(view: View, layers: Set[str]) -> dict[str, str]:
     if not layers:
         return {}
     around_others = modules_around(without(view.layers, layers))
-    still = {parameter for name, parameter in view.base.items() if owner_of(name) not in around_others}
-    return find_copies(view.modules, view.base, view.layers.keys(), still)
+    still = {parameter for name, parameter in view.base_parameters.items() if owner_of(name) not in around_others}
+    return find_copies(view.modules, view.base_parameters, view.layers.keys(), still)
 
 
 def _original_layers(view: View, networks: StillNetworks) -> dict[str, LoRALayer]:

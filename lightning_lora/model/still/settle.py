@@ -23,7 +23,7 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     These are frozen, or in no optimizer (``unheld``). An adapter there that has learned is paused, and stays. Return
     the layers of those that are paused.
     """
-    frozen_by_user = set(only(view.base, view.frozen_by_user).values())
+    frozen_by_user = set(only(view.base_parameters, view.frozen_by_user).values())
     still = unheld | frozen_by_user
     found = find_still_networks(view, _kinds_that_train(view), still)
     copies = _copies_that_stand_still(view, found, still)
@@ -54,7 +54,7 @@ def _kinds_that_train(view: View) -> dict[str, type]:
 def _copies_that_stand_still(view: View, found: StillNetworks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
     trained_before = view.record.base.trained_before
-    training = [name for name, p in view.base.items() if trained_before.get(name) and p not in still]
+    training = [name for name, p in view.base_parameters.items() if trained_before.get(name) and p not in still]
     return without(found.copies, modules_around(training))
 
 

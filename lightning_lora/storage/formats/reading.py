@@ -61,7 +61,7 @@ def _check_floating(updates: Iterable[Update]) -> None:
 def renaming_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
     """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
     names = [*layers, *entries]
-    known = {**view.modules, **view.base, **view.buffers}
+    known = {**view.modules, **view.base_parameters, **view.buffers}
     title = view.title
     found = find_renamings(names, known, root_here=root)
     if len(found) > 1:
@@ -151,7 +151,7 @@ def _check_copied_weights(view: View, rest: Mapping[str, Tensor], adapted_weight
     """Refuse copies of adapted weights that are not the model's. PEFT writes such copies of resized embeddings."""
     for name, value in only(rest, adapted_weights).items():
         if not is_the_base(view, name, value):
-            shape = tuple(view.base[name].shape)
+            shape = tuple(view.base_parameters[name].shape)
             raise BaseMismatchError(
                 f"The file's copy of the base's {name!r} {tuple(value.shape)} differs from that of "
                 f"{view.title} {shape}. Load the same weights, with embeddings of the same size."

@@ -121,7 +121,7 @@ def _check_names(
     view: View, state: StateDict, *, random: Collection[str], remedy: str, changed: Collection[str] = ()
 ) -> None:
     """Refuse a state with missing or unexpected names: all that trains must be there, and changed tensors."""
-    needed = {**trained_tensors(view), **only(view.base, changed)}
+    needed = {**trained_tensors(view), **only(view.base_parameters, changed)}
     unexpected = names_not_in(state, {*needed, *view.buffers, *tensors_with_originals(view)})
     if unexpected:  # what modules' own code adds may be there too
         unexpected = names_not_in(unexpected, values_to_store(view, state_dict(view.model), random))
@@ -153,7 +153,7 @@ def _check_changed(view: View, state: StateDict) -> None:
 
 def _check_tensors(view: View, state: StateDict, *, is_converted: bool = False) -> None:
     """Refuse tensors of another shape or kind. Of a converted base, all but adapters may be rounded."""
-    present = {**view.base, **view.buffers, **trained_tensors(view)}
+    present = {**view.base_parameters, **view.buffers, **trained_tensors(view)}
     for name, value in only(state, present).items():  # a module's own code judges the others
         is_adapter = name in view.adapter_parameters
         _check_shape(name, value, present[name], is_adapter=is_adapter)

@@ -91,7 +91,7 @@ def check_emptied(view: View, number: int, edit: Edit) -> None:
     """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
     if any(edit.groups):
         return
-    held = with_values(view.base, parameters_in(edit.built))
+    held = with_values(view.base_parameters, parameters_in(edit.built))
     trained_before = where(view.record.base.trained_before, bool)
     lost = only(held, trained_before)
     if not lost:

@@ -61,7 +61,7 @@ def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     held |= base_weights_of(layers_trained_by(held, view), view)
     if held.isdisjoint(base_weights_of(view.layers, view)):
         return set()
-    return set(view.base.values()) - held
+    return set(view.base_parameters.values()) - held
 
 
 def _built_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:

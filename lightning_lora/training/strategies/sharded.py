@@ -127,7 +127,7 @@ class ShardedMethods(LateRestoreMethods):
 
     def note_base(self, *, anew: bool = True) -> None:
         """Note the base's fingerprint, unless it is loaded later."""
-        if not any(p.is_meta for p in View(self.module).base.values()):
+        if not any(p.is_meta for p in View(self.module).base_parameters.values()):
             super().note_base(anew=anew)
 
     def on_train_start(self) -> None:

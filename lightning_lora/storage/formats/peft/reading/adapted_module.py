@@ -83,7 +83,7 @@ class AdaptedModule:
         """Refuse a tied weight of which PEFT took a start off."""
         if not self.is_difference:
             return
-        base = self.file.view.base
+        base = self.file.view.base_parameters
         weight = base[join(layer.name, matrix.weight)]
         uses = names_of_each(base)[weight]
         if len(uses) > 1:

@@ -99,7 +99,7 @@ class _Held:
         if not self.file.config.saves(self.file.renaming.name_there(name)):
             return False
         view = self.file.view
-        entries = entries_inside(name, {**view.base, **view.buffers})
+        entries = entries_inside(name, {**view.base_parameters, **view.buffers})
         return not entries.keys() <= self.file.rest.keys()
 
 
