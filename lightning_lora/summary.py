@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer, number_of_values
 from lightning_lora.model.record import find_record
-from lightning_lora.model.untrained import random_weights_now
+from lightning_lora.model.untrained.random_weights import random_weights_now
 from lightning_lora.model.view import View
 from lightning_lora.printing import Writable, fitting_console
 from lightning_lora.storage.state import values_to_store

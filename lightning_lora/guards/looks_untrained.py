@@ -8,7 +8,8 @@ from torch import nn
 from lightning_lora.errors import FreshLayerWarning, listed
 from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
 from lightning_lora.layers import adapter_for
-from lightning_lora.model.untrained import Untrained, random_weights
+from lightning_lora.model.untrained.find_untrained import Untrained
+from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.names import names_outside, owner_of

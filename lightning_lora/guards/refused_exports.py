@@ -3,7 +3,7 @@
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import listed
-from lightning_lora.model.untrained import Untrained
+from lightning_lora.model.untrained.find_untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.storage.formats.peft.refusals.refused_layers import refused_layers

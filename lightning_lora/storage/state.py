@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.model.as_merged import refuse_changed_since_merge
 from lightning_lora.model.base_values import extra_digests, frozen_values
-from lightning_lora.model.untrained import random_weights
+from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
 from lightning_lora.tensors.dicts import of_type, only, renamed, with_values, without

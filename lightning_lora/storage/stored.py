@@ -13,7 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LoRAParameters, LoRATokens
 from lightning_lora.model.as_adapted import refuse_computed_weights, refuse_resized_or_tied
-from lightning_lora.model.untrained import random_weights
+from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.inner_model import StoredModule, modules_of, modules_to_store, plain_modules, root_of
 from lightning_lora.storage.renaming import Renaming

@@ -11,7 +11,7 @@ from lightning_lora.errors import listed, shortened
 from lightning_lora.guards.untargeted.computed_weights import about_computed, computed_layers
 from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
 from lightning_lora.layers import adapter_for
-from lightning_lora.model.untrained import MOST_SHARE, Untrained
+from lightning_lora.model.untrained.find_untrained import MOST_SHARE, Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, class_name_of, has_computed_weight, own_matrices

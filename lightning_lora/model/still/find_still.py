@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_lora.errors import listed
 from lightning_lora.layers import LoRALayer, LoRAParameters, LoRATokens
-from lightning_lora.model.untrained import find_untrained
+from lightning_lora.model.untrained.find_untrained import find_untrained
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks

@@ -10,7 +10,7 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMi
 from lightning_lora.layers import INITIALISATIONS, LoRALayer, Settings
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.model.base_values import tensors_with_originals
-from lightning_lora.model.untrained import random_weights
+from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.same_base.base_check import check_base
 from lightning_lora.storage.state import diverged, trained_tensors, values_to_store
