@@ -40,8 +40,11 @@ def base_values(view: View) -> dict[str, Tensor]:
     return {**values, **view.entries}
 
 
-def base_value(view: View, name: str) -> Tensor:
-    """Return the base's value of a parameter or buffer."""
+def kept_or_present_value(view: View, name: str) -> Tensor:
+    """Return the base's value of a tensor that the adapter keeps, otherwise the value that is there.
+
+    Of a merged weight, that holds the update: callers ask for what trains in full, and for buffers.
+    """
     if view.is_adapted and name in view.adapter.originals:
         return view.adapter.originals[name]
     return view.base_tensors[name].detach()

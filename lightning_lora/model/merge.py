@@ -190,7 +190,7 @@ def tied_weights(view: View) -> dict[str, list[str]]:
     tied = {}
     for name, layer in view.layers.items():
         shared = [weight for weight in layer.lora_weights() if uses[own_parameter(layer, weight)] > 1]
-        all_uses_are_updated = isinstance(layer, LoRATokens)  # they get its rows
+        all_uses_are_updated = isinstance(layer, LoRATokens)  # the other use reads the same rows
         if shared and not all_uses_are_updated:
             tied[name] = shared
     return tied
@@ -234,7 +234,8 @@ def _set_weight(layer: LoRALayer, weight: str, merged: Tensor, *, is_tied: bool)
 
 def _overflow_first(share: float) -> tuple[bool, float]:
     """By which shares are compared: one that is infinite or NaN, by values that a dtype cannot hold, is the largest."""
-    return not share < math.inf, share
+    is_overflow = math.isinf(share) or math.isnan(share)
+    return is_overflow, share
 
 
 def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
@@ -251,8 +252,8 @@ def _look_at_parameters(view: View, bases: dict[str, Tensor]) -> AfterMerge:
             seen[name] = Seen(parameter, _known_digest(view, name, parameter))
     for name in bases:
         seen[name] = Seen(view.parameters[name])  # its digest is computed only if it is asked for
-    tied = with_values(bases, set(view.parameters.values()))
-    seen_tied = {name: Seen(parameter) for name, parameter in tied.items()}
+    were_tied = with_values(bases, set(view.parameters.values()))  # another layer still has them
+    seen_tied = {name: Seen(parameter) for name, parameter in were_tied.items()}
     return AfterMerge(seen, bases, seen_tied)
 
 

@@ -24,8 +24,8 @@ def note_what_the_user_set(view: View) -> None:
     view = View(view.model)  # of the adapters at hand, whatever the new configuration
     _note_thawed(view)
     _note_copied(view)
-    _note_frozen_since(view)
-    note_frozen(view)
+    _note_frozen_after_learning(view)
+    note_frozen_before_learning(view)
 
 
 def _refuse_frozen_networks(view: View) -> None:
@@ -69,7 +69,7 @@ def _note_copied(view: View) -> None:
     view.record.base.set_trained_before(weights, flag=True)
 
 
-def _note_frozen_since(view: View) -> None:
+def _note_frozen_after_learning(view: View) -> None:
     """Note as frozen since: the weights of layers whose adapters have learned, and train no more."""
     if not view.adapter.may_have_learned:
         return
@@ -79,8 +79,11 @@ def _note_frozen_since(view: View) -> None:
         view.record.base.note_frozen_since(weights)
 
 
-def note_frozen(view: View) -> None:
-    """Note as frozen before: the weights of layers whose new adapters the user has frozen. The weights are meant."""
+def note_frozen_before_learning(view: View) -> None:
+    """Note as not trained before: the weights of layers whose new adapters the user has frozen.
+
+    Nothing has been learned there, so the weights are meant.
+    """
     if view.adapter.may_have_learned:
         return
     frozen = _frozen_layers(view)

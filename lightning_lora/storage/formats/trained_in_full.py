@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterMismatchError, listed
-from lightning_lora.model.base_values import base_value
+from lightning_lora.model.base_values import kept_or_present_value
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import names_of_each, only, without
 from lightning_lora.tensors.names import is_bias, is_in_any, modules_around, names_inside, owner_of, starts_of
@@ -91,7 +91,7 @@ def _tensors_by_module(names: Iterable[str]) -> Counter[str]:
 
 def is_the_base(view: View, name: str, value: Tensor) -> bool:
     """Whether a value is the base's. Two dtypes are compared in the narrower one."""
-    base = base_value(view, name).cpu()
+    base = kept_or_present_value(view, name).cpu()
     if base.is_meta:  # it has no values to compare
         return True
     return same_bits(base, value) or same_bits(value, base)

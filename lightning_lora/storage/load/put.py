@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.base_values import base_value, base_values, keep_frozen, restore_originals
+from lightning_lora.model.base_values import base_values, keep_frozen, kept_or_present_value, restore_originals
 from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.inject import inject_from_file
 from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
@@ -143,7 +143,7 @@ def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) ->
     added = dict[str, Any]()
     for name in view.trainable:
         if is_new or is_bias(name):
-            added[name] = base_value(view, name)
+            added[name] = kept_or_present_value(view, name)
     for layer_name, layer in view.layers.items():
         for parameter, spec in layer.lora_specs().items():
             if not spec.role.trains:
