@@ -12,8 +12,6 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.packed import repacks, unpack
 
 _SWITCH_BEFORE = "_lora_switched"  # on a module whose path is off: the value of its switch before
-    "_lora_switched"  # the attribute in which a module keeps the value of its switch, while its path is off
-)
 
 
 class _SavePretrained:
