@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:  # what guards look at is above this file, which imports none of it when it runs
-    from lightning_lora.model.untrained import Untrained
+    from lightning_lora.model.untrained.find_untrained import Untrained
     from lightning_lora.model.view import View
     from lightning_lora.training.steps.moved_copies import FrozenCopies
 

@@ -2,8 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from struct import Struct
 from typing import Any, TypeGuard
@@ -12,9 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
-
-from lightning_lora.model.view import View
+from torch import Tensor
 
 RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of the generators
 

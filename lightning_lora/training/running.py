@@ -6,14 +6,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lora.model.attach import reinitialise_if_base_changed
+from lightning_lora.model.changes.attach import reinitialise_if_base_changed
 from lightning_lora.model.still.follow import follow_new_copies
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
 from lightning_lora.training.compatibility import average_what_trains, callbacks_of, late_callback_error
 from lightning_lora.training.optimizers.group_checks import check_frozen
-from lightning_lora.training.optimizers.groups_behind import mirror_rates
+from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.steps.feeding import Feeding
 from lightning_lora.training.steps.gradients import Gradients
@@ -37,7 +37,7 @@ class NoTraining:
 
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
         """Let adapters follow the module's rates. As many parameters train as before."""
-        mirror_rates(optimizer)
+        update_scaled_rates(optimizer)
         return False
 
     def end_batch(self) -> None:
@@ -79,7 +79,7 @@ class TrainingWatch:
         follow_new_copies(view, view.layers.keys() - view.recorded)  # or copied networks
         view.look_again()  # what follows another network does not train
         view.adapter.layers = tuple(view.layers)
-        view.adapter.is_trained = True  # so it counts from here on, before the first step
+        view.adapter.may_have_learned = True  # so it counts from here on, before the first step
         self.stage.tools.guards_in_first_process.adapters_ready(view)
 
     def begin_batch(self) -> None:
@@ -107,7 +107,7 @@ class TrainingWatch:
         if self.feeding.unjudged:  # only until all networks are judged
             train_fewer = self.methods.remove_unfed(optimizer, self.feeding)
         check_frozen(self.module, optimizer, self.gradients.frozen)
-        mirror_rates(optimizer)
+        update_scaled_rates(optimizer)
         unreached = self.gradients.begin_step(optimizer)
         if unreached:
             self.stage.tools.guards_in_each_process.optimizer_begins(View(self.module), unreached)

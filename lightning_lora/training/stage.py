@@ -73,6 +73,11 @@ class Stage:
         self.way_back = WayBack(self.adapter)
 
     @property
+    def came_adapted(self) -> bool:
+        """Whether the module came with adapters on its layers."""
+        return self.way_back.came == "adapted"
+
+    @property
     def is_fitting(self) -> bool:
         """Whether a fit is running."""
         return False
@@ -152,7 +157,7 @@ class Stage:
 
     def _adapts_plain_module(self, *, for_file: bool) -> bool:
         """Whether a plain module gets adapters: only for a file, or where networks inside came with theirs."""
-        return for_file or self.way_back.came == "adapted"
+        return for_file or self.came_adapted
 
     def adapt(self, pl_module: LightningModule, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
         """Adapt the module after its own hooks have run, or for a file. The weights that they load become the base.
@@ -186,7 +191,7 @@ class Stage:
 
         Return whether it is. Once something was trained or loaded, the base stays, and so does its fingerprint.
         """
-        if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
+        if self.phase is not Phase.SET_UP or view.adapter.may_have_learned or not view.is_fresh():
             return False
         changed = self.before.changed_base_tensors(tensors_with_originals(view))
         view.adapter.set_base_values(changed)
