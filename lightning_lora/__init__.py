@@ -76,3 +76,8 @@ __all__ = [
     "summarize",
     "unmerge_adapters",
 ]
+
+
+def __dir__() -> list[str]:
+    """What completion shows: the public names, and not the rooms of the package."""
+    return ["__version__", *__all__]

@@ -1,9 +1,9 @@
-"""Help for arguments that have another name here."""
+"""Help on arguments: those that have another name here, and those of another class."""
 
 import difflib
 import functools
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, get_args
 
 from lightning_lora.argument_checks import Init
@@ -61,6 +61,18 @@ def explains_arguments(cls: _Class) -> _Class:
 
     cls.__init__ = explaining  # type: ignore[misc]
     return cls
+
+
+def documents_arguments_of(other: type) -> Callable[[_Class], _Class]:
+    """Let a class's docstring explain the arguments of another class too, before its own."""
+    theirs = inspect.cleandoc(other.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]
+
+    def documented(cls: _Class) -> _Class:
+        own = inspect.cleandoc(cls.__doc__ or "")
+        cls.__doc__ = own.replace("Args:\n", f"Args:\n{theirs}", 1)
+        return cls
+
+    return documented
 
 
 def _what_to_do_about(cls: type, name: str, names: Collection[str]) -> str:

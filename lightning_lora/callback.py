@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
-from inspect import cleandoc
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,12 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lora.argument_checks import Bias, Init, Merge, Save, check_adapter_name, check_merge, check_save
-from lightning_lora.argument_names import explains_arguments
+from lightning_lora.argument_names import documents_arguments_of, explains_arguments
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import LoRAError, listed
 from lightning_lora.given_arguments import defaults_of, notes_given_arguments
-from lightning_lora.model.as_adapted import check_weights
-from lightning_lora.model.inject import check_adapted
+from lightning_lora.model.as_adapted import refuse_computed_weights
+from lightning_lora.model.inject import refuse_targets_without_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.printing import fitting_console
@@ -29,10 +28,10 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility, merging
 from lightning_lora.training.advice import advise
 from lightning_lora.training.chosen_adapter import ChosenAdapter
-from lightning_lora.training.data_init import check_data_init, start_from_data
+from lightning_lora.training.data_init.data_start import check_data_init, start_from_data
 from lightning_lora.training.optimizers.added_groups import trimming_added_groups
-from lightning_lora.training.optimizers.groups_behind import mirror_rates
-from lightning_lora.training.optimizers.scales import scales_of
+from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
+from lightning_lora.training.optimizers.scales import scale_of_each_factor
 from lightning_lora.training.phases import Phase
 from lightning_lora.training.randomness import RANDOM, random_states
 from lightning_lora.training.reports import log_arguments, log_values, shown_rates
@@ -40,10 +39,12 @@ from lightning_lora.training.resumed_data import ResumedNumbers
 from lightning_lora.training.returned_records import extend_launchers
 from lightning_lora.training.running import NoTraining, TrainingWatch
 from lightning_lora.training.stage import Fit, Stage
+from lightning_lora.training.steps.step_tools import StepTools
 from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
 from lightning_lora.training.strategies.strategy import StrategyMethods
 
 
+@documents_arguments_of(LoRAConfig)
 @explains_arguments
 @notes_given_arguments
 class LoRACallback(Callback):
@@ -105,14 +106,14 @@ class LoRACallback(Callback):
     """
 
     given: frozenset[str]  # the names of the arguments that the user gave
-    _filled: WeakKeyDictionary[LightningModule, set[str]]  # of each module: what its hooks filled in any stage
+    _filled_buffers: WeakKeyDictionary[LightningModule, set[str]]  # of each module: those that its hooks have filled
 
     # What lives in one stage of a Trainer: `_leave_stage` drops it
     _is_set_up: bool
     _stage: Stage
-    _methods: StrategyMethods  # ours, over those of the Trainer's strategy
-    _training: ExitStack  # ends with the training
-    _watch: NoTraining | TrainingWatch  # of no training, until one runs
+    _strategy_methods: StrategyMethods  # ours, which lie over those of the Trainer's strategy
+    _until_training_ends: ExitStack
+    _watch: NoTraining | TrainingWatch  # NoTraining until the training begins
 
     def __init__(
         self,
@@ -143,10 +144,10 @@ class LoRACallback(Callback):
         check_merge(merge)
         check_save(save)
         self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
-        scales_of(lr_scale)  # refuses what is no scale
+        scale_of_each_factor(lr_scale)  # refuses what is no scale
         check_adapter_name(name)
         self.merge, self.save, self.lr_scale, self.name = merge, save, lr_scale, name
-        compatibility.join_pytorch_lightning(LoRACallback)  # again: it may have been imported since this file was
+        compatibility.subclass_pytorch_lightning_too(LoRACallback)  # again: it may have been imported only now
         self._prepare()
 
     def __repr__(self) -> str:
@@ -158,29 +159,29 @@ class LoRACallback(Callback):
 
     def _prepare(self) -> None:
         """Make what a new object needs besides its arguments, and one that was unpickled in another process."""
-        extend_launchers()  # those of that process
-        self._filled = WeakKeyDictionary()
+        extend_launchers()  # of this process
+        self._filled_buffers = WeakKeyDictionary()
         self._leave_stage()
 
     def _leave_stage(self) -> None:
         """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
         self._is_set_up = False
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
-        vars(self).pop("_methods", None)
-        self._training = ExitStack()
+        vars(self).pop("_strategy_methods", None)
+        self._until_training_ends = ExitStack()
         self._watch = NoTraining()
         compatibility.forget_module(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        made_again = ("_filled", "_is_set_up", "_stage", "_methods", "_training", "_watch")
-        left_out = {*made_again, *compatibility.SET_BY_LIGHTNING}
+        made_anew = {"_filled_buffers", "_is_set_up", "_stage", "_strategy_methods", "_until_training_ends", "_watch"}
+        left_out = made_anew.union(compatibility.SET_BY_LIGHTNING)
         kept = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         own_defaults = without(defaults_of(LoRACallback), defaults_of(LoRAConfig))
-        vars(self).update({**own_defaults, **state})  # older versions have fewer arguments
+        vars(self).update({**own_defaults, **state})  # an earlier version has pickled fewer arguments
         self.config = LoRAConfig.from_dict(state["config"])
         self.given = frozenset(state["given"])
         self._prepare()
@@ -196,10 +197,10 @@ class LoRACallback(Callback):
         """
         self._is_set_up = True
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
-        self._methods = overlay_strategy(trainer.strategy, self._stage)
+        self._strategy_methods = overlay_strategy(trainer.strategy, self._stage)
         compatibility.refuse_second_callback(self._stage.callbacks)
-        if View(pl_module).layers:
-            self._stage.came = "adapted"
+        if View(pl_module).layers:  # not view_of, which refuses a plain module
+            self._stage.way_back.came = "adapted"
         if self._stage.is_fit:
             self._check_fit(trainer, pl_module)
         else:
@@ -208,7 +209,7 @@ class LoRACallback(Callback):
                 return
         self._stage.begin(pl_module)
         self._take_config_of(pl_module)
-        if not self._methods.shards_before_adapters:  # otherwise, configure_model would shard the adapters
+        if not self._strategy_methods.shards_before_adapters:  # otherwise, configure_model would shard the adapters
             self._adapt_early(pl_module)
 
     def _new_stage(self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool) -> Stage:
@@ -220,16 +221,16 @@ class LoRACallback(Callback):
             adapter=ChosenAdapter(self.name if is_named else None),
             save=self.save,
             lr_scale=self.lr_scale,
-            filled=self._filled.setdefault(pl_module, set()),
+            filled=self._filled_buffers.setdefault(pl_module, set()),
             callbacks=compatibility.callbacks_of(trainer),
-            is_first=trainer.is_global_zero,
+            tools=StepTools(is_first_process=trainer.is_global_zero),
         )
 
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse callbacks beside which no fit can adapt, and arguments that this fit cannot serve."""
-        compatibility.check_callbacks(self._stage.callbacks, is_sharded=self._methods.shards_before_adapters)
+        compatibility.check_callbacks(self._stage.callbacks, is_sharded=self._strategy_methods.shards_before_adapters)
         switches = self._stage.wants_another_adapter(pl_module)
-        merging.check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted", switches=switches)
+        merging.check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came_adapted, switches=switches)
         check_data_init(trainer, pl_module, self.config)
 
     def _take_config_of(self, pl_module: LightningModule) -> None:
@@ -240,8 +241,8 @@ class LoRACallback(Callback):
 
     def _adapt_early(self, pl_module: LightningModule) -> None:
         """Adapt the layers that are there, before other callbacks copy the module."""
-        if self._stage.runs_adapted(pl_module):  # a plain module gets none for an evaluation
-            with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
+        if self._stage.should_be_adapted(pl_module):  # a plain module gets none for an evaluation
+            with suppress(LoRAError):  # the module may still create the layers: then the strategy adapts them later
                 self._stage.add_adapters(pl_module)
 
     # Fit
@@ -249,15 +250,15 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the end of the fit can merge, and show what trains."""
         self._check_set_up()
-        reshard(pl_module)  # FSDP2 still shows full weights after an evaluation, as of a tuner
+        reshard(pl_module)  # a tuner may have evaluated, after which FSDP2 still shows full weights
         merging.check_merge_weights(trainer, pl_module, self.merge, self.save)
-        self._training.enter_context(trimming_added_groups(pl_module))
-        mirror_rates(*trainer.optimizers)  # a tuner may have written to them
+        self._until_training_ends.enter_context(trimming_added_groups(pl_module))
+        update_scaled_rates(*trainer.optimizers)  # a tuner may have set other rates
         if trainer.is_global_zero and compatibility.shows_summary(trainer):
             rates = shown_rates(pl_module, trainer.optimizers)
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers, rates=rates)
-            fitting_console().print(table)
-        if not trainer.strategy.restore_checkpoint_after_setup:
+            fitting_console().print(table, *compatibility.about_lightnings_table(trainer))
+        if not trainer.strategy.restore_checkpoint_after_setup:  # otherwise, the checkpoint is not loaded yet
             self._report(trainer, pl_module)
 
     def _check_set_up(self) -> None:
@@ -266,41 +267,42 @@ class LoRACallback(Callback):
             raise compatibility.late_callback_error()
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say and log how the adapters train. A checkpoint is loaded by then."""
-        is_untrained = self._stage.adapter.is_new and not view_of(pl_module).adapter.is_trained  # that of a file is
-        if is_untrained:
-            name, *beside = view_of(pl_module).record.adapter_states
-            rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(beside)}.")  # a mistyped name?
+        """Say and log how the adapters train, once the checkpoint is loaded."""
+        view = view_of(pl_module)
+        if self._stage.adapter.is_new and not view.adapter.may_have_learned:  # its name may be mistyped
+            others = listed(view.record.others)
+            rank_zero_info(f"LoRACallback begins a new adapter {view.adapter.name!r} beside {others}.")
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
-        self._stage.guards_in_each_process.optimizers_built(view_of(pl_module), trainer.optimizers, is_scaled=is_scaled)
+        self._stage.tools.guards_in_first_process.optimizers_built(view, trainer.optimizers, is_scaled=is_scaled)
         if trainer.is_global_zero and trainer.loggers:
-            others = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
-            log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
+            own_arguments = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
+            log_arguments(trainer, pl_module, **own_arguments, trained_share=summarize(pl_module).share)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the module as its own hooks and the checkpoint have left it, and begin the training."""
         self._check_set_up()
-        check_weights(View(pl_module))
+        refuse_computed_weights(View(pl_module))  # first: it says more than view_of would
         view = view_of(pl_module)
-        check_adapted(view)
+        refuse_targets_without_adapters(view)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
-        mirror_rates(*trainer.optimizers)  # a checkpoint may be of another scale
-        if self._stage.set_base_from_hooks(view):  # hooks may have loaded it late
-            self._methods.note_base(anew=False)  # the fingerprint, and what has not changed is not read again
+        update_scaled_rates(*trainer.optimizers)  # the checkpoint may have been written with another lr_scale
+        if self._stage.set_base_from_hooks(view):  # the module's hooks may have loaded weights since the set-up
+            self._strategy_methods.note_base(anew=False)  # its fingerprint, for which only what has changed is read
         self._begin_training(trainer, pl_module)
 
     def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what looks wrong, let adapters start from data, and watch the steps."""
-        view = view_of(pl_module)  # another one: hooks may have exchanged its tensors since
-        advise(view, self._stage.guards_in_first_process)  # on_fit_start may load or reset weights
-        base = base_digests(view)  # before adapters start from data: code that runs there may change it
+        view = view_of(pl_module)  # a new one, since tensors may have been exchanged
+        advise(view, self._stage.tools.guards_in_first_process)  # not earlier: on_fit_start may load or reset weights
+        base = base_digests(view)  # before adapters start from data: the user's code runs then, and may change it
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
             start_from_data(trainer, pl_module)
         self._stage.begin_training()  # from here on, the module keeps its adapters if the fit fails
-        self._watch = watch = self._training.enter_context(closing(TrainingWatch(trainer, pl_module, self._stage)))
-        watch.begin(self._methods, is_new=is_new, base=base)
+        watch = TrainingWatch(trainer, pl_module, self._stage)
+        self._watch = self._until_training_ends.enter_context(closing(watch))
+        watch.begin(self._strategy_methods, is_new=is_new, base=base)
         self._stage.take_random_numbers()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -309,7 +311,7 @@ class LoRACallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
-        if trainer.training:  # evaluations may call ``manual_backward`` too
+        if trainer.training:  # an evaluation may call manual_backward too
             self._watch.begin_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -321,7 +323,7 @@ class LoRACallback(Callback):
         """Check that the optimizer trains adapters, and nothing frozen."""
         self._check_set_up()
         if not trainer.training:
-            mirror_rates(optimizer)
+            update_scaled_rates(optimizer)
         elif self._watch.begin_optimizer_step(optimizer) and trainer.is_global_zero:
             share = summarize(pl_module).share
             rank_zero_info(f"Now {share:.2%} of its parameters train, which is less than the first table shows.")
@@ -334,13 +336,13 @@ class LoRACallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
         self._check_set_up()
-        self._stage.guards_in_each_process.training_ended(view_of(pl_module))
+        self._stage.tools.guards_in_each_process.training_ended(view_of(pl_module))
         self._end_training()
 
     def _end_training(self) -> None:
-        self._training.close()
+        self._until_training_ends.close()
         self._watch = NoTraining()
-        self._stage.dropout.close()
+        self._stage.tools.end_training()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the updates: the module is a plain one again.
@@ -351,13 +353,13 @@ class LoRACallback(Callback):
         if not self._stage.end_fit():
             rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
             return
-        view = View(pl_module)
+        view = View(pl_module)  # not view_of: check_layers_stayed says more of layers that have lost their adapters
         merging.check_layers_stayed(view)
-        pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
-        self._stage.guards_in_each_process.fit_ended(view, trainer.optimizers, trainer.global_step)
+        pl_module.zero_grad()  # gradients of the last step would take memory, and count in a step by hand
+        self._stage.tools.guards_in_each_process.fit_ended(view, trainer.optimizers, trainer.global_step)
         view = view_of(pl_module)
-        note_changed(view)
-        self._stage.guards_in_first_process.base_compared(view)
+        note_changed(view)  # compares the base with its fingerprint, for the guards and for later files
+        self._stage.tools.guards_in_first_process.base_compared(view)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merging.merge_trained(trainer, pl_module, self.merge)
 
@@ -372,8 +374,8 @@ class LoRACallback(Callback):
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
         methods = methods_of(trainer.strategy)
-        others_may_be_missing = methods is not None and methods.shards_before_adapters
-        is_kept = self._stage.end_after_error(pl_module, others_may_be_missing=others_may_be_missing)
+        is_sharded = methods is not None and methods.shards_before_adapters  # over processes, of which some may be gone
+        is_kept = self._stage.end_after_error(pl_module, others_may_be_missing=is_sharded)
         self._leave_stage()
         if is_kept and isinstance(exception, KeyboardInterrupt):
             compatibility.tell_of_interrupt(trainer, pl_module)
@@ -383,18 +385,16 @@ class LoRACallback(Callback):
         if find_record(pl_module) is None:  # the file is Lightning's own
             return
         checkpoint[RANDOM] = random_states(trainer)
-        if methods_of(trainer.strategy) is None:  # after a spawned run, the main process may save: it had no set-up
+        if methods_of(trainer.strategy) is None:  # the main process may save after a spawned run: it had no set-up
             self._stage.callbacks = compatibility.callbacks_of(trainer)
             overlay_strategy(trainer.strategy, self._stage)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
         if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), dict):
-            self._stage.random_numbers = self._training.enter_context(closing(ResumedNumbers(trainer, checkpoint)))
+            self._stage.random_numbers = self._until_training_ends.enter_context(
+                closing(ResumedNumbers(trainer, checkpoint))
+            )
 
 
-compatibility.join_pytorch_lightning(LoRACallback)
-
-
-_SHARED_ARGUMENTS = cleandoc(LoRAConfig.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]
-LoRACallback.__doc__ = cleandoc(LoRACallback.__doc__ or "").replace("Args:\n", f"Args:\n{_SHARED_ARGUMENTS}", 1)
+compatibility.subclass_pytorch_lightning_too(LoRACallback)

@@ -17,7 +17,7 @@ from lightning_lora.storage.offline.layers import layer_on, read_layers
 from lightning_lora.tensors.names import join, own_parameter
 from lightning_lora.tensors.shards import full_tensor
 
-Source = nn.Module | tuple[nn.Module, str] | str | Path  # a model, one of its adapters, or a file
+Source = nn.Module | tuple[nn.Module, str] | str | Path  # a model, a model and an adapter's name, or a file
 
 
 class LayerWithAdapter(NamedTuple):
@@ -25,19 +25,23 @@ class LayerWithAdapter(NamedTuple):
 
     module: nn.Module
     adapter: Adapter
-    bases: dict[str, Tensor]  # the base's weights, where those of the module are merged
+    base_weights: dict[str, Tensor]  # by name in the module: of merged ones, which the module itself does not show
 
 
-class MatrixValues(NamedTuple):
-    """The values of an adapted matrix, of its update and of its weight. The numbers are tensors without gradients."""
+class MeasuredMatrix(NamedTuple):
+    """An adapted matrix whose factors, update and weight can be computed, as tensors without gradients."""
 
     layer: LayerWithAdapter
-    matrix: AdaptedMatrix
+    matrix: AdaptedMatrix  # which part of the layer it is
 
     @property
     def settings(self) -> Settings:
         """The settings of its adapter."""
         return self.layer.adapter.settings
+
+    def rank(self) -> int:
+        """Return the rank of its factors."""
+        return self.matrix.rank_for(self.settings.r)
 
     def factors(self) -> Factors:
         """Return A and B in float64, with the scaling in B."""
@@ -65,19 +69,19 @@ class MatrixValues(NamedTuple):
         if not weight.numel():
             raise AdapterStateError("A file of adapters has no weights of the base. Pass the model after load_adapter.")
         kind = self.layer.adapter.kind
-        values = kind.lora_values(self.layer.module, weight)
-        matrix: Tensor = kind.lora_as_matrix(values).detach()
-        rows = matrix.narrow(-2, self.matrix.first, self.matrix.writes)  # one part of a fused layer has only some
-        return rows.to(wide(rows.dtype))
+        values = kind.lora_values(self.layer.module, weight)  # without quantisation
+        whole: Tensor = kind.lora_as_matrix(values).detach()  # (..., out, in)
+        part = whole.narrow(-2, self.matrix.first, self.matrix.writes)  # of a fused layer, this matrix's outputs
+        return part.to(wide(part.dtype))
 
     def _base_parameter(self) -> Tensor:
         name = self.matrix.weight
-        if name in self.layer.bases:
-            return self.layer.bases[name]
+        if name in self.layer.base_weights:
+            return self.layer.base_weights[name]
         return own_parameter(self.layer.module, name)
 
 
-def measured(source: Source) -> dict[str, MatrixValues]:
+def measured_matrices(source: Source) -> dict[str, MeasuredMatrix]:
     """Return the adapted matrices of a model or a file, by name."""
     if isinstance(source, str | Path):
         layers = _layers_of_file(source)
@@ -88,8 +92,8 @@ def measured(source: Source) -> dict[str, MatrixValues]:
     found = {}
     for name, layer in layers.items():
         for matrix in layer.adapter.matrices:
-            if not matrix.tokens:  # rows have no A and B
-                found[join(name, matrix.name)] = MatrixValues(layer, matrix)
+            if not matrix.tokens:  # an embedding whose rows train by themselves has no A and B
+                found[join(name, matrix.name)] = MeasuredMatrix(layer, matrix)
     return found
 
 
@@ -106,10 +110,10 @@ def _layers_of_file(path: str | Path) -> dict[str, LayerWithAdapter]:
 def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, LayerWithAdapter]:
     """The layers of a model that have this adapter, or the active one."""
     view = view_of(model)
-    bases = defaultdict[str, dict[str, Tensor]](dict)
+    base_weights = defaultdict[str, dict[str, Tensor]](dict)
     for merged in view.merged_weights:
-        bases[merged.layer][merged.weight] = merged.base
+        base_weights[merged.layer][merged.weight] = merged.base_value
     layers = {}
     for name, adapter in adapters_of(model, adapter_name or view.adapter.name).items():
-        layers[name] = LayerWithAdapter(view.modules[name], adapter, bases[name])
+        layers[name] = LayerWithAdapter(view.modules[name], adapter, base_weights[name])
     return layers

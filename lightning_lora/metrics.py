@@ -19,16 +19,11 @@ from torchmetrics.utilities import plot
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.functional import subspace
 from lightning_lora.functional.dtypes import precise
-from lightning_lora.measured import MatrixValues, Source, measured
+from lightning_lora.measured import MeasuredMatrix, Source, measured_matrices
 from lightning_lora.tensors.dicts import only
 
-_drawing: Any = plot  # with matplotlib or without
+_drawing: Any = plot  # untyped, because torchmetrics keeps most of its names private
 _POOLED: dict[str, Any] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
-
-
-def ratio(update: Tensor, other: Tensor) -> Tensor:
-    """Return an update's norm over another norm. An update of zero gives 0."""
-    return torch.where(update == 0, 0, update / other.to(update.device))
 
 
 def _check_choice(name: str, value: str, *choices: str) -> None:
@@ -104,12 +99,18 @@ class _NumberOfEachMatrix(_AdapterMetric):
     def update(self, model: Source) -> None:
         """Measure an adapter."""
         values = dict[str, Tensor]()
-        for name, each in measured(model).items():
-            values[name] = self._number(name, each).float()
+        for name, matrix in measured_matrices(model).items():
+            values[name] = self._number(name, matrix).float()
         self.values = values
 
-    def _number(self, name: str, each: MatrixValues) -> Tensor:
+    def _number(self, name: str, matrix: MeasuredMatrix) -> Tensor:
+        """The number of one matrix."""
         raise NotImplementedError
+
+
+def _ratio(update: Tensor, other: Tensor) -> Tensor:
+    """An update's norm over another norm. An update of zero gives 0, whatever the other is."""
+    return torch.where(update == 0, 0, update / other.to(update.device))
 
 
 class UpdateNorm(_NumberOfEachMatrix):
@@ -138,9 +139,9 @@ class UpdateNorm(_NumberOfEachMatrix):
         {'0': tensor(0.7071)}
     """
 
-    def _number(self, name: str, each: MatrixValues) -> Tensor:
-        norms = subspace.norm(each.update())  # one for each matrix of a stack
-        return ratio(vector_norm(norms), vector_norm(each.weight()))
+    def _number(self, name: str, matrix: MeasuredMatrix) -> Tensor:
+        norms = subspace.norm(matrix.update())  # one for each matrix of a stack
+        return _ratio(vector_norm(norms), vector_norm(matrix.weight()))
 
 
 class EffectiveRank(_NumberOfEachMatrix):
@@ -154,8 +155,8 @@ class EffectiveRank(_NumberOfEachMatrix):
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.
     """
 
-    def _number(self, name: str, each: MatrixValues) -> Tensor:
-        _, sizes, _ = subspace.directions(each.update())
+    def _number(self, name: str, matrix: MeasuredMatrix) -> Tensor:
+        _, sizes, _ = subspace.directions(matrix.update())
         return subspace.effective_rank(sizes).mean()
 
 
@@ -184,14 +185,14 @@ class Amplification(_NumberOfEachMatrix):
     @property
     def norms(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """The norms of what was measured last."""
-        return {name: self._norms[name] for name in self.values}
+        return only(self._norms, self.values)  # an earlier update may have measured other matrices
 
-    def _number(self, name: str, each: MatrixValues) -> Tensor:
-        weight = precise(each.weight())
-        u, sizes, v = subspace.directions(each.update())
+    def _number(self, name: str, matrix: MeasuredMatrix) -> Tensor:
+        weight = precise(matrix.weight())
+        u, sizes, v = subspace.directions(matrix.update())
         if self.of == "weight":
             u, _, v = subspace.directions(weight)
-        rank = each.matrix.rank_for(each.settings.r)
+        rank = matrix.rank()
         u = u[..., :rank].to(weight.device)
         v = v[..., :rank].to(weight.device)
         if self.of == "random":
@@ -201,7 +202,7 @@ class Amplification(_NumberOfEachMatrix):
         update_norm = vector_norm(sizes)
         norm_along_directions = vector_norm(u.mT @ weight @ v)
         self._norms[name] = (update_norm, norm_along_directions, vector_norm(weight))
-        return ratio(update_norm, norm_along_directions)
+        return _ratio(update_norm, norm_along_directions)
 
 
 def _random_directions(vectors: Tensor, noise: torch.Generator) -> Tensor:
@@ -244,7 +245,7 @@ class SubspaceSimilarity(_AdapterMetric):
 
     def update(self, one: Source, other: Source) -> None:  # type: ignore[override]
         """Compare two adapters."""
-        first, second = measured(one), measured(other)
+        first, second = measured_matrices(one), measured_matrices(other)
         common = only(first, second)
         if not common:
             raise AdapterStateError(
@@ -255,16 +256,17 @@ class SubspaceSimilarity(_AdapterMetric):
         for name, matrix in common.items():
             self.values[name] = self._similarity(matrix, second[name])
 
-    def _similarity(self, one: MatrixValues, other: MatrixValues) -> Tensor:
+    def _similarity(self, one: MeasuredMatrix, other: MeasuredMatrix) -> Tensor:
         """A number of two matrices, or their grid."""
         first, second = self._factor(one), self._factor(other)
         grids = subspace.subspace_similarity(first, second.to(first.device)).float()
         grid = grids.view(-1, *grids.shape[-2:]).mean(0)
-        if self.i is None:
+        if self.i is None or self.j is None:
             return grid
-        return grid[: self.i, : self.j][-1, -1]
+        rows, columns = grid.shape  # how many directions there are
+        return grid[min(self.i, rows) - 1, min(self.j, columns) - 1]
 
-    def _factor(self, matrix: MatrixValues) -> Tensor:
+    def _factor(self, matrix: MeasuredMatrix) -> Tensor:
         """The factor to compare. Its rows are directions that the layer reads, or writes."""
         a, b = matrix.factors()
         return a if self.side == "A" else b.mT

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:  # what guards look at is above this file, which imports none of it when it runs
-    from lightning_lora.model.untrained import Untrained
+    from lightning_lora.model.untrained.find_untrained import Untrained
     from lightning_lora.model.view import View
     from lightning_lora.training.steps.moved_copies import FrozenCopies
 
@@ -97,6 +97,10 @@ class Guard:
 
 GUARDS: list[type[Guard]] = []
 """All guards. ``guards/__init__.py`` has the list. Where several speak at one moment, this is their order."""
+
+
+NO_GUARDS = Guard()
+"""For a process that says nothing: each moment does nothing."""
 
 
 class Guards(Guard):

@@ -9,9 +9,13 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
-from lightning_lora.measured import MatrixValues, measured
+from lightning_lora.measured import MeasuredMatrix, measured_matrices
 from lightning_lora.model.record import find_record
-from lightning_lora.training.compatibility import forget_module, join_pytorch_lightning, refuse_if_given_as_class
+from lightning_lora.training.compatibility import (
+    forget_module,
+    refuse_if_given_as_class,
+    subclass_pytorch_lightning_too,
+)
 
 
 class LoRAMonitor(Callback):
@@ -41,8 +45,8 @@ class LoRAMonitor(Callback):
             raise ConfigError(f"every_n_steps={every_n_steps!r} is not valid. Expected at least 1.")
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
-        self._ended_intervals = -1  # none was measured
-        join_pytorch_lightning(LoRAMonitor)
+        self._ended_intervals = -1  # how many had ended at the last measurement. -1: there was none
+        subclass_pytorch_lightning_too(LoRAMonitor)  # again: it may have been imported only now
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there are adapters. The first step will be measured."""
@@ -52,11 +56,13 @@ class LoRAMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log the updates."""
-        if not self._is_due(trainer.global_step):
+        ended = self._count_ended_intervals(trainer.global_step)
+        if ended == self._ended_intervals:  # or if the batch has stepped no optimizer
             return
+        self._ended_intervals = ended
         norms: dict[str, Tensor] = {}
         ranks: dict[str, Tensor] = {}
-        for name, matrix in measured(pl_module).items():
+        for name, matrix in measured_matrices(pl_module).items():
             norms[name], ranks[name] = _norm_and_rank(matrix)
         if not norms:
             return
@@ -78,24 +84,21 @@ class LoRAMonitor(Callback):
         """Let go of the module, as at the end."""
         forget_module(self)
 
-    def _is_due(self, step: int) -> bool:
-        """Whether nothing was measured in this fit, or the first step or an interval has ended since."""
-        ended = int(step > 0) + step // self.every_n_steps  # the same again if a batch has stepped no optimizer
-        if ended == self._ended_intervals:
-            return False
-        self._ended_intervals = ended
-        return True
+    def _count_ended_intervals(self, step: int) -> int:
+        """How many intervals have ended after so many steps. The first step counts as one more."""
+        first_step = min(step, 1)
+        return first_step + step // self.every_n_steps
 
 
-def _norm_and_rank(matrix: MatrixValues) -> tuple[Tensor, Tensor]:
+def _norm_and_rank(matrix: MeasuredMatrix) -> tuple[Tensor, Tensor]:
     """The norm and the effective rank of an update, without an SVD of its factors: it may run every few steps."""
     a, b = matrix.factors()
     core = (b.mT @ b @ (a @ a.mT)).cpu()  # r x r: its eigenvalues are the update's singular values, squared
-    squares = torch.linalg.eigvals(core.nan_to_num(0, 0, 0)).real
+    squares = torch.linalg.eigvals(core.nan_to_num(0, 0, 0)).real  # which refuses NaN, as of a fit that diverged
     sizes = squares.clamp_min(0).sqrt()
     square_of_norm = core.diagonal(0, -2, -1).sum()
     norm = square_of_norm.clamp_min(0).sqrt()
     return norm, effective_rank(sizes).mean()
 
 
-join_pytorch_lightning(LoRAMonitor)
+subclass_pytorch_lightning_too(LoRAMonitor)

@@ -1,6 +1,6 @@
-"""Every private name of torch, Lightning and DeepSpeed that this package reads.
+"""Every private name of torch, Lightning and DeepSpeed that this package reads, and what breaks without it.
 
-Beside each stands what breaks without it. ``tests/test_private.py`` asks for those whose absence is no error.
+If a release renames one, most tests fail. ``tests/test_private.py`` asks for those whose absence would be no error.
 """
 
 import sys
@@ -11,75 +11,94 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.batchnorm import _NormBase as NormBase  # the class of norms with running statistics
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-__all__ = ["NormBase", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]  # norms with running statistics
+__all__ = ["NormBase", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
 
-# Names of attributes and entries, and what would go wrong without them
 
-COMPILED = "_orig_mod"  # the module inside torch.compile's wrapper: its files would have other names
-COMPILED_CALL = "_compiled_call_impl"  # of a module that was compiled in place: the first batch would compile it again
-COMPILED_FUNCTION = "_torchdynamo_orig_callable"  # the function inside a compiled one, likewise
-COMPILED_RESULT = "__compiled_fn"  # how names begin that torch.compile leaves in a file: its models would seem compiled
-CHECKPOINTED = "_checkpoint_wrapped_module"  # that inside checkpoint_wrapper's, likewise
-FABRIC_WRAPPED, FABRIC_OWN = "_forward_module", "_original_module"  # in Fabric's: it would seem to have no adapters
-EXTRA_STATE = "_extra_state"  # the end of the names of get_extra_state: a state dict would not match them
-STATE_NOTES = "_metadata"  # torch's notes on a state dict: a merged file would be taken for a base
-NOT_STORED = "_non_persistent_buffers_set"  # the buffers that a state dict leaves out: files would hold them
-STORAGE_BYTES = "_untyped_storage"  # of a storage as torch.load builds it: the public method warns
-INPUTS_OF_GRAD = "t_inputs"  # in torch.autograd.grad: unused weights that it got from a generator would have no names
-NODE_FUNCTION = "_forward_cls"  # the autograd.Function of a node: what a reentrant checkpoint read would look unused
-LOAD_HOOKS = "_load_state_dict_pre_hooks"  # those of a copied module have no handles: they would stay
-CONVOLVES = "_conv_forward"  # what a convolution runs: a class that overrides it would not be noticed
-RECURRENT_NAMES = "_flat_weights_names"  # a recurrent layer's weights, even computed ones: it would get no adapters
-RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")  # of these weights: a merge would leave the old ones there
-START_METHOD = "_start_method"  # of a strategy's processes: adapters that do not come back would not be refused
-HPARAMS_NAME = "_hparams_name"  # the argument with the hyperparameters: Lightning could not build a file's module
-LOADER_STATE = "_iterator"  # where a loader keeps workers that stay: those of a copy would be the same
-LOGS_HPARAMS = "_log_hyperparams"  # whether Lightning logs them: TensorBoard would show ours alone
-CLI_CLASS = "_class_path"  # LightningCLI's entry in them: load_from_checkpoint would build the wrong class
-AVERAGE, AVERAGES_WITH = "_average_model", "_avg_fn"  # of SWA and EMA: they would not know adapters and frozen weights
+# Names of attributes and entries. First what it is, then what would be wrong without it
 
-# Functions of torch, without a call around them: they run in each forward pass
+# Modules inside wrappers
+COMPILED = "_orig_mod"  # in torch.compile's wrapper. Without it: other names in files
+CHECKPOINTED = "_checkpoint_wrapped_module"  # in the wrapper of checkpoint_wrapper. Without it: other names in files
+FABRIC_WRAPPED = "_forward_module"  # in Fabric's wrapper, with Fabric's precision. Without it: no adapters are found
+FABRIC_OWN = "_original_module"  # in Fabric's wrapper, as the user made it. Without it: no adapters are found
 
-tracing: Callable[[], object] = torch._C._get_tracing_state  # torch.jit.trace would not see explicit gradients,
-is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active  # nor would torch.func,
-count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # nor would modes that watch single operations
-is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # asking for one device takes longer
+# torch.compile
+COMPILED_CALL = "_compiled_call_impl"  # on a module compiled in place. Without it: the first batch compiles it twice
+COMPILED_FUNCTION = "_torchdynamo_orig_callable"  # the function in a compiled one. Without it: it is compiled twice
+COMPILED_RESULT = "__compiled_fn"  # how names begin that it puts into a file. Without it: its models seem compiled
+
+# Modules, their state and their hooks
+EXTRA_STATE = "_extra_state"  # how entries of get_extra_state end. Without it: a state dict does not match them
+STATE_NOTES = "_metadata"  # torch's notes on a state dict. Without it: a merged file is taken for a base
+NOT_STORED = "_non_persistent_buffers_set"  # buffers that a state dict leaves out. Without it: files hold them
+LOAD_HOOKS = "_load_state_dict_pre_hooks"  # of a module. Without it: those of a copy cannot be removed
+STORAGE_BYTES = "_untyped_storage"  # of a storage as torch.load builds it. Without it: the public method warns
+
+# Layers
+CONVOLVES = "_conv_forward"  # what a convolution runs. Without it: a class that overrides it is adapted wrongly
+RECURRENT_NAMES = "_flat_weights_names"  # of a recurrent layer's weights, even computed ones. Without it: no adapters
+RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")  # of these weights. Without them: merges leave the old ones
+
+# Gradients
+INPUTS_OF_GRAD = "t_inputs"  # in torch.autograd.grad. Without it: an error cannot name weights of a generator
+NODE_FUNCTION = "_forward_cls"  # of an autograd node. Without it: what reentrant checkpoints use looks unused
+
+# Lightning
+START_METHOD = "_start_method"  # of a strategy's processes. Without it: adapters that do not come back are not refused
+HPARAMS_NAME = "_hparams_name"  # the argument with all hyperparameters. Without it: no module is built of a file
+LOGS_HPARAMS = "_log_hyperparams"  # whether Lightning logs them. Without it: TensorBoard shows ours alone
+CLI_CLASS = "_class_path"  # LightningCLI's entry in them. Without it: load_from_checkpoint builds the wrong class
+SUMMARY_DEPTH = (
+    "_max_depth"  # of a ModelSummary, 0 for no table. Without it: a line speaks of a table that is not shown
+)
+LOADER_STATE = "_iterator"  # a loader's workers that stay. Without it: a copied loader shares them
+AVERAGE = "_average_model"  # the averaged model of SWA and EMA. Without it: adapters are not averaged
+AVERAGES_WITH = "_avg_fn"  # how they average. Without it: frozen weights are averaged too
+
+# Functions of torch, without a function of ours around them, because they run in each forward pass: is other code
+# looking at single operations? Explicit gradients would hide these from it.
+
+tracing: Callable[[], object] = torch._C._get_tracing_state  # torch.jit.trace
+is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active  # torch.func
+count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # modes, such as one that counts operations
+
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # to ask for one device takes longer
 
 
 def is_forward_differentiating() -> bool:
-    """Whether forward-mode differentiation runs: explicit gradients would leave out its tangents."""
+    """Whether forward-mode differentiation runs. Without it: explicit gradients leave out its tangents."""
     return forward_ad._current_level >= 0
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was written in place: without it, changes of the base could be missed."""
+    """Return how often a tensor was written in place. Without it: changes of the base can be missed."""
     return tensor._version
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
-    """Whether code has put hooks on a parameter's gradient: without it, masks that no longer act would go unnoticed."""
+    """Whether code has put hooks on a parameter's gradient. Without it: masks that no longer act go unnoticed."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
 
 
 def local_offsets(tensor: Any) -> tuple[Any, Any]:
-    """Return the shape of a DTensor's local shard and where it begins: without it, there are no digests of shards."""
+    """Return the shape of a DTensor's local shard, and where it begins. Without it: no digests of shards."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
 def convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve with another weight, and a layer's padding: without it, we would need each of torch's paddings."""
+    """Convolve with another weight, and a layer's padding. Without it: each of torch's paddings is written again."""
     output: Tensor = layer._conv_forward(x, weight, None)
     return output
 
 
 @contextmanager
 def before_compiling(call: Callable[[], None]) -> Iterator[None]:
-    """Call this before torch.compile traces code: without it, what is there for one batch would be compiled in."""
+    """Call this before torch.compile traces code. Without it: what is there for one batch alone is compiled in."""
     module: Any = sys.modules.get("torch._dynamo.callback")  # not there: nothing was compiled yet
     starts = [] if module is None else module.callback_handler.start_callbacks
 
@@ -98,7 +117,7 @@ def before_compiling(call: Callable[[], None]) -> Iterator[None]:
 
 
 def multiprocessing_launchers() -> Iterator[Any]:
-    """The classes that start processes: without them, records do not come back from forked and spawned ones."""
+    """The classes that start processes. Without them: records do not come back from forked and spawned ones."""
     for package in ("lightning.pytorch", "pytorch_lightning"):
         module: Any = sys.modules.get(f"{package}.strategies.launchers.multiprocessing")
         if module is not None:
@@ -106,42 +125,45 @@ def multiprocessing_launchers() -> Iterator[Any]:
 
 
 def loader_states(fit_loop: Any) -> Any:
-    """Return the states that the loaders of a resumed run wait for: those that began without them begin again."""
+    """Return the states that the loaders of a resumed run wait for. Without it: those that began too early stay so."""
     return fit_loop._combined_loader_states_to_load
 
 
 def begin_loaders_again(fit_loop: Any, states: Any) -> None:
-    """Begin the loaders of a fit again, with their states: another order of batches is another run."""
+    """Begin the loaders of a fit again, with their states. Without it: a resumed run has another order of batches."""
     fit_loop._combined_loader_states_to_load = fit_loop._combined_loader_states_to_load or states
     fit_loop._load_combined_loader_states()
     iter(fit_loop._data_fetcher)
 
 
 def loader_of(fit_loop: Any) -> Any:
-    """Return the loader of a fit, of all its data loaders: starts from data would see other batches."""
+    """Return the loader that combines all of a fit. Without it: adapters that start from data see other batches."""
     return fit_loop._combined_loader
 
 
 def before_transfer(pl_module: Any, batch: Any) -> Any:
-    """Return a batch as hooks change it before it moves: starts from data would see others."""
+    """Return a batch as hooks change it before it moves. Without it: adapters that start from data see other values."""
     return pl_module._on_before_batch_transfer(batch)
 
 
 # DeepSpeed
 
 
-class OwnRun(NamedTuple):
-    """The run of numbers that a parameter shares with this process's shard of its group."""
+class OwnSpan(NamedTuple):
+    """The elements of a parameter that are in this process's shard of its group."""
 
     first: int  # in the parameter
     first_in_shard: int
     length: int
 
 
-def own_run(parameter: Any) -> OwnRun:
-    """Return what a parameter shares with this process's shard: files would lack states without it."""
+def own_span(parameter: Any) -> OwnSpan:
+    """Return which elements of a parameter this process's shard holds. Without it: files lack optimizer states.
+
+    DeepSpeed calls the shard hp, of high precision, and the parameter lp, of low precision.
+    """
     shared = parameter._hp_mapping
     if shared is None:
-        return OwnRun(0, 0, 0)
+        return OwnSpan(0, 0, 0)
     in_shard = shared.hp_fragment_address
-    return OwnRun(shared.lp_fragment_address.start, in_shard.start, in_shard.numel)
+    return OwnSpan(shared.lp_fragment_address.start, in_shard.start, in_shard.numel)

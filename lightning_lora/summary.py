@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import listed
 from lightning_lora.layers import LoRALayer, number_of_values
 from lightning_lora.model.record import find_record
-from lightning_lora.model.untrained import random_weights_now
+from lightning_lora.model.untrained.random_weights import random_weights_now
 from lightning_lora.model.view import View
 from lightning_lora.printing import Writable, fitting_console
 from lightning_lora.storage.state import values_to_store
-from lightning_lora.summary_table import sums, table_of
+from lightning_lora.summary_table import table_of, text_on_adapters, total_counts
 from lightning_lora.tables import grouped_by_name, shown_range
 from lightning_lora.tensors.inplace import original_class
 from lightning_lora.tensors.names import owner_of, submodule
@@ -42,25 +41,35 @@ class LayerGroup:
 
 
 @dataclass(frozen=True)
+class NamedAdapters:
+    """The adapters of a model by name: the active one, and those that rest beside it."""
+
+    active: str
+    is_new: bool  # the active one, which has learned nothing yet
+    resting: tuple[str, ...]
+    is_base_shown: bool
+
+
+@dataclass(frozen=True)
 class LoRASummary:
-    """The result of :func:`summarize`; it prints as a table.
+    """The result of :func:`summarize`; it prints as a table."""
 
-    Sizes are those of Adam's state and of a checkpoint's weights; ``full_``, of full fine-tuning. ``adapters`` is the
-    number of adapted matrices. A ``plain`` model was never adapted, or is merged. ``active`` is what the headline says
-    of its named adapters, `` 'a' (new; 'b' rests)``: nothing if there is "default" alone.
-    """
-
-    title: str
+    title: str  # the class of the model
     groups: tuple[LayerGroup, ...]
-    trained: int
+    trained: int  # values, as frozen
     frozen: int
-    optimizer_bytes: int
-    full_optimizer_bytes: int
-    checkpoint_bytes: int
-    full_checkpoint_bytes: int
-    adapters: int
-    plain: bool
-    active: str = ""
+    optimizer_bytes: int  # of Adam's state
+    full_optimizer_bytes: int  # the same in full fine-tuning
+    checkpoint_bytes: int  # of the weights in a checkpoint
+    full_checkpoint_bytes: int  # the same in full fine-tuning
+    adapters: int  # adapted matrices
+    plain: bool  # never adapted, or merged
+    named: NamedAdapters | None = None  # None: there is "default" alone
+
+    @property
+    def active(self) -> str:
+        """What the headline says of the named adapters: `` 'a' (new; 'b' rests)``, or nothing."""
+        return text_on_adapters(self.named)
 
     @property
     def share(self) -> float:
@@ -116,7 +125,7 @@ def summarize(model: nn.Module) -> LoRASummary:
         full_checkpoint_bytes=_full_bytes(base) + _bytes(view.buffers.values()),
         adapters=len(view.matrices),
         plain=not view.layers,
-        active=_text_on_adapters(view),
+        named=_named_adapters(view),
     )
 
 
@@ -198,7 +207,7 @@ def _parts(layer: LoRALayer) -> tuple[str, ...]:
 
 def _group_of(pattern: str, layers: Sequence[_CountedLayer]) -> LayerGroup:
     described = layers[0].described
-    trained, frozen = sums(layers)
+    trained, frozen = total_counts(layers)
     return LayerGroup(
         name=pattern,
         layers=len(layers),
@@ -223,33 +232,23 @@ def _checkpoint_entries(view: View) -> Mapping[str, Any]:
 def _random_in_files(view: View) -> tuple[str, ...]:
     """The frozen weights that files hold because they look untrained."""
     if view.is_sharded:  # to look for them needs every process, and this one alone may ask for a summary
-        return view.adapter.random_so_far
+        return view.adapter.known_random_weights
     return random_weights_now(view)  # which notes nothing: the base may change until a fit begins
 
 
 # The named adapters
 
 
-def _text_on_adapters(view: View) -> str:
-    """What the headline says of a model's named adapters, after ``LoRA``: `` 'a' (new; 'b' rests)``."""
+def _named_adapters(view: View) -> NamedAdapters | None:
+    """The named adapters of a model. None: it has none, or "default" alone."""
     record = find_record(view.model)
     if record is None:
-        return ""
+        return None
     if record.name_in_effect == "default" and not record.others:
-        return ""
-    states = [_age_of_adapter(view)]
-    if record.others:
-        rest = "rests" if len(record.others) == 1 else "rest"
-        states.append(f"{listed(record.others)} {rest}")
-    if record.is_disabled:
-        states.append("the base is shown")
-    return f" {record.adapter.name!r} ({'; '.join(states)})"
-
-
-def _age_of_adapter(view: View) -> str:
-    """Whether the active adapter has been trained."""
-    is_new = view.layers and not view.adapter.is_trained and view.is_fresh()
-    return "new" if is_new else "trained before"
+        return None
+    has_layers = bool(view.layers)
+    is_new = has_layers and not view.adapter.may_have_learned and view.is_fresh()
+    return NamedAdapters(record.adapter.name, is_new, tuple(record.others), record.is_disabled)
 
 
 # Values and bytes

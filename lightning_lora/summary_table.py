@@ -9,12 +9,12 @@ from rich.table import Table
 from rich.text import Text
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
-from lightning_lora.errors import counted
+from lightning_lora.errors import counted, listed
 from lightning_lora.printing import Writable
 from lightning_lora.tables import LayerName, layer_table
 
 if TYPE_CHECKING:
-    from lightning_lora.summary import LayerGroup, LoRASummary
+    from lightning_lora.summary import LayerGroup, LoRASummary, NamedAdapters
 
 _LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)  # they keep two tensors for each trained parameter
 
@@ -45,6 +45,19 @@ def _headline(summary: "LoRASummary") -> str:
     return f"{title} is a plain model, with {adapters} merged into it{summary.active}"
 
 
+def text_on_adapters(named: "NamedAdapters | None") -> str:
+    """Return what the headline says of named adapters, with a blank before it: `` 'a' (new; 'b' rests)``."""
+    if named is None:
+        return ""
+    states = ["new" if named.is_new else "trained before"]
+    if named.resting:
+        rest = "rests" if len(named.resting) == 1 else "rest"
+        states.append(f"{listed(named.resting)} {rest}")
+    if named.is_base_shown:
+        states.append("the base is shown")
+    return f" {named.active!r} ({'; '.join(states)})"
+
+
 def _groups_that_train_most(summary: "LoRASummary") -> list["LayerGroup"]:
     """The groups of the 15 rows that train most, in the order of all groups."""
     most_first = sorted(summary.groups, key=attrgetter("trained"), reverse=True)
@@ -63,7 +76,7 @@ def _layers(summary: "LoRASummary", shown: Sequence["LayerGroup"]) -> Table:
         table.add_row(LayerName(_shown_name(group)), group.kind, group.r, *numbers)
     others = _left_out_of(shown, summary.groups)
     if others:
-        trained, frozen = sums(others)
+        trained, frozen = total_counts(others)
         name = _name_of_others(others, trains=trained > 0)
         table.add_row(LayerName(name), "", "–", *_cells_of_numbers(trained, frozen))
     table.add_section()
@@ -101,7 +114,7 @@ def _cells_of_numbers(trained: int, frozen: int) -> tuple[str, str]:
 
 
 class _Counted(Protocol):
-    """A layer, or a group of them: how many values of it train, and how many do not."""
+    """A layer, or a group of layers, whose values are counted: those that train, and the others."""
 
     @property
     def trained(self) -> int: ...
@@ -110,7 +123,7 @@ class _Counted(Protocol):
     def frozen(self) -> int: ...
 
 
-def sums(layers: Iterable[_Counted]) -> tuple[int, int]:
+def total_counts(layers: Iterable[_Counted]) -> tuple[int, int]:
     """Return how many values train in all of these layers, and how many do not."""
     trained = frozen = 0
     for layer in layers:

@@ -1,4 +1,7 @@
-"""LoRASweep: several adapters, each in fits of its own, of which the better ones go on."""
+"""LoRASweep: several adapters, each in fits of its own, of which the better ones go on.
+
+In this file, a run is what ``LoRASweep.run`` does: all fits of all adapters. Each adapter is a :class:`.SweptAdapter`.
+"""
 
 import itertools
 import math
@@ -13,7 +16,7 @@ from rich.table import Table
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.printing import fitting_console
-from lightning_lora.sweep_run import FitFunction, Run
+from lightning_lora.sweep_run import FitFunction, SweptAdapter, TrainsUntil
 
 _LISTS = {"target_modules", "target_parameters", "exclude_modules", "modules_to_save", "trainable_token_indices"}
 """Arguments of which one value may be a list itself."""
@@ -47,7 +50,7 @@ class LoRASweep:
     """
 
     runs: dict[str, dict[str, Any]]  # the arguments of each adapter, by its name
-    results: list[dict[str, Any]]  # of the last run: name, arguments, metrics and the epoch of the drop, the best first
+    results: list[dict[str, Any]]  # of each adapter, the best first: name, arguments, metrics, and when it was dropped
 
     def __init__(
         self,
@@ -112,47 +115,51 @@ class LoRASweep:
                 adapter is on the module then.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        runs = list[Run]()
+        adapters = list[SweptAdapter]()
         for name, arguments in self.runs.items():
-            runs.append(Run(name, arguments, self.directory, self.monitor))
-        self._train(runs, fit)
-        runs.sort(key=self._order)
-        self.results = [run.result(self._varied) for run in runs]
+            adapters.append(SweptAdapter(name, arguments, self.directory, self.monitor))
+        self._train(adapters, fit)
+        adapters.sort(key=self._order)
+        self.results = [adapter.result(self._varied) for adapter in adapters]
         try:
-            self._merge(runs[0], fit)
+            self._merge(adapters[0], fit)
         finally:
             rank_zero_only(fitting_console().print)(self.table())
         return self.results
 
-    def _train(self, runs: Sequence[Run], fit: FitFunction) -> None:
-        """Train all adapters, epoch by epoch with a validation, until each has ended or was dropped."""
-        while runs:
-            stops = len(runs) > 1 and self.keep < 1
-            for run in runs:
-                run.go_on(fit, stops=stops)
-            runs = [run for run in runs if not run.has_ended]
-            if runs:
-                runs = self._drop_worse(runs)
+    def _train(self, adapters: Sequence[SweptAdapter], fit: FitFunction) -> None:
+        """Train all adapters in turns, until each was trained to the end or dropped.
 
-    def _drop_worse(self, runs: Sequence[Run]) -> list[Run]:
-        """Drop the worse ones. Return those that go on."""
-        ranked = sorted(runs, key=self._order)
+        A turn is a fit of each: to the next validation while some will be dropped, and otherwise to the end.
+        """
+        while adapters:
+            will_drop_some = len(adapters) > 1 and self.keep < 1
+            until = TrainsUntil.NEXT_VALIDATION if will_drop_some else TrainsUntil.END
+            for adapter in adapters:
+                adapter.go_on(fit, until)
+            adapters = [adapter for adapter in adapters if not adapter.has_ended]
+            if adapters:
+                adapters = self._drop_worse(adapters)
+
+    def _drop_worse(self, adapters: Sequence[SweptAdapter]) -> list[SweptAdapter]:
+        """Drop the worse adapters. Return those that go on."""
+        ranked = sorted(adapters, key=self._order)
         best = ranked[0]
         count = math.ceil(len(ranked) * self.keep)
         going_on = f"{count} of {len(ranked)} go on"
         rank_zero_info(f"LoRASweep, epoch {best.epochs}: {best.name} is best; {going_on}.")
-        for run in ranked[count:]:
-            run.dropped = run.epochs
+        for adapter in ranked[count:]:
+            adapter.dropped = adapter.epochs
         return ranked[:count]
 
-    def _order(self, run: Run) -> tuple[bool, float, float]:
-        """Those with numbers first, then those that trained longest, then by the last metric."""
-        value = run.metrics[-1]
-        trained_epochs = run.dropped or math.inf
+    def _order(self, adapter: SweptAdapter) -> tuple[bool, float, float]:
+        """The key that sorts the best adapter first: NaN last, then who trained longest, then by the last metric."""
+        value = adapter.metrics[-1]
+        trained_epochs = adapter.dropped or math.inf
         badness = value if self.mode == "min" else -value
         return math.isnan(value), -trained_epochs, badness
 
-    def _merge(self, best: Run, fit: FitFunction) -> None:
+    def _merge(self, best: SweptAdapter, fit: FitFunction) -> None:
         """Merge the best adapter, in a fit that ends at once."""
         if math.isnan(best.metrics[-1]):
             raise ConfigError(

@@ -1,6 +1,7 @@
 """One adapter of a LoRASweep, through all its fits, and its callback in each of them."""
 
 from collections.abc import Callable, Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,25 @@ FitFunction = Callable[[Any, str | None], object]
 """The user's function of a callback and a ``ckpt_path``."""
 
 
-class Run:
-    """One adapter, through all its fits."""
+class TrainsUntil(Enum):
+    """How far one fit trains its adapter."""
+
+    NEXT_VALIDATION = "the end of the next epoch with a validation, after which the sweep compares adapters"
+    END = "the user's max_epochs"
+    NOW = "no further: the fit only merges what is in the adapter's file"
+
+
+class SweptAdapter:
+    """One adapter of a sweep, through all its fits."""
 
     def __init__(self, name: str, arguments: dict[str, Any], directory: Path, monitor: str) -> None:
         self.name = name
         self.arguments = arguments
         self.monitor = monitor
-        self.file = directory / f"{name}.ckpt"
-        self.metrics: list[float] = []  # one of each validation
-        self.dropped: int | None = None  # the epoch after which it ends
-        self.has_ended = False
+        self.file = directory / f"{name}.ckpt"  # where a fit ends, and the next one goes on
+        self.metrics: list[float] = []  # the monitored value of each validation
+        self.dropped: int | None = None  # the epoch after which it was worse than others
+        self.has_ended = False  # whether it was trained to the end
         self.epochs = 0  # that it has trained
 
     def result(self, varied: Iterable[str]) -> dict[str, Any]:
@@ -36,10 +45,10 @@ class Run:
         arguments = {name: self.arguments[name] for name in varied}
         return {"name": self.name, **arguments, "metrics": self.metrics, "dropped": self.dropped}
 
-    def go_on(self, fit: FitFunction, *, stops: bool) -> None:
-        """Train it to the end, or through the next epoch with a validation. Leave no adapter on the module."""
-        callback = _Callback(self, {**self.arguments, "merge": False}, stops=stops)
-        with isolate_rng():  # each begins with the same random numbers, or with those in its file
+    def go_on(self, fit: FitFunction, until: TrainsUntil) -> None:
+        """Train it further, in one fit. Leave no adapter on the module."""
+        callback = _Callback(self, {**self.arguments, "merge": False}, until)
+        with isolate_rng():  # so each adapter begins with the same random numbers, or with those in its file
             try:
                 fit(callback, self._path_to_resume())
             finally:
@@ -56,25 +65,27 @@ class Run:
         return str(self.file) if self.epochs else None
 
     def merge(self, fit: FitFunction) -> bool:
-        """Merge what is in its file into the module. Return False if no fit has run."""
-        callback = _Callback(self, self.arguments, stops=False)
+        """Merge what is in its file into the module. Return False if ``fit`` has run no fit."""
+        callback = _Callback(self, self.arguments, TrainsUntil.NOW)
         fit(callback, str(self.file))
         return callback.module is not None
 
 
 class _Callback(LoRACallback):
-    """LoRACallback for one fit of a run: it writes the run's file at the end, or merges what is in it.
+    """LoRACallback for one fit of one adapter: it writes the adapter's file, or merges what is in it.
 
-    A fit ends early where the Trainer's ``max_epochs`` is lower than the user's for a while.
+    It ends the fit where it should by a lower ``max_epochs`` of the Trainer: before the first epoch (``NOW``), or after
+    the first epoch with a validation (``NEXT_VALIDATION``). At the end, ``max_epochs`` is the user's again, before the
+    file is written, which holds it.
     """
 
-    def __init__(self, run: Run, arguments: dict[str, Any], *, stops: bool) -> None:
+    def __init__(self, adapter: SweptAdapter, arguments: dict[str, Any], until: TrainsUntil) -> None:
         super().__init__(**arguments)
-        self.run = run.name  # for the user's ``fit``
-        self.progress = run
-        self.stops = stops
-        self.validations_before = len(run.metrics)
-        self.module: LightningModule | None = None
+        self.run = adapter.name  # a name for the user's ``fit``
+        self.swept = adapter
+        self.until = until
+        self.validations_before = len(adapter.metrics)
+        self.module: LightningModule | None = None  # None until a fit has begun
         self.max_epochs: int | None = None  # the user's
 
     def leave_no_adapter(self) -> None:
@@ -91,15 +102,15 @@ class _Callback(LoRACallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if self.merge or self.progress.has_ended:  # by Run.merge, or to the end: this fit ends at once
-            _end_after(trainer, self.progress.epochs)
+        if self.until is TrainsUntil.NOW:
+            _end_after(trainer, self.swept.epochs)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
         _end_after(trainer, self.max_epochs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.progress.epochs and not trainer.global_step:
+        if self.swept.epochs and not trainer.global_step:
             raise ConfigError(
                 "LoRASweep.run expects that fit passes its second argument on: Trainer.fit(ckpt_path=...)."
             )
@@ -109,26 +120,28 @@ class _Callback(LoRACallback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         metrics = trainer.callback_metrics
-        monitor = self.progress.monitor
+        monitor = self.swept.monitor
         if monitor not in metrics:
             raise ConfigError(
                 f"monitor={monitor!r} is not logged in validation. Found: {listed(metrics)}. "
                 f"Log it in validation_step: self.log({monitor!r}, ...)."
             )
         value = float(metrics[monitor])
-        self.progress.metrics.append(trainer.strategy.broadcast(value))
+        self.swept.metrics.append(trainer.strategy.broadcast(value))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.stops and len(self.progress.metrics) > self.validations_before:
+        has_validated = len(self.swept.metrics) > self.validations_before
+        if self.until is TrainsUntil.NEXT_VALIDATION and has_validated:
             _end_after(trainer, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        run = self.progress
-        run.epochs = trainer.current_epoch
-        run.has_ended = trainer.current_epoch == self.max_epochs or trainer.should_stop or not self.stops
-        _end_after(trainer, self.max_epochs)  # as the file is to hold it
-        trainer.save_checkpoint(run.file, weights_only=False)
+        swept = self.swept
+        swept.epochs = trainer.current_epoch
+        ended_early = self.until is TrainsUntil.NEXT_VALIDATION and swept.epochs != self.max_epochs
+        swept.has_ended = trainer.should_stop or not ended_early  # EarlyStopping ends it for good
+        _end_after(trainer, self.max_epochs)
+        trainer.save_checkpoint(swept.file, weights_only=False)
 
 
 def _end_after(trainer: Trainer, epochs: int | None) -> None:

@@ -22,6 +22,7 @@ BAD: dict[str, list[Any]] = {
     "modules_to_save": ["head", [1]],
     "rank_pattern": [{"q": 0}, {"(": 2}, {"(?i)q": 2}, {"a)|(q": 2}, ["q"]],
     "alpha_pattern": [{"q": math.nan}, {1: 2.0}],
+    "trainable_token_indices": [3, "3", {0: 1}, [1, 1], [-1], [True]],
     "target_slices": ["q", {"a": "q"}, {"a": []}, {"a": ["q.v"]}, {"a": {"q": [3, 3]}}],
     "bias": ["some", True],
     "use_dora": ["yes", 1],

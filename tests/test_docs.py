@@ -292,6 +292,10 @@ class MyModule(LitTiny):
     test_dataloader = train_dataloader
 
 
+def test_readme_is_short() -> None:
+    assert len(README.split()) <= 1300
+
+
 FIRST, *RECIPES = BLOCKS
 
 

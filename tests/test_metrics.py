@@ -16,7 +16,7 @@ from torchmetrics.utilities import plot as torchmetrics_plot
 
 import lightning_lora as ll
 from lightning_lora import metrics
-from lightning_lora.measured import measured
+from lightning_lora.measured import measured_matrices
 from lightning_lora.metrics import Amplification, EffectiveRank, SubspaceSimilarity, UpdateNorm
 from tests.support.layers import LAYERS, Model, config, train
 from tests.support.models import LitTiny, data, lora, randomise, trainer
@@ -38,7 +38,7 @@ def two(r: int = 4, seed: int = 0, name: str = "default", **kwargs: Any) -> Any:
 
 def plain(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """W and ΔW of each adapted matrix, as stacks of matrices, from the weights before and after a merge."""
-    updates = measured(model)
+    updates = measured_matrices(model)
     before = values_of(model)
     ll.merge_adapters(model)
     after = values_of(model)
@@ -259,9 +259,9 @@ def test_the_last_update_counts_until_a_reset_and_forward_measures_once(monkeypa
 
     def look(model: Any) -> Any:
         looked.append(model)
-        return measured(model)
+        return measured_matrices(model)
 
-    monkeypatch.setattr(metrics, "measured", look)
+    monkeypatch.setattr(metrics, "measured_matrices", look)
     metric = EffectiveRank()
     model = two()
     metric.update(two(2))

@@ -10,7 +10,7 @@ import torch
 
 import lightning_lora as ll
 from lightning_lora import LoRAMonitor
-from lightning_lora.measured import measured
+from lightning_lora.measured import measured_matrices
 from lightning_lora.model.view import View
 from tests.support import sharded
 from tests.support.cases import At
@@ -73,7 +73,7 @@ def sharded_fit(folder: Path) -> dict[str, float]:
     model = sharded.LitNet()
     t = sharded.trainer_of("sharded", folder, [sharded.lora(modules_to_save=["head"]), LoRAMonitor(1)])
     t.fit(model, sharded.data(), sharded.data())
-    norms = [(b @ a).norm() for a, b in (update.factors() for update in measured(model).values())]
+    norms = [(b @ a).norm() for a, b in (update.factors() for update in measured_matrices(model).values())]
     found = {name: value.item() for name, value in t.callback_metrics.items()}
     assert found["lora/update_norm"] == pytest.approx(torch.stack(norms).norm().item())
     return found

@@ -22,6 +22,10 @@ def test_public_names_are_in_order_and_explained() -> None:  # which they are, t
     assert all(getattr(lightning_lora, name).__doc__ for name in lightning_lora.__all__)
 
 
+def test_completion_shows_the_public_names_alone() -> None:
+    assert dir(lightning_lora) == sorted(["__version__", *lightning_lora.__all__])
+
+
 def test_version_is_the_projects() -> None:
     assert f'version = "{lightning_lora.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert f"\nversion: {lightning_lora.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
@@ -43,6 +44,7 @@ def test_each_private_name_that_no_other_test_would_miss_is_there() -> None:
     assert getattr(doubled.grad_fn, private.NODE_FUNCTION) is Doubles
     assert getattr(DDPStrategy(start_method="fork"), private.START_METHOD) == "fork"
     assert getattr(LitTiny(), private.HPARAMS_NAME) == "kwargs"
+    assert getattr(ModelSummary(0), private.SUMMARY_DEPTH) == 0
 
 
 # They are read in one place
@@ -52,7 +54,7 @@ OF_MODULES = {"_parameters", "_modules", "_buffers"}  # of nn.Module, which ever
 OTHERS = {  # of other packages, each in the one place that deals with it
     "metrics.py": {"_plot", "_error_on_missing_matplotlib", "_get_col_row_split"},  # torchmetrics
     "storage/inner_model.py": {"_name_or_path"},  # transformers
-    "storage/formats/peft/peft_loading.py": {"_check_lora_target_modules_mamba"},
+    "storage/formats/peft/naming/when_loaded.py": {"_check_lora_target_modules_mamba"},
 }  # fmt: skip
 OURS = {"_lora", "_lora_edited", "_lora_switched", "_whole"}  # entries that this package writes
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
 from rich.console import Console
 from torch import nn
 
@@ -216,6 +217,20 @@ def test_a_fit_without_a_summary_shows_none(tmp_path: Path, capsys: pytest.Captu
     assert "LoRA" not in capsys.readouterr().out
 
 
+def test_a_fit_says_what_lightnings_own_table_is_where_it_shows_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    note = "Lightning's own table (ModelSummary(0) hides it): LoRALinear is a Linear with its adapter, Frozen"
+    for callbacks, is_said in (([], True), ([RichModelSummary(2)], True), ([ModelSummary(0)], False)):
+        run = trainer(tmp_path, [LoRACallback(r=6), *callbacks], max_epochs=1, enable_model_summary=True)
+        run.fit(LitTiny(), data())
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "Weights in a checkpoint" in shown
+        assert (note in shown) == is_said
+        assert ("LoRALinear │" in shown) == is_said
+
+
 def test_the_table_shows_the_ranks_that_a_layer_has() -> None:
     model = nn.ModuleDict({"lstm": nn.LSTM(1, 16, bidirectional=True), "attention": nn.MultiheadAttention(2, 1)})
     model.update({"body": nn.Linear(16, 16), "heads": nn.ModuleList([nn.Linear(16, 1)])})
@@ -224,3 +239,10 @@ def test_the_table_shows_the_ranks_that_a_layer_has() -> None:
     assert ranks == {"lstm": "1–4", "attention": "2", "body": "4", "heads.0": "1"}
     assert "lstm [4 matrices] " in str(summarize(model))
     assert "attention [q,k,v,out] " in str(summarize(model))
+
+
+def test_integers_would_train_as_float32() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model.register_parameter("codes", nn.Parameter(torch.zeros(10, dtype=torch.int8), requires_grad=False))
+    full_bytes = 4 * (16 + 10)
+    assert summarize(model).full_optimizer_bytes == 2 * full_bytes

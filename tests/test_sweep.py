@@ -225,6 +225,21 @@ def test_an_adapter_without_a_number_is_last_also_if_it_stopped_by_itself(tmp_pa
     assert [each["r"] for each in LoRASweep(r=[1, 2], directory=tmp_path).run(fit)][-1] == 1
 
 
+class DivergesLater(LitTiny):
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        factor = torch.nan if self.current_epoch else 1
+        self.log("val_loss", self.loss(batch) * factor)
+
+
+def test_a_dropped_adapter_that_is_the_best_one_trains_no_further(tmp_path: Path) -> None:
+    fit, made = fitting(tmp_path, DivergesLater)
+    best = LoRASweep(r=[1, 2], merge=False, directory=tmp_path / "sweep").run(fit)[0]
+    assert len(best["metrics"]) == 1
+    assert best["dropped"] == 1
+    assert made[-1].global_step == made[0].global_step
+    assert adapters(made[-1].lightning_module) == ("default",)
+
+
 def test_if_no_adapter_has_a_number_none_is_merged(tmp_path: Path) -> None:
     model = Diverges()
     with unchanged(model), pytest.raises(ConfigError, match="val_loss is NaN for all adapters"):

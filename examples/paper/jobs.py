@@ -202,6 +202,8 @@ def prepare(module: LightningModule, method: Method, weights: dict[str, str]) ->
     targets: str | list[str]
     if method.weights == "all":
         targets = weights["all"]
+    elif method.weights == "embedding":
+        targets = "all"
     elif method.weights == "everything":
         targets = "all"
         saved += weights["norms"].split()

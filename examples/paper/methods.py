@@ -11,8 +11,9 @@ class Method:
     Args:
         rates: The learning rates to try, by factors of two.
         trains: ``"all"`` weights, ``"biases"`` or ``"nothing"`` of the pretrained model. A new head always trains.
-        weights: The weights that get adapters: some of q, k, v and o, ``"all"`` linear layers, or ``"everything"``: the
-            table of words too, and biases and norms train in full. None: no adapters.
+        weights: The weights that get adapters: some of q, k, v and o, ``"all"`` linear layers; or with ``"embedding"``,
+            these and the table of words. With ``"everything"``, biases and norms train in full beside both. None: no
+            adapters.
         lora: More arguments of LoRACallback.
         prefix: Trained tokens that peft puts before the keys and values of each layer. All others are frozen.
         shots: Examples in the prompt, in place of training.
@@ -48,6 +49,7 @@ BEYOND = {
     "LoRA all, r=8, dropout 0.1": lora("all", 8, dropout=0.1),
 }
 EVERYTHING = {"LoRA everything, r=8": lora("everything", 8, bias="all")}
+EMBEDDING = {"LoRA all + embedding, r=8": lora("embedding", 8)}
 VARIANTS = {  # where the adapters start, and a head that keeps the module's rate
     "LoRA all, r=8, EVA": lora("all", 8, init="eva"),
     "LoRA all, r=8, LoRA-GA": lora("all", 8, init="lora_ga"),
@@ -57,9 +59,9 @@ WHOLE = {  # a rank so high that it can be full fine-tuning
     "LoRA everything, r=384": Method((2e-3, 4e-3), weights="everything", lora={"r": 384, "bias": "all"})
 }
 PREFIX = {"prefix, 10 tokens": Method((5e-3, 1e-2, 2e-2), prefix=10)}
-FEW = ("full", "LoRA all, r=8", *EVERYTHING, "probe")
+FEW = ("full", "LoRA all, r=8", *EMBEDDING, *EVERYTHING, "probe")
 FEW_EPOCHS = {"reviews-100": 20, "reviews-1000": 6}  # of the tasks with so many texts to train on
-EPOCHS = ("full", "LoRA all, r=8", *EVERYTHING)
+EPOCHS = ("full", "LoRA all, r=8", *EMBEDDING, *EVERYTHING)
 PROMPTS: dict[str, Method] = {}
 for shots in (1, 5, 10):
     PROMPTS[f"{shots}-shot"] = Method((0.0,), shots=shots)
@@ -102,4 +104,4 @@ for scaling, arguments in SCALINGS.items():
     for rank in GRID_RANKS:
         GRID[grid_name(rank, scaling)] = lora("all", rank, **arguments)
 
-METHODS = GRID | MAIN | BEYOND | EVERYTHING | VARIANTS | WHOLE | PREFIX | PROMPTS | E2E | WHICH | RANKS
+METHODS = GRID | MAIN | BEYOND | EMBEDDING | EVERYTHING | VARIANTS | WHOLE | PREFIX | PROMPTS | E2E | WHICH | RANKS

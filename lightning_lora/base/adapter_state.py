@@ -24,47 +24,59 @@ class AdapterState:
     """The layers that have it, or had it."""
 
     networks: StillNetworks = field(default_factory=StillNetworks)
-    """The networks that stood still when it was added, or when a fit began: some have no adapters."""
+    """The networks that no optimizer trained when it was added, or when a fit began. Some have no adapters."""
 
     originals: dict[str, Tensor] = field(default_factory=dict)
-    """The base's values of everything besides the adapter that training may change: modules trained in full, biases,
-    persistent buffers, and frozen weights for which a file had other values. Each adapter has its own: the module's
-    hooks may load or fill other values before the fit of another one."""
+    """The base's values of what changes while it trains, besides the adapter itself.
+
+    These are modules trained in full, biases and persistent buffers, and frozen weights for which a file had other
+    values. Each adapter has its own: hooks of the module may load other values before the fit of the next adapter.
+    """
 
     extra: dict[str, int] = field(default_factory=dict)
-    """The digests of what modules kept besides tensors before it was trained."""
+    """The digests of what modules keep besides tensors (``get_extra_state``), from before it was trained."""
 
-    random: tuple[str, ...] | None = None
-    """Frozen weights that look untrained, which files hold. None: they have not been looked for."""
+    random_weights: tuple[str, ...] | None = None
+    """Frozen weights that look random, not pretrained. Files hold them. None: they have not been looked for."""
 
-    is_trained: bool = False
-    """Whether a Trainer has begun to train it, or it was loaded."""
+    may_have_learned: bool = False
+    """Whether its values may differ from fresh ones: its training has begun, or a file was loaded."""
 
     fingerprints: list[Fingerprint] = field(default_factory=list)
-    """Those of what it does not train, seen so far: as loaded, and as converted by a Trainer's precision."""
+    """The fingerprints of what it does not train: as loaded, and as converted by a Trainer's precision."""
 
     inactive_adapters: dict[str, Adapter] = field(default_factory=dict)
-    """While another one is active: this one, off its layers, by their names."""
+    """While another adapter is active: what this one has for each layer, by the layer's name."""
 
     inactive_tensors: dict[str, Tensor] = field(default_factory=dict)
-    """While another one is active: the parameters and buffers that the model had in place of :attr:`originals`."""
+    """While another adapter is active: this one's trained tensors, with the names of :attr:`originals`."""
 
     sum_of: dict[str, float] | None = None
-    """The adapters that it shows, added up with these weights. It cannot be trained."""
+    """The names and weights of the adapters that it adds up. None: it is no sum. A sum cannot be trained."""
 
     def __post_init__(self) -> None:
         check_adapter_name(self.name)
 
     @property
-    def random_so_far(self) -> tuple[str, ...]:
-        """The frozen weights that look untrained: none, if they have not been looked for."""
-        if self.random is None:
+    def known_random_weights(self) -> tuple[str, ...]:
+        """The frozen weights that look random: none, if they have not been looked for."""
+        if self.random_weights is None:
             return ()
-        return self.random
+        return self.random_weights
 
     def snapshot(self) -> "AdapterState":
-        """Return a copy that later events do not change. Tensors are not copied."""
-        return replace(self, originals=dict(self.originals), fingerprints=list(self.fingerprints))
+        """Return a copy with dicts and lists of its own, for an error to bring back.
+
+        Tensors and adapters are shared: what changes these must undo that itself.
+        """
+        return replace(
+            self,
+            originals=dict(self.originals),
+            extra=dict(self.extra),
+            fingerprints=list(self.fingerprints),
+            inactive_adapters=dict(self.inactive_adapters),
+            inactive_tensors=dict(self.inactive_tensors),
+        )
 
     def become_sum(self, weights: Mapping[str, float]) -> None:
         """Make this inactive adapter a sum of others, with these weights: it never trains."""
@@ -75,12 +87,12 @@ class AdapterState:
                 parameter.requires_grad_(False)
 
     def keep_originals(self, values: Mapping[str, Tensor], extra: dict[str, int]) -> None:
-        """Copy these values of the base to CPU memory.
+        """Make :attr:`originals` hold exactly these names, in CPU memory.
 
-        Copies of other values go. A value that was copied before stays as it was then. Of an adapter that has trained,
-        ``extra`` stays too: modules may keep other things now.
+        A name that is known keeps its first copy: its values may be trained by now. For the same reason, ``extra`` is
+        only taken of an adapter that has learned nothing yet.
         """
-        if not self.is_trained:
+        if not self.may_have_learned:
             self.extra = extra
         earlier = self.originals
         self.originals = {}
@@ -91,11 +103,11 @@ class AdapterState:
             self.originals[name] = original
 
     def set_base_values(self, values: Mapping[str, Tensor]) -> None:
-        """Take these as the base's values, whatever the model holds now."""
+        """Keep copies of these as the base's values, whatever the model holds now."""
         for name, value in values.items():
             self.originals[name] = copy_to_host(value)
 
     def note_base_loaded(self, values: Mapping[str, Tensor]) -> None:
         """Note that other code loads a new base, with these values."""
-        self.random = None
+        self.random_weights = None
         self.set_base_values(only(values, self.originals))

@@ -25,7 +25,7 @@ class Hidden(NamedTuple):
     """The active adapter's values, while a tensor shows the base."""
 
     values: Tensor
-    required_grad: bool
+    requires_grad: bool
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,20 @@ class AfterMerge:
     """The parameters as a merge left them. Empty while no updates are merged.
 
     By these, a later call notices what other code has changed.
+
+    An example of a tied weight: an adapted ``embedding`` and a ``head`` without adapter share a parameter P. The merge
+    leaves P to ``head``, and gives ``embedding`` a new parameter, P + ΔW. Then ``seen`` has both, and the base's values
+    in ``bases["embedding.weight"]`` are P itself, without a copy. ``seen_tied["embedding.weight"]`` says how P looked.
     """
 
     seen: dict[str, Seen] = field(default_factory=dict)
-    """All parameters of the model."""
+    """How each parameter of the model looked."""
 
     bases: dict[str, Tensor] = field(default_factory=dict)
-    """The base's values of each weight with an update. Of a weight that was tied: the shared parameter itself, which
-    the other layer still uses, because this layer has a copy now."""
+    """The base's values of each weight with an update. Of a tied weight, the parameter of its other uses."""
 
     seen_tied: dict[str, Seen] = field(default_factory=dict)
-    """These tied parameters."""
+    """Of each tied weight with an update: how the parameter of its other uses looked."""
 
     @property
     def seen_without_update(self) -> dict[str, Seen]:
@@ -59,12 +62,12 @@ class AfterMerge:
 class Base:
     """What is known of the base's tensors: parameters, buffers, and entries of quantised layers.
 
-    There is one dict, or set, for each fact. Of most tensors, only one or two facts are known: a row for each tensor
-    would be mostly empty. All names are those of ``parameters_by_name``, and what changes a fact is a method here.
+    There is one dict, or set, for each fact, because only one or two facts are known of most tensors. All names are
+    those of ``parameters_by_name``. Only methods of this class change a fact.
     """
 
-    required_grad: dict[str, bool] = field(default_factory=dict)
-    """Whether each parameter required a gradient before the adapters came."""
+    trained_before: dict[str, bool] = field(default_factory=dict)
+    """Whether each parameter required a gradient before the adapters came, and froze it."""
 
     frozen_since: set[str] = field(default_factory=set)
     """The parameters that the user has frozen since their adapters learned."""
@@ -73,52 +76,55 @@ class Base:
     """The buffers that the module's own hooks filled, perhaps from data. No base is compared with them."""
 
     changes: dict[str, Change] = field(default_factory=dict)
-    """Of frozen tensors, by other code than an optimizer. Files hold their values."""
+    """Frozen tensors that code other than an optimizer has changed. Files hold their values."""
 
-    roundings: dict[str, Change] = field(default_factory=dict)
-    """Of weights that were computed again from merged ones. Files do not hold them: no code has changed them. Code may
-    change one later, so a tensor may be in both."""
+    computed_back: dict[str, Change] = field(default_factory=dict)
+    """Weights that were computed as merged weight minus update, which rounds.
+
+    Files do not hold them: the base is the same. If code changes one later, it is in both dicts.
+    """
 
     readings: Readings = field(default_factory=Readings)
     """The digests of what was read in full."""
 
     hidden: dict[str, Hidden] = field(default_factory=dict)
-    """The active adapter's tensors, while the base is shown."""
+    """What the active adapter has in place of the base's values, while the base is shown."""
 
     after_merge: AfterMerge = field(default_factory=AfterMerge)
     """The parameters as the last merge left them."""
 
     def snapshot(self) -> "Base":
-        """Return a copy that later events do not change. Tensors are not copied."""
+        """Return a copy with dicts and sets of its own, for an error to bring back. Tensors are shared."""
         copies = {name: copy(known) for name, known in vars(self).items()}
         copies["readings"] = self.readings.snapshot()
         return Base(**copies)
 
     def absorb(self, prefix: str, inner: "Base", *, is_merged: bool) -> None:
-        """Take over what is known of a module inside the model.
+        """Take over what is known of a module inside the model. What the model knows itself stays.
 
-        What the model knows itself stays. A merged module is itself a base now, so that its changes are forgotten.
+        Only two facts still matter: which parameters trained before, and which tensors code has changed. If the module
+        is merged, its values as they are now are the model's base, so nothing of it counts as changed.
         """
-        for name, flag in inner.required_grad.items():
-            self.required_grad.setdefault(join(prefix, name), flag)
+        for name, did_train in inner.trained_before.items():
+            self.trained_before.setdefault(join(prefix, name), did_train)
         if not is_merged:
             for name, change in inner.changes.items():
                 self.changes.setdefault(join(prefix, name), change)
 
     # What trained before the adapters, and what the user has frozen or thawed since
 
-    def note_required_grad(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Note which parameters train, before the base is frozen.
+    def note_trained_before(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note which parameters train. It is called before the base is frozen.
 
         What is known of a parameter stays: only new ones are added.
         """
         for name, parameter in parameters.items():
-            self.required_grad.setdefault(name, parameter.requires_grad)
+            self.trained_before.setdefault(name, parameter.requires_grad)
 
-    def correct_required_grad(self, names: Iterable[str], *, flag: bool) -> None:
-        """Set whether these count as trained before: the user has shown what he meant."""
+    def set_trained_before(self, names: Iterable[str], *, flag: bool) -> None:
+        """Set whether these count as trained before: the user has thawed or frozen them, and meant this."""
         for name in names:
-            self.required_grad[name] = flag
+            self.trained_before[name] = flag
 
     def note_frozen_since(self, names: Iterable[str]) -> None:
         """Note that the user has frozen these below adapters that have learned."""
@@ -129,7 +135,7 @@ class Base:
         self.frozen_since.difference_update(names)
 
     def forget_frozen_since(self) -> None:
-        """Note nothing as frozen since: a fit has taken it into account."""
+        """Forget what the user has frozen: a fit has taken it into account."""
         self.frozen_since = set()
 
     # Values that are not the base's own
@@ -142,9 +148,9 @@ class Base:
         """Note what other code than an optimizer has changed."""
         self.changes.update(changes)
 
-    def note_roundings(self, roundings: Mapping[str, Change]) -> None:
-        """Note what was computed again from merged weights."""
-        self.roundings.update(roundings)
+    def note_computed_back(self, computed_back: Mapping[str, Change]) -> None:
+        """Note weights that were computed as merged weight minus update."""
+        self.computed_back.update(computed_back)
 
     def note_loaded(self, values: Tensors) -> None:
         """Note that the changed tensors have a file's values now."""
@@ -169,7 +175,7 @@ class Base:
         A merge has rounded W to W', and code has changed this to W'': from W'' back to W', and then to W.
         """
         found = digest_now
-        for changes in (self.changes, self.roundings):
+        for changes in (self.changes, self.computed_back):
             change = changes.get(name)
             if change is not None and change.digest_now == found:
                 found = change.digest_before
@@ -187,17 +193,18 @@ class Base:
         What trains now is what trained in the merged model.
         """
         for name, parameter in parameters.items():
-            before = self.required_grad.get(name, parameter.requires_grad)
-            if before and not parameter.requires_grad:  # the user has frozen it meanwhile
+            trains_now = parameter.requires_grad
+            did_train = self.trained_before.get(name, trains_now)
+            if did_train and not trains_now:  # the user has frozen it meanwhile
                 self.note_frozen_since([name])
-            elif parameter.requires_grad and not before:
+            elif trains_now and not did_train:
                 self.note_thawed_since([name])
-            self.required_grad[name] = parameter.requires_grad
+            self.trained_before[name] = trains_now
         self.after_merge = AfterMerge()
 
-    def note_hidden(self, name: str, values: Tensor, *, required_grad: bool) -> None:
+    def note_hidden(self, name: str, values: Tensor, *, requires_grad: bool) -> None:
         """Keep what the active adapter has in a tensor, which gets the base's values."""
-        self.hidden[name] = Hidden(values, required_grad)
+        self.hidden[name] = Hidden(values, requires_grad)
 
     def forget_hidden(self) -> None:
         """Note that the active adapter has its tensors back."""

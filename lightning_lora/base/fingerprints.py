@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
-Halves = dict[str, Sequence[int] | None]
-"""The digests of tensors in bfloat16 and float16, by name. An empty list: of an integer, or of a value that a run has
-changed and that is no longer known. None: of a quantised one."""
+HalfDigests = dict[str, Sequence[int] | None]
+"""By the name of each tensor: its digests after conversion to bfloat16, and to float16.
+
+So a base that was converted is known again. An empty list: it is an integer, or a run has changed the value, and the
+base's is no longer known. None: it is quantised.
+"""
 
 
 class Form(TypedDict):
@@ -27,10 +30,10 @@ class Fingerprint(Form):
 class StoredFingerprint(Fingerprint, total=False):
     """What a file says of a base."""
 
-    rounded: Halves  # of all names; absent if the base had others when the file was written
+    rounded: HalfDigests  # of all names. Absent if the base had other names when the file was written
 
 
-def without_halves(stored: StoredFingerprint) -> Fingerprint:
+def without_half_digests(stored: StoredFingerprint) -> Fingerprint:
     """Return the fingerprint of a file as a model remembers it."""
     return {"layout": stored["layout"], "dtypes": stored["dtypes"], "digests": stored["digests"]}
 

@@ -1,5 +1,6 @@
 """The digests of a base's tensors. A tensor is read in full only if it may have changed since."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,8 +14,8 @@ from lightning_lora.tensors.shards import is_dtensor, true_anywhere
 
 Tensors = Mapping[str, Tensor]  # by name
 
-HALVES = (torch.bfloat16, torch.float16)
-"""The dtypes of digests in half precision, in their order."""
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+"""The dtypes of half precision, in the order of their digests."""
 
 
 class Reading(NamedTuple):
@@ -31,15 +32,15 @@ class Readings:
     by_name: dict[str, Reading] = field(default_factory=dict)
     """The last reading of each tensor."""
 
-    halves: dict[int, list[int]] = field(default_factory=dict)
-    """The digests in half precision of what was read, by the digest in its own dtype.
+    half_digests: dict[int, list[int]] = field(default_factory=dict)
+    """The digests after conversion to each of ``HALF_DTYPES``, by the digest in the tensor's own dtype.
 
     So tied tensors share theirs, and a base that was converted since keeps those of both forms.
     """
 
     def snapshot(self) -> "Readings":
         """Return a copy that later readings do not change."""
-        return Readings(dict(self.by_name), dict(self.halves))
+        return Readings(dict(self.by_name), dict(self.half_digests))
 
     # Digests in a tensor's own dtype
 
@@ -99,31 +100,29 @@ class Readings:
 
     # Digests in half precision, by which a base that was converted is known again
 
-    def known_halves(self, digest: int) -> list[int]:
-        """Return what is known of a tensor in half precision.
+    def known_half_digests(self, digest: int) -> list[int]:
+        """Return the half digests of the tensor with this digest, or an empty list if they are not known."""
+        return self.half_digests.get(digest, [])
 
-        These are the digests of the tensor with this digest. The list is empty if they are not known.
-        """
-        return self.halves.get(digest, [])
+    def half_digests_of(self, digest: int, tensor: Tensor) -> list[int]:
+        """Return the half digests of a tensor, whose own digest is ``digest``. They are computed once."""
+        if digest not in self.half_digests:
+            self.half_digests[digest] = digests_as(tensor, HALF_DTYPES)
+        return self.half_digests[digest]
 
-    def halves_of(self, digest: int, tensor: Tensor) -> list[int]:
-        """Return the digests of a tensor in half precision.
+    def read_dtensors_as_halves(self, by_digest: Mapping[int, Tensor]) -> None:
+        """Compute the half digests of DTensors now, all together.
 
-        ``digest`` is that of the tensor. For each digest, they are computed once.
-        """
-        if digest not in self.halves:
-            self.halves[digest] = digests_as(tensor, HALVES)
-        return self.halves[digest]
-
-    def prepare_halves(self, tensors: Mapping[int, Tensor]) -> None:
-        """Compute what :meth:`halves_of` will look up for DTensors.
-
-        Processes exchange one message for each dtype and layout.
+        Processes exchange one message for each dtype and layout. :meth:`half_digests_of` alone would need one for each
+        tensor.
         """
         distributed = dict[int, Tensor]()
-        for digest, tensor in tensors.items():
-            if digest not in self.halves and is_dtensor(tensor):
+        for digest, tensor in by_digest.items():
+            if digest not in self.half_digests and is_dtensor(tensor):
                 distributed[digest] = tensor
-        digests_in_each_dtype = [digests(list(distributed.values()), dtype) for dtype in HALVES]
-        for digest, *halves in zip(distributed, *digests_in_each_dtype, strict=True):
-            self.halves[digest] = halves
+        found = defaultdict[int, list[int]](list)
+        for dtype in HALF_DTYPES:
+            in_this_dtype = digests(list(distributed.values()), dtype)
+            for digest, half_digest in zip(distributed, in_this_dtype, strict=True):
+                found[digest].append(half_digest)
+        self.half_digests.update(found)

@@ -41,8 +41,9 @@ _SHOWS_ADAPTERS = frozenset({State.ADAPTED, State.MERGED})
 _HAS_ADAPTERS = frozenset(State) - {State.PLAIN}
 _MAY_BE_PLAIN = _SHOWS_ADAPTERS | {State.PLAIN}
 
-USE = "use adapters"  # what reads or writes them besides: files, checkpoints, a Trainer's hooks
-SWITCH = "switch"  # to the adapter of another name, in set_adapter and others; also for rows of a batch
+# Two rules have no function of their name, and no message names them:
+USE = "use adapters"  # for all that reads or writes adapters besides: files, checkpoints, a Trainer's hooks
+SWITCH = "switch"  # for what puts another adapter on the layers, also for some rows of a batch
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Rule:
     """Whether it may start in a block of ``adapter_names``. What changes adapters may not."""
 
 
+# Each key is also how messages name the call: most are functions, others begin a sentence.
 CALLS = {
     "inject_adapters": Rule(_MAY_BE_PLAIN),  # in a block, if it finds nothing to do: it checks that itself
     "load_adapter": Rule(_MAY_BE_PLAIN, in_block=False),
@@ -71,7 +73,7 @@ CALLS = {
     SWITCH: Rule(frozenset({State.ADAPTED, State.BASE_SHOWN})),
     USE: Rule(_SHOWS_ADAPTERS),
 }
-"""The rule of each call, by the name that messages give it."""
+"""The rule of each call."""
 
 
 def refusal(call: str, state: State, title: str, adapter: str) -> str:
@@ -79,13 +81,15 @@ def refusal(call: str, state: State, title: str, adapter: str) -> str:
     if state is State.PLAIN:
         return (
             f"{title} has no adapters. Call inject_adapters, or load_adapter. If it is part of a model that was "
-            "trained, pass that model (after a fit: trainer.lightning_module)."
+            "trained, pass that model (after a fit: trainer.lightning_module). If they were merged for good "
+            "(load_from_checkpoint with merge=True, or remove_adapters on a merged model), load their file again."
         )
     if state.is_merged and State.MERGED not in CALLS[call].states:
         return (
             f"The adapter {adapter!r} is merged into the weights of {title}. Call unmerge_adapters(model) "
             "before another one is used."
         )
+    # In all states that are left, the base is shown
     return (
         f"{title} shows its base now. Call set_adapter(model, {adapter!r}) first. (In a block of "
         "disable_adapters: do this after it.)"

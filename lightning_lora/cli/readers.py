@@ -20,8 +20,8 @@ from rich.table import Table
 
 from lightning_lora.printing import fitting_console, printable
 from lightning_lora.storage.formats.contents import read_contents
-from lightning_lora.storage.formats.peft.folder_readers import lines_of_readers
-from lightning_lora.storage.formats.peft.reader_table import MEANINGS, PARTS, READERS, SCALINGS
+from lightning_lora.storage.formats.peft.readers.folder_readers import lines_of_readers
+from lightning_lora.storage.formats.peft.readers.reader_table import MEANINGS, PARTS, READERS, SCALINGS
 from lightning_lora.storage.formats.registry import adapter_file_at
 
 

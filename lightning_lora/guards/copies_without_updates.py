@@ -52,7 +52,7 @@ class CopiesWithoutUpdates(Guard):
 
 def _versions_of(view: View) -> dict[str, int | None]:
     """How often each weight was written in place."""
-    return {name: _version(weight) for name, weight in view.base.items()}
+    return {name: _version(weight) for name, weight in view.base_parameters.items()}
 
 
 def _version(weight: Tensor) -> int | None:

@@ -27,5 +27,5 @@ class DeadAdapters(Guard):
 
 def _fresh_among(view: View, layers: Sequence[str]) -> list[str]:
     """Those of these layers with a weight that looks untrained."""
-    random = modules_around(view.adapter.random_so_far)
+    random = modules_around(view.adapter.known_random_weights)
     return [name for name in layers if name in random]

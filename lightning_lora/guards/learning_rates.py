@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import filterfalse
+from typing import NamedTuple
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
@@ -14,7 +15,21 @@ from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.optimizers.peak_rates import peak_rates, rates_by_layer
 
-_LOW = 1e-4
+
+class _Rates(NamedTuple):
+    """What is known of the learning rates of Adam."""
+
+    usual: float
+    """The one to begin with."""
+
+    low: float
+    """This one, or a lower one, is of full fine-tuning."""
+
+
+_RATES = _Rates(usual=0.002, low=1e-4)
+_RATES_OF_LARGE_MODELS = _Rates(usual=2e-4, low=2e-5)  # as in the paper of QLoRA
+_LARGE = 1e9  # so many weights
+
 _HIGH = 0.0101  # more than 0.01, up to rounding
 _FACTOR = 0.5  # from here on, a rate is the factor of a scheduler that computes the rate: LambdaLR with lr=1
 
@@ -45,7 +60,10 @@ def _tell_of_high_rate(view: View, optimizers: Iterable[Optimizer], *, is_scaled
     lowest, *_ = rates  # who has set several may mean a high one, as LoRA+ does for B
     if not _HIGH < lowest < _FACTOR:
         return
-    message = f"The adapters' learning rate is {lowest:g}, which is high: 0.002 is usual. If the loss grows, lower it."
+    message = (
+        f"The adapters' learning rate is {lowest:g}, which is high: {_rates_of(view).usual:g} is usual. If the loss "
+        "grows, lower it."
+    )
     if is_scaled:
         message += " Or is the rate of configure_optimizers one for LoRA? Then leave lr_scale out."
     rank_zero_info(message)
@@ -58,8 +76,9 @@ def _tell_of_low_rates(view: View, optimizers: Iterable[Optimizer]) -> None:
         highest = max(low.values())
         rank_zero_info(
             f"The adapters' learning rate is {highest:g} at most{_in_layers(view, low)}, as in full fine-tuning. "
-            "LoRA usually needs about ten times as much: begin with 0.002 in configure_optimizers. If this rate was "
-            "tuned, keep it and write LoRACallback(lr_scale=10). With lr_scale=1, this line is not shown."
+            f"LoRA usually needs about ten times as much: begin with {_rates_of(view).usual:g} in "
+            "configure_optimizers. If this rate was tuned, keep it and write LoRACallback(lr_scale=10); a head in "
+            "modules_to_save keeps it. With lr_scale=1, this line is not shown."
         )
 
 
@@ -78,12 +97,19 @@ def _tell_of_perhaps_low_rates(view: View, optimizers: list[Optimizer]) -> None:
 
 def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
     """The layers whose adapters have a low learning rate, as in full fine-tuning. One of zero is meant."""
-    rates = rates_by_layer(view, optimizers)
-    return where(rates, _is_low)
+    highest_low = _rates_of(view).low
+    low = dict[str, float]()
+    for name, rate in rates_by_layer(view, optimizers).items():
+        if 0 < rate <= highest_low:
+            low[name] = rate
+    return low
 
 
-def _is_low(rate: float) -> bool:
-    return 0 < rate <= _LOW
+def _rates_of(view: View) -> _Rates:
+    """What is known for a model of this size."""
+    if view.size_of(view.base_parameters) < _LARGE:
+        return _RATES
+    return _RATES_OF_LARGE_MODELS
 
 
 def _in_layers(view: View, low: Mapping[str, float]) -> str:

@@ -8,7 +8,8 @@ from torch import nn
 from lightning_lora.errors import FreshLayerWarning, listed
 from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
 from lightning_lora.layers import adapter_for
-from lightning_lora.model.untrained import Untrained, random_weights
+from lightning_lora.model.untrained.find_untrained import Untrained
+from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.names import names_outside, owner_of
@@ -98,9 +99,11 @@ def _about_perhaps_new_too(view: View, untrained: Untrained, perhaps_new: list[s
 
 
 def _about_perhaps_new(view: View, perhaps_new: list[str]) -> str:
+    its, it_is = ("Its", "it is") if len(perhaps_new) == 1 else ("Their", "they are")
     return (
-        f"Perhaps new: {listed(perhaps_new)} of {view.title} (too few weights to tell). If so, train in full: "
-        f"{to_save(view, perhaps_new)}. If pretrained, all is well."
+        f"Perhaps new: {listed(perhaps_new)} of {view.title} (too few weights to tell). {its} own weights are frozen: "
+        f"if {it_is} new, they stay random. Then train in full: {to_save(view, perhaps_new)}. If {its.lower()} "
+        "weights were loaded, all is well."
     )
 
 

@@ -3,11 +3,11 @@
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import listed
-from lightning_lora.model.untrained import Untrained
+from lightning_lora.model.untrained.find_untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.storage.formats.peft.peft_refusals import refused_layers
-from lightning_lora.storage.formats.writing import ModelSource
+from lightning_lora.storage.formats.peft.refusals.refused_layers import refused_layers
+from lightning_lora.storage.formats.source import ModelSource
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import layers_of

@@ -12,7 +12,7 @@ class ReplacedLayers(Guard):
 
     def layers_chosen(self, view: View, new: Collection[str]) -> None:
         """Look for those that had adapters before."""
-        if not view.is_on_layers or not view.adapter.is_trained:
+        if not view.is_on_layers or not view.adapter.may_have_learned:
             return
         lost = [name for name in view.adapter.layers if name in new]
         if lost:

@@ -2,7 +2,7 @@
 
 from lightning_lora.errors import listed
 from lightning_lora.guards.wording import warn_in_each_fit
-from lightning_lora.model.untrained import Untrained
+from lightning_lora.model.untrained.find_untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.training.optimizers.groups import leading_layers

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_lora.errors import listed
 from lightning_lora.guards.wording import warn_in_each_fit
-from lightning_lora.model.untrained import Untrained
+from lightning_lora.model.untrained.find_untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.storage.same_base.compared_tensors import rows_of
@@ -27,7 +27,7 @@ class TokenHeads(Guard):
 
 def _heads_beside(view: View, weights_with_rows: Set[str]) -> Iterator[str]:
     """Linear layers without updates, with as many rows as one of these weights."""
-    lengths = set(map(len, only(view.base, weights_with_rows).values()))
+    lengths = set(map(len, only(view.base_parameters, weights_with_rows).values()))
     without_updates = without(view.frozen, {*weights_with_rows, *view.adapted_weights})
     for name, weight in without_updates.items():
         head = owner_of(name)

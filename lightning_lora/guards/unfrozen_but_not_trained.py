@@ -2,7 +2,7 @@
 
 from lightning_lora.errors import listed
 from lightning_lora.guards.wording import to_save, warn_in_each_fit
-from lightning_lora.model.untrained import Untrained
+from lightning_lora.model.untrained.find_untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.dicts import only, where
@@ -25,7 +25,7 @@ class UnfrozenButNotTrained(Guard):
 def modules_unfrozen_but_not_trained(view: View) -> list[str]:
     """Return modules that nothing trains. The user froze most of the model, but not them."""
     frozen_by_user = _frozen_by_user(view)
-    if 2 * view.size_of(frozen_by_user) <= view.size_of(view.base):
+    if 2 * view.size_of(frozen_by_user) <= view.size_of(view.base_parameters):
         return []
     around_trained = modules_around([*view.adapted_weights, *view.trainable])
     around_frozen = modules_around(frozen_by_user)
@@ -40,7 +40,7 @@ def modules_unfrozen_but_not_trained(view: View) -> list[str]:
 
 def _module_of(name: str, view: View) -> str:
     """A module itself, or the one that holds a weight."""
-    return owner_of(name) if name in view.base else name
+    return owner_of(name) if name in view.base_parameters else name
 
 
 def _frozen_by_user(view: View) -> list[str]:
@@ -51,5 +51,5 @@ def _frozen_by_user(view: View) -> list[str]:
 
 def _unfrozen_weights(view: View) -> list[str]:
     """The weights that would train without adapters, and are frozen now."""
-    flags = only(view.record.base.required_grad, view.frozen)
+    flags = only(view.record.base.trained_before, view.frozen)
     return list(where(flags, bool))

@@ -31,7 +31,7 @@ class WrittenWeights(Guard):
 
     def _note(self, view: View, name: str) -> None:
         """Note how a weight looks, and its digest, if the record knows it."""
-        weight = view.base[name]
+        weight = view.base_parameters[name]
         self.seen[name] = Seen(weight)
         digest = view.record.base.readings.known_digest(name, weight)
         if digest is not None:
@@ -54,14 +54,14 @@ class WrittenWeights(Guard):
         change = view.record.base.changes.get(weight)
         if change is not None and weight in self.digests and change.digest_now != self.digests[weight]:
             return True
-        return not self.seen[weight].may_have_same_values(view.base[weight])
+        return not self.seen[weight].may_have_same_values(view.base_parameters[weight])
 
 
 def _weights_inside(view: View, name: str, layer: LoRALayer) -> list[str]:
     """The weights of an adapted layer. A quantised one may change the layout of its own."""
     if layer.lora_is_quantised(layer):
         return []
-    return list(only(view.base, names_joined(name, layer.lora_weights())))
+    return list(only(view.base_parameters, names_joined(name, layer.lora_weights())))
 
 
 def _about_written(title: str, names: list[str]) -> str:

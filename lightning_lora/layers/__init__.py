@@ -24,6 +24,6 @@ from lightning_lora.layers.matrices import (
 )
 from lightning_lora.layers.on_layer import attributes_of, is_resized, put_on
 from lightning_lora.layers.packed import is_quantised, number_of_values, quantised_entries, repacks, unpack
-from lightning_lora.layers.user_kinds import why_merge_is_wrong
+from lightning_lora.layers.round_trip import why_merge_is_wrong
 
 __all__ = ["LoRALayer", "register_adapter"]  # for users; the other names are for this package

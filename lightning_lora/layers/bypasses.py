@@ -11,7 +11,7 @@ from torch import nn
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.packed import repacks, unpack
 
-_VALUE_FOR_ON = "_lora_switched"  # the attribute of a module that keeps what its path had while it was on
+_SWITCH_BEFORE = "_lora_switched"  # on a module whose path is off: the value of its switch before
 
 
 class _SavePretrained:
@@ -67,10 +67,10 @@ def _update_path(module: nn.Module, path: InferencePath, *, is_off: bool) -> Non
     attributes = vars(module)
     if is_off:
         unpack(module)
-        attributes.setdefault(_VALUE_FOR_ON, getattr(module, path.switch))  # a second time, it is off already
+        attributes.setdefault(_SWITCH_BEFORE, getattr(module, path.switch))  # the first time: later, it is off already
         setattr(module, path.switch, path.off)
-    elif _VALUE_FOR_ON in attributes:
-        setattr(module, path.switch, attributes.pop(_VALUE_FOR_ON))
+    elif _SWITCH_BEFORE in attributes:
+        setattr(module, path.switch, attributes.pop(_SWITCH_BEFORE))
 
 
 def inference_path(module: nn.Module) -> InferencePath | None:

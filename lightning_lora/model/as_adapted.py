@@ -16,7 +16,7 @@ from lightning_lora.tensors.inplace import is_overlaid
 from lightning_lora.tensors.names import find_parameter, is_in, names_joined, submodule
 
 
-def check_weights(view: View) -> None:
+def refuse_computed_weights(view: View) -> None:
     """Refuse adapted weights that are computed now: prune, parametrize, weight_norm and the like replace them."""
     computed = where(view.layers, _was_replaced)
     if computed:
@@ -35,7 +35,7 @@ def _was_replaced(layer: LoRALayer) -> bool:
     return not (is_overlaid(layer) and has_its_weights)
 
 
-def check_as_adapted(view: View) -> None:
+def refuse_resized_or_tied(view: View) -> None:
     """Refuse layers that were resized, tied or untied since they were adapted."""
     resized = where(view.layers, LoRALayer.lora_is_resized)
     owners: dict[object, nn.Module] = {layer.weight: layer for layer in of_type(view.layers, LoRATokens).values()}
@@ -55,7 +55,7 @@ def _changed_since(view: View, layer: str, what: str) -> AdapterStateError:
     )
 
 
-def check_same(view: View, choices: Mapping[str, Choice]) -> None:
+def refuse_other_configuration(view: View, choices: Mapping[str, Choice]) -> None:
     """Refuse a selection of layers that is not that of the adapters at hand."""
     for name, layer in view.layers.items():
         if name not in choices:

@@ -17,7 +17,7 @@ from lightning_lora.tensors.shards import is_dtensor, true_anywhere
 from lightning_lora.tensors.values import replace_values
 
 
-def check_as_merged(view: View) -> None:
+def refuse_changed_since_merge(view: View) -> None:
     """Raise an error if a merged model's weights have changed."""
     if not is_as_merged(view):
         raise AdapterStateError(
@@ -64,7 +64,9 @@ def _is_layer_as_merged(view: View, layer: str, adapter: Adapter) -> bool:
     tied = only(view.record.base.after_merge.seen_tied, names)
     if not all(_is_tie_present(view, name) for name in tied):
         return False
-    return all(_has_values_of_merge(view, name) for name in names) or _merge_again_and_compare(view, layer, adapter)
+    seen = view.record.base.after_merge.seen
+    has_same_values = all(seen[name].has_same_values(view.parameters[name]) for name in names)
+    return has_same_values or _merge_again_and_compare(view, layer, adapter)
 
 
 def _is_tie_present(view: View, name: str) -> bool:
@@ -73,14 +75,6 @@ def _is_tie_present(view: View, name: str) -> bool:
     tied = view.record.base.after_merge.bases[name]
     is_present = tied in set(view.parameters.values())
     return is_present and tied.dtype == shown.dtype and tied.device == shown.device
-
-
-def _has_values_of_merge(view: View, name: str) -> bool:
-    """Whether a merged weight, and its other use if it was tied, have the values that the merge left."""
-    after_merge = view.record.base.after_merge
-    if name in after_merge.seen_tied and not after_merge.seen_tied[name].has_same_values(after_merge.bases[name]):
-        return False
-    return after_merge.seen[name].has_same_values(view.parameters[name])
 
 
 def _merge_again_and_compare(view: View, layer: str, adapter: Adapter) -> bool:

@@ -27,7 +27,7 @@ def frozen_values(view: View) -> dict[str, Tensor]:
     """Return the values of the frozen parameters without updates."""
     bases = dict[nn.Parameter, Tensor]()
     for merged in view.merged_weights:
-        bases[merged.parameter] = merged.base.to(merged.parameter.dtype)  # it may have been converted since
+        bases[merged.parameter] = merged.base_value.to(merged.parameter.dtype)  # it may have been converted since
     return {name: bases.get(parameter, parameter) for name, parameter in view.frozen.items()}
 
 
@@ -40,8 +40,11 @@ def base_values(view: View) -> dict[str, Tensor]:
     return {**values, **view.entries}
 
 
-def base_value(view: View, name: str) -> Tensor:
-    """Return the base's value of a parameter or buffer."""
+def kept_or_present_value(view: View, name: str) -> Tensor:
+    """Return the base's value of a tensor that the adapter keeps, otherwise the value that is there.
+
+    Of a merged weight, that holds the update: callers ask for what trains in full, and for buffers.
+    """
     if view.is_adapted and name in view.adapter.originals:
         return view.adapter.originals[name]
     return view.base_tensors[name].detach()
@@ -65,14 +68,14 @@ def extra_digests(view: View) -> dict[str, int]:
 def keep_originals(view: View) -> None:
     """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
     changing = {**view.trainable, **view.buffers}
-    changing.update(only(view.base, view.adapter.originals))  # replaced by a file's
+    changing.update(only(view.base_parameters, view.adapter.originals))  # replaced by a file's
     view.adapter.keep_originals(changing, extra_digests(view))
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
     """Copy frozen weights to CPU memory before they change. Skip those whose base values are already copied or lost."""
     are_known = {*view.adapter.originals, *view.record.base.changes}
-    view.adapter.set_base_values(only(view.base, set(names) - are_known))
+    view.adapter.set_base_values(only(view.base_parameters, set(names) - are_known))
 
 
 def restore_originals(view: View, names: Iterable[str], undo: Undo) -> None:

@@ -13,11 +13,13 @@ from lightning_lora.base.states import SWITCH, State
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.layers import Adapter, new_adapter
-from lightning_lora.model import attach
-from lightning_lora.model.as_adapted import check_same
+from lightning_lora.model.as_adapted import refuse_other_configuration
 from lightning_lora.model.base_values import keep_originals
+from lightning_lora.model.changes.attach import attach_adapters, detach_from, reinitialise_if_base_changed
+from lightning_lora.model.changes.freeze import freeze
+from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.own_loop.trainer_only import refuse_trainer_only
-from lightning_lora.model.plan_adapters import Plan, plan_adapters, plan_as_in_file, without_adapters
+from lightning_lora.model.plan_adapters import Plan, not_adapted_yet, plan_adapters, plan_as_in_file
 from lightning_lora.model.record import begin_record, find_record, refusal_to_start, start_call, state_of
 from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.switch import activate, adapters
@@ -83,53 +85,57 @@ def _check_arguments(model: object, config: object) -> None:
             about += " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)."
         raise ConfigError(about)
     record = find_record(model)
-    if record is None or not record.adapter.is_trained:
+    if record is None or not record.adapter.may_have_learned:
         refuse_trainer_only(config)
 
 
 def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
     """Adapt a model as :func:`inject_adapters` does."""
-    with _active(model, config, name):
+    _refuse_start(model, name)
+    with _name_active(model, config, name):
         view = _begin_view(model, config)
         plan = plan_adapters(view)
-        _refuse_changes_in_block(model, plan)
-        with attach.undone_on_error(view):
-            _take_off_unwanted(view, plan)
-            Guards().layers_chosen(view, plan.new)
-            _put_on_new(model, view, plan, name)
+        _carry_out(model, plan, view, name, guards=Guards())
     return tuple(plan.choices)
 
 
 def inject_from_file(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
-    """Adapt a model as a file's ``config`` says. No network that stands still is looked for, and nothing is said."""
+    """Adapt a model as a file's ``config`` says.
+
+    No network that stands still is looked for, and no guard speaks: the file names what its training has found.
+    """
+    _refuse_start(model, name)
     config = _without_lost_exclusions(model, config)
-    with _active(model, config, name):
+    with _name_active(model, config, name):
         view = _begin_view(model, config)
         plan = plan_as_in_file(view)
-        _refuse_changes_in_block(model, plan)
-        with attach.undone_on_error(view):
-            _take_off_unwanted(view, plan)
-            _put_on_new(model, view, plan, name)
+        _carry_out(model, plan, view, name, guards=None)
     return tuple(plan.choices)
 
 
+def _refuse_start(model: nn.Module, name: str) -> None:
+    """Refuse a model that cannot get the adapter ``name`` now."""
+    start_call(model, "inject_adapters")
+    names = adapters(model)
+    if name not in names:  # a new adapter is a change; a known one may need none, which a block allows
+        refuse_in_block(model, "inject_adapters")
+    is_new_base = state_of(model) is not State.ADAPTED
+    if is_new_base and len(names) > 1:  # those that are not merged would be lost
+        raise refusal_to_start(model, SWITCH)  # it says that the model is merged
+
+
 @contextmanager
-def _active(model: nn.Module, config: LoRAConfig, name: str) -> Iterator[None]:
-    """Refuse what may not start now, and make the adapter ``name`` active. After an error, the former one is so again.
+def _name_active(model: nn.Module, config: LoRAConfig, name: str) -> Iterator[None]:
+    """Make the adapter ``name`` the active one of an adapted model. After an error, the former one is so again.
 
     A plain or merged model has no active adapter: it gets a new record later.
     """
-    start_call(model, "inject_adapters")
-    if name not in adapters(model):  # a new adapter is a change; a known one may need none, which a block allows
-        refuse_in_block(model, "inject_adapters")
-    if state_of(model) is State.ADAPTED:
-        with activate(model, name, config) as undo:
-            yield
-            undo.keep()
+    if state_of(model) is not State.ADAPTED:
+        yield
         return
-    if len(adapters(model)) > 1:  # on a new base, those that are not merged would be lost
-        raise refusal_to_start(model, SWITCH)
-    yield
+    with activate(model, name, config) as undo:
+        yield
+        undo.keep()
 
 
 def _begin_view(model: nn.Module, config: LoRAConfig) -> View:
@@ -140,35 +146,36 @@ def _begin_view(model: nn.Module, config: LoRAConfig) -> View:
     return view
 
 
-def _refuse_changes_in_block(model: nn.Module, plan: Plan) -> None:
-    """Refuse to change layers in a block of ``adapter_names``. If all is as asked for, nothing changes."""
+def _carry_out(model: nn.Module, plan: Plan, view: View, name: str, guards: Guards | None) -> None:
+    """Detach and attach adapters as planned. After an error, the model is as before."""
     if plan.changes_layers:
         refuse_in_block(model, "inject_adapters")
+    with undone_on_error(view):
+        if plan.to_detach:
+            detach_from(view, plan.to_detach)
+        refuse_other_configuration(view, plan.choices)
+        if guards is not None:
+            guards.layers_chosen(view, plan.to_attach)
+        _attach_and_freeze(model, plan, view, name)
 
 
-def _take_off_unwanted(view: View, plan: Plan) -> None:
-    """Take off the adapters that nobody wants. Refuse others that are not as asked for."""
-    if plan.unwanted:
-        attach.detach_from(view, plan.unwanted)
-    check_same(view, plan.choices)
-
-
-def _put_on_new(model: nn.Module, view: View, plan: Plan, name: str) -> None:
+def _attach_and_freeze(model: nn.Module, plan: Plan, view: View, name: str) -> None:
     """Attach new adapters beside those at hand, freeze the base, and note what the active adapter begins with."""
-    new_adapters = _new_adapters(plan.new)
+    new_adapters = _new_adapters(plan.to_attach)
     if new_adapters:
         _check_not_parallel(model)
     record = begin_record(model, view.config, name)
     record.adapter.networks = plan.networks
 
     view = view.as_recorded()
-    attach.attach_adapters(view, new_adapters)
-    attach.reinitialise_if_base_changed(view)
+    attach_adapters(view, new_adapters)
+    reinitialise_if_base_changed(view)
     follow_originals(view)
-    attach.freeze(view)
+    freeze(view)
     view.adapter.layers = tuple(view.layers)
-    if new_adapters or view.is_fresh():  # later, trained values would be taken for the base's
-        keep_originals(view)
+    begins_now = new_adapters or view.is_fresh()  # later, trained values would be taken for the base's
+    if begins_now:
+        keep_originals(view)  # those that are kept already stay
 
 
 def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
@@ -208,9 +215,9 @@ def _check_not_parallel(model: nn.Module) -> None:
         )
 
 
-def check_adapted(view: View) -> None:
+def refuse_targets_without_adapters(view: View) -> None:
     """Refuse a model in which selected layers have no adapters: they were added or replaced after the injection."""
-    missing = without_adapters(select(view.model, view.config))
+    missing = not_adapted_yet(select(view.model, view.config))
     if missing:
         raise AdapterStateError(
             f"{listed(missing)} of {view.title} would not train: the layers were added or replaced later. "

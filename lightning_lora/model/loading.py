@@ -25,7 +25,7 @@ def note_plain_state(model: nn.Module, state: Mapping[str, Any], prefix: str, no
     if record.is_merged:
         _refuse_adapters(view, given_adapters)
         return
-    frozen = without(view.base, record.adapter.originals)
+    frozen = without(view.base_parameters, record.adapter.originals)
     if given_adapters:
         if frozen.keys() <= given.keys():
             _take_statistics(view, given)

@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from lightning_lora.base.base_tensors import AfterMerge
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter, LoRALayer, LoRATokens
-from lightning_lora.model import attach
-from lightning_lora.model.as_adapted import check_as_adapted, check_weights
-from lightning_lora.model.as_merged import check_as_merged, is_as_merged
+from lightning_lora.model.as_adapted import refuse_computed_weights, refuse_resized_or_tied
+from lightning_lora.model.as_merged import is_as_merged, refuse_changed_since_merge
+from lightning_lora.model.changes.attach import (
+    attach_adapters,
+    detach_adapters,
+    reinitialise_if_base_changed,
+    update_for_changed_layers,
+    update_for_changed_weights,
+)
+from lightning_lora.model.changes.freeze import freeze, unfreeze
+from lightning_lora.model.changes.off_layers import convert_to_layer, move_to_layer
+from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.record import forget_record, record_of, start_call, state_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.model.views.tensors_view import was_tied
@@ -126,7 +135,7 @@ def merge(model: nn.Module) -> MergeReport:
     done = MergeReport(untied=list(tied))
     bases: dict[str, Tensor] = {}
     with Undo() as undo:  # after an error: all weights get back what they had, and then the base is frozen again
-        undo.callback(attach.freeze, view)
+        undo.callback(freeze, view)
         undo.callback(view.look_again)
         for name, layer in view.layers.items():
             merged, done.lost[name] = _merged_weights(layer)
@@ -134,11 +143,11 @@ def merge(model: nn.Module) -> MergeReport:
                 is_tied = weight in tied.get(name, ())
                 bases[join(name, weight)] = _keep_base_of(view, name, weight, undo, is_tied=is_tied)
                 _set_weight(layer, weight, values, is_tied=is_tied)
-        attach.update_for_changed_weights(view)
+        update_for_changed_weights(view)
         view.look_again()  # tied weights have new parameters
-        attach.unfreeze(view)
+        unfreeze(view)
         after_merge = _look_at_parameters(view, bases)
-        adapters = attach.detach_adapters(view)
+        adapters = detach_adapters(view)
         undo.keep()
     view.record.note_merged(adapters, after_merge)
     return done
@@ -162,16 +171,16 @@ def _merge_for_good(model: nn.Module) -> MergeReport:
         view.adapter.layers = tuple(names_not_in(view.adapter.layers, [name]))
     torch.clear_autocast_cache()
     view.look_again()
-    attach.unfreeze(view)
-    attach.update_for_changed_layers(view)
+    unfreeze(view)
+    update_for_changed_layers(view)
     forget_record(view.model)
     return done
 
 
 def _begin_merge(view: View) -> None:
     """Refuse what cannot be merged, and let guards speak."""
-    check_weights(view)
-    check_mergeable(view)
+    refuse_computed_weights(view)
+    refuse_unmergeable(view)
     Guards().merge_begins(view)
 
 
@@ -181,7 +190,7 @@ def tied_weights(view: View) -> dict[str, list[str]]:
     tied = {}
     for name, layer in view.layers.items():
         shared = [weight for weight in layer.lora_weights() if uses[own_parameter(layer, weight)] > 1]
-        all_uses_are_updated = isinstance(layer, LoRATokens)  # they get its rows
+        all_uses_are_updated = isinstance(layer, LoRATokens)  # the other use reads the same rows
         if shared and not all_uses_are_updated:
             tied[name] = shared
     return tied
@@ -225,7 +234,8 @@ def _set_weight(layer: LoRALayer, weight: str, merged: Tensor, *, is_tied: bool)
 
 def _overflow_first(share: float) -> tuple[bool, float]:
     """By which shares are compared: one that is infinite or NaN, by values that a dtype cannot hold, is the largest."""
-    return not share < math.inf, share
+    is_overflow = math.isinf(share) or math.isnan(share)
+    return is_overflow, share
 
 
 def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
@@ -237,13 +247,13 @@ def _look_at_parameters(view: View, bases: dict[str, Tensor]) -> AfterMerge:
     """Look at all parameters after a merge. ``bases`` are the base's values of the merged ones."""
     seen = dict[str, Seen]()
     merged = {view.parameters[name] for name in bases}
-    for name, parameter in view.base.items():
+    for name, parameter in view.base_parameters.items():
         if parameter not in merged:  # a shared layer has several names
             seen[name] = Seen(parameter, _known_digest(view, name, parameter))
     for name in bases:
         seen[name] = Seen(view.parameters[name])  # its digest is computed only if it is asked for
-    tied = with_values(bases, set(view.parameters.values()))
-    seen_tied = {name: Seen(parameter) for name, parameter in tied.items()}
+    were_tied = with_values(bases, set(view.parameters.values()))  # another layer still has them
+    seen_tied = {name: Seen(parameter) for name, parameter in were_tied.items()}
     return AfterMerge(seen, bases, seen_tied)
 
 
@@ -254,9 +264,9 @@ def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
     return view.record.base.readings.digests_now({name: parameter})[name]
 
 
-def check_mergeable(view: View) -> None:
+def refuse_unmergeable(view: View) -> None:
     """Refuse weights that no update can be merged into."""
-    check_as_adapted(view)
+    refuse_resized_or_tied(view)
     _refuse_layers(
         view,
         quantised_layers(view),
@@ -319,19 +329,19 @@ def _unmerge(view: View) -> None:
     """Undo a merge, if there was one."""
     if not view.is_merged:
         return
-    check_as_merged(view)
+    refuse_changed_since_merge(view)
     record = view.record
     adapters = record.merged_adapters
-    with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), Undo() as undo:
+    with undone_on_error(view), torch.inference_mode(False), torch.no_grad(), Undo() as undo:
         for layer, adapter in adapters.items():
             _move_to_layer(view, layer, adapter, undo)
             for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
                 _write_base(view, layer, weight, base, undo)
         record.note_unmerged(view.parameters)
-        attach.attach_adapters(view, adapters)
-        attach.update_for_changed_weights(view)
-        attach.freeze(view)
-        attach.reinitialise_if_base_changed(view)  # it may have been converted
+        attach_adapters(view, adapters)
+        update_for_changed_weights(view)
+        freeze(view)
+        reinitialise_if_base_changed(view)  # it may have been converted
         undo.keep()
 
 
@@ -340,9 +350,9 @@ def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: Undo) -> None
     name = join(layer, adapter.weights[0])
     is_converted = view.parameters[name].dtype != view.record.base.after_merge.seen[name].dtype
     if is_converted:
-        attach.convert_to_layer(view.modules[layer], adapter, undo)
+        convert_to_layer(view.modules[layer], adapter, undo)
     else:
-        attach.move_to_layer(view.modules[layer], adapter, undo)
+        move_to_layer(view.modules[layer], adapter, undo)
 
 
 def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: Undo) -> None:

@@ -27,16 +27,16 @@ class Plan:
     networks: StillNetworks
     """The networks that get none, or that follow others."""
 
-    unwanted: list[str]
+    to_detach: list[str]
     """Adapted layers whose adapters are taken off first: they no longer fit, or nobody has asked for them."""
 
-    new: dict[str, Choice]
-    """Those of the choices that have no adapter, or an unwanted one."""
+    to_attach: dict[str, Choice]
+    """Those of the choices that get a new adapter: layers without one, and layers whose adapter is taken off."""
 
     @property
     def changes_layers(self) -> bool:
         """Whether adapters come or go."""
-        return bool(self.unwanted or self.new)
+        return bool(self.to_detach or self.to_attach)
 
 
 def plan_adapters(view: View) -> Plan:
@@ -58,7 +58,7 @@ def _kinds(targeted: Mapping[str, Choice]) -> dict[str, type[LoRALayer]]:
 
 
 def _frozen_by_user(view: View) -> set[nn.Parameter]:
-    return set(only(view.base, view.frozen_by_user).values())
+    return set(only(view.base_parameters, view.frozen_by_user).values())
 
 
 def _plan(view: View, targeted: Mapping[str, Choice], networks: StillNetworks) -> Plan:
@@ -70,17 +70,18 @@ def _plan(view: View, targeted: Mapping[str, Choice], networks: StillNetworks) -
             f"{view.config.target_modules!r}: what trains has no layers of that kind."
         )
     copied_or_left_out = _copied_or_left_out(view, choices, networks)
-    unwanted = [*_resized_before_training(view), *copied_or_left_out, *_tied_since(view, choices)]
-    new = {**without_adapters(choices), **only(choices, unwanted)}
-    return Plan(choices, networks, unwanted, only(choices, new))  # in the order of the layers
+    to_detach = [*_resized_before_training(view), *copied_or_left_out, *_tied_since(view, choices)]
+    to_attach = {**not_adapted_yet(choices), **only(choices, to_detach)}
+    in_order_of_layers = only(choices, to_attach)
+    return Plan(choices, networks, to_detach, in_order_of_layers)
 
 
-def without_adapters(choices: Mapping[str, Choice]) -> dict[str, Choice]:
+def not_adapted_yet(choices: Mapping[str, Choice]) -> dict[str, Choice]:
     """Return those of the chosen layers that have no adapters."""
     return {name: choice for name, choice in choices.items() if not isinstance(choice.layer, LoRALayer)}
 
 
-# Unwanted adapters
+# Adapters to detach
 
 
 def _resized_before_training(view: View) -> dict[str, LoRALayer]:

@@ -133,7 +133,7 @@ class Record:
     def note_values_loaded(self, base: Mapping[str, Tensor]) -> None:
         """Note that the adapter was loaded, with the values of weights that a file says were changed."""
         self.base.note_loaded(base)
-        self.adapter.is_trained = True
+        self.adapter.may_have_learned = True
 
 
 def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
@@ -211,7 +211,7 @@ def absorb_inner_records(model: nn.Module, record: Record) -> None:
     for prefix, inner in inner_records.items():
         record.base.absorb(prefix, inner.base, is_merged=inner.is_merged)
         if not inner.is_merged:  # a merged module is itself a base now
-            record.adapter.is_trained |= inner.adapter.is_trained
+            record.adapter.may_have_learned |= inner.adapter.may_have_learned
             for name, original in inner.adapter.originals.items():
                 record.adapter.originals.setdefault(join(prefix, name), original)
         forget_record(submodule(model, prefix))

@@ -2,9 +2,11 @@
 
 from torch import nn
 
-from lightning_lora.model import attach
-from lightning_lora.model.as_adapted import check_weights
+from lightning_lora.model.as_adapted import refuse_computed_weights
 from lightning_lora.model.base_values import restore_originals, tensors_with_originals
+from lightning_lora.model.changes.attach import detach_adapters
+from lightning_lora.model.changes.freeze import unfreeze
+from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.record import Record, absorb_inner_records, forget_record, record_of
 from lightning_lora.model.switch import activate, check_known, switch_to
 from lightning_lora.model.view import View, view_of
@@ -61,9 +63,9 @@ def _remove_one(model: nn.Module, record: Record, name: str) -> None:
 def _restore_base(model: nn.Module) -> None:
     """Take the adapters off, and give the base its values and what trained before."""
     view = View(model)
-    check_weights(view)
-    with attach.undone_on_error(view), Undo() as undo:
+    refuse_computed_weights(view)
+    with undone_on_error(view), Undo() as undo:
         restore_originals(view, tensors_with_originals(view), undo)
-        attach.unfreeze(view)
+        unfreeze(view)
         undo.keep()
-    attach.detach_adapters(view)
+    detach_adapters(view)

@@ -14,12 +14,13 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
-from lightning_lora.model import attach
-from lightning_lora.model.as_adapted import check_weights
-from lightning_lora.model.as_merged import check_as_merged
+from lightning_lora.model.as_adapted import refuse_computed_weights
+from lightning_lora.model.as_merged import refuse_changed_since_merge
 from lightning_lora.model.base_values import tensors_with_originals
+from lightning_lora.model.changes.attach import attach_adapters, detach_adapters, update_for_changed_weights
+from lightning_lora.model.changes.off_layers import convert_to_layer, move_to
 from lightning_lora.model.record import Record, find_record, record_of, start_call, state_of
-from lightning_lora.model.view import View, check_adapters_present, view_of
+from lightning_lora.model.view import View, refuse_lost_adapters, view_of
 from lightning_lora.tensors.dicts import only, where, with_values, without
 from lightning_lora.tensors.names import first_names, names_joined, names_not_in, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
@@ -39,7 +40,7 @@ def switch_to(model: nn.Module, name: str | None) -> "Switched":
         return shown
     if name is None:
         view = view_of(model)
-        check_as_merged(view)
+        refuse_changed_since_merge(view)
         _show_base(view)
     elif name == shown.active:
         _show_adapter(View(model))
@@ -155,15 +156,15 @@ def check_switchable(view: View) -> None:
 def prepare_for_model(view: View, state: AdapterState) -> None:
     """Fit an inactive adapter to its layers: kinds, devices and dtypes. Refuse layers that are not as it left them."""
     check_switchable(view)
-    check_weights(view)
+    refuse_computed_weights(view)
     _check_still_there(view, state)
     _update_kinds(view, state)
     _check_not_resized(view, state)
     with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
         for name, tensor in state.inactive_tensors.items():
-            attach.move_to(tensor, view.tensors[name].device, view.tensors[name].dtype)
+            move_to(tensor, view.tensors[name].device, view.tensors[name].dtype)
         for name, adapter in state.inactive_adapters.items():
-            attach.convert_to_layer(view.modules[name], adapter, undo)
+            convert_to_layer(view.modules[name], adapter, undo)
         undo.keep()
 
 
@@ -206,19 +207,19 @@ def exchange(view: View, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: an inactive one, or a new one that has no layers yet."""
     prepare_for_model(view, coming)
     put = _tensors_to_put(view, coming)  # what needs memory comes first
-    check_adapters_present(view)
+    refuse_lost_adapters(view)
     if view.record.is_disabled:
         _show_adapter(view)
     inactive_tensors = tensors_with_originals(view)
-    inactive_adapters = attach.detach_adapters(view)
+    inactive_adapters = detach_adapters(view)
     for name, tensor in put.items():
         set_parameter(view.model, name, tensor)
-    attach.attach_adapters(view, coming.inactive_adapters)
+    attach_adapters(view, coming.inactive_adapters)
     view.record.note_switched(inactive_adapters, inactive_tensors, coming)
     view.look_again()  # the coming adapter trains other modules in full
     _thaw_norms_in(view.saved)
     freeze_norms(view.modules.values(), view.saved)
-    attach.update_for_changed_weights(view)
+    update_for_changed_weights(view)
 
 
 def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:
@@ -276,7 +277,7 @@ def _show_base(view: View) -> None:
     present = first_names(view.tensors)  # not what was tied, and is in no module until it is unmerged
     for name, tensor in with_values(present, values).items():
         hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data  # the memory of a spread one is written into
-        view.record.base.note_hidden(name, hidden, required_grad=tensor.requires_grad)
+        view.record.base.note_hidden(name, hidden, requires_grad=tensor.requires_grad)
         set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
         replace_values(tensor, values[tensor])
     _enable(view, has_effect=False)
@@ -293,7 +294,7 @@ def _values_to_show(view: View) -> dict[Tensor, Tensor]:
         if has_base_value and name not in record.base.filled:
             values[tensor] = original.to(tensor, copy=True)
     for merged in view.merged_weights:
-        base = values.get(merged.base, merged.base)  # a tied weight's other use may have trained
+        base = values.get(merged.base_value, merged.base_value)  # a tied weight's other use may have trained
         values[merged.parameter] = base.detach().to(merged.parameter)
     return values
 
@@ -315,7 +316,7 @@ def _show_adapter(view: View) -> None:
         converted[name] = hidden.values.to(view.tensors[name])  # which may have been moved or converted since
     for name, hidden in hidden_tensors.items():
         replace_values(view.tensors[name], converted[name])
-        set_requires_grad(view.tensors[name], hidden.required_grad)
+        set_requires_grad(view.tensors[name], hidden.requires_grad)
     _enable(view, has_effect=True)
     view.record.note_adapter_shown()
 

@@ -24,8 +24,8 @@ def note_what_the_user_set(view: View) -> None:
     view = View(view.model)  # of the adapters at hand, whatever the new configuration
     _note_thawed(view)
     _note_copied(view)
-    _note_frozen_since(view)
-    note_frozen(view)
+    _note_frozen_after_learning(view)
+    note_frozen_before_learning(view)
 
 
 def _refuse_frozen_networks(view: View) -> None:
@@ -54,9 +54,9 @@ def _note_thawed(view: View) -> None:
     """Note as thawed: frozen weights of the base that require a gradient."""
     base = view.record.base
     trainable = where(view.frozen, _requires_grad)
-    thawed = only(trainable, base.required_grad)
+    thawed = only(trainable, base.trained_before)
     base.note_thawed_since(thawed)
-    base.correct_required_grad(thawed, flag=True)
+    base.set_trained_before(thawed, flag=True)
 
 
 def _note_copied(view: View) -> None:
@@ -65,27 +65,30 @@ def _note_copied(view: View) -> None:
     The adapters have frozen them, and nobody else: a copy looks as its original does.
     """
     copied = where(without(view.layers, view.recorded), _has_trainable_parameters)
-    weights = names_inside(view.base, copied.keys())
-    view.record.base.correct_required_grad(weights, flag=True)
+    weights = names_inside(view.base_parameters, copied.keys())
+    view.record.base.set_trained_before(weights, flag=True)
 
 
-def _note_frozen_since(view: View) -> None:
+def _note_frozen_after_learning(view: View) -> None:
     """Note as frozen since: the weights of layers whose adapters have learned, and train no more."""
-    if not view.adapter.is_trained:
+    if not view.adapter.may_have_learned:
         return
-    trained_before = where(view.record.base.required_grad, bool)
+    trained_before = where(view.record.base.trained_before, bool)
     for name, layer in _frozen_layers(view).items():
         weights = trained_before.keys() & names_joined(name, layer.lora_weights())
         view.record.base.note_frozen_since(weights)
 
 
-def note_frozen(view: View) -> None:
-    """Note as frozen before: the weights of layers whose new adapters the user has frozen. The weights are meant."""
-    if view.adapter.is_trained:
+def note_frozen_before_learning(view: View) -> None:
+    """Note as not trained before: the weights of layers whose new adapters the user has frozen.
+
+    Nothing has been learned there, so the weights are meant.
+    """
+    if view.adapter.may_have_learned:
         return
     frozen = _frozen_layers(view)
-    weights = [weight for weight in view.base if owner_of(weight) in frozen]
-    view.record.base.correct_required_grad(weights, flag=False)
+    weights = [weight for weight in view.base_parameters if owner_of(weight) in frozen]
+    view.record.base.set_trained_before(weights, flag=False)
 
 
 def _frozen_layers(view: View) -> dict[str, LoRALayer]:

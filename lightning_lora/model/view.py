@@ -21,8 +21,8 @@ class View(TensorsView):
     A call makes one view, and looks again after classes or parameters have changed. Where modules were replaced, a new
     one is needed. With ``config``, it shows what a new configuration selects, before the record has it.
 
-    Its three parts are layers (:class:`.LayersView`), tensors (:class:`.TensorsView`), and here, what trains: ``base``
-    is ``trainable`` and ``frozen``.
+    It is built in three steps, each a base class: layers (:class:`.LayersView`), tensors (:class:`.TensorsView`), and
+    here, what trains: ``base_parameters`` are ``trainable`` and ``frozen``.
     """
 
     def as_recorded(self) -> "View":
@@ -41,7 +41,7 @@ class View(TensorsView):
         meant = self._saved_parameters() | self._trained_biases()
         networks = self.adapter.networks if self.is_adapted else StillNetworks()
         stand_still = (*networks.copies, *networks.beside_training)
-        trained = with_values(self.base, meant)
+        trained = with_values(self.base_parameters, meant)
         return only(trained, set(names_outside(trained, stand_still)))
 
     def _saved_parameters(self) -> set[nn.Parameter]:
@@ -49,7 +49,7 @@ class View(TensorsView):
         saved = set[nn.Parameter]()
         for module in self.saved:
             saved.update(module.parameters())
-        for name, parameter in self.base.items():
+        for name, parameter in self.base_parameters.items():
             if self.config.is_saved(name):
                 saved.add(parameter)
         return saved
@@ -62,18 +62,20 @@ class View(TensorsView):
             "all": self.modules.keys(),
         }
         modules = modules_with_trained_biases[self.config.bias]
-        return {parameter for name, parameter in self.base.items() if is_bias(name) and owner_of(name) in modules}
+        return {
+            parameter for name, parameter in self.base_parameters.items() if is_bias(name) and owner_of(name) in modules
+        }
 
     @cached_property
     def frozen(self) -> dict[str, nn.Parameter]:
         """The base's parameters that do not train."""
-        return without(self.base, self.trainable)
+        return without(self.base_parameters, self.trainable)
 
     @cached_property
     def frozen_by_user(self) -> set[str]:
         """The parameters that the user froze. If all are frozen, that says nothing about a single one: none."""
         flags_before = self._flags_before()
-        can_train = where(self.base, _is_plain_float)
+        can_train = where(self.base_parameters, _is_plain_float)
         frozen = set[str]()
         for name in can_train:
             if not flags_before.get(name, self.parameters[name].requires_grad):
@@ -85,7 +87,7 @@ class View(TensorsView):
         flags = dict[str, bool]()
         for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
             if not record.is_merged:
-                flags.update(prefixed(prefix, record.base.required_grad))
+                flags.update(prefixed(prefix, record.base.trained_before))
         return flags
 
 
@@ -99,11 +101,11 @@ def view_of(model: nn.Module, call: str = USE) -> View:
     """Return a :class:`View` of an adapted model. Refuse one without adapters, or with disabled or lost ones."""
     record_of(model, call)
     view = View(model)
-    check_adapters_present(view)
+    refuse_lost_adapters(view)
     return view
 
 
-def check_adapters_present(view: View) -> None:
+def refuse_lost_adapters(view: View) -> None:
     """Refuse a model in which layers have lost their adapters."""
     record = view.record
     adapted = {**view.layers_by_all_names, **record.merged_adapters}

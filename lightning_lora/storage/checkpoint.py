@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lightning_lora.base.fingerprints import find_same_form
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
-from lightning_lora.model.attach import reinitialise_if_base_changed
 from lightning_lora.model.base_values import base_values
+from lightning_lora.model.changes.attach import reinitialise_if_base_changed
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import record_of, start_call
-from lightning_lora.model.untrained import random_weights
+from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.beside_adapters import ADAPTERS
@@ -138,7 +138,7 @@ def restore_base_from(model: nn.Module, merged: StateDict, checkpoint: Checkpoin
     if there is None or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
     rounded = fingerprint(view, anew=False)
-    view.record.base.note_roundings(changes_between(view, there, rounded))
+    view.record.base.note_computed_back(changes_between(view, there, rounded))
     return True
 
 
@@ -216,7 +216,7 @@ def _load_base(model: nn.Module, state: StateDict) -> None:
         reinitialise_if_base_changed(View(model))
     record = record_of(model)
     record.adapter.fingerprints = []
-    record.adapter.is_trained = False
+    record.adapter.may_have_learned = False
     record.base.forget_all_changes()
 
 

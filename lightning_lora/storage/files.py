@@ -18,9 +18,9 @@ from lightning_lora.storage.formats import own
 from lightning_lora.storage.formats.contents import read_checkpoint, read_contents
 from lightning_lora.storage.formats.format import Asked
 from lightning_lora.storage.formats.lightning import check_is_lightning
-from lightning_lora.storage.formats.reading import check_usual
+from lightning_lora.storage.formats.reading import check_computable
 from lightning_lora.storage.formats.registry import WRITTEN, adapter_file_at, find_format
-from lightning_lora.storage.formats.writing import ModelSource, Source, for_reader
+from lightning_lora.storage.formats.source import ModelSource, Source, for_reader
 from lightning_lora.storage.load.built_modules import built_by_lightning
 from lightning_lora.storage.load.other_names import with_names_of
 from lightning_lora.storage.load.put import adapt_and_put
@@ -252,7 +252,7 @@ def _reader_for_file(path: Any, asked: Asked) -> ReadFor:
     format, reader = found
     if not format.takes_arguments:
         _refuse_arguments(asked, path)
-    check_usual(contents, path)
+    check_computable(contents, path)
     return reader
 
 

@@ -204,7 +204,25 @@ def _write_folder(view: View, path: Path) -> None:
     _refuse_to_tie_again(view)
     state = _merged(view, {})
     with writing_folder(path) as part, _answering(view.model, state):
-        save(part)
+        try:
+            save(part)
+        except ValueError as error:
+            raise _refused_by(inner, error) from error
+
+
+def _refused_by(model: nn.Module, error: ValueError) -> AdapterFileError:
+    """What to do when a model's own ``save_pretrained`` refuses."""
+    remedy = "Use a name that ends in .ckpt or .safetensors."
+    quantization = getattr(model, "quantization_method", None)
+    if quantization == "gguf":  # its weights are plain tensors now
+        remedy = (
+            "It was read from a GGUF file. To save it as a plain model, set model.hf_quantizer = None and del "
+            "model.config.quantization_config first."
+        )
+    return AdapterFileError(
+        f"save_pretrained of {type(model).__name__} refuses ({error}). Nothing was written, and the model is as it "
+        f"was. {remedy}"
+    )
 
 
 def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.functional.dtypes import wide
 from lightning_lora.layers import HAS_UPDATE, LoRALayer
-from lightning_lora.model.as_adapted import check_weights
-from lightning_lora.model.as_merged import check_as_merged
-from lightning_lora.model.merge import check_mergeable
+from lightning_lora.model.as_adapted import refuse_computed_weights
+from lightning_lora.model.as_merged import refuse_changed_since_merge
+from lightning_lora.model.merge import refuse_unmergeable
 from lightning_lora.model.view import View
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.state import own_adapters_in
@@ -35,13 +35,13 @@ def merged_state(view: View, changed: StateDict) -> tuple[dict[str, Any], dict[s
         The state, and the share of each layer's update that is lost to rounding.
     """
     if view.is_merged:
-        check_as_merged(view)
+        refuse_changed_since_merge(view)
         state = plain_module(view.model).state_dict()
         return _noted(view, state), {}
     changed = renamed(changed, plain_name)
     _refuse_spread_weights(view, changed)
-    check_weights(view)
-    check_mergeable(view)
+    refuse_computed_weights(view)
+    refuse_unmergeable(view)
     with _replaced_values(view, changed):
         merged, lost = _merged_weights_on_host(view)
     return _noted(view, _state_with(view, changed, merged)), lost
@@ -179,7 +179,7 @@ def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 def _is_exact_sum(view: View) -> bool:
     """Whether an update can be subtracted again: not from a scaled, rounded or sharded sum."""
     uses_dora = any(layer.lora_settings.use_dora for layer in view.layers.values())
-    is_rounded = any(_is_narrow(parameter) for parameter in view.base.values())
+    is_rounded = any(_is_narrow(parameter) for parameter in view.base_parameters.values())
     return not (uses_dora or is_rounded or view.is_sharded)
 
 
@@ -190,6 +190,6 @@ def _is_narrow(parameter: Tensor) -> bool:
 
 def _has_weights(view: View, merged: StateDict) -> bool:
     """Whether all weights of the model are those of a file."""
-    if not view.base.keys() <= merged.keys():
+    if not view.base_parameters.keys() <= merged.keys():
         return False
-    return all(torch.equal(parameter.cpu(), merged[name].cpu()) for name, parameter in view.base.items())
+    return all(torch.equal(parameter.cpu(), merged[name].cpu()) for name, parameter in view.base_parameters.items())

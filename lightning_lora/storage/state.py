@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.model.as_merged import check_as_merged
+from lightning_lora.model.as_merged import refuse_changed_since_merge
 from lightning_lora.model.base_values import extra_digests, frozen_values
-from lightning_lora.model.untrained import random_weights
+from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
 from lightning_lora.tensors.dicts import of_type, only, renamed, with_values, without
@@ -55,7 +55,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
 
 def adapter_state(view: View) -> dict[str, Any]:
     """Return what :func:`adapter_state_dict` does."""
-    check_as_merged(view)
+    refuse_changed_since_merge(view)
     state = values_to_store(view, state_dict(view.model), random_weights(view))
     return {name: full_tensor(value) for name, value in state.items()}
 

@@ -8,8 +8,8 @@ from lightning_lora.base.fingerprints import StoredFingerprint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LoRAParameters, LoRATokens
-from lightning_lora.model.as_adapted import check_as_adapted, check_weights
-from lightning_lora.model.untrained import random_weights
+from lightning_lora.model.as_adapted import refuse_computed_weights, refuse_resized_or_tied
+from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.checksum import FORMAT, Description, checksum, dict_or_empty
 from lightning_lora.storage.inner_model import StoredModule, modules_of, modules_to_store, plain_modules, root_of
@@ -66,8 +66,8 @@ class StoredAdapters:
     @classmethod
     def from_view(cls, view: View, state: dict[str, Any], base: list[StoredFingerprint]) -> "StoredAdapters":
         """Return ``state`` of an adapted model, and what a file says of it."""
-        check_weights(view)
-        check_as_adapted(view)
+        refuse_computed_weights(view)
+        refuse_resized_or_tied(view)
         config = view.config
         layers = layers_of(view)
         _check_as_configured(view, config, layers.values())

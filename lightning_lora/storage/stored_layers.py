@@ -158,7 +158,7 @@ def layers_of(view: View) -> dict[str, StoredLayer]:
     """Describe the adapted layers of a model, merged or not, by name."""
     adapters = {name: layer.lora_adapter() for name, layer in view.layers.items()}
     adapters.update(view.record.merged_adapters)
-    names_by_weight = names_of_each(view.base)
+    names_by_weight = names_of_each(view.base_parameters)
     layers = dict[str, StoredLayer]()
     for name, adapter in adapters.items():
         kind = cast(Kind, adapter.kind)
@@ -175,7 +175,7 @@ def _other_names(
     tied = dict[str, tuple[str, ...]]()
     for weight in layer.shapes:
         name = join(layer.name, weight)
-        others = names_not_in(names_by_weight[view.base[name]], [name])
+        others = names_not_in(names_by_weight[view.base_parameters[name]], [name])
         if others:
             tied[weight] = tuple(others)
     return tied

@@ -86,16 +86,16 @@ def _as_given(config: LoRAConfig) -> object:
 
 
 def no_layer_selected(
-    names: Names, config: LoRAConfig, excluded_modules: Collection[nn.Module], lost_targets: Collection[str]
+    names: Names, config: LoRAConfig, left_out_modules: Collection[nn.Module], lost_targets: Collection[str]
 ) -> TargetError:
     """Return the error for a selection of no layer.
 
-    ``excluded_modules`` are those in ``exclude_modules`` and ``modules_to_save``, with all inside them. Those of them
+    ``left_out_modules`` are those in ``exclude_modules`` and ``modules_to_save``, with all inside them. Those of them
     that ``target_modules`` names are ``lost_targets``.
     """
     if lost_targets and config.target_modules not in AUTOMATIC:
         return TargetError(_about_lost_targets(names, config, lost_targets))
-    others = names.first_names(set(names.modules.values()).difference(excluded_modules))
+    others = names.first_names(set(names.modules.values()).difference(left_out_modules))
     by_class = _adaptable_by_class(names, others)
     if by_class and config.target_modules == "all-linear":
         hint = _hint_of_all(by_class)

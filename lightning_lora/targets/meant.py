@@ -21,10 +21,10 @@ from lightning_lora.tensors.names import owner_of, submodule, with_all_inside
 class Meant:
     """What the arguments mean in one model."""
 
-    excluded_names: set[str]
+    left_out_names: set[str]
     """What ``exclude_modules`` and ``modules_to_save`` name: modules and parameters."""
 
-    excluded_modules: set[nn.Module]
+    left_out_modules: set[nn.Module]
     """The modules of these names, with all inside them."""
 
     parameters: Mapping[nn.Module, list[str]]
@@ -39,7 +39,7 @@ class Meant:
     token_rows: TokenRows
     """The embeddings in ``trainable_token_indices``, and the layers that are tied to them."""
 
-    def adapted(self) -> set[nn.Module]:
+    def to_adapt(self) -> set[nn.Module]:
         """Return the modules that get an adapter. One in which rows train gets no other."""
         targets = self.targets - self.token_rows.layers
         return targets.union(self.parameters, self.token_rows.matrices)
@@ -48,17 +48,17 @@ class Meant:
 def read_arguments(names: Names, config: LoRAConfig) -> Meant:
     """Return what the arguments mean. A name that matches nothing is an error."""
     saved = names.find("modules_to_save", config.modules_to_save)
-    excluded_names = {*saved, *names.find("exclude_modules", config.exclude_modules)}
-    excluded_modules = _modules_of(names, excluded_names)
-    parameters = _parameters_by_reader(names, config, excluded_modules)
+    left_out_names = {*saved, *names.find("exclude_modules", config.exclude_modules)}
+    left_out_modules = _modules_of(names, left_out_names)
+    parameters = _parameters_by_reader(names, config, left_out_modules)
     holders = _holders_of(parameters)
     named_targets = _named_by_target_modules(names, config)
-    targets = named_targets - excluded_modules - holders
-    named_elsewhere = holders | _modules_of(names, saved)  # no single rows of these may train
-    if config.target_modules not in AUTOMATIC:  # the words leave embeddings to their rows
+    targets = named_targets - left_out_modules - holders
+    named_elsewhere = holders | _modules_of(names, saved)
+    if config.target_modules not in AUTOMATIC:  # "all" leaves these embeddings to their rows
         named_elsewhere |= targets
-    token_rows = find_token_rows(names, config, named_elsewhere)
-    return Meant(excluded_names, excluded_modules, parameters, named_targets, targets, token_rows)
+    token_rows = find_token_rows(names, config, named_elsewhere)  # no single rows train in what is named elsewhere
+    return Meant(left_out_names, left_out_modules, parameters, named_targets, targets, token_rows)
 
 
 def _modules_of(names: Names, named: Collection[str]) -> set[nn.Module]:
@@ -92,7 +92,7 @@ def _named_by_target_modules(names: Names, config: LoRAConfig) -> set[nn.Module]
 
 
 def _parameters_by_reader(
-    names: Names, config: LoRAConfig, excluded_modules: Set[nn.Module]
+    names: Names, config: LoRAConfig, left_out_modules: Set[nn.Module]
 ) -> dict[nn.Module, list[str]]:
     """The ``target_parameters`` by the module that reads them, with their names in it."""
     by_reader: dict[nn.Module, list[str]] = {}
@@ -103,7 +103,7 @@ def _parameters_by_reader(
             given = config.to_dict()["target_parameters"]
             raise TargetError(f"target_parameters {given} match {name!r}, but {why}.")
         module = names.modules[reader]
-        if module not in excluded_modules:
+        if module not in left_out_modules:
             by_reader.setdefault(module, []).append(name.removeprefix(f"{reader}."))
     return by_reader
 

@@ -19,12 +19,12 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     names = Names(model)
     checks.check_not_lazy(names)
     meant = read_arguments(names, config)
-    layers = names.first_names(meant.adapted())
+    layers = names.first_names(meant.to_adapt())
     checks.check_supported(names, config, layers, meant.targets)
     choices = _choices(names, config, meant, layers)
     if not choices:
-        lost_targets = names.first_names(meant.named_targets & meant.excluded_modules)
-        raise checks.no_layer_selected(names, config, meant.excluded_modules, lost_targets)
+        lost_targets = names.first_names(meant.named_targets & meant.left_out_modules)
+        raise checks.no_layer_selected(names, config, meant.left_out_modules, lost_targets)
     checks.check_patterns(names, config, choices)
     checks.check_factor_names(choices)
     checks.check_methods(config, choices)
@@ -63,4 +63,4 @@ def _adapter_of(names: Names, config: LoRAConfig, meant: Meant, name: str) -> tu
 def _is_adapted(meant: Meant, name: str, matrix: AdaptedMatrix) -> bool:
     """Whether a matrix of a layer has numbers, and neither its weight nor a module inside the layer is left out."""
     names_inside = names_joined(name, starts_of(matrix.weight))  # of modules inside, and of the weight itself
-    return matrix.largest_rank > 0 and meant.excluded_names.isdisjoint(names_inside)
+    return matrix.largest_rank > 0 and meant.left_out_names.isdisjoint(names_inside)

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_lora.model.untrained import Untrained, find_untrained, note_random_weights
+from lightning_lora.model.untrained.find_untrained import Untrained, find_untrained
+from lightning_lora.model.untrained.random_weights import note_random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.names import modules_around
@@ -17,7 +18,7 @@ def advise(view: View, guards: Guard) -> None:
     if not view.is_fresh():  # its adapters are trained already
         return
     untrained = find_untrained(view)
-    if view.adapter.random is None:
+    if view.adapter.random_weights is None:
         note_random_weights(view, untrained)
     guards.new_adapters_begin(view, untrained)
 

@@ -14,7 +14,7 @@ from lightning_lora.errors import (
     listed,
     warn,
 )
-from lightning_lora.model.merge import check_mergeable, merge_adapters, quantised_layers, tied_weights
+from lightning_lora.model.merge import merge_adapters, quantised_layers, refuse_unmergeable, tied_weights
 from lightning_lora.model.record import record_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_stored
@@ -69,7 +69,7 @@ def check_merge_weights(trainer: Trainer, pl_module: LightningModule, merge: obj
 def _check_mergeable(view: View, merge: object) -> None:
     """Refuse layers whose updates cannot be merged, and say what to do."""
     try:
-        check_mergeable(view)
+        refuse_unmergeable(view)
     except LoRAError as error:
         stay = "Or set merge=False: then the adapters stay on their layers, and every checkpoint holds them."
         raise ConfigError(f"merge={merge!r} is not possible. {error} {stay}") from error

@@ -1,6 +1,7 @@
-"""How far a stage has come, and what its module is like after its end."""
+"""How far a stage has come, and what its end does to the module."""
 
 from enum import Enum
+from typing import NamedTuple
 
 
 class Phase(Enum):
@@ -37,25 +38,35 @@ class Outcome(Enum):
     """Nothing: the end of the fit has done all, or other code has."""
 
 
-_ENDS = {
-    Phase.SET_UP: (Outcome.SHOWN_AGAIN, Outcome.GIVEN_BACK),
-    Phase.LOADED: (Outcome.SHOWN_AGAIN, Outcome.GIVEN_BACK),
-    Phase.TRAINING: (Outcome.SHOWN_AGAIN, Outcome.GIVEN_BACK),  # an evaluation never comes so far
-    Phase.OVER: (Outcome.LEFT, Outcome.LEFT),
+class End(NamedTuple):
+    """What the end of a stage does, for the phase that it has reached."""
+
+    without_error: Outcome
+
+    after_error: tuple[Outcome, ...]
+    """The first of these that is possible. ``WayBack.allows`` says which are: LEFT always is."""
+
+
+_GIVEN_BACK_OR_LEFT = (Outcome.GIVEN_BACK, Outcome.LEFT)
+_KEPT_IF_POSSIBLE = (Outcome.KEPT, *_GIVEN_BACK_OR_LEFT)
+
+_EVALUATION = {
+    Phase.SET_UP: End(Outcome.SHOWN_AGAIN, _GIVEN_BACK_OR_LEFT),
+    Phase.LOADED: End(Outcome.SHOWN_AGAIN, _GIVEN_BACK_OR_LEFT),
+    Phase.OVER: End(Outcome.LEFT, (Outcome.LEFT,)),
 }
-"""For the phase that an evaluation has reached: its outcome at its end, and after an error."""
+"""How an evaluation ends. It never comes to training."""
 
-_ENDS_OF_FIT = {
-    Phase.SET_UP: (Outcome.GIVEN_BACK, Outcome.GIVEN_BACK),  # it has trained nothing
-    Phase.LOADED: (Outcome.SHOWN_AGAIN, Outcome.KEPT),  # the first, as after a tuner's trials
-    Phase.TRAINING: (Outcome.LEFT, Outcome.KEPT),
-    Phase.OVER: (Outcome.LEFT, Outcome.LEFT),
+_FIT = {
+    Phase.SET_UP: End(Outcome.GIVEN_BACK, _GIVEN_BACK_OR_LEFT),  # it has trained nothing
+    # Without an error, only Tuner.lr_find and the like end so: they load what they saved before their trials, and stop.
+    Phase.LOADED: End(Outcome.SHOWN_AGAIN, _KEPT_IF_POSSIBLE),
+    Phase.TRAINING: End(Outcome.LEFT, _KEPT_IF_POSSIBLE),
+    Phase.OVER: End(Outcome.LEFT, (Outcome.LEFT,)),
 }
-"""The same for a fit."""
+"""How a fit ends."""
 
 
-def outcome_of(phase: Phase, *, is_fit: bool, has_failed: bool) -> Outcome:
-    """Return what the end of a stage does that has reached a phase."""
-    ends = _ENDS_OF_FIT if is_fit else _ENDS
-    at_the_end, after_an_error = ends[phase]
-    return after_an_error if has_failed else at_the_end
+def end_of(phase: Phase, *, is_fit: bool) -> End:
+    """Return how a stage ends that has reached a phase."""
+    return _FIT[phase] if is_fit else _EVALUATION[phase]

@@ -1,9 +1,8 @@
-"""The states of random number generators: in files, of all processes, and while adapters are drawn."""
+"""The states of random number generators, in files: those of all processes."""
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from struct import Struct
 from typing import Any, TypeGuard
@@ -12,9 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
-
-from lightning_lora.model.view import View
+from torch import Tensor
 
 RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of the generators
 
@@ -22,25 +19,6 @@ _OTHERS = Struct("<625Iid625Id")  # numpy's and Python's: 624 numbers of a Merse
 
 States = dict[str, Tensor]
 """The states of generators, by name: "cpu", "cuda", and "others" for those of numpy and Python."""
-
-
-@contextmanager
-def reseeded(model: nn.Module) -> Iterator[None]:
-    """Let adapters draw in the ``with`` block. Without new ones, the generator stays as it was.
-
-    With some, it goes on from a seed: so however much they draw, the run sees the same batches, and none of the numbers
-    that the adapters got. After an error nothing is set: another injection follows.
-    """
-    before = torch.get_rng_state()
-    adapted = View(model).matrices
-    seed = int(torch.randint(1 << 62, (), device="cpu"))
-    torch.set_rng_state(before)
-    yield
-    if View(model).matrices != adapted:
-        torch.manual_seed(seed)
-
-
-# The states of all processes
 
 
 def random_states(trainer: Trainer) -> States:

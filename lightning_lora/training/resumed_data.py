@@ -19,7 +19,7 @@ class RandomNumbers:
     def begin_data(self, loader: Any) -> None:
         """Let a loader draw as it will."""
 
-    def begin_training(self) -> None:
+    def set_for_first_step(self) -> None:
         """Set nothing."""
 
 
@@ -61,7 +61,7 @@ class ResumedNumbers(RandomNumbers):
 
     # When the training begins
 
-    def begin_training(self) -> None:
+    def set_for_first_step(self) -> None:
         """Set the generators for the first step. Data that began with other numbers begin again.
 
         - Where Lightning begins the epoch's data later (before 2.6), they get the states of the file.

@@ -6,14 +6,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lora.model.attach import reinitialise_if_base_changed
+from lightning_lora.model.changes.attach import reinitialise_if_base_changed
 from lightning_lora.model.still.follow import follow_new_copies
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.training.advice import advise_again
 from lightning_lora.training.compatibility import average_what_trains, callbacks_of, late_callback_error
 from lightning_lora.training.optimizers.group_checks import check_frozen
-from lightning_lora.training.optimizers.groups_behind import mirror_rates
+from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.steps.feeding import Feeding
 from lightning_lora.training.steps.gradients import Gradients
@@ -37,7 +37,7 @@ class NoTraining:
 
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
         """Let adapters follow the module's rates. As many parameters train as before."""
-        mirror_rates(optimizer)
+        update_scaled_rates(optimizer)
         return False
 
     def end_batch(self) -> None:
@@ -71,7 +71,7 @@ class TrainingWatch:
         self.methods = methods
         self.gradients = self._at_the_end.enter_context(closing(methods.gradients(is_new_fit=is_new)))
         self.feeding = self._at_the_end.enter_context(closing(Feeding(self.trainer, view)))
-        self.stage.float32 = self._at_the_end.enter_context(closing(methods.float32_steps(view)))
+        self.stage.tools.float32 = self._at_the_end.enter_context(closing(methods.float32_steps(view)))
 
     def _prepare_layers(self, view: View) -> None:
         """Let all layers begin to train, those too that came since the set-up."""
@@ -79,8 +79,8 @@ class TrainingWatch:
         follow_new_copies(view, view.layers.keys() - view.recorded)  # or copied networks
         view.look_again()  # what follows another network does not train
         view.adapter.layers = tuple(view.layers)
-        view.adapter.is_trained = True  # so it counts from here on, before the first step
-        self.stage.guards_in_first_process.adapters_ready(view)
+        view.adapter.may_have_learned = True  # so it counts from here on, before the first step
+        self.stage.tools.guards_in_first_process.adapters_ready(view)
 
     def begin_batch(self) -> None:
         """Before the first step, warn of weights that hooks have made new since."""
@@ -91,7 +91,7 @@ class TrainingWatch:
         now = base_digests(view_of(self.module))
         changed = dict(now.items() - before.items())
         if changed:
-            advise_again(self.module, self.stage.guards_in_first_process, changed)
+            advise_again(self.module, self.stage.tools.guards_in_first_process, changed)
 
     def begin_backward(self, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
@@ -107,18 +107,16 @@ class TrainingWatch:
         if self.feeding.unjudged:  # only until all networks are judged
             train_fewer = self.methods.remove_unfed(optimizer, self.feeding)
         check_frozen(self.module, optimizer, self.gradients.frozen)
-        mirror_rates(optimizer)
+        update_scaled_rates(optimizer)
         unreached = self.gradients.begin_step(optimizer)
         if unreached:
-            self.stage.guards_in_each_process.optimizer_begins(View(self.module), unreached)
-        self.stage.float32.begin_step(optimizer)
+            self.stage.tools.guards_in_each_process.optimizer_begins(View(self.module), unreached)
+        self.stage.tools.float32.begin_step(optimizer)
         return train_fewer
 
     def end_batch(self) -> None:
         """End dropout until the next step. After the first, name weights that other code reads."""
-        self.stage.dropout.end_step()
-        self.stage.float32.pause_step()  # one that a GradScaler has skipped does not end by itself
-        self.stage.first_steps.end_batch(self.module)
+        self.stage.tools.end_batch(self.module)
 
     def close(self) -> None:
         """Stop watching."""

@@ -1,8 +1,7 @@
 """One stage of a Trainer: fit, validate, test or predict."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -12,21 +11,18 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.as_merged import refuse_layers_of_another_model
 from lightning_lora.model.base_values import tensors_with_originals
 from lightning_lora.model.inject import inject, inject_from_file
-from lightning_lora.model.merge import merge, unmerge_or_forget
-from lightning_lora.model.record import find_record, keep_record, state_of
+from lightning_lora.model.record import find_record, state_of
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.view import View, view_of
-from lightning_lora.moments import Guard, Guards
 from lightning_lora.storage.same_base.base_forms import note_changed
 from lightning_lora.training.before_hooks import BeforeHooks
 from lightning_lora.training.chosen_adapter import ChosenAdapter
 from lightning_lora.training.compatibility import begin_averages, loads_in_hooks
-from lightning_lora.training.optimizers.float32_steps import Float32Steps
-from lightning_lora.training.phases import Outcome, Phase, outcome_of
-from lightning_lora.training.randomness import reseeded
+from lightning_lora.training.drawing import drawing_apart
+from lightning_lora.training.phases import Outcome, Phase, end_of
 from lightning_lora.training.resumed_data import RandomNumbers
-from lightning_lora.training.steps.first_steps import FirstSteps
-from lightning_lora.training.steps.step_dropout import Dropout
+from lightning_lora.training.steps.step_tools import StepTools
+from lightning_lora.training.way_back import WayBack
 
 
 @dataclass
@@ -47,13 +43,9 @@ class Stage:
     save: str = "adapters"
     lr_scale: float | dict[str, float] = 1
 
-    # How the module came
+    # How the module came, and what its hooks do to it
 
-    came: Literal["plain", "adapted", "merged"] = "plain"
-
-    undo: ExitStack = field(default_factory=ExitStack)
-    """Gives the module back as it came. Only ``_bring_about`` closes it, and not where loaded adapters stay."""
-
+    way_back: WayBack = field(init=False)
     before: BeforeHooks = field(default_factory=BeforeHooks)
 
     filled: set[str] = field(default_factory=set)
@@ -69,27 +61,21 @@ class Stage:
     random_numbers: RandomNumbers = field(default_factory=RandomNumbers)
     """Those of that checkpoint, until training begins."""
 
-    # What looks on, and acts in each training step
+    # What looks on
 
     callbacks: list[Callback] = field(default_factory=list)
     """All of the Trainer's."""
 
-    is_first: bool = False
-    """Whether this is the first process, which says what all of them would."""
-
-    guards_in_each_process: Guards = field(default_factory=Guards)
-    """They look in each process, where one may see what others do not."""
-
-    guards_in_first_process: Guard = field(init=False)
-    """The same in the first process, for what all see alike. In the others, they do nothing."""
-
-    first_steps: FirstSteps = field(init=False)
-    dropout: Dropout = field(default_factory=Dropout)
-    float32: Float32Steps = field(default_factory=Float32Steps)
+    tools: StepTools = field(default_factory=StepTools)
+    """Its guards, and what acts in each training step."""
 
     def __post_init__(self) -> None:
-        self.guards_in_first_process = self.guards_in_each_process if self.is_first else Guard()
-        self.first_steps = FirstSteps(self.guards_in_each_process, self.guards_in_first_process)
+        self.way_back = WayBack(self.adapter)
+
+    @property
+    def came_adapted(self) -> bool:
+        """Whether the module came with adapters on its layers."""
+        return self.way_back.came == "adapted"
 
     @property
     def is_fitting(self) -> bool:
@@ -100,23 +86,12 @@ class Stage:
 
     def begin(self, pl_module: LightningModule) -> None:
         """Unmerge the module: it needs its adapters to train, or to load a checkpoint."""
-        self._unmerge(pl_module)
+        self.way_back.unmerge(pl_module)
         if self.wants_another_adapter(pl_module):
             self._activate_adapter(pl_module)
-            self.undo.callback(self.adapter.put_back, pl_module)  # which does nothing the second time
-        if self.came == "plain":
-            self.undo.callback(_remove_all, pl_module)
+            self.way_back.note_other_adapter(pl_module)
+        self.way_back.note_new_adapters(pl_module)
         self.before = BeforeHooks.of(pl_module)
-
-    def _unmerge(self, pl_module: LightningModule) -> None:
-        """Undo a merge. If its weights were replaced since, they are a new base, and its record is forgotten."""
-        record = find_record(pl_module)
-        if unmerge_or_forget(pl_module):
-            self.came = "merged"
-            self.undo.callback(merge, pl_module)
-            return
-        if record is not None and find_record(pl_module) is None:  # it was forgotten
-            self.undo.callback(keep_record, pl_module, record)
 
     def wants_another_adapter(self, pl_module: LightningModule) -> bool:
         """Whether the module shows another adapter than this stage's."""
@@ -154,7 +129,7 @@ class Stage:
 
         One that is new beside others begins again. Those of a plain module are only taken off: ``adapt`` makes others.
         """
-        was_made_here = self.came == "plain" or self.adapter.is_new
+        was_made_here = self.way_back.came == "plain" or self.adapter.is_new
         if find_record(pl_module) is None or not was_made_here:
             return False
         self.set_base_from_hooks(view_of(pl_module))  # before: adapters that go put the base's values back
@@ -165,33 +140,24 @@ class Stage:
             remove_adapters(pl_module)
         return True
 
-    def set_base_from_hooks(self, view: View) -> bool:
-        """Make what the module's hooks changed in this stage the base.
-
-        Return whether it is. Once something was trained or loaded, the base stays, and so does its fingerprint.
-        """
-        if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
-            return False
-        changed = self.before.changed_base_tensors(tensors_with_originals(view))
-        view.adapter.set_base_values(changed)
-        return True
-
     # Adapt
 
-    def runs_adapted(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
-        """Whether the module runs with adapters, which it has or gets now.
+    def should_be_adapted(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
+        """Whether the module shall run with adapters, so that it gets those that it lacks.
 
-        One that is only evaluated:
-
-        - with adapters on its layers: yes.
-        - merged, or showing its base: no, it runs as it is.
-        - plain: no, unless the adapters of a file need their layers (``for_file``).
-        - plain, but it came with adapted layers: yes. They were adapted in a network inside.
+        ``for_file``: a file's adapters will be loaded, which need their layers.
         """
-        state = state_of(pl_module)
-        if state is State.PLAIN:
-            return self.came == "adapted" or for_file
-        return state is State.ADAPTED
+        match state_of(pl_module):
+            case State.ADAPTED:
+                return True
+            case State.PLAIN:
+                return self._adapts_plain_module(for_file=for_file)
+            case _:  # merged, or showing its base: it is evaluated as it is
+                return False
+
+    def _adapts_plain_module(self, *, for_file: bool) -> bool:
+        """Whether a plain module gets adapters: only for a file, or where networks inside came with theirs."""
+        return for_file or self.came_adapted
 
     def adapt(self, pl_module: LightningModule, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
         """Adapt the module after its own hooks have run, or for a file. The weights that they load become the base.
@@ -199,15 +165,14 @@ class Stage:
         ``replaced``: these adapters come in place of others of this stage.
         """
         self.filled |= self.before.take_filled_buffers(pl_module)
-        if not self.runs_adapted(pl_module, for_file=stored is not None):
+        if not self.should_be_adapted(pl_module, for_file=stored is not None):
             return
         self.add_adapters(pl_module, stored)
         view = view_of(pl_module)
         view.record.base.note_filled(self.filled)
-        if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
-            return
-        begin_averages(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
-        self.set_base_from_hooks(view)
+        if self.phase is Phase.SET_UP:  # later, the base and the callbacks' averages are those of a checkpoint
+            begin_averages(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
+            self.set_base_from_hooks(view)
 
     def add_adapters(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
         """Add adapters to layers without them. ``stored``, of a file, says which layers it left out."""
@@ -215,18 +180,22 @@ class Stage:
         record = find_record(pl_module)
         if record is not None:
             name = record.adapter.name
-        with reseeded(pl_module):
+        with drawing_apart(pl_module):
             if stored is None:
                 inject(pl_module, self.config, name=name)
             else:
                 inject_from_file(pl_module, self.config.excluding(stored.exclude_modules), name=name)
 
-    # What guards look at
+    def set_base_from_hooks(self, view: View) -> bool:
+        """Make what the module's hooks changed in this stage the base.
 
-    def check_backward(self, pl_module: LightningModule) -> None:
-        """Let guards look at a backward pass that begins while adapters are disabled."""
-        if state_of(pl_module).shows_base:
-            self.guards_in_each_process.backward_begins_without_adapters(View(pl_module))
+        Return whether it is. Once something was trained or loaded, the base stays, and so does its fingerprint.
+        """
+        if self.phase is not Phase.SET_UP or view.adapter.may_have_learned or not view.is_fresh():
+            return False
+        changed = self.before.changed_base_tensors(tensors_with_originals(view))
+        view.adapter.set_base_values(changed)
+        return True
 
     # From one phase to the next
 
@@ -246,7 +215,7 @@ class Stage:
 
     def take_random_numbers(self) -> None:
         """Let the first step have the random numbers of the checkpoint. Later, nothing is set."""
-        self.random_numbers.begin_training()
+        self.random_numbers.set_for_first_step()
         self.random_numbers = RandomNumbers()
 
     def end_fit(self) -> bool:
@@ -257,59 +226,37 @@ class Stage:
         return True
 
     def end(self, pl_module: LightningModule) -> None:
-        """End the stage: the module becomes what ``outcome_of`` says."""
+        """End the stage: the module becomes what ``end_of`` says."""
         reached = self._close()
-        outcome = outcome_of(reached, is_fit=self.is_fit, has_failed=False)
-        self._bring_about(outcome, pl_module, has_loaded=reached is Phase.LOADED)
+        outcome = end_of(reached, is_fit=self.is_fit).without_error
+        self.way_back.bring_about(outcome, pl_module, has_loaded=reached is Phase.LOADED)
 
     def end_after_error(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> bool:
         """End a stage that has failed. Return whether the module keeps adapters that may be trained.
 
         ``others_may_be_missing``: other processes may not be here, so nothing that needs them is done.
         """
-        outcome = outcome_of(self._close(), is_fit=self.is_fit, has_failed=True)
-        if outcome is Outcome.KEPT and not View(pl_module).is_on_layers:
-            outcome = Outcome.GIVEN_BACK
-        if outcome is Outcome.GIVEN_BACK and not self._may_give_back(
-            pl_module, others_may_be_missing=others_may_be_missing
-        ):
-            outcome = Outcome.LEFT
-        self._bring_about(outcome, pl_module)
+        outcome = self._outcome_after_error(pl_module, others_may_be_missing=others_may_be_missing)
+        self.way_back.bring_about(outcome, pl_module)
         is_kept = outcome is Outcome.KEPT
         if is_kept and not others_may_be_missing:
             note_changed(view_of(pl_module))
         return is_kept
 
+    def _outcome_after_error(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> Outcome:
+        """End the stage. Return the first outcome that is possible."""
+        end = end_of(self._close(), is_fit=self.is_fit)
+        for outcome in end.after_error:
+            if self.way_back.allows(outcome, pl_module, others_may_be_missing=others_may_be_missing):
+                return outcome
+        return Outcome.LEFT
+
     def _close(self) -> Phase:
         """Set the phase OVER. Return the one before."""
         reached = self.phase
         self.phase = Phase.OVER
-        self.first_steps.close()
+        self.tools.close()
         return reached
-
-    def _may_give_back(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> bool:
-        """Whether a module can be given back after an error.
-
-        Not one that is merged now: it was evaluated so, or its own code has merged what it trained. And with
-        ``others_may_be_missing`` none that came merged, as a merge is collective: its adapters stay.
-        """
-        if View(pl_module).is_merged:
-            return False
-        return not (others_may_be_missing and self.came == "merged")
-
-    def _bring_about(self, outcome: Outcome, pl_module: LightningModule, *, has_loaded: bool = False) -> None:
-        """Do to the module what an outcome says. ``has_loaded``: it has a file's adapters."""
-        if outcome is Outcome.GIVEN_BACK:
-            self.undo.close()
-        elif outcome is Outcome.SHOWN_AGAIN and find_record(pl_module) is not None:
-            self.adapter.put_back(pl_module)
-            if self.came == "merged":
-                self._merge_again(pl_module, has_loaded=has_loaded)
-
-    def _merge_again(self, pl_module: LightningModule, *, has_loaded: bool) -> None:
-        merge(pl_module)
-        if has_loaded and self.adapter.is_shown_by(pl_module):
-            rank_zero_info(f"LoRA: merged the file's adapters. {type(pl_module).__name__} is plain again.")
 
 
 @dataclass
@@ -336,9 +283,9 @@ class Fit(Stage):
         """Make this fit's adapter the active one: it may be a new one."""
         self.adapter.activate(pl_module, self.config)
 
-    def runs_adapted(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
-        """Whether the module runs with adapters, which it has or gets now. A plain one gets some in any case."""
-        return state_of(pl_module) in (State.PLAIN, State.ADAPTED)
+    def _adapts_plain_module(self, *, for_file: bool) -> bool:
+        """Whether a plain module gets adapters: always, to train them."""
+        return True
 
 
 def shows_adapters(pl_module: LightningModule) -> bool:
@@ -354,14 +301,3 @@ def _changed_arguments(config: LoRAConfig, before: LoRAConfig) -> list[str]:
         if value != getattr(before, argument.name):
             texts.append(f"{argument.name}={value!r}")
     return texts
-
-
-def _remove_all(pl_module: LightningModule) -> None:
-    """Remove the adapters of the layers that have some now.
-
-    Code in the fit may have replaced some of the adapted layers. ``remove_adapters`` refuses a record that names these.
-    """
-    record = find_record(pl_module)
-    if record is not None:
-        record.adapter.layers = tuple(View(pl_module).layers)
-        remove_adapters(pl_module)

@@ -17,8 +17,11 @@ def test_what_was_kept_for_an_error_does_not_change_with_later_events() -> None:
     before = state.snapshot()
     state.set_base_values({"weight": torch.ones(2, 2)})
     state.fingerprints.append({"layout": "b"})
+    state.extra["part"] = 1
+    state.inactive_tensors["bias"] = torch.ones(2)
     assert list(before.originals) == ["bias"]
     assert before.fingerprints == [{"layout": "a"}]
+    assert before.extra == before.inactive_tensors == {}
 
 
 @pytest.mark.parametrize("name", ["", None, 3])
@@ -41,7 +44,7 @@ def test_an_original_is_copied_once_unless_its_shape_is_another() -> None:
 
 
 def test_what_is_not_named_again_is_let_go_and_a_trained_adapter_keeps_what_it_noted() -> None:
-    state = AdapterState(LoRAConfig(r=2), is_trained=True, extra={"a": 1})
+    state = AdapterState(LoRAConfig(r=2), may_have_learned=True, extra={"a": 1})
     state.keep_originals({"bias": torch.zeros(2)}, extra={"a": 2})
     assert state.extra == {"a": 1}
     state.keep_originals({}, extra={})
@@ -49,11 +52,11 @@ def test_what_is_not_named_again_is_let_go_and_a_trained_adapter_keeps_what_it_n
 
 
 def test_a_new_base_is_looked_at_again_and_only_what_is_kept_is_taken() -> None:
-    state = AdapterState(LoRAConfig(r=2), originals={"bias": torch.zeros(2)}, random=("head",))
-    assert state.random_so_far == ("head",)
+    state = AdapterState(LoRAConfig(r=2), originals={"bias": torch.zeros(2)}, random_weights=("head",))
+    assert state.known_random_weights == ("head",)
     state.note_base_loaded({"bias": torch.ones(2), "weight": torch.ones(4)})
-    assert state.random is None
-    assert state.random_so_far == ()
+    assert state.random_weights is None
+    assert state.known_random_weights == ()
     assert list(state.originals) == ["bias"]
     assert torch.equal(state.originals["bias"], torch.ones(2))
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.base import readings as readings_module
-from lightning_lora.base.readings import HALVES, Readings
+from lightning_lora.base.readings import HALF_DTYPES, Readings
 from lightning_lora.tensors.digests import digest, digests
 
 
@@ -60,23 +60,23 @@ def test_a_snapshot_does_not_change_with_later_readings() -> None:
     readings = Readings()
     before = readings.snapshot()
     readings.digests_now({"a": tensor})
-    readings.halves_of(digest(tensor), tensor)
+    readings.half_digests_of(digest(tensor), tensor)
     assert before.known_digest("a", tensor) is None
-    assert before.known_halves(digest(tensor)) == []
+    assert before.known_half_digests(digest(tensor)) == []
 
 
 def test_halves_are_computed_once_for_the_same_values() -> None:
     tensor = torch.randn(3)
     readings = Readings()
-    halves = readings.halves_of(digest(tensor), tensor)
-    assert halves == [digest(tensor.to(dtype)) for dtype in HALVES]
+    halves = readings.half_digests_of(digest(tensor), tensor)
+    assert halves == [digest(tensor.to(dtype)) for dtype in HALF_DTYPES]
     of_others = torch.zeros(3)
-    assert readings.halves_of(digest(tensor), of_others) == halves  # known by the digest alone
-    assert readings.known_halves(digest(tensor)) == halves
+    assert readings.half_digests_of(digest(tensor), of_others) == halves  # known by the digest alone
+    assert readings.known_half_digests(digest(tensor)) == halves
 
 
 def test_no_message_is_sent_for_tensors_of_one_process() -> None:
     tensor = torch.randn(3)
     readings = Readings()
-    readings.prepare_halves({digest(tensor): tensor})
-    assert readings.known_halves(digest(tensor)) == []
+    readings.read_dtensors_as_halves({digest(tensor): tensor})
+    assert readings.known_half_digests(digest(tensor)) == []

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.layers import number_of_values
-from lightning_lora.model.untrained import FEWEST, _layers, _looks_untrained
+from lightning_lora.model.untrained.judge_layers import FEWEST, layers_to_judge, looks_untrained
 from lightning_lora.model.view import View
 
 STEPS = (10, 30, 100, 300)
@@ -66,9 +66,9 @@ def untrained(model: nn.Module) -> tuple[int, int]:
     inject_adapters(adapted, LoRAConfig(r=2, target_modules="all"))
     view = View(adapted)
     judged = []
-    for name, weights in _layers(view):
+    for name, weights in layers_to_judge(view):
         if min(map(number_of_values, weights.values())) >= FEWEST:
-            judged.append(_looks_untrained(view, name, weights))
+            judged.append(looks_untrained(view, name, weights))
     return sum(judged), len(judged)
 
 

@@ -325,3 +325,23 @@ def test_defaults_of_device_and_dtype_do_not_reach_dropout() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
+
+
+def test_no_gradient_is_computed_that_nobody_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _, a, b = inputs(8, 6, out=5)
+    x.requires_grad_(False)
+    weight.requires_grad_(False)
+    computed = []
+    gradients = linear._AdaptedLinear.gradients
+
+    def note(*args: Any) -> Any:
+        found = gradients(*args)
+        computed.append(found)
+        return found
+
+    monkeypatch.setattr(linear._AdaptedLinear, "gradients", note)
+    adapted_linear(x, weight, None, a, b, 0.5).sum().backward()
+    ((for_x, for_weight, _, *for_factors),) = computed
+    assert for_x is None
+    assert for_weight is None
+    assert for_factors[0] is not None

@@ -126,7 +126,12 @@ def test_trained_adapters_are_not_asked_again(tmp_path: Path) -> None:
 def test_a_small_new_head_is_named_as_perhaps_new(tmp_path: Path) -> None:
     (said,) = fit(tmp_path, new_head(48), **TARGETS)  # a head of 192 values
     assert said.startswith("FreshLayerWarning: Perhaps new: 'head' of LitTiny")
+    assert "Its own weights are frozen: if it is new, they stay random" in said
     assert "modules_to_save=['head']" in said
+    model = new_head(48)
+    model.small = nn.Linear(8, 2)
+    (said,) = fit(tmp_path, model, **TARGETS)
+    assert "Their own weights are frozen: if they are new, they stay random" in said
 
 
 def test_a_small_head_that_is_not_new_or_meant_so_is_not_named(tmp_path: Path) -> None:

@@ -252,3 +252,13 @@ def test_magnitudes_stay_those_of_the_layers_own_weight_where_it_follows_another
     follower.lora_follow(original)
     assert torch.equal(follower.lora_A, original.lora_A)
     torch.testing.assert_close(follower.lora_magnitude, follower.weight.norm(dim=1))
+
+
+def test_a_frozen_norm_stays_in_its_mode_and_computes_as_in_evaluation() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"]))
+    x = torch.randn(6, 4)
+    expected = model.eval()(x)
+    torch.testing.assert_close(model.train()(x), expected)
+    assert model[1].training
+    assert model[1].num_batches_tracked == 0

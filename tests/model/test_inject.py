@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from lightning_lora.model.own_loop.trainer_only import TRAINER_ONLY
 from lightning_lora.model.record import record_of
+from lightning_lora.moments import Guards
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import fails_at, kinds, unchanged
 from tests.support.models import LitTiny, randomise, state
@@ -252,3 +253,14 @@ def test_a_factor_that_other_code_froze_alone_trains_after_another_injection() -
     model[0].lora_A.requires_grad_(False)
     ll.inject_adapters(model, ll.LoRAConfig(r=2))
     assert model[0].lora_A.requires_grad
+
+
+def test_guards_are_told_of_the_chosen_layers_before_adapters_are_put_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def note(guards: Guards, moment: Any, view: Any, *_: Any) -> None:
+        told.append((moment.__name__, len(view.layers)))
+
+    monkeypatch.setattr(Guards, "_pass_on", note)
+    ll.inject_adapters(LitTiny(), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
+    assert told[0] == ("layers_chosen", 0)

@@ -55,6 +55,7 @@ def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_p
 TIED: dict[str, Callable[[TinyLM], Any]] = {
     "one use converted": lambda model: model.embed.half(),
     "the other converted": lambda model: model.lm_head.half(),
+    "the other changed": lambda model: model.embed.weight.data.add_(1),
     "loaded by assignment": lambda model: model.load_state_dict(state(model), assign=True),
 }
 
@@ -163,12 +164,12 @@ def test_autocast_remembers_no_weight_of_another_model(base_first: bool) -> None
         with ll.disable_adapters(model):
             assert torch.equal(model(x), expected)
 
-    def check_adapted() -> None:
+    def refuse_targets_without_adapters() -> None:
         assert torch.equal(model(x), alike(x))
 
     with torch.autocast("cpu", torch.bfloat16):
         if base_first:
             check_base()
-        check_adapted()
+        refuse_targets_without_adapters()
         check_base()
-        check_adapted()
+        refuse_targets_without_adapters()

@@ -96,7 +96,7 @@ def test_the_values_and_flags_of_a_part_that_was_trained_first_are_given_back_by
     part, model, config = part_and_whole()
     ll.load_adapter_state_dict(part, ll.adapter_state_dict(part))
     ll.inject_adapters(model, config)
-    assert View(model).adapter.is_trained
+    assert View(model).adapter.may_have_learned
     with pytest.raises(ll.AdapterStateError):  # it is no longer the part's to give back
         ll.remove_adapters(part)
     assert (part[0].bias == 1).all()
@@ -128,7 +128,7 @@ def test_part_and_whole_remember_what_is_theirs_when_adapting_the_whole_fails(mo
     part, model, config = part_and_whole()
     values = ll.adapter_state_dict(part)
     before = flags(model)
-    monkeypatch.setattr("lightning_lora.model.attach.freeze", None)
+    monkeypatch.setattr("lightning_lora.model.inject.freeze", None)
     with pytest.raises(TypeError):
         ll.inject_adapters(model, config)
     assert_same_tensors(ll.adapter_state_dict(part), values)

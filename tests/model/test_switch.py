@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.model.attach import move_to
+from lightning_lora.model.changes.off_layers import move_to
+from lightning_lora.model.switch import activate
 from tests.support.compared import assert_holds, assert_state
 from tests.support.faults import fails_at, unchanged
 from tests.support.models import state
@@ -386,3 +387,9 @@ def test_what_was_trained_beside_the_updates_gets_no_gradient_while_the_base_is_
     assert not model[3].weight.requires_grad
     switched(model, "de")
     assert model[3].weight.requires_grad
+
+
+def test_an_unknown_adapter_without_a_configuration_is_refused() -> None:
+    model, _ = several()
+    with unchanged(model), pytest.raises(ll.AdapterStateError, match="'no'"):
+        activate(model, "no")

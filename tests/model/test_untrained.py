@@ -14,7 +14,7 @@ from lightning_lora import LoRAConfig, inject_adapters, load_adapter, save_adapt
 from lightning_lora.functional.drawn import block_of, is_normal, is_uniform
 from lightning_lora.guards.unfrozen_but_not_trained import modules_unfrozen_but_not_trained
 from lightning_lora.guards.untargeted.untargeted_weights import untargeted_matrices
-from lightning_lora.model.untrained import Untrained, find_untrained
+from lightning_lora.model.untrained.find_untrained import Untrained, find_untrained
 from lightning_lora.model.view import View
 from tests.support.layers import Linear
 from tests.support.models import TinyLM, aged

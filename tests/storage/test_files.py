@@ -203,8 +203,9 @@ def test_load_from_checkpoint_merges_for_good_if_asked(tmp_path: Path) -> None:
     assert all(flags_of(merged).values())
     assert merged.hparams["lr"] == 0.2
     torch.testing.assert_close(merged(X), model(X))
-    with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters"):  # it remembers nothing
+    with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters") as error:  # it remembers nothing
         ll.unmerge_adapters(merged)
+    assert "If they were merged for good (load_from_checkpoint with merge=True" in str(error.value)
     with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters"):
         ll.remove_adapters(merged)
 

@@ -154,9 +154,22 @@ def diverged_head() -> nn.Module:
     return model
 
 
+class Refusing(nn.Sequential):
+    def save_pretrained(self, folder: Path) -> None:
+        raise ValueError("not serializable")
+
+
+def from_gguf() -> nn.Module:
+    model = as_trained(Refusing(nn.Linear(4, 4)))
+    model.quantization_method = "gguf"
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, type[Exception], str]] = {
     "not Lightning": (plain, "a.ckpt", ll.AdapterFileError, r"not a LightningModule.*\.safetensors.*save_pretrained"),
     "no save_pretrained": (trained, "folder", ll.AdapterFileError, r"no save_pretrained.*\.ckpt.*\.safetensors"),
+    "own refusal": (lambda: as_trained(Refusing(nn.Linear(4, 4))), "folder", ll.AdapterFileError, "serializable.*ckpt"),
+    "from GGUF": (from_gguf, "folder", ll.AdapterFileError, r"not serializable\)\. Nothing.*del model.config"),
     "unknown ending": (trained, "a.pt", ll.AdapterFileError, r"\.ckpt.*\.safetensors.*save_pretrained"),
     "on meta": (lambda: plain().to("meta"), "a.safetensors", ll.AdapterStateError, "meta device"),
     "diverged": (lambda: plain(value=torch.nan), "a.safetensors", ll.AdapterStateError, "NaN"),

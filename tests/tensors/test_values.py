@@ -125,3 +125,11 @@ def test_what_has_been_read_in_full_is_compared_in_full() -> None:
     other = weight.clone()
     other[0, 1] = 1  # between two samples
     assert not seen.may_have_same_values(other)
+
+
+def test_tensors_without_values_are_like_each_other_alone() -> None:
+    absent = torch.empty(2, device="meta")
+    present = torch.zeros(2)
+    assert values.same_bits(absent, absent)
+    assert not values.same_bits(absent, present)
+    assert not values.same_bits(present, absent)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
-from lightning_lora.training.data_init import check_data_init
+from lightning_lora.training.data_init.data_start import check_data_init
 from tests.support.compared import assert_holds, assert_rows_are_parallel, assert_same_tensors
 from tests.support.fits import KeepsStates, Notes, fit, resumes_to_the_bit
 from tests.support.kept import Kept, words

@@ -579,3 +579,14 @@ def test_an_optimizer_from_which_adapters_were_taken_out_trains_those_of_the_nex
         left = [[p for p in group["params"] if p not in of_first] for group in optimizer.param_groups]
         rewrite_groups(view_of(model), optimizer, left)
         remove_adapters(model)
+
+
+def test_an_adapter_of_a_weight_in_two_groups_is_in_the_first() -> None:
+    model = adapted()
+    optimizer = torch.optim.SGD([model.q_proj.weight, *model.head.parameters()], lr=0.1)
+    again = {**optimizer.param_groups[0], "params": [model.q_proj.weight, model.v_proj.weight]}
+    optimizer.param_groups.append(again)  # add_param_group refuses it
+    train_adapters(model, [optimizer])
+    first, second = names_in_groups(model, optimizer)
+    assert first[:2] == Q
+    assert second[:2] == V

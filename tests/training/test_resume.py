@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAWarning, MergePrecisionWarning, inject_adapters
-from lightning_lora.training.randomness import reseeded
+from lightning_lora.training.drawing import drawing_apart
 from tests.support.cases import held
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import Stateful, WritesLater, fit, outcome, resumes_to_the_bit
@@ -232,6 +232,6 @@ def test_random_numbers_go_on_where_no_adapter_is_new() -> None:
     model = LitTiny()
     inject_adapters(model, LoRAConfig(r=2))
     before = torch.get_rng_state()
-    with reseeded(model):
+    with drawing_apart(model):
         inject_adapters(model, LoRAConfig(r=2))
     assert torch.equal(torch.get_rng_state(), before)

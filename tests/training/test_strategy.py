@@ -17,7 +17,9 @@ from torch import nn
 
 from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, remove_adapters
 from lightning_lora.storage.stored import KEY
+from lightning_lora.training.compatibility import states_are_read
 from lightning_lora.training.stage import Stage
+from lightning_lora.training.strategies.checkpoint_files import read_checkpoint
 from lightning_lora.training.strategies.deepspeed import DeepSpeedMethods
 from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
 from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, tensors
@@ -434,3 +436,37 @@ def test_a_frozen_norm_stands_still_when_it_is_made_a_synchronised_one(tmp_path:
     )
     assert_norm_is_as_it_came(model)
     assert not torch.equal(model.q_proj.weight, Normed().q_proj.weight)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_strategy_that_can_be_told_reads_plain_types_only(tmp_path: Path, knows: bool) -> None:
+    told = []
+
+    class Knows(SingleDeviceStrategy):
+        def load_checkpoint(self, checkpoint_path: Any, weights_only: Any = None) -> Any:
+            told.append(weights_only)
+            return torch.load(checkpoint_path, weights_only=True)
+
+    class Plain(SingleDeviceStrategy):
+        def load_checkpoint(self, checkpoint_path: Any) -> Any:  # as before Lightning 2.6
+            return torch.load(checkpoint_path, weights_only=True)
+
+    kind = Knows if knows else Plain
+    _, t = fit(tmp_path, lora())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    methods = Mock(strategy=kind("cpu"), original=kind("cpu"))
+    methods.is_by_other_code.return_value = False
+    assert KEY in read_checkpoint(methods, tmp_path / "a.ckpt")
+    assert told == [True] * knows
+
+
+def test_callbacks_that_read_checkpoints_are_known() -> None:
+    class Reads(L.Callback):
+        def on_load_checkpoint(self, *_: Any) -> None:
+            """Read something."""
+
+    class Inherits(Reads):
+        pass
+
+    assert states_are_read([L.Callback(), Inherits()])
+    assert not states_are_read([L.Callback(), ModelCheckpoint(), lora()])

@@ -225,8 +225,8 @@ def test_nothing_of_the_module_is_kept_after_a_fit_or_a_failure(tmp_path: Path, 
     callback = ll.LoRACallback(r=2)
     with contextlib.suppress(StopError):
         fit(tmp_path, callback, model=build(), **NO_SAVES)
-    steps = callback._stage.first_steps
-    assert not steps._copies.originals
-    for guard in steps.guards_in_each_process.guards:
+    tools = callback._stage.tools
+    assert not tools.first_steps._copies.originals
+    for guard in tools.guards_in_each_process.guards:
         for note in vars(guard).values():
             assert not getattr(note, "originals", note)

@@ -102,7 +102,7 @@ def _about_reads(title: str, names: list[str]) -> str:
 
 def watched_weights(view: View) -> dict[nn.Parameter, str]:
     """Return the plain frozen weights of layers whose adapters train, by layer. None is sharded or quantised."""
-    candidates = where(without(view.base, view.frozen_by_user), _can_be_watched)
+    candidates = where(without(view.base_parameters, view.frozen_by_user), _can_be_watched)
     found = {}
     for name, layer in where(view.layers, _trains).items():
         weights = only(candidates, names_joined(name, layer.lora_weights()))  # others may be computed now

@@ -11,7 +11,7 @@ from lightning_lora.errors import listed, shortened
 from lightning_lora.guards.untargeted.computed_weights import about_computed, computed_layers
 from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
 from lightning_lora.layers import adapter_for
-from lightning_lora.model.untrained import MOST_SHARE, Untrained
+from lightning_lora.model.untrained.find_untrained import MOST_SHARE, Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, class_name_of, has_computed_weight, own_matrices
@@ -72,18 +72,18 @@ class _Weights:
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self.adapted = set(only(view.base, set(view.adapted_weights)).values())
+        self.adapted = set(only(view.base_parameters, set(view.adapted_weights)).values())
 
     def meant(self) -> list[str]:
         """Return those that targets could mean: not what the user froze or excluded, unless it is adapted."""
-        base = self.view.base
+        base = self.view.base_parameters
         by_user = self.view.frozen_by_user.union(excluded_names(self.view))
         left_to_targets = {*names_outside(base, by_user), *with_values(base, self.adapted)}
         return list(only(base, left_to_targets))
 
     def is_untargeted(self, name: str) -> bool:
         """Whether a parameter is a matrix without an adapter, where somebody may expect one."""
-        p = self.view.base[name]
+        p = self.view.base_parameters[name]
         if name not in self.view.frozen or p in self.adapted:
             return False
         return _is_matrix(p) and not _is_usually_untargeted(self._layer_of(name))

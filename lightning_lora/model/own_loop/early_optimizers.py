@@ -104,7 +104,7 @@ def _inactive_parameters(view: View) -> set[Tensor]:
 def _layers_of_frozen_weights(view: View, frozen: set[nn.Parameter]) -> dict[str, str]:
     """The names of those of these weights that have an adapter which trains, and their layers."""
     layers_by_weight = dict[str, str]()
-    frozen_weights = with_values(view.base, frozen)
+    frozen_weights = with_values(view.base_parameters, frozen)
     for name, layer in where(view.layers, LoRALayer.lora_trainable).items():
         frozen_of_layer = only(frozen_weights, names_joined(name, layer.lora_weights()))
         layers_by_weight.update(dict.fromkeys(frozen_of_layer, name))

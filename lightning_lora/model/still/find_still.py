@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_lora.errors import listed
 from lightning_lora.layers import LoRALayer, LoRAParameters, LoRATokens
-from lightning_lora.model.untrained import find_untrained
+from lightning_lora.model.untrained.find_untrained import find_untrained
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
@@ -56,7 +56,7 @@ def _known_networks(
     """Those of before that still stand still, and all copies. A copy may lack layers if the user has named none."""
     before = view.adapter.networks if view.is_on_layers else StillNetworks()
     copies = _copies_as_before(view, before)  # if none of them trains now
-    copies |= find_copies(view.modules, view.base, kinds.keys(), still, may_lack=copy_may_lack)
+    copies |= find_copies(view.modules, view.base_parameters, kinds.keys(), still, may_lack=copy_may_lack)
     return StillNetworks(beside_training=_still_as_before(view, before), copies=copies)
 
 
@@ -71,7 +71,7 @@ def _with_networks_found(
     layers = names_outside(_whole_layers(kinds), known.beside_training)
     found = find_networks(
         view.modules,
-        view.base,
+        view.base_parameters,
         set(layers),
         still - _weights_that_have_learned(view),
         named=_named_by_user(view),
@@ -91,8 +91,8 @@ def _still_as_before(view: View, before: StillNetworks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
     if not before.beside_training:
         return ()
-    requires_grad = view.record.base.required_grad
-    thawed = [name for name in view.base if requires_grad.get(name, True)]
+    requires_grad = view.record.base.trained_before
+    thawed = [name for name in view.base_parameters if requires_grad.get(name, True)]
     return tuple(names_not_in(before.beside_training, modules_around(thawed)))
 
 

@@ -24,7 +24,7 @@ def follow_originals(view: View) -> None:
     originals = _original_layers(view, view.adapter.networks)
     for name, original in originals.items():
         view.layers[name].lora_follow(original)
-    if view.adapter.is_trained:
+    if view.adapter.may_have_learned:
         return
     for layer in without(view.layers, originals).values():
         if not layer.lora_settings.trains and layer.lora_is_fresh():  # one that has learned may be paused
@@ -54,8 +54,8 @@ def copies_among(view: View, layers: Set[str]) -> dict[str, str]:
     if not layers:
         return {}
     around_others = modules_around(without(view.layers, layers))
-    still = {parameter for name, parameter in view.base.items() if owner_of(name) not in around_others}
-    return find_copies(view.modules, view.base, view.layers.keys(), still)
+    still = {parameter for name, parameter in view.base_parameters.items() if owner_of(name) not in around_others}
+    return find_copies(view.modules, view.base_parameters, view.layers.keys(), still)
 
 
 def _original_layers(view: View, networks: StillNetworks) -> dict[str, LoRALayer]:

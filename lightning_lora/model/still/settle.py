@@ -6,7 +6,8 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_lora.errors import TargetError
-from lightning_lora.model import attach
+from lightning_lora.model.changes.attach import detach_from
+from lightning_lora.model.changes.freeze import freeze
 from lightning_lora.model.still.find_still import about_networks_left_out, find_still_networks
 from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.view import View
@@ -22,7 +23,7 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     These are frozen, or in no optimizer (``unheld``). An adapter there that has learned is paused, and stays. Return
     the layers of those that are paused.
     """
-    frozen_by_user = set(only(view.base, view.frozen_by_user).values())
+    frozen_by_user = set(only(view.base_parameters, view.frozen_by_user).values())
     still = unheld | frozen_by_user
     found = find_still_networks(view, _kinds_that_train(view), still)
     copies = _copies_that_stand_still(view, found, still)
@@ -36,7 +37,7 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     _note_networks(view, found.under_head, copies)
     strip_adapters(view, found.beside_training)
     view.look_again()
-    attach.freeze(view)  # again: in a copy, what trains in full does not, and strip_adapters may have done nothing
+    freeze(view)  # again: in a copy, what trains in full does not, and strip_adapters may have done nothing
     follow_originals(view)
     return paused
 
@@ -52,8 +53,8 @@ def _kinds_that_train(view: View) -> dict[str, type]:
 
 def _copies_that_stand_still(view: View, found: StillNetworks, still: Set[nn.Parameter]) -> dict[str, str]:
     """The copies in which nothing trains by itself."""
-    required_grad = view.record.base.required_grad
-    training = [name for name, p in view.base.items() if required_grad.get(name) and p not in still]
+    trained_before = view.record.base.trained_before
+    training = [name for name, p in view.base_parameters.items() if trained_before.get(name) and p not in still]
     return without(found.copies, modules_around(training))
 
 
@@ -106,7 +107,7 @@ def strip_adapters(view: View, networks: Collection[str]) -> None:
     if len(to_strip) == len(view.layers):
         about = about_networks_left_out(networks, view.title)
         raise TargetError(f"{about} No other layer has an adapter.")
-    attach.detach_from(view, to_strip)
+    detach_from(view, to_strip)
     view.adapter.layers = tuple(view.layers)
     view.adapter.networks = now
-    attach.freeze(view)
+    freeze(view)

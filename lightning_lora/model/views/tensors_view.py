@@ -20,7 +20,7 @@ class MergedWeight(NamedTuple):
     layer: str
     weight: str  # its name in the layer
     parameter: nn.Parameter  # with the update
-    base: Tensor  # the base's values: if the weight was tied, the parameter that the other layer still has
+    base_value: Tensor  # the base's values: if the weight was tied, the parameter that the other layer still has
 
     @property
     def name(self) -> str:
@@ -30,7 +30,7 @@ class MergedWeight(NamedTuple):
     @property
     def was_tied(self) -> bool:
         """Whether another layer uses the base's weight too."""
-        return was_tied(self.base)
+        return was_tied(self.base_value)
 
 
 def was_tied(base: Tensor) -> TypeGuard[nn.Parameter]:
@@ -44,8 +44,8 @@ class TensorsView(LayersView):
     In a merged model, their names mean:
 
     - ``parameters``, ``buffers``, ``tensors``: all that the model has now.
-    - ``base``, ``base_tensors``: those of them that are no adapter's. A merged weight has its update, but one that was
-      tied is the base's own.
+    - ``base_parameters``, ``base_tensors``: those of them that are no adapter's. A merged weight is one of them, and
+      has its update; one that was tied is shown as the base's own.
     - ``adapter_parameters``: those of the adapters, on their layers or kept by the record.
     - ``merged_weights``: the weights with an update, each with the values that the base has there.
     """
@@ -77,9 +77,9 @@ class TensorsView(LayersView):
         return found
 
     @cached_property
-    def base(self) -> dict[str, nn.Parameter]:
+    def base_parameters(self) -> dict[str, nn.Parameter]:
         """The base's own parameters: of a tied weight that was merged, the one that the other layer still has."""
-        tied = {merged.parameter: merged.base for merged in self.merged_weights if was_tied(merged.base)}
+        tied = {merged.parameter: merged.base_value for merged in self.merged_weights if was_tied(merged.base_value)}
         adapters = set(self.adapter_parameters.values())
         base = dict[str, nn.Parameter]()
         for name, parameter in self.parameters.items():
@@ -101,7 +101,7 @@ class TensorsView(LayersView):
     @cached_property
     def base_tensors(self) -> dict[str, Tensor]:
         """The parameters and the buffers of the base."""
-        return {**self.base, **self.buffers}
+        return {**self.base_parameters, **self.buffers}
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -127,9 +127,9 @@ class TensorsView(LayersView):
     def base_weights_of(self, layer: str) -> set[nn.Parameter]:
         """Return the base's weights of an adapted layer."""
         names = names_joined(layer, self.layers[layer].lora_weights())
-        return {self.base[name] for name in names}
+        return {self.base_parameters[name] for name in names}
 
     def size_of(self, names: Iterable[str]) -> int:
         """Return the number of values of these parameters of the base. Tied ones count once."""
-        parameters = {self.base[name] for name in names}
+        parameters = {self.base_parameters[name] for name in names}
         return sum(p.numel() for p in parameters)

@@ -57,7 +57,7 @@ def _load_adapters(path: object, file: Any) -> Any:
     contents = plain_pickles.load_plain(file)
     if not isinstance(contents, dict):
         return contents
-    of_adapters = only(contents, ("state_dict", KEY, "model"))
+    of_adapters = only(contents, ("state_dict", KEY, "model"))  # "model": where others' training loops save a state
     unread = plain_pickles.unread_in(of_adapters)
     if unread:
         raise AdapterFileError(

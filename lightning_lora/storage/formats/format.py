@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lora.config import Slices
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.formats.writing import Source
+from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.stored import ReadFor
 from lightning_lora.tensors.dicts import of_type, without
 

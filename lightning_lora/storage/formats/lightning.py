@@ -1,4 +1,7 @@
-"""What a Lightning checkpoint holds besides the model's state: the state of the run, and that of callbacks."""
+"""What a Lightning checkpoint holds besides the model's state: the state of the run, and that of callbacks.
+
+It is no format of other libraries. But each of them is told from it, by the entry ``VERSION``.
+"""
 
 from collections.abc import Mapping
 from typing import Any, TypeGuard
@@ -15,7 +18,7 @@ AVERAGE = "average_model_state"  # where StochasticWeightAveraging has the avera
 _CALLBACKS = "callbacks"  # the states of callbacks
 _OURS = "lightning_lora.LoRACallback"  # the name of ours among them
 _RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # without which a fit cannot go on
-_OF_THE_RUN = (*_RESUMED, "callbacks", "epoch", "global_step", MOVED, "averaging_state")
+_OF_THE_RUN = (*_RESUMED, _CALLBACKS, "epoch", "global_step", MOVED, "averaging_state")
 
 
 def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:

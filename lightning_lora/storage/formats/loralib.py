@@ -15,7 +15,8 @@ from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View
 from lightning_lora.patterns import fits
 from lightning_lora.storage.formats.format import Asked, Format
-from lightning_lora.storage.formats.reading import Update, check_shapes, pair_of, place_of, stored_from_updates
+from lightning_lora.storage.formats.reading import renaming_of, stored_from_updates
+from lightning_lora.storage.formats.updates import Update, check_shapes, pair_of
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
@@ -74,13 +75,13 @@ def _adapters_in_file(view: View, file: _LoralibFile, path: object, asked: Asked
         )
     settings_of_file = LoRAConfig(alpha=asked.alpha, target_slices=asked.target_slices)
     root = root_of(view.model)
-    place = place_of(view, file.pairs.keys(), file.rest.keys(), root)
+    renaming = renaming_of(view, file.pairs.keys(), file.rest.keys(), root)
     factors = {name: pair_of(name, pair) for name, pair in file.pairs.items()}
-    factors = place.with_names_here(factors)
+    factors = renaming.with_names_here(factors)
     _check_slices(settings_of_file, factors)
     layers = _Layers(view, settings_of_file)
-    updates = [layers.update(name, pair) for name, pair in factors.items()]
-    rest = place.with_names_here(file.rest)
+    updates = [layers.read_update(name, pair) for name, pair in factors.items()]
+    rest = renaming.with_names_here(file.rest)
     return stored_from_updates(view, updates, rest, LoRAConfig())  # each update has its own scaling and slices
 
 
@@ -101,7 +102,7 @@ class _Layers:
     view: View
     settings: LoRAConfig  # with alpha and the slices that the user names: the file says neither
 
-    def update(self, name: str, factors: Factors) -> Update:
+    def read_update(self, name: str, factors: Factors) -> Update:
         """Return the update of one layer, or of its slices: a ``MergedLinear``, if the user names some."""
         layer, kind = self._described(name, factors)
         slices = self.settings.slices(name)

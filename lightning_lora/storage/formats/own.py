@@ -88,7 +88,7 @@ def _what_it_holds_instead(contents: dict[Any, Any], path: object) -> str:
 
 
 def _state_or_all(contents: dict[Any, Any]) -> dict[Any, Any]:
-    """The state that a file holds among other things, or all that it holds."""
+    """The state that a file holds among other things, as training loops save it, or all that it holds."""
     for key in ("state_dict", "model"):
         state = contents.get(key)
         if isinstance(state, dict):

@@ -5,7 +5,7 @@ names in the model.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -13,97 +13,21 @@ from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
-from lightning_lora.functional.factors import Factors, with_rank
-from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.trained_in_full import TrainedInFull, check_ties, find_trained, is_the_base
+from lightning_lora.storage.formats.updates import Update
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.whole_names import by_whole_names
-from lightning_lora.tensors.dicts import of_type, only, prefixed, where_not, without
+from lightning_lora.tensors.dicts import of_type, only, where_not, without
 from lightning_lora.tensors.names import names_joined, names_not_in, owner_of
 from lightning_lora.tensors.values import is_computable
-
-# The update of one layer
-
-
-@dataclass(frozen=True)
-class Update:
-    """The update of one layer, which has its scaling: A and B of each matrix, of any rank, and DoRA's magnitudes."""
-
-    layer: StoredLayer
-    factors: tuple[Factors, ...] = ()  # of each matrix
-    magnitude: Tensor | None = None
-
-    @property
-    def r(self) -> int:
-        """The rank of the layer: the highest of its factors, each cut to the largest rank of its matrix."""
-        ranks = [matrix.rank_for(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
-        return max(ranks)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the adapter's tensors, by name in the model."""
-        return prefixed(self.layer.name, self._tensors_in_layer())
-
-    def _tensors_in_layer(self) -> dict[str, Tensor]:
-        """The adapter's tensors, by name in the layer."""
-        named = dict[str, Tensor]()
-        for matrix, factors in self._by_matrix():
-            r = matrix.rank_for(self.r)
-            a, b = with_rank(factors, r)
-            named |= matrix.named((a.contiguous(), b.contiguous()))
-        if self.magnitude is not None:
-            name = self.layer.matrices[0].parameter_name(Role.MAGNITUDE)
-            named[name] = self.magnitude.flatten().contiguous()
-        return named
-
-    def _by_matrix(self) -> Iterable[tuple[AdaptedMatrix, Factors]]:
-        """Each matrix with its factors."""
-        return zip(self.layer.matrices, self.factors, strict=True)
-
-
-@dataclass(frozen=True)
-class RowsUpdate(Update):
-    """The update of an embedding of which single rows train: they are in place of the factors."""
-
-    rows: Tensor = field(kw_only=True)
-
-    @property
-    def r(self) -> int:
-        """The rank in the configuration, which means nothing here."""
-        return self.layer.r
-
-    def _tensors_in_layer(self) -> dict[str, Tensor]:
-        """The rows, by name in the layer."""
-        name = self.layer.matrices[0].parameter_name(Role.ROWS)
-        return {name: self.rows.contiguous()}
-
-
-def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
-    """Return A and B of what has this name in the file."""
-    if not tensors.keys() >= {"A", "B"}:
-        raise AdapterFileError(f"The file holds only one of A and B of {name!r}: it is damaged.")
-    return tensors["A"], tensors["B"]
-
-
-def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r: int, remedy: str = "") -> None:
-    """Refuse A and B that are not those of this matrix."""
-    a, b = factors
-    shape_of_a = (*matrix.stack, r, matrix.reads)
-    shape_of_b = (*matrix.stack, matrix.writes, r)
-    if (a.shape, b.shape) != (shape_of_a, shape_of_b):
-        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-        raise AdapterMismatchError(
-            f"The file has factors {shapes} for {layer.name!r}. It reads {matrix.reads} "
-            f"features and writes {matrix.writes}. Pass the model that they were trained on.{remedy}"
-        )
-
 
 # With which values nothing can be computed
 
 
-def check_usual(contents: Mapping[Any, Any], path: object) -> None:
+def check_computable(contents: Mapping[Any, Any], path: object) -> None:
     """Refuse tensors with which torch cannot compute, in a file or in a state dict inside of it."""
     odd = list[str]()
     for group in (contents, *of_type(contents, dict).values()):
@@ -135,14 +59,14 @@ def _check_floating(updates: Iterable[Update]) -> None:
 # Where a file's names lie in the model
 
 
-def place_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
+def renaming_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
     """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
     names = [*layers, *entries]
-    known = {**view.modules, **view.base, **view.buffers}
+    known = {**view.modules, **view.base_parameters, **view.buffers}
     title = view.title
     found = find_renamings(names, known, root_here=root)
     if len(found) > 1:
-        places = [place.here for place in found]
+        places = [renaming.here for renaming in found]
         raise AdapterMismatchError(
             f"The names in the file fit in {title} below {listed(places)}. Pass one of these "
             "modules instead of the whole model."
@@ -152,10 +76,10 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str], root
         raise AdapterMismatchError(
             f"These adapters do not fit {title}: it has no {listed(missing)}. Pass the model that they were trained on."
         )
-    (place,) = found
-    if place not in (SAME_NAMES, Renaming(here=root)):
-        warn(place.told(title))
-    return place
+    (renaming,) = found
+    if renaming not in (SAME_NAMES, Renaming(here=root)):
+        warn(renaming.told(title))
+    return renaming
 
 
 # All that a file holds
@@ -228,7 +152,7 @@ def _check_copied_weights(view: View, rest: Mapping[str, Tensor], adapted_weight
     """Refuse copies of adapted weights that are not the model's. PEFT writes such copies of resized embeddings."""
     for name, value in only(rest, adapted_weights).items():
         if not is_the_base(view, name, value):
-            shape = tuple(view.base[name].shape)
+            shape = tuple(view.base_parameters[name].shape)
             raise BaseMismatchError(
                 f"The file's copy of the base's {name!r} {tuple(value.shape)} differs from that of "
                 f"{view.title} {shape}. Load the same weights, with embeddings of the same size."

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.formats import diffusers, kohya, loralib
+from lightning_lora.storage.formats import loralib
 from lightning_lora.storage.formats.format import Asked, Format, UnreadTool, WrittenFormat
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.peft import peft_format
+from lightning_lora.storage.formats.pipelines import diffusers, kohya
 from lightning_lora.storage.formats.unread import UNREAD_TOOLS
 from lightning_lora.storage.stored import KEY, ReadFor
 
@@ -20,7 +21,10 @@ WRITTEN = {format.name: format for format in FORMATS if isinstance(format, Writt
 
 
 def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, ReadFor] | None:
-    """Return a file's format, and how to read its contents. None: it has none of these formats."""
+    """Return a file's format, and how to read its contents. None: it has none of these formats.
+
+    Files of this package and Lightning's checkpoints have none, whatever the names of their tensors are.
+    """
     if not isinstance(contents, dict) or KEY in contents or VERSION in contents:
         return None
     for format in FORMATS:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterMismatchError, listed
-from lightning_lora.model.base_values import base_value
+from lightning_lora.model.base_values import kept_or_present_value
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import names_of_each, only, without
 from lightning_lora.tensors.names import is_bias, is_in_any, modules_around, names_inside, owner_of, starts_of
@@ -42,7 +42,7 @@ def find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[st
     changed = [name for name in entries if not is_the_base(view, name, entries[name])]
     modules = _modules_that_train(_whole_modules(view, entries), changed, saved)
     names_in_modules = set(names_inside(entries, modules))
-    single = without(only(entries, view.base), names_in_modules)
+    single = without(only(entries, view.base_parameters), names_in_modules)
     biases = {name for name in single if is_bias(name)}
     parameters = list(without(only(single, changed), biases))
     names = names_in_modules.union(parameters, biases)
@@ -63,8 +63,11 @@ def _modules_that_train(whole: Iterable[str], changed: Iterable[str], saved: Col
 
 
 def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
-    """The modules of which the file holds each tensor, outer ones first. Containers are none of them."""
-    tensors_in_model = _tensors_by_module((*view.base, *view.buffers))
+    """The modules of which the file holds each tensor, outer ones first. Containers are none of them.
+
+    Counts are enough: each name in the file is one of the model, as :func:`renaming_of` has checked.
+    """
+    tensors_in_model = _tensors_by_module((*view.base_parameters, *view.buffers))
     tensors_in_file = _tensors_by_module(entries)
     modules = list[str]()
     for module, count in tensors_in_file.items():
@@ -88,7 +91,7 @@ def _tensors_by_module(names: Iterable[str]) -> Counter[str]:
 
 def is_the_base(view: View, name: str, value: Tensor) -> bool:
     """Whether a value is the base's. Two dtypes are compared in the narrower one."""
-    base = base_value(view, name).cpu()
+    base = kept_or_present_value(view, name).cpu()
     if base.is_meta:  # it has no values to compare
         return True
     return same_bits(base, value) or same_bits(value, base)
@@ -96,9 +99,9 @@ def is_the_base(view: View, name: str, value: Tensor) -> bool:
 
 def check_ties(view: View, state: Mapping[str, Tensor]) -> None:
     """Refuse new values for one use of a tied weight: here they would change its other uses too."""
-    names_of = names_of_each(view.base)
-    for name, value in only(state, view.base).items():
-        uses = names_of[view.base[name]]
+    names_of = names_of_each(view.base_parameters)
+    for name, value in only(state, view.base_parameters).items():
+        uses = names_of[view.base_parameters[name]]
         if _has_each(state, uses, value) or is_the_base(view, name, value):
             continue
         other_uses = set(uses) - {name}

@@ -10,7 +10,7 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMi
 from lightning_lora.layers import INITIALISATIONS, LoRALayer, Settings
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.model.base_values import tensors_with_originals
-from lightning_lora.model.untrained import random_weights
+from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.same_base.base_check import check_base
 from lightning_lora.storage.state import diverged, trained_tensors, values_to_store
@@ -113,14 +113,14 @@ def _weights_of_foreign_files(view: View, stored: StoredAdapters) -> Collection[
     """The weights that look untrained. Another library's file may hold them, and does not say that it does."""
     if stored.names_its_base:
         return ()
-    return view.adapter.random_so_far
+    return view.adapter.known_random_weights
 
 
 def _check_names(
     view: View, state: StateDict, *, random: Collection[str], remedy: str, changed: Collection[str] = ()
 ) -> None:
     """Refuse a state with missing or unexpected names: all that trains must be there, and changed tensors."""
-    needed = {**trained_tensors(view), **only(view.base, changed)}
+    needed = {**trained_tensors(view), **only(view.base_parameters, changed)}
     unexpected = names_not_in(state, {*needed, *view.buffers, *tensors_with_originals(view)})
     if unexpected:  # what modules' own code adds may be there too
         unexpected = names_not_in(unexpected, values_to_store(view, state_dict(view.model), random))
@@ -152,7 +152,7 @@ def _check_changed(view: View, state: StateDict) -> None:
 
 def _check_tensors(view: View, state: StateDict, *, is_converted: bool = False) -> None:
     """Refuse tensors of another shape or kind. Of a converted base, all but adapters may be rounded."""
-    present = {**view.base, **view.buffers, **trained_tensors(view)}
+    present = {**view.base_parameters, **view.buffers, **trained_tensors(view)}
     for name, value in only(state, present).items():  # a module's own code judges the others
         is_adapter = name in view.adapter_parameters
         _check_shape(name, value, present[name], is_adapter=is_adapter)

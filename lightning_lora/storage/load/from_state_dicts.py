@@ -90,7 +90,7 @@ def _put_beside_merged(model: nn.Module, state: StateDict, notes: Mapping[str, A
     trained, or if other code has changed the merged weights, or if the adapters are another model's.
     """
     number, description, adapters = notes[_BESIDE_MERGED]
-    if not record_of(model).adapter.is_trained or checksum(state, {}) != number:
+    if not record_of(model).adapter.may_have_learned or checksum(state, {}) != number:
         return False
     try:
         _put_described(model, adapters, description)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.attach import undone_on_error
-from lightning_lora.model.base_values import base_value, base_values, keep_frozen, restore_originals
+from lightning_lora.model.base_values import base_values, keep_frozen, kept_or_present_value, restore_originals
+from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.inject import inject_from_file
 from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
 from lightning_lora.model.record import find_record, keep_record, record_of, start_call
 from lightning_lora.model.switch import activate, switch_to
-from lightning_lora.model.view import View, check_adapters_present, view_of
+from lightning_lora.model.view import View, refuse_lost_adapters, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.state import copies_of
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
@@ -125,7 +125,7 @@ def _adapt_if_plain(view: View, config: LoRAConfig, name: str | None) -> bool:
         inject_from_file(view.model, config, name=_name_of_new(view, name))
         view.look_again()
     record_of(view.model)  # refuses one that shows its base
-    check_adapters_present(view)
+    refuse_lost_adapters(view)
     return is_new
 
 
@@ -143,7 +143,7 @@ def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) ->
     added = dict[str, Any]()
     for name in view.trainable:
         if is_new or is_bias(name):
-            added[name] = base_value(view, name)
+            added[name] = kept_or_present_value(view, name)
     for layer_name, layer in view.layers.items():
         for parameter, spec in layer.lora_specs().items():
             if not spec.role.trains:
@@ -160,7 +160,7 @@ BEING_WRITTEN = "lightning_lora_written"
 def _write_adapters(view: View, stored: StoredAdapters) -> None:
     """Write adapters that have been checked. Files of this package say which weights and buffers belong to no base."""
     if stored.names_its_base:
-        view.adapter.random = tuple(stored.of_no_base)
+        view.adapter.random_weights = tuple(stored.of_no_base)
         view.record.base.note_filled(stored.filled_in_state)
     _write_state(view, stored.state)
 

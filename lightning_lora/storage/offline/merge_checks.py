@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_lora.base.fingerprints import Halves, StoredFingerprint, digests_by_name
-from lightning_lora.base.readings import HALVES
+from lightning_lora.base.fingerprints import HalfDigests, StoredFingerprint, digests_by_name
+from lightning_lora.base.readings import HALF_DTYPES
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Comparison, compare
@@ -107,7 +107,7 @@ def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
     return lost
 
 
-def _absent_tensors(plan: MergePlan, halves: Halves, digests: Mapping[str, int]) -> dict[str, int]:
+def _absent_tensors(plan: MergePlan, halves: HalfDigests, digests: Mapping[str, int]) -> dict[str, int]:
     """The digests of expected tensors that the base has under none of their names in the fingerprint."""
     present = [digest_there for name, digest_there in digests.items() if plan.find_in_base(name) is not None]
     present_or_tied = with_values(digests, set(present))
@@ -115,7 +115,7 @@ def _absent_tensors(plan: MergePlan, halves: Halves, digests: Mapping[str, int])
     return without(expected, present_or_tied)
 
 
-def _expected_tensors(plan: MergePlan, halves: Halves) -> set[str]:
+def _expected_tensors(plan: MergePlan, halves: HalfDigests) -> set[str]:
     """The tensors of the base that its file must hold: not those of the adapters' file, or outside of the model."""
     weights = where(halves, bool)  # None: quantised. Empty: integers, which other versions may not store
     return {name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)}
@@ -130,7 +130,7 @@ def _digests_of(plan: MergePlan, names_in_base: Iterable[str]) -> set[int]:
             continue
         digests.add(digest(value))
         if value.is_floating_point():
-            digests.update(digests_as(value, HALVES))
+            digests.update(digests_as(value, HALF_DTYPES))
     return digests
 
 
@@ -181,7 +181,7 @@ def _count_of_differences(found: Comparison) -> int:
     return len(found.differ)
 
 
-def _compared_tensors(plan: MergePlan, halves: Halves) -> Iterator[ComparedTensor]:
+def _compared_tensors(plan: MergePlan, halves: HalfDigests) -> Iterator[ComparedTensor]:
     """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
     for name, half_digests in without(halves, plan.not_of_the_base).items():
         in_base = plan.find_in_base(name)
@@ -189,7 +189,7 @@ def _compared_tensors(plan: MergePlan, halves: Halves) -> Iterator[ComparedTenso
         if is_quantised or in_base is None:
             continue
         value = _without_trained_rows(plan, in_base)
-        digests_in_halves = partial(digests_as, value, HALVES)
+        digests_in_halves = partial(digests_as, value, HALF_DTYPES)
         yield ComparedTensor(name, in_base, value, digest(value), digests_in_halves)
 
 

@@ -1,1 +1,1 @@
-"""Files on a disk or elsewhere: written whole or not at all, checked before they are read, read without running code."""
+"""Files on a disk or elsewhere: written whole or not at all, checked before they are read, read as plain types."""

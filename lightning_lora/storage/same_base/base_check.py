@@ -12,7 +12,7 @@ from lightning_lora.base.fingerprints import (
     StoredFingerprint,
     digests_by_name,
     have_same_form,
-    without_halves,
+    without_half_digests,
 )
 from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.model.view import View
@@ -55,7 +55,7 @@ def _is_stored(view: View, here: Fingerprint, stored: Sequence[StoredFingerprint
     forms = [here]
     if here in view.adapter.fingerprints:  # all of these are of this base
         forms += view.adapter.fingerprints
-    stored_forms = [without_halves(each) for each in stored]
+    stored_forms = [without_half_digests(each) for each in stored]
     return any(form in stored_forms for form in forms)
 
 
@@ -107,20 +107,20 @@ class _BaseHere:
         """The tensors that are compared: of those that look untrained, files hold the values."""
         compared = list[ComparedTensor]()
         for name, tensor in without(self.tensors, self.stored.of_no_base).items():
-            halves = partial(self._halves_of, name)
+            halves = partial(self._half_digests_of, name)
             is_quantised = name in self.quantised
             name_there = self.names_there[name]
             digest = self.digests[name]
             compared.append(ComparedTensor(name_there, name, tensor, digest, halves, is_quantised=is_quantised))
         return compared
 
-    def _halves_of(self, name: str) -> list[int]:
+    def _half_digests_of(self, name: str) -> list[int]:
         """A tensor's digests in half precision. The list is empty if the run has changed its values."""
         base = self.view.record.base
         exact = self.digests[name]
         if name in base.changes:
-            return base.readings.known_halves(exact)
-        return base.readings.halves_of(exact, self.tensors[name])
+            return base.readings.known_half_digests(exact)
+        return base.readings.half_digests_of(exact, self.tensors[name])
 
 
 # What is said

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_lora.base.fingerprints import Halves, StoredFingerprint, digests_by_name
-from lightning_lora.base.readings import HALVES
+from lightning_lora.base.fingerprints import HalfDigests, StoredFingerprint, digests_by_name
+from lightning_lora.base.readings import HALF_DTYPES
 from lightning_lora.storage.same_base.compared_tensors import is_convertible
 from lightning_lora.tensors.dicts import only, with_values
 from lightning_lora.tensors.digests import digests_as
@@ -69,7 +69,7 @@ class _BaseThere:
 
     def __init__(self, stored: StoredFingerprint) -> None:
         """Read a fingerprint that says which names it has."""
-        self.halves: Halves = stored["rounded"]
+        self.halves: HalfDigests = stored["rounded"]
         self.quantised = with_values(self.halves, [None])
         self.digests = digests_by_name(self.halves, stored)
         self.floating_dtypes = _floating_dtypes(stored["dtypes"])
@@ -87,15 +87,15 @@ class _BaseThere:
     def _became(self, here: ComparedTensor) -> bool:
         """Whether the tensor there, converted to half precision, is the one here."""
         halves = self.halves[here.name]
-        if not halves or here.tensor.dtype not in HALVES:
+        if not halves or here.tensor.dtype not in HALF_DTYPES:
             return False
-        return here.exact == halves[HALVES.index(here.tensor.dtype)]
+        return here.exact == halves[HALF_DTYPES.index(here.tensor.dtype)]
 
     def _came_from(self, here: ComparedTensor) -> bool:
         """Whether the tensor here, converted to a dtype there, is the one there."""
         digest_there = self.digests[here.name]
         other_dtypes = self.floating_dtypes - {here.tensor.dtype}
-        other_halves = other_dtypes.intersection(HALVES)
+        other_halves = other_dtypes.intersection(HALF_DTYPES)
         if other_halves and digest_there in here.halves():
             return True
         return digest_there in digests_as(here.tensor, list(other_dtypes - other_halves))

@@ -6,7 +6,7 @@ from lightning_lora.base.base_tensors import Change
 from lightning_lora.base.fingerprints import (
     Fingerprint,
     Form,
-    Halves,
+    HalfDigests,
     StoredFingerprint,
     digests_by_name,
     find_same_form,
@@ -89,14 +89,14 @@ def with_halves(view: View, fingerprints: Iterable[Fingerprint]) -> list[StoredF
     return described
 
 
-def _remembered_halves(readings: Readings, digests: Mapping[str, int], quantised: set[str]) -> Halves:
+def _remembered_halves(readings: Readings, digests: Mapping[str, int], quantised: set[str]) -> HalfDigests:
     """The digests in half precision that are known without a look at the tensors."""
-    halves: Halves = {name: readings.known_halves(exact) for name, exact in digests.items()}
+    halves: HalfDigests = {name: readings.known_half_digests(exact) for name, exact in digests.items()}
     halves.update(dict.fromkeys(quantised & halves.keys()))
     return halves
 
 
-def _computed_halves(readings: Readings, digests: Mapping[str, int], tensors: Tensors) -> Halves:
+def _computed_halves(readings: Readings, digests: Mapping[str, int], tensors: Tensors) -> HalfDigests:
     """The digests of tensors in half precision. Each is computed once in a run."""
-    readings.prepare_halves({digests[name]: tensor for name, tensor in tensors.items()})
-    return {name: readings.halves_of(digests[name], tensor) for name, tensor in tensors.items()}
+    readings.read_dtensors_as_halves({digests[name]: tensor for name, tensor in tensors.items()})
+    return {name: readings.half_digests_of(digests[name], tensor) for name, tensor in tensors.items()}

@@ -30,7 +30,7 @@ def _rescaled_embeddings(view: View) -> set[str]:
     """All names of the weights that embeddings with ``max_norm`` rescale."""
     embeddings = of_type(view.modules, nn.Embedding).values()
     rescaled = {embedding.weight for embedding in embeddings if embedding.max_norm is not None}
-    return set(with_values(view.base, rescaled))
+    return set(with_values(view.base_parameters, rescaled))
 
 
 def _repacked_scales(view: View) -> set[str]:
@@ -63,9 +63,9 @@ def rows_of(view: View) -> dict[str, tuple[int, ...]]:
     """Return which rows of embeddings train by themselves, by all names of the weights."""
     rows_by_weight = dict[Tensor | None, tuple[int, ...]]()
     for layer, (matrix, *_) in view.matrices.items():  # what has tokens is its layer's only matrix
-        weight = view.base.get(join(layer, matrix.weight))
+        weight = view.base_parameters.get(join(layer, matrix.weight))
         rows_by_weight[weight] = matrix.tokens
-    rows = {name: rows_by_weight.get(weight, ()) for name, weight in view.base.items()}
+    rows = {name: rows_by_weight.get(weight, ()) for name, weight in view.base_parameters.items()}
     return where(rows, bool)
 
 

@@ -41,7 +41,7 @@ def average_what_trains(callbacks: list[Callback], view: View) -> None:
 
 def _share_frozen(frozen: Mapping[str, nn.Parameter], copied: nn.Module) -> None:
     """Let a copy of the module have the memory of its frozen weights."""
-    for name, weight in only(View(copied).base, frozen).items():
+    for name, weight in only(View(copied).base_parameters, frozen).items():
         if weight.device == frozen[name].device:  # an average may be on another device
             replace_values(weight, frozen[name].data)
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 
 from lightning.pytorch import Callback, Trainer
+from rich.text import Text
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.private import SUMMARY_DEPTH
 from lightning_lora.tensors.inplace import class_names
 
 _REFUSED = {
@@ -17,6 +19,12 @@ _REFUSED = {
 
 _COPIES = "copies the module, which FSDP2 does not allow. Remove it, or train with strategy='ddp'."
 _REFUSED_IF_SHARDED = {**_REFUSED, "WeightAveraging": _COPIES, "StochasticWeightAveraging": _COPIES}
+
+
+_ABOUT_ITS_TABLE = (
+    "Lightning's own table (ModelSummary(0) hides it): LoRALinear is a Linear with its adapter, FrozenBatchNorm1d a "
+    "BatchNorm1d that keeps its statistics."
+)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -58,6 +66,12 @@ def check_callbacks(callbacks: Iterable[Callback], *, is_sharded: bool) -> None:
 def shows_summary(trainer: Trainer) -> bool:
     """Whether a Trainer shows a summary of its module."""
     return any("ModelSummary" in kind for kind in kinds_of(trainer))
+
+
+def about_lightnings_table(trainer: Trainer) -> list[Text]:
+    """Return what to know of the table that Lightning shows beside ours, if it shows one."""
+    depths = [getattr(callback, SUMMARY_DEPTH, 0) for callback in callbacks_of(trainer)]
+    return [Text(_ABOUT_ITS_TABLE, style="dim")] if any(depths) else []
 
 
 def monitored_checkpoint(trainer: Trainer) -> Callback | None:

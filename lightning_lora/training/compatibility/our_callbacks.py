@@ -15,7 +15,7 @@ SET_BY_LIGHTNING = ("log", "log_dict")
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
 
-def join_pytorch_lightning(kind: type[Callback]) -> None:
+def subclass_pytorch_lightning_too(kind: type[Callback]) -> None:
     """Make a callback a subclass of ``pytorch_lightning.Callback`` too, as that package requires.
 
     Only if it is imported: so this is called at our import, and again for each callback that is made.

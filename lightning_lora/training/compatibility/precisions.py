@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.plugins import Precision
 
-from lightning_lora.model.attach import reattach_to_replaced
+from lightning_lora.model.changes.attach import reattach_to_replaced
 from lightning_lora.model.view import View
 
 

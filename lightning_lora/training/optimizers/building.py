@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.model.attach import attach_adapters, detach_adapters, freeze, unfreeze
-from lightning_lora.model.user_flags import note_frozen
+from lightning_lora.model.changes.attach import attach_adapters, detach_adapters
+from lightning_lora.model.changes.freeze import freeze, unfreeze
+from lightning_lora.model.user_flags import note_frozen_before_learning
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training.optimizers.groups import base_weights_of, groups_of
@@ -24,7 +25,7 @@ def showing_trainable_base(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         view = view_of(module)  # that code may have replaced modules
-        note_frozen(view)
+        note_frozen_before_learning(view)
         freeze(view)  # also the norms that sync_batchnorm has made
 
 

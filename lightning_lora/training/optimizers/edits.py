@@ -8,9 +8,8 @@ from torch.optim import Optimizer
 
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import parameters_by_name
-from lightning_lora.training.optimizers.group_splits import groups_without_split, split
-from lightning_lora.training.optimizers.groups import Params, held_by, listed_parameters
-from lightning_lora.training.optimizers.scales import Scales
+from lightning_lora.training.optimizers.groups import Params, groups_of, held_by, listed_parameters
+from lightning_lora.training.optimizers.scaled_groups import find_scaled_groups
 
 
 class _Written(NamedTuple):
@@ -39,16 +38,16 @@ class Edit:
     built: list[Params]
     groups: list[Params]
 
-    def write(self, view: View, scales: Scales) -> None:
-        """Write the groups into the optimizer. Adapters with other rates get groups behind them."""
-        _write(view, self.optimizer, split(self.optimizer, self.groups, scales))
+    def write(self, view: View) -> None:
+        """Write the groups into the optimizer."""
+        _write(view, self.optimizer, self.groups)
         vars(self.optimizer)[_WRITTEN] = _Written(self.built, self.groups)
 
 
 def built_groups(optimizer: Optimizer) -> list[Params]:
     """Return the groups as they were built. If other code edited them since: as they are now.
 
-    Call ``unsplit`` before: groups behind would count as such an edit.
+    Call ``remove_scaled_groups`` before: they would count as such an edit.
     """
     now = listed_parameters(optimizer)
     written: _Written | None = vars(optimizer).get(_WRITTEN)
@@ -58,19 +57,19 @@ def built_groups(optimizer: Optimizer) -> list[Params]:
 
 
 def rewrite_groups(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
-    """Write other parameters into groups that an edit has written before."""
+    """Write other parameters into groups that an edit has written before, and into scaled ones."""
     _write(view, optimizer, groups)
+    scaled = find_scaled_groups(optimizer)
+    ours = listed_parameters(optimizer) if scaled is None else scaled.listed_without()
     written: _Written = vars(optimizer)[_WRITTEN]
-    vars(optimizer)[_WRITTEN] = _Written(written.built, groups_without_split(optimizer))
+    vars(optimizer)[_WRITTEN] = _Written(written.built, ours)
 
 
 def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
-    """Write parameters into the groups, in place: LBFGS and schedulers keep references to these lists."""
+    """Write parameters into the groups, and forget what the optimizer knows of others."""
     names = {p: name for name, p in parameters_by_name(view.model).items()}
-    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
-        group["params"][:] = parameters
-        if "param_names" in group:
-            group["param_names"] = [names.get(p, "") for p in parameters]
+    for group, parameters in zip(groups_of([optimizer]), groups, strict=True):
+        group.hold(parameters, names)
     _forget_states_of_others(optimizer)
 
 

@@ -6,14 +6,15 @@ from os.path import commonprefix
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.dicts import only, where, with_values
 from lightning_lora.tensors.names import names_outside, owner_of, owner_or_itself, parameters_by_name
 from lightning_lora.training.optimizers.edits import Edit
-from lightning_lora.training.optimizers.groups import Params, held_by, parameters_in
+from lightning_lora.training.optimizers.groups import Params, held_by, parameters_in, settings_of
+from lightning_lora.training.optimizers.scales import Scales
 
 
 def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) -> Sequence[Edit]:
@@ -73,12 +74,25 @@ def no_place_error(title: str, names: list[str], groups: int) -> OptimizerError:
     )
 
 
+def check_rates(edit: Edit, scales: Scales) -> None:
+    """Refuse an optimizer of scaled adapters that has no learning rate for each of its groups."""
+    rates = settings_of(edit.optimizer.param_groups, "lr")
+    has_rates = not isinstance(edit.optimizer, LBFGS) and None not in rates
+    is_unscaled = scales.keys().isdisjoint(parameters_in(edit.groups))
+    if has_rates or is_unscaled:
+        return
+    raise OptimizerError(
+        f"{type(edit.optimizer).__name__} takes no learning rate for each group of parameters, so lr_scale cannot act. "
+        "Leave lr_scale out, or use another optimizer."
+    )
+
+
 def check_emptied(view: View, number: int, edit: Edit) -> None:
     """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
     if any(edit.groups):
         return
-    held = with_values(view.base, parameters_in(edit.built))
-    trained_before = where(view.record.base.required_grad, bool)
+    held = with_values(view.base_parameters, parameters_in(edit.built))
+    trained_before = where(view.record.base.trained_before, bool)
     lost = only(held, trained_before)
     if not lost:
         return

@@ -1,6 +1,6 @@
 """Parameter groups of optimizers, and what is asked of them."""
 
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ Params = list[nn.Parameter]
 Group = dict[str, Any]
 
 _RATES = ("lr", "initial_lr", "max_lr")
+_NAMES = "param_names"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,23 @@ class ParameterGroup:
             if rate is not None:
                 peak = max(peak, float(rate))
         return peak
+
+    def hold(self, parameters: Params, names: Mapping[nn.Parameter, str]) -> None:
+        """Hold these parameters from now on, in the same list: LBFGS and schedulers refer to it."""
+        self.parameters[:] = parameters
+        if _NAMES in self.settings:
+            self.settings[_NAMES] = [names.get(p, "") for p in parameters]
+
+    def move(self, parameters: Params, other: "ParameterGroup") -> None:
+        """Move some of its parameters into another group, behind those that are there."""
+        names = {**self._names(), **other._names()}
+        moved = set(parameters)
+        other.hold([*other.parameters, *parameters], names)
+        self.hold([p for p in self.parameters if p not in moved], names)
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        """The names of its parameters. They have some if the user has built the group of named parameters."""
+        return dict(zip(self.parameters, self.settings.get(_NAMES, ()), strict=False))
 
     def holds_any(self, parameters: Collection[nn.Parameter]) -> bool:
         """Whether it holds one of some parameters."""

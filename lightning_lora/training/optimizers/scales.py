@@ -1,4 +1,4 @@
-"""How the learning rates of adapters differ from the module's: the argument ``lr_scale``."""
+"""By what the learning rates of adapters are multiplied: the argument ``lr_scale``."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,23 +10,25 @@ from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import own_parameter
 
-Scale = float | dict[str, float]
+LrScale = float | dict[str, float]
+"""The argument, for all adapters or for A and B."""
 
 
-class AdapterScale(NamedTuple):
-    """How the rate of an adapter's parameter differs from the module's."""
+class GroupScale(NamedTuple):
+    """What the parameters of a scaled group have in common."""
 
-    title: str  # the end of its group's name
+    title: str  # the end of the group's name
     scale: float
 
 
-Scales = dict[nn.Parameter, AdapterScale]
+Scales = dict[nn.Parameter, GroupScale]
+"""The parameters whose rates are scaled."""
 
 _FACTORS = {Role.A: "A", Role.B: "B", Role.MAGNITUDE: "A"}  # LoRA+ knows no magnitude: it gets the lower rate
 
 
-def scales_of(lr_scale: Scale) -> dict[str, float]:
-    """Return the scale of A and that of B."""
+def scale_of_each_factor(lr_scale: LrScale) -> dict[str, float]:
+    """Return the scale of A and that of B. Refuse what is none."""
     scales: dict[str, Any] = dict.fromkeys("AB", lr_scale)
     if isinstance(lr_scale, dict):
         scales = lr_scale
@@ -43,24 +45,24 @@ def _is_scale(value: object) -> bool:
     return isinstance(value, int | float) and value is not True and 0 < value < math.inf
 
 
-def scales_in(view: View, lr_scale: Scale) -> Scales:
-    """Return the scale of each adapter with another rate, and its group's name."""
-    scales = scales_of(lr_scale)
-    by_role = _scales_by_role(scales)
-    found: Scales = {}
+def scaled_parameters(view: View, lr_scale: LrScale) -> Scales:
+    """Return the adapters' parameters whose rates are not the module's, with their scales."""
+    by_role = _scales_by_role(lr_scale)
+    scaled: Scales = {}
     for layer in view.layers.values():
         for name, spec in layer.lora_specs().items():
             if spec.role in by_role:
-                found[own_parameter(layer, name)] = by_role[spec.role]
-    return found
+                scaled[own_parameter(layer, name)] = by_role[spec.role]
+    return scaled
 
 
-def _scales_by_role(scales: dict[str, float]) -> dict[Role, AdapterScale]:
-    """The scales of parameters whose rate differs. If A and B have the same, they are in one group."""
+def _scales_by_role(lr_scale: LrScale) -> dict[Role, GroupScale]:
+    """The scale of each role whose rate is not the module's. If A and B have the same, they are in one group."""
+    scales = scale_of_each_factor(lr_scale)
     has_one_scale = scales["A"] == scales["B"]
     by_role = {}
     for role, factor in _FACTORS.items():
         if scales[factor] != 1:
             title = "lora" if has_one_scale else f"lora_{factor}"
-            by_role[role] = AdapterScale(title, scales[factor])
+            by_role[role] = GroupScale(title, scales[factor])
     return by_role

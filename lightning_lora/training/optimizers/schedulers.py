@@ -1,4 +1,4 @@
-"""Schedulers see only the module's groups, and no groups behind them."""
+"""Schedulers see only the groups that the module's code has built, and no scaled ones."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -7,30 +7,30 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.tensors.inplace import InPlace, overlay
-from lightning_lora.training.optimizers.groups_behind import has_groups_behind, hide_behind, show_behind
+from lightning_lora.training.optimizers.scaled_groups import find_scaled_groups
 
 
-class FollowedScheduler(InPlace):
-    """A scheduler that sees only the module's groups: this is added to its class."""
+class SchedulerOfModuleGroups(InPlace):
+    """Added to a scheduler's class: it steps while scaled groups are hidden, which then get its rates."""
 
     overlaid_prefix: ClassVar[str] = "_"  # LightningCLI looks up names of schedulers, but no private ones
     optimizer: Optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the scheduler's own step. Then the groups behind mirror its rates."""
-        has_hidden = hide_behind(self.optimizer)  # not by a scheduler that another one calls
-        try:
+        """Take the scheduler's own step."""
+        scaled = find_scaled_groups(self.optimizer)
+        if scaled is None:  # in a later fit
             return super().step(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            if has_hidden:
-                show_behind(self.optimizer)
+        with scaled.hidden():
+            return super().step(*args, **kwargs)  # type: ignore[misc]
 
 
-def hide_groups(schedulers: Iterable[object], model: nn.Module) -> None:
+def hide_scaled_groups(schedulers: Iterable[object], model: nn.Module) -> None:
     """Let schedulers see only the module's groups: those of the Trainer, and those that the module keeps itself."""
     for each in _with_contents([*schedulers, *vars(model).values()]):
-        if _is_scheduler(each) and has_groups_behind(each.optimizer) and not isinstance(each, FollowedScheduler):
-            overlay(each, FollowedScheduler)
+        is_new = _is_scheduler(each) and not isinstance(each, SchedulerOfModuleGroups)
+        if is_new and find_scaled_groups(each.optimizer) is not None:
+            overlay(each, SchedulerOfModuleGroups)
 
 
 def _with_contents(values: list[Any]) -> list[Any]:

@@ -13,8 +13,7 @@ from lightning_lora.model.still.settle import settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.training.optimizers.edits import Edit, built_groups
-from lightning_lora.training.optimizers.group_checks import check_emptied, place_remaining
-from lightning_lora.training.optimizers.group_splits import check_splits, unsplit
+from lightning_lora.training.optimizers.group_checks import check_emptied, check_rates, place_remaining
 from lightning_lora.training.optimizers.groups import (
     Params,
     base_weights_of,
@@ -22,22 +21,24 @@ from lightning_lora.training.optimizers.groups import (
     leading_layers,
     parameters_in,
 )
-from lightning_lora.training.optimizers.scales import Scale, scales_in
+from lightning_lora.training.optimizers.scaled_groups import add_scaled_groups, remove_scaled_groups
+from lightning_lora.training.optimizers.scales import LrScale, scaled_parameters
 
 
-def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: Scale = 1) -> None:
+def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: LrScale = 1) -> None:
     """Replace base weights in the groups by adapters. Check all optimizers before the first is changed."""
     for optimizer in optimizers:
-        unsplit(optimizer)  # first: ``built_groups`` compares groups without a split
+        remove_scaled_groups(optimizer)  # of an earlier fit: ``built_groups`` compares the others
     view = view_of(model)
     paused = _settle_networks(view, optimizers)
-    scales = scales_in(view, lr_scale)
+    scales = scaled_parameters(view, lr_scale)
     edits = place_remaining(view, _plan(view, optimizers), paused)
     for number, edit in enumerate(edits):
         check_emptied(view, number, edit)
-        check_splits(edit.optimizer, edit.groups, scales)
+        check_rates(edit, scales)
     for edit in edits:
-        edit.write(view, scales)
+        edit.write(view)
+        add_scaled_groups(edit.optimizer, scales)
 
 
 def _settle_networks(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
@@ -60,7 +61,7 @@ def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     held |= base_weights_of(layers_trained_by(held, view), view)
     if held.isdisjoint(base_weights_of(view.layers, view)):
         return set()
-    return set(view.base.values()) - held
+    return set(view.base_parameters.values()) - held
 
 
 def _built_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:

@@ -102,7 +102,7 @@ def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]
 
 def _modules_without_adapters(view: View) -> set[nn.Module]:
     """The modules with weights that the user has not frozen, but without adapters."""
-    owners = set(map(owner_of, without(view.base, view.frozen_by_user)))
+    owners = set(map(owner_of, without(view.base_parameters, view.frozen_by_user)))
     return set(only(view.modules, owners - view.layers.keys()).values())
 
 

@@ -5,16 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 
 from lightning_lora.model.view import View
-from lightning_lora.moments import Guard, Guards
+from lightning_lora.moments import Guard
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
 class FirstSteps:
     """The first two steps, and the first batch, which may have several."""
 
-    def __init__(self, guards_in_each_process: Guards, guards_in_first_process: Guard) -> None:
-        self.guards_in_each_process = guards_in_each_process
-        self.guards_in_first_process = guards_in_first_process  # the same in the first process, which says what all see
+    def __init__(self, guards: Guard) -> None:
+        self.guards = guards  # they look in the first process alone: all see the same weights
         self._copies = FrozenCopies()
         self._begun = 0
         self._is_in_first_batch = True
@@ -27,23 +26,22 @@ class FirstSteps:
         view = View(model)
         if self._begun == 1:
             self._copies.begin(view)
-            self.guards_in_each_process.first_step_begins(view, self._copies)
+            self.guards.first_step_begins(view, self._copies)
         else:
             self._copies.check(view)
 
     def watching(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Let guards watch a part of the first batch, in the first process."""
+        """Let guards watch a part of the first batch."""
         if not self._is_in_first_batch:
             return nullcontext()
-        return self.guards_in_first_process.first_batch_runs(model)
+        return self.guards.first_batch_runs(model)
 
     def end_batch(self, model: nn.Module) -> None:
         """End the first batch."""
         if self._is_in_first_batch:
             self._is_in_first_batch = False
-            self.guards_in_each_process.first_batch_ended(model)
+            self.guards.first_batch_ended(model)
 
     def close(self) -> None:
         """Let go of the model's weights."""
-        self.guards_in_each_process.close()
         self._copies = FrozenCopies()

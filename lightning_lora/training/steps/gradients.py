@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.as_adapted import check_weights
+from lightning_lora.model.as_adapted import refuse_computed_weights
 from lightning_lora.model.still.follow import begin_as_originals, copies_among
 from lightning_lora.model.view import View, view_of
 from lightning_lora.networks.copies import pairs_of
@@ -96,7 +96,7 @@ class Gradients:
     def _begin_first_step(self, held: Set[nn.Parameter], missed: Set[nn.Parameter]) -> list[str]:
         """Check the weights, and settle which copies follow. Return the other layers without a gradient."""
         view = view_of(self.model)
-        check_weights(view)  # hooks may compute them since training began
+        refuse_computed_weights(view)  # hooks may compute them since training began
         unreached = layers_trained_by(missed, view)
         copies = self._settle_copies(view, layers_trained_by(held, view))
         return names_outside(unreached, copies)

@@ -37,8 +37,8 @@ class FrozenCopies:
     def begin(self, view: View) -> None:
         """Note the copies as they are when the first step begins."""
         self.originals = _copies_without_adapters(view)
-        for name in names_inside(view.base, self.originals):
-            weight = view.base[name]
+        for name in names_inside(view.base_parameters, self.originals):
+            weight = view.base_parameters[name]
             if weight.is_floating_point() and not weight.is_meta:
                 self._before[name] = _Noted(Seen(weight), samples(weight).clone())
 
@@ -52,8 +52,8 @@ class FrozenCopies:
     def moved_weights(self, view: View, copy: str) -> list[str]:
         """Return the weights of a copy that have changed since."""
         moved = []
-        for name in names_inside(only(view.base, self._before), [copy]):
-            if not self._before[name].seen.may_have_same_values(view.base[name]):
+        for name in names_inside(only(view.base_parameters, self._before), [copy]):
+            if not self._before[name].seen.may_have_same_values(view.base_parameters[name]):
                 moved.append(name)
         return moved
 
@@ -64,9 +64,9 @@ class FrozenCopies:
     def _is_towards_original(self, view: View, name: str, copy: str) -> bool:
         """Whether a weight lies between what it was and its original, with or without the update."""
         wanted = _weights_with_update(view, self.name_in_original(name, copy))
-        if not wanted or wanted[0].shape != view.base[name].shape:
+        if not wanted or wanted[0].shape != view.base_parameters[name].shape:
             return False
-        now = samples(view.base[name])
+        now = samples(view.base_parameters[name])
         before_and_wanted = [self._before[name].some_values]
         before_and_wanted += map(samples, wanted)
         ends = [values.to(now) for values in before_and_wanted]
@@ -83,9 +83,9 @@ def _are_between(values: Tensor, ends: Tensor) -> bool:
 
 def _weights_with_update(view: View, name: str) -> list[Tensor]:
     """A weight of an adapted network: as it is, and with its update."""
-    if name not in view.base:
+    if name not in view.base_parameters:
         return []
-    weights = [view.base[name].detach()]
+    weights = [view.base_parameters[name].detach()]
     layer = view.layers.get(owner_of(name))
     leaf = name.rpartition(".")[2]
     if layer is not None and leaf in layer.lora_weights():
@@ -109,13 +109,13 @@ def _error_of_moved_copy(view: View, copy: str, original: str, weight: str) -> A
 
 def _copies_without_adapters(view: View) -> dict[str, str]:
     """Frozen copies without adapters, and the adapted networks that they copy."""
-    if any(map(is_dtensor, view.base.values())):  # each process would judge by its shard
+    if any(map(is_dtensor, view.base_parameters.values())):  # each process would judge by its shard
         return {}
     adapted = modules_around(view.layers)
     busy = adapted | modules_around(map(owner_of, view.trainable))
-    still = {p for name, p in view.base.items() if owner_of(name) not in busy}
-    owners_of_matrices = set(map(owner_of, where(view.base, _is_matrix)))
-    found = find_copies(view.modules, view.base, owners_of_matrices, still, may_lack=True)
+    still = {p for name, p in view.base_parameters.items() if owner_of(name) not in busy}
+    owners_of_matrices = set(map(owner_of, where(view.base_parameters, _is_matrix)))
+    found = find_copies(view.modules, view.base_parameters, owners_of_matrices, still, may_lack=True)
     copies_of_adapted = with_values(found, adapted)
     return without(copies_of_adapted, adapted)
 

@@ -17,7 +17,7 @@ from lightning_lora.tensors.dicts import where
 from lightning_lora.training.compatibility import refuse_strategy
 from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
-from lightning_lora.training.optimizers.schedulers import hide_groups
+from lightning_lora.training.optimizers.schedulers import hide_scaled_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.steps.feeding import Feeding
 from lightning_lora.training.steps.gradients import Gradients
@@ -80,7 +80,7 @@ class DeepSpeedMethods(LateRestoreMethods):
         with showing_trainable_base(self.module):
             optimizer, scheduler = build_optimizers(self.strategy, self.original._init_optimizers)
         train_adapters(self.module, [optimizer], self.stage.lr_scale)
-        hide_groups([scheduler and scheduler.scheduler], self.module)
+        hide_scaled_groups([scheduler and scheduler.scheduler], self.module)
         self._fill_empty_groups(optimizer)
         return optimizer, scheduler
 

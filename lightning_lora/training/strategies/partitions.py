@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.errors import StrategyError
-from lightning_lora.private import own_run
+from lightning_lora.private import own_span
 from lightning_lora.tensors.dicts import where
 
 OptimizerState = dict[str, Any]
@@ -178,7 +178,7 @@ def partitions_of(optimizer: Any, placeholders: set[nn.Parameter]) -> list[Parti
     for parameters, group in zip(_parameters_by_group(optimizer), optimizer.param_groups, strict=True):
         used = [p for p in parameters if p not in placeholders]
         (shard,) = group["params"]
-        partitions.append(Partition(used, shard, list(map(own_run, used))))
+        partitions.append(Partition(used, shard, list(map(own_span, used))))
     return partitions
 
 

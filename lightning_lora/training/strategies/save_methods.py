@@ -52,12 +52,12 @@ class SaveMethods(SetUpMethods):
         metrics = logged_metrics(module)
         checkpoint = checkpoints.adapter_only(module, checkpoint, metrics, written_later=written_later)
         if stage.phase is Phase.TRAINING:
-            stage.guards_in_first_process.base_compared(View(module))
+            stage.tools.guards_in_first_process.base_compared(View(module))
         if stage.save == "adapters":
             return with_callback_state(checkpoint, view_of(module).adapter.name)
         if self.strategy.is_global_zero:
             checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=written_later)
-            stage.guards_in_each_process.merged_in_checkpoint(type(module).__name__, lost)
+            stage.tools.guards_in_each_process.merged_in_checkpoint(type(module).__name__, lost)
         return checkpoint
 
     def _forget_replaced_merge(self) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.model.attach import reinitialise_if_base_changed
+from lightning_lora.model.changes.attach import reinitialise_if_base_changed
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.compared_tensors import base_tensors, dtypes_of
@@ -17,7 +17,7 @@ from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
-from lightning_lora.training.optimizers.schedulers import hide_groups
+from lightning_lora.training.optimizers.schedulers import hide_scaled_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.phases import Phase
 from lightning_lora.training.stage import Stage, shows_adapters
@@ -121,4 +121,4 @@ class SetUpMethods(OverlaidMethods):
         with showing_trainable_base(self.module):
             build_optimizers(self.strategy, partial(self.original.setup_optimizers, trainer))
         train_adapters(self.module, self.strategy.optimizers, self.stage.lr_scale)
-        hide_groups([config.scheduler for config in self.strategy.lr_scheduler_configs], self.module)
+        hide_scaled_groups([config.scheduler for config in self.strategy.lr_scheduler_configs], self.module)

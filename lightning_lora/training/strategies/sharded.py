@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import StrategyError, listed, warn
-from lightning_lora.model.attach import attach_adapters, detach_adapters
+from lightning_lora.model.changes.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors import shards
@@ -127,7 +127,7 @@ class ShardedMethods(LateRestoreMethods):
 
     def note_base(self, *, anew: bool = True) -> None:
         """Note the base's fingerprint, unless it is loaded later."""
-        if not any(p.is_meta for p in View(self.module).base.values()):
+        if not any(p.is_meta for p in View(self.module).base_parameters.values()):
             super().note_base(anew=anew)
 
     def on_train_start(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 
+from lightning_lora.model.record import state_of
 from lightning_lora.model.view import View
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
@@ -31,29 +32,33 @@ class StepMethods(SetUpMethods):
         """Run a training step, in which dropout acts."""
         stage = self.stage
         module = self.strategy.lightning_module
-        stage.dropout.begin_step(module)
-        stage.float32.pause_step()  # one that computes its loss again, as LBFGS does
+        stage.tools.begin_step(module)
         self.begin_first_steps(module)
         output = self._run(self.original.training_step, IN_A_STEP, *args, **kwargs)
         if not module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
-            stage.dropout.end_step()
+            stage.tools.dropout.end_step()
         return output
 
     def begin_first_steps(self, module: LightningModule) -> None:
         """Look at weights before the first steps."""
-        self.stage.first_steps.begin_step(module)
+        self.stage.tools.first_steps.begin_step(module)
 
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
         module = self.strategy.lightning_module
         if not compatibility.has_own(module, "backward"):  # which may have a graph of its own
             check_loss(module, closure_loss)
-        self.stage.check_backward(module)
+        self._check_adapters_are_shown(module)
         # checkpoints run their layers again
         loss = self._run(self.original.backward, IN_BACKWARD, closure_loss, *args, **kwargs)
         if module.automatic_optimization:
-            self.stage.dropout.end_step()
+            self.stage.tools.dropout.end_step()
         return loss
+
+    def _check_adapters_are_shown(self, module: LightningModule) -> None:
+        """Let guards look at a backward pass that begins while adapters are disabled."""
+        if state_of(module).shows_base:
+            self.stage.tools.guards_in_each_process.backward_begins_without_adapters(View(module))
 
     def _run(self, part: Callable[..., Any], advice: str, /, *args: Any, **kwargs: Any) -> Any:
         """Run a part of a step: with gradients through the module's checkpoints, watched, and with errors explained."""
@@ -67,7 +72,7 @@ class StepMethods(SetUpMethods):
 
     def watching(self, module: LightningModule) -> AbstractContextManager[None]:
         """Let guards watch a part of the first batch, in the first process."""
-        return self.stage.first_steps.watching(module)
+        return self.stage.tools.first_steps.watching(module)
 
     # What a training watch asks for
 

@@ -14,7 +14,7 @@ import transformers as hf
 import lightning_lora as ll
 from lightning_lora.model.view import view_of
 from lightning_lora.moments import Guards
-from lightning_lora.storage.formats.peft.peft_shells import shell_of
+from lightning_lora.storage.formats.peft.naming.shells import shell_of
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.training.advice import advise
 from tests.storage.formats.test_export_models import load_adapter, run

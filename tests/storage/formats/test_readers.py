@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.cli.main import main
-from lightning_lora.storage.formats.peft.reader_table import (
+from lightning_lora.storage.formats.peft.readers.reader_table import (
     ALPHAS,
     BIASES,
     COLUMNS,

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.patterns import matches
-from lightning_lora.storage.formats.peft.peft_names import PEFT_CONFIG, config_beside
+from lightning_lora.storage.formats.peft_names import PEFT_CONFIG, config_beside
 from lightning_lora.storage.on_disk.disk import json_object
 from lightning_lora.tensors.dicts import only, renamed, where, without
+from lightning_lora.tensors.names import starts_of
 
 
 class PeftConfig(NamedTuple):
@@ -50,8 +51,18 @@ class PeftConfig(NamedTuple):
         return _matches_any(self.as_ours.target_parameters or (), name)
 
     def saves(self, name: str) -> bool:
-        """Return whether PEFT saves a module whole: ``modules_to_save`` names the end of its name."""
+        """Return whether PEFT saves a module whole: its name ends as an entry of ``modules_to_save`` does.
+
+        ``head`` saves ``overhead`` too.
+        """
         return name.endswith(tuple(self.saved))
+
+    def leaves_to_saving(self, name: str) -> bool:
+        """Return whether PEFT adapts nothing here: ``modules_to_save`` names the module, or one around it.
+
+        Here PEFT compares whole components, in contrast to :meth:`saves`: with ``head``, it may adapt ``overhead``.
+        """
+        return any(map(self.as_ours.is_saved, starts_of(name)))
 
     def token_rows(self, name: str) -> list[int]:
         """Return the rows that train in an embedding."""

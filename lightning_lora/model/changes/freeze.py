@@ -1,0 +1,33 @@
+"""Freeze the base of a model, and give it back its flags."""
+
+from torch import nn
+
+from lightning_lora.layers.norms import freeze_norms, set_frozen
+from lightning_lora.model.view import View
+from lightning_lora.tensors.dicts import only
+from lightning_lora.tensors.values import set_requires_grad
+
+
+def freeze(view: View) -> None:
+    """Freeze all parameters that do not train, and the running statistics of norms."""
+    view.record.base.note_trained_before(
+        view.base_parameters
+    )  # before any flag changes: a tied parameter has several names
+    for name, parameter in view.base_parameters.items():
+        set_requires_grad(parameter, name in view.trainable and _can_train(parameter))
+    for layer in view.layers.values():
+        layer.lora_set_flags()  # other code may have frozen some, or thawed a copy's
+    freeze_norms(view.modules.values(), view.saved)
+
+
+def unfreeze(view: View) -> None:
+    """Make the base trainable again, as it was before: every parameter, and the running statistics of every norm."""
+    trained_before = view.record.base.trained_before
+    for name, parameter in only(view.parameters, trained_before).items():
+        set_requires_grad(parameter, trained_before[name] and _can_train(parameter))
+    for module in view.modules.values():
+        set_frozen(module, False)
+
+
+def _can_train(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()

@@ -1,0 +1,118 @@
+"""Judge layers by their weights: do these look as torch, torchvision or transformers initialise them?"""
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+from lightning_lora.functional.drawn import block_of, is_normal, is_uniform
+from lightning_lora.layers import adapter_for, number_of_values
+from lightning_lora.model.view import View
+from lightning_lora.tensors.dicts import where, without
+from lightning_lora.tensors.names import direct_parameters, is_bias, starts_of
+from lightning_lora.tensors.shards import is_dtensor, to_local
+
+Weights = dict[str, nn.Parameter]
+
+FEWEST = 256  # with fewer values than this, a trained weight may look drawn by chance
+
+
+def layers_to_judge(view: View, except_for: Iterable[nn.Parameter]) -> dict[str, Weights]:
+    """The weights of each layer that can be judged, by name. A shared weight belongs to its first layer."""
+    seen = {*view.adapter_parameters.values(), *except_for}
+    layers: dict[str, Weights] = {}
+    for name, module in without(view.modules, [""]).items():
+        weights = _matrices_besides(module, seen)
+        if weights and adapter_for(module) is not None:
+            layers[name] = weights
+            seen.update(weights.values())
+    return where(layers, _can_be_judged)
+
+
+def _matrices_besides(module: nn.Module, seen: set[nn.Parameter]) -> Weights:
+    """The weights that a module itself holds, with two dimensions or more, and that were not seen before."""
+    weights: Weights = {}
+    for leaf, parameter in direct_parameters({"": module}).items():
+        if parameter.dim() > 1 and parameter not in seen:
+            weights[leaf] = parameter
+    return weights
+
+
+def _can_be_judged(weights: Weights) -> bool:
+    return all(_has_enough_values(weight) for weight in weights.values())
+
+
+def _has_enough_values(weight: nn.Parameter) -> bool:
+    """Whether a weight has floating-point values, and enough of them in this process."""
+    is_plain = type(weight) is nn.Parameter or is_dtensor(weight)
+    is_computed_with = weight.is_floating_point() and weight.element_size() > 1
+    if not is_plain or not is_computed_with or weight.is_meta:
+        return False
+    needed = max(1, min(FEWEST, weight.numel()))
+    return to_local(weight).numel() >= needed
+
+
+def has_few_values(weights: Weights) -> bool:
+    """Whether one of the weights has too few values to be judged."""
+    return min(map(number_of_values, weights.values())) < FEWEST
+
+
+def looks_untrained(view: View, name: str, weights: Weights) -> bool:
+    """Whether all weights of a layer look as torch, torchvision or transformers initialise them."""
+    has_bias = _has_bias(view.modules[name])
+    return all(_looks_initialised(view, name, weight, has_bias=has_bias) for weight in weights.values())
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    """Whether a layer has a bias other than zero."""
+    biases = [parameter for leaf, parameter in direct_parameters({"": layer}).items() if is_bias(leaf)]
+    return any(to_local(bias).any() for bias in biases)
+
+
+def _looks_initialised(view: View, name: str, weight: nn.Parameter, *, has_bias: bool) -> bool:
+    """Whether one weight of a layer looks untrained. Only uniform initialisations leave a bias other than zero."""
+    layer = view.modules[name]
+    values = to_local(weight)
+    block = block_of(values)
+    if block.numel() < min(FEWEST, number_of_values(weight)):  # the others are zero
+        return isinstance(layer, nn.Linear) and not has_bias and not values.any()
+    if any(is_uniform(block, bound) for bound in _bounds(layer, weight)):
+        return True
+    if has_bias:
+        return False
+    return any(is_normal(block, deviation) for deviation in _deviations(view, name, weight))
+
+
+def _bounds(layer: nn.Module, weight: nn.Parameter) -> set[float]:
+    """The bounds of uniform initialisations: torch's own, Xavier's, Kaiming's for ReLU, and torchvision's."""
+    fan_in, fan_out = _fans(weight)
+    bounds = {fan_in**-0.5, (6 / (fan_in + fan_out)) ** 0.5, (6 / fan_in) ** 0.5, weight.shape[0] ** -0.5}
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        bounds.add(float(layer.hidden_size) ** -0.5)
+    return bounds
+
+
+def _deviations(view: View, name: str, weight: nn.Parameter) -> tuple[float, ...]:
+    """The deviations of normal initialisations: that of the nearest ``config`` of transformers, or usual ones."""
+    outer_names = ["", *starts_of(name)[:-1]]
+    for outer in reversed(outer_names):
+        config = vars(view.modules[outer]).get("config")
+        deviation = getattr(config, "initializer_range", None)
+        if isinstance(deviation, float) and deviation > 0:
+            return (deviation,)
+    if is_embedding(view.modules[name]):
+        return 1.0, 0.02
+    kaiming = [math.sqrt(2 / fan) for fan in _fans(weight)]  # of torchvision's convolutions
+    return 0.02, 0.01, *kaiming
+
+
+def _fans(weight: nn.Parameter) -> tuple[int, int]:
+    """How many inputs an output depends on, and the other way round."""
+    inputs = weight.shape[1:].numel()
+    outputs = weight.shape[0] * weight.shape[2:].numel()
+    return inputs, outputs
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Return whether a module is a table of embeddings."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)

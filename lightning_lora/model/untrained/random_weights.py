@@ -1,0 +1,51 @@
+"""The weights that are random, and so in files: frozen ones that may be untrained, and buffers that hooks filled."""
+
+from itertools import compress
+
+from torch import nn
+
+from lightning_lora.model.untrained.find_untrained import Untrained, find_untrained
+from lightning_lora.model.untrained.name_modules import small_layers
+from lightning_lora.model.view import View
+from lightning_lora.tensors.dicts import of_type, only
+from lightning_lora.tensors.names import names_inside
+from lightning_lora.tensors.shards import true_anywhere
+
+
+def random_weights(view: View) -> tuple[str, ...]:
+    """Return what files hold because it is not pretrained: frozen weights that may be new, and filled buffers.
+
+    They are looked for once, when a fit or a file needs them. Collective: processes agree on them.
+    """
+    if view.adapter.random_weights is None:
+        note_random_weights(view, find_untrained(view))
+    return random_weights_now(view)
+
+
+def random_weights_now(view: View) -> tuple[str, ...]:
+    """Return what :func:`random_weights` does, and note nothing: before a fit begins, the base may still change."""
+    random = view.adapter.random_weights
+    if random is None:
+        random = _random_among_frozen(view, find_untrained(view))
+    return tuple(dict.fromkeys((*random, *sorted(view.record.base.filled))))
+
+
+def note_random_weights(view: View, found: Untrained) -> None:
+    """Note the frozen weights that may be new, for files. Collective."""
+    view.adapter.random_weights = _random_among_frozen(view, found)
+
+
+def _random_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:
+    """The frozen weights that may be new.
+
+    Collective: processes that hold other shards may find others, and all count. If most of a model looks untrained,
+    none is noted: its base is not random by accident.
+    """
+    modules = set(found.new_modules)
+    if found.is_trained_model:
+        linear_layers = of_type(view.modules, nn.Linear)
+        modules.update(only(linear_layers, small_layers(view)))
+    in_modules = set(names_inside(view.frozen, modules))
+    are_random = [name in in_modules for name in view.frozen]
+    are_random = true_anywhere(are_random, list(view.frozen.values()))
+    return tuple(compress(view.frozen, are_random))

@@ -1,0 +1,139 @@
+"""The tensors that PEFT has for adapters, by its names: it wraps layers, so what is inside of one gets another name."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_lora.functional.factors import Factors
+from lightning_lora.layers.kinds import LoRAAttention
+from lightning_lora.storage.formats.peft.counterparts import counterpart_of, has_counterpart
+from lightning_lora.storage.formats.peft_names import TOKENS
+from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.weight_updates import WeightUpdate
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.dicts import where, without
+from lightning_lora.tensors.names import is_bias, join, names_not_in
+
+Wrapper = dict[str, Tensor]  # its tensors, by the ends of their names
+
+
+def tensors_of(source: Source, updates: Iterable[WeightUpdate]) -> dict[str, Tensor]:
+    """Return all tensors of a file, by PEFT's names without its prefix."""
+    stored = source.stored
+    wrappers = _wrappers_of(updates)
+    tensors = wrappers.tensors()
+    for name, layer in source.layers_with_rows.items():
+        (rows,) = layer.parameters(stored.config).values()
+        place = wrappers.name_inside(source.name_for_reader(name))
+        tensors[f"{place}.{TOKENS}"] = stored.state[rows]
+    for name in names_not_in(trained_biases(stored), source.saved):
+        place = wrappers.name_inside(source.name_for_reader(name))
+        tensors[place] = stored.state[name]
+    for name, value in source.saved.items():
+        place = source.name_for_reader(name)
+        tensors[place] = value
+    return tensors
+
+
+def stand_ins_of(source: Source) -> dict[str, dict[str, Tensor]]:
+    """Return small tensors by the names that each layer's will have, to ask PEFT what becomes of these.
+
+    So that is known before the values are there.
+    """
+    layers = where(without(source.stored.layers, source.layers_with_rows), has_counterpart)
+    wrappers = _Wrappers()
+    for layer in layers.values():
+        for _ in layer.shapes:
+            tensors = dict.fromkeys(counterpart_of(layer).keys, torch.zeros(1, 1))
+            wrappers.add(source.name_for_reader(layer.name), tensors)
+    return {name: wrappers.tensors_of(source.name_for_reader(name)) for name in layers}
+
+
+def _wrappers_of(updates: Iterable[WeightUpdate]) -> "_Wrappers":
+    """What PEFT wraps for these updates."""
+    wrappers = _Wrappers()
+    for update in updates:
+        wrappers.add(update.name, _wrapper_of(update))
+        if update.layer.adapter_class is LoRAAttention:  # PEFT adapts its output projection too: by zero here
+            out_proj = join(update.name, "out_proj")
+            wrappers.add(out_proj, _zero_like(update.factors))
+    return wrappers
+
+
+def _wrapper_of(update: WeightUpdate) -> Wrapper:
+    """What PEFT has for an update."""
+    counterpart = counterpart_of(update.layer)
+    shape = update.layer.shapes[update.weight]
+    factors = counterpart.to_peft(update.factors, shape, update.layer.options)
+    tensors = dict(zip(counterpart.keys, factors, strict=True))
+    if update.magnitude is not None:  # without .weight in its name, transformers would ignore it
+        _, b = factors
+        tensors["lora_magnitude_vector.weight"] = _magnitude_beside(b, update.magnitude)
+    return tensors
+
+
+def _magnitude_beside(b: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's magnitudes in the shape that PEFT gives them beside B: of a convolution, they have as many dimensions."""
+    if b.dim() == 2:
+        return magnitude.view(-1)
+    kernel = (1,) * (b.dim() - 2)
+    return magnitude.view(1, -1, *kernel)
+
+
+def _zero_like(factors: Factors) -> Wrapper:
+    """An update of zero, of a square matrix that reads as many features."""
+    a, _ = factors
+    zero = torch.zeros_like(a)
+    return {"lora_A.weight": zero, "lora_B.weight": zero.T}
+
+
+@dataclass
+class _Wrappers:
+    """What PEFT wraps around modules: if a module has several wrappers, they lie in each other, the last outermost."""
+
+    around: dict[str, list[Wrapper]] = field(default_factory=dict)  # by the name of the module
+
+    def add(self, name: str, tensors: Wrapper) -> None:
+        """Wrap a module once more, around its other wrappers."""
+        self.around.setdefault(name, []).append(tensors)
+
+    def name_inside(self, name: str) -> str:
+        """Return PEFT's name for something inside of modules that are wrapped."""
+        components = list[str]()
+        module = ""
+        for component in name.split("."):
+            wrappers = self.around.get(module, [])
+            components += ["base_layer"] * len(wrappers)
+            components.append(component)
+            module = join(module, component)
+        return ".".join(components)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of all wrappers by name."""
+        named = dict[str, Tensor]()
+        for name in self.around:
+            named |= self.tensors_of(name)
+        return named
+
+    def tensors_of(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of all wrappers of one module by name."""
+        named = dict[str, Tensor]()
+        place = self.name_inside(name)
+        for tensors in reversed(self.around[name]):  # from the outermost one
+            for end, value in tensors.items():
+                named[f"{place}.{end}"] = value
+            place += ".base_layer"
+        return named
+
+
+# Biases
+
+
+def trained_biases(stored: StoredAdapters) -> list[str]:
+    """Return the biases that the configuration trains. They may lie in modules trained whole too."""
+    if stored.config.bias == "none":
+        return []
+    of_others = stored.adapter_names().union(stored.changed)  # a slice's own name may say "bias" too
+    return [name for name in names_not_in(stored.state, of_others) if is_bias(name)]

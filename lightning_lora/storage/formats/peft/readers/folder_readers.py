@@ -1,0 +1,151 @@
+"""What each reader does with one folder of PEFT's format, by the table of readers."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.storage.formats.format import tensors_in
+from lightning_lora.storage.formats.peft.peft_config import PeftConfig, read_config
+from lightning_lora.storage.formats.peft.readers.reader_table import (
+    ALPHAS,
+    BIASES,
+    DIFFERS,
+    DORA,
+    EMBEDDINGS,
+    EXPERTS,
+    HEADS,
+    IGNORES,
+    NORMS,
+    PEFT_READERS,
+    RANKS,
+    REFUSES,
+    RSLORA,
+    UNKNOWN,
+    Reader,
+)
+from lightning_lora.storage.formats.peft_names import PREFIX, peft_key, without_wrappers
+from lightning_lora.storage.formats.whose import is_peft
+from lightning_lora.tensors.dicts import renamed
+from lightning_lora.tensors.names import starts_of
+
+_WORDS = {DIFFERS: "scales otherwise:", REFUSES: "refuses", IGNORES: "ignores", UNKNOWN: "not known:"}
+"""How a line begins what a reader does. The worst comes first."""
+
+
+@dataclass
+class _Contents:
+    """What a folder holds of the kinds in which readers differ."""
+
+    kinds: dict[str, list[str]] = field(default_factory=dict)  # the names of the modules, or none
+    has_one_scaling: bool = True
+
+    def add(self, kind: str, name: str = "") -> None:
+        """Note a kind, and the name of a module that is of it."""
+        names = self.kinds.setdefault(kind, [])
+        if name and name not in names:
+            names.append(name)
+
+
+def lines_of_readers(contents: Mapping[str, Any], path: Any) -> dict[str, str]:
+    """Return, by its name, what each reader does with a folder."""
+    if not isinstance(contents, dict) or not is_peft(contents, path):
+        raise AdapterFileError(f"{path} holds no adapters in PEFT's format. Pass a folder that PEFT reads.")
+    tensors = renamed(tensors_in(contents, path), _name_in_base)
+    held = _held(tensors, read_config(path))
+    lines = dict[str, str]()
+    for reader in PEFT_READERS:
+        lines[reader.name] = _line(reader, held)
+    return lines
+
+
+def _name_in_base(key: str) -> str:
+    """A tensor's name without PEFT's prefix."""
+    return key.removeprefix(f"{PREFIX}.")
+
+
+# What is in the folder
+
+
+def _held(tensors: Mapping[str, Tensor], peft: PeftConfig) -> _Contents:
+    """What these tensors and this configuration are, in the columns of the table."""
+    held = _Contents()
+    _add_settings(held, peft)
+    for name, tensor in tensors.items():
+        wrapped, what = peft_key(name)
+        if what:
+            _add_adapter(held, peft, name, without_wrappers(wrapped))
+        else:
+            _add_other(held, peft, without_wrappers(name), tensor)
+    return held
+
+
+def _add_settings(held: _Contents, peft: PeftConfig) -> None:
+    """Note what the configuration says of all layers."""
+    config = peft.as_ours
+    settings = {
+        RANKS: config.rank_pattern,
+        ALPHAS: config.alpha_pattern,
+        RSLORA: config.use_rslora,
+        DORA: config.use_dora,
+        EXPERTS: config.target_parameters,
+    }
+    for kind, is_set in settings.items():
+        if is_set:
+            held.add(kind)
+
+
+def _add_adapter(held: _Contents, peft: PeftConfig, name: str, layer: str) -> None:
+    """Note the scaling of a layer, and whether it is an embedding or holds experts."""
+    usual = peft.as_ours.scaling("")
+    difference = abs(peft.as_ours.scaling(layer) - usual)
+    if difference > 1e-6 * usual:
+        held.has_one_scaling = False
+    if "lora_embedding_" in name:
+        held.add(EMBEDDINGS, layer)
+    if peft.as_ours.target_parameters and not peft.adapts(layer):
+        held.add(EXPERTS, layer)
+
+
+def _add_other(held: _Contents, peft: PeftConfig, name: str, tensor: Tensor) -> None:
+    """Note a tensor that is no adapter's: of a module that trained whole, or a bias."""
+    for module in starts_of(name):
+        if peft.saves(module):
+            kind = NORMS if tensor.dim() <= 1 else HEADS
+            held.add(kind, module)
+            return
+    held.add(BIASES)
+
+
+# What readers do with it
+
+
+def _line(reader: Reader, held: _Contents) -> str:
+    """What a reader does with a folder, in a line."""
+    parts = list[str]()
+    for does, words in _WORDS.items():
+        kinds = _kinds_with(reader, held, does)
+        if kinds:
+            parts.append(f"{words} {', '.join(kinds)}")
+    return "; ".join(parts) or "takes it as it is"
+
+
+def _kinds_with(reader: Reader, held: _Contents, does: str) -> list[str]:
+    """The kinds in a folder with which a reader does this, and the modules."""
+    found = list[str]()
+    for kind, names in held.kinds.items():
+        if reader.cells[kind] == does and not _is_harmless(reader, held, kind):
+            found.append(_with_names(kind, names))
+    return found
+
+
+def _is_harmless(reader: Reader, held: _Contents, kind: str) -> bool:
+    """Whether a reader that knows one scaling has the right one: ranks and alphas differ, and not their quotient."""
+    return kind in (RANKS, ALPHAS) and reader.cells[RANKS] == DIFFERS and held.has_one_scaling
+
+
+def _with_names(kind: str, names: Iterable[str]) -> str:
+    """A kind, and the modules that are of it, if they are known."""
+    return f"{kind} ({listed(names)})" if names else kind

@@ -1,0 +1,133 @@
+"""What is said where a reader of PEFT's files would compute something else: a merge there, vLLM, llama.cpp, SGLang."""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.errors import listed, warn
+from lightning_lora.storage.formats.peft.readers.llama_cpp import warn_of_tied_embeddings, warn_of_transposed_layers
+from lightning_lora.storage.formats.peft.readers.reader_table import (
+    DIFFERS,
+    HEADS,
+    IGNORES,
+    NORMS,
+    RANKS,
+    RSLORA,
+    TAKES,
+    readers_that,
+    readers_that_know_one_alpha,
+)
+from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.weight_updates import WeightUpdate
+from lightning_lora.storage.inner_model import StoredModule, full_name
+from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.dicts import only, where
+from lightning_lora.tensors.names import starts_of
+
+
+def warn_of_merges(source: Source) -> None:
+    """Warn where PEFT's model, merged or not, computes something else."""
+    _warn_of_tied_weights(source)
+    _warn_of_encoders(source)
+
+
+def _warn_of_tied_weights(source: Source) -> None:
+    """Warn of weights that another layer has too: a merge there changes them for it."""
+    tied = where(source.stored.layers, _is_tied)
+    if not tied:
+        return
+    others = list[str]()
+    for layer in tied.values():
+        others += chain.from_iterable(layer.tied.values())
+    warn(
+        f"The weights of {listed(tied)} are also {listed(others)}. A PeftModel computes right, but its "
+        "merge_and_unload() changes these too. Merge with save_merged(model, path): it writes a weight for each."
+    )
+
+
+def _is_tied(layer: StoredLayer) -> bool:
+    """Whether an update of a layer's weights would reach other layers. Rows of tokens belong to all of them."""
+    return bool(layer.tied) and not layer.tokens
+
+
+def _warn_of_encoders(source: Source) -> None:
+    """Warn of adapted layers in an ``nn.TransformerEncoder``, which reads weights past PEFT's layers."""
+    encoders = _encoder_layers(source)
+    if encoders:
+        warn(
+            f"{listed(encoders)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's "
+            "layers: a PeftModel computes the base there. Call its merge_and_unload(), which is right."
+        )
+
+
+def _encoder_layers(source: Source) -> list[str]:
+    """The names of the transformer layers around adapted ones."""
+    around = dict[str, None]()
+    for name in source.stored.layers:
+        *modules, _ = starts_of(source.name_for_reader(name))
+        around |= dict.fromkeys(modules)
+    return list(only(around, where(source.stored_modules, _is_encoder_layer)))
+
+
+def _is_encoder_layer(module: StoredModule) -> bool:
+    """Whether a module is a layer of an nn.TransformerEncoder, or of a class that inherits from these."""
+    return full_name(nn.TransformerEncoderLayer) in module.classes
+
+
+def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: dict[str, Any]) -> None:
+    """Name readers that would scale otherwise: most know one number, llama.cpp lora_alpha over each rank."""
+    if not _is_causal_lm(source.stored_inner):
+        return
+    readers = list[str]()
+    if _is_any_scaled_otherwise(updates, config):
+        readers += readers_that(DIFFERS, RANKS)
+    if config["alpha_pattern"]:
+        readers += readers_that_know_one_alpha()
+    if config["use_rslora"]:
+        readers += readers_that(DIFFERS, RSLORA)
+    if readers:
+        names = ", ".join(dict.fromkeys(readers))
+        warn(f"For {names}, pass uniform=True: they may scale this adapter otherwise, without a word.")
+
+
+def warn_of_layers(source: Source) -> None:
+    """Name adapted layers that llama.cpp cannot run."""
+    if _is_causal_lm(source.stored_inner):
+        warn_of_tied_embeddings(source)
+        warn_of_transposed_layers(source)
+
+
+def warn_of_whole_modules(source: Source) -> None:
+    """Name modules that train whole, where servers of language models read the folder: some drop them."""
+    whole = list(source.stored.saved)
+    if not whole or not _is_served(source.stored_inner, whole):
+        return
+    takers = " and ".join(readers_that(TAKES, NORMS))
+    ignorers = ", ".join(dict.fromkeys([*readers_that(IGNORES, NORMS), *readers_that(IGNORES, HEADS)]))
+    warn(
+        f"The folder holds {listed(whole)} whole (modules_to_save), for {takers}. Other readers refuse that, or "
+        f"leave it out without a word ({ignorers}): 'lightning-lora readers FOLDER' tells which. For them, merge with "
+        "save_merged(model, path), or 'lightning-lora merge'."
+    )
+
+
+def _is_served(model: StoredModule, whole: Iterable[str]) -> bool:
+    """Whether servers of language models read a model's adapters: also those of a decoder with a head for classes."""
+    leaves = [name.rpartition(".")[2] for name in whole]
+    classifies = model.class_name.endswith("ForSequenceClassification") and "score" in leaves
+    return classifies or _is_causal_lm(model)
+
+
+def _is_causal_lm(model: StoredModule) -> bool:
+    """Whether a model writes text, as those that are served by vLLM and llama.cpp."""
+    return model.class_name.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def _is_any_scaled_otherwise(updates: Iterable[WeightUpdate], config: dict[str, Any]) -> bool:
+    """Whether the configuration's r and lora_alpha do not say how each update is scaled."""
+    power = 0.5 if config["use_rslora"] else 1
+    scaling = config["lora_alpha"] / config["r"] ** power
+    largest_difference = max(abs(update.scaling - scaling) for update in updates)
+    return bool(largest_difference > 1e-6 * scaling)

@@ -1,0 +1,109 @@
+"""A module that PEFT adapts, in a file: what all ways have in common."""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
+from lightning_lora.functional.factors import Factors
+from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer
+from lightning_lora.storage.formats.peft.counterparts import counterpart_of, why_no_counterpart
+from lightning_lora.storage.formats.peft.reading.peft_file import AdapterTensors, PeftFile
+from lightning_lora.storage.formats.updates import Update, check_shapes
+from lightning_lora.storage.stored_layers import StoredLayer, described
+from lightning_lora.tensors.dicts import names_of_each
+from lightning_lora.tensors.names import join
+
+Matrices = tuple[AdaptedMatrix, ...]
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """A module that PEFT adapts, and what a file holds for it.
+
+    With pissa and olora, adapters start from a part of the weight, and PEFT takes this start off its base. The update
+    here is the difference from the start, which is computed again from the weight as it was.
+    """
+
+    file: PeftFile
+    name_there: str  # its name in the file
+    wrapped: Mapping[str, AdapterTensors]  # by what PEFT wraps: its name in the file
+
+    def read_update(self) -> Update:
+        """Return the update of the module."""
+        raise NotImplementedError
+
+    @property
+    def module(self) -> Any:
+        """The module in the model."""
+        return self.file.module(self.name_there)
+
+    @property
+    def settings(self) -> LoRAConfig:
+        """What the configuration says, under our names."""
+        return self.file.config.as_ours
+
+    @property
+    def title(self) -> str:
+        """The name of its class, for messages."""
+        return type(self.module).__name__
+
+    def checked_layer(self, kind: type[LoRALayer], matrices: Matrices, magnitude: Tensor | None = None) -> StoredLayer:
+        """Return the layer with this adapter. Refuse one with which PEFT computes something else."""
+        layer = described(self.file.view, self.file.renaming.name_here(self.name_there), kind, matrices)
+        reason = why_no_counterpart(layer, magnitude)
+        if reason:
+            raise AdapterMismatchError(
+                f"The file has an update of {self.name_there!r}, which cannot be read: {reason} Pass the model "
+                "that the file was trained on, or merge it with PEFT, and use the merged model."
+            )
+        return layer
+
+    def checked_factors(self, layer: StoredLayer, matrix: AdaptedMatrix, in_file: Factors, named: str) -> Factors:
+        """Return A and B of one matrix as they are here. ``named``: what patterns of ranks and alphas call it."""
+        self._check_start(layer, matrix)
+        rank = self._rank_in_file(matrix, in_file, named)
+        factors = in_file
+        with suppress(IndexError, RuntimeError):  # of other shapes, which cannot be turned: they are refused below
+            factors = counterpart_of(layer).from_peft(in_file, layer.shapes[matrix.weight], layer.options)
+        check_shapes(layer, matrix, factors, rank)
+        return factors
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether PEFT took the start of each adapter off the base: the update is the difference from it."""
+        return INITIALISATIONS[self.settings.init].is_difference
+
+    def _check_start(self, layer: StoredLayer, matrix: AdaptedMatrix) -> None:
+        """Refuse a tied weight of which PEFT took a start off."""
+        if not self.is_difference:
+            return
+        base = self.file.view.base_parameters
+        weight = base[join(layer.name, matrix.weight)]
+        uses = names_of_each(base)[weight]
+        if len(uses) > 1:
+            raise AdapterMismatchError(
+                f"{listed(uses)} are one weight, and init_lora_weights is {self.settings.init!r}: PEFT takes a "
+                "start off it for each use, and its merge gives another model. Train anew, from another start."
+            )
+
+    def _rank_in_file(self, matrix: AdaptedMatrix, factors: Factors, named: str) -> int:
+        """The rank of A. It must be the one in the configuration: the scaling depends on it."""
+        a, _ = factors
+        rows = a.shape[0] if a.dim() else 0
+        rank = rows // math.prod(matrix.stack)
+        asked = self.settings.rank(named)
+        possible = [asked]
+        if self.is_difference:
+            possible.append(min(asked, matrix.largest_rank))  # its start has no more
+        if rank not in possible:
+            raise AdapterFileError(
+                f"lora_A of {named!r} has rank {rank}, but the configuration says {asked}: the scaling is not known. "
+                "Use the adapter_config.json that was written with these tensors."
+            )
+        return rank

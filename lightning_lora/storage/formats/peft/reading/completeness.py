@@ -1,0 +1,108 @@
+"""Whether a PEFT file holds all that its configuration names in a model."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from lightning_lora.errors import AdapterFileError, listed, warn
+from lightning_lora.layers import adapter_for
+from lightning_lora.storage.formats.peft.counterparts import wraps_layers_of
+from lightning_lora.storage.formats.peft.reading.peft_file import AdapterTensors, PeftFile
+from lightning_lora.storage.formats.peft_names import PEFT_CONFIG, without_wrappers
+from lightning_lora.storage.renaming import entries_inside
+from lightning_lora.tensors.dicts import only, where, without
+from lightning_lora.tensors.names import modules_around, names_joined, owner_of, starts_of
+
+
+def check_complete(file: PeftFile) -> None:
+    """Refuse a file that lacks some of what its configuration names in the model, or warn of it."""
+    held = _Held(file)
+    lacking = held.missing_rows()
+    elsewhere = list[str]()
+    for name in held.modules():
+        if held.is_saved_in_part(name):
+            lacking.append(name)
+        elif held.is_missed(name):
+            is_beside_others = owner_of(name) in held.parts  # PEFT would have written it with them
+            if is_beside_others:
+                lacking.append(name)
+            else:  # the file may be of a part of the model, such as its encoder
+                elsewhere.append(name)
+    if lacking:
+        raise AdapterFileError(
+            f"{_says(lacking, file)}Use all that was saved, on the model of the training. If they are to stay as "
+            "they are, name them in exclude_modules of the configuration, or remove them from modules_to_save."
+        )
+    if elsewhere:
+        warn(
+            f"{_says(elsewhere, file)}They stay as they are. To hide this warning, name them in exclude_modules there."
+        )
+
+
+def _says(names: list[str], file: PeftFile) -> str:
+    """What the configuration says and the file does not hold, for messages."""
+    return (
+        f"{PEFT_CONFIG} also names {listed(names)} in {file.view.title}, and {file.path} holds "
+        "no tensors for them: it is not whole, or of another model. "
+    )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a file holds of a model, to compare with what its configuration names there."""
+
+    file: PeftFile
+
+    def modules(self) -> list[str]:
+        """Return the modules inside of the model that the file is for."""
+        root = self.file.renaming.here
+        return list(without(entries_inside(root, self.file.view.modules), [root]))
+
+    def missing_rows(self) -> list[str]:
+        """Return the embeddings whose rows train, and are not in the file."""
+        with_rows = list(map(without_wrappers, where(self.file.adapters, _holds_rows)))
+        missing = list[str]()
+        for end in self.file.config.tokens:
+            if not any(name.endswith(end) for name in with_rows):
+                missing.append(f"{end}: rows")
+        return missing
+
+    @cached_property
+    def parts(self) -> set[str]:
+        """The modules in which the file has something. The model itself is one of them."""
+        return {"", *modules_around(map(owner_of, (*self.file.layers, *self.file.rest)))}
+
+    @cached_property
+    def adapted(self) -> set[nn.Module]:
+        """The modules of which the file has an update."""
+        return set(only(self.file.view.modules, set(self.file.layers)).values())
+
+    def is_missed(self, name: str) -> bool:
+        """Return whether PEFT would adapt a module, and the file has no update of it, or of a module around it."""
+        around = {self.file.view.modules[start] for start in starts_of(name)}
+        return around.isdisjoint(self.adapted) and self._is_adapted_by_peft(name)
+
+    def _is_adapted_by_peft(self, name: str) -> bool:
+        """Whether PEFT would adapt a module, or one of its parameters."""
+        name_there = self.file.renaming.name_there(name)
+        if self.file.config.leaves_to_saving(name_there):
+            return False
+        module = self.file.view.modules[name]
+        if self.file.config.adapts(name_there) and wraps_layers_of(adapter_for(module)):
+            return True
+        parameters = names_joined(name_there, module._parameters)
+        return any(map(self.file.config.names_parameter, parameters))
+
+    def is_saved_in_part(self, name: str) -> bool:
+        """Return whether a module trains whole, and the file lacks some of it."""
+        if not self.file.config.saves(self.file.renaming.name_there(name)):
+            return False
+        view = self.file.view
+        entries = entries_inside(name, {**view.base_parameters, **view.buffers})
+        return not entries.keys() <= self.file.rest.keys()
+
+
+def _holds_rows(tensors: AdapterTensors) -> bool:
+    """Whether a file has single rows in place of A and B."""
+    return "tokens" in tensors

@@ -1,0 +1,36 @@
+"""A file of PEFT that is read for a model: what it holds of each adapter, and where that lies in the model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.model.view import View
+from lightning_lora.storage.formats.peft.peft_config import PeftConfig
+from lightning_lora.storage.formats.peft_names import without_wrappers
+from lightning_lora.storage.renaming import Renaming
+
+AdapterTensors = Mapping[str, Tensor]  # of one adapter, by what they are: "A", "B", "magnitude", "tokens"
+
+
+@dataclass(frozen=True)
+class PeftFile:
+    """A file that has been read for a model. A ``name_there`` is a name in the file."""
+
+    path: Any
+    config: PeftConfig  # beside the tensors
+    view: View  # of the model
+    renaming: Renaming  # how names in the file become names in the model
+    adapters: Mapping[str, AdapterTensors]  # by what PEFT wraps: its name in the file
+    rest: Mapping[str, Tensor]  # by name in the model
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """The names in the model of what PEFT wraps."""
+        return self.renaming.names_here(map(without_wrappers, self.adapters))
+
+    def module(self, name_there: str) -> nn.Module:
+        """Return the module of the model that has this name in the file."""
+        return self.view.modules[self.renaming.name_here(name_there)]

@@ -1,0 +1,82 @@
+"""What PEFT's files cannot hold is refused before anything is written: layers, and what trains in full."""
+
+from collections.abc import Collection
+
+from lightning_lora.errors import ExportError, listed
+from lightning_lora.storage.formats.peft.naming.wrappers import trained_biases
+from lightning_lora.storage.formats.peft.refusals.refused_layers import adapted_around, refused_layers
+from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.renaming import entries_inside
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.names import names_not_in
+
+_LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and save the whole model."
+
+
+def check_exportable(source: Source) -> None:
+    """Refuse what PEFT cannot hold, or would compute otherwise."""
+    saved = source.saved  # before all else: this refuses a file that lacks some of them
+    _refuse_layers(source)
+    _check_modules_to_save(source)
+    _check_is_in_root(source.stored)
+    _check_entries(source.stored, saved)
+    source.stored.check_finite()
+
+
+# Layers
+
+
+def _refuse_layers(source: Source) -> None:
+    """Refuse layers that have a reason, all of them at once."""
+    reasons = list[str]()
+    for reason, names in refused_layers(source).items():
+        reasons.append(f"{listed(names)}: {reason}")
+    if reasons:
+        raise ExportError(
+            f"PEFT's format cannot hold all adapters of {source.stored.source}. {' '.join(reasons)} {_LEAVE_OUT}"
+        )
+
+
+# What trains in full
+
+
+def _check_modules_to_save(source: Source) -> None:
+    """Refuse modules that PEFT would not find, and names by which it would save others too: it takes any ending."""
+    saved_for_reader = list(map(source.name_for_reader, source.stored.saved))
+    others = names_not_in(source.stored_modules, saved_for_reader)
+    for module in source.stored.saved:
+        around = adapted_around(module, source.stored)
+        if around:
+            raise ExportError(
+                f"modules_to_save names {module!r}, inside of {listed(around)}, whose parameters are adapted: PEFT "
+                f"would not find it. {_LEAVE_OUT}"
+            )
+        name = source.name_for_reader(module)
+        alike = [other for other in others if other.endswith(name)]
+        if alike:
+            raise ExportError(
+                f"modules_to_save names {module!r}, and PEFT would also save {listed(alike)}, because these names end "
+                "alike. Name all, or rename one."
+            )
+
+
+def _check_is_in_root(stored: StoredAdapters) -> None:
+    """Refuse what was trained outside of the module that the reader has."""
+    outside = without(stored.state, entries_inside(stored.root, stored.state))
+    if outside:
+        raise ExportError(
+            f"{listed(outside)} were trained outside of {stored.root!r}, and a file for that module cannot hold them. "
+            'For a file of the whole module, set root="" (--root ""): PeftModel.from_pretrained(module, folder).'
+        )
+
+
+def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
+    """Refuse what PEFT's file cannot hold. It has adapters, biases and the entries of modules trained whole."""
+    exportable = stored.adapter_names().union(saved, trained_biases(stored))
+    left = names_not_in(stored.state, exportable)
+    if left:
+        raise ExportError(
+            f"PEFT's format has no place for {listed(left)}: it takes whole modules that are not tied to others, and "
+            "no single parameters or buffers. Load a file onto its model and export that, or save the whole model."
+        )

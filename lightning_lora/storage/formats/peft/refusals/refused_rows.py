@@ -1,0 +1,79 @@
+"""Single rows of an embedding that train, which PEFT calls trainable tokens: where it computes something else."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_lora.errors import listed
+from lightning_lora.storage.formats.peft.reasons import Reason, first_reason
+from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.dicts import only
+from lightning_lora.tensors.names import find_parameter
+
+
+class _Uses(NamedTuple):
+    """The layers that have the embedding's weight."""
+
+    names: list[str]
+    biased: list[str]  # those of them with a bias
+    says_tied: bool  # whether a configuration says that the weight is tied
+
+
+def why_rows_differ(modules: Mapping[str, nn.Module], name: str) -> Reason:
+    """Return why PEFT computes something else with rows of the layer ``name`` among ``modules``."""
+    uses = _uses_of_weight(modules, name)
+    biased = [use for layer, use in uses.items() if getattr(layer, "bias", None) is not None]
+    return first_reason(_RULES, _Uses(list(uses.values()), biased, _says_tied(modules)))
+
+
+def why_rows_of_file_differ(layer: StoredLayer, source: Source) -> Reason:
+    """Return why PEFT computes something else with a layer's rows, by what a file says of modules."""
+    uses = [layer.name, *layer.others_with_its_weights()]
+    if len(uses) > 1 and not source.stored_modules:
+        return f"{listed(uses)} have one weight. Load the file onto its model, which says whether PEFT knows that."
+    names = list(map(source.name_for_reader, uses))
+    known = only(source.stored_modules, names)
+    biased = [use for use, module in known.items() if module.has_bias]
+    says_tied = any(module.says_tied for module in source.stored_modules.values())
+    return first_reason(_RULES, _Uses(names, biased, says_tied))
+
+
+def _because_of_bias(uses: _Uses) -> Reason:
+    """A layer adds a bias to what it computes with the weight."""
+    if uses.biased:
+        return f"{listed(uses.biased)} has a bias, which PEFT leaves out with trainable_token_indices."
+    return ""
+
+
+def _because_tied_by_hand(uses: _Uses) -> Reason:
+    """The weight is tied, and no configuration says so."""
+    if len(uses.names) > 1 and not uses.says_tied:
+        return f"{listed(uses.names)} have one weight, and PEFT knows that only from config.tie_word_embeddings."
+    return ""
+
+
+_RULES = (_because_of_bias, _because_tied_by_hand)
+
+
+# The layers with one weight, in a model
+
+
+def _uses_of_weight(modules: Mapping[str, nn.Module], name: str) -> dict[nn.Module, str]:
+    """The layers that have the weight of this one, each with the last of its names."""
+    weight = find_parameter(modules[name], "weight")
+    uses = dict[nn.Module, str]()
+    for other, module in modules.items():
+        if find_parameter(module, "weight") is weight:
+            uses[module] = other
+    return uses
+
+
+def _says_tied(modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a configuration inside says that the embeddings are tied."""
+    for module in modules.values():
+        config = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            return True
+    return False

@@ -1,0 +1,69 @@
+"""What PEFT calls its files and the tensors in them.
+
+diffusers has the same names of tensors, and kohya's files are read by them too: so every format may import this.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_lora.storage.on_disk.disk import local_path
+from lightning_lora.tensors.names import names_not_in
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
+PREFIX = "base_model.model"  # before every name of the base
+
+METADATA = "lora_adapter_metadata"  # the configuration in the header of a file, as diffusers writes it; we do in both
+NAMES_HERE = "lightning_lora_names"  # our entry in that header: names in the model, of tensors with others in the file
+
+TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
+
+_KEYS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    TOKENS: "tokens",
+    "lora.down.weight": "A",  # diffusers' older names
+    "lora.up.weight": "B",
+    "lora_linear_layer.down.weight": "A",
+    "lora_linear_layer.up.weight": "B",
+}
+"""The ends of the names of an adapter's tensors, and what they are."""
+
+NAME_IN_ADAPTER = re.compile(rf"(.*)\.({'|'.join(map(re.escape, _KEYS))})")
+
+_WRAPPERS = ("base_layer", "token_adapter", "modules_to_save")  # components that PEFT's wrappers add to names
+
+
+class PeftKey(NamedTuple):
+    """What the name of a tensor says."""
+
+    wrapped: str  # the name of what PEFT wraps
+    what: str  # "A", "B", "magnitude" or "tokens"; empty if the tensor does not belong to an adapter
+
+
+def peft_key(name: str) -> PeftKey:
+    """Return the layer of a PEFT tensor and what it is."""
+    parts = NAME_IN_ADAPTER.fullmatch(name)
+    if parts is None:
+        return PeftKey(name, "")
+    wrapped, end = parts.groups()
+    return PeftKey(wrapped, _KEYS[end])
+
+
+def without_wrappers(name: str) -> str:
+    """Return a name in the base: without PEFT's wrappers inside."""
+    components = names_not_in(name.split("."), _WRAPPERS)
+    return ".".join(components)
+
+
+def config_beside(path: Any) -> Path | None:
+    """Return PEFT's configuration in the folder of a file on this machine, if it is there."""
+    local = local_path(path)
+    if local is not None and (local.parent / PEFT_CONFIG).is_file():
+        return local.parent / PEFT_CONFIG
+    return None

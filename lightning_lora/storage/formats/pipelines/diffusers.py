@@ -1,0 +1,147 @@
+"""The files of diffusers: PEFT's tensors, after a pipeline's name for the model, and the configuration inside."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lora.errors import warn
+from lightning_lora.model.view import View
+from lightning_lora.storage.formats.format import HEADER, Asked, WrittenFormat, tensors_in
+from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, most_common
+from lightning_lora.storage.formats.peft.writing.exported import exported
+from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard, repository_of
+from lightning_lora.storage.formats.peft_names import METADATA, PREFIX, peft_key
+from lightning_lora.storage.formats.pipelines.pipeline import (
+    PeftContents,
+    PipelineFile,
+    adapters_in_pipeline,
+    checked_member,
+    sources_of_members,
+    warn_of_replaced,
+)
+from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.whose import MEMBER_NAME, is_diffusers
+from lightning_lora.storage.formats.written_files import write_files
+from lightning_lora.storage.inner_model import StoredModule
+from lightning_lora.storage.on_disk.disk import json_object, save
+from lightning_lora.storage.renaming import Renaming, entries_inside
+from lightning_lora.storage.stored import ReadFor, StoredAdapters
+from lightning_lora.tensors.names import owner_of
+
+_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # the newer one first
+
+# Write
+
+
+def write(source: Source, directory: Path, *, uniform: bool) -> None:
+    """Write what a pipeline reads: all its adapted members in one file."""
+    tensors = dict[str, Tensor]()
+    header = dict[str, Any]()
+    for member_source in sources_of_members(source, DIFFUSERS.name):
+        # diffusers before 0.34, and others that read its files, scale all by 1
+        member_tensors, config = exported(member_source, uniform=uniform, scaling=1.0)
+        name = checked_member(member_source, member_tensors, DIFFUSERS.name)
+        in_pipeline = Renaming(here=name)
+        tensors |= in_pipeline.with_names_here(member_tensors)
+        header |= in_pipeline.with_names_here(config)
+    file = _FILES[0]
+    warn_of_replaced(directory / file, tensors, _start)
+    card = ModelCard(source, "diffusers", _code_that_loads(source.stored_inner))
+    contents = {file: save(tensors, {METADATA: json.dumps(header)}), **card.files(directory)}
+    write_files(directory, contents)
+
+
+def _code_that_loads(model: StoredModule) -> str:
+    """The lines of Python that load the folder."""
+    pipeline = repository_of(model) or "the pipeline of the training"
+    return f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{pipeline}")
+pipeline.load_lora_weights("{FOLDER}")"""
+
+
+def _start(name: str) -> str:
+    """The first component of a name."""
+    return name.partition(".")[0]
+
+
+# Read
+
+
+def read(contents: Mapping[str, Any], path: Any, _: Asked) -> ReadFor | None:
+    """Return how to read these contents of a file, if diffusers wrote it. Or PEFT did, with the same header."""
+    if not is_diffusers(contents, path):
+        return None
+    text = contents.get(HEADER, {}).get(METADATA, "{}")
+    tensors = tensors_in(contents, path)
+
+    def read_for_model(view: View) -> StoredAdapters:
+        header = json_object(text, f"{METADATA!r} of {path}")
+        return adapters_in_pipeline(view, _DiffusersFile(path, tensors, header))
+
+    return read_for_model
+
+
+@dataclass(frozen=True)
+class _DiffusersFile(PipelineFile):
+    """A file of diffusers."""
+
+    header: Mapping[str, Any]  # the configurations, which older files do not have
+
+    def members(self) -> set[str]:
+        """Return the members, by what names begin with."""
+        of_tensors = set(map(_start, self.tensors))
+        if not self.header:
+            is_pipeline = any(map(MEMBER_NAME.fullmatch, of_tensors))
+            return of_tensors if is_pipeline else {""}  # of one model, whose names begin with its own modules
+        of_header = set(map(owner_of, self.header))
+        is_one_model = not of_header.isdisjoint(("", PREFIX))  # with PEFT's prefix, or with none
+        return of_header if is_one_model else of_header | of_tensors  # the header may lack some
+
+    def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
+        """Return the tensors and the configuration of one member."""
+        tensors = Renaming(there=member).with_names_here(entries_inside(member, self.tensors))
+        return tensors, self._config_of(member, tensors)
+
+    def _config_of(self, member: str, tensors: Mapping[str, Tensor]) -> PeftConfig:
+        """The configuration of one member. If the header has none, it follows from the tensors."""
+        fields = Renaming(there=member).with_names_here(entries_inside(member, self.header))
+        if not fields:
+            fields = _without_scaling(tensors)
+            warn(
+                f"{self.path} does not say with which lora_alpha it was trained. As in diffusers, it is taken to be "
+                "the rank. If it was another, save the file again with save_lora_weights(..., "
+                "unet_lora_adapter_metadata=...)."
+            )
+        return config_of({"peft_type": "LORA", **fields}, self.path)
+
+
+def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of PEFT's configuration with which the scaling of each layer is one: alpha is its rank."""
+    ranks = dict[str, int]()
+    kinds = set[str]()
+    for name, value in tensors.items():
+        wrapped, what = peft_key(name)
+        kinds.add(what)
+        if what == "A" and value.dim():
+            ranks[wrapped] = len(value)
+    if not ranks:  # a damaged file, which is refused with the name of a layer
+        return {}
+    r, other_ranks = most_common(ranks)
+    return {
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": other_ranks,
+        "alpha_pattern": other_ranks,
+        "use_dora": "magnitude" in kinds,
+        "target_modules": list(ranks),
+    }
+
+
+DIFFUSERS = WrittenFormat(
+    name="diffusers", tool="diffusers", read=read, write=write, files=_FILES, expected_files=_FILES[0]
+)

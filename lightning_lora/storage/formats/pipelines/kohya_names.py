@@ -1,0 +1,135 @@
+"""What kohya's sd-scripts, ComfyUI and A1111 call the layers of a pipeline's members.
+
+A name begins with a prefix for the member, and has underscores for points. In SDXL, a layer of the UNet has its name in
+the original model. Only layers that ComfyUI, A1111 and diffusers all know have a name.
+"""
+
+import re
+from collections.abc import Callable, Collection
+from functools import partial
+
+MEMBERS = {
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",  # if there is a second one, as in SDXL
+    "lora_te2": "text_encoder_2",
+}
+"""The prefixes of names in a file, and the members of a pipeline that they mean."""
+
+NameOf = Callable[[str], str]  # from a layer's name in a member to that in a file; empty if it has none
+
+
+def member_prefix(name: str) -> str:
+    """Return the prefix of a name in a file: ``lora_te1`` of ``lora_te1_text_model_...``."""
+    return "_".join(name.split("_")[:2])
+
+
+def naming_forms(prefix: str, modules: Collection[str]) -> list[NameOf]:
+    """Return all ways in which files name the layers of a member, which has these modules. The first one is written."""
+    if prefix != "lora_unet":
+        return [partial(_name_in_text_encoder, prefix)]
+    original = _OriginalUnet(modules).name_of
+    if "add_embedding.linear_1" in modules:  # SDXL; some tools have the names of diffusers there too
+        return [original, _name_in_unet]
+    return [_name_in_unet, original]
+
+
+def _joined(*names: str) -> str:
+    """A name in a file."""
+    return "_".join(names).replace(".", "_")
+
+
+# The UNet
+
+OUTER = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+"""The layers outside of all blocks, and their original names."""
+
+_IN_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+"""The layers of a ResNet, and their original names."""
+
+_IN_TRANSFORMER = r"attn[12]\.to_[qkv]|attn[12]\.to_out\.0|ff\.net\.0\.proj|ff\.net\.2"
+_IN_ATTENTION = rf"proj_in|proj_out|transformer_blocks\.\d+\.(?:{_IN_TRANSFORMER})"
+_BLOCK = r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)"
+_IN_BLOCK = re.compile(rf"({_BLOCK}\.(?:attentions|resnets)\.\d+)\.({_IN_ATTENTION}|{'|'.join(_IN_RESNET)})")
+_SAMPLER = re.compile(rf"{_BLOCK}\.(down|up)samplers\.0\.conv")
+
+
+def _name_in_unet(layer: str) -> str:
+    """The name of a layer in the UNet of Stable Diffusion."""
+    if layer in OUTER or _IN_BLOCK.fullmatch(layer) or _SAMPLER.fullmatch(layer):
+        return _joined("lora_unet", layer)
+    return ""
+
+
+class _OriginalUnet:
+    """The original names in a UNet. They number ResNets and samplers through, where diffusers has blocks."""
+
+    def __init__(self, modules: Collection[str]) -> None:
+        self.layers = dict(OUTER)  # by their names in diffusers
+        self.blocks = {  # of attentions and ResNets, which have layers inside
+            "mid_block.resnets.0": "middle_block.0",
+            "mid_block.attentions.0": "middle_block.1",
+            "mid_block.resnets.1": "middle_block.2",
+        }
+        resnets = [name for name in modules if re.fullmatch(r"down_blocks\.0\.resnets\.\d+", name)]
+        for block in range(4):  # no such UNet has more
+            self._add_block(block, len(resnets))
+            if f"up_blocks.{block}.attentions.0" in modules:  # without one, diffusers would read another layer
+                self._add_upsampler(block, len(resnets))
+
+    def _add_block(self, block: int, resnets: int) -> None:
+        """Add a block on each side. The one that goes up has one more ResNet."""
+        first = block * (resnets + 1)
+        for number in range(resnets + 1):
+            self._add_to_block(f"down_blocks.{block}", number, f"input_blocks.{first + number + 1}")
+            self._add_to_block(f"up_blocks.{block}", number, f"output_blocks.{first + number}")
+        self.layers[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{first + resnets + 1}.0.op"
+
+    def _add_to_block(self, block: str, number: int, original: str) -> None:
+        """Add a ResNet and the attention behind it."""
+        self.blocks[f"{block}.resnets.{number}"] = f"{original}.0"
+        self.blocks[f"{block}.attentions.{number}"] = f"{original}.1"
+
+    def _add_upsampler(self, block: int, resnets: int) -> None:
+        """Add the upsampler behind an attention."""
+        last = block * (resnets + 1) + resnets
+        self.layers[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{last}.2.conv"
+
+    def name_of(self, layer: str) -> str:
+        """Return the name of a layer in a file."""
+        if layer in self.layers:
+            return _joined("lora_unet", self.layers[layer])
+        found = _IN_BLOCK.fullmatch(layer)
+        if found is None or found[1] not in self.blocks:
+            return ""
+        inner = _IN_RESNET.get(found[2], found[2])
+        return _joined("lora_unet", self.blocks[found[1]], inner)
+
+
+# Text encoders
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""The layers of an attention."""
+
+_IN_LAYER = rf"self_attn\.(?:{'|'.join(ATTENTION)})|mlp\.fc[12]"
+_IN_ENCODER = re.compile(rf"(?:text_model\.)?(encoder\.layers\.\d+\.(?:{_IN_LAYER}))")
+
+
+def _name_in_text_encoder(prefix: str, layer: str) -> str:
+    """The name of a layer in a text encoder of CLIP, which has no ``text_model`` in transformers 5."""
+    found = _IN_ENCODER.fullmatch(layer)
+    if found is None or not prefix:
+        return ""
+    return _joined(prefix, "text_model", found[1])

@@ -1,0 +1,129 @@
+"""Read a file of kohya's: what PEFT would have in a file of each member, so that it is read as such."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
+from lightning_lora.storage.formats.format import Asked, tensors_in
+from lightning_lora.storage.formats.peft.peft_config import config_of, most_common
+from lightning_lora.storage.formats.pipelines.kohya_names import MEMBERS, member_prefix, naming_forms
+from lightning_lora.storage.formats.pipelines.pipeline import PeftContents, PipelineFile, adapters_in_pipeline
+from lightning_lora.storage.formats.unread import KOHYA_REMEDY
+from lightning_lora.storage.stored import ReadFor
+from lightning_lora.tensors.dicts import only, with_values
+
+_ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}  # of names in a file, and PEFT's
+_ALPHA = "alpha"
+_LAYER = re.compile(rf"({'|'.join(MEMBERS)})_\w+")
+
+
+def read(contents: Mapping[str, Any], path: Any, _: Asked) -> ReadFor | None:
+    """Return how to read these contents of a file, if it has the names of kohya's scripts."""
+    if not any(map(_is_factor, map(str, contents))):
+        return None
+    tensors = tensors_in(contents, path)
+    _check_names(tensors, path)
+    return lambda view: adapters_in_pipeline(view, _KohyaFile(path, tensors))
+
+
+def _is_factor(name: str) -> bool:
+    """Whether a name is that of an A."""
+    layer, _, end = name.partition(".")
+    return end == "lora_down.weight" and _LAYER.fullmatch(layer) is not None
+
+
+def _check_names(names: Iterable[str], path: Any) -> None:
+    """Refuse a file with a name of another method than LoRA."""
+    odd = list[str]()
+    for name in names:
+        layer, _, end = name.partition(".")
+        is_known = end == _ALPHA or end in _ENDS
+        if not (is_known and _LAYER.fullmatch(layer)):
+            odd.append(name)
+    if odd:
+        raise AdapterFileError(
+            f"{path} holds {listed(odd)}, of another method than LoRA (such as DoRA, LoHa, LoKr, or a core of a "
+            "convolution). Use the merged model."
+        )
+
+
+@dataclass(frozen=True)
+class _KohyaFile(PipelineFile):
+    """A file of kohya's."""
+
+    def members(self) -> set[str]:
+        """Return the members, by the prefixes of the names."""
+        return {_member_of(name) for name in self.tensors}
+
+    def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
+        """Return what PEFT would have in a file of one member, so that it is read as such."""
+        layers = _layers_by_name(member, modules)
+        adapters = _Adapters()
+        unknown = dict[str, None]()
+        for name, value in self._tensors_of(member).items():
+            layer_in_file, _, end = name.partition(".")
+            if layer_in_file in layers:
+                adapters.add(layers[layer_in_file], end, value)
+            else:
+                unknown[layer_in_file] = None
+        if unknown:
+            raise AdapterMismatchError(
+                f"{self.path} holds adapters of {listed(unknown)}, and the model has no such layers of a UNet or a "
+                f"CLIP text encoder. Pass the model that they were trained on. {KOHYA_REMEDY}."
+            )
+        return adapters.tensors, config_of(adapters.config(), self.path)
+
+    def _tensors_of(self, member: str) -> dict[str, Tensor]:
+        """The tensors of one member."""
+        return {name: value for name, value in self.tensors.items() if _member_of(name) == member}
+
+
+def _member_of(name: str) -> str:
+    """The member of a name in a file."""
+    return MEMBERS[member_prefix(name)]
+
+
+def _layers_by_name(member: str, modules: Collection[str]) -> dict[str, str]:
+    """The layers of a member, by all names that files have for them. Layers without a name share an empty one."""
+    layers = dict[str, str]()
+    for prefix in with_values(MEMBERS, [member]):
+        for name_of in naming_forms(prefix, modules):
+            layers |= {name_of(layer): layer for layer in modules}
+    return layers
+
+
+@dataclass
+class _Adapters:
+    """The adapters of one member, by PEFT's names."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+
+    def add(self, layer: str, end: str, value: Tensor) -> None:
+        """Add one tensor of a layer."""
+        if end == _ALPHA:
+            self.alphas[layer] = value.item()
+            return
+        self.tensors[f"{layer}.{_ENDS[end]}"] = value
+        if end == "lora_down.weight" and value.dim():
+            self.ranks[layer] = len(value)
+
+    def config(self) -> dict[str, Any]:
+        """Return the fields of PEFT's configuration. A layer without alpha is not scaled."""
+        if not self.ranks:  # a damaged file, which is refused with the name of a layer
+            return {"peft_type": "LORA"}
+        r, other_ranks = most_common(self.ranks)
+        alpha, other_alphas = most_common({**self.ranks, **only(self.alphas, self.ranks)})
+        return {
+            "peft_type": "LORA",
+            "r": r,
+            "lora_alpha": alpha,
+            "rank_pattern": other_ranks,
+            "alpha_pattern": other_alphas,
+            "target_modules": list(self.ranks),
+        }

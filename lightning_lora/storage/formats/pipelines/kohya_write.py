@@ -1,0 +1,159 @@
+"""Write a file of kohya's: the layers of each member, with the names that all its readers know.
+
+diffusers takes one alpha for all layers of a member, so they have one here.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_lora.base.fingerprints import names_in
+from lightning_lora.errors import ExportError, listed, warn
+from lightning_lora.functional.factors import Factors
+from lightning_lora.storage.formats.peft.writing.exported import exported
+from lightning_lora.storage.formats.peft_names import peft_key
+from lightning_lora.storage.formats.pipelines.kohya_flux import FLUX_CLASS, name_in_flux, stacked_update
+from lightning_lora.storage.formats.pipelines.kohya_names import ATTENTION, OUTER, NameOf, member_prefix, naming_forms
+from lightning_lora.storage.formats.pipelines.pipeline import checked_member, sources_of_members, warn_of_replaced
+from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.updates import pair_of
+from lightning_lora.storage.formats.written_files import write_files
+from lightning_lora.storage.on_disk.disk import save
+from lightning_lora.storage.renaming import entries_inside
+from lightning_lora.tensors.dicts import only, where_not
+from lightning_lora.tensors.names import join, starts_of
+
+NAME = "kohya"
+FILE = "kohya_lora.safetensors"
+
+
+def write(source: Source, directory: Path, *, uniform: bool) -> None:
+    """Write what these tools read: all adapted members of a pipeline in one file.
+
+    The most common rank is the alpha of all layers of a member.
+    """
+    modules = _known_modules(source)
+    tensors = dict[str, Tensor]()
+    for member_source in sources_of_members(source, NAME):
+        _refuse_dora(member_source)
+        member_tensors, config = exported(member_source, uniform=uniform, scaling=1.0)
+        member = checked_member(member_source, member_tensors, NAME)
+        layers = _with_whole_attentions(_layers_in(member_tensors))
+        names = _names_in_file(member_source, member, layers, modules)
+        for name, updates in _grouped_by_name(layers, names).items():
+            tensors |= _tensors_of(name, stacked_update(updates), alpha=config["r"])
+    warn_of_replaced(directory / FILE, tensors, member_prefix)
+    write_files(directory, {FILE: save(tensors, {})})
+
+
+def _tensors_of(name: str, factors: Factors, alpha: int) -> dict[str, Tensor]:
+    """The tensors of a layer, whose update is B @ A. Readers scale it by alpha over the rank: B makes up for that."""
+    a, b = factors
+    return {
+        f"{name}.lora_down.weight": a,
+        f"{name}.lora_up.weight": b * (len(a) / alpha),
+        f"{name}.alpha": torch.tensor(float(alpha)),
+    }
+
+
+# The layers of a member
+
+
+def _refuse_dora(source: Source) -> None:
+    """Refuse DoRA, of which diffusers drops the magnitudes."""
+    if source.stored.config.use_dora:
+        raise ExportError(
+            "Of a file of kohya's with DoRA, diffusers would read A and B alone, another update. Write "
+            "format='diffusers', or merge: save_merged(model, path)."
+        )
+
+
+def _layers_in(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """A and B of each layer, from PEFT's tensors."""
+    pairs = dict[str, dict[str, Tensor]]()
+    for name, value in tensors.items():
+        layer, what = peft_key(name)
+        pairs.setdefault(layer, {})[what] = value
+    return {layer: pair_of(layer, pair) for layer, pair in pairs.items()}
+
+
+def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Add updates of zero: A1111 has one layer for an attention of OpenCLIP, and drops an update of a part of it."""
+    whole = dict(layers)
+    for layer, (a, b) in layers.items():
+        attention, _, leaf = layer.rpartition(".")
+        if leaf in ATTENTION:
+            for other in ATTENTION:
+                whole.setdefault(join(attention, other), (torch.zeros_like(a), torch.zeros_like(b)))
+    return whole
+
+
+# Their names
+
+
+def _names_in_file(source: Source, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
+    """The names in the file of a member's layers. Refuse layers without one."""
+    name_of = _naming(source, member, modules)
+    names = {layer: name_of(layer) for layer in layers}
+    unnamed = where_not(names, bool)
+    if unnamed:
+        raise ExportError(
+            f"In kohya's format, {listed(unnamed)} of {member!r} have no name that all its readers know. It is for the "
+            "UNet and the CLIP text encoders of Stable Diffusion and SDXL, and for the blocks of Flux. Leave these "
+            "layers out (exclude_modules), or write format='diffusers', which ComfyUI reads too."
+        )
+    _warn_of_skipped(source, member, names)
+    return names
+
+
+def _warn_of_skipped(source: Source, member: str, names: Mapping[str, str]) -> None:
+    """Warn of layers that some reader skips, or may skip."""
+    outer = only(names, OUTER)
+    if outer:
+        warn(f"kohya's own scripts skip {listed(outer)} without an error. ComfyUI, A1111 and diffusers read them.")
+    if member == "text_encoder" and source.stored.root == "":
+        warn(
+            "Nothing around this text encoder says whose it is: it is named as that of Stable Diffusion. If it is one "
+            "of SDXL or Flux, A1111 and kohya's scripts would skip it: export the module around the whole pipeline."
+        )
+
+
+def _naming(source: Source, member: str, modules: set[str]) -> NameOf:
+    """What gives a layer of a member its name in the file."""
+    if source.stored_inner.class_name == FLUX_CLASS:
+        return name_in_flux
+    inside = entries_inside(source.stored.root, dict.fromkeys(modules))
+    modules_for_reader = set(map(source.name_for_reader, inside))
+    first, *_ = naming_forms(_prefix_for(member, modules), modules_for_reader)
+    return first
+
+
+def _grouped_by_name(layers: Mapping[str, Factors], names: Mapping[str, str]) -> dict[str, dict[str, Factors]]:
+    """The updates of layers, by their names in the file. In Flux, several are parts of one original layer."""
+    named = dict[str, dict[str, Factors]]()
+    for layer, factors in layers.items():
+        named.setdefault(names[layer], {})[layer] = factors
+    return named
+
+
+_WITH_TWO_TEXT_ENCODERS = ("text_encoder_2", "add_embedding", "single_transformer_blocks")
+"""The names of modules that only SDXL and Flux have."""
+
+
+def _prefix_for(member: str, modules: Iterable[str]) -> str:
+    """The prefix of a member's names in a file. Empty: this format has no such member."""
+    last_components = {name.rpartition(".")[2] for name in modules}
+    if member == "text_encoder" and not last_components.isdisjoint(_WITH_TWO_TEXT_ENCODERS):
+        return "lora_te1"
+    return {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}.get(member, "")
+
+
+def _known_modules(source: Source) -> set[str]:
+    """The names of all modules that are known: a file names the tensors of its base."""
+    modules = {*source.modules_of_model, *source.stored.layers}
+    for fingerprint in source.stored.base:
+        for tensor in names_in(fingerprint):
+            modules.update(starts_of(tensor))
+    return modules

@@ -1,0 +1,214 @@
+"""The members of a pipeline of diffusers: which of them a model is, or a module holds, and the adapters of each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
+from lightning_lora.model.view import View
+from lightning_lora.storage.formats.peft.peft_config import PeftConfig
+from lightning_lora.storage.formats.peft.reading.read_peft import read_updates
+from lightning_lora.storage.formats.peft_names import peft_key
+from lightning_lora.storage.formats.reading import stored_from_updates
+from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.updates import Update
+from lightning_lora.storage.formats.whose import MEMBER_NAME
+from lightning_lora.storage.inner_model import root_of
+from lightning_lora.storage.renaming import Renaming, entries_inside
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.dicts import with_values, without
+from lightning_lora.tensors.names import first_names, is_in_any, starts_of, submodule
+
+
+def member_name(model: nn.Module | None, root: str) -> str:
+    """Return what a pipeline calls a model. Empty: it is no member of one.
+
+    ``root`` is its name in the module around it, which says more than its class.
+    """
+    name = root.rpartition(".")[2]
+    if MEMBER_NAME.fullmatch(name):
+        return name
+    for ancestor in type(model).__mro__:
+        if ancestor.__module__.startswith("diffusers.models.unets"):
+            return "unet"
+        if ancestor.__module__.startswith("diffusers.models.transformers") and hasattr(model, "load_lora_adapter"):
+            return "transformer"
+        if ancestor.__name__ == "PreTrainedModel":
+            return "text_encoder"
+    return ""
+
+
+def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
+    """Return a pipeline's members among modules: their names in the model, by what the pipeline calls them.
+
+    Nothing inside of a member is another one. If the pipeline would call two the same, such as two text encoders by
+    their class, the one that has this name here is meant.
+    """
+    roots = dict[str, str]()
+    for name, module in without(modules, [""]).items():
+        if is_in_any(name, roots.values()):
+            continue
+        member = member_name(module, name)
+        is_first = member not in roots
+        is_called_so = name.endswith(member)
+        if member and (is_first or is_called_so):
+            roots[member] = name
+    return roots
+
+
+# The adapters of each member
+
+
+def sources_of_members(source: Source, format: str) -> list[Source]:
+    """Return the adapters of each member of a pipeline: the model may be one, or hold several."""
+    roots = _roots_of_members(source)
+    outside = set(source.stored.state)
+    sources = list[Source]()
+    for root in roots:
+        stored = _adapters_inside(root, source.stored)
+        sources.append(replace(source, stored=stored))
+        outside -= stored.state.keys()
+    if outside:
+        raise ExportError(
+            f"{listed(sorted(outside))} were trained outside of {listed(roots)}. With format={format!r}, a file holds "
+            "parts of a pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
+        )
+    return sources
+
+
+def _roots_of_members(source: Source) -> list[str]:
+    """The names of the adapted members in the model.
+
+    The root is one by itself. Otherwise they lie anywhere in the model. If none does, the root is returned after all:
+    :func:`checked_member` then refuses it, after what is wrong with its layers has been said.
+    """
+    root = source.stored.root
+    if member_name(source.inner, root):
+        return [root]
+    starts = map(starts_of, source.stored.layers)
+    with_adapters = dict.fromkeys(chain.from_iterable(starts))  # in the order of the layers
+    has_modules = source.inner is not None
+    modules = first_names(source.modules_of_model) if has_modules else with_adapters
+    adapted_members = with_values(members_in(modules), with_adapters)
+    return list(adapted_members.values()) or [root]
+
+
+def _adapters_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
+    """The adapters of one member, by the same names."""
+    return replace(
+        stored,
+        root=root,
+        state=entries_inside(root, stored.state),
+        layers=entries_inside(root, stored.layers),
+        saved=entries_inside(root, stored.saved),
+    )
+
+
+def checked_member(source: Source, tensors: Iterable[str], format: str) -> str:
+    """Return what a pipeline calls the member with these tensors. Refuse what it would not read."""
+    stored = source.stored
+    member = member_name(source.inner, stored.root)
+    if not member:
+        raise ExportError(
+            f"format={format!r} is for parts of a pipeline that read adapters, and {stored.source} is none that is "
+            "known: a model of diffusers with load_lora_adapter (PixArt has none), a text encoder, or root='unet'. "
+            "Load a file onto its model, and export that. Without format, PeftModel.from_pretrained reads the folder."
+        )
+    not_of_adapters = [name for name in tensors if not peft_key(name).what]
+    if not_of_adapters:
+        raise ExportError(
+            f"A pipeline of diffusers reads updates alone, and would refuse {listed(not_of_adapters)}. Train without "
+            "bias and modules_to_save, or leave format out, which writes a folder for PEFT."
+        )
+    return member
+
+
+def warn_of_replaced(path: Path, tensors: Iterable[str], member_of: Callable[[str], str]) -> None:
+    """Warn if a file that is to be written anew holds other members. ``member_of``: that of a tensor's name."""
+    held = set[str]()
+    with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        held = {member_of(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+    written = {member_of(name) for name in tensors}
+    replaced = held - written
+    if replaced:
+        warn(f"{path} held {listed(sorted(replaced))} too, which is replaced. The module around all parts writes all.")
+
+
+# Read
+
+
+PeftContents = tuple[Mapping[str, Tensor], PeftConfig]  # what PEFT would have in a file of one member
+
+
+@dataclass(frozen=True)
+class PipelineFile(ABC):
+    """A file with the adapters of a pipeline's members."""
+
+    path: Any
+    tensors: Mapping[str, Tensor]
+
+    @abstractmethod
+    def members(self) -> set[str]:
+        """Return the members of which the file has adapters."""
+
+    @abstractmethod
+    def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
+        """Return what the file has for one member, which has these modules."""
+
+
+def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
+    """Return the adapters of a pipeline's members: of the one that the model is, or of all that it holds."""
+    members = file.members()
+    roots = _roots_in_model(members, view)
+    _check_members(members, roots, file.path)
+    updates = list[Update]()
+    rest = dict[str, Tensor]()
+    saved = list[str]()
+    settings = list[LoRAConfig]()
+    kinds = set[tuple[bool, str]]()  # what one configuration here says for all members
+    for member in sorted(members & roots.keys()):
+        root = roots[member]
+        modules = Renaming(there=root).names_here(entries_inside(root, view.modules))
+        tensors, config = file.contents_of(member, modules)
+        member_updates, others = read_updates(view, tensors, config, file.path, root)
+        updates += member_updates
+        rest |= others
+        saved += config.saved
+        settings.append(config.as_ours)
+        kinds.add((config.as_ours.use_dora, config.as_ours.init))
+    if len(kinds) > 1:
+        raise AdapterFileError(
+            f"{file.path} has parts with other use_dora or init_lora_weights. Load each onto its model."
+        )
+    return stored_from_updates(view, updates, rest, settings[0], saved)  # ranks and scalings are those of the updates
+
+
+def _roots_in_model(members: set[str], view: View) -> dict[str, str]:
+    """The names in the model of the pipeline's members, by what the pipeline calls them."""
+    root = root_of(view.model)
+    itself = member_name(submodule(view.model, root), root)
+    roots = {itself: root} if itself else members_in(view.modules)
+    is_of_one = len(members) == 1
+    if is_of_one and members.isdisjoint(roots):  # under any name it is meant for this model
+        return dict.fromkeys(members, root)
+    return roots
+
+
+def _check_members(members: set[str], roots: Mapping[str, str], path: Any) -> None:
+    """Refuse a file of which the model has no member. Warn of those that it does not have."""
+    if members.isdisjoint(roots):
+        raise AdapterMismatchError(
+            f"{path} holds adapters of several parts of a pipeline: {listed(sorted(members))}. Pass one of these "
+            "models, or a module with attributes of these names."
+        )
+    left = members - roots.keys()
+    if left:
+        warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")

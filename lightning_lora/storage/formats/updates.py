@@ -1,0 +1,84 @@
+"""The update of one layer, as files of other libraries have it: A and B of any rank, in the form of this package."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError
+from lightning_lora.functional.factors import Factors, with_rank
+from lightning_lora.layers.matrices import AdaptedMatrix, Role
+from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.dicts import prefixed
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one layer, which has its scaling: A and B of each matrix, of any rank, and DoRA's magnitudes."""
+
+    layer: StoredLayer
+    factors: tuple[Factors, ...] = ()  # of each matrix
+    magnitude: Tensor | None = None
+
+    @property
+    def r(self) -> int:
+        """The rank of the layer: the highest of its factors, each cut to the largest rank of its matrix."""
+        ranks = [matrix.rank_for(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
+        return max(ranks)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the adapter's tensors, by name in the model."""
+        return prefixed(self.layer.name, self._tensors_in_layer())
+
+    def _tensors_in_layer(self) -> dict[str, Tensor]:
+        """The adapter's tensors, by name in the layer."""
+        named = dict[str, Tensor]()
+        for matrix, factors in self._by_matrix():
+            r = matrix.rank_for(self.r)
+            a, b = with_rank(factors, r)
+            named |= matrix.named((a.contiguous(), b.contiguous()))
+        if self.magnitude is not None:
+            name = self.layer.matrices[0].parameter_name(Role.MAGNITUDE)
+            named[name] = self.magnitude.flatten().contiguous()
+        return named
+
+    def _by_matrix(self) -> Iterable[tuple[AdaptedMatrix, Factors]]:
+        """Each matrix with its factors."""
+        return zip(self.layer.matrices, self.factors, strict=True)
+
+
+@dataclass(frozen=True)
+class RowsUpdate(Update):
+    """The update of an embedding of which single rows train: they are in place of the factors."""
+
+    rows: Tensor = field(kw_only=True)
+
+    @property
+    def r(self) -> int:
+        """The rank in the configuration, which means nothing here."""
+        return self.layer.r
+
+    def _tensors_in_layer(self) -> dict[str, Tensor]:
+        """The rows, by name in the layer."""
+        name = self.layer.matrices[0].parameter_name(Role.ROWS)
+        return {name: self.rows.contiguous()}
+
+
+def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
+    """Return A and B of what has this name in the file."""
+    if not tensors.keys() >= {"A", "B"}:
+        raise AdapterFileError(f"The file holds only one of A and B of {name!r}: it is damaged.")
+    return tensors["A"], tensors["B"]
+
+
+def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r: int, remedy: str = "") -> None:
+    """Refuse A and B that are not those of this matrix."""
+    a, b = factors
+    shape_of_a = (*matrix.stack, r, matrix.reads)
+    shape_of_b = (*matrix.stack, matrix.writes, r)
+    if (a.shape, b.shape) != (shape_of_a, shape_of_b):
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise AdapterMismatchError(
+            f"The file has factors {shapes} for {layer.name!r}. It reads {matrix.reads} "
+            f"features and writes {matrix.writes}. Pass the model that they were trained on.{remedy}"
+        )

@@ -1,0 +1,93 @@
+"""The update of each weight, as other libraries have it: A, B and a scaling."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from lightning_lora.functional.dtypes import wide
+from lightning_lora.functional.factors import Factors, with_rank
+from lightning_lora.layers import LoRAParameters
+from lightning_lora.layers.matrices import Role, matrices_of_weight, weight_factors
+from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.names import join
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """The update of one weight of a layer: ``scaling`` times B @ A."""
+
+    layer: StoredLayer
+    name: str  # the reader's name of the layer
+    weight: str  # its name in the layer
+    factors: Factors  # A and B
+    alpha: float
+    scaling: float
+    magnitude: Tensor | None = None  # of DoRA
+
+    @property
+    def rank(self) -> int:
+        """The rank of this weight's update."""
+        a, _ = self.factors
+        return int(a.shape[-2])
+
+
+def weight_updates(source: Source) -> list[WeightUpdate]:
+    """Return the updates of all weights, but not single rows that train."""
+    updates = list[WeightUpdate]()
+    for layer in without(source.stored.layers, source.layers_with_rows).values():
+        for weight in layer.shapes:
+            updates.append(_update_of(source, layer, weight))
+    return updates
+
+
+def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
+    """The update of one weight, with the sum of all its parts."""
+    config = source.stored.config
+    settings = layer.settings(config)
+    value_of = partial(_value_of, source.stored, layer)
+    factors = weight_factors(weight, layer.matrices, settings, value_of)
+    a, _ = factors
+    is_parameter = layer.adapter_class is LoRAParameters
+    parameter = join(layer.name, weight) if is_parameter else ""
+    first, *_ = matrices_of_weight(weight, layer.matrices)
+    magnitude = value_of(first.parameter_name(Role.MAGNITUDE)) if settings.use_dora else None
+    return WeightUpdate(
+        layer=layer,
+        name=source.name_for_reader(layer.name),
+        weight=weight,
+        factors=factors,
+        alpha=config.alpha_of(layer.name, parameter, r=a.shape[-2]),
+        scaling=first.scaling_for(layer.scaling),
+        magnitude=magnitude,
+    )
+
+
+def _value_of(stored: StoredAdapters, layer: StoredLayer, parameter: str) -> Tensor:
+    """The value of one of an adapter's parameters."""
+    value: Tensor = stored.state[join(layer.name, parameter)]
+    value = value.detach().cpu()
+    if layer.settings(stored.config).is_difference:  # half precision would round the difference away
+        return value.to(wide(value.dtype))
+    return value
+
+
+def with_largest_rank(updates: Collection[WeightUpdate]) -> list[WeightUpdate]:
+    """Give all the largest rank of any, by rows and columns of zeros. Alpha is as before."""
+    rank = max(update.rank for update in updates)
+    return [replace(update, factors=with_rank(update.factors, rank)) for update in updates]
+
+
+def with_scaling(updates: Iterable[WeightUpdate], scaling: float) -> list[WeightUpdate]:
+    """Give all the same scaling. B takes over what differs, so the updates are as before."""
+    changed = list[WeightUpdate]()
+    for update in updates:
+        a, b = with_rank(update.factors, update.rank)  # of the same rank: this only widens them to float32
+        factors = a, b * (update.scaling / scaling)
+        alpha = scaling * update.rank
+        changed.append(replace(update, factors=factors, alpha=alpha, scaling=scaling))
+    return changed

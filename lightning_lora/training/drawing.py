@@ -1,0 +1,25 @@
+"""The random numbers of new adapters, which are not those of the run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lightning_lora.model.view import View
+
+
+@contextmanager
+def drawing_apart(model: nn.Module) -> Iterator[None]:
+    """Let adapters draw in the ``with`` block, apart from the run.
+
+    They draw as the generator is, and then it goes on from a seed: so the run sees the same batches, however much they
+    drew. Without new adapters, the generator stays as it was. After an error nothing is set: another injection follows.
+    """
+    adapted_before = View(model).matrices
+    state_before = torch.get_rng_state()
+    seed_of_the_run = int(torch.randint(1 << 62, (), device="cpu"))
+    torch.set_rng_state(state_before)  # as if no seed had been drawn
+    yield
+    if View(model).matrices != adapted_before:
+        torch.manual_seed(seed_of_the_run)

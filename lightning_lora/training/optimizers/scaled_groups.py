@@ -1,0 +1,212 @@
+"""Groups of adapters whose learning rates are a multiple of the module's: what ``lr_scale`` adds to an optimizer.
+
+The groups that the module's own code has built come first, the scaled ones behind them, for one fit. Each has taken the
+adapters of one scale out of one of the module's groups, and has the rates of that group, times the scale. For example,
+with ``lr_scale=10``::
+
+    [A and B, head] at 0.01    becomes    [head] at 0.01, [A and B] at 0.1
+
+Schedulers and the user's code know only the module's groups: their rates count.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import proxy
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lora.tensors.dicts import grouped
+from lightning_lora.training.optimizers.groups import (
+    Group,
+    ParameterGroup,
+    Params,
+    held_by,
+    listed_parameters,
+    settings_of,
+)
+from lightning_lora.training.optimizers.scales import GroupScale, Scales
+from lightning_lora.training.optimizers.watched_steps import WatchedSteps
+
+_ATTRIBUTE = "lora_scaled_groups"  # of an optimizer that has some
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # which are scaled
+_OTHERS = ("momentum", "betas", "weight_decay")  # which schedulers and users change too, and which are the same
+
+
+def add_scaled_groups(optimizer: Optimizer, scales: Scales) -> None:
+    """Move the adapters that have a scale into groups of their own. An optimizer without any stays as it is."""
+    if scales.keys().isdisjoint(held_by([optimizer])):
+        return
+    scaled = ScaledGroups(optimizer)
+    scaled.add(scales)
+    vars(optimizer)[_ATTRIBUTE] = scaled  # torch copies and pickles optimizers without it
+
+
+def remove_scaled_groups(optimizer: Optimizer) -> None:
+    """Undo it: a module may return the same optimizer in its next fit."""
+    scaled: ScaledGroups | None = vars(optimizer).pop(_ATTRIBUTE, None)
+    if scaled is not None:
+        scaled.remove()
+
+
+def find_scaled_groups(optimizer: object) -> "ScaledGroups | None":
+    """Return the scaled groups of an optimizer, if it has any."""
+    return getattr(optimizer, _ATTRIBUTE, None)
+
+
+def update_scaled_rates(*optimizers: Any) -> None:
+    """Give the scaled groups of some optimizers the rates that the module's groups have now."""
+    for each in optimizers:
+        for optimizer in (each, getattr(each, "optimizer", None)):  # DeepSpeed's has the module's inside
+            scaled = find_scaled_groups(optimizer)
+            if scaled is not None:
+                scaled.update_rates()
+
+
+class _Source(NamedTuple):
+    """Out of which of the module's groups a scaled one comes, and the scale of its rates."""
+
+    number: int
+    scale: float
+
+
+class ScaledGroups:
+    """The scaled groups of one optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer: Optimizer = proxy(optimizer)  # which refers to this object: a cycle would keep its memory
+        self._first = len(optimizer.param_groups)
+        self._sources: list[_Source] = []  # one for each scaled group
+        self._hidden: list[Group] = []  # the groups, while a scheduler steps
+        self._hooks: list[RemovableHandle] = []
+        self._steps = WatchedSteps()
+
+    # Add and remove
+
+    def add(self, scales: Scales) -> None:
+        """Add a group for the adapters of each group and scale, and watch the optimizer."""
+        of_module = self._optimizer.param_groups[:]
+        for number, settings in enumerate(of_module):
+            scaled_here = [p for p in settings["params"] if p in scales]
+            for scale, adapters in grouped(scaled_here, scales.__getitem__).items():
+                self._add_group(number, scale, adapters)
+        self.update_rates()
+        self._hooks += [
+            self._optimizer.register_load_state_dict_pre_hook(self._check_stored),
+            self._optimizer.register_step_pre_hook(self._begin_step),
+            self._optimizer.register_step_post_hook(self._end_step),
+        ]
+
+    def _add_group(self, number: int, scale: GroupScale, adapters: Params) -> None:
+        """Move adapters out of one of the module's groups into a new one with the same settings."""
+        groups = self._optimizer.param_groups
+        source = groups[number]
+        name = source.get("name", f"pg{number + 1}")  # LearningRateMonitor names groups so, and refuses equal names
+        scaled = deepcopy({**source, "params": [], "name": f"{name}-{scale.title}"})
+        ParameterGroup(source).move(adapters, ParameterGroup(scaled))
+        groups.append(scaled)
+        self._sources.append(_Source(number, scale.scale))
+
+    def remove(self) -> None:
+        """Move all adapters back into the module's groups."""
+        for scaled, source, _ in self._pairs():
+            ParameterGroup(scaled).move(scaled["params"], ParameterGroup(source))
+        del self._optimizer.param_groups[self._places]
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def _places(self) -> slice:
+        """Where the scaled groups stand among the optimizer's groups."""
+        return slice(self._first, self._first + len(self._sources))
+
+    def _pairs(self) -> Iterator[tuple[Group, Group, float]]:
+        """Each scaled group, the module's group from which it comes, and its scale.
+
+        In a step of DeepSpeed, the optimizer has only one of its groups: then there may be no scaled one.
+        """
+        groups = self._optimizer.param_groups
+        for scaled, source in zip(groups[self._places], self._sources, strict=False):
+            yield scaled, groups[source.number], source.scale
+
+    def listed_without(self) -> list[Params]:
+        """Return the parameters that each of the module's groups would have without the scaled groups."""
+        groups = listed_parameters(self._optimizer)
+        for parameters, source in zip(groups[self._places], self._sources, strict=True):
+            groups[source.number] += parameters
+        del groups[self._places]
+        return groups
+
+    # Their rates
+
+    def update_rates(self) -> None:
+        """Give each scaled group the rates of the module's group, times its scale."""
+        for scaled, source, scale in self._pairs():
+            for key, value in source.items():
+                if key in _OTHERS:
+                    scaled[key] = value
+                elif key in _RATES:
+                    _set_rate(scaled, key, value * scale)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Hide the groups from a scheduler that steps inside the ``with`` block. Then they get the rates it has set."""
+        if self._hidden:  # by a scheduler that has called this one
+            yield
+            return
+        groups = self._optimizer.param_groups
+        self._hidden = groups[self._places]
+        del groups[self._places]
+        try:
+            yield
+        finally:
+            self._show()
+            self.update_rates()
+
+    def _show(self) -> None:
+        """Put hidden groups back, if there are any."""
+        self._optimizer.param_groups[self._first : self._first] = self._hidden
+        self._hidden = []
+
+    # In the optimizer's own methods
+
+    def _check_stored(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Refuse a file's states of A for B: their sizes may be the same."""
+        stored = settings_of(state["param_groups"][self._places], "name")
+        here = settings_of(optimizer.param_groups[self._places], "name")
+        if stored != here:
+            raise ValueError(f"its parameter groups of adapters are {stored}, and the module's {here}")
+
+    def _begin_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Update the rates before a step. Return its arguments, if they change."""
+        self._show()  # a scheduler that hides them may call the optimizer's step
+        self.update_rates()  # code may have written one rate into all groups, also into these, as a warm-up does
+        self._steps.begin(optimizer, optimizer.param_groups[self._places])
+        closure = kwargs.get("closure")
+        if closure:
+            return args, {**kwargs, "closure": partial(self._run_closure, closure)}
+        self._steps.note_gradients()
+        return None
+
+    def _run_closure(self, closure: Callable[[], Any]) -> Any:
+        """Run the closure of a step, in which hooks may write rates too."""
+        loss = closure()
+        self.update_rates()
+        self._steps.note_gradients()
+        return loss
+
+    def _end_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Refuse an optimizer that does not train the scaled groups."""
+        self._steps.end(optimizer)
+
+
+def _set_rate(group: Group, key: str, rate: Any) -> None:
+    """Set a rate. A tensor, which a captured graph reads, stays the same one."""
+    if isinstance(group.get(key), Tensor):
+        group[key].copy_(rate)
+    else:
+        group[key] = rate

@@ -1,0 +1,99 @@
+"""How a module came to a stage, and the way back to that."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_lora.model.merge import merge, unmerge_or_forget
+from lightning_lora.model.record import find_record, keep_record
+from lightning_lora.model.remove import remove_adapters
+from lightning_lora.model.view import View
+from lightning_lora.training.chosen_adapter import ChosenAdapter
+from lightning_lora.training.phases import Outcome
+
+
+@dataclass
+class WayBack:
+    """Notes what a stage does to a module, to undo it."""
+
+    adapter: ChosenAdapter
+    """The adapter that the stage uses."""
+
+    came: Literal["plain", "adapted", "merged"] = "plain"
+    """How the module came."""
+
+    undo: ExitStack = field(default_factory=ExitStack)
+    """Gives the module back as it came. Only ``bring_about`` closes it, and not where loaded adapters stay."""
+
+    # The way there
+
+    def unmerge(self, pl_module: LightningModule) -> None:
+        """Undo a merge. If its weights were replaced since, they are a new base, and its record is forgotten."""
+        record = find_record(pl_module)
+        if unmerge_or_forget(pl_module):
+            self.came = "merged"
+            self.undo.callback(merge, pl_module)
+            return
+        if record is not None and find_record(pl_module) is None:  # it was forgotten
+            self.undo.callback(keep_record, pl_module, record)
+
+    def note_other_adapter(self, pl_module: LightningModule) -> None:
+        """Note that the module showed another adapter than the stage's before."""
+        self.undo.callback(self.adapter.put_back, pl_module)  # which does nothing the second time
+
+    def note_new_adapters(self, pl_module: LightningModule) -> None:
+        """Note that a module which came plain gets its adapters from now on."""
+        if self.came == "plain":
+            self.undo.callback(_remove_all, pl_module)
+
+    # The way back
+
+    def allows(self, outcome: Outcome, pl_module: LightningModule, *, others_may_be_missing: bool) -> bool:
+        """Whether an outcome is possible after an error.
+
+        ``others_may_be_missing``: other processes may not be here, so nothing that needs them is done.
+        """
+        if outcome is Outcome.KEPT:
+            return View(pl_module).is_on_layers
+        if outcome is Outcome.GIVEN_BACK:
+            return self._can_give_back(pl_module, others_may_be_missing=others_may_be_missing)
+        return True
+
+    def _can_give_back(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> bool:
+        """Whether a module can be given back.
+
+        Not one that is merged now: it was evaluated so, or its own code has merged what it trained. And where others
+        may be missing, none that came merged, as a merge is collective: its adapters stay.
+        """
+        if View(pl_module).is_merged:
+            return False
+        return not (others_may_be_missing and self.came == "merged")
+
+    def bring_about(self, outcome: Outcome, pl_module: LightningModule, *, has_loaded: bool = False) -> None:
+        """Do to the module what an outcome says. ``has_loaded``: it has a file's adapters."""
+        if outcome is Outcome.GIVEN_BACK:
+            self.undo.close()
+        elif outcome is Outcome.SHOWN_AGAIN and find_record(pl_module) is not None:
+            self.adapter.put_back(pl_module)
+            if self.came == "merged":
+                self._merge_again(pl_module, has_loaded=has_loaded)
+
+    def _merge_again(self, pl_module: LightningModule, *, has_loaded: bool) -> None:
+        merge(pl_module)
+        if has_loaded and self.adapter.is_shown_by(pl_module):
+            rank_zero_info(f"LoRA: merged the file's adapters. {type(pl_module).__name__} is plain again.")
+
+
+def _remove_all(pl_module: LightningModule) -> None:
+    """Remove the adapters of the layers that have some now.
+
+    Code in the fit may have replaced some of the adapted layers. ``remove_adapters`` refuses a record that names these,
+    so it names only those that are left.
+    """
+    record = find_record(pl_module)
+    if record is not None:
+        record.adapter.layers = tuple(View(pl_module).layers)
+        remove_adapters(pl_module)
