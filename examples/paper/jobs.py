@@ -31,7 +31,8 @@ class Job:
 
     Args:
         task: ``"reviews"``, ``"reviews-100"`` or ``"reviews-1000"`` with as many texts to train on, ``"definitions"``
-            or ``"e2e"``; or ``"prompts"``, which is E2E's validation alone.
+            or ``"e2e"``; ``"prompts"``, which is E2E's validation alone; or ``"digits-128"`` or ``"digits-896"`` with
+            as many images.
         method: Its name in methods.py.
         lr: The highest learning rate.
         seed: Of the head, of the adapters and of the order of the data.
@@ -50,6 +51,11 @@ class Job:
         method = re.sub(r"\W+", "-", self.method.replace("=", "").replace("+", "plus"))
         epochs = "" if self.epochs == 1 else f"_{self.epochs}epochs"
         return f"{self.task}_{method}_{self.lr:g}_seed{self.seed}{epochs}"
+
+    @property
+    def is_of_images(self) -> bool:
+        """Whether its model sees images, and not texts."""
+        return self.task.startswith("digits")
 
 
 def nll(result: Result) -> float:
@@ -152,8 +158,9 @@ def run(job: Job, folders: Folders, *, fast: bool) -> Result:
         result["fresh"] = columns(module.items)
     if job.task == "e2e":
         result["nist"] = family.nist(result["test"]["text"], data.test)
-    result["own"] = family.own_task(module, FEW if fast else None)
-    result["own_task"] = mean(*result["own"].values())
+    if not job.is_of_images:  # what the image classifier learned before does not come with its package
+        result["own"] = family.own_task(module, FEW if fast else None)
+        result["own_task"] = mean(*result["own"].values())
     result["seconds"] = round(time.process_time() - started, 1)
     return result
 
@@ -184,7 +191,13 @@ def build(job: Job, folders: Folders, fast: bool) -> tuple[Any, Any, Any]:
         from . import smollm
 
         writer = smollm.Writer(job.lr)
-        return writer, smollm.Tables(folders.e2e, METHODS[job.method], job.seed, limit), smollm
+        tables = smollm.Tables(folders.e2e, METHODS[job.method], job.seed, limit)
+        return writer, tables, smollm
+    if job.is_of_images:
+        from . import digits
+
+        reader = digits.Reader(job.lr, METHODS[job.method].momentum)
+        return reader, digits.images(job.task, limit), digits
     from . import minilm
 
     classifier = minilm.Classifier(minilm.CLASSES[job.task], job.lr)
@@ -204,6 +217,9 @@ def prepare(module: LightningModule, method: Method, weights: dict[str, str]) ->
         targets = weights["all"]
     elif method.weights == "embedding":
         targets = "all"
+    elif method.weights == "norms":
+        targets = weights["all"]
+        saved += weights["norms"].split()
     elif method.weights == "everything":
         targets = "all"
         saved += weights["norms"].split()

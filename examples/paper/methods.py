@@ -1,6 +1,6 @@
 """What is compared: full fine-tuning, adapters on some weights, biases only, the head only."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -12,12 +12,13 @@ class Method:
         rates: The learning rates to try, by factors of two.
         trains: ``"all"`` weights, ``"biases"`` or ``"nothing"`` of the pretrained model. A new head always trains.
         weights: The weights that get adapters: some of q, k, v and o, ``"all"`` linear layers; or with ``"embedding"``,
-            these and the table of words. With ``"everything"``, biases and norms train in full beside both. None: no
-            adapters.
+            these and the table of words. With ``"everything"``, biases and norms train in full beside both; with
+            ``"norms"``, norms beside ``"all"``. None: no adapters.
         lora: More arguments of LoRACallback.
         prefix: Trained tokens that peft puts before the keys and values of each layer. All others are frozen.
         shots: Examples in the prompt, in place of training.
         chat: Whether that prompt is a talk with the model, by its chat template.
+        momentum: Of BatchNorm's running statistics. None: BatchNorm keeps those of the pretrained model.
     """
 
     rates: tuple[float, ...]
@@ -27,6 +28,7 @@ class Method:
     prefix: int = 0
     shots: int = 0
     chat: bool = False
+    momentum: float | None = None
 
 
 def lora(weights: str, r: int, **more: Any) -> Method:
@@ -104,4 +106,43 @@ for scaling, arguments in SCALINGS.items():
     for rank in GRID_RANKS:
         GRID[grid_name(rank, scaling)] = lora("all", rank, **arguments)
 
-METHODS = GRID | MAIN | BEYOND | EMBEDDING | EVERYTHING | VARIANTS | WHOLE | PREFIX | PROMPTS | E2E | WHICH | RANKS
+# Images, where norms have running statistics. How fast these follow the batches changes what an evaluation uses, and
+# nothing of the training: so the learning rate is searched with the first momentum alone.
+DIGITS_EPOCHS = {"digits-128": 12, "digits-896": 3}  # of the tasks with so many images to train on
+MOMENTA = (0.1, 0.01, 0.3)  # that of torch, of the network's package, and a faster one
+MOMENTUM_OF_PACKAGE = 0.01
+FROZEN_NORMS = {
+    "probe": MAIN["probe"],
+    "LoRA all, r=8": MAIN["LoRA all, r=8"],
+    "full, frozen statistics": Method((5e-4, 1e-3, 2e-3), trains="all"),
+}
+TRAINED_NORMS = ("LoRA all + norms, r=8", "full")
+
+
+def with_momentum(name: str, momentum: float) -> str:
+    """Return the name of a method whose norms train."""
+    return f"{name}, momentum {momentum:g}"
+
+
+DIGITS = dict(FROZEN_NORMS)
+for momentum in MOMENTA:
+    adapted = lora("norms", 8)
+    full = DIGITS["full, frozen statistics"]
+    DIGITS[with_momentum("LoRA all + norms, r=8", momentum)] = replace(adapted, momentum=momentum)
+    DIGITS[with_momentum("full", momentum)] = replace(full, momentum=momentum)
+
+METHODS = {
+    **GRID,
+    **MAIN,
+    **BEYOND,
+    **EMBEDDING,
+    **EVERYTHING,
+    **VARIANTS,
+    **WHOLE,
+    **PREFIX,
+    **PROMPTS,
+    **E2E,
+    **WHICH,
+    **RANKS,
+    **DIGITS,
+}

@@ -57,11 +57,7 @@ class Classifier(Student):
     def validation_step(self, batch: Batch) -> None:
         """Note the loss of each text, and whether it was classified correctly."""
         tokens, labels = batch
-        logits = self(tokens)
-        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-        are_correct = logits.argmax(-1) == labels
-        for nll, correct in zip(losses.tolist(), are_correct.tolist(), strict=True):
-            self.items.append({"nll": round(nll, 3), "correct": int(correct)})
+        self.note(self(tokens), labels)
 
     test_step = validation_step
 

@@ -10,22 +10,28 @@ from .jobs import Job, Results, nll
 from .methods import (
     BEYOND,
     DEFINITIONS,
+    DIGITS_EPOCHS,
     E2E,
     EPOCHS,
     EVERYTHING,
     FEW,
     FEW_EPOCHS,
+    FROZEN_NORMS,
     GRID,
     GRID_RATES,
     MAIN,
     METHODS,
+    MOMENTA,
+    MOMENTUM_OF_PACKAGE,
     PREFIX,
     PROMPTS,
     RANKS,
     RATE,
+    TRAINED_NORMS,
     VARIANTS,
     WHICH,
     WHOLE,
+    with_momentum,
 )
 
 
@@ -33,7 +39,7 @@ def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]
     """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins.
 
     With four epochs, the search begins with the best rate of two, and half of it. With few texts, which have low rates,
-    it may go on by two more.
+    and with images, it may go on by two more.
     """
     rates = METHODS[name].rates
     if epochs == 4:
@@ -42,7 +48,7 @@ def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]
     jobs = [Job(task, name, lr, epochs=epochs) for lr in rates]
     if results.fast or len(jobs) == 1:
         return jobs[:1]
-    most_more = 3 if task in FEW_EPOCHS else 1
+    most_more = 3 if task in FEW_EPOCHS | DIGITS_EPOCHS else 1
     for _ in range(most_more):
         if are_finished(jobs, results):
             jobs = beyond_the_edge(results, jobs)
@@ -216,6 +222,56 @@ def of_few(results: Results) -> list[Job]:
     return jobs
 
 
+def of_digits(results: Results) -> list[Job]:
+    """Return the jobs that read digits: norms stay frozen, or they train with one momentum or another."""
+    jobs = []
+    for task, epochs in DIGITS_EPOCHS.items():
+        jobs += compared(results, task, FROZEN_NORMS, epochs)
+        for name in TRAINED_NORMS:
+            jobs += by_momentum(results, task, name)
+    return jobs
+
+
+def by_momentum(results: Results, task: str, name: str) -> list[Job]:
+    """Return the jobs that choose a momentum: the search of the rate, one seed of each momentum, and all of the best.
+
+    The momentum of the package has all seeds too.
+    """
+    searched = at_first_momentum(results, task, name)
+    if not are_finished(searched, results):
+        return searched
+    tried = at_each_momentum(results, task, name)
+    jobs = [*searched, *tried, *with_momentum_of_package(results, task, name)]
+    if are_finished(tried, results):
+        jobs += of_all_seeds(results, ranked(results, tried)[0])
+    return jobs
+
+
+def at_first_momentum(results: Results, task: str, name: str) -> list[Job]:
+    """Return the jobs that search the learning rate."""
+    first = with_momentum(name, MOMENTA[0])
+    return search(results, task, first, DIGITS_EPOCHS[task])
+
+
+def at_each_momentum(results: Results, task: str, name: str) -> list[Job]:
+    """Return the jobs of one seed at the best rate, one for each momentum."""
+    searched = at_first_momentum(results, task, name)
+    best = ranked(results, searched)[0]
+    return [replace(best, method=with_momentum(name, momentum)) for momentum in MOMENTA]
+
+
+def at_best_momentum(results: Results, task: str, name: str) -> list[Job]:
+    """Return the finished jobs at the best momentum, one for each seed."""
+    best = ranked(results, at_each_momentum(results, task, name))[0]
+    return of_all_seeds(results, best)
+
+
+def with_momentum_of_package(results: Results, task: str, name: str) -> list[Job]:
+    """Return the jobs at the momentum that the network's package has, one for each seed."""
+    first = at_each_momentum(results, task, name)[0]
+    return of_all_seeds(results, replace(first, method=with_momentum(name, MOMENTUM_OF_PACKAGE)))
+
+
 def of_grid(results: Results) -> list[Job]:
     """Return the jobs of the grid."""
     jobs = []
@@ -243,6 +299,7 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "longer": partial(by_all_epochs, most=4),
     "prefix": partial(compared, task="reviews", names=["full", *PREFIX]),
     "few": of_few,
+    "digits": of_digits,
     "variants": partial(compared, task="reviews", names=["LoRA all, r=8", *VARIANTS], epochs=1),
     "whole": partial(compared, task="reviews", names=["full", *EVERYTHING, *WHOLE], epochs=1),
 }

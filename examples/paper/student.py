@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 
@@ -27,6 +28,13 @@ class Student(LightningModule):
         self.items = []
 
     on_test_start = on_validation_start
+
+    def note(self, logits: Tensor, labels: Tensor) -> None:
+        """Note the loss of each item, and whether its class was found."""
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        are_correct = logits.argmax(-1) == labels
+        for nll, correct in zip(losses.tolist(), are_correct.tolist(), strict=True):
+            self.items.append({"nll": round(nll, 3), "correct": int(correct)})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and its schedule."""

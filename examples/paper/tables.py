@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from . import classifying, methods, stats, writing
+from . import classifying, methods, reading, stats, writing
 from .cells import accuracy, differences, markdown, trained
 from .classifying import on_definitions, on_reviews, pairs, rates, searched, unsearched
 from .jobs import Results
@@ -126,6 +126,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "forgotten": classifying.forgotten,
     "few": classifying.few,
     "few-rates": classifying.few_rates,
+    "digits": reading.digits,
+    "digits-rates": reading.digits_rates,
     "prefix": partial(searched, task="reviews", names=PREFIX),
     "prefix-rates": partial(rates, task="reviews", names=PREFIX),
     "gpt3": gpt3,
@@ -138,6 +140,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
 COMPARING: tuple[str, ...] = (
     *("table2", "table2-pairs", "together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
     *("beyond", "beyond-pairs", "definitions", "definitions-pairs"),
-    *("epochs", "few", "prefix"),
+    *("epochs", "few", "prefix", "digits"),
 )
 """Those with differences."""
