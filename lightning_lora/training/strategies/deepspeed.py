@@ -1,7 +1,7 @@
 """DeepSpeed with ZeRO stage 1 or 2: each process holds all weights, and trains a float32 shard of them."""
 
 from collections.abc import Iterable, Sequence, Set
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.steps.received import NotedGradients
 from lightning_lora.training.steps.unfed import refuse_unfed
 from lightning_lora.training.strategies.late_restore import LateRestoreMethods
+from lightning_lora.training.strategies.overlay import overlaid
 from lightning_lora.training.strategies.partitions import (
     OptimizerState,
     Partition,
@@ -42,16 +43,8 @@ _SCALE = "loss_scaler"
 class DeepSpeedMethods(LateRestoreMethods):
     """The methods for DeepSpeedStrategy."""
 
-    overlaid: ClassVar[tuple[str, ...]] = (
-        *LateRestoreMethods.overlaid,
-        "_init_optimizers",
-        "init_deepspeed",
-        "on_train_start",
-        "teardown",
-        "optimizer_state",
-    )
     # its own read and write a folder, with a file of each process
-    of_all_strategies = ("load_checkpoint", "load_model_state_dict", "save_checkpoint")
+    skips_own_override = ("load_checkpoint", "load_model_state_dict", "save_checkpoint")
 
     def __init__(self, strategy: Any) -> None:
         super().__init__(strategy)
@@ -71,10 +64,12 @@ class DeepSpeedMethods(LateRestoreMethods):
 
     # Set up
 
+    @overlaid
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Make none yet: ``_init_optimizers`` does."""
         self.original.setup_optimizers(trainer)
 
+    @overlaid
     def _init_optimizers(self) -> Any:
         """Build the user's optimizer, then let it train the adapters."""
         with showing_trainable_base(self.module):
@@ -93,6 +88,7 @@ class DeepSpeedMethods(LateRestoreMethods):
                 self.module.register_parameter(name, self._placeholders[name])
                 group["params"].append(self._placeholders[name])
 
+    @overlaid
     def init_deepspeed(self) -> None:
         """Build the engine."""
         if self.stage.is_fitting:
@@ -147,12 +143,14 @@ class DeepSpeedMethods(LateRestoreMethods):
         if self.stage.lr_scale != 1 and "optimizer" in self.strategy.config:
             raise StrategyError("DeepSpeed's own optimizer takes no lr_scale. Return one from configure_optimizers.")
 
+    @overlaid
     def on_train_start(self) -> None:
         """Copy what was loaded since the engine was built."""
         for partition in self.partitions:
             partition.copy_parameters()
         self.original.on_train_start()
 
+    @overlaid
     def teardown(self) -> None:
         """End the engine: otherwise its hooks would act in the module's next fit."""
         self.original.teardown()
@@ -187,6 +185,7 @@ class DeepSpeedMethods(LateRestoreMethods):
         if _SCALE in state and hasattr(optimizer, "loss_scaler"):
             vars(optimizer.loss_scaler).update(state[_SCALE])
 
+    @overlaid
     def optimizer_state(self, optimizer: Any) -> OptimizerState:
         """Return the state of the optimizer, made full."""
         device = self.strategy.root_device

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from functools import update_wrapper
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lightning_lora.tensors.dicts import only
 
 _ATTRIBUTE = "lora_methods"  # of a strategy: what lies over its methods
+_MARK = "lora_overlaid"  # of a method of ours: it lies over one of the strategy's
 
 
 class OverlaidMethod:
@@ -34,14 +35,30 @@ class OverlaidMethod:
         return _unchanged, (self.original,)
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def overlaid(method: Method) -> Method:
+    """Mark a method of ours that lies over the strategy's of the same name."""
+    vars(method)[_MARK] = True
+    return method
+
+
+def overlaid_names(kind: type) -> list[str]:
+    """Return the names of a class's methods that are marked, there or in a class above it."""
+    names = dict[str, None]()
+    for each in reversed(kind.__mro__):
+        for name, method in vars(each).items():
+            if _MARK in getattr(method, "__dict__", {}):
+                names[name] = None
+    return list(names)
+
+
 class OverlaidMethods:
     """Our methods for one strategy. ``original`` has those below them: of other code, or of its class."""
 
-    overlaid: ClassVar[tuple[str, ...]] = ()
-    """The names of the methods that lie over the strategy's."""
-
-    of_all_strategies: ClassVar[tuple[str, ...]] = ()
-    """Of these, the original is that of the class of all strategies: the strategy's own is left out."""
+    skips_own_override: ClassVar[tuple[str, ...]] = ()
+    """Over these, the strategy has its own, which is skipped: ``original`` has those of Lightning's Strategy."""
 
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
@@ -57,7 +74,7 @@ class OverlaidMethods:
         """Put our methods over those of the strategy. Other code may have set some since, which lie below."""
         on_strategy = vars(self.strategy)
         on_strategy[_ATTRIBUTE] = self
-        for name in self.overlaid:
+        for name in overlaid_names(type(self)):
             if name in self._set:
                 if on_strategy.get(name) is self._set[name]:
                     continue
@@ -84,7 +101,7 @@ class OverlaidMethods:
         if on_strategy != of_class:  # in a copied strategy, the class's own method stands in place of ours
             self._by_other_code[name] = on_strategy
             return on_strategy
-        if name in self.of_all_strategies:
+        if name in self.skips_own_override:
             return self._method_of(_class_of_all_strategies(kind), name)
         return of_class
 

@@ -21,7 +21,7 @@ from lightning_lora.training.optimizers.schedulers import hide_scaled_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.phases import Phase
 from lightning_lora.training.stage import Stage, shows_adapters
-from lightning_lora.training.strategies.overlay import OverlaidMethods
+from lightning_lora.training.strategies.overlay import OverlaidMethods, overlaid
 
 
 class SetUpMethods(OverlaidMethods):
@@ -53,6 +53,7 @@ class SetUpMethods(OverlaidMethods):
             raise AdapterStateError("Hooks of LoRACallback act only while the Trainer runs. Call trainer.fit(model).")
         return module
 
+    @overlaid
     def setup(self, trainer: Trainer) -> None:
         """Adapt the module before it is converted, moved and wrapped."""
         if self.stage.phase is Phase.OVER:  # this Trainer has no LoRACallback: it gets the strategy as it was
@@ -112,6 +113,7 @@ class SetUpMethods(OverlaidMethods):
         if all(each["dtypes"] != dtypes for each in fingerprints):
             fingerprints.append(fingerprint(view))
 
+    @overlaid
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizers, then let them train the adapters.
 

@@ -7,7 +7,7 @@ own data. All others are averaged here.
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import filterfalse
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,21 +28,15 @@ from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.steps.received import NotedGradients
 from lightning_lora.training.strategies.late_restore import LateRestoreMethods
+from lightning_lora.training.strategies.overlay import overlaid
 from lightning_lora.training.strategies.partitions import OptimizerState
 
 
 class ShardedMethods(LateRestoreMethods):
     """The methods for ModelParallelStrategy."""
 
-    overlaid: ClassVar[tuple[str, ...]] = (
-        *LateRestoreMethods.overlaid,
-        "model_sharded_context",
-        "on_train_start",
-        "optimizer_state",
-        "block_backward_sync",
-    )
     # its own read and write a folder of shards, and states by the names of parameters
-    of_all_strategies = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
+    skips_own_override = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
     shards_before_adapters = True
     averages_gradients = True
     """False while a backward pass only accumulates them."""
@@ -57,6 +51,7 @@ class ShardedMethods(LateRestoreMethods):
 
     # Set up
 
+    @overlaid
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Keep adapters from before out of the shards. They are off their layers while ``configure_model`` runs."""
@@ -130,6 +125,7 @@ class ShardedMethods(LateRestoreMethods):
         if not any(p.is_meta for p in View(self.module).base_parameters.values()):
             super().note_base(anew=anew)
 
+    @overlaid
     def on_train_start(self) -> None:
         """Note the fingerprint of a base that was loaded late.
 
@@ -154,6 +150,7 @@ class ShardedMethods(LateRestoreMethods):
         states = map(_distributed_state, checkpoint["optimizer_states"], self.strategy.optimizers)
         super().load_states({**checkpoint, "optimizer_states": list(states)})
 
+    @overlaid
     def optimizer_state(self, optimizer: Any) -> OptimizerState:
         """Return the state of an optimizer, made full."""
         return shards.full_tensors(self.original.optimizer_state(optimizer))
@@ -167,6 +164,7 @@ class ShardedMethods(LateRestoreMethods):
         """Let no guard watch them either."""
         return nullcontext()
 
+    @overlaid
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Average and send nothing after a backward pass that only accumulates."""

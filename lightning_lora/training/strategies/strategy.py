@@ -1,7 +1,5 @@
 """Our methods over those of a strategy: what they do where callbacks have no hook."""
 
-from typing import ClassVar
-
 from lightning_lora.training.strategies.load_methods import LoadMethods
 from lightning_lora.training.strategies.save_methods import SaveMethods
 from lightning_lora.training.strategies.step_methods import StepMethods
@@ -10,7 +8,8 @@ from lightning_lora.training.strategies.step_methods import StepMethods
 class StrategyMethods(LoadMethods, SaveMethods, StepMethods):
     """Our methods for one strategy. They stay after a stage: files are written then too.
 
-    A file for each part of a run has the methods: the set-up, loading, saving, and the steps. Lightning has no public
+    A file for each part of a run has the methods: the set-up, loading, saving, and the steps. Those that lie over the
+    strategy's are marked ``@overlaid``, and only they are called by Lightning. It has no public
     hook at these moments, or none that keeps what each method promises:
 
     - ``setup``: after ``configure_model``, before the module is converted. A ``configure_model`` set on the module
@@ -33,16 +32,3 @@ class StrategyMethods(LoadMethods, SaveMethods, StepMethods):
     - ``begin_first_steps``, ``watching``: what looks at the first steps.
     - ``gradients``, ``float32_steps``, ``remove_unfed``: what a training watch asks for.
     """
-
-    overlaid: ClassVar[tuple[str, ...]] = (
-        "setup",
-        "setup_optimizers",
-        "load_checkpoint",
-        "load_model_state_dict",
-        "load_optimizer_state_dict",
-        "lightning_module_state_dict",
-        "save_checkpoint",
-        "process_dataloader",
-        "training_step",
-        "backward",
-    )
