@@ -51,18 +51,17 @@ class LoadMethods(SetUpMethods):
         remove_callback_state(checkpoint)
         if merged_weights and self._evaluates_plain_module():
             return _plain_model_in(checkpoint, merged_weights)
-        if self.stage.phase is not Phase.OVER:
+        is_in_stage = self.stage.phase is not Phase.OVER
+        if is_in_stage:
             self.adapt_to_file(checkpoint, checkpoint_path)
             self._find_base(merged_weights, checkpoint, checkpoint_path)
-        if find_record(self.module) is None:  # outside of a stage, or in the evaluation of a plain module
+        is_plain = find_record(self.module) is None  # outside of a stage, or evaluated as it is
+        if is_plain:
             return checkpoint
-        if KEY in checkpoint:
-            self._complete(checkpoint, checkpoint_path)
-            return checkpoint
-        rank_zero_info(
-            f"{checkpoint_path} holds a full model and no adapters: it is the base of the fine-tune, which begins anew."
-        )
-        return without_run_state(checkpoint)
+        holds_adapters = KEY in checkpoint
+        if holds_adapters:
+            return self._completed(checkpoint, checkpoint_path)
+        return _new_base_in(checkpoint, checkpoint_path)
 
     def _remove_left_parts(self, path: Any) -> None:
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
@@ -98,12 +97,13 @@ class LoadMethods(SetUpMethods):
                 "out, up to rounding. For the same bits, load the base's own weights."
             )
 
-    def _complete(self, checkpoint: Checkpoint, path: Any) -> None:
-        """Give a checkpoint of adapters what hooks expect in it. A fit must be able to go on from it."""
+    def _completed(self, checkpoint: Checkpoint, path: Any) -> Checkpoint:
+        """Return a checkpoint of adapters with what hooks expect in it. A fit must be able to go on from it."""
         if self.stage.is_fitting and self.stage.phase is not Phase.TRAINING:
             check_resumable(checkpoint, path)
         checkpoints.complete_averages(self.module, checkpoint)
         show_base(self.module, checkpoint)  # to on_load_checkpoint
+        return checkpoint
 
     # The module's weights
 
@@ -160,6 +160,12 @@ class LoadMethods(SetUpMethods):
     def load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states."""
         self.original.load_optimizer_state_dict(checkpoint)
+
+
+def _new_base_in(checkpoint: Checkpoint, path: Any) -> Checkpoint:
+    """What a file of a full model holds for a fine-tune, which begins anew on this base."""
+    rank_zero_info(f"{path} holds a full model and no adapters: it is the base of the fine-tune, which begins anew.")
+    return without_run_state(checkpoint)
 
 
 def _plain_model_in(checkpoint: Checkpoint, merged_weights: Checkpoint) -> Checkpoint:
