@@ -389,3 +389,12 @@ def test_every_error_and_warning_is_on_the_page() -> None:
     kinds = {name for name in lightning_lora.__all__ if name.endswith(("Error", "Warning"))}
     on_the_page = {heading.partition(": ")[0] for heading in HEADINGS}
     assert kinds - {"LoRAError"} == on_the_page & kinds
+
+
+def test_what_the_ci_takes_from_the_readme_is_there() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    beginnings = re.findall(r'^from_readme "(.+?)"', script, re.MULTILINE)
+    assert beginnings
+    lines = README.splitlines()
+    for beginning in beginnings:
+        assert any(beginning in line for line in lines), beginning
