@@ -1,6 +1,8 @@
 """The adapters' learning rate is a multiple of the module's, in each step."""
 
-from collections.abc import Sequence
+import copy
+import pickle
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from lightning_lora import DeadAdapterWarning, OptimizerError, remove_adapters
+from lightning_lora.training.optimizers.train_adapters import train_adapters
 from tests.support.cases import At
 from tests.support.compared import assert_all_have_moved
-from tests.support.fits import Notes, fit, resumes_to_the_bit
+from tests.support.fits import Notes, adapted, fit, resumes_to_the_bit
 from tests.support.messages import lines_with
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, data, lora, trainer
 from tests.support.parameters import values_of
@@ -641,3 +644,21 @@ def test_adapters_of_a_low_rate_are_named_under_a_new_head_of_a_high_one(tmp_pat
     adapters = lora(modules_to_save=None, target_modules=["q_proj", "v_proj", "head"])
     fit(tmp_path, adapters, model=model, max_epochs=1)
     assert "The adapters' learning rate is 1e-05 at most in 'q_proj', 'v_proj'" in caplog.text
+
+
+class WithHooks(torch.optim.SGD):
+    """An optimizer whose copies have all that it has."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_an_optimizer_whose_copies_have_its_hooks_is_copied_and_steps(copied: Callable[[Any], Any]) -> None:
+    model = adapted()
+    optimizer = WithHooks(model.parameters(), lr=0.1)
+    train_adapters(model, [optimizer], lr_scale=10)
+    copy_of_it = copied(optimizer)
+    copy_of_it.step()
+    sizes = [len(group["params"]) for group in copy_of_it.param_groups]
+    assert sizes == [len(group["params"]) for group in optimizer.param_groups]

@@ -85,6 +85,10 @@ class ScaledGroups:
         self._hooks: list[RemovableHandle] = []
         self._steps = WatchedSteps()
 
+    def __reduce__(self) -> Any:
+        """Copy and pickle nothing: the groups of a copied optimizer stay as they are."""
+        return type(None), ()
+
     # Add and remove
 
     def add(self, scales: Scales) -> None:
@@ -96,9 +100,9 @@ class ScaledGroups:
                 self._add_group(number, scale, adapters)
         self.update_rates()
         self._hooks += [
-            self._optimizer.register_load_state_dict_pre_hook(self._check_stored),
-            self._optimizer.register_step_pre_hook(self._begin_step),
-            self._optimizer.register_step_post_hook(self._end_step),
+            self._optimizer.register_load_state_dict_pre_hook(_check_stored),
+            self._optimizer.register_step_pre_hook(_begin_step),
+            self._optimizer.register_step_post_hook(_end_step),
         ]
 
     def _add_group(self, number: int, scale: GroupScale, adapters: Params) -> None:
@@ -174,14 +178,14 @@ class ScaledGroups:
 
     # In the optimizer's own methods
 
-    def _check_stored(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    def check_stored(self, state: dict[str, Any]) -> None:
         """Refuse a file's states of A for B: their sizes may be the same."""
         stored = settings_of(state["param_groups"][self._places], "name")
-        here = settings_of(optimizer.param_groups[self._places], "name")
+        here = settings_of(self._optimizer.param_groups[self._places], "name")
         if stored != here:
             raise ValueError(f"its parameter groups of adapters are {stored}, and the module's {here}")
 
-    def _begin_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+    def begin_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         """Update the rates before a step. Return its arguments, if they change."""
         self._show()  # a scheduler that hides them may call the optimizer's step
         self.update_rates()  # code may have written one rate into all groups, also into these, as a warm-up does
@@ -199,9 +203,29 @@ class ScaledGroups:
         self._steps.note_gradients()
         return loss
 
-    def _end_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def end_step(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that does not train the scaled groups."""
         self._steps.end(optimizer)
+
+
+# Its hooks: functions, and no methods, because some optimizers copy and pickle their hooks. A copy has no scaled groups
+
+
+def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    scaled = find_scaled_groups(optimizer)
+    if scaled is not None:
+        scaled.check_stored(state)
+
+
+def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+    scaled = find_scaled_groups(optimizer)
+    return None if scaled is None else scaled.begin_step(optimizer, args, kwargs)
+
+
+def _end_step(optimizer: Optimizer, *_: Any) -> None:
+    scaled = find_scaled_groups(optimizer)
+    if scaled is not None:
+        scaled.end_step(optimizer)
 
 
 def _set_rate(group: Group, key: str, rate: Any) -> None:
