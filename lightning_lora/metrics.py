@@ -114,7 +114,7 @@ def _ratio(update: Tensor, other: Tensor) -> Tensor:
 
 
 class UpdateNorm(_NumberOfEachMatrix):
-    r"""The size of each update beside its weight.
+    r"""The size of each update, relative to its weight.
 
     It is :math:`\lVert \Delta W \rVert_F / \lVert W \rVert_F`. 0.01 means that the update is a hundredth of the weight.
     A fresh adapter has 0.

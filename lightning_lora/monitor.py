@@ -24,7 +24,7 @@ class LoRAMonitor(Callback):
     Use it beside ``LoRACallback``, in any order. EarlyStopping and ModelCheckpoint can monitor its numbers, in a fit's
     first step and every ``every_n_steps``:
 
-    - ``lora/update_norm``: the norm of all updates B A together,
+    - ``lora/update_norm``: the norm of all updates B A together. It is absolute; the metric ``UpdateNorm`` is relative,
     - ``lora/effective_rank``: how many directions an update B A has, as a mean over the layers.
 
     Args:

@@ -11,7 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from lightning_lora.errors import ConfigError, listed
+from lightning_lora.measured import measured_matrices
 from lightning_lora.tables import split_at_blocks
 
 _MOST_NUMBERS = 200  # in a heat map with more cells, they would not be legible
@@ -59,33 +62,42 @@ def plot_losses(
     return figure, ax
 
 
-def plot_layers(run: str | Path) -> tuple[Any, Any]:
+def plot_layers(run: str | Path, model: nn.Module | None = None) -> tuple[Any, Any]:
     """Draw what each layer learned, as two heat maps.
 
-    One shows the norms of the updates, the other their effective ranks, as they were logged last. Rows are blocks of
-    the model, columns are the matrices of a block. The run needs ``LoRAMonitor(per_layer=True)`` and a ``CSVLogger``.
+    One shows the norms of the updates, the other their effective ranks, as they were logged last. The norms are
+    absolute; ``UpdateNorm`` divides by the norm of the weight. Rows are blocks of the model, columns are the matrices
+    of a block. The run needs ``LoRAMonitor(per_layer=True)`` and a ``CSVLogger``.
 
     Args:
         run: The folder of a ``CSVLogger`` (the newest version in it counts), or a ``metrics.csv``.
+        model: The model with these adapters, also if it is merged: columns are in its order. None: by their names, as
+            a ``CSVLogger`` sorts them.
 
     Returns:
         The figure and its two axes, of matplotlib.
 
     Raises:
         ConfigError: the run has no numbers of layers.
+        AdapterStateError: ``model`` has no adapters.
         FileNotFoundError: the folder has no ``metrics.csv``.
         ModuleNotFoundError: matplotlib is missing.
     """
     file = _metrics_file(run)
     step, norms = _last_by_layer(file, "lora/update_norm/")
     _, ranks = _last_by_layer(file, "lora/effective_rank/")
+    if model is not None:
+        order = list(measured_matrices(model))
+        norms = _in_order(norms, order)
+        ranks = _in_order(ranks, order)
     norm_map = _heat_map(norms)
     rank_map = _heat_map(ranks)
+    longest_label = max(map(len, norm_map.columns))
     width = 2 * (2 + 0.6 * len(norm_map.columns))
-    height = 2 + 0.36 * len(norm_map.rows)
+    height = 1.2 + 0.36 * len(norm_map.rows) + 0.075 * longest_label
     figure, axes = _pyplot().subplots(1, 2, layout="constrained", figsize=(width, height))
-    _draw_heat_map(axes[0], norm_map, "Norm of the update", least=0, number="#.2g")
-    _draw_heat_map(axes[1], rank_map, "Effective rank", least=1, number=".1f")
+    _draw_heat_map(axes[0], norm_map, "Norm of the update (absolute)", least=0, decimals=_decimals(norms.values()))
+    _draw_heat_map(axes[1], rank_map, "Effective rank", least=1, decimals=1)
     figure.suptitle(f"What each layer learned, logged at step {step}", fontsize="medium")
     return figure, axes
 
@@ -196,6 +208,20 @@ def _means(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
+def _in_order(by_layer: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The same numbers, in the order of the names. Those of other layers come last."""
+    first = {name: by_layer[name] for name in names if name in by_layer}
+    return {**first, **by_layer}
+
+
+def _decimals(values: Iterable[float]) -> int:
+    """How many decimals give three digits to the largest number."""
+    largest = max((value for value in values if math.isfinite(value)), default=0)
+    if largest <= 0:
+        return 2
+    return max(0, 2 - math.floor(math.log10(largest)))
+
+
 class _HeatMap(NamedTuple):
     """Numbers of layers: a row for each block, a column for each matrix. Where a block lacks a matrix, it is NaN."""
 
@@ -210,7 +236,7 @@ def _heat_map(by_layer: Mapping[str, float]) -> _HeatMap:
     for name, value in by_layer.items():
         cells[split_at_blocks(name)] = value
     blocks = sorted({block for block, _ in cells})
-    matrices = sorted({matrix for _, matrix in cells})
+    matrices = list(dict.fromkeys(matrix for _, matrix in cells))
     values = []
     for block in blocks:
         row = [cells.get((block, matrix), math.nan) for matrix in matrices]
@@ -231,19 +257,19 @@ def _without_common_beginning(names: Iterable[str]) -> list[str]:
     return [".".join(parts[common:]) for parts in parts_of_names]
 
 
-def _draw_heat_map(ax: Any, heat_map: _HeatMap, title: str, *, least: float, number: str) -> None:
-    """Draw a heat map with a number in each cell, in this format, and its colour bar."""
+def _draw_heat_map(ax: Any, heat_map: _HeatMap, title: str, *, least: float, decimals: int) -> None:
+    """Draw a heat map with a number in each cell, and its colour bar."""
     image = ax.imshow(heat_map.values, vmin=least, cmap="viridis", aspect="auto")
     ax.set_title(title, fontsize="medium")
     ax.set_ylabel("block")
     ax.set_yticks(range(len(heat_map.rows)), heat_map.rows)
-    ax.set_xticks(range(len(heat_map.columns)), heat_map.columns, rotation=40, ha="right", fontsize="small")
+    ax.set_xticks(range(len(heat_map.columns)), heat_map.columns, rotation=90, fontsize="small")
     ax.figure.colorbar(image, ax=ax)
     if len(heat_map.rows) * len(heat_map.columns) > _MOST_NUMBERS:
         return
     for row, values in enumerate(heat_map.values):
         for column, value in enumerate(values):
             is_dark = image.norm(value) < 0.6
-            text = "" if math.isnan(value) else f"{value:{number}}".rstrip(".")
+            text = "" if math.isnan(value) else f"{value:.{decimals}f}"
             style = {"color": "white" if is_dark else "black", "fontsize": "x-small"}
             ax.text(column, row, text, ha="center", va="center", **style)

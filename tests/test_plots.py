@@ -9,6 +9,7 @@ import matplotlib as mpl
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib import pyplot
+from torch import nn
 
 import lightning_lora as ll
 from lightning_lora import LoRAMonitor
@@ -138,6 +139,59 @@ def test_rows_are_blocks_in_their_order_and_columns_are_matrices(tmp_path: Path)
     assert numbers_in(norms) == [[1, 2], [-1, 3], [5, 4]]
     assert numbers_in(ranks) == [[2, 3], [-1, 4], [6, 5]]
     assert texts_of(ranks.texts) == ["2.0", "3.0", "", "4.0", "6.0", "5.0"]
+
+
+@pytest.mark.parametrize(
+    ("norms", "shown"),
+    [
+        ([0.003, 1.8, 0.52], ["0.00", "1.80", "0.52"]),
+        ([0.0101, 0.02], ["0.0101", "0.0200"]),
+        ([250, 3.6], ["250", "4"]),
+        ([0, 0], ["0.00", "0.00"]),
+        ([0.5, "inf"], ["0.500", "inf"]),
+    ],
+)
+def test_all_norms_have_as_many_decimals(tmp_path: Path, norms: list[Any], shown: list[str]) -> None:
+    columns: dict[str, list[Any]] = {"step": [5]}
+    for block, norm in enumerate(norms):
+        columns[f"lora/update_norm/layers.{block}.q"] = [norm]
+        columns[f"lora/effective_rank/layers.{block}.q"] = [1]
+    _, (ax, _) = plot_layers(written(tmp_path / "a", **columns))
+    assert texts_of(ax.texts) == shown
+    assert ax.get_title() == "Norm of the update (absolute)"
+
+
+def test_columns_are_in_the_order_of_the_model_also_if_it_is_merged(tmp_path: Path) -> None:
+    model = nn.ModuleDict()
+    for name in ("query", "key", "out"):
+        model[name] = nn.Linear(4, 4)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    columns: dict[str, list[Any]] = {"step": [5]}
+    for name in ("key", "out", "query"):  # as CSVLogger writes them
+        columns[f"lora/update_norm/{name}"] = [1]
+        columns[f"lora/effective_rank/{name}"] = [1]
+    run = written(tmp_path / "a", **columns)
+    for is_merged in (False, True):
+        if is_merged:
+            ll.merge_adapters(model)
+        for ax in plot_layers(run, model)[1]:
+            assert texts_of(ax.get_xticklabels()) == ["query", "key", "out"]
+    assert texts_of(plot_layers(run)[1][0].get_xticklabels()) == ["key", "out", "query"]
+    with pytest.raises(ll.AdapterStateError):
+        plot_layers(run, nn.Linear(4, 4))
+
+
+def test_no_two_labels_overlap(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"step": [5]}
+    for matrix in ("q", "attention.output.dense", "mixture_of_experts.gate_projection", "v"):
+        columns[f"lora/update_norm/layers.0.{matrix}"] = [1]
+        columns[f"lora/effective_rank/layers.0.{matrix}"] = [1]
+    figure, axes = plot_layers(written(tmp_path / "a", **columns))
+    figure.canvas.draw()
+    labels = [label for ax in axes for label in (*ax.get_xticklabels(), *ax.get_yticklabels(), ax.title)]
+    boxes = [label.get_window_extent() for label in labels]
+    for place, box in enumerate(boxes):
+        assert not box.count_overlaps(boxes[place + 1 :])
 
 
 def test_a_large_model_has_colours_without_numbers(tmp_path: Path) -> None:
