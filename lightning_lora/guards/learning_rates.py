@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_lora.errors import listed
-from lightning_lora.layers import LoRALayer
+from lightning_lora.layers import LoRALayer, number_of_values
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.dicts import where
@@ -107,7 +107,8 @@ def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
 
 def _rates_of(view: View) -> _Rates:
     """What is known for a model of this size."""
-    if view.size_of(view.base_parameters) < _LARGE:
+    weights = set(view.base_parameters.values())  # tied ones once
+    if sum(map(number_of_values, weights)) < _LARGE:  # also where they are packed in 4 bits
         return _RATES
     return _RATES_OF_LARGE_MODELS
 

@@ -1,5 +1,6 @@
 """Which learning rates are low depends on the size of the model, and the advice with it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,19 @@ SMALL = 1_000
 LARGE = 32_000  # a square matrix of so many features has more than 1e9 weights
 
 
-def said(features: int, rate: float, caplog: Any, kind: type[Optimizer] = AdamW) -> str:
-    """What is said of this rate, for one layer without memory."""
+def one_layer(features: int) -> nn.Module:
+    """A layer without memory."""
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(features, features))
+        return nn.Sequential(nn.Linear(features, features))
+
+
+def said(features: int, rate: float, caplog: Any, kind: type[Optimizer] = AdamW) -> str:
+    """What is said of this rate, for one layer."""
+    return said_of(one_layer(features), rate, caplog, kind)
+
+
+def said_of(model: nn.Module, rate: float, caplog: Any, kind: type[Optimizer] = AdamW) -> str:
+    """What is said of this rate."""
     inject_adapters(model, LoRAConfig(r=8))
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=rate)  # type: ignore[call-arg]
     caplog.clear()
@@ -34,6 +44,14 @@ def test_a_low_rate_is_one_of_full_fine_tuning_for_a_model_of_this_size(
     text = said(features, low, caplog)
     assert f"begin with {usual} in configure_optimizers" in text
     assert not said(features, 1.1 * low, caplog)
+
+
+def test_weights_that_are_packed_in_4_bits_count_in_full(caplog: Any) -> None:
+    model = one_layer(SMALL)
+    packed: Any = nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
+    packed.quant_state = SimpleNamespace(shape=torch.Size([LARGE, LARGE]))  # as bitsandbytes has it
+    model.register_parameter("packed", packed)
+    assert "begin with 0.0002 in configure_optimizers" in said_of(model, 2e-5, caplog)
 
 
 def test_the_advice_says_what_rate_a_head_has(caplog: Any) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
+from lightning_lora.storage.renaming import Renaming
+from lightning_lora.storage.stored import StoredAdapters
 from tests.support.cases import At
 from tests.support.models import WIDTH, Around, LitTiny, TinyLM, as_trained, is_plain
 from tests.support.parameters import add_to, trainable
@@ -202,3 +204,20 @@ def test_a_part_of_a_larger_model_that_the_file_fits_is_named(tmp_path: Path, bu
     with pytest.raises(ll.AdapterMismatchError, match=f"{says}, and .* onto that part"):
         ll.load_adapter(loaded, tmp_path / "a.safetensors")
     assert is_plain(loaded)
+
+
+def described(model: nn.Module) -> StoredAdapters:
+    """What a file would say of a model's adapters."""
+    return StoredAdapters.from_view(View(model), ll.adapter_state_dict(model), [])
+
+
+def test_all_that_is_stored_gets_the_names_of_the_model() -> None:
+    model = as_trained(base(), target_modules=["q_proj"], modules_to_save=["norm"])
+    there = as_trained(Around(base()), target_modules=["q_proj"], modules_to_save=["norm"])
+    here = described(model)
+    renamed = described(there).with_names_of_model(Renaming("model", ""), here.config)
+    assert here.state.keys() == renamed.state.keys()
+    for name in ("layers", "saved", "changed", "untrained", "filled"):
+        assert getattr(here, name) == getattr(renamed, name), name
+    assert renamed.layers.keys() == {"q_proj"}
+    assert renamed.saved.keys() == {"norm"}
