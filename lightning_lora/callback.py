@@ -40,7 +40,7 @@ from lightning_lora.training.returned_records import extend_launchers
 from lightning_lora.training.running import NoTraining, TrainingWatch
 from lightning_lora.training.stage import Fit, Stage
 from lightning_lora.training.steps.step_tools import StepTools
-from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
+from lightning_lora.training.strategies.for_strategy import methods_of, patch_strategy
 from lightning_lora.training.strategies.strategy import StrategyMethods
 
 
@@ -111,7 +111,7 @@ class LoRACallback(Callback):
     # What lives in one stage of a Trainer: `_leave_stage` drops it
     _is_set_up: bool
     _stage: Stage
-    _strategy_methods: StrategyMethods  # ours, which lie over those of the Trainer's strategy
+    _strategy_methods: StrategyMethods  # ours, on the Trainer's strategy
     _until_training_ends: ExitStack
     _watch: NoTraining | TrainingWatch  # NoTraining until the training begins
 
@@ -197,7 +197,7 @@ class LoRACallback(Callback):
         """
         self._is_set_up = True
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
-        self._strategy_methods = overlay_strategy(trainer.strategy, self._stage)
+        self._strategy_methods = patch_strategy(trainer.strategy, self._stage)
         compatibility.refuse_second_callback(self._stage.callbacks)
         if View(pl_module).layers:  # not view_of, which refuses a plain module
             self._stage.way_back.came = "adapted"
@@ -387,7 +387,7 @@ class LoRACallback(Callback):
         checkpoint[RANDOM] = random_states(trainer)
         if methods_of(trainer.strategy) is None:  # the main process may save after a spawned run: it had no set-up
             self._stage.callbacks = compatibility.callbacks_of(trainer)
-            overlay_strategy(trainer.strategy, self._stage)
+            patch_strategy(trainer.strategy, self._stage)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""

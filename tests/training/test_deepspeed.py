@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp3
 
 from lightning_lora import AdapterStateError, LoRACallback, LoRAConfig, StrategyError
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategies.for_strategy import overlay_strategy
+from lightning_lora.training.strategies.for_strategy import patch_strategy
 from tests.support.cpu_deepspeed import CpuDeepSpeed
 from tests.support.messages import lines_with
 from tests.support.ranks import RankError, run_ranks
@@ -249,4 +249,4 @@ def test_stage_3_is_refused_by_its_name_and_in_a_file(tmp_path: Path) -> None:
     by_file = DeepSpeedStrategy(config=file)
     for strategy in (by_name, by_file):
         with pytest.raises(StrategyError, match="DeepSpeedStrategy with ZeRO stage 3 shards the model"):
-            overlay_strategy(strategy, Stage(LoRAConfig()))
+            patch_strategy(strategy, Stage(LoRAConfig()))

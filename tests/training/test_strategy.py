@@ -21,7 +21,7 @@ from lightning_lora.training.compatibility import states_are_read
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies.checkpoint_files import read_checkpoint
 from lightning_lora.training.strategies.deepspeed import DeepSpeedMethods
-from lightning_lora.training.strategies.for_strategy import methods_of, overlay_strategy
+from lightning_lora.training.strategies.for_strategy import methods_of, patch_strategy
 from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, tensors
 from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.fits import ON_EXCEPTION, Fails, Stateful, Steps, fit, loaded, outcome
@@ -322,7 +322,7 @@ def test_a_copied_strategy_is_as_it_was_and_takes_the_methods_again(tmp_path: Pa
     for copied in (deepcopy(t.strategy), pickle.loads(pickle.dumps(t.strategy))):
         assert methods_of(copied) is None
         assert copied.training_step.__self__ is copied
-        methods = overlay_strategy(copied, Stage(LoRAConfig()))
+        methods = patch_strategy(copied, Stage(LoRAConfig()))
         assert methods.strategy is copied
         assert not methods.is_by_other_code("training_step")
 
@@ -349,7 +349,7 @@ def of_stage(stage: int) -> Any:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_1_and_2_are_accepted(stage: int) -> None:
-    methods = overlay_strategy(of_stage(stage), Stage(LoRAConfig()))
+    methods = patch_strategy(of_stage(stage), Stage(LoRAConfig()))
     assert isinstance(methods, DeepSpeedMethods)
 
 
@@ -375,7 +375,7 @@ def test_a_strategy_that_shards_otherwise_is_refused(make: Callable[[], Any], ma
     strategy = make()
     kind = type(strategy)
     with pytest.raises(StrategyError, match=f"(?s){match}"):
-        overlay_strategy(strategy, Stage(LoRAConfig()))
+        patch_strategy(strategy, Stage(LoRAConfig()))
     assert type(strategy) is kind
 
 

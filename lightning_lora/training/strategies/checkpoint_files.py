@@ -8,13 +8,13 @@ import torch
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.storage.on_disk import archives, disk
-from lightning_lora.training.strategies.overlay import OverlaidMethods
+from lightning_lora.training.strategies.strategy_patch import StrategyPatch
 
 Checkpoint = dict[str, Any]
 """What a Trainer's file holds."""
 
 
-def read_checkpoint(methods: OverlaidMethods, path: Any, *args: Any, **kwargs: Any) -> Any:
+def read_checkpoint(methods: StrategyPatch, path: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a strategy read a file. It must have plain types only, unless the user trusts it."""
     disk.check_path(path)
     _refuse_safetensors(path)
@@ -26,7 +26,7 @@ def read_checkpoint(methods: OverlaidMethods, path: Any, *args: Any, **kwargs: A
         return _read_plain_types(methods, path)
 
 
-def _read_plain_types(methods: OverlaidMethods, path: Any) -> Any:
+def _read_plain_types(methods: StrategyPatch, path: Any) -> Any:
     """Let a strategy read a file of plain types. One that cannot be told so reads it in its own way."""
     load = methods.original.load_checkpoint
     if _takes_weights_only(methods):
@@ -54,7 +54,7 @@ def _is_trusted(*args: Any, **kwargs: Any) -> bool:
     return False in weights_only
 
 
-def _how_to_trust(methods: OverlaidMethods) -> str:
+def _how_to_trust(methods: StrategyPatch) -> str:
     """What to do with a file of objects."""
     trust = f"set {_TRUST}=1"
     if _takes_weights_only(methods):
@@ -62,7 +62,7 @@ def _how_to_trust(methods: OverlaidMethods) -> str:
     return f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."
 
 
-def _takes_weights_only(methods: OverlaidMethods) -> bool:
+def _takes_weights_only(methods: StrategyPatch) -> bool:
     """Whether the strategy can be told to read plain types only: since Lightning 2.6."""
     return "weights_only" in signature(type(methods.strategy).load_checkpoint).parameters
 
@@ -72,7 +72,7 @@ def has_lightnings_io(strategy: Any) -> bool:
     return _is_lightnings_own(strategy.checkpoint_io)
 
 
-def _reads_with_torch(methods: OverlaidMethods) -> bool:
+def _reads_with_torch(methods: StrategyPatch) -> bool:
     """Whether torch.load reads the files, perhaps inside of a plugin around Lightning's (AsyncCheckpointIO)."""
     plugin = methods.strategy.checkpoint_io
     while hasattr(plugin, "checkpoint_io"):

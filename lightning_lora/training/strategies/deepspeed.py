@@ -24,7 +24,6 @@ from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.steps.received import NotedGradients
 from lightning_lora.training.steps.unfed import refuse_unfed
 from lightning_lora.training.strategies.late_restore import LateRestoreMethods
-from lightning_lora.training.strategies.overlay import overlaid
 from lightning_lora.training.strategies.partitions import (
     OptimizerState,
     Partition,
@@ -32,6 +31,7 @@ from lightning_lora.training.strategies.partitions import (
     partitions_of,
     scattered_state,
 )
+from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
 _SHARDS = "float32"
 """The entry of an optimizer's state in half precision with DeepSpeed's float32 shards."""
@@ -43,8 +43,8 @@ _SCALE = "loss_scaler"
 class DeepSpeedMethods(LateRestoreMethods):
     """The methods for DeepSpeedStrategy."""
 
-    # its own read and write a folder, with a file of each process
-    skips_own_override = ("load_checkpoint", "load_model_state_dict", "save_checkpoint")
+    # DeepSpeedStrategy's own read and write a folder, with a file of each process
+    skipped_overrides = frozenset({"load_checkpoint", "load_model_state_dict", "save_checkpoint"})
 
     def __init__(self, strategy: Any) -> None:
         super().__init__(strategy)
@@ -64,12 +64,12 @@ class DeepSpeedMethods(LateRestoreMethods):
 
     # Set up
 
-    @overlaid
+    @patches_strategy
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Make none yet: ``_init_optimizers`` does."""
         self.original.setup_optimizers(trainer)
 
-    @overlaid
+    @patches_strategy
     def _init_optimizers(self) -> Any:
         """Build the user's optimizer, then let it train the adapters."""
         with showing_trainable_base(self.module):
@@ -88,7 +88,7 @@ class DeepSpeedMethods(LateRestoreMethods):
                 self.module.register_parameter(name, self._placeholders[name])
                 group["params"].append(self._placeholders[name])
 
-    @overlaid
+    @patches_strategy
     def init_deepspeed(self) -> None:
         """Build the engine."""
         if self.stage.is_fitting:
@@ -143,14 +143,14 @@ class DeepSpeedMethods(LateRestoreMethods):
         if self.stage.lr_scale != 1 and "optimizer" in self.strategy.config:
             raise StrategyError("DeepSpeed's own optimizer takes no lr_scale. Return one from configure_optimizers.")
 
-    @overlaid
+    @patches_strategy
     def on_train_start(self) -> None:
         """Copy what was loaded since the engine was built."""
         for partition in self.partitions:
             partition.copy_parameters()
         self.original.on_train_start()
 
-    @overlaid
+    @patches_strategy
     def teardown(self) -> None:
         """End the engine: otherwise its hooks would act in the module's next fit."""
         self.original.teardown()
@@ -185,7 +185,7 @@ class DeepSpeedMethods(LateRestoreMethods):
         if _SCALE in state and hasattr(optimizer, "loss_scaler"):
             vars(optimizer.loss_scaler).update(state[_SCALE])
 
-    @overlaid
+    @patches_strategy
     def optimizer_state(self, optimizer: Any) -> OptimizerState:
         """Return the state of the optimizer, made full."""
         device = self.strategy.root_device

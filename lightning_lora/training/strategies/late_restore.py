@@ -4,14 +4,14 @@ from typing import Any
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.storage.on_disk import disk
-from lightning_lora.training.strategies.overlay import overlaid
 from lightning_lora.training.strategies.strategy import StrategyMethods
+from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
 
 class LateRestoreMethods(StrategyMethods):
     """The methods for a strategy that restores checkpoints after its set-up. Its files are those of the others."""
 
-    @overlaid
+    @patches_strategy
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed, and the optimizers' states: Lightning leaves both to this strategy."""
         super().load_model_state_dict(checkpoint, strict)
@@ -21,7 +21,7 @@ class LateRestoreMethods(StrategyMethods):
     def adapt_replaced_layers(self, checkpoint: Any) -> None:
         """Adapt nothing: the layers are set up by now."""
 
-    @overlaid
+    @patches_strategy
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write one file, as the other strategies do. A folder in its place is found by all: none waits for others."""
         path = disk.local_path(filepath)

@@ -1,4 +1,4 @@
-"""Methods over those with which a strategy loads a checkpoint: its adapters, or a new base."""
+"""Patches of the methods with which a strategy loads a checkpoint: its adapters, or a new base."""
 
 from typing import Any
 
@@ -26,8 +26,8 @@ from lightning_lora.training.optimizers.float32_steps import showing_float32
 from lightning_lora.training.optimizers.optimizer_states import refusing_other_states
 from lightning_lora.training.phases import Phase
 from lightning_lora.training.strategies.checkpoint_files import Checkpoint, read_checkpoint
-from lightning_lora.training.strategies.overlay import overlaid
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
+from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
 
 class LoadMethods(SetUpMethods):
@@ -35,7 +35,7 @@ class LoadMethods(SetUpMethods):
 
     # The file
 
-    @overlaid
+    @patches_strategy
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Checkpoint:
         """Read the checkpoint, then adapt the module. Return what the file holds.
 
@@ -107,7 +107,7 @@ class LoadMethods(SetUpMethods):
 
     # The module's weights
 
-    @overlaid
+    @patches_strategy
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
         reduce_to_adapters(checkpoint)  # takes out the base that ``show_base`` has added for hooks
@@ -140,7 +140,7 @@ class LoadMethods(SetUpMethods):
 
     # The optimizers' states
 
-    @overlaid
+    @patches_strategy
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Load the optimizers' states, if they fit. Lightning leaves out those that have no counterpart."""
         states = checkpoint["optimizer_states"]

@@ -1,4 +1,4 @@
-"""Methods over those with which a strategy saves a checkpoint: with the adapters, or with the merged model too."""
+"""Patches of the methods with which a strategy saves a checkpoint: with the adapters, or with the merged model too."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ from lightning_lora.training import compatibility
 from lightning_lora.training.phases import Phase
 from lightning_lora.training.reports import logged_metrics
 from lightning_lora.training.strategies.checkpoint_files import Checkpoint, has_lightnings_io
-from lightning_lora.training.strategies.overlay import overlaid
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
+from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
 
 class SaveMethods(SetUpMethods):
     """The methods that save. They act after a stage too."""
 
-    @overlaid
+    @patches_strategy
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return what training changed. The base is never gathered, not even with ``save_weights_only``."""
         self._forget_replaced_merge()
@@ -32,7 +32,7 @@ class SaveMethods(SetUpMethods):
         state: dict[str, Any] = self.original.lightning_module_state_dict()
         return state
 
-    @overlaid
+    @patches_strategy
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with only the adapters. ``save="model"`` adds the whole merged model."""
         if self.stage.is_fit and self.stage.phase is Phase.SET_UP:

@@ -1,4 +1,4 @@
-"""Methods over those with which a strategy sets a module up: it is adapted before it is converted and wrapped."""
+"""Patches of the methods with which a strategy sets a module up: it is adapted before it is converted and wrapped."""
 
 from functools import partial
 from typing import Any, ClassVar
@@ -21,10 +21,10 @@ from lightning_lora.training.optimizers.schedulers import hide_scaled_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.phases import Phase
 from lightning_lora.training.stage import Stage, shows_adapters
-from lightning_lora.training.strategies.overlay import OverlaidMethods, overlaid
+from lightning_lora.training.strategies.strategy_patch import StrategyPatch, patches_strategy
 
 
-class SetUpMethods(OverlaidMethods):
+class SetUpMethods(StrategyPatch):
     """The methods for the set-up, and what those for other moments need too."""
 
     shards_before_adapters: ClassVar[bool] = False
@@ -53,11 +53,11 @@ class SetUpMethods(OverlaidMethods):
             raise AdapterStateError("Hooks of LoRACallback act only while the Trainer runs. Call trainer.fit(model).")
         return module
 
-    @overlaid
+    @patches_strategy
     def setup(self, trainer: Trainer) -> None:
         """Adapt the module before it is converted, moved and wrapped."""
         if self.stage.phase is Phase.OVER:  # this Trainer has no LoRACallback: it gets the strategy as it was
-            self.take_away()
+            self.unpatch()
             self.original.setup(trainer)
         else:
             self.setup_in_stage(trainer)
@@ -113,7 +113,7 @@ class SetUpMethods(OverlaidMethods):
         if all(each["dtypes"] != dtypes for each in fingerprints):
             fingerprints.append(fingerprint(view))
 
-    @overlaid
+    @patches_strategy
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizers, then let them train the adapters.
 

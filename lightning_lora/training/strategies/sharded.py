@@ -28,15 +28,17 @@ from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.steps.received import NotedGradients
 from lightning_lora.training.strategies.late_restore import LateRestoreMethods
-from lightning_lora.training.strategies.overlay import overlaid
 from lightning_lora.training.strategies.partitions import OptimizerState
+from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
 
 class ShardedMethods(LateRestoreMethods):
     """The methods for ModelParallelStrategy."""
 
-    # its own read and write a folder of shards, and states by the names of parameters
-    skips_own_override = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
+    # ModelParallelStrategy's own read and write a folder of shards, and states by the names of parameters
+    skipped_overrides = frozenset(
+        {"load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict"}
+    )
     shards_before_adapters = True
     averages_gradients = True
     """False while a backward pass only accumulates them."""
@@ -51,7 +53,7 @@ class ShardedMethods(LateRestoreMethods):
 
     # Set up
 
-    @overlaid
+    @patches_strategy
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Keep adapters from before out of the shards. They are off their layers while ``configure_model`` runs."""
@@ -125,7 +127,7 @@ class ShardedMethods(LateRestoreMethods):
         if not any(p.is_meta for p in View(self.module).base_parameters.values()):
             super().note_base(anew=anew)
 
-    @overlaid
+    @patches_strategy
     def on_train_start(self) -> None:
         """Note the fingerprint of a base that was loaded late.
 
@@ -150,7 +152,7 @@ class ShardedMethods(LateRestoreMethods):
         states = map(_distributed_state, checkpoint["optimizer_states"], self.strategy.optimizers)
         super().load_states({**checkpoint, "optimizer_states": list(states)})
 
-    @overlaid
+    @patches_strategy
     def optimizer_state(self, optimizer: Any) -> OptimizerState:
         """Return the state of an optimizer, made full."""
         return shards.full_tensors(self.original.optimizer_state(optimizer))
@@ -164,7 +166,7 @@ class ShardedMethods(LateRestoreMethods):
         """Let no guard watch them either."""
         return nullcontext()
 
-    @overlaid
+    @patches_strategy
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Average and send nothing after a backward pass that only accumulates."""

@@ -1,4 +1,4 @@
-"""Methods over those in which a strategy runs a training step: what acts during each call, also after an error."""
+"""Patches of the methods in which a strategy runs a training step: what acts during each call, also after an error."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,20 +17,20 @@ from lightning_lora.training.steps.gradients import Gradients, check_loss
 from lightning_lora.training.steps.received import received_gradients
 from lightning_lora.training.steps.reentrant import letting_gradients_pass
 from lightning_lora.training.steps.unfed import remove_unfed
-from lightning_lora.training.strategies.overlay import overlaid
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
+from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
 
 class StepMethods(SetUpMethods):
     """The methods for the data and the steps of a training."""
 
-    @overlaid
+    @patches_strategy
     def process_dataloader(self, dataloader: object) -> object:
         """Begin a resumed run's data with its random numbers."""
         self.stage.random_numbers.begin_data(dataloader)
         return self.original.process_dataloader(dataloader)
 
-    @overlaid
+    @patches_strategy
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
         stage = self.stage
@@ -46,7 +46,7 @@ class StepMethods(SetUpMethods):
         """Look at weights before the first steps."""
         self.stage.tools.first_steps.begin_step(module)
 
-    @overlaid
+    @patches_strategy
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
         module = self.strategy.lightning_module

@@ -1,4 +1,4 @@
-"""Our methods over those of a strategy: what they do where callbacks have no hook."""
+"""Which methods of a strategy we patch: they act where callbacks have no hook."""
 
 from lightning_lora.training.strategies.load_methods import LoadMethods
 from lightning_lora.training.strategies.save_methods import SaveMethods
@@ -8,9 +8,9 @@ from lightning_lora.training.strategies.step_methods import StepMethods
 class StrategyMethods(LoadMethods, SaveMethods, StepMethods):
     """Our methods for one strategy. They stay after a stage: files are written then too.
 
-    A file for each part of a run has the methods: the set-up, loading, saving, and the steps. Those that lie over the
-    strategy's are marked ``@overlaid``, and only they are called by Lightning. It has no public
-    hook at these moments, or none that keeps what each method promises:
+    Each part of a run has a file: the set-up, loading, saving, and the steps. A method that is marked
+    ``@patches_strategy`` is called by Lightning in place of the strategy's own, which it calls in turn. The reason for
+    each: Lightning has no public hook at that moment, or none that keeps what the method promises.
 
     - ``setup``: after ``configure_model``, before the module is converted. A ``configure_model`` set on the module
       would be in its copies and pickles, and EMA would call it. ``on_fit_start`` comes after the tuners' trials.
