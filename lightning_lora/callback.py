@@ -26,22 +26,22 @@ from lightning_lora.summary import summarize
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility, merging
-from lightning_lora.training.advice import advise
-from lightning_lora.training.chosen_adapter import ChosenAdapter
 from lightning_lora.training.data_init.data_start import check_data_init, start_from_data
 from lightning_lora.training.optimizers.added_groups import trimming_added_groups
 from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
 from lightning_lora.training.optimizers.scales import scale_of_each_factor
-from lightning_lora.training.phases import Phase
-from lightning_lora.training.randomness import RANDOM, random_states
+from lightning_lora.training.random_numbers.generator_states import RANDOM, random_states
+from lightning_lora.training.random_numbers.resumed_data import ResumedNumbers
 from lightning_lora.training.reports import log_arguments, log_values, shown_rates
-from lightning_lora.training.resumed_data import ResumedNumbers
 from lightning_lora.training.returned_records import extend_launchers
 from lightning_lora.training.running import NoTraining, TrainingWatch
-from lightning_lora.training.stage import Fit, Stage
+from lightning_lora.training.stages.chosen_adapter import ChosenAdapter
+from lightning_lora.training.stages.phases import Phase
+from lightning_lora.training.stages.stage import Fit, Stage
 from lightning_lora.training.steps.step_tools import StepTools
 from lightning_lora.training.strategies.for_strategy import methods_of, patch_strategy
 from lightning_lora.training.strategies.strategy import StrategyMethods
+from lightning_lora.training.untrained_at_start import tell_of_start
 
 
 @documents_arguments_of(LoRAConfig)
@@ -294,7 +294,7 @@ class LoRACallback(Callback):
     def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what looks wrong, let adapters start from data, and watch the steps."""
         view = view_of(pl_module)  # a new one, since tensors may have been exchanged
-        advise(view, self._stage.tools.guards_in_first_process)  # not earlier: on_fit_start may load or reset weights
+        tell_of_start(view, self._stage.tools.guards_in_first_process)  # after on_fit_start, which may load weights
         base = base_digests(view)  # before adapters start from data: the user's code runs then, and may change it
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:

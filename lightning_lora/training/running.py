@@ -10,14 +10,14 @@ from lightning_lora.model.changes.attach import reinitialise_if_base_changed
 from lightning_lora.model.still.follow import follow_new_copies
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.fingerprint import base_digests
-from lightning_lora.training.advice import advise_again
 from lightning_lora.training.compatibility import average_what_trains, callbacks_of, late_callback_error
 from lightning_lora.training.optimizers.group_checks import check_frozen
 from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
-from lightning_lora.training.stage import Stage
+from lightning_lora.training.stages.stage import Stage
 from lightning_lora.training.steps.feeding import Feeding
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.strategies.strategy import StrategyMethods
+from lightning_lora.training.untrained_at_start import tell_of_new_base
 
 
 class NoTraining:
@@ -91,7 +91,7 @@ class TrainingWatch:
         now = base_digests(view_of(self.module))
         changed = dict(now.items() - before.items())
         if changed:
-            advise_again(self.module, self.stage.tools.guards_in_first_process, changed)
+            tell_of_new_base(self.module, self.stage.tools.guards_in_first_process, changed)
 
     def begin_backward(self, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""

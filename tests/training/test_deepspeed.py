@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
 
 from lightning_lora import AdapterStateError, LoRACallback, LoRAConfig, StrategyError
-from lightning_lora.training.stage import Stage
+from lightning_lora.training.stages.stage import Stage
 from lightning_lora.training.strategies.for_strategy import patch_strategy
 from tests.support.cpu_deepspeed import CpuDeepSpeed
 from tests.support.messages import lines_with

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRAWarning, MergePrecisionWarning, inject_adapters
-from lightning_lora.training.drawing import drawing_apart
+from lightning_lora.training.random_numbers.drawing_apart import drawing_apart
 from tests.support.cases import held
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import Stateful, WritesLater, fit, outcome, resumes_to_the_bit

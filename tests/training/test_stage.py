@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.record import find_record
-from lightning_lora.training.stage import Stage
+from lightning_lora.training.stages.stage import Stage
 from tests.support.cases import At, StopError, base_is_whole, files_hold_adapters_alone, same_parts, trained
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import adam, by_hand, fit, loaded, outcome

@@ -18,7 +18,7 @@ from torch import nn
 from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, remove_adapters
 from lightning_lora.storage.stored import KEY
 from lightning_lora.training.compatibility import states_are_read
-from lightning_lora.training.stage import Stage
+from lightning_lora.training.stages.stage import Stage
 from lightning_lora.training.strategies.checkpoint_files import read_checkpoint
 from lightning_lora.training.strategies.deepspeed import DeepSpeedMethods
 from lightning_lora.training.strategies.for_strategy import methods_of, patch_strategy

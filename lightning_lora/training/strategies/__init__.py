@@ -1,1 +1,1 @@
-"""What is added to a Trainer's strategy. The file of each kind registers itself."""
+"""Methods of the Trainer's strategy that we patch. Each kind of strategy has a file, and a line in ``for_strategy``."""

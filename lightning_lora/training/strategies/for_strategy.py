@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.training.stage import Stage
+from lightning_lora.training.stages.stage import Stage
 from lightning_lora.training.strategies.deepspeed import DeepSpeedMethods
 from lightning_lora.training.strategies.sharded import ShardedMethods
 from lightning_lora.training.strategies.strategy import StrategyMethods

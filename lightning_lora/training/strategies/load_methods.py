@@ -24,7 +24,7 @@ from lightning_lora.tensors.dicts import without
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import showing_float32
 from lightning_lora.training.optimizers.optimizer_states import refusing_other_states
-from lightning_lora.training.phases import Phase
+from lightning_lora.training.stages.phases import Phase
 from lightning_lora.training.strategies.checkpoint_files import Checkpoint, read_checkpoint
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
 from lightning_lora.training.strategies.strategy_patch import patches_strategy

@@ -13,8 +13,8 @@ from lightning_lora.storage.on_disk import disk
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import names_inside
 from lightning_lora.training import compatibility
-from lightning_lora.training.phases import Phase
 from lightning_lora.training.reports import logged_metrics
+from lightning_lora.training.stages.phases import Phase
 from lightning_lora.training.strategies.checkpoint_files import Checkpoint, has_lightnings_io
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
 from lightning_lora.training.strategies.strategy_patch import patches_strategy

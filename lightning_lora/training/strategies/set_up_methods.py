@@ -19,8 +19,8 @@ from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
 from lightning_lora.training.optimizers.schedulers import hide_scaled_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
-from lightning_lora.training.phases import Phase
-from lightning_lora.training.stage import Stage, shows_adapters
+from lightning_lora.training.stages.phases import Phase
+from lightning_lora.training.stages.stage import Stage, shows_adapters
 from lightning_lora.training.strategies.strategy_patch import StrategyPatch, patches_strategy
 
 

@@ -16,7 +16,7 @@ from lightning_lora.model.view import view_of
 from lightning_lora.moments import Guards
 from lightning_lora.storage.formats.peft.naming.shells import shell_of
 from lightning_lora.storage.inner_model import StoredModule
-from lightning_lora.training.advice import advise
+from lightning_lora.training.untrained_at_start import tell_of_start
 from tests.storage.formats.test_export_models import load_adapter, run
 from tests.storage.formats.test_same_folders import of_0_2_0
 from tests.support.models import Around
@@ -54,7 +54,7 @@ def is_advised_against(model: Any, config: dict[str, Any], caplog: Any) -> bool:
     caplog.clear()
     module = Around(deepcopy(model))
     ll.inject_adapters(module, ll.LoRAConfig(r=2, **config))
-    advise(view_of(module), Guards())
+    tell_of_start(view_of(module), Guards())
     return "export_peft refuses 'model." in caplog.text
 
 

@@ -15,14 +15,14 @@ from lightning_lora.model.record import find_record, state_of
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.base_forms import note_changed
-from lightning_lora.training.before_hooks import BeforeHooks
-from lightning_lora.training.chosen_adapter import ChosenAdapter
 from lightning_lora.training.compatibility import begin_averages, loads_in_hooks
-from lightning_lora.training.drawing import drawing_apart
-from lightning_lora.training.phases import Outcome, Phase, end_of
-from lightning_lora.training.resumed_data import RandomNumbers
+from lightning_lora.training.random_numbers.drawing_apart import drawing_apart
+from lightning_lora.training.random_numbers.resumed_data import RandomNumbers
+from lightning_lora.training.stages.before_hooks import BeforeHooks
+from lightning_lora.training.stages.chosen_adapter import ChosenAdapter
+from lightning_lora.training.stages.phases import Outcome, Phase, end_of
+from lightning_lora.training.stages.way_back import WayBack
 from lightning_lora.training.steps.step_tools import StepTools
-from lightning_lora.training.way_back import WayBack
 
 
 @dataclass

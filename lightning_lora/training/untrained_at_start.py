@@ -12,7 +12,7 @@ from lightning_lora.moments import Guard
 from lightning_lora.tensors.names import modules_around
 
 
-def advise(view: View, guards: Guard) -> None:
+def tell_of_start(view: View, guards: Guard) -> None:
     """Let guards say what trains too little. Collective: each process calls it, and in most, the guards do nothing."""
     guards.training_begins(view)
     if not view.is_fresh():  # its adapters are trained already
@@ -23,8 +23,8 @@ def advise(view: View, guards: Guard) -> None:
     guards.new_adapters_begin(view, untrained)
 
 
-def advise_again(model: nn.Module, guards: Guard, changed: Collection[str]) -> None:
-    """Judge again, because the module's own hooks have changed these weights since :func:`advise`."""
+def tell_of_new_base(model: nn.Module, guards: Guard, changed: Collection[str]) -> None:
+    """Judge again, because the module's own hooks have changed these weights since :func:`tell_of_start`."""
     view = view_of(model)
     if not view.is_fresh():
         return

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_lora.private import begin_loaders_again, loader_of, loader_states
-from lightning_lora.training.randomness import RANDOM, States, set_states, states_here, stored_here
+from lightning_lora.training.random_numbers.generator_states import RANDOM, States, set_states, states_here, stored_here
 
 
 class RandomNumbers:

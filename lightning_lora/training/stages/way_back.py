@@ -11,8 +11,8 @@ from lightning_lora.model.merge import merge, unmerge_or_forget
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.view import View
-from lightning_lora.training.chosen_adapter import ChosenAdapter
-from lightning_lora.training.phases import Outcome
+from lightning_lora.training.stages.chosen_adapter import ChosenAdapter
+from lightning_lora.training.stages.phases import Outcome
 
 
 @dataclass
