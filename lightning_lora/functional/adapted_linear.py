@@ -86,16 +86,16 @@ def _add_for_few_tokens(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tenso
     return as_dtype(torch.add(output, update, alpha=scaling), output.dtype)
 
 
-def _pays_to_update(rows: Tensor, weight: Tensor, dropout: float) -> bool:
+def _pays_to_update(tokens: Tensor, weight: Tensor, dropout: float) -> bool:
     r"""Whether it is faster to multiply by the sum :math:`W + \Delta W`. Each pass computes the sum again.
 
     The sum costs r · in · out multiplications twice, once in each pass. Adding the update separately costs r (in + out)
-    for each row instead. The sum pays off from twice the number of rows at which both costs are equal, whatever r
+    for each token instead. The sum pays off from twice the number of tokens at which both costs are equal, whatever r
     (Cherniuk et al. 2023, "Run LoRA Run"). It must also keep small updates: half precision would round them away, and
     so would float32 products whose factors torch rounds.
     """
     writes, reads = weight.shape
-    if dropout or rows.shape[0] * (writes + reads) < 4 * writes * reads:
+    if dropout or tokens.shape[0] * (writes + reads) < 4 * writes * reads:
         return False
     if not (weight.is_contiguous() or weight.T.is_contiguous()):  # the sum would have another memory layout
         return False
@@ -125,21 +125,21 @@ class _AdaptedLinear(torch.autograd.Function):
         x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
     ) -> tuple[Tensor, Tensor | None, int]:
         """Return y, h (None if unused) and the seed."""
-        rows = x.reshape(-1, x.shape[-1])
+        tokens = x.reshape(-1, x.shape[-1])
         a = as_dtype(lora_A, x.dtype)
         b = as_dtype(lora_B, x.dtype)
-        if _pays_to_update(rows, weight, dropout):
+        if _pays_to_update(tokens, weight, dropout):
             updated = _updated(weight, a, b, scaling)
             return F.linear(x, updated, bias), None, 0
         seed = 0
         if dropout:
             seed = new_seed()
-            h = _dropped_product(a, rows, dropout, seed)
+            h = _dropped_product(a, tokens, dropout, seed)
         else:
-            h = a @ rows.T
+            h = a @ tokens.T
         y = F.linear(x, weight, bias).contiguous()  # here x is still in the cache, and then y is for addmm_
-        y_rows = y.view(-1, y.shape[-1])
-        y_rows.addmm_(h.T, b.T, alpha=scaling / (1 - dropout))
+        y_tokens = y.view(-1, y.shape[-1])
+        y_tokens.addmm_(h.T, b.T, alpha=scaling / (1 - dropout))
         return y, h, seed
 
     @staticmethod
@@ -167,34 +167,36 @@ class _AdaptedLinear(torch.autograd.Function):
     def gradients(ctx: Any, grad: Tensor, inputs: Sequence[Any], h: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients as written out."""
         x, weight, _, lora_A, lora_B = inputs
-        rows = x.reshape(-1, x.shape[-1])
-        out = grad.reshape(-1, grad.shape[-1])
+        for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
+        scaling = ctx.scaling_of_kept
+        has_multiplied_by_sum = h is None  # in the forward pass
+        tokens = x.reshape(-1, x.shape[-1])
+        grad_y = grad.reshape(-1, grad.shape[-1])
         a = as_dtype(lora_A, x.dtype)
         b = as_dtype(lora_B, x.dtype)
-        scaling = ctx.scaling_of_kept
-        multiplied_by_sum = h is None  # the forward pass, which needs no h then
-        for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
-        g = b.T @ out.T
-        grad_B = grad_x = grad_rows = None
+        g = b.T @ grad_y.T
+        grad_B = None
         if for_B:
-            hidden = a @ rows.T if h is None else h
-            grad_B = torch.addmm(b.T, hidden, out, beta=0, alpha=scaling).T
-        if for_x and multiplied_by_sum:
-            grad_x = out.view(grad.shape) @ _updated(weight, a, b, scaling)
+            if h is None:
+                h = a @ tokens.T
+            grad_B = torch.addmm(b.T, h, grad_y, beta=0, alpha=scaling).T
+        grad_x = grad_tokens = None
+        if for_x and has_multiplied_by_sum:
+            grad_x = grad_y.view(grad.shape) @ _updated(weight, a, b, scaling)
         elif for_x:
-            grad_x = out.view(grad.shape) @ weight  # no view: torch may add to it in place
-            grad_rows = grad_x.view(rows.shape)  # the update's part is added to these below
+            grad_x = grad_y.view(grad.shape) @ weight  # no view: torch may add to it in place
+            grad_tokens = grad_x.view(tokens.shape)  # a view, to which the update's part is added below
         grad_A = None
         if ctx.dropout:
             g.mul_(scaling)  # not g A, which could overflow in half precision
-            grad_A = _add_gradients_with_dropout(g, a, rows, grad_rows, ctx.dropout, ctx.seed)
+            grad_A = _add_gradients_with_dropout(g, a, tokens, grad_tokens, ctx.dropout, ctx.seed)
         else:
-            if grad_rows is not None:
-                grad_rows.addmm_(g.T, a, alpha=scaling)
+            if grad_tokens is not None:
+                grad_tokens.addmm_(g.T, a, alpha=scaling)
             if for_A:
-                grad_A = torch.addmm(a, g, rows, beta=0, alpha=scaling)
-        grad_weight = out.T @ rows if for_weight else None
-        grad_bias = out.sum(0) if for_bias else None
+                grad_A = torch.addmm(a, g, tokens, beta=0, alpha=scaling)
+        grad_weight = grad_y.T @ tokens if for_weight else None
+        grad_bias = grad_y.sum(0) if for_bias else None
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None  # torch converts to dtypes of A and B
 
     @staticmethod
@@ -208,36 +210,36 @@ class _AdaptedLinear(torch.autograd.Function):
             inputs[1] = weight
         mask = torch.ones_like(x, memory_format=torch.contiguous_format)
         if ctx.dropout:
-            rows = mask.view(-1, x.shape[-1])
-            for block, drop in drops(rows, ctx.dropout, ctx.seed):
-                drop(rows[block])
+            tokens = mask.view(-1, x.shape[-1])
+            for block, drop in drops(tokens, ctx.dropout, ctx.seed):
+                drop(tokens[block])
         y = _composed(x, x * mask, weight, bias, lora_A, lora_B, ctx.scaling_of_kept)
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
         gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
         return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
 
 
-def _dropped_product(a: Tensor, rows: Tensor, dropout: float, seed: int) -> Tensor:
-    """Return h, a block of rows at a time."""
-    h = a.new_empty(len(a), len(rows))
-    for block, drop in drops(rows, dropout, seed):
-        dropped = drop(rows[block].clone(memory_format=torch.contiguous_format))
+def _dropped_product(a: Tensor, tokens: Tensor, dropout: float, seed: int) -> Tensor:
+    """Return h, a block of tokens at a time."""
+    h = a.new_empty(len(a), len(tokens))
+    for block, drop in drops(tokens, dropout, seed):
+        dropped = drop(tokens[block].clone(memory_format=torch.contiguous_format))
         h[:, block] = a @ dropped.T
     return h
 
 
 def _add_gradients_with_dropout(
-    g: Tensor, a: Tensor, rows: Tensor, grad_rows: Tensor | None, dropout: float, seed: int
+    g: Tensor, a: Tensor, tokens: Tensor, grad_tokens: Tensor | None, dropout: float, seed: int
 ) -> Tensor:
-    """Return the gradient of A, and add the update's part to that of the rows, if it lacks this.
+    """Return the gradient of A, and add the update's part to ``grad_tokens`` in place, if these are wanted.
 
     Both in one pass, for which the seed draws the elements of the forward pass again. ``g`` is scaled already.
     """
     grad_A = torch.zeros_like(a)
-    for block, drop in drops(rows, dropout, seed):
-        dropped = drop(rows[block].clone(memory_format=torch.contiguous_format))
+    for block, drop in drops(tokens, dropout, seed):
+        dropped = drop(tokens[block].clone(memory_format=torch.contiguous_format))
         grad_A.addmm_(g[:, block], dropped)
-        if grad_rows is not None:
+        if grad_tokens is not None:
             product = torch.mm(g[:, block].T, a, out=dropped)
-            grad_rows[block].add_(drop(product))
+            grad_tokens[block].add_(drop(product))
     return grad_A

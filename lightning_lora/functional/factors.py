@@ -32,14 +32,15 @@ def difference(update: Factors, other: Factors) -> Factors:
     return torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
 
 
-def in_rows(updates: list[Factors], first: list[int], rows: int) -> Factors:
-    """Return one update of all ``rows`` from updates of some.
+def joined_rows(updates: list[Factors], first_rows: list[int], rows: int) -> Factors:
+    """Return one update of a whole weight from updates of some of its rows each. Other rows get none.
 
     Shape:
-        Each A: (r, in) and B: (some rows, r), for the rows from ``first`` on.
+        Each A: (r, in) and B: (its rows, r), for the weight's rows from its first one on. Returns (sum of all r, in)
+        and (rows, sum of all r).
     """
     factors_a, factors_b = [], []
-    for (a, b), rows_above in zip(updates, first, strict=True):
+    for (a, b), rows_above in zip(updates, first_rows, strict=True):
         rows_below = rows - rows_above - b.shape[-2]
         factors_a.append(a)
         factors_b.append(F.pad(b, (0, 0, rows_above, rows_below)))
@@ -50,8 +51,10 @@ def with_rank(update: Factors, r: int) -> Factors:
     r"""Return an update with rank r, in float32 or wider.
 
     Shape:
-        A: (\*, R, in) and B: (\*, out, R). Returns (\*, r, in) and (\*, out, r). A larger r adds zeros; a smaller one
-        must be in or out, the largest rank that a matrix can have: then one factor is B A, and the other the identity.
+        A: (\*, R, in) and B: (\*, out, R). Returns (\*, r, in) and (\*, out, r).
+
+    If r is larger than R, zeros are added. If it is smaller, it must be in or out: a matrix has no larger rank than the
+    smaller of these. Then one factor is B A, and the other the identity.
     """
     a = update[0].to(wide(update[0].dtype))
     b = update[1].to(wide(update[1].dtype))
@@ -62,8 +65,8 @@ def with_rank(update: Factors, r: int) -> Factors:
         return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
     product = (b.double() @ a.double()).to(a.dtype)
     identity = torch.eye(r, dtype=a.dtype, device=a.device).expand(*product.shape[:-2], r, r)
-    is_as_high_as_r = product.shape[-2] == r
-    return (product, identity) if is_as_high_as_r else (identity, product)
+    has_r_rows = product.shape[-2] == r
+    return (product, identity) if has_r_rows else (identity, product)
 
 
 def truncated(update: Factors, r: int) -> Factors:

@@ -6,11 +6,12 @@ from torch import Tensor
 from lightning_lora.functional.dtypes import precise
 from lightning_lora.functional.factors import Factors
 
-Directions = tuple[Tensor, Tensor, Tensor]  # left singular vectors as columns, singular values, right ones as columns
+Directions = tuple[Tensor, Tensor, Tensor]
+"""Left singular vectors, as columns; singular values, the largest first; right singular vectors, as columns."""
 
 
 def directions(update: Factors | Tensor) -> Directions:
-    r"""Return an update's singular vectors and values: (\*, out, r), (\*, r), (\*, in, r).
+    r"""Return the directions of B A or of a whole matrix: (\*, out, r), (\*, r), (\*, in, r).
 
     The vectors for a value of 0 are zeros.
     """
@@ -26,18 +27,18 @@ def directions(update: Factors | Tensor) -> Directions:
 def _directions_of_matrix(matrix: Tensor) -> Directions:
     u, sizes, v = torch.linalg.svd(precise(matrix), full_matrices=False)
     rounding = max(matrix.shape[-2:]) * torch.finfo(sizes.dtype).eps
-    exist = (sizes > rounding * sizes[..., :1]).unsqueeze(-2)
-    return u * exist, sizes, v.mT * exist
+    is_nonzero = (sizes > rounding * sizes[..., :1]).unsqueeze(-2)
+    return u * is_nonzero, sizes, v.mT * is_nonzero
 
 
-def effective_rank(values: Tensor) -> Tensor:
+def effective_rank(sizes: Tensor) -> Tensor:
     r"""Return how many singular values (\*, r) count: :math:`\exp` of their entropy. It is 0 for an update of zeros.
 
     Source:
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.
     """
-    total = values.sum(-1, keepdim=True)
-    shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)
+    total = sizes.sum(-1, keepdim=True)
+    shares = sizes / total.clamp_min(torch.finfo(sizes.dtype).tiny)
     entropy = -torch.xlogy(shares, shares).sum(-1)
     return torch.where(total.squeeze(-1) > 0, entropy.exp(), 0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.functional.dtypes import wide
-from lightning_lora.functional.factors import Factors, difference, in_rows
+from lightning_lora.functional.factors import Factors, difference, joined_rows
 from lightning_lora.layers.inits import INITIALISATIONS, Initialisation
 
 
@@ -202,4 +202,4 @@ def weight_factors(
     if len(its_matrices) == 1 and its_matrices[0].has_all_rows:
         return updates[0]
     first_rows = [matrix.first for matrix in its_matrices]
-    return in_rows(updates, first_rows, its_matrices[0].weight_rows)
+    return joined_rows(updates, first_rows, its_matrices[0].weight_rows)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import ConfigError
 from lightning_lora.functional.batch_rows import add_to_rows, stacked
 from lightning_lora.functional.factors import Factors
-from lightning_lora.functional.some_rows import NoRowsError, put_together, take_rows
+from lightning_lora.functional.split_batch import NoRowsError, put_together, take_rows
 from lightning_lora.layers import Adapter, LoRALayer, LoRALinear, Step, attributes_of
 from lightning_lora.layers.each_kind.recurrent import LoRARecurrent
 from lightning_lora.layers.functional_call import functional_call

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora.functional.factors import Factors, concatenated, difference, in_rows, truncated, with_rank
+from lightning_lora.functional.factors import Factors, concatenated, difference, joined_rows, truncated, with_rank
 
 IN, OUT = 6, 5
 
@@ -50,7 +50,7 @@ def test_a_small_difference_of_large_products_is_not_rounded_away() -> None:
 
 def test_updates_of_some_rows_become_one_of_all() -> None:
     top, bottom = factors(2, out=1), factors(3, out=2)
-    a, b = in_rows([top, bottom], [0, 3], rows=OUT)
+    a, b = joined_rows([top, bottom], [0, 3], rows=OUT)
     expected = torch.zeros(OUT, IN, dtype=torch.float64)
     expected[0:1] = product(top)
     expected[3:5] = product(bottom)

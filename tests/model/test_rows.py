@@ -29,7 +29,7 @@ from lightning_lora import (
     save_adapter,
     set_adapter,
 )
-from lightning_lora.functional.some_rows import take_rows
+from lightning_lora.functional.split_batch import take_rows
 from tests.support.compared import assert_all_equal, assert_state
 from tests.support.layers import LAYERS, Experts, config
 from tests.support.models import TinyLM, state

@@ -1,7 +1,8 @@
-"""Take some rows of a batch out of a module's arguments or outputs, and put outputs together again.
+"""Split a batch between adapters: take some of its rows out of a module's arguments, and put outputs together again.
 
-The tensors may be in containers of any depth. Rows are dimension 0 of the first tensor. They are dimension
-``states_dim`` of the others: of a recurrent layer's states, they are dimension 1.
+Arguments and outputs are values in containers of any depth: tensors, and others such as numbers. A tensor has rows if
+it is as long as the batch. The first value has them in dimension 0, and all others have them in dimension
+``states_dim``: the states of a recurrent layer, behind its sequence, have them in dimension 1.
 """
 
 from collections.abc import Sequence
@@ -14,11 +15,14 @@ from lightning_lora.private import tree_flatten, tree_unflatten
 
 
 class NoRowsError(ValueError):
-    """An output is no tensor with rows, and differs between the parts of a batch. Its type is the argument."""
+    """Outputs of parts of a batch have a value that cannot be put together. Its type is the argument."""
 
 
 def take_rows(values: Any, rows: Tensor, n: int, states_dim: int = 0, mask: Tensor | None = None) -> Any:
-    """Return arguments or outputs with some of n rows. A ``mask`` that all rows share stays whole."""
+    """Return arguments or outputs with some of the batch's n rows.
+
+    What has no rows stays as it is, and so does a ``mask`` that all rows share, though it may be as long.
+    """
     leaves, spec = tree_flatten(values)
     dim = 0
     for place, leaf in enumerate(leaves):
@@ -29,10 +33,10 @@ def take_rows(values: Any, rows: Tensor, n: int, states_dim: int = 0, mask: Tens
 
 
 def put_together(outputs: Sequence[Any], rows: Sequence[Tensor], states_dim: int = 0) -> Any:
-    """Return one output from those of some rows each.
+    """Return the output of a whole batch from those of its parts. ``rows`` are the rows of each part.
 
     Raises:
-        NoRowsError: something in them has no rows, and is not the same in all.
+        NoRowsError: a tensor in them has no rows, or another value differs between them.
     """
     leaves_by_output = []
     for output in outputs:
@@ -48,9 +52,12 @@ def put_together(outputs: Sequence[Any], rows: Sequence[Tensor], states_dim: int
 
 
 def _put_parts_together(parts: Sequence[Any], rows: Sequence[Tensor], order: Tensor, dim: int) -> Any:
-    """One tensor from those of some rows each. What has no rows must be the same in all of them."""
-    first = parts[0]
+    """One tensor from those of the parts, or the value that is the same in all of them.
+
+    A tensor without rows, such as a mean over the batch, is refused, even if it is the same in all.
+    """
     have_rows = [_has_rows(part, dim, len(row)) for part, row in zip(parts, rows, strict=True)]
+    first = parts[0]
     if all(have_rows):
         return torch.cat(list(parts), dim).index_select(dim, order.to(first.device))
     for part in parts:

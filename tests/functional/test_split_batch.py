@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora.functional.some_rows import NoRowsError, put_together, take_rows
+from lightning_lora.functional.split_batch import NoRowsError, put_together, take_rows
 
 N = 4
 EVEN = torch.tensor([2, 0])
