@@ -270,7 +270,7 @@ class LoRACallback(Callback):
         """Say and log how the adapters train, once the checkpoint is loaded."""
         view = view_of(pl_module)
         if self._stage.adapter.is_new and not view.adapter.may_have_learned:  # its name may be mistyped
-            others = listed(view.record.others)
+            others = listed(view.record.inactive_adapters)
             rank_zero_info(f"LoRACallback begins a new adapter {view.adapter.name!r} beside {others}.")
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
         self._stage.tools.guards_in_first_process.optimizers_built(view, trainer.optimizers, is_scaled=is_scaled)

@@ -10,8 +10,8 @@ from lightning_lora.errors import AdapterStateError
 from lightning_lora.functional.dtypes import precise, wide
 from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.update import magnitude_scale
-from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, matrix_factors
-from lightning_lora.model.switch import adapters_of
+from lightning_lora.layers import AdaptedMatrix, LayerAdapter, Role, Settings, matrix_factors
+from lightning_lora.model.switch import layer_adapters_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.offline.layers import layer_on, read_layers
 from lightning_lora.tensors.names import join, own_parameter
@@ -24,7 +24,7 @@ class LayerWithAdapter(NamedTuple):
     """A layer, and an adapter of it: on it, merged into it, inactive, or in a file."""
 
     module: nn.Module
-    adapter: Adapter
+    adapter: LayerAdapter
     base_weights: dict[str, Tensor]  # by name in the module: of merged ones, which the module itself does not show
 
 
@@ -114,6 +114,6 @@ def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[
     for merged in view.merged_weights:
         base_weights[merged.layer][merged.weight] = merged.base_value
     layers = {}
-    for name, adapter in adapters_of(model, adapter_name or view.adapter.name).items():
+    for name, adapter in layer_adapters_of(model, adapter_name or view.adapter.name).items():
         layers[name] = LayerWithAdapter(view.modules[name], adapter, base_weights[name])
     return layers

@@ -244,11 +244,11 @@ def _named_adapters(view: View) -> NamedAdapters | None:
     record = find_record(view.model)
     if record is None:
         return None
-    if record.name_in_effect == "default" and not record.others:
+    if record.name_in_effect == "default" and not record.inactive_adapters:
         return None
     has_layers = bool(view.layers)
     is_new = has_layers and not view.adapter.may_have_learned and view.is_fresh()
-    return NamedAdapters(record.adapter.name, is_new, tuple(record.others), record.is_disabled)
+    return NamedAdapters(record.adapter.name, is_new, tuple(record.inactive_adapters), record.is_disabled)
 
 
 # Values and bytes

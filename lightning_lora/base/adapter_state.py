@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_lora.argument_checks import check_adapter_name
 from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import Adapter
+from lightning_lora.layers import LayerAdapter
 from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.values import copy_to_host
@@ -45,7 +45,7 @@ class AdapterState:
     fingerprints: list[Fingerprint] = field(default_factory=list)
     """The fingerprints of what it does not train: as loaded, and as converted by a Trainer's precision."""
 
-    inactive_adapters: dict[str, Adapter] = field(default_factory=dict)
+    inactive_layer_adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     """While another adapter is active: what this one has for each layer, by the layer's name."""
 
     inactive_tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -74,14 +74,14 @@ class AdapterState:
             originals=dict(self.originals),
             extra=dict(self.extra),
             fingerprints=list(self.fingerprints),
-            inactive_adapters=dict(self.inactive_adapters),
+            inactive_layer_adapters=dict(self.inactive_layer_adapters),
             inactive_tensors=dict(self.inactive_tensors),
         )
 
     def become_sum(self, weights: Mapping[str, float]) -> None:
         """Make this inactive adapter a sum of others, with these weights: it never trains."""
         self.sum_of = dict(weights)
-        for adapter in self.inactive_adapters.values():
+        for adapter in self.inactive_layer_adapters.values():
             adapter.settings = replace(adapter.settings, trains=False)  # others decide its values
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)

@@ -24,8 +24,8 @@ class AveragesByName(Guard):
 
     def training_begins(self, view: View) -> None:
         """Look at the module's dicts."""
-        frozen = _Shapes(view.frozen)
-        adapted = _Shapes(only(view.frozen, set(view.adapted_weights)))
+        frozen = _Shapes(view.frozen_base)
+        adapted = _Shapes(only(view.frozen_base, set(view.adapted_weights)))
         for found in _dicts_in(view.model):
             if frozen.have_all(found.tensors) and adapted.have_any(found.tensors):
                 _warn_of(view, found)

@@ -10,9 +10,10 @@ class BaseShown(Guard):
 
     def backward_begins_without_adapters(self, view: View) -> None:
         """Name what trains in full."""
-        if view.trainable:
+        trained = view.trainable_base
+        if trained:
             warn(
-                f"A backward pass in a block of disable_adapters: {listed(view.trainable)} of {view.title} hold the "
+                f"A backward pass in a block of disable_adapters: {listed(trained)} of {view.title} hold the "
                 "base's values there, and get no gradient. Call it after the block, in which only the base's outputs "
                 "are computed."
             )

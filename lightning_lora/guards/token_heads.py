@@ -28,7 +28,7 @@ class TokenHeads(Guard):
 def _heads_beside(view: View, weights_with_rows: Set[str]) -> Iterator[str]:
     """Linear layers without updates, with as many rows as one of these weights."""
     lengths = set(map(len, only(view.base_parameters, weights_with_rows).values()))
-    without_updates = without(view.frozen, {*weights_with_rows, *view.adapted_weights})
+    without_updates = without(view.frozen_base, {*weights_with_rows, *view.adapted_weights})
     for name, weight in without_updates.items():
         head = owner_of(name)
         rows = weight.shape[:-1].numel()  # of a bias: one

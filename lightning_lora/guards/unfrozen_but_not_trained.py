@@ -27,7 +27,7 @@ def modules_unfrozen_but_not_trained(view: View) -> list[str]:
     frozen_by_user = _frozen_by_user(view)
     if 2 * view.size_of(frozen_by_user) <= view.size_of(view.base_parameters):
         return []
-    around_trained = modules_around([*view.adapted_weights, *view.trainable])
+    around_trained = modules_around([*view.adapted_weights, *view.trainable_base])
     around_frozen = modules_around(frozen_by_user)
     found: dict[str, None] = {}  # each once
     for name in _unfrozen_weights(view):
@@ -51,5 +51,5 @@ def _frozen_by_user(view: View) -> list[str]:
 
 def _unfrozen_weights(view: View) -> list[str]:
     """The weights that would train without adapters, and are frozen now."""
-    flags = only(view.record.base.trained_before, view.frozen)
+    flags = only(view.record.base.trained_before, view.frozen_base)
     return list(where(flags, bool))

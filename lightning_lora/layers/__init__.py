@@ -3,7 +3,7 @@
 What all of them have is in the classes below ``LoRALayer`` in ``base``, whose docstring lists them.
 """
 
-from lightning_lora.layers.adapter import Adapter, Step
+from lightning_lora.layers.adapter import LayerAdapter, Step
 from lightning_lora.layers.as_module import HAS_UPDATE
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.each_kind.embedding import LoRAEmbedding

@@ -1,4 +1,4 @@
-"""An adapter that is off its layer."""
+"""What an adapter has on one layer, as an object of its own."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ class Step:
 
     The Trainer's side sets it, because a module may be in eval mode in its step. A call of ``train`` or ``eval`` in the
     step ends it: what the module says then counts. Each adapter keeps one for life, also off its layer: so two objects
-    of ``Adapter`` with the same step are one adapter.
+    of ``LayerAdapter`` with the same step are one adapter.
     """
 
     runs = False
@@ -24,8 +24,8 @@ class Step:
 
 
 @dataclass
-class Adapter:
-    """An adapter that is off its layer. :func:`.put_on` puts it there.
+class LayerAdapter:
+    """What an adapter has on one layer. :func:`.put_on` puts it there, and it exists off the layer too.
 
     A layer makes a new object of this class at each call of ``lora_adapter()``, with the same parameters and ``step``.
     """

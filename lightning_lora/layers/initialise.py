@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.functional.update import row_norms
-from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.adapter import LayerAdapter
 from lightning_lora.layers.contract import LayerKind
 from lightning_lora.layers.inits.table import FromWeight
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings
@@ -20,9 +20,9 @@ from lightning_lora.tensors.values import replace_values
 
 def new_adapter(
     kind: type[LayerKind], layer: nn.Module, matrices: tuple[AdaptedMatrix, ...], settings: Settings
-) -> Adapter:
+) -> LayerAdapter:
     """Create an adapter with an update of zero, on the device of the layer's weights."""
-    adapter = Adapter(kind, settings, matrices, {})
+    adapter = LayerAdapter(kind, settings, matrices, {})
     for name, spec in adapter.specs.items():
         weight = own_parameter(layer, spec.matrix.weight)
         dtype = spec.dtype(kind.lora_dtype(layer, weight), settings)
@@ -33,7 +33,7 @@ def new_adapter(
     return adapter
 
 
-def _split_as_weights(layer: nn.Module, adapter: Adapter) -> None:
+def _split_as_weights(layer: nn.Module, adapter: LayerAdapter) -> None:
     """Split the parameters as tensor parallelism has split the weights."""
     for name, spec in adapter.specs.items():
         p = adapter.parameters[name]
@@ -42,7 +42,7 @@ def _split_as_weights(layer: nn.Module, adapter: Adapter) -> None:
         adapter.parameters[name] = nn.Parameter(values, p.requires_grad)
 
 
-def initialise(layer: nn.Module, adapter: Adapter) -> None:
+def initialise(layer: nn.Module, adapter: LayerAdapter) -> None:
     """Initialise an adapter for a layer. If it depends on the layer's weights, it remembers their digests."""
     adapter.base_digests = {}
     adapter.start_digests = {}
@@ -58,7 +58,7 @@ def initialise(layer: nn.Module, adapter: Adapter) -> None:
         replace_values(p, distributed_as(values, p))
 
 
-def _full_values(adapter: Adapter) -> dict[str, Tensor]:
+def _full_values(adapter: LayerAdapter) -> dict[str, Tensor]:
     """Full tensors to initialise in place of DTensors: each process draws full factors, and keeps its shard."""
     distributed = where(adapter.parameters, is_dtensor)
     return {name: torch.empty(p.shape, dtype=p.dtype, device=p.device) for name, p in distributed.items()}
@@ -69,7 +69,7 @@ class _Start:
     """What writes the first values of an adapter's parameters, for one matrix after the other."""
 
     layer: nn.Module
-    adapter: Adapter
+    adapter: LayerAdapter
     values: dict[str, Tensor]  # written in place, by name in the layer: parameters, or full copies of distributed ones
 
     def begin(self, matrix: AdaptedMatrix) -> None:

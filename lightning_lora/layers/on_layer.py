@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.adapter import LayerAdapter
 from lightning_lora.layers.initialise import initialise
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, Specs, parameter_specs
 from lightning_lora.layers.weights import UpdatedWeights
@@ -22,7 +22,7 @@ from lightning_lora.tensors.values import replace_values, set_requires_grad
 class AdapterOnLayer(UpdatedWeights):
     """A layer with the parameters of an adapter."""
 
-    lora_base_digests: dict[str, int]  # both as in Adapter
+    lora_base_digests: dict[str, int]  # both as in LayerAdapter
     lora_start_digests: dict[str, int]
     lora_enabled: bool  # not while the base is shown, without its update
 
@@ -119,7 +119,7 @@ class AdapterOnLayer(UpdatedWeights):
 
     # Coming off
 
-    def lora_detach(self) -> Adapter:
+    def lora_detach(self) -> LayerAdapter:
         """Remove the adapter. The layer gets its earlier class and state dict keys back."""
         adapter = self.lora_adapter()
         for name in (*adapter.parameters, *attributes_of(adapter)):
@@ -127,9 +127,9 @@ class AdapterOnLayer(UpdatedWeights):
         uncover(self)
         return adapter
 
-    def lora_adapter(self) -> Adapter:
+    def lora_adapter(self) -> LayerAdapter:
         """Return the adapter, which stays on the layer."""
-        return Adapter(
+        return LayerAdapter(
             kind=self.lora_kind,
             settings=self.lora_settings,
             matrices=self.lora_matrices,
@@ -157,7 +157,7 @@ def _is_zero(matrix: AdaptedMatrix, settings: Settings, values: Mapping[str, Ten
     return torch.equal(a, a0) and torch.equal(b, b0)
 
 
-def put_on(layer: nn.Module, adapter: Adapter) -> None:
+def put_on(layer: nn.Module, adapter: LayerAdapter) -> None:
     """Put an adapter on a layer, which stays the same object."""
     overlay(layer, adapter.kind)
     layer._parameters.update(adapter.parameters)
@@ -176,7 +176,7 @@ def is_resized(layer: nn.Module, kind: Any, matrices: Iterable[AdaptedMatrix]) -
     return False
 
 
-def attributes_of(adapter: Adapter) -> dict[str, Any]:
+def attributes_of(adapter: LayerAdapter) -> dict[str, Any]:
     """Return the attributes of a layer that this adapter is on, besides its parameters."""
     return {
         "lora_settings": adapter.settings,

@@ -99,8 +99,8 @@ def _named(values: Mapping[str, Any], keys: Collection[str]) -> str:
 
 def _check_same_trained(view: View, prefix: str) -> None:
     """Refuse if the module ``prefix`` trains other biases or whole modules than this configuration."""
-    trained_there = set(names_joined(prefix, View(submodule(view.model, prefix)).trainable))
-    trained_here = {name for name in view.trainable if is_in(name, prefix)}
+    trained_there = set(names_joined(prefix, View(submodule(view.model, prefix)).trainable_base))
+    trained_here = {name for name in view.trainable_base if is_in(name, prefix)}
     if trained_there != trained_here:
         raise AdapterMismatchError(
             f"{view.title} is adapted already, and trains {_listed_or_nothing(trained_there)} beside its adapters, "

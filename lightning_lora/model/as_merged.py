@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import Adapter, LoRALayer, put_on
+from lightning_lora.layers import LayerAdapter, LoRALayer, put_on
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import of_type, only
 from lightning_lora.tensors.digests import digest
@@ -39,7 +39,7 @@ def is_as_merged(view: View) -> bool:
 def refuse_layers_of_another_model(view: View) -> None:
     """Refuse merged layers that another model shares, and whose adapters are on them."""
     adapted = of_type(view.modules, LoRALayer)
-    taken = only(adapted, view.record.merged_adapters)
+    taken = only(adapted, view.record.merged_layer_adapters)
     if taken:
         raise AdapterStateError(
             f"{listed(taken)} of {view.title} have the adapters of another model that shares them, and "
@@ -52,10 +52,12 @@ def _is_as_merged_here(view: View) -> bool:
     for name, seen in view.record.base.after_merge.seen_without_update.items():
         if name not in view.parameters or not seen.may_have_same_values(view.parameters[name]):
             return False
-    return all(_is_layer_as_merged(view, layer, adapter) for layer, adapter in view.record.merged_adapters.items())
+    return all(
+        _is_layer_as_merged(view, layer, adapter) for layer, adapter in view.record.merged_layer_adapters.items()
+    )
 
 
-def _is_layer_as_merged(view: View, layer: str, adapter: Adapter) -> bool:
+def _is_layer_as_merged(view: View, layer: str, adapter: LayerAdapter) -> bool:
     """Whether the weights of a merged layer are as merged, perhaps converted, and tied to the same ones."""
     names = names_joined(layer, adapter.weights)
     shown = only(view.parameters, names)
@@ -77,7 +79,7 @@ def _is_tie_present(view: View, name: str) -> bool:
     return is_present and tied.dtype == shown.dtype and tied.device == shown.device
 
 
-def _merge_again_and_compare(view: View, layer: str, adapter: Adapter) -> bool:
+def _merge_again_and_compare(view: View, layer: str, adapter: LayerAdapter) -> bool:
     """Merge a layer again. Return whether this gives its weights, perhaps converted.
 
     The weights and the class are as before afterwards. The adapter stays on the layer's device.
@@ -101,7 +103,7 @@ def _merge_again_and_compare(view: View, layer: str, adapter: Adapter) -> bool:
     return True
 
 
-def _show_base_as_merged(view: View, layer: str, adapter: Adapter, weights: Mapping[str, nn.Parameter]) -> None:
+def _show_base_as_merged(view: View, layer: str, adapter: LayerAdapter, weights: Mapping[str, nn.Parameter]) -> None:
     """Give weights the base's values in the dtypes of the merge, and bring the adapter to their device."""
     device = next(iter(weights.values())).device
     for parameter in adapter.parameters.values():

@@ -28,14 +28,14 @@ def frozen_values(view: View) -> dict[str, Tensor]:
     bases = dict[nn.Parameter, Tensor]()
     for merged in view.merged_weights:
         bases[merged.parameter] = merged.base_value.to(merged.parameter.dtype)  # it may have been converted since
-    return {name: bases.get(parameter, parameter) for name, parameter in view.frozen.items()}
+    return {name: bases.get(parameter, parameter) for name, parameter in view.frozen_base.items()}
 
 
 def base_values(view: View) -> dict[str, Tensor]:
     """Return the values of what does not train: frozen weights without updates, and buffers as they were before."""
     values = frozen_values(view)
     originals = view.adapter.originals
-    for name, tensor in without(tensors_with_originals(view), view.trainable).items():
+    for name, tensor in without(tensors_with_originals(view), view.trainable_base).items():
         values[name] = originals[name].to(tensor.dtype)
     return {**values, **view.entries}
 
@@ -67,7 +67,7 @@ def extra_digests(view: View) -> dict[str, int]:
 
 def keep_originals(view: View) -> None:
     """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
-    changing = {**view.trainable, **view.buffers}
+    changing = {**view.trainable_base, **view.buffers}
     changing.update(only(view.base_parameters, view.adapter.originals))  # replaced by a file's
     view.adapter.keep_originals(changing, extra_digests(view))
 

@@ -12,7 +12,7 @@ from lightning_lora.base.blocks import refuse_in_block
 from lightning_lora.base.states import SWITCH, State
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
-from lightning_lora.layers import Adapter, new_adapter
+from lightning_lora.layers import LayerAdapter, new_adapter
 from lightning_lora.model.as_adapted import refuse_other_configuration
 from lightning_lora.model.base_values import keep_originals
 from lightning_lora.model.changes.attach import attach_adapters, detach_from, reinitialise_if_base_changed
@@ -178,7 +178,7 @@ def _attach_and_freeze(model: nn.Module, plan: Plan, view: View, name: str) -> N
         keep_originals(view)  # those that are kept already stay
 
 
-def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
+def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, LayerAdapter]:
     new = {}
     with torch.inference_mode(False):  # parameters created in inference mode cannot train
         for name, choice in choices.items():

@@ -65,9 +65,9 @@ def _begin_on_merged_weights(view: View) -> None:
 def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
     """Whether a full state is the base with other values in adapted weights alone: a merged model, most likely."""
     adapted = set(view.adapted_weights)
-    others = without(view.frozen, adapted)
+    others = without(view.frozen_base, adapted)
     others_are_given = bool(others) and _are_given(others, given)
-    return others_are_given and not _are_given(only(view.frozen, adapted), given)
+    return others_are_given and not _are_given(only(view.frozen_base, adapted), given)
 
 
 def _are_given(weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> bool:

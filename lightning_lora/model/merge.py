@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.base.base_tensors import AfterMerge
 from lightning_lora.errors import AdapterStateError, listed, warn
-from lightning_lora.layers import Adapter, LoRALayer, LoRATokens
+from lightning_lora.layers import LayerAdapter, LoRALayer, LoRATokens
 from lightning_lora.model.as_adapted import refuse_computed_weights, refuse_resized_or_tied
 from lightning_lora.model.as_merged import is_as_merged, refuse_changed_since_merge
 from lightning_lora.model.changes.attach import (
@@ -331,7 +331,7 @@ def _unmerge(view: View) -> None:
         return
     refuse_changed_since_merge(view)
     record = view.record
-    adapters = record.merged_adapters
+    adapters = record.merged_layer_adapters
     with undone_on_error(view), torch.inference_mode(False), torch.no_grad(), Undo() as undo:
         for layer, adapter in adapters.items():
             _move_to_layer(view, layer, adapter, undo)
@@ -345,7 +345,7 @@ def _unmerge(view: View) -> None:
         undo.keep()
 
 
-def _move_to_layer(view: View, layer: str, adapter: Adapter, undo: Undo) -> None:
+def _move_to_layer(view: View, layer: str, adapter: LayerAdapter, undo: Undo) -> None:
     """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
     name = join(layer, adapter.weights[0])
     is_converted = view.parameters[name].dtype != view.record.base.after_merge.seen[name].dtype

@@ -14,7 +14,7 @@ from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.base.states import CALLS, FOLLOWING, USE, State, refusal
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import Adapter
+from lightning_lora.layers import LayerAdapter
 from lightning_lora.private import LOAD_HOOKS
 from lightning_lora.tensors.names import join, modules_by_name, plain_module, submodule
 from lightning_lora.tensors.shards import reshard
@@ -29,14 +29,14 @@ class Record:
     adapter: AdapterState
     """The active one."""
 
-    others: dict[str, AdapterState] = field(default_factory=dict)
-    """Those that are not active, by their names."""
+    inactive_adapters: dict[str, AdapterState] = field(default_factory=dict)
+    """The others, by their names."""
 
     base: Base = field(default_factory=Base)
 
     state: State = State.ADAPTED
 
-    merged_adapters: dict[str, Adapter] = field(default_factory=dict)
+    merged_layer_adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     """While the active adapter is merged: what it has on each layer, by the layer's name."""
 
     @property
@@ -52,7 +52,7 @@ class Record:
     @property
     def adapter_states(self) -> dict[str, AdapterState]:
         """All adapters by their names, the active one first."""
-        return {self.adapter.name: self.adapter, **self.others}
+        return {self.adapter.name: self.adapter, **self.inactive_adapters}
 
     @property
     def name_in_effect(self) -> str | None:
@@ -64,9 +64,9 @@ class Record:
         return replace(
             self,
             adapter=self.adapter.snapshot(),
-            others=dict(self.others),
+            inactive_adapters=dict(self.inactive_adapters),
             base=self.base.snapshot(),
-            merged_adapters=dict(self.merged_adapters),
+            merged_layer_adapters=dict(self.merged_layer_adapters),
         )
 
     # Its states: the caller has changed the model, and notes it
@@ -75,16 +75,16 @@ class Record:
         assert state in FOLLOWING[self.state], (self.state, state)
         self.state = state
 
-    def note_merged(self, adapters: dict[str, Adapter], after_merge: AfterMerge) -> None:
+    def note_merged(self, adapters: dict[str, LayerAdapter], after_merge: AfterMerge) -> None:
         """Note that the updates are in the weights now."""
         self._become(State.MERGED)
-        self.merged_adapters = adapters
+        self.merged_layer_adapters = adapters
         self.base.note_merged(after_merge)
 
     def note_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note that the updates are out of the weights again."""
         self._become(State.ADAPTED)
-        self.merged_adapters = {}
+        self.merged_layer_adapters = {}
         self.base.note_unmerged(parameters)
 
     def note_base_shown(self) -> None:
@@ -99,16 +99,19 @@ class Record:
     # Other events
 
     def note_switched(
-        self, inactive_adapters: dict[str, Adapter], inactive_tensors: dict[str, Tensor], coming: AdapterState
+        self,
+        inactive_layer_adapters: dict[str, LayerAdapter],
+        inactive_tensors: dict[str, Tensor],
+        coming: AdapterState,
     ) -> None:
         """Note that the active adapter was taken off, and keeps these tensors. Another one is active."""
         leaving = self.adapter
-        leaving.inactive_adapters = inactive_adapters
+        leaving.inactive_layer_adapters = inactive_layer_adapters
         leaving.inactive_tensors = inactive_tensors
-        self.others[leaving.name] = leaving
-        self.others.pop(coming.name, None)
+        self.inactive_adapters[leaving.name] = leaving
+        self.inactive_adapters.pop(coming.name, None)
         self.adapter = coming
-        coming.inactive_adapters = {}
+        coming.inactive_layer_adapters = {}
         coming.inactive_tensors = {}
 
     def note_base_loaded(self, names: Collection[str], values: Mapping[str, Tensor]) -> None:
@@ -219,7 +222,9 @@ def absorb_inner_records(model: nn.Module, record: Record) -> None:
 
 def _refuse_several_adapters(model: nn.Module, inner_records: Mapping[str, Record]) -> None:
     """Refuse modules whose inactive adapters would be lost."""
-    several = [f"{name}: {listed(inner.others)}" for name, inner in inner_records.items() if inner.others]
+    several = [
+        f"{name}: {listed(inner.inactive_adapters)}" for name, inner in inner_records.items() if inner.inactive_adapters
+    ]
     if several:
         raise AdapterStateError(
             f"Modules inside {type(plain_module(model)).__name__} have several adapters: it can take only the active "

@@ -40,7 +40,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """
     record = record_of(model, "remove_adapters")
     check_known(record, name, model)
-    if name is not None and record.others:
+    if name is not None and record.inactive_adapters:
         _remove_one(model, record, name)
         return
     switch_to(model, record.adapter.name)  # the base may be shown: then its values are not the adapter's
@@ -54,10 +54,10 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
 def _remove_one(model: nn.Module, record: Record, name: str) -> None:
     """Remove one of several adapters. Without the active one, the model shows its base."""
     if name == record.adapter.name:
-        with activate(model, next(iter(record.others))) as undo:
+        with activate(model, next(iter(record.inactive_adapters))) as undo:
             switch_to(model, None)
             undo.keep()
-    del record.others[name]
+    del record.inactive_adapters[name]
 
 
 def _restore_base(model: nn.Module) -> None:

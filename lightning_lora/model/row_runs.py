@@ -11,7 +11,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.functional.batch_rows import add_to_rows, stacked
 from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.split_batch import NoRowsError, put_together, take_rows
-from lightning_lora.layers import Adapter, LoRALayer, LoRALinear, Step, attributes_of
+from lightning_lora.layers import LayerAdapter, LoRALayer, LoRALinear, Step, attributes_of
 from lightning_lora.layers.each_kind.recurrent import LoRARecurrent
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import weight_factors
@@ -40,7 +40,7 @@ class _OneName:
     ``running`` is the block's: the names whose rows run now, the innermost last.
     """
 
-    def __init__(self, module: Any, adapters: Mapping[Name, Adapter], values: Values, running: list[Name]) -> None:
+    def __init__(self, module: Any, adapters: Mapping[Name, LayerAdapter], values: Values, running: list[Name]) -> None:
         self.module = module
         self.adapters = adapters
         self.values = values
@@ -63,7 +63,7 @@ class _OneName:
         finally:
             self.running.pop()
 
-    def _adapted_class(self, adapter: Adapter) -> Any:
+    def _adapted_class(self, adapter: LayerAdapter) -> Any:
         return combined(adapter.kind, self.plain)
 
     def is_sum(self) -> bool:
@@ -72,7 +72,7 @@ class _OneName:
             return False
         return all(self._adds_to_output(adapter) for adapter in self.adapters.values())
 
-    def _adds_to_output(self, adapter: Adapter) -> bool:
+    def _adds_to_output(self, adapter: LayerAdapter) -> bool:
         cls = self._adapted_class(adapter)
         return issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
 
@@ -93,7 +93,7 @@ class MixedModule:
         module_name: str,
         names: Sequence[Name],
         running: list[Name],
-        adapters: Mapping[Name, Adapter],
+        adapters: Mapping[Name, LayerAdapter],
         values: Values,
     ) -> None:
         self.module_name = module_name
@@ -181,7 +181,7 @@ class MixedModule:
 class _FactorsOfRows:
     """A and B for each row. They are stacked in the first forward, and again when an adapter has changed."""
 
-    def __init__(self, adapters: Mapping[Name, Adapter], names: Sequence[Name]) -> None:
+    def __init__(self, adapters: Mapping[Name, LayerAdapter], names: Sequence[Name]) -> None:
         self.adapters = adapters
         self.names = names
         self.parameters = list(chain.from_iterable(adapter.parameters.values() for adapter in adapters.values()))

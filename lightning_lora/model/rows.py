@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.base.blocks import is_in_block, open_block
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.layers import Adapter, LoRAParameters
+from lightning_lora.layers import LayerAdapter, LoRAParameters
 from lightning_lora.layers.bypasses import inference_path
 from lightning_lora.model.record import record_of
 from lightning_lora.model.row_runs import MixedModule, Name, Values
-from lightning_lora.model.switch import adapters_of, check_known, check_switchable, prepare_for_model
+from lightning_lora.model.switch import check_known, check_switchable, layer_adapters_of, prepare_for_model
 from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.adaptable import has_forward
 from lightning_lora.tensors.dicts import only, where, with_values
@@ -102,7 +102,7 @@ class _Block(ExitStack):
     def _move_used_adapters(self, view: View) -> list[AdapterState]:
         """Move the adapters of the rows to where the model is. Return them, and the active one."""
         names = {view.adapter.name, *self.names}
-        for state in only(view.record.others, names).values():
+        for state in only(view.record.inactive_adapters, names).values():
             prepare_for_model(view, state)
         return list(only(view.record.adapter_states, names).values())
 
@@ -124,11 +124,11 @@ class _Block(ExitStack):
 # What differs between the names
 
 
-def _adapters_by_module(view: View, states: Iterable[AdapterState]) -> dict[nn.Module, dict[Name, Adapter]]:
+def _adapters_by_module(view: View, states: Iterable[AdapterState]) -> dict[nn.Module, dict[Name, LayerAdapter]]:
     """The adapters of each layer, by their names."""
-    adapters: dict[nn.Module, dict[Name, Adapter]] = {}
+    adapters: dict[nn.Module, dict[Name, LayerAdapter]] = {}
     for state in states:
-        for layer, adapter in adapters_of(view.model, state.name).items():
+        for layer, adapter in layer_adapters_of(view.model, state.name).items():
             adapters.setdefault(view.modules[layer], {})[state.name] = adapter
     return adapters
 
@@ -180,7 +180,7 @@ def _reading_module(view: View, tensor: str) -> str:
 
 
 def _check_has_rows(
-    title: str, name: str, module: nn.Module, around: Collection[str], adapters: Iterable[Adapter]
+    title: str, name: str, module: nn.Module, around: Collection[str], adapters: Iterable[LayerAdapter]
 ) -> None:
     """Refuse a layer whose batches do not begin with rows. A module in ``around`` holds one that takes part."""
     if any(_is_shared_by_rows(adapter) for adapter in adapters):
@@ -193,7 +193,7 @@ def _check_has_rows(
         raise _no_own_rows(title, name, "batch_first=False: its rows are the second dimension")
 
 
-def _is_shared_by_rows(adapter: Adapter) -> bool:
+def _is_shared_by_rows(adapter: LayerAdapter) -> bool:
     return issubclass(adapter.kind, LoRAParameters) or bool(adapter.matrices[0].tokens)
 
 

@@ -12,7 +12,7 @@ from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.base.states import SWITCH
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
+from lightning_lora.layers import ADAPTERS, LayerAdapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model.as_adapted import refuse_computed_weights
 from lightning_lora.model.as_merged import refuse_changed_since_merge
@@ -45,7 +45,7 @@ def switch_to(model: nn.Module, name: str | None) -> "Switched":
     elif name == shown.active:
         _show_adapter(View(model))
     else:
-        exchange(View(model), record.others[name])
+        exchange(View(model), record.inactive_adapters[name])
     return shown
 
 
@@ -68,7 +68,7 @@ class Switched(AbstractContextManager[None]):
         record = find_record(self.model)
         if record is None:  # all were removed in the block
             return
-        if self.before is None and self.active in record.others:  # the base was shown over this one
+        if self.before is None and self.active in record.inactive_adapters:  # the base was shown over this one
             switch_to(self.model, self.active)
         switch_to(self.model, self.before)
 
@@ -114,13 +114,13 @@ def disable_adapters(model: nn.Module) -> AbstractContextManager[object]:
     return switch_to(model, None)
 
 
-def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
+def layer_adapters_of(model: nn.Module, name: str) -> dict[str, LayerAdapter]:
     """Return the adapters of this name by layer: active, merged or inactive. They share its parameters."""
     record = record_of(model)
     check_known(record, name, model)
-    if name in record.others:
-        return record.others[name].inactive_adapters
-    return View(model).active_adapters
+    if name in record.inactive_adapters:
+        return record.inactive_adapters[name].inactive_layer_adapters
+    return View(model).active_layer_adapters
 
 
 def check_known(record: Record, name: str | None, model: nn.Module) -> None:
@@ -163,7 +163,7 @@ def prepare_for_model(view: View, state: AdapterState) -> None:
     with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
         for name, tensor in state.inactive_tensors.items():
             move_to(tensor, view.tensors[name].device, view.tensors[name].dtype)
-        for name, adapter in state.inactive_adapters.items():
+        for name, adapter in state.inactive_layer_adapters.items():
             convert_to_layer(view.modules[name], adapter, undo)
         undo.keep()
 
@@ -171,7 +171,7 @@ def prepare_for_model(view: View, state: AdapterState) -> None:
 def _check_still_there(view: View, state: AdapterState) -> None:
     """Refuse a model that has lost what an inactive adapter is for."""
     needed = list(state.inactive_tensors)
-    for name, adapter in state.inactive_adapters.items():
+    for name, adapter in state.inactive_layer_adapters.items():
         needed += names_joined(name, adapter.weights)
     absent = names_not_in(dict.fromkeys(needed), view.tensors)
     if absent:
@@ -183,7 +183,7 @@ def _check_still_there(view: View, state: AdapterState) -> None:
 
 def _update_kinds(view: View, state: AdapterState) -> None:
     """Give an inactive adapter the kinds of its layers, which may have been quantised since."""
-    for name, adapter in state.inactive_adapters.items():
+    for name, adapter in state.inactive_layer_adapters.items():
         if adapter.kind in ADAPTERS.values():  # the others are for any layer
             adapter.kind = adapter_for(view.modules[name]) or adapter.kind
 
@@ -191,7 +191,7 @@ def _update_kinds(view: View, state: AdapterState) -> None:
 def _check_not_resized(view: View, state: AdapterState) -> None:
     """Refuse layers that were resized while an adapter of theirs was not active."""
     resized = []
-    for name, adapter in state.inactive_adapters.items():
+    for name, adapter in state.inactive_layer_adapters.items():
         if is_resized(view.modules[name], adapter.kind, adapter.matrices):
             resized.append(name)
     if resized:
@@ -211,11 +211,11 @@ def exchange(view: View, coming: AdapterState) -> None:
     if view.record.is_disabled:
         _show_adapter(view)
     inactive_tensors = tensors_with_originals(view)
-    inactive_adapters = detach_adapters(view)
+    inactive_layer_adapters = detach_adapters(view)
     for name, tensor in put.items():
         set_parameter(view.model, name, tensor)
-    attach_adapters(view, coming.inactive_adapters)
-    view.record.note_switched(inactive_adapters, inactive_tensors, coming)
+    attach_adapters(view, coming.inactive_layer_adapters)
+    view.record.note_switched(inactive_layer_adapters, inactive_tensors, coming)
     view.look_again()  # the coming adapter trains other modules in full
     _thaw_norms_in(view.saved)
     freeze_norms(view.modules.values(), view.saved)
@@ -261,7 +261,7 @@ def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> U
         switch_to(model, name)
     else:
         exchange(View(model), AdapterState(config, name))
-        undo.callback(lambda: record_of(model).others.pop(name))
+        undo.callback(lambda: record_of(model).inactive_adapters.pop(name))
     undo.callback(switch_to, model, names[0])
     return undo
 

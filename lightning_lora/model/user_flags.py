@@ -53,8 +53,8 @@ def _has_trainable_parameters(layer: LoRALayer) -> bool:
 def _note_thawed(view: View) -> None:
     """Note as thawed: frozen weights of the base that require a gradient."""
     base = view.record.base
-    trainable = where(view.frozen, _requires_grad)
-    thawed = only(trainable, base.trained_before)
+    trainable_now = where(view.frozen_base, _requires_grad)
+    thawed = only(trainable_now, base.trained_before)
     base.note_thawed_since(thawed)
     base.set_trained_before(thawed, flag=True)
 

@@ -22,7 +22,8 @@ class View(TensorsView):
     one is needed. With ``config``, it shows what a new configuration selects, before the record has it.
 
     It is built in three steps, each a base class: layers (:class:`.LayersView`), tensors (:class:`.TensorsView`), and
-    here, what trains: ``base_parameters`` are ``trainable`` and ``frozen``.
+    here, which of ``base_parameters`` train beside the adapters (``trainable_base``), and which do not
+    (``frozen_base``).
     """
 
     def as_recorded(self) -> "View":
@@ -33,8 +34,11 @@ class View(TensorsView):
         return view
 
     @cached_property
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The base's parameters that may train: modules trained in full, and biases. None that stands still."""
+    def trainable_base(self) -> dict[str, nn.Parameter]:
+        """The base's parameters that train beside the adapters: of modules trained in full, and biases.
+
+        None of them is in a network that stands still.
+        """
         config = self.config
         if not config.modules_to_save and config.bias == "none":
             return {}
@@ -67,9 +71,9 @@ class View(TensorsView):
         }
 
     @cached_property
-    def frozen(self) -> dict[str, nn.Parameter]:
-        """The base's parameters that do not train."""
-        return without(self.base_parameters, self.trainable)
+    def frozen_base(self) -> dict[str, nn.Parameter]:
+        """The base's other parameters, which do not train."""
+        return without(self.base_parameters, self.trainable_base)
 
     @cached_property
     def frozen_by_user(self) -> set[str]:
@@ -108,7 +112,7 @@ def view_of(model: nn.Module, call: str = USE) -> View:
 def refuse_lost_adapters(view: View) -> None:
     """Refuse a model in which layers have lost their adapters."""
     record = view.record
-    adapted = {**view.layers_by_all_names, **record.merged_adapters}
+    adapted = {**view.layers_by_all_names, **record.merged_layer_adapters}
     lost = [name for name in names_not_in(record.adapter.layers, adapted) if name in view.modules]
     if lost:
         raise AdapterStateError(

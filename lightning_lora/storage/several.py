@@ -96,7 +96,7 @@ def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContext
         switch.switch_to(model, first_summand)
     _drop_sums(record, title)
     _add(model, stored, title)
-    record.others[title].become_sum(weights)
+    record.inactive_adapters[title].become_sum(weights)
     shown = switch.switch_to(model, title)
     shown.before = before  # the end of a block goes back to before this call, not to the summand above
     shown.active = active
@@ -117,7 +117,7 @@ def _drop_sums(record: Record, title: str) -> None:
     inactive_sums = names_not_in(_sums_in(record), [record.adapter.name])
     dropped = [title] if title in inactive_sums else inactive_sums[:-_MOST_INACTIVE_SUMS]
     for name in dropped:
-        del record.others[name]
+        del record.inactive_adapters[name]
 
 
 _MOST_INACTIVE_SUMS = 8  # some are shown again after a block

@@ -84,7 +84,7 @@ def values_to_store(view: View, state: StateDict, random: Collection[str] = ()) 
     state, but what still has the value that is kept of the base.
     """
     noted = {*view.record.base.changes, *random}
-    originals = without(view.adapter.originals, {*view.trainable, *noted})
+    originals = without(view.adapter.originals, {*view.trainable_base, *noted})
     values = {**_frozen_that_may_differ(view, noted), **_besides_frozen(view, state)}
     left_out = _names_of_base_values(values, originals) | _tied_names_with_merged_values(view)
     return {**_without_graphs(trained_tensors(view)), **without(values, left_out)}
@@ -100,7 +100,7 @@ def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Ten
 def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
     """What a state of the model holds besides frozen weights. An adapter is in it under its own name alone."""
     other_names = own_adapters_in(view, view.parameters).keys() - view.adapter_parameters.keys()
-    return without(renamed(state, plain_name), {*view.frozen, *view.entries, *other_names})
+    return without(renamed(state, plain_name), {*view.frozen_base, *view.entries, *other_names})
 
 
 def _names_of_base_values(values: StateDict, originals: Mapping[str, Tensor]) -> set[str]:
@@ -121,7 +121,7 @@ def _is_original(value: object, original: Tensor) -> bool:
 
 def _tied_names_with_merged_values(view: View) -> set[str]:
     """The names of trained weights that are merged ones in the model now: an embedding's, whose tied head is merged."""
-    return {name for name, parameter in view.trainable.items() if parameter is not view.parameters[name]}
+    return {name for name, parameter in view.trainable_base.items() if parameter is not view.parameters[name]}
 
 
 def _without_graphs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ def diverged(view: View, values: StateDict) -> list[str]:
     names = [*view.adapter_parameters]
     originals = dict[str, Tensor]()
     if view.is_adapted:  # otherwise a part of an adapted module is saved by itself
-        names += [*view.trainable, *_statistics(view)]
+        names += [*view.trainable_base, *_statistics(view)]
         originals = view.adapter.originals
     broken = list[str]()
     for name in names:
@@ -186,4 +186,4 @@ def _is_sound(value: Tensor, original: Tensor | None) -> bool:
 
 def trained_tensors(view: View) -> dict[str, Tensor]:
     """Return everything that trains, by name."""
-    return {**view.adapter_parameters, **view.trainable}
+    return {**view.adapter_parameters, **view.trainable_base}

@@ -72,7 +72,7 @@ class StoredAdapters:
         layers = layers_of(view)
         _check_as_configured(view, config, layers.values())
         saved = _saved_entries(view, config)
-        changed = list(only(state, view.frozen))
+        changed = list(only(state, view.frozen_base))
         untrained, filled = _split(random_weights(view), changed)
         return cls(
             config=config,

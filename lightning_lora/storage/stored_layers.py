@@ -157,7 +157,7 @@ def wanted_of(config: LoRAConfig, name: str, matrix: AdaptedMatrix, kind: str) -
 def layers_of(view: View) -> dict[str, StoredLayer]:
     """Describe the adapted layers of a model, merged or not, by name."""
     adapters = {name: layer.lora_adapter() for name, layer in view.layers.items()}
-    adapters.update(view.record.merged_adapters)
+    adapters.update(view.record.merged_layer_adapters)
     names_by_weight = names_of_each(view.base_parameters)
     layers = dict[str, StoredLayer]()
     for name, adapter in adapters.items():

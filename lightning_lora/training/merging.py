@@ -126,7 +126,7 @@ def merge_trained(trainer: Trainer, pl_module: LightningModule, merge: object) -
     """Merge the adapters at the end of a fit, and say which."""
     which = load_best(trainer, pl_module) if merge == "best" else "the last adapters"
     merge_adapters(pl_module)
-    count = len(record_of(pl_module).merged_adapters)
+    count = len(record_of(pl_module).merged_layer_adapters)
     layers = "1 layer" if count == 1 else f"{count} layers"
     end_bar(trainer, pl_module)
     rank_zero_info(f"LoRA: merged {which} into {layers}. The model is plain again.")

@@ -66,7 +66,7 @@ def test_a_sum_of_adapters_never_trains() -> None:
     inject_adapters(model, LoRAConfig(r=2))
     layer: Any = model[0]
     adapter = layer.lora_adapter()
-    state = AdapterState(LoRAConfig(r=2), "sum", inactive_adapters={"0": adapter})
+    state = AdapterState(LoRAConfig(r=2), "sum", inactive_layer_adapters={"0": adapter})
     state.become_sum({"fr": 0.5})
     assert state.sum_of == {"fr": 0.5}
     assert not adapter.settings.trains

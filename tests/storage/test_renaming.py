@@ -117,7 +117,7 @@ def test_a_file_loads_onto_the_model_inside_and_around(
 ) -> None:
     there = as_trained(plain(of_the_file), r=2, **config)
     loaded = plain(here)
-    for p in View(there).trainable.values():
+    for p in View(there).trainable_base.values():
         add_to(p, 1)
     ll.save_adapter(there, tmp_path / "a.safetensors")
     with pytest.warns(ll.LoRAWarning, match="taken for the same model"):

@@ -28,7 +28,7 @@ def trained(base: nn.Module, config: LoRAConfig, scale: float = 0.3) -> nn.Modul
     for name, p in view.adapter_parameters.items():
         if name.endswith("lora_magnitude"):
             p.abs_().add_(0.5)
-    move_randomly(view.trainable.values(), scale)
+    move_randomly(view.trainable_base.values(), scale)
     for module in view.saved:
         for buffer in module.buffers():
             buffer.add_(1)

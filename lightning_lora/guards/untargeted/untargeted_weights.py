@@ -84,7 +84,7 @@ class _Weights:
     def is_untargeted(self, name: str) -> bool:
         """Whether a parameter is a matrix without an adapter, where somebody may expect one."""
         p = self.view.base_parameters[name]
-        if name not in self.view.frozen or p in self.adapted:
+        if name not in self.view.frozen_base or p in self.adapted:
             return False
         return _is_matrix(p) and not _is_usually_untargeted(self._layer_of(name))
 

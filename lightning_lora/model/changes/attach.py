@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.layers import Adapter, LoRALayer, adapter_for, put_on, tie_layers
+from lightning_lora.layers import LayerAdapter, LoRALayer, adapter_for, put_on, tie_layers
 from lightning_lora.layers.bypasses import update_bypasses
 from lightning_lora.model.as_adapted import refuse_computed_weights
 from lightning_lora.model.own_loop.early_optimizers import watch_optimizers
@@ -14,7 +14,7 @@ from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import only
 
 
-def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
+def attach_adapters(view: View, adapters: Mapping[str, LayerAdapter]) -> None:
     """Attach adapters to layers of a model, by the names of the layers."""
     for name, adapter in adapters.items():
         put_on(view.modules[name], adapter)
@@ -22,12 +22,12 @@ def attach_adapters(view: View, adapters: Mapping[str, Adapter]) -> None:
     watch_optimizers(view.model)
 
 
-def detach_adapters(view: View) -> dict[str, Adapter]:
+def detach_adapters(view: View) -> dict[str, LayerAdapter]:
     """Remove the adapters from all layers. Return them by the names of their layers."""
     return detach_from(view, view.layers)
 
 
-def detach_from(view: View, names: Collection[str]) -> dict[str, Adapter]:
+def detach_from(view: View, names: Collection[str]) -> dict[str, LayerAdapter]:
     """Remove the adapters from these layers. Return them by the names of their layers."""
     refuse_computed_weights(view)
     adapters = {}

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers import Adapter
+from lightning_lora.layers import LayerAdapter
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values
 
 
-def convert_to_layer(layer: nn.Module, adapter: Adapter, undo: Undo) -> None:
+def convert_to_layer(layer: nn.Module, adapter: LayerAdapter, undo: Undo) -> None:
     """Move and convert an adapter that is off its layer to the layer's device and dtype."""
     weight = own_parameter(layer, adapter.matrices[0].weight)
     layer_dtype = adapter.kind.lora_dtype(layer, weight)
@@ -18,7 +18,7 @@ def convert_to_layer(layer: nn.Module, adapter: Adapter, undo: Undo) -> None:
         _move_factor(adapter.parameters[name], weight.device, dtype, undo)
 
 
-def move_to_layer(layer: nn.Module, adapter: Adapter, undo: Undo) -> None:
+def move_to_layer(layer: nn.Module, adapter: LayerAdapter, undo: Undo) -> None:
     """Move an adapter that is off its layer to the layer's device."""
     weight = own_parameter(layer, adapter.matrices[0].weight)
     for factor in adapter.parameters.values():

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import OptimizerError, listed
-from lightning_lora.layers import Adapter, LoRALayer
+from lightning_lora.layers import LayerAdapter, LoRALayer
 from lightning_lora.model.own_loop.float16_steps import check_dtypes
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import only, where, with_values
@@ -89,7 +89,7 @@ def _with_gradients(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
 
 def _inactive_adapters(view: View) -> list[AdapterState]:
     """What the model remembers of the adapters that are not active."""
-    return list(view.record.others.values()) if view.is_adapted else []
+    return list(view.record.inactive_adapters.values()) if view.is_adapted else []
 
 
 def _inactive_parameters(view: View) -> set[Tensor]:
@@ -97,7 +97,7 @@ def _inactive_parameters(view: View) -> set[Tensor]:
     found = set[Tensor]()
     for state in _inactive_adapters(view):
         found.update(state.inactive_tensors.values())
-        found.update(_parameters_of(state.inactive_adapters.values()))
+        found.update(_parameters_of(state.inactive_layer_adapters.values()))
     return found
 
 
@@ -117,11 +117,11 @@ def _adapters_on(view: View, layers: Collection[str]) -> set[nn.Parameter]:
     for layer in only(view.layers, layers).values():
         found.update(layer.lora_parameters().values())
     for state in _inactive_adapters(view):
-        found.update(_parameters_of(only(state.inactive_adapters, layers).values()))
+        found.update(_parameters_of(only(state.inactive_layer_adapters, layers).values()))
     return found
 
 
-def _parameters_of(adapters: Iterable[Adapter]) -> Iterator[nn.Parameter]:
+def _parameters_of(adapters: Iterable[LayerAdapter]) -> Iterator[nn.Parameter]:
     for adapter in adapters:
         yield from adapter.parameters.values()
 

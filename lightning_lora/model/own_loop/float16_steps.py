@@ -29,7 +29,7 @@ def check_dtypes(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> N
     """Refuse float16 weights that train in full, if adapters are kept in float32."""
     if not view.is_on_layers or not view.config.autocast_adapter_dtype:
         return
-    halves = where(with_values(view.trainable, held), _trains_in_float16)
+    halves = where(with_values(view.trainable_base, held), _trains_in_float16)
     if halves and _gives_nan_in_float16(optimizer) and not _steps_in_float32(view.model):
         raise OptimizerError(
             f"{listed(halves)} of {view.title} train in full in float16, in which {type(optimizer).__name__} ends in "

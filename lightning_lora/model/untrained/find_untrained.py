@@ -57,7 +57,7 @@ class Untrained:
 
 def find_untrained(view: View) -> Untrained:
     """Find what looks untrained and does not train."""
-    frozen_layers = layers_to_judge(view, except_for=view.trainable.values())
+    frozen_layers = layers_to_judge(view, except_for=view.trainable_base.values())
     small = where(frozen_layers, has_few_values)
     judged = without(frozen_layers, small)
     untrained = _those_that_look_untrained(view, judged)
@@ -78,7 +78,7 @@ def _share(view: View, untrained: Mapping[str, Weights], judged: Mapping[str, We
 
 def _pretrained_that_train(view: View) -> dict[str, Weights]:
     """The layers that train in full and look trained: with these, the model is not untrained as a whole."""
-    layers = where_not(layers_to_judge(view, except_for=view.frozen.values()), has_few_values)
+    layers = where_not(layers_to_judge(view, except_for=view.frozen_base.values()), has_few_values)
     return without(layers, _those_that_look_untrained(view, layers))
 
 

@@ -35,7 +35,7 @@ def as_modules(view: View, untrained: Mapping[str, Weights]) -> list[str]:
 
 def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
     """The modules whose parameters are all blank, and do not train. Not the model, which nobody can name."""
-    frozen = where(without(parameters, [""]), set(view.trainable.values()).isdisjoint)
+    frozen = where(without(parameters, [""]), set(view.trainable_base.values()).isdisjoint)
     return where(frozen, _are_blank)
 
 

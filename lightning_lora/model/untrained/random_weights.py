@@ -45,7 +45,7 @@ def _random_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:
     if found.is_trained_model:
         linear_layers = of_type(view.modules, nn.Linear)
         modules.update(only(linear_layers, small_layers(view)))
-    in_modules = set(names_inside(view.frozen, modules))
-    are_random = [name in in_modules for name in view.frozen]
-    are_random = true_anywhere(are_random, list(view.frozen.values()))
-    return tuple(compress(view.frozen, are_random))
+    in_modules = set(names_inside(view.frozen_base, modules))
+    are_random = [name in in_modules for name in view.frozen_base]
+    are_random = true_anywhere(are_random, list(view.frozen_base.values()))
+    return tuple(compress(view.frozen_base, are_random))

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, weights_of
+from lightning_lora.layers import AdaptedMatrix, LayerAdapter, LoRALayer, weights_of
 from lightning_lora.model.record import Record, record_on, records_in
 from lightning_lora.tensors.dicts import of_type
 from lightning_lora.tensors.names import first_names, modules_by_all_names, names_joined, plain_module
@@ -84,10 +84,10 @@ class LayersView:
         return first_names(self.layers_by_all_names)
 
     @cached_property
-    def active_adapters(self) -> dict[str, Adapter]:
+    def active_layer_adapters(self) -> dict[str, LayerAdapter]:
         """The active adapter of each layer, merged or not. They share its parameters."""
         if self.is_merged:
-            return self.record.merged_adapters
+            return self.record.merged_layer_adapters
         return {name: layer.lora_adapter() for name, layer in self.layers.items()}
 
     @cached_property
@@ -103,7 +103,7 @@ class LayersView:
         """The adapted matrices of each layer, merged or not."""
         matrices = {name: layer.lora_matrices for name, layer in self.layers.items()}
         if self.is_merged:
-            for name, adapter in self.record.merged_adapters.items():
+            for name, adapter in self.record.merged_layer_adapters.items():
                 matrices[name] = adapter.matrices
         return matrices
 

@@ -59,7 +59,7 @@ class TensorsView(LayersView):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the adapters, merged or not."""
         adapters = dict[str, nn.Parameter]()
-        for name, adapter in self.active_adapters.items():
+        for name, adapter in self.active_layer_adapters.items():
             adapters.update(prefixed(name, adapter.parameters))
         return adapters
 
@@ -70,7 +70,7 @@ class TensorsView(LayersView):
             return []
         found = []
         record = self.record
-        for layer, adapter in record.merged_adapters.items():
+        for layer, adapter in record.merged_layer_adapters.items():
             for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
                 shown = own_parameter(self.modules[layer], weight)
                 found.append(MergedWeight(layer, weight, shown, base))

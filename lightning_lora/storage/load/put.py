@@ -141,7 +141,7 @@ def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) ->
     if stored.names_its_base:
         return stored
     added = dict[str, Any]()
-    for name in view.trainable:
+    for name in view.trainable_base:
         if is_new or is_bias(name):
             added[name] = kept_or_present_value(view, name)
     for layer_name, layer in view.layers.items():
@@ -167,7 +167,7 @@ def _write_adapters(view: View, stored: StoredAdapters) -> None:
 
 def _write_state(view: View, state: StateDict) -> None:
     """Write a state that has been checked. If a module's own loading fails, restore the old values."""
-    keep_frozen(view, only(view.frozen, state))
+    keep_frozen(view, only(view.frozen_base, state))
     with Undo() as undo:
         undo.callback(load_state_dict, view.model, _copies_of_written(view, state), notes=[BEING_WRITTEN])
         _write_filled_buffers(view, state, undo)
@@ -196,4 +196,4 @@ def _write_filled_buffers(view: View, state: StateDict, undo: Undo) -> None:
 
 def _left_to_the_base(view: View, state: StateDict) -> Iterable[str]:
     """What has other values than the base, does not train, and is not in a state: it gets the base's."""
-    return names_not_in(view.adapter.originals, {*state, *view.trainable})
+    return names_not_in(view.adapter.originals, {*state, *view.trainable_base})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.functional.factors import Factors
-from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, matrix_factors, put_on
+from lightning_lora.layers import AdaptedMatrix, LayerAdapter, LoRALayer, matrix_factors, put_on
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
@@ -63,7 +63,7 @@ def layer_on(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -
         value = weights.get(matrix.weight, torch.empty(0))
         _register_weight(shell, matrix.weight, value)
     parameters = _adapter_parameters(stored, layer)
-    put_on(shell, Adapter(kind, layer.settings(stored.config), layer.matrices, parameters))
+    put_on(shell, LayerAdapter(kind, layer.settings(stored.config), layer.matrices, parameters))
     return cast(LoRALayer, shell)
 
 

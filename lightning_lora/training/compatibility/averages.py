@@ -35,7 +35,7 @@ def begin_averages(callbacks: list[Callback], pl_module: LightningModule, *, ane
 def average_what_trains(callbacks: list[Callback], view: View) -> None:
     """Let averages compute only what trains: they share the frozen weights, and skip equal tensors."""
     for average in _averages(callbacks):
-        _share_frozen(view.frozen, average.copy)
+        _share_frozen(view.frozen_base, average.copy)
         average.skip_equal_tensors()
 
 

@@ -29,7 +29,7 @@ def float16_weights(view: View) -> dict[str, nn.Parameter]:
     """Return the weights that train in full, and are float16. None where adapters are float16 too."""
     if not view.config.autocast_adapter_dtype:
         return {}
-    in_float16 = where(view.trainable, _is_float16)
+    in_float16 = where(view.trainable_base, _is_float16)
     return where(in_float16, _requires_grad)
 
 

@@ -120,7 +120,7 @@ def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Paramete
 
 
 def _error_of_added(model: nn.Module, added: set[nn.Parameter]) -> OptimizerError:
-    names = with_values(view_of(model).frozen, added)
+    names = with_values(view_of(model).frozen_base, added)
     return OptimizerError(
         f"{listed(names)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
         "their modules in modules_to_save to train them, or remove the code or the callback that adds them."

@@ -40,7 +40,7 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
 def _names_of(view: View, asked: Collection[object]) -> list[str]:
     """The names of those that are frozen, and would train without adapters."""
     trained_before = where(view.record.base.trained_before, bool)
-    candidates = where(only(view.frozen, trained_before), _is_still_frozen)
+    candidates = where(only(view.frozen_base, trained_before), _is_still_frozen)
     return list(with_values(candidates, set(filter(is_tensor, asked))))
 
 

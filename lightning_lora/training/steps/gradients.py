@@ -32,7 +32,7 @@ class Gradients:
         self.model = model
         self.received = received
         self.begins_copies = begins_copies
-        self.frozen = set(view_of(model).frozen.values())
+        self.frozen = set(view_of(model).frozen_base.values())
         self.checkpoints = OwnCheckpoints(self.frozen)
         self.has_told_of_thawed = False
         self.had_backward = False
@@ -64,7 +64,7 @@ class Gradients:
             self._tell_of_thawed(thawed)
 
     def _tell_of_thawed(self, thawed: Set[nn.Parameter]) -> None:
-        names = with_values(view_of(self.model).frozen, thawed)
+        names = with_values(view_of(self.model).frozen_base, thawed)
         rank_zero_info(
             f"requires_grad of {listed(names)} was set in training. LoRACallback keeps the base frozen: to train "
             "these too, name their modules in modules_to_save."

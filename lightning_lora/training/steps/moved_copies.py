@@ -112,7 +112,7 @@ def _copies_without_adapters(view: View) -> dict[str, str]:
     if any(map(is_dtensor, view.base_parameters.values())):  # each process would judge by its shard
         return {}
     adapted = modules_around(view.layers)
-    busy = adapted | modules_around(map(owner_of, view.trainable))
+    busy = adapted | modules_around(map(owner_of, view.trainable_base))
     still = {p for name, p in view.base_parameters.items() if owner_of(name) not in busy}
     owners_of_matrices = set(map(owner_of, where(view.base_parameters, _is_matrix)))
     found = find_copies(view.modules, view.base_parameters, owners_of_matrices, still, may_lack=True)

@@ -87,7 +87,7 @@ def _tell_of_fed(view: View, fed: Sequence[str], unfed: Sequence[str]) -> None:
 def _take_out_frozen(model: nn.Module, optimizer: Optimizer) -> None:
     """Take parameters that train no more out of the groups."""
     view = view_of(model)
-    trained = set(model.parameters()) - set(view.frozen.values())
+    trained = set(model.parameters()) - set(view.frozen_base.values())
     groups = []
     for group in optimizer.param_groups:
         groups.append([parameter for parameter in group["params"] if parameter in trained])

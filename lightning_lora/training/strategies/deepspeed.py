@@ -131,7 +131,7 @@ class DeepSpeedMethods(LateRestoreMethods):
         """Whether all that trains must have one dtype: in bfloat16, only where weights train beside adapters."""
         if self._is_enabled("fp16"):
             return True
-        return self._is_enabled("bf16") and bool(view.trainable)
+        return self._is_enabled("bf16") and bool(view.trainable_base)
 
     def _is_enabled(self, precision: str) -> bool:
         """Whether DeepSpeed's configuration has a precision on."""

@@ -79,4 +79,4 @@ class SaveMethods(SetUpMethods):
         A tuner saves before its trial, and loads that file after it.
         """
         view = view_of(self.module)
-        keep_frozen(view, names_inside(view.frozen, view.adapter.networks.copies))
+        keep_frozen(view, names_inside(view.frozen_base, view.adapter.networks.copies))

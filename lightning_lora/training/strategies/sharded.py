@@ -247,7 +247,7 @@ def _local_gradient(p: nn.Parameter) -> Tensor:
 
 def _distribute_beside_others(view: View) -> None:
     """Make all adapters DTensors where some are: optimizers take no mixture."""
-    parameters: dict[str, Any] = {**view.adapter_parameters, **view.trainable}
+    parameters: dict[str, Any] = {**view.adapter_parameters, **view.trainable_base}
     distributed = where(parameters, shards.is_dtensor)
     if not distributed:
         return

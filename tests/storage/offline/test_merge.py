@@ -62,7 +62,7 @@ def save_files(folder: Path, model: nn.Module, **config: Any) -> None:
     save_file(cloned(model.state_dict()), folder / "base.safetensors")
     ll.inject_adapters(model, ll.LoRAConfig(**{"r": 2, **config}))
     randomise(model)
-    for p in View(model).trainable.values():
+    for p in View(model).trainable_base.values():
         nn.init.uniform_(p)
     ll.save_adapter(model, folder / "adapter.safetensors")
 
