@@ -20,7 +20,7 @@ from lightning_lora.model.inject import refuse_targets_without_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.printing import fitting_console
-from lightning_lora.storage.same_base.base_forms import note_changed
+from lightning_lora.storage.same_base.base_changes import note_changes
 from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.summary import summarize
 from lightning_lora.tensors.dicts import without
@@ -358,7 +358,7 @@ class LoRACallback(Callback):
         pl_module.zero_grad()  # gradients of the last step would take memory, and count in a step by hand
         self._stage.tools.guards_in_each_process.fit_ended(view, trainer.optimizers, trainer.global_step)
         view = view_of(pl_module)
-        note_changed(view)  # compares the base with its fingerprint, for the guards and for later files
+        note_changes(view)  # compares the base with its fingerprint, for the guards and for later files
         self._stage.tools.guards_in_first_process.base_compared(view)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merging.merge_trained(trainer, pl_module, self.merge)

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 HalfDigests = dict[str, Sequence[int] | None]
-"""By the name of each tensor: its digests after conversion to bfloat16, and to float16.
+"""The half digests of each tensor by its name: those of its values after conversion to bfloat16, and to float16.
 
-So a base that was converted is known again. An empty list: it is an integer, or a run has changed the value, and the
-base's is no longer known. None: it is quantised.
+By these, a base that was converted is recognised. An empty list: the tensor is of integers, or a run has changed it,
+and the base's values are no longer known. None: it is quantised.
 """
 
 
@@ -30,7 +30,7 @@ class Fingerprint(Form):
 class StoredFingerprint(Fingerprint, total=False):
     """What a file says of a base."""
 
-    rounded: HalfDigests  # of all names. Absent if the base had other names when the file was written
+    rounded: HalfDigests  # of all tensors. Absent: the base had other names when the file was written
 
 
 def without_half_digests(stored: StoredFingerprint) -> Fingerprint:
@@ -43,9 +43,9 @@ def names_in(stored: StoredFingerprint) -> Iterable[str]:
     return stored.get("rounded", ())
 
 
-def digests_by_name(names: Iterable[str], stored: Fingerprint) -> dict[str, int]:
+def digests_by_name(names: Iterable[str], fingerprint: Fingerprint) -> dict[str, int]:
     """Return the digests in a fingerprint, by the names of its tensors."""
-    return dict(zip(names, stored["digests"], strict=True))
+    return dict(zip(names, fingerprint["digests"], strict=True))
 
 
 def have_same_form(one: Form, other: Form) -> bool:

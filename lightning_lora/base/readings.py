@@ -33,7 +33,7 @@ class Readings:
     """The last reading of each tensor."""
 
     half_digests: dict[int, list[int]] = field(default_factory=dict)
-    """The digests after conversion to each of ``HALF_DTYPES``, by the digest in the tensor's own dtype.
+    """The half digests of each tensor, by its own digest: ``{digest: [of bfloat16, of float16]}``.
 
     So tied tensors share theirs, and a base that was converted since keeps those of both forms.
     """
@@ -98,19 +98,19 @@ class Readings:
                 to_be_read[name] = tensor
         return to_be_read
 
-    # Digests in half precision, by which a base that was converted is known again
+    # Half digests: those of the values after conversion to bfloat16, and to float16
 
     def known_half_digests(self, digest: int) -> list[int]:
-        """Return the half digests of the tensor with this digest, or an empty list if they are not known."""
+        """Return half digests that were computed before, by the tensor's own digest. Otherwise an empty list."""
         return self.half_digests.get(digest, [])
 
     def half_digests_of(self, digest: int, tensor: Tensor) -> list[int]:
-        """Return the half digests of a tensor, whose own digest is ``digest``. They are computed once."""
+        """Return a tensor's half digests, which are computed once. ``digest`` is its own one."""
         if digest not in self.half_digests:
             self.half_digests[digest] = digests_as(tensor, HALF_DTYPES)
         return self.half_digests[digest]
 
-    def read_dtensors_as_halves(self, by_digest: Mapping[int, Tensor]) -> None:
+    def compute_half_digests_of_dtensors(self, by_digest: Mapping[int, Tensor]) -> None:
         """Compute the half digests of DTensors now, all together.
 
         Processes exchange one message for each dtype and layout. :meth:`half_digests_of` alone would need one for each

@@ -24,8 +24,9 @@ from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
 from lightning_lora.storage.load.put import put
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
-from lightning_lora.storage.same_base.base_forms import changes_between, note_changed, with_halves
+from lightning_lora.storage.same_base.base_changes import changes_between, note_changes
 from lightning_lora.storage.same_base.fingerprint import fingerprint
+from lightning_lora.storage.same_base.stored_fingerprints import with_half_digests
 from lightning_lora.storage.state import NOTE, copies_of, own_adapters_in, values_to_store, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.dicts import only, renamed, where, without
@@ -48,13 +49,13 @@ def adapter_only(
     That also has the ``metrics`` that the run has logged.
     """
     view = view_of(model)
-    fingerprints = note_changed(view, anew=False)
+    fingerprints = note_changes(view, anew=False)
     small = _with_small_states(view, checkpoint)
     if view.is_sharded:
         small = full_tensors(small)
     if written_later:
         small = _copy(small)
-    stored = StoredAdapters.from_view(view, small["state_dict"], with_halves(view, fingerprints))
+    stored = StoredAdapters.from_view(view, small["state_dict"], with_half_digests(view, fingerprints))
     description = replace(stored, metrics=metrics).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **small["state_dict"]})
     note_adapters(state, description)

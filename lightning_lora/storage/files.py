@@ -26,7 +26,7 @@ from lightning_lora.storage.load.other_names import with_names_of
 from lightning_lora.storage.load.put import adapt_and_put
 from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.on_disk.disk import check_output, local_path, path_here
-from lightning_lora.storage.same_base.base_forms import forms_of_base
+from lightning_lora.storage.same_base.stored_fingerprints import fingerprints_to_store
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_unchanged_extra
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.tensors.dicts import where
@@ -63,7 +63,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     view = view_of(model)
     state = _tensors_in_state(_state_of(view), view.title)
     check_not_diverged(view)
-    stored = StoredAdapters.from_view(view, state, forms_of_base(view))
+    stored = StoredAdapters.from_view(view, state, fingerprints_to_store(view))
     if view.is_sharded:
         _write_in_first_process(path, stored)
     else:

@@ -78,5 +78,5 @@ def test_halves_are_computed_once_for_the_same_values() -> None:
 def test_no_message_is_sent_for_tensors_of_one_process() -> None:
     tensor = torch.randn(3)
     readings = Readings()
-    readings.read_dtensors_as_halves({digest(tensor): tensor})
+    readings.compute_half_digests_of_dtensors({digest(tensor): tensor})
     assert readings.known_half_digests(digest(tensor)) == []

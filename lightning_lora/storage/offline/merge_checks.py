@@ -150,16 +150,16 @@ def _differ_in_one_character(one: str, other: str) -> bool:
 def _check_base(plan: MergePlan) -> None:
     """Compare every frozen tensor that both sides have. The same values in another precision are accepted."""
     found = _nearest_comparison(plan)
-    if found.differ:
-        raise BaseMismatchError(
-            f"The adapters in {plan.source} were trained on another base: {len(found.differ)} "
-            f"frozen tensors in {plan.base} differ, such as {listed(found.differ)}. Pass the same weights."
-        )
-    if not found.is_same:
+    if found is None or not found.compared:
         raise BaseMismatchError(
             f"Nothing in {plan.base} can be compared with the base of the adapters in {plan.source}: all of its "
             "frozen weights were quantised. Merge in memory: load_adapter(model, path, check_base=False), then "
             "save_merged."
+        )
+    if found.differ:
+        raise BaseMismatchError(
+            f"The adapters in {plan.source} were trained on another base: {len(found.differ)} "
+            f"frozen tensors in {plan.base} differ, such as {listed(found.differ)}. Pass the same weights."
         )
     if found.converted:
         warn(
@@ -168,29 +168,34 @@ def _check_base(plan: MergePlan) -> None:
         )
 
 
-def _nearest_comparison(plan: MergePlan) -> Comparison:
-    """Compare with each fingerprint. Return where the least differs; or nothing is the same, if there is none."""
+def _nearest_comparison(plan: MergePlan) -> Comparison | None:
+    """Compare with each fingerprint. Return where the least differs. None: there is no fingerprint."""
     comparisons = list[Comparison]()
     for fingerprint in plan.fingerprints:
         tensors = _compared_tensors(plan, fingerprint["rounded"])
         comparisons.append(compare(fingerprint, tensors))
-    return min(comparisons, key=_count_of_differences, default=Comparison())
+    return min(comparisons, key=_count_of_differences, default=None)
 
 
 def _count_of_differences(found: Comparison) -> int:
     return len(found.differ)
 
 
-def _compared_tensors(plan: MergePlan, halves: HalfDigests) -> Iterator[ComparedTensor]:
+def _compared_tensors(plan: MergePlan, half_digests_there: HalfDigests) -> Iterator[ComparedTensor]:
     """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
-    for name, half_digests in without(halves, plan.not_of_the_base).items():
+    for name, half_digests in without(half_digests_there, plan.not_of_the_base).items():
         in_base = plan.find_in_base(name)
         is_quantised = half_digests is None
         if is_quantised or in_base is None:
             continue
         value = _without_trained_rows(plan, in_base)
-        digests_in_halves = partial(digests_as, value, HALF_DTYPES)
-        yield ComparedTensor(name, in_base, value, digest(value), digests_in_halves)
+        yield ComparedTensor(
+            name_here=in_base,
+            name_there=name,
+            tensor=value,
+            digest=digest(value),
+            half_digests=partial(digests_as, value, HALF_DTYPES),
+        )
 
 
 def _without_trained_rows(plan: MergePlan, in_base: str) -> Tensor:

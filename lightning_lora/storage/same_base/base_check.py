@@ -22,49 +22,46 @@ from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import of_type, only, without
 
-_Compared = tuple[StoredFingerprint, Comparison]  # a fingerprint in a file, and how the base differs from it
-
 
 def check_base(view: View, stored: StoredAdapters, *, reads_base_anew: bool, refuses_other_base: bool) -> bool:
-    """Refuse another base. Return whether this one is converted.
+    """Refuse another base than the one that adapters were trained on. Return whether this one is converted.
 
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
     there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
     """
     here = fingerprint(view, anew=reads_base_anew, renaming=stored.renaming)
-    if _is_stored(view, here, stored.base):
+    if _has_fingerprint(stored, view, here):
         return False
     base = _BaseHere(view, here, stored)
-    compared = [(there, base.compare(there)) for there in stored.base]
-    for there, found in compared:
-        if found.is_same:
-            if found.has_same_bits:
-                return False
-            warn(_converted_message(base, there, found))
-            return True
-    nearest, difference = _nearest(compared, here)
-    message = _difference(base, nearest, difference)
+    comparisons = [base.compare(there) for there in stored.base]
+    for found in comparisons:
+        if found.is_same_base:
+            if found.is_converted:
+                warn(_converted_message(base, found))
+            return found.is_converted
+    nearest = _nearest(comparisons, here)
+    message = _difference(base, nearest)
     if refuses_other_base:
         raise BaseMismatchError(f"{message.found} {message.remedy}")
     warn(f"{message.found} They were loaded all the same, because of check_base=False.")
-    return bool(here["dtypes"] != nearest["dtypes"])
+    return bool(here["dtypes"] != nearest.there["dtypes"])
 
 
-def _is_stored(view: View, here: Fingerprint, stored: Sequence[StoredFingerprint]) -> bool:
-    """Whether a file has the base's fingerprint: as the base is, or as it was before in this run."""
-    forms = [here]
+def _has_fingerprint(stored: StoredAdapters, view: View, here: Fingerprint) -> bool:
+    """Whether a file has the fingerprint of the base: as it is here, or in another form that this run has seen."""
+    forms_here = [here]
     if here in view.adapter.fingerprints:  # all of these are of this base
-        forms += view.adapter.fingerprints
-    stored_forms = [without_half_digests(each) for each in stored]
-    return any(form in stored_forms for form in forms)
+        forms_here += view.adapter.fingerprints
+    forms_there = [without_half_digests(each) for each in stored.base]
+    return any(form in forms_there for form in forms_here)
 
 
-def _nearest(compared: Sequence[_Compared], here: Fingerprint) -> _Compared:
-    """The first fingerprint with the same dtypes, or the first of all."""
-    for there, found in compared:
-        if there["dtypes"] == here["dtypes"]:
-            return there, found
-    return compared[0]
+def _nearest(comparisons: Sequence[Comparison], here: Fingerprint) -> Comparison:
+    """The first comparison with a base of the same dtypes, or the first of all."""
+    for found in comparisons:
+        if found.there["dtypes"] == here["dtypes"]:
+            return found
+    return comparisons[0]
 
 
 class _BaseHere:
@@ -81,15 +78,21 @@ class _BaseHere:
         self.names_there = {name: stored.renaming.name_there(name) for name in self.tensors}
 
     def compare(self, there: StoredFingerprint) -> Comparison:
-        """Compare it with a fingerprint. Nothing is compared with one of other names that does not list them."""
+        """Compare it with a fingerprint. If that does not say its names, and has others, nothing is compared."""
         if "rounded" not in there:
             if there["layout"] != self.fingerprint["layout"]:
-                return Comparison()
-            there = {**there, "rounded": dict.fromkeys(self.names_there.values(), ())}  # the names are the same
-        found = compare(there, self._compared_tensors(), is_same_form=self._has_form_of(there))
+                return Comparison(there)
+            there = self._with_names(there)
+        found = compare(there, self._compared_tensors(), has_same_form=self._has_form_of(there))
         found.differ = [*self._only_there(there), *found.differ]
-        found.quantised = list(only(self.view.parameters, set(found.quantised)))  # counted as weights, without scales
+        found.quantised = list(
+            only(self.view.parameters, set(found.quantised))
+        )  # weights are counted, not their scales
         return found
+
+    def _with_names(self, there: StoredFingerprint) -> StoredFingerprint:
+        """A fingerprint with the names of the tensors, which are those here. Their half digests are not known."""
+        return {**there, "rounded": dict.fromkeys(self.names_there.values(), ())}
 
     def _has_form_of(self, there: StoredFingerprint) -> bool:
         """Whether names, shapes and dtypes are the same, and the same tensors are quantised."""
@@ -104,31 +107,35 @@ class _BaseHere:
         return [name for name, half_digests in others.items() if half_digests is not None]
 
     def _compared_tensors(self) -> list[ComparedTensor]:
-        """The tensors that are compared: of those that look untrained, files hold the values."""
+        """All tensors, but those that belong to no base: of these, files hold the values."""
         compared = list[ComparedTensor]()
         for name, tensor in without(self.tensors, self.stored.of_no_base).items():
-            halves = partial(self._half_digests_of, name)
-            is_quantised = name in self.quantised
-            name_there = self.names_there[name]
-            digest = self.digests[name]
-            compared.append(ComparedTensor(name_there, name, tensor, digest, halves, is_quantised=is_quantised))
+            each = ComparedTensor(
+                name_here=name,
+                name_there=self.names_there[name],
+                tensor=tensor,
+                digest=self.digests[name],
+                half_digests=partial(self._half_digests_of, name),
+                is_quantised=name in self.quantised,
+            )
+            compared.append(each)
         return compared
 
     def _half_digests_of(self, name: str) -> list[int]:
-        """A tensor's digests in half precision. The list is empty if the run has changed its values."""
+        """A tensor's half digests in the base. The list is empty if code has changed the tensor, and none are known."""
         base = self.view.record.base
-        exact = self.digests[name]
+        digest = self.digests[name]
         if name in base.changes:
-            return base.readings.known_half_digests(exact)
-        return base.readings.half_digests_of(exact, self.tensors[name])
+            return base.readings.known_half_digests(digest)
+        return base.readings.half_digests_of(digest, self.tensors[name])
 
 
 # What is said
 
 
-def _converted_message(base: _BaseHere, there: StoredFingerprint, found: Comparison) -> str:
+def _converted_message(base: _BaseHere, found: Comparison) -> str:
     """The same base in another precision."""
-    trained_on = f"These adapters were trained on a base in {_dtypes(there)}"
+    trained_on = f"These adapters were trained on a base in {_dtypes(found.there)}"
     result = "It is the same base, converted."
     if found.quantised:
         result = f"What is not quantised is the same{_left_out(found)}: make sure that the base is the right one."
@@ -156,28 +163,27 @@ class _Message(NamedTuple):
     remedy: str
 
 
-def _difference(base: _BaseHere, there: StoredFingerprint, found: Comparison) -> _Message:
+def _difference(base: _BaseHere, found: Comparison) -> _Message:
     """What is different, and what to do."""
     title = base.view.title
-    if _is_other_architecture(base, there):
-        return _other_architecture(base, there)
-    counted = len(found.differ) + found.equal
-    if not counted:
+    if _is_other_architecture(base, found.there):
+        return _other_architecture(base, found.there)
+    if not found.compared:
         return _Message(
             f"All frozen weights of {title}, or of the base that these adapters were trained on, are quantised: "
             "there is nothing to compare.",
             "Load it as it was loaded for training, or pass check_base=False to load_adapter.",
         )
     examples = listed(found.differ, 3)
-    how_many = f"{len(found.differ)} of {counted} frozen tensors of {title} differ, such as {examples}"
-    if found.is_same_form:
+    how_many = f"{len(found.differ)} of {found.compared} frozen tensors of {title} differ, such as {examples}"
+    if found.has_same_form:
         return _Message(
             f"These adapters were trained on another base: {how_many}.",
             "Load the same pretrained weights as for the training: in the module's __init__ or setup, or before "
             "load_adapter. New layers and rows are random, so they must train: modules_to_save, "
             "trainable_token_indices. If this model is merged, load its base.",
         )
-    dtypes_there = _dtypes(there)
+    dtypes_there = _dtypes(found.there)
     return _Message(
         f"These adapters were trained on another base, in {dtypes_there}: {how_many}, also after a conversion from "
         f"{_dtypes(base.fingerprint)}{_left_out(found)}.",

@@ -15,90 +15,99 @@ from lightning_lora.tensors.digests import digests_as
 
 @dataclass
 class ComparedTensor:
-    """A tensor of a base, to be compared with its digests in a fingerprint."""
+    """A tensor of the base at hand, to be compared with its digests in a fingerprint."""
 
-    name: str  # its name in the fingerprint
-    title: str  # its name in the base at hand
+    name_here: str  # in the base
+    name_there: str  # in the fingerprint
     tensor: Tensor
-    exact: int  # the digest of its bits
-    halves: Callable[[], Sequence[int]]  # returns its digests in bfloat16 and float16
+    digest: int
+    half_digests: Callable[[], Sequence[int]]  # computes them: only some comparisons need them
     is_quantised: bool = False
 
 
 @dataclass
 class Comparison:
-    """What a comparison of a base with a fingerprint has found: names of tensors, and how many are the same."""
+    """What a comparison of the base at hand with a fingerprint has found. Tensors are named as in the base."""
 
-    differ: list[str] = field(default_factory=list)  # also those that only one of them has
-    converted: list[str] = field(default_factory=list)  # the same in another precision
-    equal: int = 0  # converted or not
+    there: StoredFingerprint
+    has_same_form: bool = False  # so all bits must be the same
+    equal: int = 0  # how many tensors are the same, converted or not
+    converted: list[str] = field(default_factory=list)  # those of them in another precision
+    differ: list[str] = field(default_factory=list)  # also those that only one of the bases has
     quantised: list[str] = field(default_factory=list)  # not compared
-    is_same_form: bool = False  # whether the base has the same form, so that all bits must be the same
 
     @property
-    def is_same(self) -> bool:
-        """Whether it is the same base."""
+    def compared(self) -> int:
+        """How many tensors were compared."""
+        return self.equal + len(self.differ)
+
+    @property
+    def is_same_base(self) -> bool:
+        """Whether some tensors were compared, and none differs."""
         return not self.differ and self.equal > 0
 
     @property
-    def has_same_bits(self) -> bool:
-        """Whether all tensors of the same base were compared, and none is converted."""
-        return not self.converted and not self.quantised
+    def is_converted(self) -> bool:
+        """Whether the same base is in another precision, as far as tensors were compared."""
+        return bool(self.converted or self.quantised)
 
 
-def compare(stored: StoredFingerprint, tensors: Iterable[ComparedTensor], *, is_same_form: bool = False) -> Comparison:
-    """Compare a base with one fingerprint, tensor by tensor."""
-    there = _BaseThere(stored)
-    found = Comparison(is_same_form=is_same_form)
+def compare(there: StoredFingerprint, tensors: Iterable[ComparedTensor], *, has_same_form: bool = False) -> Comparison:
+    """Compare the base at hand with one fingerprint, tensor by tensor.
+
+    Quantised tensors are compared only in a base of the same form: other bits may mean the same weights.
+    """
+    base_there = _BaseThere(there)
+    found = Comparison(there, has_same_form)
     for tensor in tensors:
-        is_left_out = tensor.is_quantised or tensor.name in there.quantised
-        if is_left_out and not is_same_form:
-            found.quantised.append(tensor.title)
-        elif there.has_same_bits(tensor):
+        is_quantised = tensor.is_quantised or tensor.name_there in base_there.quantised
+        if is_quantised and not has_same_form:
+            found.quantised.append(tensor.name_here)
+        elif base_there.has_same_bits(tensor):
             found.equal += 1
-        elif there.has_converted(tensor):
+        elif base_there.has_converted(tensor):
             found.equal += 1
-            found.converted.append(tensor.title)
+            found.converted.append(tensor.name_here)
         else:
-            found.differ.append(tensor.title)
+            found.differ.append(tensor.name_here)
     return found
 
 
 class _BaseThere:
     """The base that a fingerprint was taken of, by the names of its tensors."""
 
-    def __init__(self, stored: StoredFingerprint) -> None:
+    def __init__(self, there: StoredFingerprint) -> None:
         """Read a fingerprint that says which names it has."""
-        self.halves: HalfDigests = stored["rounded"]
-        self.quantised = with_values(self.halves, [None])
-        self.digests = digests_by_name(self.halves, stored)
-        self.floating_dtypes = _floating_dtypes(stored["dtypes"])
+        self.half_digests: HalfDigests = there["rounded"]
+        self.quantised = with_values(self.half_digests, [None])
+        self.digests = digests_by_name(self.half_digests, there)
+        self.floating_dtypes = _floating_dtypes(there["dtypes"])
 
     def has_same_bits(self, here: ComparedTensor) -> bool:
         """Whether a tensor is there, bit by bit."""
-        return self.digests.get(here.name) == here.exact
+        return self.digests.get(here.name_there) == here.digest
 
     def has_converted(self, here: ComparedTensor) -> bool:
         """Whether one of two tensors is the other, converted to another floating-point dtype."""
-        if here.name not in self.digests or not is_convertible(here.tensor):
+        if here.name_there not in self.digests or not is_convertible(here.tensor):
             return False
         return self._became(here) or self._came_from(here)
 
     def _became(self, here: ComparedTensor) -> bool:
         """Whether the tensor there, converted to half precision, is the one here."""
-        halves = self.halves[here.name]
-        if not halves or here.tensor.dtype not in HALF_DTYPES:
+        half_digests = self.half_digests[here.name_there]
+        if not half_digests or here.tensor.dtype not in HALF_DTYPES:
             return False
-        return here.exact == halves[HALF_DTYPES.index(here.tensor.dtype)]
+        return here.digest == half_digests[HALF_DTYPES.index(here.tensor.dtype)]
 
     def _came_from(self, here: ComparedTensor) -> bool:
         """Whether the tensor here, converted to a dtype there, is the one there."""
-        digest_there = self.digests[here.name]
+        digest_there = self.digests[here.name_there]
         other_dtypes = self.floating_dtypes - {here.tensor.dtype}
-        other_halves = other_dtypes.intersection(HALF_DTYPES)
-        if other_halves and digest_there in here.halves():
+        half_dtypes = other_dtypes.intersection(HALF_DTYPES)
+        if half_dtypes and digest_there in here.half_digests():
             return True
-        return digest_there in digests_as(here.tensor, list(other_dtypes - other_halves))
+        return digest_there in digests_as(here.tensor, list(other_dtypes - half_dtypes))
 
 
 def _floating_dtypes(names: Iterable[str]) -> set[torch.dtype]:

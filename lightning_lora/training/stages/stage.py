@@ -14,7 +14,7 @@ from lightning_lora.model.inject import inject, inject_from_file
 from lightning_lora.model.record import find_record, state_of
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.same_base.base_forms import note_changed
+from lightning_lora.storage.same_base.base_changes import note_changes
 from lightning_lora.training.compatibility import begin_averages, loads_in_hooks
 from lightning_lora.training.random_numbers.drawing_apart import drawing_apart
 from lightning_lora.training.random_numbers.resumed_data import RandomNumbers
@@ -240,7 +240,7 @@ class Stage:
         self.way_back.bring_about(outcome, pl_module)
         is_kept = outcome is Outcome.KEPT
         if is_kept and not others_may_be_missing:
-            note_changed(view_of(pl_module))
+            note_changes(view_of(pl_module))
         return is_kept
 
     def _outcome_after_error(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> Outcome:
