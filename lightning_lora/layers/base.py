@@ -46,7 +46,7 @@ class LoRALayer(LayerAsText):
         lora_A, lora_B = self.lora_factors("weight")
         update = self.lora_update(lora_A, lora_B, *args, **kwargs).to(output.dtype)
         if self.lora_settings.use_dora:
-            return self._lora_with_magnitude(output, update)
+            return self._lora_dora_output(output, update)
         if self.lora_output_is_new and can_be_explicit(output, update):
             return output.add_(update)
         return output + update
@@ -61,7 +61,7 @@ class LoRALayer(LayerAsText):
         first = kwargs[self.lora_input]
         return args, {**kwargs, self.lora_input: F.dropout(first, dropout)}
 
-    def _lora_with_magnitude(self, output: Tensor, update: Tensor) -> Tensor:
+    def _lora_dora_output(self, output: Tensor, update: Tensor) -> Tensor:
         """DoRA: add the update and scale each feature to its magnitude. The bias is not scaled.
 
         The change is added to the output, so that a scale of one changes no bit of it.
@@ -69,7 +69,7 @@ class LoRALayer(LayerAsText):
         dims_after_features = self.weight.dim() - 2  # type: ignore[operator]
         one_per_feature = (-1, *[1] * dims_after_features)
         with torch.autocast(output.device.type, enabled=False):
-            scale = self._lora_magnitude_scale().view(one_per_feature)
+            scale = self._lora_dora_scale().view(one_per_feature)
         bias = getattr(self, "bias", None)
         unbiased = output
         if bias is not None:
@@ -78,7 +78,7 @@ class LoRALayer(LayerAsText):
         scaled_update = scale.to(output.dtype) * update
         return output + change + scaled_update
 
-    def _lora_magnitude_scale(self) -> Tensor:
+    def _lora_dora_scale(self) -> Tensor:
         """DoRA's scale of each output feature, from the weight with its update."""
         with torch.no_grad():
             weight = self.lora_values(self, self._lora_weight("weight"))

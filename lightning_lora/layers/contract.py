@@ -189,8 +189,8 @@ class LayerKind(InPlace, nn.Module):
 
 def _first_argument(layer_class: Any) -> str:
     """The name of the first argument of a class's forward, after self."""
-    names = [*signature(layer_class.forward).parameters, "input"]  # the last, where forward declares none but self
-    return names[1]
+    _, *arguments = signature(layer_class.forward).parameters
+    return arguments[0] if arguments else "input"
 
 
 class TransposedKind(LayerKind):

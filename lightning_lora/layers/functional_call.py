@@ -9,21 +9,23 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Attributes:
-    """The attributes of a module, and of its copy before and after it ran."""
+class _Copied:
+    """A module, and the copy of it that runs."""
 
-    of_module: dict[str, Any]
-    before: dict[str, Any]
-    after: dict[str, Any]  # those of the copy itself
+    module: nn.Module
+    copy: Any
+    attributes_before: dict[str, Any]  # those of the copy, before it runs
 
     def copy_back(self, derived: Collection[str]) -> None:
-        """Set on the module what forward has set on the copy, but for the ``derived`` ones."""
-        for name, value in self.after.items():
+        """Set on the module what forward has set on the copy, but for the ``derived`` attributes."""
+        attributes = vars(self.module)
+        for name, value in vars(self.copy).items():
             if name not in derived and not self._is_as_before(name, value):
-                self.of_module[name] = value
+                attributes[name] = value
 
     def _is_as_before(self, name: str, value: object) -> bool:
-        return name in self.before and self.before[name] is value
+        before = self.attributes_before
+        return name in before and before[name] is value
 
 
 def functional_call(
@@ -39,32 +41,32 @@ def functional_call(
     ``module`` itself does not change meanwhile, so other threads may run it too. Attributes that forward sets are
     copied back at the end, but for those in ``derived``, which it sets from the weights.
     """
-    copied: list[Attributes] = []
+    copied: list[_Copied] = []
     copy = _with_weights(module, cls, weights, copied)
     output = cls.forward(copy, *args, **kwargs)  # not the instance's, where other code may wrap that of ``module``
-    for attributes in copied:
-        attributes.copy_back(derived)
+    for each in copied:
+        each.copy_back(derived)
     return output
 
 
-def _with_weights(module: nn.Module, cls: type, weights: Mapping[str, Tensor | None], copied: list[Attributes]) -> Any:
-    """A copy that shares everything with ``module`` except some weights. ``copied`` notes what each copy has."""
+def _with_weights(module: nn.Module, cls: type, weights: Mapping[str, Tensor | None], copied: list[_Copied]) -> Any:
+    """A copy that shares everything with ``module`` but some weights. ``copied`` gets it, and copies inside it."""
     copy: Any = object.__new__(cls)
     attributes = vars(copy)
-    attributes.update(module.__dict__)
-    for name, value in module.__dict__.items():
+    attributes.update(vars(module))
+    for name, value in vars(module).items():
         if isinstance(value, MethodType) and value.__self__ is module:
             attributes[name] = MethodType(value.__func__, copy)
-    inner_weights: dict[str, dict[str, Tensor | None]] = {}  # by the module inside that holds them
+    weights_inside: dict[str, dict[str, Tensor | None]] = {}  # by the child that holds them: "out_proj" -> "weight"
     for name, weight in weights.items():
-        child, _, inner_name = name.partition(".")
-        if inner_name:
-            inner_weights.setdefault(child, {})[inner_name] = weight
+        child, _, name_in_child = name.partition(".")
+        if name_in_child:
+            weights_inside.setdefault(child, {})[name_in_child] = weight
         else:
             attributes[name] = weight  # instance attributes come before parameters
-    for child, its_weights in inner_weights.items():
+    for child, its_weights in weights_inside.items():
         inner = module.get_submodule(child)
         inner_copy = _with_weights(inner, type(inner), its_weights, copied)
         attributes["_modules"] = {**attributes["_modules"], child: inner_copy}
-    copied.append(Attributes(of_module=module.__dict__, before=dict(attributes), after=attributes))
+    copied.append(_Copied(module, copy, attributes_before=dict(attributes)))
     return copy

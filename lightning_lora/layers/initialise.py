@@ -47,12 +47,12 @@ def initialise(layer: nn.Module, adapter: LayerAdapter) -> None:
     adapter.base_digests = {}
     adapter.start_digests = {}
     full_values = _full_values(adapter)
-    start = _Start(layer, adapter, {**adapter.parameters, **full_values})
+    initialiser = _Initialiser(layer, adapter, {**adapter.parameters, **full_values})
     for matrix in adapter.matrices:
         if matrix.tokens:
-            start.copy_rows(matrix)
+            initialiser.initialise_rows(matrix)
         else:
-            start.begin(matrix)
+            initialiser.initialise_factors(matrix)
     for name, values in full_values.items():
         p = adapter.parameters[name]
         replace_values(p, distributed_as(values, p))
@@ -65,14 +65,14 @@ def _full_values(adapter: LayerAdapter) -> dict[str, Tensor]:
 
 
 @dataclass
-class _Start:
-    """What writes the first values of an adapter's parameters, for one matrix after the other."""
+class _Initialiser:
+    """Writes the first values of an adapter's parameters, for one matrix after the other."""
 
     layer: nn.Module
     adapter: LayerAdapter
     values: dict[str, Tensor]  # written in place, by name in the layer: parameters, or full copies of distributed ones
 
-    def begin(self, matrix: AdaptedMatrix) -> None:
+    def initialise_factors(self, matrix: AdaptedMatrix) -> None:
         """Initialise the factors of a matrix, and DoRA's magnitudes."""
         settings = self.adapter.settings
         how = settings.initialisation
@@ -81,16 +81,16 @@ class _Start:
         else:
             self.take_from_weight(matrix, how.from_weight)
         if settings.use_dora:
-            self.copy_from_base(matrix, Role.MAGNITUDE, row_norms(self.read_base(matrix)))
+            self.set_from_base(matrix, Role.MAGNITUDE, row_norms(self.read_base(matrix)))
             self.note_base(matrix)
         if how.is_difference:
             keep_start(matrix, self.values)
 
     @torch.no_grad()
-    def copy_rows(self, matrix: AdaptedMatrix) -> None:
+    def initialise_rows(self, matrix: AdaptedMatrix) -> None:
         """Let the rows of an embedding start as those of the weight."""
         embeddings = self.read_base(matrix).T  # (in, out) again, with a row for each token
-        self.copy_from_base(matrix, Role.ROWS, embeddings[list(matrix.tokens)])
+        self.set_from_base(matrix, Role.ROWS, embeddings[list(matrix.tokens)])
         self.note_base(matrix)
 
     def draw(self, matrix: AdaptedMatrix) -> None:
@@ -133,8 +133,8 @@ class _Start:
             self.adapter.base_digests[matrix.weight] = digest(weight)
 
     @torch.no_grad()
-    def copy_from_base(self, matrix: AdaptedMatrix, role: Role, value: Tensor) -> None:
-        """Set a parameter that starts as a value of the weight, and note its digest, which tells if it has learned."""
+    def set_from_base(self, matrix: AdaptedMatrix, role: Role, value: Tensor) -> None:
+        """Set a parameter that starts from the weight, and note its digest: once it has another one, it has learned."""
         name = matrix.parameter_name(role)
         self.values[name].copy_(value)
         if not value.is_meta:

@@ -80,9 +80,7 @@ class AdaptedMatrix:
     reads: int  # its columns: input features
     writes: int  # its own rows: output features
     first: int = 0  # the index of its first row in the weight
-    rows: int = (
-        0  # those of the whole weight, as ``weight_rows`` returns them. 0 in a few kinds: it is the whole weight
-    )
+    rows: int = 0  # those of the whole weight. A few kinds leave it at 0 if it is the whole (see ``weight_rows``)
     name: str = ""  # the end of its factors' names, after lora_A_ and lora_B_; empty if the layer has only one matrix
     stack: tuple[int, ...] = ()  # the leading dimensions of a stacked weight, such as the number of experts
     r: int | None = None  # its own rank, if it is not the one in the layer's settings

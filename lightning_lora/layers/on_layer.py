@@ -34,18 +34,21 @@ class AdapterOnLayer(UpdatedWeights):
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters, by name in the layer."""
-        held = self._lora_held()
-        return {name: held[name] for name in self.lora_specs()}
+        own = self._lora_own_parameters()
+        return {name: own[name] for name in self.lora_specs()}
 
     def lora_trainable(self) -> list[nn.Parameter]:
         """Return the adapter's trainable parameters."""
         if not self.lora_settings.trains:
             return []
-        held = self._lora_held()
-        return [held[name] for name, spec in self.lora_specs().items() if spec.role.trains]
+        own = self._lora_own_parameters()
+        return [own[name] for name, spec in self.lora_specs().items() if spec.role.trains]
 
-    def _lora_held(self) -> dict[str, Any]:
-        """The layer's own parameters. As an attribute, one may be what other code computes from it."""
+    def _lora_own_parameters(self) -> dict[str, Any]:
+        """The layer's own parameters, its weight and those of the adapter.
+
+        They are not read as attributes: an attribute of that name may be what other code computes from a parameter.
+        """
         return self._parameters
 
     # Whether it trains
@@ -71,9 +74,9 @@ class AdapterOnLayer(UpdatedWeights):
 
     def lora_set_flags(self) -> None:
         """Let the adapter's parameters require a gradient if they train, and no others."""
-        held = self._lora_held()
+        own = self._lora_own_parameters()
         for name, spec in self.lora_specs().items():
-            set_requires_grad(held[name], spec.role.trains and self.lora_settings.trains)
+            set_requires_grad(own[name], spec.role.trains and self.lora_settings.trains)
 
     # Beginning
 

@@ -57,7 +57,7 @@ class UpdatedWeights(LayerKind):
         with torch.autocast(weight.device.type, enabled=False):
             effective = added(weight, self._lora_delta(name, weight, dropout))
             if self.lora_settings.use_dora:
-                effective = self._lora_scaled_to_magnitude(effective, weight)
+                effective = self._lora_dora_weight(effective, weight)
         return effective
 
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
@@ -87,21 +87,22 @@ class UpdatedWeights(LayerKind):
     def _lora_delta(self, name: str, weight: Tensor, dropout: float = 0.0) -> Tensor:
         """The update of a weight, in its shape, in float32 or wider."""
         a, b = self.lora_factors(name)
-        a = _beside(weight, a)
-        b = _beside(weight, b)
+        a = _gathered_for(weight, a)
+        b = _gathered_for(weight, b)
         if dropout:
             ones = torch.ones_like(a[..., :1, :])
             a = a * F.dropout(ones, dropout)  # the same features in all rows of A
         return self.lora_as_weight(delta_weight(a, b, self._lora_scaling(name)), weight)
 
-    def _lora_scaled_to_magnitude(self, effective: Tensor, weight: Tensor) -> Tensor:
+    def _lora_dora_weight(self, effective: Tensor, weight: Tensor) -> Tensor:
         """DoRA: scale each row of a weight with its update to its magnitude."""
         matrix = self.lora_as_matrix(effective)
-        magnitude = _beside(weight, self._lora_magnitude())
+        magnitude = _gathered_for(weight, self._lora_magnitude())
         scale = magnitude_scale(magnitude, matrix)
         return self.lora_as_weight(matrix * scale.unsqueeze(-1), weight)
 
     def _lora_magnitude(self) -> Tensor:
+        """DoRA's magnitudes, one for each row of the one matrix."""
         read = self._lora_reader("weight")
         return read(self.lora_matrices[0].parameter_name(Role.MAGNITUDE))
 
@@ -125,6 +126,6 @@ class UpdatedWeights(LayerKind):
         return weight
 
 
-def _beside(weight: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor of the adapter to compute with beside a weight: if that is full, the full tensor."""
+def _gathered_for(weight: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of the adapter to compute with a weight: all of it, unless the weight is distributed too."""
     return tensor if is_dtensor(weight) else full_tensor(tensor)

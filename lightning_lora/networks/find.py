@@ -61,11 +61,11 @@ def find_networks(
     something_trains = training or named
     if not still_layers or not something_trains:  # all layers train; or the model is only evaluated
         return StillNetworks(copies=copies)
-    other_layers = layers - set(still_layers)
+    other_layers = layers - set(still_layers)  # they train, and get adapters in any case
     largest = _largest_modules(still_layers, {*training, *other_layers, *named})
-    if training:
-        trained_before = names_outside(training, untrained())
-        if trained_before and other_layers and not _is_head(trained_before, still_layers, matrices):
+    if training and other_layers:
+        pretrained = names_outside(training, untrained())
+        if pretrained and not _is_head(pretrained, still_layers, matrices):
             return StillNetworks(beside_training=largest, copies=copies)  # they are a teacher beside its student
     return StillNetworks(under_head=largest, copies=copies)  # they are an encoder under a head
 

@@ -31,6 +31,10 @@ def digest(tensor: Tensor) -> int:
     probability of about ``2**-63``. The cost is about one pass over the tensor. It guards against mistakes, not against
     forged weights.
 
+    The integers are in chunks of 2**18, and there are as many odd numbers m (:func:`_multipliers`). Integer i of chunk
+    c is multiplied by m[i] · m[-1 - c]. So the sum of a chunk's products m[i] · x[i] is multiplied once, by m[-1 - c].
+    The number of integers is added at the end.
+
     Collective for a DTensor: it is the hash of the full tensor.
     """
     if is_dtensor(tensor):
@@ -126,10 +130,10 @@ def _sum_of_shard(tensor: Tensor) -> Tensor:
     multipliers = _multipliers(shard.device)
     total = multipliers.new_zeros(())
     place = first_local(tensor) * _integers_per_element(shard.dtype)  # of the next integer, in the full tensor
-    up_to_a_chunk = -place % _CHUNK
-    first_piece = integers[:up_to_a_chunk]
-    whole_pieces = integers[up_to_a_chunk:].split(_CHUNK)
-    for piece in (first_piece, *whole_pieces):
+    missing_in_chunk = -place % _CHUNK  # a shard may begin inside a chunk of the full tensor
+    end_of_chunk = integers[:missing_in_chunk]
+    later_chunks = integers[missing_in_chunk:].split(_CHUNK)
+    for piece in (end_of_chunk, *later_chunks):
         chunk, offset = divmod(place, _CHUNK)
         products = _sum_of_products(piece, multipliers[offset : offset + len(piece)])
         total += products * _multiplier_of_chunk(chunk, multipliers)
@@ -163,7 +167,7 @@ def _integers(tensor: Tensor) -> Tensor:
 
 
 def _sums_of_chunks(integers: Tensor) -> list[Tensor]:
-    """The sum of products of each chunk."""
+    """The sum of the products of each chunk, not yet multiplied by the one of the chunk."""
     multipliers = _multipliers(integers.device)
     chunks = integers.split(_CHUNK)
     return [_sum_of_products(chunk, multipliers[: chunk.numel()]) for chunk in chunks]
@@ -172,13 +176,13 @@ def _sums_of_chunks(integers: Tensor) -> list[Tensor]:
 def _total(sums: list[Tensor], count: int) -> int:
     """The hash of ``count`` integers with these sums of their chunks."""
     multipliers = _multipliers(sums[0].device)
-    of_chunks = multipliers[-len(sums) :].flip(0)  # as _multiplier_of_chunk has them
-    total = (torch.stack(sums) * of_chunks).sum()
+    multipliers_of_chunks = multipliers[-len(sums) :].flip(0)  # all of _multiplier_of_chunk at once
+    total = (torch.stack(sums) * multipliers_of_chunks).sum()
     return (count + int(total)) % _RANGE
 
 
 def _multiplier_of_chunk(chunk: int, multipliers: Tensor) -> Tensor:
-    """The number by which a chunk's sum is multiplied: from the last on, while its integers begin with the first."""
+    """The number by which the sum of a chunk is multiplied: the last one for the first chunk, and so on."""
     return multipliers[-1 - chunk]
 
 

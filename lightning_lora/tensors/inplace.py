@@ -1,11 +1,18 @@
-"""Change the class of an object to a subclass of its class, and back. It stays the same object."""
+"""Change the class of an object to a subclass of its class, and back. It stays the same object.
+
+So an ``nn.Linear`` that gets an adapter becomes a ``LoRALinear``, of which ``nn.Linear`` is a base class: the combined
+class is ``type("LoRALinear", (LoRALinear, nn.Linear), ...)``, of our mixin and the original class.
+"""
 
 import copyreg
 from typing import Any, ClassVar
 
 
 class InPlace:
-    """A mixin that :func:`overlay` adds to the class of an object. ``super()`` calls that. Copies and pickles work."""
+    """A mixin that :func:`overlay` adds to the class of an object. Its ``super()`` is the original class.
+
+    Copies and pickles of the object have the combined class too.
+    """
 
     overlaid: ClassVar[tuple[type, type]]  # the mixin and the original class
 
@@ -56,7 +63,7 @@ def _blank(mixin: type[InPlace], base: type) -> object:
 
 
 def is_overlaid(instance: InPlace) -> bool:
-    """Whether ``instance`` still has its combined class: other code may have changed it since."""
+    """Whether ``instance`` still has the combined class that it got: other code may have changed it since."""
     return type(instance) is _COMBINED.get(instance.overlaid)
 
 

@@ -174,6 +174,9 @@ def owner_or_itself(parameter: str) -> str:
     return owner_of(parameter) or parameter
 
 
+# Modules and parameters, by name
+
+
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """Return a submodule by its name in :func:`modules_by_name`."""
     module = plain_module(model)

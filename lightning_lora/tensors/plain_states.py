@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.private import STATE_NOTES
-from lightning_lora.tensors.dicts import of_type, only, where, with_values
+from lightning_lora.tensors.dicts import of_type, where, with_values
 from lightning_lora.tensors.names import modules_by_name, names_joined, plain_name
 from lightning_lora.tensors.shards import distributed_as
 
@@ -40,18 +40,18 @@ def load_state_dict(
         notes: Marks for hooks of the model, which find them in the metadata of the state dict.
     """
     present = model.state_dict(keep_vars=True)
-    names_in_model = {plain_name(name): name for name in present}
-    requested: dict[str, Any] = {}
+    names_in_model = {plain_name(name): name for name in present}  # with the prefixes of torch's wrappers
+    loaded: dict[str, Any] = {}
+    for plain in _read_in_own_way(model):  # as they are: ``state`` may leave out entries that a user's code asks for
+        name = names_in_model.get(plain)
+        if name is not None:
+            loaded[name] = present[name]
     for plain, value in state.items():
         name = names_in_model.get(plain, plain)
-        requested[name] = distributed_as(value, present.get(name))
-    read_in_own_way = {names_in_model.get(plain, plain) for plain in _read_in_own_way(model)}
-    read = only(present, read_in_own_way)  # their code may ask for entries that ``state`` leaves out
-    completed = {**read, **requested}
-    under_all_names = _under_all_names(present, completed)
-    noted: Any = OrderedDict({**under_all_names, **completed})
-    setattr(noted, STATE_NOTES, {"": dict.fromkeys(notes, True)})
-    model.load_state_dict(noted, strict=strict)
+        loaded[name] = distributed_as(value, present.get(name))
+    complete: Any = OrderedDict({**_under_all_names(present, loaded), **loaded})
+    setattr(complete, STATE_NOTES, {"": dict.fromkeys(notes, True)})
+    model.load_state_dict(complete, strict=strict)
 
 
 def _read_in_own_way(model: nn.Module) -> list[str]:

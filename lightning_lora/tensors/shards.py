@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lightning_lora.private import local_offsets, tree_map
 
+# This process's part of a tensor, and all of it
+
 
 def is_dtensor(tensor: object) -> TypeGuard[Any]:
     """Whether a tensor is a DTensor, sharded or replicated."""
@@ -56,6 +58,9 @@ def full_tensors(values: _Value) -> _Value:
     return gathered
 
 
+# Distribute full values
+
+
 def distributed_as(values: Tensor, like: Tensor | None) -> Tensor:
     """Return full values, distributed as ``like`` is, without communication. A DTensor is returned unchanged."""
     if not is_dtensor(like) or is_dtensor(values):
@@ -89,6 +94,9 @@ def sharded_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
         placement = Shard(dim % factor.dim())
     mesh = weight.device_mesh[TENSOR_PARALLEL]
     return distribute_tensor(factor, mesh, [placement], src_data_rank=None)
+
+
+# How a tensor is distributed
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -128,6 +136,23 @@ def sharding_dims(tensor: Any) -> tuple[int, ...]:
     return tuple(dim for dim, placement in placements if not placement.is_replicate())
 
 
+def is_one_run_of_values(tensor: Any) -> bool:
+    """Whether the values of the local shard lie one after the other in the full tensor."""
+    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
+
+
+def first_local(tensor: Any) -> int:
+    """Return the place in the full tensor of the local shard's first element, if the shard is one run of values."""
+    _, offsets = local_offsets(tensor)
+    if not offsets:  # a tensor of one number
+        return 0
+    elements_in_a_row = tensor.shape[1:].numel()
+    return int(offsets[0] * elements_in_a_row)
+
+
+# In all processes
+
+
 def true_anywhere(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
     """Return which of these flags are set in any process. Collective if one of the tensors is a DTensor."""
     distributed = [tensor for tensor in tensors if is_dtensor(tensor)]
@@ -145,17 +170,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, sharded_class):
             module.reshard()
-
-
-def is_one_run_of_values(tensor: Any) -> bool:
-    """Whether the values of the local shard lie one after the other in the full tensor."""
-    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
-
-
-def first_local(tensor: Any) -> int:
-    """Return the place in the full tensor of the local shard's first element, if the shard is one run of values."""
-    _, offsets = local_offsets(tensor)
-    if not offsets:  # a tensor of one number
-        return 0
-    elements_in_a_row = tensor.shape[1:].numel()
-    return int(offsets[0] * elements_in_a_row)

@@ -45,14 +45,14 @@ class LoRAConvNd(LoRALayer):
         shape = layer.weight.shape
         if self.groups > 1:
             return convolve(layer, input, (b @ a).view(shape))
-        size = shape[2:]
-        dims = len(size)
-        if _is_pointwise(layer, size):
-            hidden = _pointwise(input, a, dims)
+        kernel_size = shape[2:]
+        spatial_dims = len(kernel_size)
+        if _is_pointwise(layer, kernel_size):
+            hidden = _pointwise(input, a, spatial_dims)
         else:
             kernel = a.view(-1, *shape[1:])
             hidden = convolve(layer, input, kernel)
-        return _pointwise(hidden, b, dims)
+        return _pointwise(hidden, b, spatial_dims)
 
 
 class LoRAConvTransposeNd(TransposedKind, LoRALayer):
@@ -80,16 +80,17 @@ class LoRAConvTransposeNd(TransposedKind, LoRALayer):
             hidden = input
             matrix = b @ a
         else:
-            hidden = _pointwise(input, a, self.weight.dim() - 2)
+            spatial_dims = self.weight.dim() - 2
+            hidden = _pointwise(input, a, spatial_dims)
             matrix = b
         kernel = matrix.T.reshape(-1, *self.weight.shape[1:])
         output: Tensor = self.lora_run_on({"weight": kernel, "bias": None}, hidden, *args, **kwargs)
         return output
 
 
-def _is_pointwise(layer: Any, size: torch.Size) -> bool:
+def _is_pointwise(layer: Any, kernel_size: torch.Size) -> bool:
     """Whether a convolution with a kernel of this size multiplies each place by itself."""
-    reads_one_place = size.numel() == 1
+    reads_one_place = kernel_size.numel() == 1
     reads_each_place = set(_each(layer.stride)) == {1}
     return reads_one_place and reads_each_place and not _pads(layer)
 
@@ -104,15 +105,15 @@ def _each(value: int | Sequence[int]) -> Sequence[int]:
     return (value,) if isinstance(value, int) else value
 
 
-def _pointwise(x: Tensor, matrix: Tensor, dims: int) -> Tensor:
+def _pointwise(x: Tensor, matrix: Tensor, spatial_dims: int) -> Tensor:
     r"""Convolve (N, in, \*size) or (in, \*size) with a kernel of size 1: as a product, faster than torch's own."""
-    channels = x.dim() - dims - 1
-    last = x.movedim(channels, -1)
-    if last.is_contiguous():
-        return F.linear(last, matrix).movedim(-1, channels)
-    columns = x.flatten(-dims)
+    channel_dim = x.dim() - spatial_dims - 1
+    channels_last = x.movedim(channel_dim, -1)
+    if channels_last.is_contiguous():
+        return F.linear(channels_last, matrix).movedim(-1, channel_dim)
+    columns = x.flatten(-spatial_dims)  # one for each place
     product = _product(matrix, columns)
-    return product.view(*product.shape[:-1], *x.shape[-dims:])
+    return product.view(*product.shape[:-1], *x.shape[-spatial_dims:])
 
 
 def _product(matrix: Tensor, columns: Tensor) -> Tensor:

@@ -39,13 +39,13 @@ class LoRATokens(LoRAEmbedding):
         (matrix,) = self.lora_matrices
         read = self._lora_reader("weight")
         rows = read(matrix.parameter_name(Role.ROWS))
-        places = torch.tensor(matrix.tokens, device=device)
-        return Rows(matrix.tokens, places, rows.to(device, self.weight.dtype))
+        indices = torch.tensor(matrix.tokens, device=device)
+        return Rows(matrix.tokens, indices, rows.to(device, self.weight.dtype))
 
     def _lora_with_update(self, name: str, weight: Tensor, dropout: float = 0.0) -> Tensor:
         """Return these values of the weight with the trained rows."""
         rows = self.lora_rows_for(weight.device)
-        return weight.index_copy(0, rows.places, rows.values.to(weight.dtype))
+        return weight.index_copy(0, rows.indices, rows.values.to(weight.dtype))
 
     def _lora_about(self) -> str:
         return f"tokens={list(self.lora_matrices[0].tokens)}"
@@ -55,9 +55,9 @@ class LoRATokens(LoRAEmbedding):
 class Rows:
     """The rows that train, one for each token."""
 
-    indices: tuple[int, ...]  # in ascending order, as the configuration sorts them
-    places: Tensor  # the indices, on the device of what is computed
-    values: Tensor
+    tokens: tuple[int, ...]  # in ascending order, as the configuration sorts them
+    indices: Tensor  # the same, on the device of what is computed: each is the index of a row in the weight
+    values: Tensor  # (tokens, embedding_dim)
 
 
 class TiedLayer(InPlace, nn.Module):
@@ -121,20 +121,25 @@ def _forward_with_rows(layer: Any, embedding: LoRATokens, *args: Any, **kwargs: 
 
 def _with_features(layer: nn.Linear, output: Tensor, x: Tensor, rows: Rows) -> Tensor:
     """Change the output features of a head whose rows train."""
-    difference = rows.values - layer.weight[rows.places]  # zero at first, so that not a bit of the output changes
+    difference = rows.values - layer.weight[rows.indices]  # zero at first, so that not a bit of the output changes
     change = F.linear(x, difference)
-    return output.index_add(-1, rows.places, change.to(output.dtype))
+    return output.index_add(-1, rows.indices, change.to(output.dtype))
 
 
 def _with_embeddings(layer: nn.Embedding, output: Tensor, x: Tensor, rows: Rows) -> Tensor:
-    """Replace the embeddings of the tokens whose rows train. ``x`` are the tokens of the input."""
-    count = len(rows.indices)
-    nearest = torch.searchsorted(rows.places, x.long()).clamp_max(count - 1)  # the place of a token, if it trains
-    is_trained = rows.places[nearest] == x
-    found = nearest.where(is_trained, count)  # all other tokens find a row of zeros behind these
-    padding = count  # that row: the one that gets no gradient, unless the padding is a token that trains
-    if layer.padding_idx in rows.indices:
-        padding = rows.indices.index(layer.padding_idx)
+    """Replace the embeddings of the tokens whose rows train. ``x`` are the tokens of the input.
+
+    With rows for the tokens 5 and 9, the input ``[9, 7, 5]`` looks up the rows ``[1, 2, 0]``. Row 2 is one of zeros,
+    behind the others, for all tokens that have none. In the end, these keep the embedding in ``output``.
+    """
+    count = len(rows.tokens)
+    nearest_row = torch.searchsorted(rows.indices, x.long()).clamp_max(count - 1)
+    has_row = rows.indices[nearest_row] == x
+    row_of_zeros = count
+    row = nearest_row.where(has_row, row_of_zeros)
+    padding_row = row_of_zeros  # the one that gets no gradient
+    if layer.padding_idx in rows.tokens:
+        padding_row = rows.tokens.index(layer.padding_idx)
     values_and_zeros = F.pad(rows.values, (0, 0, 0, 1))
-    trained = F.embedding(found, values_and_zeros, padding, scale_grad_by_freq=layer.scale_grad_by_freq)
-    return trained.where(is_trained.unsqueeze(-1), output)
+    trained = F.embedding(row, values_and_zeros, padding_row, scale_grad_by_freq=layer.scale_grad_by_freq)
+    return trained.where(has_row.unsqueeze(-1), output)

@@ -30,34 +30,42 @@ class EvaObserver:
 
     def __init__(self, layer: Any, undo: ExitStack) -> None:
         self.argument = layer.lora_input
-        self.count = 0
+        self.count = 0  # of the inputs so far
         ranks = [matrix.rank_for(layer.lora_settings.r) for matrix in layer.lora_matrices]
-        self.most = 2 * max(ranks)  # some to spare
+        self.most_directions = 2 * max(ranks)  # some to spare
         self.mean = self.sizes = self.directions = torch.empty(0)
         undo.callback(layer.register_forward_pre_hook(self.look, with_kwargs=True).remove)
 
     @torch.no_grad()
     def look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Continue with the inputs of a batch. Their mean is taken off, and what it differs by is one more row."""
+        """Continue with the inputs of a batch: what they differ by from the mean of all counts."""
         x: Tensor = args[0] if args else kwargs[self.argument]
         x = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
         x = x[x.isfinite().all(1)]
         if not len(x):
             return
-        count = self.count + len(x)
         mean = x.mean(0)
         rows = x - mean
-        if self.count:  # n and m values with two means: the shift is (mean_n - mean_m) sqrt(n m / (n + m))
-            shift = (self.mean - mean) * (self.count * len(x) / count) ** 0.5
-            earlier = self.sizes.unsqueeze(1) * self.directions
-            rows = torch.cat([earlier, rows, shift.unsqueeze(0)])
-            mean = self.mean + (mean - self.mean) * (len(x) / count)
-        rank = min(self.most, *rows.shape)
+        if self.count:
+            rows = self.with_earlier(rows, mean)
+            mean = self.mean + (mean - self.mean) * (len(x) / (self.count + len(x)))
+        rank = min(self.most_directions, *rows.shape)
         with torch.autocast(x.device.type, enabled=False):
             _, self.sizes, right = torch.svd_lowrank(rows, rank, niter=4)
-        self.count = count
+        self.count += len(x)
         self.mean = mean
         self.directions = right.T
+
+    def with_earlier(self, rows: Tensor, mean: Tensor) -> Tensor:
+        """Return rows with the directions of all inputs, from earlier ones and the rows of a batch less its mean.
+
+        For n inputs with one mean and m with another, there is one more row: (mean_n - mean_m) sqrt(n m / (n + m)).
+        """
+        n = self.count
+        m = len(rows)
+        earlier = self.sizes.unsqueeze(1) * self.directions
+        shift = (self.mean - mean) * (n * m / (n + m)) ** 0.5
+        return torch.cat([earlier, rows, shift.unsqueeze(0)])
 
     def factors(self, matrix: Any, r: int) -> Factors | None:
         """Return A and B. A has fewer rows than r if the inputs have fewer directions."""
@@ -110,10 +118,10 @@ class LoraGaObserver:
         grad = grad.to(own_parameter(self.layer, matrix.weight).device)
         rank = min(4 * r, *grad.shape[-2:])
         left, _, right = torch.svd_lowrank(grad, rank, niter=4)
-        last = min(2 * r, left.shape[-1])  # a small matrix has fewer than 2 r directions
+        end = min(2 * r, left.shape[-1])  # a small matrix has fewer than 2 r directions
         scale = matrix.writes**0.25 / GAMMA**0.5
         a = scale * right[..., :r].mT
-        b = scale * left[..., last - r : last]
+        b = scale * left[..., end - r : end]
         return a, b
 
 

@@ -23,16 +23,16 @@ def pissa(matrix: Tensor, r: int, scaling: float) -> Factors:
     """
     matrix = matrix.detach().to(wide(matrix.dtype))
     u, sizes, v = torch.linalg.svd(matrix, full_matrices=False)
-    first_sizes = sizes[..., :r]
-    roots = (first_sizes / scaling).sqrt()
+    top_sizes = sizes[..., :r]
+    roots = (top_sizes / scaling).sqrt()
     a = roots.unsqueeze(-1) * v[..., :r, :]
     b = u[..., :r] * roots.unsqueeze(-2)
-    least = sizes[..., :1] * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
-    is_empty = first_sizes <= least
+    rounding = sizes[..., :1] * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+    is_beyond_rank = top_sizes <= rounding  # of the weight
     random, zero = torch.empty_like(a), torch.empty_like(b)
     kaiming(random, zero)  # if both factors were zero, they would get no gradient
-    a = torch.where(is_empty.unsqueeze(-1), random, a)
-    b = torch.where(is_empty.unsqueeze(-2), zero, b)
+    a = torch.where(is_beyond_rank.unsqueeze(-1), random, a)
+    b = torch.where(is_beyond_rank.unsqueeze(-2), zero, b)
     return a, b
 
 

@@ -41,9 +41,11 @@ class Initialisation:
     """How adapters start.
 
     ``draw`` takes the factors from nothing, and ``from_weight`` from the weight. If the update ``is_difference``, the
-    layer keeps the values that its factors start from, and computes with the difference from these. ``observe`` looks
-    at an adapted layer while batches go through it, until the stack is closed, for factors from data. It returns None
-    for a layer that keeps those that were drawn. If it ``needs_gradients``, the batches go backward too.
+    layer keeps the values that its factors start from, and computes with the difference from these.
+
+    For factors from data, ``observe`` gets an adapted layer before batches go through it. It puts hooks on the layer,
+    and on the stack what removes them. It returns what computes the factors afterwards, or None for a layer that keeps
+    those that were drawn. If it ``needs_gradients``, the batches go backward too.
     """
 
     name: str
