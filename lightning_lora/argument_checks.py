@@ -38,10 +38,11 @@ def _expect(is_valid: object, name: str, value: object, expected: str, *, found:
 # Numbers and words
 
 
-def check_rank(name: str, value: Any) -> None:
-    """Refuse what is no rank."""
+def checked_rank(name: str, value: Any) -> int:
+    """Return an integer of at least one."""
     is_rank = _is_numeric(value, int) and value >= 1
     _expect(is_rank, name, value, "an integer of at least 1, such as r=8", found="is not a valid rank")
+    return int(value)
 
 
 def checked_alpha(name: str, value: Any) -> float:
@@ -199,13 +200,7 @@ _NUMBERS = "values, such as {'query': 4}"
 
 def _checked_ranks(name: str, value: Any) -> dict[str, int]:
     """Ranks by name."""
-    return _checked_entries(name, value, _NUMBERS, _checked_rank)
-
-
-def _checked_rank(name: str, rank: Any) -> int:
-    """A rank as Python's own number."""
-    check_rank(name, rank)
-    return int(rank)
+    return _checked_entries(name, value, _NUMBERS, checked_rank)
 
 
 def _checked_alphas(name: str, value: Any) -> dict[str, float]:

@@ -16,7 +16,7 @@ from lightning_lora.argument_checks import (
     check_batches,
     check_choice,
     check_is_list,
-    check_rank,
+    checked_rank,
     checked_alpha,
     checked_dropout,
     checked_names,
@@ -128,7 +128,7 @@ class LoRAConfig:
             raise ConfigError(
                 "r is a LoRAConfig. Expected an integer. Pass the arguments themselves: LoRACallback(r=8, alpha=16)."
             )
-        check_rank("r", self.r)
+        self._keep("r", checked_rank("r", self.r))
         if self.alpha is not None:
             self._keep("alpha", checked_alpha("alpha", self.alpha))
         self._keep("dropout", checked_dropout("dropout", self.dropout))

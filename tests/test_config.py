@@ -1,6 +1,7 @@
 """A configuration refuses what cannot mean anything."""
 
 import dataclasses
+import enum
 import inspect
 import math
 import timeit
@@ -95,6 +96,17 @@ def test_empty_patterns_mean_none_and_numbers_of_numpy_become_pythons_own() -> N
     assert LoRAConfig(exclude_modules=[], modules_to_save=[], rank_pattern={}) == LoRAConfig()
     config = LoRAConfig(alpha=np.float64(4), dropout=np.float64(0.5), alpha_pattern={"q": np.float64(2)}).to_dict()
     assert {type(config["alpha"]), type(config["dropout"]), type(config["alpha_pattern"]["q"])} == {float}
+
+
+class Rank(enum.IntEnum):
+    SMALL = 4
+
+
+def test_a_rank_is_kept_as_pythons_own_integer_which_files_can_hold() -> None:
+    config = LoRAConfig(r=Rank.SMALL, rank_pattern={"q": Rank.SMALL})
+    assert type(config.r) is int
+    assert config.rank_pattern is not None
+    assert type(config.rank_pattern["q"]) is int
 
 
 def test_a_configuration_survives_plain_types_and_keeps_no_reference_to_its_arguments() -> None:

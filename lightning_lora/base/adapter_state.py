@@ -33,8 +33,11 @@ class AdapterState:
     values. Each adapter has its own: hooks of the module may load other values before the fit of the next adapter.
     """
 
-    extra: dict[str, int] = field(default_factory=dict)
-    """The digests of what modules keep besides tensors (``get_extra_state``), from before it was trained."""
+    extra_state_digests: dict[str, int] = field(default_factory=dict)
+    """The digests of what modules keep besides tensors (``get_extra_state``), from before it was trained.
+
+    The names are those of a state dict: ``head._extra_state``.
+    """
 
     random_weights: tuple[str, ...] | None = None
     """Frozen weights that look random, not pretrained. Files hold them. None: they have not been looked for."""
@@ -65,14 +68,15 @@ class AdapterState:
         return self.random_weights
 
     def snapshot(self) -> "AdapterState":
-        """Return a copy with dicts and lists of its own, for an error to bring back.
+        """Return a copy that later notes do not change. After an error, it takes this object's place.
 
-        Tensors and adapters are shared: what changes these must undo that itself.
+        It has dicts and lists of its own, and the same tensors and adapters of layers: who changes values in these must
+        undo that too.
         """
         return replace(
             self,
             originals=dict(self.originals),
-            extra=dict(self.extra),
+            extra_state_digests=dict(self.extra_state_digests),
             fingerprints=list(self.fingerprints),
             inactive_layer_adapters=dict(self.inactive_layer_adapters),
             inactive_tensors=dict(self.inactive_tensors),
@@ -86,14 +90,14 @@ class AdapterState:
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)
 
-    def keep_originals(self, values: Mapping[str, Tensor], extra: dict[str, int]) -> None:
+    def keep_originals(self, values: Mapping[str, Tensor], extra_state_digests: dict[str, int]) -> None:
         """Make :attr:`originals` hold exactly these names, in CPU memory.
 
-        A name that is known keeps its first copy: its values may be trained by now. For the same reason, ``extra`` is
-        only taken of an adapter that has learned nothing yet.
+        A name that is known keeps its first copy: its values may be trained by now. For the same reason, digests are
+        only taken over by an adapter that has learned nothing yet.
         """
         if not self.may_have_learned:
-            self.extra = extra
+            self.extra_state_digests = extra_state_digests
         earlier = self.originals
         self.originals = {}
         for name, tensor in values.items():
@@ -102,7 +106,7 @@ class AdapterState:
                 original = copy_to_host(tensor)
             self.originals[name] = original
 
-    def set_base_values(self, values: Mapping[str, Tensor]) -> None:
+    def set_originals(self, values: Mapping[str, Tensor]) -> None:
         """Keep copies of these as the base's values, whatever the model holds now."""
         for name, value in values.items():
             self.originals[name] = copy_to_host(value)
@@ -110,4 +114,4 @@ class AdapterState:
     def note_base_loaded(self, values: Mapping[str, Tensor]) -> None:
         """Note that other code loads a new base, with these values."""
         self.random_weights = None
-        self.set_base_values(only(values, self.originals))
+        self.set_originals(only(values, self.originals))

@@ -94,16 +94,20 @@ class Base:
     """The parameters as the last merge left them."""
 
     def snapshot(self) -> "Base":
-        """Return a copy with dicts and sets of its own, for an error to bring back. Tensors are shared."""
+        """Return a copy that later notes do not change. After an error, it takes this object's place.
+
+        It has dicts and sets of its own, and the same tensors.
+        """
         copies = {name: copy(known) for name, known in vars(self).items()}
         copies["readings"] = self.readings.snapshot()
         return Base(**copies)
 
     def absorb(self, prefix: str, inner: "Base", *, is_merged: bool) -> None:
-        """Take over what is known of a module inside the model. What the model knows itself stays.
+        """Add what is known of ``prefix``, a module inside the model that was adapted on its own.
 
         Only two facts still matter: which parameters trained before, and which tensors code has changed. If the module
-        is merged, its values as they are now are the model's base, so nothing of it counts as changed.
+        is merged, its values as they are now are the model's base, so nothing of it counts as changed. What the model
+        itself knows of a tensor stays.
         """
         for name, did_train in inner.trained_before.items():
             self.trained_before.setdefault(join(prefix, name), did_train)
@@ -122,7 +126,7 @@ class Base:
             self.trained_before.setdefault(name, parameter.requires_grad)
 
     def set_trained_before(self, names: Iterable[str], *, flag: bool) -> None:
-        """Set whether these count as trained before: the user has thawed or frozen them, and meant this."""
+        """Note that the user wants these to train (``flag``), or to be frozen, as if they had been so before."""
         for name in names:
             self.trained_before[name] = flag
 

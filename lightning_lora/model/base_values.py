@@ -50,7 +50,7 @@ def kept_or_present_value(view: View, name: str) -> Tensor:
     return view.base_tensors[name].detach()
 
 
-def extra_digests(view: View) -> dict[str, int]:
+def digests_of_extra_state(view: View) -> dict[str, int]:
     """Return the digests of what modules keep besides tensors (``get_extra_state``). Names are as in a state dict."""
     found = {}
     for name, module in view.modules.items():
@@ -69,13 +69,13 @@ def keep_originals(view: View) -> None:
     """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
     changing = {**view.trainable_base, **view.buffers}
     changing.update(only(view.base_parameters, view.adapter.originals))  # replaced by a file's
-    view.adapter.keep_originals(changing, extra_digests(view))
+    view.adapter.keep_originals(changing, digests_of_extra_state(view))
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
     """Copy frozen weights to CPU memory before they change. Skip those whose base values are already copied or lost."""
     are_known = {*view.adapter.originals, *view.record.base.changes}
-    view.adapter.set_base_values(only(view.base_parameters, set(names) - are_known))
+    view.adapter.set_originals(only(view.base_parameters, set(names) - are_known))
 
 
 def restore_originals(view: View, names: Iterable[str], undo: Undo) -> None:

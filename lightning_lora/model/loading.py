@@ -83,7 +83,7 @@ def _take_statistics(view: View, given: Mapping[str, Any]) -> None:
     """Take the statistics of frozen norms as the base's: training cannot have changed them."""
     norms = of_type(view.modules, FrozenNorm)
     statistics = {name: buffer for name, buffer in view.buffers.items() if owner_of(name) in norms}
-    view.adapter.set_base_values(_loaded(view, given, statistics))
+    view.adapter.set_originals(_loaded(view, given, statistics))
 
 
 def _loaded(view: View, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

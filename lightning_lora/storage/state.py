@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.model.as_merged import refuse_changed_since_merge
-from lightning_lora.model.base_values import extra_digests, frozen_values
+from lightning_lora.model.base_values import digests_of_extra_state, frozen_values
 from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
@@ -62,7 +62,7 @@ def adapter_state(view: View) -> dict[str, Any]:
 
 def without_unchanged_extra(view: View, state: StateDict) -> dict[str, Any]:
     """Return a state without what modules keep besides tensors (``get_extra_state``), if training did not change it."""
-    unchanged = view.adapter.extra.items() & extra_digests(view).items()
+    unchanged = view.adapter.extra_state_digests.items() & digests_of_extra_state(view).items()
     return without(state, dict(unchanged))
 
 

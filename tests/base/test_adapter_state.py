@@ -12,16 +12,16 @@ from lightning_lora.base.adapter_state import AdapterState
 
 def test_what_was_kept_for_an_error_does_not_change_with_later_events() -> None:
     state = AdapterState(LoRAConfig(r=2))
-    state.set_base_values({"bias": torch.zeros(2)})
+    state.set_originals({"bias": torch.zeros(2)})
     state.fingerprints = [{"layout": "a"}]
     before = state.snapshot()
-    state.set_base_values({"weight": torch.ones(2, 2)})
+    state.set_originals({"weight": torch.ones(2, 2)})
     state.fingerprints.append({"layout": "b"})
-    state.extra["part"] = 1
+    state.extra_state_digests["part"] = 1
     state.inactive_tensors["bias"] = torch.ones(2)
     assert list(before.originals) == ["bias"]
     assert before.fingerprints == [{"layout": "a"}]
-    assert before.extra == before.inactive_tensors == {}
+    assert before.extra_state_digests == before.inactive_tensors == {}
 
 
 @pytest.mark.parametrize("name", ["", None, 3])
@@ -33,21 +33,21 @@ def test_an_adapter_has_a_name(name: Any) -> None:
 def test_an_original_is_copied_once_unless_its_shape_is_another() -> None:
     state = AdapterState(LoRAConfig(r=2))
     tensors = {"bias": torch.zeros(2), "head": torch.zeros(3)}
-    state.keep_originals(tensors, extra={"a": 1})
+    state.keep_originals(tensors, extra_state_digests={"a": 1})
     trained = {"bias": torch.ones(2), "head": torch.ones(4)}
-    state.keep_originals(trained, extra={"a": 2})
+    state.keep_originals(trained, extra_state_digests={"a": 2})
     assert torch.equal(state.originals["bias"], torch.zeros(2))
     assert torch.equal(state.originals["head"], torch.ones(4))
-    assert state.extra == {"a": 2}
+    assert state.extra_state_digests == {"a": 2}
     tensors["bias"].add_(5)
     assert torch.equal(state.originals["bias"], torch.zeros(2))
 
 
 def test_what_is_not_named_again_is_let_go_and_a_trained_adapter_keeps_what_it_noted() -> None:
-    state = AdapterState(LoRAConfig(r=2), may_have_learned=True, extra={"a": 1})
-    state.keep_originals({"bias": torch.zeros(2)}, extra={"a": 2})
-    assert state.extra == {"a": 1}
-    state.keep_originals({}, extra={})
+    state = AdapterState(LoRAConfig(r=2), may_have_learned=True, extra_state_digests={"a": 1})
+    state.keep_originals({"bias": torch.zeros(2)}, extra_state_digests={"a": 2})
+    assert state.extra_state_digests == {"a": 1}
+    state.keep_originals({}, extra_state_digests={})
     assert state.originals == {}
 
 

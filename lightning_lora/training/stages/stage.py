@@ -194,7 +194,7 @@ class Stage:
         if self.phase is not Phase.SET_UP or view.adapter.may_have_learned or not view.is_fresh():
             return False
         changed = self.before.changed_base_tensors(tensors_with_originals(view))
-        view.adapter.set_base_values(changed)
+        view.adapter.set_originals(changed)
         return True
 
     # From one phase to the next
