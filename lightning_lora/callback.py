@@ -15,7 +15,7 @@ from lightning_lora.argument_names import documents_arguments_of, explains_argum
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import LoRAError, listed
 from lightning_lora.given_arguments import defaults_of, notes_given_arguments
-from lightning_lora.model.as_adapted import refuse_computed_weights
+from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.inject import refuse_targets_without_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of

@@ -16,11 +16,11 @@ from lightning_lora.argument_checks import (
     check_batches,
     check_choice,
     check_is_list,
-    checked_rank,
     checked_alpha,
     checked_dropout,
     checked_names,
     checked_optional,
+    checked_rank,
     is_given,
 )
 from lightning_lora.argument_names import explains_arguments

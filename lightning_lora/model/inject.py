@@ -13,8 +13,8 @@ from lightning_lora.base.states import SWITCH, State
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LayerAdapter, new_adapter
-from lightning_lora.model.as_adapted import refuse_other_configuration
 from lightning_lora.model.base_values import keep_originals
+from lightning_lora.model.changed_since_adapted import refuse_other_configuration
 from lightning_lora.model.changes.attach import attach_adapters, detach_from, reinitialise_if_base_changed
 from lightning_lora.model.changes.freeze import freeze
 from lightning_lora.model.changes.undone import undone_on_error

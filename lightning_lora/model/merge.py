@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_lora.base.base_tensors import AfterMerge
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import LayerAdapter, LoRALayer, LoRATokens
-from lightning_lora.model.as_adapted import refuse_computed_weights, refuse_resized_or_tied
-from lightning_lora.model.as_merged import is_as_merged, refuse_changed_since_merge
+from lightning_lora.model.changed_since_adapted import refuse_computed_weights, refuse_resized_or_tied
+from lightning_lora.model.changed_since_merge import is_as_merged, refuse_changed_since_merge
 from lightning_lora.model.changes.attach import (
     attach_adapters,
     detach_adapters,

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from lightning_lora.model.as_adapted import refuse_computed_weights
 from lightning_lora.model.base_values import restore_originals, tensors_with_originals
+from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.changes.attach import detach_adapters
 from lightning_lora.model.changes.freeze import unfreeze
 from lightning_lora.model.changes.undone import undone_on_error

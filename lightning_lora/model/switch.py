@@ -14,9 +14,9 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import ADAPTERS, LayerAdapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
-from lightning_lora.model.as_adapted import refuse_computed_weights
-from lightning_lora.model.as_merged import refuse_changed_since_merge
 from lightning_lora.model.base_values import tensors_with_originals
+from lightning_lora.model.changed_since_adapted import refuse_computed_weights
+from lightning_lora.model.changed_since_merge import refuse_changed_since_merge
 from lightning_lora.model.changes.attach import attach_adapters, detach_adapters, update_for_changed_weights
 from lightning_lora.model.changes.off_layers import convert_to_layer, move_to
 from lightning_lora.model.record import Record, find_record, record_of, start_call, state_of

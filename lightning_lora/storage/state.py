@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.model.as_merged import refuse_changed_since_merge
 from lightning_lora.model.base_values import digests_of_extra_state, frozen_values
+from lightning_lora.model.changed_since_merge import refuse_changed_since_merge
 from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase

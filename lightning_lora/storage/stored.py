@@ -8,7 +8,7 @@ from lightning_lora.base.fingerprints import StoredFingerprint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LoRAParameters, LoRATokens
-from lightning_lora.model.as_adapted import refuse_computed_weights, refuse_resized_or_tied
+from lightning_lora.model.changed_since_adapted import refuse_computed_weights, refuse_resized_or_tied
 from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.checksum import FORMAT, Description, checksum, dict_or_empty

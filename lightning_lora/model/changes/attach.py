@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.layers import LayerAdapter, LoRALayer, adapter_for, put_on, tie_layers
 from lightning_lora.layers.bypasses import update_bypasses
-from lightning_lora.model.as_adapted import refuse_computed_weights
+from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.own_loop.early_optimizers import watch_optimizers
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import only

@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.base.states import State
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.as_merged import refuse_layers_of_another_model
 from lightning_lora.model.base_values import tensors_with_originals
+from lightning_lora.model.changed_since_merge import refuse_layers_of_another_model
 from lightning_lora.model.inject import inject, inject_from_file
 from lightning_lora.model.record import find_record, state_of
 from lightning_lora.model.remove import remove_adapters

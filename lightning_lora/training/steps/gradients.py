@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import AdapterStateError, TargetError, listed
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.as_adapted import refuse_computed_weights
+from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.still.follow import begin_as_originals, copies_among
 from lightning_lora.model.view import View, view_of
 from lightning_lora.networks.copies import pairs_of

@@ -34,10 +34,11 @@ _DERIVED = LoRARecurrent.lora_from_weights
 """What a module may have made of its weights, to be made anew. Only recurrent layers have some, or these names."""
 
 
-class _OneName:
-    """Runs a module with the adapter of one name, or as the base. The modules inside it do so too.
+class _ModuleRunner:
+    """Runs a module with the adapter of one name, or as the base.
 
-    ``running`` is the block's: the names whose rows run now, the innermost last.
+    ``running`` is a stack that all modules of the block share: the names whose rows run now, the innermost last. By it,
+    the modules inside this one run with the same adapter.
     """
 
     def __init__(self, module: Any, adapters: Mapping[Name, LayerAdapter], values: Values, running: list[Name]) -> None:
@@ -45,13 +46,13 @@ class _OneName:
         self.adapters = adapters
         self.values = values
         self.running = running
-        self.plain: Any = module.lora_plain_class if isinstance(module, LoRALayer) else type(module)
+        self.plain_class: Any = module.lora_plain_class if isinstance(module, LoRALayer) else type(module)
         self.step = vars(module).get("lora_step", Step())
         self.has_dropout = any(adapter.settings.dropout > 0 for adapter in adapters.values())
 
     def run_as(self, name: Name, args: Any, kwargs: Any) -> Any:
         """Run the module with the adapter of this name."""
-        cls = self.plain
+        cls = self.plain_class
         attributes = self.values.get(name, {})
         adapter = self.adapters.get(name)
         if adapter is not None:
@@ -64,9 +65,9 @@ class _OneName:
             self.running.pop()
 
     def _adapted_class(self, adapter: LayerAdapter) -> Any:
-        return combined(adapter.kind, self.plain)
+        return combined(adapter.kind, self.plain_class)
 
-    def is_sum(self) -> bool:
+    def is_additive(self) -> bool:
         """Whether all names run the base and add an update to its output: then one product adds those of all rows."""
         if self.values or not self.adapters:
             return False
@@ -76,7 +77,7 @@ class _OneName:
         cls = self._adapted_class(adapter)
         return issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
 
-    def drops(self) -> bool:
+    def has_active_dropout(self) -> bool:
         """Whether dropout acts now: then each name has masks of its own."""
         return self.has_dropout and (self.module.training or self.step.runs)
 
@@ -84,7 +85,8 @@ class _OneName:
 class MixedModule:
     """A module that differs between adapters: the rows of each name run apart.
 
-    ``names`` are those of the rows, and ``values`` what else the module has with each name.
+    ``names`` has a name for each row: for ``["de", None, "fr", "de"]``, ``rows`` is
+    ``{"de": [0, 3], None: [1], "fr": [2]}``. ``values`` are the other tensors that the module has with each name.
     """
 
     def __init__(
@@ -101,13 +103,17 @@ class MixedModule:
         self.record = view.record
         self.running = running
         used = {name: adapters[name] for name in names if name in adapters}
-        self.runs = _OneName(self.module, used, values, running)
+        self.runner = _ModuleRunner(self.module, used, values, running)
+
+        # each name with its rows
         self.names = list(names)
-        if not values and not self.module._modules:  # so that it runs as the base, wherever it has no adapter
+        only_adapters_differ = not values and not self.module._modules
+        if only_adapters_differ:  # then it runs as the base, wherever it has no adapter
             self.names = [name if name in used else None for name in names]
         rows = grouped(range(len(self.names)), self.names.__getitem__)
         self.rows = {name: torch.tensor(its_rows) for name, its_rows in rows.items()}
-        self.is_sum = self.runs.is_sum()
+
+        self.is_additive = self.runner.is_additive()
         self.factors = _FactorsOfRows(used, self.names)
         # what differs has a value with each name, also with None: an adapter trains it
         weight_differs = "weight" in values.get(None, ())
@@ -123,13 +129,13 @@ class MixedModule:
                 "batch. Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
             )
         if self.running:  # a module around it runs the rows of one name
-            return self.runs.run_as(self.running[-1], args, kwargs)
+            return self.runner.run_as(self.running[-1], args, kwargs)
         x = self._input(args, kwargs)
         if len(self.rows) < 2:
             only_name = next(iter(self.rows), None)  # None: the batch is empty
-            return self.runs.run_as(only_name, args, kwargs)
-        if self.is_sum and not self.runs.drops():
-            output = self.runs.plain.forward(module, *args, **kwargs)
+            return self.runner.run_as(only_name, args, kwargs)
+        if self.is_additive and not self.runner.has_active_dropout():
+            output = self.runner.plain_class.forward(module, *args, **kwargs)
             return add_to_rows(output, x, *self.factors.now())
         return self._run_each(args, kwargs)
 
@@ -141,11 +147,11 @@ class MixedModule:
         outputs = []
         for name, rows in self.rows.items():
             if name is None:  # on all rows, as the base: with fewer, the bits may differ
-                output = self.runs.run_as(None, args, kwargs)
+                output = self.runner.run_as(None, args, kwargs)
                 outputs.append(take_rows(output, rows, n, states_dim))
             else:
                 some_args, some_kwargs = take_rows((args, kwargs), rows, n, states_dim, mask)
-                outputs.append(self.runs.run_as(name, some_args, some_kwargs))
+                outputs.append(self.runner.run_as(name, some_args, some_kwargs))
         try:
             return put_together(outputs, list(self.rows.values()), states_dim)
         except NoRowsError as error:

@@ -1,4 +1,4 @@
-"""What the arguments mean in one model: its modules and parameters in place of names."""
+"""Resolve the arguments in one model: names and expressions become its modules and parameters."""
 
 from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from lightning_lora.tensors.names import owner_of, submodule, with_all_inside
 
 
 @dataclass(frozen=True)
-class Meant:
-    """What the arguments mean in one model."""
+class ResolvedArguments:
+    """What the arguments mean in one model: its modules and parameters in place of names."""
 
     left_out_names: set[str]
     """What ``exclude_modules`` and ``modules_to_save`` name: modules and parameters."""
@@ -33,32 +33,34 @@ class Meant:
     named_targets: set[nn.Module]
     """What ``target_modules`` names, before any of it is excluded."""
 
-    targets: set[nn.Module]
+    remaining_targets: set[nn.Module]
     """Those of them that nothing excludes, and that hold none of ``parameters``."""
 
     token_rows: TokenRows
     """The embeddings in ``trainable_token_indices``, and the layers that are tied to them."""
 
-    def to_adapt(self) -> set[nn.Module]:
+    def layers_to_adapt(self) -> set[nn.Module]:
         """Return the modules that get an adapter. One in which rows train gets no other."""
-        targets = self.targets - self.token_rows.layers
+        targets = self.remaining_targets - self.token_rows.layers
         return targets.union(self.parameters, self.token_rows.matrices)
 
 
-def read_arguments(names: Names, config: LoRAConfig) -> Meant:
-    """Return what the arguments mean. A name that matches nothing is an error."""
+def resolve_arguments(names: Names, config: LoRAConfig) -> ResolvedArguments:
+    """Find the modules and parameters that the arguments mean. A name that matches nothing is an error."""
     saved = names.find("modules_to_save", config.modules_to_save)
     left_out_names = {*saved, *names.find("exclude_modules", config.exclude_modules)}
     left_out_modules = _modules_of(names, left_out_names)
     parameters = _parameters_by_reader(names, config, left_out_modules)
     holders = _holders_of(parameters)
     named_targets = _named_by_target_modules(names, config)
-    targets = named_targets - left_out_modules - holders
+    remaining_targets = named_targets - left_out_modules - holders
+
+    # no single rows train in what is named elsewhere
     named_elsewhere = holders | _modules_of(names, saved)
     if config.target_modules not in AUTOMATIC:  # "all" leaves these embeddings to their rows
-        named_elsewhere |= targets
-    token_rows = find_token_rows(names, config, named_elsewhere)  # no single rows train in what is named elsewhere
-    return Meant(left_out_names, left_out_modules, parameters, named_targets, targets, token_rows)
+        named_elsewhere |= remaining_targets
+    token_rows = find_token_rows(names, config, named_elsewhere)
+    return ResolvedArguments(left_out_names, left_out_modules, parameters, named_targets, remaining_targets, token_rows)
 
 
 def _modules_of(names: Names, named: Collection[str]) -> set[nn.Module]:
