@@ -6,8 +6,8 @@ from lightning_lora.errors import listed
 from lightning_lora.model.untrained.find_untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
+from lightning_lora.storage.formats.export import ModelExport
 from lightning_lora.storage.formats.peft.refusals.refused_layers import refused_layers
-from lightning_lora.storage.formats.source import ModelSource
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import layers_of
@@ -26,6 +26,6 @@ class RefusedExports(Guard):
             return
         layers = layers_of(view)
         stored = StoredAdapters(view.config, {}, layers, root=root)
-        refused = refused_layers(ModelSource(stored, view.model))
+        refused = refused_layers(ModelExport(stored, view.model))
         for why, names in refused.items():
             rank_zero_info(f"export_peft refuses {listed(names)} once trained: {why} For PEFT, exclude them now.")

@@ -15,12 +15,11 @@ from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.formats import own
-from lightning_lora.storage.formats.contents import read_checkpoint, read_contents
-from lightning_lora.storage.formats.format import Asked
+from lightning_lora.storage.formats.contents import check_computable, read_checkpoint, read_contents
+from lightning_lora.storage.formats.export import Export, ModelExport, for_reader
+from lightning_lora.storage.formats.format import LoadArguments
 from lightning_lora.storage.formats.lightning import check_is_lightning
-from lightning_lora.storage.formats.reading import check_computable
 from lightning_lora.storage.formats.registry import WRITTEN, adapter_file_at, find_format
-from lightning_lora.storage.formats.source import ModelSource, Source, for_reader
 from lightning_lora.storage.load.built_modules import built_by_lightning
 from lightning_lora.storage.load.other_names import with_names_of
 from lightning_lora.storage.load.put import adapt_and_put
@@ -157,13 +156,13 @@ def export_peft(
     if isinstance(model_or_file, nn.Module):
         view = view_of(model_or_file)
         stored = StoredAdapters.from_view(view, _state_of(view), [])
-        source = for_reader(ModelSource(stored, model_or_file, base_name=base_name), root)
+        export = for_reader(ModelExport(stored, model_or_file, base_name=base_name), root)
     else:
         stored = own.read_adapter_file(model_or_file)
-        source = for_reader(Source(stored, base_name=base_name), root)
+        export = for_reader(Export(stored, base_name=base_name), root)
     chosen = WRITTEN[format]
     check_output(directory, [model_or_file], chosen.files[:1])
-    chosen.write(source, path_here(directory), uniform=uniform)
+    chosen.write(export, path_here(directory), uniform=uniform)
 
 
 def _state_of(view: View) -> dict[str, Any]:
@@ -236,29 +235,29 @@ def load_adapter(
         >>> torch.equal(base(torch.ones(4)), trained(torch.ones(4)))
         True
     """
-    reader = _reader_for_file(path, Asked(alpha, target_slices))
+    reader = _reader_for_file(path, LoadArguments(alpha, target_slices))
     adapt_and_put(model, reader, name=name, refuses_other_base=check_base)
 
 
-def _reader_for_file(path: Any, asked: Asked) -> ReadFor:
+def _reader_for_file(path: Any, arguments: LoadArguments) -> ReadFor:
     """Read a file of any format. Return what reads its contents for a model."""
     local = local_path(path)
     file = path if local is None else adapter_file_at(local)
     contents = read_contents(file)
-    found = find_format(contents, file, asked)
+    found = find_format(contents, file, arguments)
     if found is None:
-        _refuse_arguments(asked, path)
+        _refuse_arguments(arguments, path)
         return partial(with_names_of, stored=own.stored_adapters(contents, path))
     format, reader = found
     if not format.takes_arguments:
-        _refuse_arguments(asked, path)
+        _refuse_arguments(arguments, path)
     check_computable(contents, path)
     return reader
 
 
-def _refuse_arguments(asked: Asked, path: Any) -> None:
+def _refuse_arguments(arguments: LoadArguments, path: Any) -> None:
     """Refuse arguments for loralib's files beside a file that says these things itself."""
-    if asked != Asked():
+    if arguments != LoadArguments():
         raise ConfigError(
             f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
             "Leave them out."

@@ -59,6 +59,11 @@ def entries_inside(prefix: str, named: Mapping[str, Value]) -> dict[str, Value]:
     return {name: value for name, value in named.items() if is_in(name, prefix)}
 
 
+def by_names_inside(prefix: str, named: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what lies inside the module ``prefix``, by its names in there: ``q.bias`` for ``encoder.q.bias``."""
+    return Renaming(there=prefix).with_names_here(entries_inside(prefix, named))
+
+
 def names_outside(prefix: str, names: Iterable[str]) -> list[str]:
     """Return the names that are not ``prefix``, and do not lie inside it."""
     return [name for name in names if not is_in(name, prefix)]

@@ -1,20 +1,22 @@
 """Read what a file holds, of this package or of another library. No code in it is run."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from safetensors.torch import load as load_tensors
+from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.beside_adapters import reduce_to_adapters
 from lightning_lora.storage.formats.format import HEADER
 from lightning_lora.storage.on_disk import archives, disk, plain_pickles
 from lightning_lora.storage.stored import KEY
-from lightning_lora.tensors.dicts import only
+from lightning_lora.tensors.dicts import of_type, only, where_not
+from lightning_lora.tensors.values import is_computable
 
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:
@@ -30,6 +32,24 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
     )
     load = partial(torch.load, map_location="cpu", weights_only=weights_only)
     return _read_with(path, load, remedy=remedy)
+
+
+def check_computable(contents: Mapping[Any, Any], path: object) -> None:
+    """Refuse tensors with which torch cannot compute, in a file or in a state dict inside of it."""
+    odd = list[str]()
+    for group in (contents, *of_type(contents, dict).values()):
+        tensors = of_type(group, Tensor)
+        odd += where_not(tensors, _has_usable_values)
+    if odd:
+        raise AdapterFileError(
+            f"{path} holds {listed(map(str, odd))}, with which nothing can be computed: they are sparse, of 8 bits, or "
+            "have no values. Write the file again with the values of .to_dense() or .float()."
+        )
+
+
+def _has_usable_values(tensor: Tensor) -> bool:
+    """Whether torch can compute with a tensor."""
+    return is_computable(tensor) and not tensor.is_quantized and not tensor.is_meta
 
 
 def _read_with(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:

@@ -1,7 +1,7 @@
 """What a format of another library is: how its files are told from others, how they are read and written."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,18 +10,25 @@ from torch import Tensor
 
 from lightning_lora.config import Slices
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.stored import ReadFor
 from lightning_lora.tensors.dicts import of_type, without
 
 HEADER = "__metadata__"  # the contents of a file have its header under this name of safetensors, beside the tensors
 
 
-class Asked(NamedTuple):
-    """The arguments of ``load_adapter`` that say what some files do not."""
+class LoadArguments(NamedTuple):
+    """The arguments of ``load_adapter`` that say what files of loralib do not."""
 
     alpha: float | None = None
     target_slices: Slices | None = None
+
+
+class Recognise(Protocol):
+    """Tells whether a file has a format, by the names of its tensors."""
+
+    def __call__(self, contents: Mapping[str, Any], path: Any, arguments: LoadArguments, /) -> ReadFor | None:
+        """Return what reads these contents for a model. None: they have another format."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,16 @@ class Format:
 
     name: str  # the ``format`` of ``export_peft``
     tool: str  # whose it is, in messages
-    read: Callable[[Mapping[str, Any], Any, Asked], ReadFor | None]  # contents, path; None: a file of another format
+    recognise: Recognise
     files: tuple[str, ...] = ()  # the names of its files in a folder; the first one is written
     expected_files: str = ""  # those of a whole folder, in messages
-    takes_arguments: bool = False  # whether it needs what is asked: its files do not say that
+    takes_arguments: bool = False  # whether it needs ``LoadArguments``: its files do not say these
 
 
 class Writer(Protocol):
     """Writes adapters into a directory."""
 
-    def __call__(self, source: Source, directory: Path, *, uniform: bool) -> None:
+    def __call__(self, export: Export, directory: Path, *, uniform: bool) -> None:
         """Write the files. ``uniform``: with one rank and one alpha for all layers."""
 
 
@@ -55,12 +62,12 @@ class UnreadTool:
     """A tool whose files are not read, but told, so that the error says how to go on."""
 
     tool: str  # in messages
-    names: str  # an expression for names of their tensors
+    tensor_names: str  # an expression for some of them
     remedy: str  # how to go on
 
-    def is_told_by(self, names: Iterable[str]) -> bool:
-        """Whether names of tensors tell that a file is of this tool."""
-        expression = re.compile(self.names)
+    def has_written(self, names: Iterable[str]) -> bool:
+        """Return whether a file with these names of tensors is of this tool."""
+        expression = re.compile(self.tensor_names)
         return any(map(expression.fullmatch, names))
 
 

@@ -1,6 +1,6 @@
 """What a Lightning checkpoint holds besides the model's state: the state of the run, and that of callbacks.
 
-It is no format of other libraries. But each of them is told from it, by the entry ``VERSION``.
+It is no format of other libraries. But each of them is told from it, by the entry ``VERSION_KEY``.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import names_not_in
 
-VERSION = "pytorch-lightning_version"  # which wrote the checkpoint
+VERSION_KEY = "pytorch-lightning_version"  # the entry with the version that wrote the checkpoint
 MOVED = "current_model_state"  # where WeightAveraging moves the module's own state: "state_dict" holds the average
 AVERAGE = "average_model_state"  # where StochasticWeightAveraging has the average's state
 _CALLBACKS = "callbacks"  # the states of callbacks
@@ -62,15 +62,15 @@ def check_is_lightning(checkpoint: object, path: object) -> Mapping[str, Any]:
     """Refuse what is not a Lightning checkpoint."""
     if not _is_lightning(checkpoint):
         raise AdapterFileError(
-            f"{path} is not a Lightning checkpoint, with 'state_dict' and {VERSION!r}. Pass one that a Trainer wrote. "
-            "With a file of adapters, build the model and call load_adapter(model, path)."
+            f"{path} is not a Lightning checkpoint, with 'state_dict' and {VERSION_KEY!r}. Pass one that a Trainer "
+            "wrote. With a file of adapters, build the model and call load_adapter(model, path)."
         )
     return checkpoint
 
 
 def _is_lightning(checkpoint: object) -> TypeGuard[Mapping[str, Any]]:
     """Whether it has what every Lightning checkpoint has."""
-    if not isinstance(checkpoint, Mapping) or VERSION not in checkpoint:
+    if not isinstance(checkpoint, Mapping) or VERSION_KEY not in checkpoint:
         return False
     return isinstance(checkpoint.get("state_dict"), Mapping)
 

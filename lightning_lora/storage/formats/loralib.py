@@ -12,19 +12,21 @@ from lightning_lora.errors import AdapterMismatchError, ConfigError, TargetError
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
+from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
 from lightning_lora.patterns import fits
-from lightning_lora.storage.formats.format import Asked, Format
+from lightning_lora.storage.formats.format import Format, LoadArguments
+from lightning_lora.storage.formats.layer_updates import LayerUpdate, check_shapes, pair_of
 from lightning_lora.storage.formats.reading import renaming_of, stored_from_updates
-from lightning_lora.storage.formats.updates import Update, check_shapes, pair_of
 from lightning_lora.storage.inner_model import root_of
-from lightning_lora.storage.renaming import Renaming, entries_inside
+from lightning_lora.storage.renaming import by_names_inside
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
 from lightning_lora.tensors.dicts import of_type
 
+_ROLES = {"lora_A": Role.A, "lora_B": Role.B}
 _KINDS = (LoRALinear, LoRAConv1D, LoRAEmbedding)  # for the layers that loralib adapts
 
 
@@ -32,26 +34,27 @@ _KINDS = (LoRALinear, LoRAConv1D, LoRAEmbedding)  # for the layers that loralib 
 class _LoralibFile:
     """What a file of loralib holds, by its own names."""
 
-    pairs: dict[str, dict[str, Tensor]]  # "A" and "B" of each layer
+    pairs: dict[str, dict[Role, Tensor]]  # A and B of each layer
     rest: dict[str, Tensor]  # what is no part of an update
 
     def add(self, name: str, value: Tensor) -> None:
         """Add one tensor of the file."""
-        layer, mark, factor = name.rpartition(".lora_")
-        if mark and factor in ("A", "B"):
-            self.pairs.setdefault(layer, {})[factor] = value
-        else:
+        layer, _, end = name.rpartition(".")
+        role = _ROLES.get(end)
+        if role is None or not layer:
             self.rest[name] = value
+        else:
+            self.pairs.setdefault(layer, {})[role] = value
 
 
-def read(contents: Mapping[str, Any], path: object, asked: Asked) -> ReadFor | None:
+def recognise(contents: Mapping[str, Any], path: object, arguments: LoadArguments) -> ReadFor | None:
     """Return how to read these contents of a file of torch, if loralib wrote it."""
     file = _LoralibFile(pairs={}, rest={})
     for name, value in _tensors_in(contents).items():
         file.add(name, value)
     if not file.pairs:
         return None
-    return lambda view: _adapters_in_file(view, file, path, asked)
+    return lambda view: _adapters_in_file(view, file, path, arguments)
 
 
 def _tensors_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -61,19 +64,19 @@ def _tensors_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
             contents = contents[key]
     tensors = of_type(contents, Tensor)
     state = {name: value for name, value in tensors.items() if isinstance(name, str)}
-    if len(entries_inside("module", state)) == len(state):
-        return Renaming(there="module").with_names_here(state)
-    return state
+    in_ddp = by_names_inside("module", state)
+    is_all_in_ddp = len(in_ddp) == len(state)
+    return in_ddp if is_all_in_ddp else state
 
 
-def _adapters_in_file(view: View, file: _LoralibFile, path: object, asked: Asked) -> StoredAdapters:
+def _adapters_in_file(view: View, file: _LoralibFile, path: object, arguments: LoadArguments) -> StoredAdapters:
     """The adapters for a model, whose names may differ by one prefix."""
-    if asked.alpha is None:
+    if arguments.alpha is None:
         raise ConfigError(
             f"{path} holds adapters of loralib, whose alpha is in no file: load_adapter(model, path, alpha=...). Or "
             "a state of a model adapted here: inject_adapters(model, config), then model.load_state_dict(state)."
         )
-    settings_of_file = LoRAConfig(alpha=asked.alpha, target_slices=asked.target_slices)
+    settings_of_file = LoRAConfig(alpha=arguments.alpha, target_slices=arguments.target_slices)
     root = root_of(view.model)
     renaming = renaming_of(view, file.pairs.keys(), file.rest.keys(), root)
     factors = {name: pair_of(name, pair) for name, pair in file.pairs.items()}
@@ -102,7 +105,7 @@ class _Layers:
     view: View
     settings: LoRAConfig  # with alpha and the slices that the user names: the file says neither
 
-    def read_update(self, name: str, factors: Factors) -> Update:
+    def read_update(self, name: str, factors: Factors) -> LayerUpdate:
         """Return the update of one layer, or of its slices: a ``MergedLinear``, if the user names some."""
         layer, kind = self._described(name, factors)
         slices = self.settings.slices(name)
@@ -112,7 +115,7 @@ class _Layers:
         example = f"target_slices={{{name!r}: ['q', 'v']}}"
         remedy = f" If it was a MergedLinear, name the slices that it adapted (enable_lora): {example}."
         check_shapes(layer, layer.matrices[0], factors, _rank_of(factors), remedy)
-        return Update(layer, (factors,))
+        return LayerUpdate(layer, (factors,))
 
     def _described(self, name: str, factors: Factors) -> tuple[StoredLayer, type[LoRALayer]]:
         """The layer with its scaling, and the class of its adapter here. Refuse a layer that loralib does not adapt."""
@@ -137,7 +140,7 @@ def _rank_of(factors: Factors) -> int:
     return b.shape[1]
 
 
-def _merged_linear(layer: StoredLayer, slices: Iterable[AdaptedMatrix], factors: Factors) -> Update:
+def _merged_linear(layer: StoredLayer, slices: Iterable[AdaptedMatrix], factors: Factors) -> LayerUpdate:
     """The update of a ``MergedLinear``: A and B have its slices stacked, in the order of the weight."""
     matrices = tuple(sorted(slices, key=attrgetter("first")))
     a, b = factors
@@ -154,7 +157,7 @@ def _merged_linear(layer: StoredLayer, slices: Iterable[AdaptedMatrix], factors:
             f"target_slices name {count}, {names}, of {sorted(rows)} rows. Name the slices that enable_lora had."
         )
     of_slices = zip(a.chunk(count), b.chunk(count), strict=True)
-    return Update(replace(layer, matrices=matrices), tuple(of_slices))
+    return LayerUpdate(replace(layer, matrices=matrices), tuple(of_slices))
 
 
-LORALIB = Format(name="loralib", tool="loralib", read=read, takes_arguments=True)
+LORALIB = Format(name="loralib", tool="loralib", recognise=recognise, takes_arguments=True)

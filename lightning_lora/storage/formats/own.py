@@ -8,8 +8,8 @@ from typing import IO, Any
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.checksum import check_as_written, dict_or_empty
 from lightning_lora.storage.formats.contents import read_contents
-from lightning_lora.storage.formats.format import HEADER, Asked, Format
-from lightning_lora.storage.formats.lightning import VERSION
+from lightning_lora.storage.formats.format import HEADER, Format, LoadArguments
+from lightning_lora.storage.formats.lightning import VERSION_KEY
 from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_tool
 from lightning_lora.storage.on_disk import disk
 from lightning_lora.storage.stored import KEY, StoredAdapters
@@ -66,7 +66,7 @@ def stored_adapters(contents: Any, path: object) -> StoredAdapters:
 
 def _what_it_holds_instead(contents: dict[Any, Any], path: object) -> str:
     """What a file without adapters of this package holds, and what reads it."""
-    found = find_format(contents, path, Asked())
+    found = find_format(contents, path, LoadArguments())
     if found is not None:
         format, _ = found
         return _needs_its_model(format)
@@ -98,7 +98,7 @@ def _state_or_all(contents: dict[Any, Any]) -> dict[Any, Any]:
 
 def _reader_of_whole_models(contents: dict[Any, Any]) -> str:
     """The call that loads a whole model from such a file."""
-    if VERSION in contents:
+    if VERSION_KEY in contents:
         return "MyModule.load_from_checkpoint(path), or give it to a Trainer as ckpt_path"
     return "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"
 

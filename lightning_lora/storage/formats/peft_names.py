@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.on_disk.disk import local_path
 from lightning_lora.tensors.names import names_not_in
 
@@ -19,22 +20,22 @@ NAMES_HERE = "lightning_lora_names"  # our entry in that header: names in the mo
 
 TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
 
-_KEYS = {
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "lora_embedding_A": "A",
-    "lora_embedding_B": "B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    TOKENS: "tokens",
-    "lora.down.weight": "A",  # diffusers' older names
-    "lora.up.weight": "B",
-    "lora_linear_layer.down.weight": "A",
-    "lora_linear_layer.up.weight": "B",
+_ROLES = {
+    "lora_A.weight": Role.A,
+    "lora_B.weight": Role.B,
+    "lora_embedding_A": Role.A,
+    "lora_embedding_B": Role.B,
+    "lora_magnitude_vector": Role.MAGNITUDE,
+    "lora_magnitude_vector.weight": Role.MAGNITUDE,
+    TOKENS: Role.ROWS,
+    "lora.down.weight": Role.A,  # diffusers' older names
+    "lora.up.weight": Role.B,
+    "lora_linear_layer.down.weight": Role.A,
+    "lora_linear_layer.up.weight": Role.B,
 }
 """The ends of the names of an adapter's tensors, and what they are."""
 
-NAME_IN_ADAPTER = re.compile(rf"(.*)\.({'|'.join(map(re.escape, _KEYS))})")
+NAME_IN_ADAPTER = re.compile(rf"(.*)\.({'|'.join(map(re.escape, _ROLES))})")
 
 _WRAPPERS = ("base_layer", "token_adapter", "modules_to_save")  # components that PEFT's wrappers add to names
 
@@ -43,20 +44,20 @@ class PeftKey(NamedTuple):
     """What the name of a tensor says."""
 
     wrapped: str  # the name of what PEFT wraps
-    what: str  # "A", "B", "magnitude" or "tokens"; empty if the tensor does not belong to an adapter
+    role: Role | None  # None: the tensor does not belong to an adapter
 
 
 def peft_key(name: str) -> PeftKey:
-    """Return the layer of a PEFT tensor and what it is."""
+    """Return what a tensor belongs to, and its role: ``q, Role.A`` for ``q.lora_A.weight``."""
     parts = NAME_IN_ADAPTER.fullmatch(name)
     if parts is None:
-        return PeftKey(name, "")
+        return PeftKey(name, None)
     wrapped, end = parts.groups()
-    return PeftKey(wrapped, _KEYS[end])
+    return PeftKey(wrapped, _ROLES[end])
 
 
 def without_wrappers(name: str) -> str:
-    """Return a name in the base: without PEFT's wrappers inside."""
+    """Return a name in the base, without PEFT's wrappers: ``attn.out_proj`` for ``attn.base_layer.out_proj``."""
     components = names_not_in(name.split("."), _WRAPPERS)
     return ".".join(components)
 

@@ -14,47 +14,14 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.model.view import View
-from lightning_lora.storage.formats.trained_in_full import TrainedInFull, check_ties, find_trained, is_the_base
-from lightning_lora.storage.formats.updates import Update
+from lightning_lora.storage.formats.layer_updates import LayerUpdate
+from lightning_lora.storage.formats.trained_in_full import TrainedInFull, check_ties, find_trained, is_value_of_base
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.whole_names import by_whole_names
-from lightning_lora.tensors.dicts import of_type, only, where_not, without
+from lightning_lora.tensors.dicts import only, without
 from lightning_lora.tensors.names import names_joined, names_not_in, owner_of
-from lightning_lora.tensors.values import is_computable
-
-# With which values nothing can be computed
-
-
-def check_computable(contents: Mapping[Any, Any], path: object) -> None:
-    """Refuse tensors with which torch cannot compute, in a file or in a state dict inside of it."""
-    odd = list[str]()
-    for group in (contents, *of_type(contents, dict).values()):
-        tensors = of_type(group, Tensor)
-        odd += where_not(tensors, _has_usable_values)
-    if odd:
-        raise AdapterFileError(
-            f"{path} holds {listed(map(str, odd))}, with which nothing can be computed: they are sparse, of 8 bits, or "
-            "have no values. Write the file again with the values of .to_dense() or .float()."
-        )
-
-
-def _has_usable_values(tensor: Tensor) -> bool:
-    """Whether torch can compute with a tensor."""
-    return is_computable(tensor) and not tensor.is_quantized and not tensor.is_meta
-
-
-def _check_floating(updates: Iterable[Update]) -> None:
-    """Refuse updates of integers, to which other code has rounded them."""
-    for update in updates:
-        for factor in chain.from_iterable(update.factors):
-            if not factor.is_floating_point() and not factor.is_complex():
-                raise AdapterFileError(
-                    f"The file holds the update of {update.layer.name!r} in {factor.dtype}: its values were rounded to "
-                    "integers. Use the file as it was written, or write it again with the values of .float()."
-                )
-
 
 # Where a file's names lie in the model
 
@@ -87,10 +54,10 @@ def renaming_of(view: View, layers: Collection[str], entries: Collection[str], r
 
 def stored_from_updates(
     view: View,
-    updates: Collection[Update],
+    updates: Collection[LayerUpdate],
     rest: Mapping[str, Tensor],
     settings: LoRAConfig,
-    saved: Collection[str] | None = None,
+    modules_to_save: Collection[str] | None = None,
 ) -> StoredAdapters:
     """Return what a file holds, as adapters of this package.
 
@@ -99,13 +66,13 @@ def stored_from_updates(
         updates: The updates in the file.
         rest: The other tensors in it, by their names in the model.
         settings: What the file says of the training. What trains in full, and whether DoRA does, its tensors say.
-        saved: The ends of the names of modules that train in full. None: the file does not say which.
+        modules_to_save: The ends of the names of modules that train in full. None: the file does not say which.
     """
     if not updates:
         raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
     _check_floating(updates)
     adapted_weights = _adapted_weights(updates)
-    trained, state = _trained_in_rest(view, rest, adapted_weights, saved)
+    trained, state = _trained_in_rest(view, rest, adapted_weights, modules_to_save)
     layers = list[StoredLayer]()
     for update in updates:
         layers.append(replace(update.layer, r=update.r))
@@ -116,20 +83,31 @@ def stored_from_updates(
     return StoredAdapters(config, state, with_rows)
 
 
+def _check_floating(updates: Iterable[LayerUpdate]) -> None:
+    """Refuse updates of integers, to which other code has rounded them."""
+    for update in updates:
+        for factor in chain.from_iterable(update.factors):
+            if not factor.is_floating_point() and not factor.is_complex():
+                raise AdapterFileError(
+                    f"The file holds the update of {update.layer.name!r} in {factor.dtype}: its values were rounded to "
+                    "integers. Use the file as it was written, or write it again with the values of .float()."
+                )
+
+
 def _trained_in_rest(
-    view: View, rest: Mapping[str, Tensor], adapted_weights: Collection[str], saved: Collection[str] | None
+    view: View, rest: Mapping[str, Tensor], adapted_weights: Collection[str], modules_to_save: Collection[str] | None
 ) -> tuple[TrainedInFull, dict[str, Tensor]]:
     """What the rest of a file trains in full, with the values of that and of buffers. Copies are the base's."""
     _check_copied_weights(view, rest, adapted_weights)
     others = without(rest, adapted_weights)
-    trained = find_trained(view, others, saved)
+    trained = find_trained(view, others, modules_to_save)
     values = only(others, trained.names.union(view.buffers))
     check_ties(view, values)
     return trained, values
 
 
 def _settings_of_tensors(
-    settings: LoRAConfig, updates: Iterable[Update], trained: TrainedInFull, adapted_weights: Collection[str]
+    settings: LoRAConfig, updates: Iterable[LayerUpdate], trained: TrainedInFull, adapted_weights: Collection[str]
 ) -> LoRAConfig:
     """The settings of the file, with those that only its tensors say."""
     return replace(
@@ -140,7 +118,7 @@ def _settings_of_tensors(
     )
 
 
-def _adapted_weights(updates: Iterable[Update]) -> set[str]:
+def _adapted_weights(updates: Iterable[LayerUpdate]) -> set[str]:
     """The names of the weights that have an update."""
     names = set[str]()
     for update in updates:
@@ -151,7 +129,7 @@ def _adapted_weights(updates: Iterable[Update]) -> set[str]:
 def _check_copied_weights(view: View, rest: Mapping[str, Tensor], adapted_weights: Collection[str]) -> None:
     """Refuse copies of adapted weights that are not the model's. PEFT writes such copies of resized embeddings."""
     for name, value in only(rest, adapted_weights).items():
-        if not is_the_base(view, name, value):
+        if not is_value_of_base(view, name, value):
             shape = tuple(view.base_parameters[name].shape)
             raise BaseMismatchError(
                 f"The file's copy of the base's {name!r} {tuple(value.shape)} differs from that of "

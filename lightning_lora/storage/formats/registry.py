@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.storage.formats import loralib
-from lightning_lora.storage.formats.format import Asked, Format, UnreadTool, WrittenFormat
-from lightning_lora.storage.formats.lightning import VERSION
+from lightning_lora.storage.formats.format import Format, LoadArguments, UnreadTool, WrittenFormat
+from lightning_lora.storage.formats.lightning import VERSION_KEY
 from lightning_lora.storage.formats.peft import peft_format
 from lightning_lora.storage.formats.pipelines import diffusers, kohya
 from lightning_lora.storage.formats.unread import UNREAD_TOOLS
@@ -20,24 +20,24 @@ FORMATS = (peft_format.PEFT, diffusers.DIFFUSERS, kohya.KOHYA, loralib.LORALIB)
 WRITTEN = {format.name: format for format in FORMATS if isinstance(format, WrittenFormat)}  # by name
 
 
-def find_format(contents: Any, path: Any, asked: Asked) -> tuple[Format, ReadFor] | None:
-    """Return a file's format, and how to read its contents. None: it has none of these formats.
+def find_format(contents: Any, path: Any, arguments: LoadArguments) -> tuple[Format, ReadFor] | None:
+    """Return a file's format, and what reads its contents for a model. None: it has none of these formats.
 
     Files of this package and Lightning's checkpoints have none, whatever the names of their tensors are.
     """
-    if not isinstance(contents, dict) or KEY in contents or VERSION in contents:
+    if not isinstance(contents, dict) or KEY in contents or VERSION_KEY in contents:
         return None
     for format in FORMATS:
-        reader = format.read(contents, path, asked)
-        if reader is not None:
-            return format, reader
+        read_for = format.recognise(contents, path, arguments)
+        if read_for is not None:
+            return format, read_for
     return None
 
 
 def find_unread_tool(names: Collection[str]) -> UnreadTool | None:
     """Return the tool of a file that is not read, by the names of its tensors."""
     for tool in UNREAD_TOOLS:
-        if tool.is_told_by(names):
+        if tool.has_written(names):
             return tool
     return None
 
@@ -63,7 +63,7 @@ def adapter_file_at(path: Path) -> Path:
     """Return the file with the tensors: ``path`` itself, or in the folder ``path``, or of a repository of the hub."""
     if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
         path = _cached(path.as_posix())
-    is_of_deepspeed = (path / "checkpoint").is_dir()  # whoever reads that folder refuses it
+    is_of_deepspeed = (path / "checkpoint").is_dir()  # its reader refuses it, with a better message
     if is_of_deepspeed or not path.is_dir():
         return path
     found = file_in(path)
@@ -76,10 +76,10 @@ def adapter_file_at(path: Path) -> Path:
 def _no_adapters_in(folder: Path) -> str:
     """What is wrong with a folder without a file that is known."""
     expected = [format.expected_files for format in FORMATS if format.expected_files]
-    first, *_ = [*folder.glob("*.safetensors"), Path("last.ckpt")]
+    example = next(folder.glob("*.safetensors"), Path("last.ckpt"))
     return (
         f"{folder} is not a file, and as a folder it holds no adapters of PEFT. Expected {', or '.join(expected)}. "
-        f"Otherwise pass one file, such as {first.name!r}."
+        f"Otherwise pass one file, such as {example.name!r}."
     )
 
 

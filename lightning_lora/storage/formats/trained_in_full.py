@@ -26,21 +26,21 @@ class TrainedInFull:
     names: set[str]  # of all tensors of these three groups
 
 
-def find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[str] | None) -> TrainedInFull:
+def find_trained(view: View, entries: Mapping[str, Tensor], modules_to_save: Collection[str] | None) -> TrainedInFull:
     """Return what a file trains in full, in three groups.
 
-    1. Modules of which it holds each tensor. They train if ``saved`` names them; if nothing does, one value must differ
-       from the base's.
+    1. Modules of which it holds each tensor. They train if ``modules_to_save`` names them. If the file does not say
+       which, one value must differ from the base's.
     2. Biases outside of these modules.
     3. Other parameters outside of them, whose values differ from the base's: the others are copies of it.
 
     Args:
         view: The model.
         entries: The file's tensors besides updates, by their names in the model.
-        saved: The ends of the names of modules that train. None: the file does not say which.
+        modules_to_save: The ends of the names of modules that train. None: the file does not say which.
     """
-    changed = [name for name in entries if not is_the_base(view, name, entries[name])]
-    modules = _modules_that_train(_whole_modules(view, entries), changed, saved)
+    changed = [name for name in entries if not is_value_of_base(view, name, entries[name])]
+    modules = _modules_that_train(_whole_modules(view, entries), changed, modules_to_save)
     names_in_modules = set(names_inside(entries, modules))
     single = without(only(entries, view.base_parameters), names_in_modules)
     biases = {name for name in single if is_bias(name)}
@@ -49,12 +49,14 @@ def find_trained(view: View, entries: Mapping[str, Tensor], saved: Collection[st
     return TrainedInFull(modules, parameters, biases, names)
 
 
-def _modules_that_train(whole: Iterable[str], changed: Iterable[str], saved: Collection[str] | None) -> list[str]:
+def _modules_that_train(
+    whole: Iterable[str], changed: Iterable[str], modules_to_save: Collection[str] | None
+) -> list[str]:
     """Those of the whole modules that train. One inside of another one is left out: it trains with that."""
-    if saved is None:
+    if modules_to_save is None:
         trained = modules_around(changed).intersection(whole)
     else:
-        trained = {module for module in whole if module.endswith(tuple(saved))}
+        trained = {module for module in whole if module.endswith(tuple(modules_to_save))}
     outermost = list[str]()
     for module in whole:
         if module in trained and not is_in_any(owner_of(module), trained):
@@ -89,7 +91,7 @@ def _tensors_by_module(names: Iterable[str]) -> Counter[str]:
 # Which values are those of the base
 
 
-def is_the_base(view: View, name: str, value: Tensor) -> bool:
+def is_value_of_base(view: View, name: str, value: Tensor) -> bool:
     """Whether a value is the base's. Two dtypes are compared in the narrower one."""
     base = kept_or_present_value(view, name).cpu()
     if base.is_meta:  # it has no values to compare
@@ -102,7 +104,7 @@ def check_ties(view: View, state: Mapping[str, Tensor]) -> None:
     names_of = names_of_each(view.base_parameters)
     for name, value in only(state, view.base_parameters).items():
         uses = names_of[view.base_parameters[name]]
-        if _has_each(state, uses, value) or is_the_base(view, name, value):
+        if _has_each(state, uses, value) or is_value_of_base(view, name, value):
             continue
         other_uses = set(uses) - {name}
         raise AdapterMismatchError(

@@ -9,19 +9,19 @@ KOHYA_REMEDY = (
 
 KOHYA = UnreadTool(  # files for other models than those of the format "kohya", or inside of other files
     tool="kohya's sd-scripts or ComfyUI",
-    names=r".+\.lora_down\.weight|diffusion_model\..+\.lora_[AB]\.weight",
+    tensor_names=r".+\.lora_down\.weight|diffusion_model\..+\.lora_[AB]\.weight",
     remedy=KOHYA_REMEDY,
 )
 
 PEFT_STATE = UnreadTool(
     tool="PEFT, as state_dict() gives them, without their scaling",
-    names=r".+\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?",
+    tensor_names=r".+\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?",
     remedy="Call save_pretrained(folder) of PEFT's model, and load the folder",
 )
 
 OTHERS = UnreadTool(
     tool="another tool",
-    names=r".*(\blora_|\bhada_w|\blokr_w|adapter\.linear_).*",
+    tensor_names=r".*(\blora_|\bhada_w|\blokr_w|adapter\.linear_).*",
     remedy="Use the merged model, or a folder of PEFT",
 )
 

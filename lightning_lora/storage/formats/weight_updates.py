@@ -1,4 +1,4 @@
-"""The update of each weight, as other libraries have it: A, B and a scaling."""
+"""The update of each weight that is written, as other libraries have it: A, B and a scaling."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, matrices_of_weight, weight_factors
-from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import without
@@ -19,11 +19,11 @@ from lightning_lora.tensors.names import join
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """The update of one weight of a layer: ``scaling`` times B @ A."""
+    """The update of one weight of a layer: ``scaling`` times B @ A. It is zero in rows that are not adapted."""
 
     layer: StoredLayer
-    name: str  # the reader's name of the layer
-    weight: str  # its name in the layer
+    name: str  # of the layer, for the reader
+    weight: str  # the name of the weight in the layer
     factors: Factors  # A and B
     alpha: float
     scaling: float
@@ -36,20 +36,20 @@ class WeightUpdate:
         return int(a.shape[-2])
 
 
-def weight_updates(source: Source) -> list[WeightUpdate]:
+def weight_updates(export: Export) -> list[WeightUpdate]:
     """Return the updates of all weights, but not single rows that train."""
     updates = list[WeightUpdate]()
-    for layer in without(source.stored.layers, source.layers_with_rows).values():
+    for layer in without(export.stored.layers, export.layers_with_rows).values():
         for weight in layer.shapes:
-            updates.append(_update_of(source, layer, weight))
+            updates.append(_update_of(export, layer, weight))
     return updates
 
 
-def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
+def _update_of(export: Export, layer: StoredLayer, weight: str) -> WeightUpdate:
     """The update of one weight, with the sum of all its parts."""
-    config = source.stored.config
+    config = export.stored.config
     settings = layer.settings(config)
-    value_of = partial(_value_of, source.stored, layer)
+    value_of = partial(_value_of, export.stored, layer)
     factors = weight_factors(weight, layer.matrices, settings, value_of)
     a, _ = factors
     is_parameter = layer.adapter_class is LoRAParameters
@@ -58,7 +58,7 @@ def _update_of(source: Source, layer: StoredLayer, weight: str) -> WeightUpdate:
     magnitude = value_of(first.parameter_name(Role.MAGNITUDE)) if settings.use_dora else None
     return WeightUpdate(
         layer=layer,
-        name=source.name_for_reader(layer.name),
+        name=export.name_for_reader(layer.name),
         weight=weight,
         factors=factors,
         alpha=config.alpha_of(layer.name, parameter, r=a.shape[-2]),

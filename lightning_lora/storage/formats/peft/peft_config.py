@@ -22,7 +22,7 @@ class PeftConfig(NamedTuple):
     layer_numbers: list[int] | None  # PEFT adapts only what lies in blocks with these numbers. None: in all
 
     @property
-    def saved(self) -> Sequence[str]:
+    def modules_to_save(self) -> Sequence[str]:
         """The ends of the names of modules that train whole."""
         return self.as_ours.modules_to_save or ()
 
@@ -55,7 +55,7 @@ class PeftConfig(NamedTuple):
 
         ``head`` saves ``overhead`` too.
         """
-        return name.endswith(tuple(self.saved))
+        return name.endswith(tuple(self.modules_to_save))
 
     def leaves_to_saving(self, name: str) -> bool:
         """Return whether PEFT adapts nothing here: ``modules_to_save`` names the module, or one around it.
@@ -77,8 +77,11 @@ def _matches_any(entries: Iterable[str], name: str) -> bool:
     return any(matches(entry, name) for entry in entries)
 
 
-def most_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the most common value, and the other ones by expressions for exactly these names."""
+def value_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most common value, and a pattern for the others, as PEFT's ``r`` and ``rank_pattern``.
+
+    ``{"q": 8, "v": 8, "k": 4}`` -> ``8, {"^k": 4}``. Each expression means exactly one name.
+    """
     ((most, _),) = Counter(values.values()).most_common(1)
     others = {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
     return most, others

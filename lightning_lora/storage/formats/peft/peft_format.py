@@ -8,7 +8,7 @@ from lightning_lora.storage.formats.peft_names import PEFT_CONFIG, PEFT_WEIGHTS
 PEFT = WrittenFormat(
     name="peft",
     tool="PEFT",
-    read=read_peft.read,
+    recognise=read_peft.recognise,
     write=write_peft.write,
     files=PEFT_WEIGHTS,
     expected_files=f"{PEFT_CONFIG} and {PEFT_WEIGHTS[0]}",

@@ -9,27 +9,29 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.errors import warn
+from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
-from lightning_lora.storage.formats.format import HEADER, Asked, WrittenFormat, tensors_in
-from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, most_common
+from lightning_lora.storage.formats.export import Export
+from lightning_lora.storage.formats.format import HEADER, LoadArguments, WrittenFormat, tensors_in
+from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, value_and_pattern
 from lightning_lora.storage.formats.peft.writing.exported import exported
 from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard, repository_of
 from lightning_lora.storage.formats.peft_names import METADATA, PREFIX, peft_key
+from lightning_lora.storage.formats.peft_or_diffusers import MEMBER_NAME, is_diffusers
 from lightning_lora.storage.formats.pipelines.pipeline import (
     PeftContents,
     PipelineFile,
     adapters_in_pipeline,
     checked_member,
-    sources_of_members,
+    exports_of_members,
     warn_of_replaced,
 )
-from lightning_lora.storage.formats.source import Source
-from lightning_lora.storage.formats.whose import MEMBER_NAME, is_diffusers
 from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.on_disk.disk import json_object, save
-from lightning_lora.storage.renaming import Renaming, entries_inside
+from lightning_lora.storage.renaming import by_names_inside
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
+from lightning_lora.tensors.dicts import prefixed
 from lightning_lora.tensors.names import owner_of
 
 _FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # the newer one first
@@ -37,20 +39,19 @@ _FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # the
 # Write
 
 
-def write(source: Source, directory: Path, *, uniform: bool) -> None:
+def write(export: Export, directory: Path, *, uniform: bool) -> None:
     """Write what a pipeline reads: all its adapted members in one file."""
     tensors = dict[str, Tensor]()
     header = dict[str, Any]()
-    for member_source in sources_of_members(source, DIFFUSERS.name):
+    for member_export in exports_of_members(export, DIFFUSERS.name):
         # diffusers before 0.34, and others that read its files, scale all by 1
-        member_tensors, config = exported(member_source, uniform=uniform, scaling=1.0)
-        name = checked_member(member_source, member_tensors, DIFFUSERS.name)
-        in_pipeline = Renaming(here=name)
-        tensors |= in_pipeline.with_names_here(member_tensors)
-        header |= in_pipeline.with_names_here(config)
+        member_tensors, config = exported(member_export, uniform=uniform, scaling=1.0)
+        name = checked_member(member_export, member_tensors, DIFFUSERS.name)
+        tensors |= prefixed(name, member_tensors)
+        header |= prefixed(name, config)
     file = _FILES[0]
-    warn_of_replaced(directory / file, tensors, _start)
-    card = ModelCard(source, "diffusers", _code_that_loads(source.stored_inner))
+    warn_of_replaced(directory / file, tensors, _member_of)
+    card = ModelCard(export, "diffusers", _code_that_loads(export.stored_inner))
     contents = {file: save(tensors, {METADATA: json.dumps(header)}), **card.files(directory)}
     write_files(directory, contents)
 
@@ -64,15 +65,15 @@ pipeline = DiffusionPipeline.from_pretrained("{pipeline}")
 pipeline.load_lora_weights("{FOLDER}")"""
 
 
-def _start(name: str) -> str:
-    """The first component of a name."""
+def _member_of(name: str) -> str:
+    """The member of a name in a file: ``unet`` for ``unet.conv_in.lora_A.weight``."""
     return name.partition(".")[0]
 
 
 # Read
 
 
-def read(contents: Mapping[str, Any], path: Any, _: Asked) -> ReadFor | None:
+def recognise(contents: Mapping[str, Any], path: Any, _: LoadArguments) -> ReadFor | None:
     """Return how to read these contents of a file, if diffusers wrote it. Or PEFT did, with the same header."""
     if not is_diffusers(contents, path):
         return None
@@ -93,8 +94,8 @@ class _DiffusersFile(PipelineFile):
     header: Mapping[str, Any]  # the configurations, which older files do not have
 
     def members(self) -> set[str]:
-        """Return the members, by what names begin with."""
-        of_tensors = set(map(_start, self.tensors))
+        """Return the members, by what names begin with. A file of one model alone may have the empty one."""
+        of_tensors = set(map(_member_of, self.tensors))
         if not self.header:
             is_pipeline = any(map(MEMBER_NAME.fullmatch, of_tensors))
             return of_tensors if is_pipeline else {""}  # of one model, whose names begin with its own modules
@@ -104,12 +105,12 @@ class _DiffusersFile(PipelineFile):
 
     def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
         """Return the tensors and the configuration of one member."""
-        tensors = Renaming(there=member).with_names_here(entries_inside(member, self.tensors))
-        return tensors, self._config_of(member, tensors)
+        tensors = by_names_inside(member, self.tensors)
+        return PeftContents(tensors, self._config_of(member, tensors))
 
     def _config_of(self, member: str, tensors: Mapping[str, Tensor]) -> PeftConfig:
         """The configuration of one member. If the header has none, it follows from the tensors."""
-        fields = Renaming(there=member).with_names_here(entries_inside(member, self.header))
+        fields = by_names_inside(member, self.header)
         if not fields:
             fields = _without_scaling(tensors)
             warn(
@@ -123,25 +124,26 @@ class _DiffusersFile(PipelineFile):
 def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of PEFT's configuration with which the scaling of each layer is one: alpha is its rank."""
     ranks = dict[str, int]()
-    kinds = set[str]()
+    use_dora = False
     for name, value in tensors.items():
-        wrapped, what = peft_key(name)
-        kinds.add(what)
-        if what == "A" and value.dim():
-            ranks[wrapped] = len(value)
+        layer, role = peft_key(name)
+        if role is Role.A and value.dim():
+            ranks[layer] = len(value)
+        elif role is Role.MAGNITUDE:
+            use_dora = True
     if not ranks:  # a damaged file, which is refused with the name of a layer
         return {}
-    r, other_ranks = most_common(ranks)
+    r, other_ranks = value_and_pattern(ranks)
     return {
         "r": r,
         "lora_alpha": r,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "use_dora": "magnitude" in kinds,
+        "use_dora": use_dora,
         "target_modules": list(ranks),
     }
 
 
 DIFFUSERS = WrittenFormat(
-    name="diffusers", tool="diffusers", read=read, write=write, files=_FILES, expected_files=_FILES[0]
+    name="diffusers", tool="diffusers", recognise=recognise, write=write, files=_FILES, expected_files=_FILES[0]
 )

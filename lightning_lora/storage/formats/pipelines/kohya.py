@@ -10,7 +10,7 @@ from lightning_lora.storage.formats.pipelines import kohya_read, kohya_write
 KOHYA = WrittenFormat(
     name=kohya_write.NAME,
     tool="kohya's sd-scripts",
-    read=kohya_read.read,
+    recognise=kohya_read.recognise,
     write=kohya_write.write,
     files=(kohya_write.FILE,),
 )

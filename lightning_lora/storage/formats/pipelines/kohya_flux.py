@@ -77,7 +77,10 @@ def _original_around(layer: str) -> _Original:
 
 
 def _stacked(parts: Sequence[str], updates: Mapping[str, Factors]) -> Factors:
-    """All A below each other, with one rank, and all B along a diagonal. A part without update gets zeros."""
+    """All A below each other, with one rank, and all B along a diagonal. A part without update gets zeros.
+
+    From q and v: A is ``[A_q, 0, A_v]``, one below the other, and B has B_q, 0 and B_v as blocks on its diagonal.
+    """
     first, (a, b) = next(iter(updates.items()))
     outputs_of_q = len(b) // _size(first)
     rank = max(len(a) for a, _ in updates.values())

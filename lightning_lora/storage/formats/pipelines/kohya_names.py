@@ -74,11 +74,15 @@ def _name_in_unet(layer: str) -> str:
 
 
 class _OriginalUnet:
-    """The original names in a UNet. They number ResNets and samplers through, where diffusers has blocks."""
+    """The original names in a UNet. They number ResNets and samplers through, where diffusers has blocks.
+
+    With two ResNets in a block, ``down_blocks.1.resnets.0`` is ``input_blocks.4.0``: before it are ``conv_in``, two
+    ResNets and a sampler.
+    """
 
     def __init__(self, modules: Collection[str]) -> None:
-        self.layers = dict(OUTER)  # by their names in diffusers
-        self.blocks = {  # of attentions and ResNets, which have layers inside
+        self.layers = dict(OUTER)  # single layers, by their names in diffusers
+        self.blocks = {  # attentions and ResNets, which have layers inside; likewise
             "mid_block.resnets.0": "middle_block.0",
             "mid_block.attentions.0": "middle_block.1",
             "mid_block.resnets.1": "middle_block.2",

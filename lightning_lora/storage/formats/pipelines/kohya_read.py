@@ -8,20 +8,20 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
-from lightning_lora.storage.formats.format import Asked, tensors_in
-from lightning_lora.storage.formats.peft.peft_config import config_of, most_common
+from lightning_lora.storage.formats.format import LoadArguments, tensors_in
+from lightning_lora.storage.formats.peft.peft_config import config_of, value_and_pattern
 from lightning_lora.storage.formats.pipelines.kohya_names import MEMBERS, member_prefix, naming_forms
 from lightning_lora.storage.formats.pipelines.pipeline import PeftContents, PipelineFile, adapters_in_pipeline
 from lightning_lora.storage.formats.unread import KOHYA_REMEDY
 from lightning_lora.storage.stored import ReadFor
-from lightning_lora.tensors.dicts import only, with_values
+from lightning_lora.tensors.dicts import only, with_values, without
 
 _ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}  # of names in a file, and PEFT's
 _ALPHA = "alpha"
 _LAYER = re.compile(rf"({'|'.join(MEMBERS)})_\w+")
 
 
-def read(contents: Mapping[str, Any], path: Any, _: Asked) -> ReadFor | None:
+def recognise(contents: Mapping[str, Any], path: Any, _: LoadArguments) -> ReadFor | None:
     """Return how to read these contents of a file, if it has the names of kohya's scripts."""
     if not any(map(_is_factor, map(str, contents))):
         return None
@@ -75,7 +75,7 @@ class _KohyaFile(PipelineFile):
                 f"{self.path} holds adapters of {listed(unknown)}, and the model has no such layers of a UNet or a "
                 f"CLIP text encoder. Pass the model that they were trained on. {KOHYA_REMEDY}."
             )
-        return adapters.tensors, config_of(adapters.config(), self.path)
+        return PeftContents(adapters.tensors, config_of(adapters.config(), self.path))
 
     def _tensors_of(self, member: str) -> dict[str, Tensor]:
         """The tensors of one member."""
@@ -88,11 +88,12 @@ def _member_of(name: str) -> str:
 
 
 def _layers_by_name(member: str, modules: Collection[str]) -> dict[str, str]:
-    """The layers of a member, by all names that files have for them. Layers without a name share an empty one."""
+    """The layers of a member, by all names that files have for them."""
     layers = dict[str, str]()
     for prefix in with_values(MEMBERS, [member]):
         for name_of in naming_forms(prefix, modules):
-            layers |= {name_of(layer): layer for layer in modules}
+            by_name = {name_of(layer): layer for layer in modules}
+            layers |= without(by_name, [""])  # the empty name of all that this format cannot hold
     return layers
 
 
@@ -117,8 +118,8 @@ class _Adapters:
         """Return the fields of PEFT's configuration. A layer without alpha is not scaled."""
         if not self.ranks:  # a damaged file, which is refused with the name of a layer
             return {"peft_type": "LORA"}
-        r, other_ranks = most_common(self.ranks)
-        alpha, other_alphas = most_common({**self.ranks, **only(self.alphas, self.ranks)})
+        r, other_ranks = value_and_pattern(self.ranks)
+        alpha, other_alphas = value_and_pattern({**self.ranks, **only(self.alphas, self.ranks)})
         return {
             "peft_type": "LORA",
             "r": r,

@@ -12,16 +12,17 @@ from torch import Tensor
 from lightning_lora.base.fingerprints import names_in
 from lightning_lora.errors import ExportError, listed, warn
 from lightning_lora.functional.factors import Factors
+from lightning_lora.layers.matrices import Role
+from lightning_lora.storage.formats.export import Export
+from lightning_lora.storage.formats.layer_updates import pair_of
 from lightning_lora.storage.formats.peft.writing.exported import exported
 from lightning_lora.storage.formats.peft_names import peft_key
 from lightning_lora.storage.formats.pipelines.kohya_flux import FLUX_CLASS, name_in_flux, stacked_update
 from lightning_lora.storage.formats.pipelines.kohya_names import ATTENTION, OUTER, NameOf, member_prefix, naming_forms
-from lightning_lora.storage.formats.pipelines.pipeline import checked_member, sources_of_members, warn_of_replaced
-from lightning_lora.storage.formats.source import Source
-from lightning_lora.storage.formats.updates import pair_of
+from lightning_lora.storage.formats.pipelines.pipeline import checked_member, exports_of_members, warn_of_replaced
 from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.on_disk.disk import save
-from lightning_lora.storage.renaming import entries_inside
+from lightning_lora.storage.renaming import by_names_inside
 from lightning_lora.tensors.dicts import only, where_not
 from lightning_lora.tensors.names import join, starts_of
 
@@ -29,19 +30,19 @@ NAME = "kohya"
 FILE = "kohya_lora.safetensors"
 
 
-def write(source: Source, directory: Path, *, uniform: bool) -> None:
+def write(export: Export, directory: Path, *, uniform: bool) -> None:
     """Write what these tools read: all adapted members of a pipeline in one file.
 
     The most common rank is the alpha of all layers of a member.
     """
-    modules = _known_modules(source)
+    modules = _known_modules(export)
     tensors = dict[str, Tensor]()
-    for member_source in sources_of_members(source, NAME):
-        _refuse_dora(member_source)
-        member_tensors, config = exported(member_source, uniform=uniform, scaling=1.0)
-        member = checked_member(member_source, member_tensors, NAME)
+    for member_export in exports_of_members(export, NAME):
+        _refuse_dora(member_export)
+        member_tensors, config = exported(member_export, uniform=uniform, scaling=1.0)
+        member = checked_member(member_export, member_tensors, NAME)
         layers = _with_whole_attentions(_layers_in(member_tensors))
-        names = _names_in_file(member_source, member, layers, modules)
+        names = _names_in_file(member_export, member, layers, modules)
         for name, updates in _grouped_by_name(layers, names).items():
             tensors |= _tensors_of(name, stacked_update(updates), alpha=config["r"])
     warn_of_replaced(directory / FILE, tensors, member_prefix)
@@ -61,9 +62,9 @@ def _tensors_of(name: str, factors: Factors, alpha: int) -> dict[str, Tensor]:
 # The layers of a member
 
 
-def _refuse_dora(source: Source) -> None:
+def _refuse_dora(export: Export) -> None:
     """Refuse DoRA, of which diffusers drops the magnitudes."""
-    if source.stored.config.use_dora:
+    if export.stored.config.use_dora:
         raise ExportError(
             "Of a file of kohya's with DoRA, diffusers would read A and B alone, another update. Write "
             "format='diffusers', or merge: save_merged(model, path)."
@@ -72,10 +73,11 @@ def _refuse_dora(source: Source) -> None:
 
 def _layers_in(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     """A and B of each layer, from PEFT's tensors."""
-    pairs = dict[str, dict[str, Tensor]]()
+    pairs = dict[str, dict[Role, Tensor]]()
     for name, value in tensors.items():
-        layer, what = peft_key(name)
-        pairs.setdefault(layer, {})[what] = value
+        layer, role = peft_key(name)
+        if role is not None:
+            pairs.setdefault(layer, {})[role] = value
     return {layer: pair_of(layer, pair) for layer, pair in pairs.items()}
 
 
@@ -93,9 +95,9 @@ def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
 # Their names
 
 
-def _names_in_file(source: Source, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
+def _names_in_file(export: Export, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
     """The names in the file of a member's layers. Refuse layers without one."""
-    name_of = _naming(source, member, modules)
+    name_of = _naming(export, member, modules)
     names = {layer: name_of(layer) for layer in layers}
     unnamed = where_not(names, bool)
     if unnamed:
@@ -104,28 +106,27 @@ def _names_in_file(source: Source, member: str, layers: Iterable[str], modules: 
             "UNet and the CLIP text encoders of Stable Diffusion and SDXL, and for the blocks of Flux. Leave these "
             "layers out (exclude_modules), or write format='diffusers', which ComfyUI reads too."
         )
-    _warn_of_skipped(source, member, names)
+    _warn_of_skipped(export, member, names)
     return names
 
 
-def _warn_of_skipped(source: Source, member: str, names: Mapping[str, str]) -> None:
+def _warn_of_skipped(export: Export, member: str, names: Mapping[str, str]) -> None:
     """Warn of layers that some reader skips, or may skip."""
     outer = only(names, OUTER)
     if outer:
         warn(f"kohya's own scripts skip {listed(outer)} without an error. ComfyUI, A1111 and diffusers read them.")
-    if member == "text_encoder" and source.stored.root == "":
+    if member == "text_encoder" and export.stored.root == "":
         warn(
             "Nothing around this text encoder says whose it is: it is named as that of Stable Diffusion. If it is one "
             "of SDXL or Flux, A1111 and kohya's scripts would skip it: export the module around the whole pipeline."
         )
 
 
-def _naming(source: Source, member: str, modules: set[str]) -> NameOf:
+def _naming(export: Export, member: str, modules: set[str]) -> NameOf:
     """What gives a layer of a member its name in the file."""
-    if source.stored_inner.class_name == FLUX_CLASS:
+    if export.stored_inner.class_name == FLUX_CLASS:
         return name_in_flux
-    inside = entries_inside(source.stored.root, dict.fromkeys(modules))
-    modules_for_reader = set(map(source.name_for_reader, inside))
+    modules_for_reader = by_names_inside(export.stored.root, dict.fromkeys(modules))
     first, *_ = naming_forms(_prefix_for(member, modules), modules_for_reader)
     return first
 
@@ -150,10 +151,10 @@ def _prefix_for(member: str, modules: Iterable[str]) -> str:
     return {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}.get(member, "")
 
 
-def _known_modules(source: Source) -> set[str]:
+def _known_modules(export: Export) -> set[str]:
     """The names of all modules that are known: a file names the tensors of its base."""
-    modules = {*source.modules_of_model, *source.stored.layers}
-    for fingerprint in source.stored.base:
+    modules = {*export.modules_of_model, *export.stored.layers}
+    for fingerprint in export.stored.base:
         for tensor in names_in(fingerprint):
             modules.update(starts_of(tensor))
     return modules

@@ -1,12 +1,11 @@
 """The members of a pipeline of diffusers: which of them a model is, or a module holds, and the adapters of each."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -14,22 +13,22 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.model.view import View
+from lightning_lora.storage.formats.export import Export
+from lightning_lora.storage.formats.layer_updates import LayerUpdate
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig
 from lightning_lora.storage.formats.peft.reading.read_peft import read_updates
 from lightning_lora.storage.formats.peft_names import peft_key
+from lightning_lora.storage.formats.peft_or_diffusers import MEMBER_NAME
 from lightning_lora.storage.formats.reading import stored_from_updates
-from lightning_lora.storage.formats.source import Source
-from lightning_lora.storage.formats.updates import Update
-from lightning_lora.storage.formats.whose import MEMBER_NAME
 from lightning_lora.storage.inner_model import root_of
-from lightning_lora.storage.renaming import Renaming, entries_inside
+from lightning_lora.storage.renaming import by_names_inside, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import with_values, without
 from lightning_lora.tensors.names import first_names, is_in_any, starts_of, submodule
 
 
 def member_name(model: nn.Module | None, root: str) -> str:
-    """Return what a pipeline calls a model. Empty: it is no member of one.
+    """Return what a pipeline calls a model, such as ``unet``. Empty: it is no member of one.
 
     ``root`` is its name in the module around it, which says more than its class.
     """
@@ -67,37 +66,39 @@ def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
 # The adapters of each member
 
 
-def sources_of_members(source: Source, format: str) -> list[Source]:
+def exports_of_members(export: Export, format: str) -> list[Export]:
     """Return the adapters of each member of a pipeline: the model may be one, or hold several."""
-    roots = _roots_of_members(source)
-    outside = set(source.stored.state)
-    sources = list[Source]()
+    roots = _roots_of_members(export)
+    outside = set(export.stored.state)
+    exports = list[Export]()
     for root in roots:
-        stored = _adapters_inside(root, source.stored)
-        sources.append(replace(source, stored=stored))
+        stored = _adapters_inside(root, export.stored)
+        exports.append(replace(export, stored=stored))
         outside -= stored.state.keys()
     if outside:
         raise ExportError(
             f"{listed(sorted(outside))} were trained outside of {listed(roots)}. With format={format!r}, a file holds "
             "parts of a pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
         )
-    return sources
+    return exports
 
 
-def _roots_of_members(source: Source) -> list[str]:
+def _roots_of_members(export: Export) -> list[str]:
     """The names of the adapted members in the model.
 
     The root is one by itself. Otherwise they lie anywhere in the model. If none does, the root is returned after all:
     :func:`checked_member` then refuses it, after what is wrong with its layers has been said.
     """
-    root = source.stored.root
-    if member_name(source.inner, root):
+    root = export.stored.root
+    if member_name(export.inner, root):
         return [root]
-    starts = map(starts_of, source.stored.layers)
-    with_adapters = dict.fromkeys(chain.from_iterable(starts))  # in the order of the layers
-    has_modules = source.inner is not None
-    modules = first_names(source.modules_of_model) if has_modules else with_adapters
-    adapted_members = with_values(members_in(modules), with_adapters)
+    around_adapters = dict[str, None]()  # a set in the order of the layers
+    for layer in export.stored.layers:
+        around_adapters |= dict.fromkeys(starts_of(layer))
+    modules: Mapping[str, nn.Module | None] = first_names(export.modules_of_model)
+    if export.inner is None:  # a file has no modules, so their names alone tell
+        modules = around_adapters
+    adapted_members = with_values(members_in(modules), around_adapters)
     return list(adapted_members.values()) or [root]
 
 
@@ -112,17 +113,17 @@ def _adapters_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
     )
 
 
-def checked_member(source: Source, tensors: Iterable[str], format: str) -> str:
+def checked_member(export: Export, tensors: Iterable[str], format: str) -> str:
     """Return what a pipeline calls the member with these tensors. Refuse what it would not read."""
-    stored = source.stored
-    member = member_name(source.inner, stored.root)
+    stored = export.stored
+    member = member_name(export.inner, stored.root)
     if not member:
         raise ExportError(
             f"format={format!r} is for parts of a pipeline that read adapters, and {stored.source} is none that is "
             "known: a model of diffusers with load_lora_adapter (PixArt has none), a text encoder, or root='unet'. "
             "Load a file onto its model, and export that. Without format, PeftModel.from_pretrained reads the folder."
         )
-    not_of_adapters = [name for name in tensors if not peft_key(name).what]
+    not_of_adapters = [name for name in tensors if peft_key(name).role is None]
     if not_of_adapters:
         raise ExportError(
             f"A pipeline of diffusers reads updates alone, and would refuse {listed(not_of_adapters)}. Train without "
@@ -145,7 +146,11 @@ def warn_of_replaced(path: Path, tensors: Iterable[str], member_of: Callable[[st
 # Read
 
 
-PeftContents = tuple[Mapping[str, Tensor], PeftConfig]  # what PEFT would have in a file of one member
+class PeftContents(NamedTuple):
+    """What PEFT would have in a folder of one member."""
+
+    tensors: Mapping[str, Tensor]
+    config: PeftConfig
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ class PipelineFile(ABC):
 
     @abstractmethod
     def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
-        """Return what the file has for one member, which has these modules."""
+        """Return what the file has for one member, whose modules have these names."""
 
 
 def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
@@ -169,26 +174,30 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
     members = file.members()
     roots = _roots_in_model(members, view)
     _check_members(members, roots, file.path)
-    updates = list[Update]()
+    updates = list[LayerUpdate]()
     rest = dict[str, Tensor]()
-    saved = list[str]()
-    settings = list[LoRAConfig]()
-    kinds = set[tuple[bool, str]]()  # what one configuration here says for all members
+    modules_to_save = list[str]()
+    configs = list[LoRAConfig]()
     for member in sorted(members & roots.keys()):
         root = roots[member]
-        modules = Renaming(there=root).names_here(entries_inside(root, view.modules))
-        tensors, config = file.contents_of(member, modules)
-        member_updates, others = read_updates(view, tensors, config, file.path, root)
-        updates += member_updates
-        rest |= others
-        saved += config.saved
-        settings.append(config.as_ours)
-        kinds.add((config.as_ours.use_dora, config.as_ours.init))
-    if len(kinds) > 1:
-        raise AdapterFileError(
-            f"{file.path} has parts with other use_dora or init_lora_weights. Load each onto its model."
-        )
-    return stored_from_updates(view, updates, rest, settings[0], saved)  # ranks and scalings are those of the updates
+        tensors, config = file.contents_of(member, by_names_inside(root, view.modules))
+        updates_of_member, rest_of_member = read_updates(view, tensors, config, file.path, root)
+        updates += updates_of_member
+        rest |= rest_of_member
+        modules_to_save += config.modules_to_save
+        configs.append(config.as_ours)
+    return stored_from_updates(view, updates, rest, _settings_of_all(configs, file.path), modules_to_save)
+
+
+def _settings_of_all(configs: Sequence[LoRAConfig], path: Any) -> LoRAConfig:
+    """The settings that all members have. Ranks and scalings may differ: each update has its own."""
+    first, *others = configs
+    for other in others:
+        if (other.use_dora, other.init) != (first.use_dora, first.init):
+            raise AdapterFileError(
+                f"{path} has parts with other use_dora or init_lora_weights. Load each onto its model."
+            )
+    return first
 
 
 def _roots_in_model(members: set[str], view: View) -> dict[str, str]:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lightning_lora.base.fingerprints import names_in
 from lightning_lora.errors import warn
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.naming.shells import shell_of
 from lightning_lora.storage.formats.peft.reasons import Reason
 from lightning_lora.storage.formats.peft_names import PREFIX
-from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import names_not_in
 
@@ -39,21 +39,25 @@ class PeftLoading:
         return False
 
     def names_in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return the names under which tensors have to be written to arrive. What cannot arrive has none."""
+        """Return the names under which tensors have to be written to arrive. What cannot arrive has none.
+
+        If PEFT renames ``block_sparse_moe`` to ``mlp``, this has ``{"mlp.gate.lora_A.weight":
+        "block_sparse_moe.gate.lora_A.weight"}``.
+        """
         return dict(zip(tensors, tensors, strict=True))
 
 
-def loading_of(source: Source) -> PeftLoading:
+def loading_of(export: Export) -> PeftLoading:
     """Return how PEFT loads these adapters onto the reader's model."""
-    if source.inner is not None:
-        leaves = set(map(_leaf, source.modules_for_reader))
-        return _loading_onto(source.inner, may_be_mamba="conv1d" in leaves)  # a layer's name that Mamba's models have
-    if not source.stored_modules:
-        return _OntoUnknownModel(source.stored)
+    if export.inner is not None:
+        leaves = set(map(_leaf, export.modules_for_reader))
+        return _loading_onto(export.inner, may_be_mamba="conv1d" in leaves)  # a layer's name that Mamba's models have
+    if not export.stored_modules:
+        return _OntoUnknownModel(export.stored)
     try:
-        shell = shell_of(source.stored_modules)
+        shell = shell_of(export.stored_modules)
     except ImportError:
-        return _WithoutPeft(source.stored_inner.class_name)
+        return _WithoutPeft(export.stored_inner.class_name)
     return _loading_onto(shell, may_be_mamba=True)
 
 
@@ -140,7 +144,7 @@ class _OntoConvertedModel(_OntoModel):
         return self._arriving(tensors, names)
 
     def _arriving(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, str]:
-        """Those of the names in a file under which tensors arrive where they belong, and as they are.
+        """Those of these names in a file under which tensors arrive where they belong, and as they are.
 
         PEFT's own code converts a file with these names, and the result is compared with what was written.
         """

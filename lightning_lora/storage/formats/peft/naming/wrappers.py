@@ -8,47 +8,47 @@ from torch import Tensor
 
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers.kinds import LoRAAttention
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.counterparts import counterpart_of, has_counterpart
 from lightning_lora.storage.formats.peft_names import TOKENS
-from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.formats.weight_updates import WeightUpdate
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import where, without
 from lightning_lora.tensors.names import is_bias, join, names_not_in
 
-Wrapper = dict[str, Tensor]  # its tensors, by the ends of their names
+Wrapper = dict[str, Tensor]  # its tensors, by the ends of their names, such as "lora_A.weight"
 
 
-def tensors_of(source: Source, updates: Iterable[WeightUpdate]) -> dict[str, Tensor]:
+def tensors_of(export: Export, updates: Iterable[WeightUpdate]) -> dict[str, Tensor]:
     """Return all tensors of a file, by PEFT's names without its prefix."""
-    stored = source.stored
+    stored = export.stored
     wrappers = _wrappers_of(updates)
     tensors = wrappers.tensors()
-    for name, layer in source.layers_with_rows.items():
+    for name, layer in export.layers_with_rows.items():
         (rows,) = layer.parameters(stored.config).values()
-        place = wrappers.name_inside(source.name_for_reader(name))
+        place = wrappers.name_inside(export.name_for_reader(name))
         tensors[f"{place}.{TOKENS}"] = stored.state[rows]
-    for name in names_not_in(trained_biases(stored), source.saved):
-        place = wrappers.name_inside(source.name_for_reader(name))
+    for name in names_not_in(trained_biases(stored), export.saved_tensors):
+        place = wrappers.name_inside(export.name_for_reader(name))
         tensors[place] = stored.state[name]
-    for name, value in source.saved.items():
-        place = source.name_for_reader(name)
+    for name, value in export.saved_tensors.items():
+        place = export.name_for_reader(name)
         tensors[place] = value
     return tensors
 
 
-def stand_ins_of(source: Source) -> dict[str, dict[str, Tensor]]:
-    """Return small tensors by the names that each layer's will have, to ask PEFT what becomes of these.
+def stand_ins_of(export: Export) -> dict[str, dict[str, Tensor]]:
+    """Return, for each layer, small tensors with the names that its own will have.
 
-    So that is known before the values are there.
+    PEFT is asked what becomes of these names when it loads them. So a layer is refused before the training already.
     """
-    layers = where(without(source.stored.layers, source.layers_with_rows), has_counterpart)
+    layers = where(without(export.stored.layers, export.layers_with_rows), has_counterpart)
     wrappers = _Wrappers()
     for layer in layers.values():
         for _ in layer.shapes:
             tensors = dict.fromkeys(counterpart_of(layer).keys, torch.zeros(1, 1))
-            wrappers.add(source.name_for_reader(layer.name), tensors)
-    return {name: wrappers.tensors_of(source.name_for_reader(name)) for name in layers}
+            wrappers.add(export.name_for_reader(layer.name), tensors)
+    return {name: wrappers.tensors_of(export.name_for_reader(name)) for name in layers}
 
 
 def _wrappers_of(updates: Iterable[WeightUpdate]) -> "_Wrappers":
@@ -91,7 +91,12 @@ def _zero_like(factors: Factors) -> Wrapper:
 
 @dataclass
 class _Wrappers:
-    """What PEFT wraps around modules: if a module has several wrappers, they lie in each other, the last outermost."""
+    """What PEFT wraps around modules: if a module has several wrappers, they lie in each other, the last outermost.
+
+    Two wrappers around ``experts``, the first with the tensors ``{"lora_A.weight": a1}``, the second with
+    ``{"lora_A.weight": a2}``, have the tensors ``experts.lora_A.weight`` (a2) and ``experts.base_layer.lora_A.weight``
+    (a1).
+    """
 
     around: dict[str, list[Wrapper]] = field(default_factory=dict)  # by the name of the module
 
@@ -100,7 +105,10 @@ class _Wrappers:
         self.around.setdefault(name, []).append(tensors)
 
     def name_inside(self, name: str) -> str:
-        """Return PEFT's name for something inside of modules that are wrapped."""
+        """Return PEFT's name for something inside of modules that are wrapped.
+
+        ``attn.out_proj`` -> ``attn.base_layer.out_proj``, if ``attn`` has one wrapper.
+        """
         components = list[str]()
         module = ""
         for component in name.split("."):

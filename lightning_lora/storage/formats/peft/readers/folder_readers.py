@@ -27,7 +27,7 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
     Reader,
 )
 from lightning_lora.storage.formats.peft_names import PREFIX, peft_key, without_wrappers
-from lightning_lora.storage.formats.whose import is_peft
+from lightning_lora.storage.formats.peft_or_diffusers import is_peft
 from lightning_lora.tensors.dicts import renamed
 from lightning_lora.tensors.names import starts_of
 
@@ -37,13 +37,13 @@ _WORDS = {DIFFERS: "scales otherwise:", REFUSES: "refuses", IGNORES: "ignores", 
 
 @dataclass
 class _Contents:
-    """What a folder holds of the kinds in which readers differ."""
+    """What a folder holds of the kinds of training in which readers differ."""
 
-    kinds: dict[str, list[str]] = field(default_factory=dict)  # the names of the modules, or none
+    kinds: dict[str, list[str]] = field(default_factory=dict)  # the modules of each: {"adapted embeddings": ["wte"]}
     has_one_scaling: bool = True
 
     def add(self, kind: str, name: str = "") -> None:
-        """Note a kind, and the name of a module that is of it."""
+        """Note a kind, and the name of a module that is of it. Some kinds are said of all modules at once."""
         names = self.kinds.setdefault(kind, [])
         if name and name not in names:
             names.append(name)
@@ -54,7 +54,7 @@ def lines_of_readers(contents: Mapping[str, Any], path: Any) -> dict[str, str]:
     if not isinstance(contents, dict) or not is_peft(contents, path):
         raise AdapterFileError(f"{path} holds no adapters in PEFT's format. Pass a folder that PEFT reads.")
     tensors = renamed(tensors_in(contents, path), _name_in_base)
-    held = _held(tensors, read_config(path))
+    held = _contents_of(tensors, read_config(path))
     lines = dict[str, str]()
     for reader in PEFT_READERS:
         lines[reader.name] = _line(reader, held)
@@ -69,16 +69,16 @@ def _name_in_base(key: str) -> str:
 # What is in the folder
 
 
-def _held(tensors: Mapping[str, Tensor], peft: PeftConfig) -> _Contents:
+def _contents_of(tensors: Mapping[str, Tensor], peft: PeftConfig) -> _Contents:
     """What these tensors and this configuration are, in the columns of the table."""
     held = _Contents()
     _add_settings(held, peft)
     for name, tensor in tensors.items():
-        wrapped, what = peft_key(name)
-        if what:
-            _add_adapter(held, peft, name, without_wrappers(wrapped))
-        else:
+        wrapped, role = peft_key(name)
+        if role is None:
             _add_other(held, peft, without_wrappers(name), tensor)
+        else:
+            _add_adapter(held, peft, name, without_wrappers(wrapped))
     return held
 
 
@@ -99,9 +99,9 @@ def _add_settings(held: _Contents, peft: PeftConfig) -> None:
 
 def _add_adapter(held: _Contents, peft: PeftConfig, name: str, layer: str) -> None:
     """Note the scaling of a layer, and whether it is an embedding or holds experts."""
-    usual = peft.as_ours.scaling("")
-    difference = abs(peft.as_ours.scaling(layer) - usual)
-    if difference > 1e-6 * usual:
+    without_patterns = peft.as_ours.scaling("")
+    difference = abs(peft.as_ours.scaling(layer) - without_patterns)
+    if difference > 1e-6 * without_patterns:
         held.has_one_scaling = False
     if "lora_embedding_" in name:
         held.add(EMBEDDINGS, layer)

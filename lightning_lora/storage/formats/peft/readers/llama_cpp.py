@@ -2,14 +2,14 @@
 
 from lightning_lora.errors import listed, warn
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding
-from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import where
 
 
-def warn_of_tied_embeddings(source: Source) -> None:
+def warn_of_tied_embeddings(export: Export) -> None:
     """Warn of adapted embeddings whose weight is the head's too."""
-    embeddings = where(source.stored.layers, _is_tied_embedding)
+    embeddings = where(export.stored.layers, _is_tied_embedding)
     if embeddings:
         warn(
             f"llama.cpp cannot run {listed(embeddings)}: an adapted embedding whose weight another layer has ends it "
@@ -17,9 +17,9 @@ def warn_of_tied_embeddings(source: Source) -> None:
         )
 
 
-def warn_of_transposed_layers(source: Source) -> None:
+def warn_of_transposed_layers(export: Export) -> None:
     """Warn of adapted Conv1D layers, as those of GPT-2."""
-    layers = where(source.stored.layers, _is_conv1d)
+    layers = where(export.stored.layers, _is_conv1d)
     if layers:
         warn(
             f"llama.cpp does not load adapters of {listed(layers)}: their class is Conv1D of transformers, which holds "

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+# What a reader does
+
 TAKES = "takes"
 REFUSES = "refuses"
 IGNORES = "ignores"
@@ -16,6 +18,8 @@ MEANINGS = {
     DIFFERS: "it scales the update otherwise, without a word",
     UNKNOWN: "neither run nor read",
 }
+
+# With which kind of training
 
 RANKS = "ranks of single layers"
 ALPHAS = "alphas of single layers"
@@ -39,7 +43,7 @@ class Reader:
 
     name: str
     known_from: str
-    cells: Mapping[str, str]
+    cells: Mapping[str, str]  # what it does (TAKES, ...) with each kind of training (RANKS, ...)
     note: str = ""
 
 
@@ -144,17 +148,17 @@ PEFT_READERS = (PEFT, TRANSFORMERS, VLLM, SGLANG, TGI, LORAX, LLAMA_CPP)
 READERS = (*PEFT_READERS, DIFFUSERS)
 
 
-def readers_that(does: str, what: str) -> list[str]:
-    """The names of the readers with this cell."""
+def readers_that(does: str, kind: str) -> list[str]:
+    """Return the names of the readers that do this with a kind of training: ``readers_that(IGNORES, HEADS)``."""
     names = list[str]()
     for reader in READERS:
-        if reader.cells[what] == does:
+        if reader.cells[kind] == does:
             names.append(reader.name)
     return names
 
 
 def readers_that_know_one_alpha() -> list[str]:
-    """The names of the readers that know the rank of each layer, but not its alpha."""
+    """Return the names of the readers that know the rank of each layer, but not its alpha."""
     names = list[str]()
     for name in readers_that(DIFFERS, ALPHAS):
         if name in readers_that(TAKES, RANKS):

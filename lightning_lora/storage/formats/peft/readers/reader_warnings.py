@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.errors import listed, warn
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.readers.llama_cpp import warn_of_tied_embeddings, warn_of_transposed_layers
 from lightning_lora.storage.formats.peft.readers.reader_table import (
     DIFFERS,
@@ -19,7 +20,6 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
     readers_that,
     readers_that_know_one_alpha,
 )
-from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.formats.weight_updates import WeightUpdate
 from lightning_lora.storage.inner_model import StoredModule, full_name
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -27,15 +27,15 @@ from lightning_lora.tensors.dicts import only, where
 from lightning_lora.tensors.names import starts_of
 
 
-def warn_of_merges(source: Source) -> None:
+def warn_of_merges(export: Export) -> None:
     """Warn where PEFT's model, merged or not, computes something else."""
-    _warn_of_tied_weights(source)
-    _warn_of_encoders(source)
+    _warn_of_tied_weights(export)
+    _warn_of_encoders(export)
 
 
-def _warn_of_tied_weights(source: Source) -> None:
+def _warn_of_tied_weights(export: Export) -> None:
     """Warn of weights that another layer has too: a merge there changes them for it."""
-    tied = where(source.stored.layers, _is_tied)
+    tied = where(export.stored.layers, _is_tied)
     if not tied:
         return
     others = list[str]()
@@ -52,9 +52,9 @@ def _is_tied(layer: StoredLayer) -> bool:
     return bool(layer.tied) and not layer.tokens
 
 
-def _warn_of_encoders(source: Source) -> None:
+def _warn_of_encoders(export: Export) -> None:
     """Warn of adapted layers in an ``nn.TransformerEncoder``, which reads weights past PEFT's layers."""
-    encoders = _encoder_layers(source)
+    encoders = _encoder_layers(export)
     if encoders:
         warn(
             f"{listed(encoders)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's "
@@ -62,13 +62,13 @@ def _warn_of_encoders(source: Source) -> None:
         )
 
 
-def _encoder_layers(source: Source) -> list[str]:
+def _encoder_layers(export: Export) -> list[str]:
     """The names of the transformer layers around adapted ones."""
     around = dict[str, None]()
-    for name in source.stored.layers:
-        *modules, _ = starts_of(source.name_for_reader(name))
+    for name in export.stored.layers:
+        *modules, _ = starts_of(export.name_for_reader(name))
         around |= dict.fromkeys(modules)
-    return list(only(around, where(source.stored_modules, _is_encoder_layer)))
+    return list(only(around, where(export.stored_modules, _is_encoder_layer)))
 
 
 def _is_encoder_layer(module: StoredModule) -> bool:
@@ -76,9 +76,9 @@ def _is_encoder_layer(module: StoredModule) -> bool:
     return full_name(nn.TransformerEncoderLayer) in module.classes
 
 
-def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: dict[str, Any]) -> None:
+def warn_of_scalings(export: Export, updates: Iterable[WeightUpdate], config: dict[str, Any]) -> None:
     """Name readers that would scale otherwise: most know one number, llama.cpp lora_alpha over each rank."""
-    if not _is_causal_lm(source.stored_inner):
+    if not _is_causal_lm(export.stored_inner):
         return
     readers = list[str]()
     if _is_any_scaled_otherwise(updates, config):
@@ -92,17 +92,17 @@ def warn_of_scalings(source: Source, updates: Iterable[WeightUpdate], config: di
         warn(f"For {names}, pass uniform=True: they may scale this adapter otherwise, without a word.")
 
 
-def warn_of_layers(source: Source) -> None:
+def warn_of_layers(export: Export) -> None:
     """Name adapted layers that llama.cpp cannot run."""
-    if _is_causal_lm(source.stored_inner):
-        warn_of_tied_embeddings(source)
-        warn_of_transposed_layers(source)
+    if _is_causal_lm(export.stored_inner):
+        warn_of_tied_embeddings(export)
+        warn_of_transposed_layers(export)
 
 
-def warn_of_whole_modules(source: Source) -> None:
+def warn_of_whole_modules(export: Export) -> None:
     """Name modules that train whole, where servers of language models read the folder: some drop them."""
-    whole = list(source.stored.saved)
-    if not whole or not _is_served(source.stored_inner, whole):
+    whole = list(export.stored.saved)
+    if not whole or not _is_served(export.stored_inner, whole):
         return
     takers = " and ".join(readers_that(TAKES, NORMS))
     ignorers = ", ".join(dict.fromkeys([*readers_that(IGNORES, NORMS), *readers_that(IGNORES, HEADS)]))

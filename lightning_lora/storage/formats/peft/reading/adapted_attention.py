@@ -8,32 +8,35 @@ from lightning_lora.errors import AdapterMismatchError, warn
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.layers.kinds import LoRAAttention
+from lightning_lora.layers.matrices import Role
+from lightning_lora.storage.formats.layer_updates import LayerUpdate, pair_of
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule, Matrices
 from lightning_lora.storage.formats.peft_names import without_wrappers
-from lightning_lora.storage.formats.updates import Update, pair_of
 
 
 class AdaptedAttention(AdaptedModule):
     """An attention: q, k and v share A, and lie one after the other in B."""
 
-    def read_update(self) -> Update:
+    def read_update(self) -> LayerUpdate:
         """Return the update of the attention, with the matrices of which the file has one."""
-        tensors, *_ = self.wrapped.values()
-        layer = self.checked_layer(LoRAAttention, LoRAAttention.lora_matrices_of(self.module), tensors.get("magnitude"))
+        tensors, *_ = self.adapters.values()
+        layer = self.checked_layer(
+            LoRAAttention, LoRAAttention.lora_matrices_of(self.module), tensors.get(Role.MAGNITUDE)
+        )
         in_file = self._factors_by_matrix(layer.matrices)
         factors = list[Factors]()
         for matrix, pair in in_file.items():
-            factors.append(self.checked_factors(layer, matrix, pair, self.name_there))
-        layer = replace(layer, scaling=self.settings.scaling(self.name_there), matrices=tuple(in_file))
-        return Update(layer, tuple(factors))
+            factors.append(self.checked_factors(layer, matrix, pair, self.name_in_file))
+        layer = replace(layer, scaling=self.settings.scaling(self.name_in_file), matrices=tuple(in_file))
+        return LayerUpdate(layer, tuple(factors))
 
     def _factors_by_matrix(self, matrices: Matrices) -> dict[AdaptedMatrix, Factors]:
         """A and B of each matrix, as the file has them."""
         *qkv, out = matrices
         in_file = dict[AdaptedMatrix, Factors]()
-        for name, tensors in self.wrapped.items():
+        for name, tensors in self.adapters.items():
             a, b = pair_of(name, tensors)
-            if without_wrappers(name) == self.name_there:
+            if without_wrappers(name) == self.name_in_file:
                 blocks = torch.atleast_1d(b).tensor_split(3)
                 for matrix, block in zip(qkv, blocks, strict=True):
                     in_file[matrix] = (a, block)
@@ -49,6 +52,6 @@ class AdaptedAttention(AdaptedModule):
             raise AdapterMismatchError(
                 f"The file adapts {name!r} with init_lora_weights={self.settings.init!r}. Its nn.MultiheadAttention "
                 "never calls that layer: PEFT's model computes with what the start has left of the weight. Train "
-                f"again without this layer, or adapt {self.name_there!r} itself."
+                f"again without this layer, or adapt {self.name_in_file!r} itself."
             )
         warn(f"Nothing calls {name!r} in an nn.MultiheadAttention: its update is left out, as PEFT does.")

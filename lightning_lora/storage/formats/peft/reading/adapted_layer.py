@@ -6,8 +6,9 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding
+from lightning_lora.layers.matrices import Role
+from lightning_lora.storage.formats.layer_updates import LayerUpdate, pair_of
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule
-from lightning_lora.storage.formats.updates import Update, pair_of
 
 
 @dataclass(frozen=True)
@@ -16,24 +17,24 @@ class AdaptedLayer(AdaptedModule):
 
     kind: type[LoRALayer]  # our adapter of it
 
-    def read_update(self) -> Update:
+    def read_update(self) -> LayerUpdate:
         """Return the update of the layer."""
-        tensors, *others = self.wrapped.values()
-        magnitude = tensors.get("magnitude")
+        tensors, *others = self.adapters.values()
+        magnitude = tensors.get(Role.MAGNITUDE)
         layer = self.checked_layer(self.kind, self.kind.lora_matrices_of(self.module), magnitude)
         if others:
-            raise AdapterFileError(f"The file holds {listed(self.wrapped)}: two updates of one {self.title}.")
-        factors = pair_of(self.name_there, tensors)
+            raise AdapterFileError(f"The file holds {listed(self.adapters)}: two updates of one {self.class_name}.")
+        factors = pair_of(self.name_in_file, tensors)
         self._check_is_not_olora_of_conv1d()
-        named = self.name_there
-        parameter = f"{self.name_there}.weight"
+        target = self.name_in_file
+        parameter = f"{self.name_in_file}.weight"
         if self.file.config.names_parameter(parameter):
-            named = parameter
+            target = parameter
             factors = self._factors_of_parameter(factors)
         (matrix,) = layer.matrices
-        factors = self.checked_factors(layer, matrix, factors, named)
-        layer = replace(layer, scaling=self.settings.scaling(named))
-        return Update(layer, (factors,), magnitude)
+        factors = self.checked_factors(layer, matrix, factors, target)
+        layer = replace(layer, scaling=self.settings.scaling(target))
+        return LayerUpdate(layer, (factors,), magnitude)
 
     def _factors_of_parameter(self, factors: Factors) -> Factors:
         """A and B of the layer from those of its weight as a parameter, which PEFT takes for (out, in)."""
@@ -47,7 +48,7 @@ class AdaptedLayer(AdaptedModule):
         """Refuse an update that cannot be computed again."""
         if self.kind is LoRAConv1D and self.settings.init == "olora":
             raise AdapterMismatchError(
-                f"{self.name_there!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from another "
-                "matrix than its weight, so its update cannot be computed again. Merge it with PEFT, and use the "
-                "merged model."
+                f"{self.name_in_file!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from "
+                "another matrix than its weight, so its update cannot be computed again. Merge it with PEFT, and use "
+                "the merged model."
             )

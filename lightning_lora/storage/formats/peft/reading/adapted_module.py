@@ -12,9 +12,9 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer
+from lightning_lora.storage.formats.layer_updates import AdapterTensors, LayerUpdate, check_shapes
 from lightning_lora.storage.formats.peft.counterparts import counterpart_of, why_no_counterpart
-from lightning_lora.storage.formats.peft.reading.peft_file import AdapterTensors, PeftFile
-from lightning_lora.storage.formats.updates import Update, check_shapes
+from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.tensors.dicts import names_of_each
 from lightning_lora.tensors.names import join
@@ -24,24 +24,28 @@ Matrices = tuple[AdaptedMatrix, ...]
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """A module that PEFT adapts, and what a file holds for it.
+    """A module that PEFT adapts, and the adapters of it that a file holds.
+
+    Most modules have one, by their own name. An attention ``attn`` may have two, ``attn`` (of q, k and v) and
+    ``attn.base_layer.out_proj``. Of a module's parameters, each has one: ``experts`` and, inside of it,
+    ``experts.base_layer``.
 
     With pissa and olora, adapters start from a part of the weight, and PEFT takes this start off its base. The update
     here is the difference from the start, which is computed again from the weight as it was.
     """
 
     file: PeftFile
-    name_there: str  # its name in the file
-    wrapped: Mapping[str, AdapterTensors]  # by what PEFT wraps: its name in the file
+    name_in_file: str
+    adapters: Mapping[str, AdapterTensors]  # by the name in the file of what PEFT wraps
 
-    def read_update(self) -> Update:
+    def read_update(self) -> LayerUpdate:
         """Return the update of the module."""
         raise NotImplementedError
 
     @property
     def module(self) -> Any:
         """The module in the model."""
-        return self.file.module(self.name_there)
+        return self.file.module(self.name_in_file)
 
     @property
     def settings(self) -> LoRAConfig:
@@ -49,25 +53,28 @@ class AdaptedModule:
         return self.file.config.as_ours
 
     @property
-    def title(self) -> str:
+    def class_name(self) -> str:
         """The name of its class, for messages."""
         return type(self.module).__name__
 
     def checked_layer(self, kind: type[LoRALayer], matrices: Matrices, magnitude: Tensor | None = None) -> StoredLayer:
         """Return the layer with this adapter. Refuse one with which PEFT computes something else."""
-        layer = described(self.file.view, self.file.renaming.name_here(self.name_there), kind, matrices)
+        layer = described(self.file.view, self.file.renaming.name_here(self.name_in_file), kind, matrices)
         reason = why_no_counterpart(layer, magnitude)
         if reason:
             raise AdapterMismatchError(
-                f"The file has an update of {self.name_there!r}, which cannot be read: {reason} Pass the model "
+                f"The file has an update of {self.name_in_file!r}, which cannot be read: {reason} Pass the model "
                 "that the file was trained on, or merge it with PEFT, and use the merged model."
             )
         return layer
 
-    def checked_factors(self, layer: StoredLayer, matrix: AdaptedMatrix, in_file: Factors, named: str) -> Factors:
-        """Return A and B of one matrix as they are here. ``named``: what patterns of ranks and alphas call it."""
-        self._check_start(layer, matrix)
-        rank = self._rank_in_file(matrix, in_file, named)
+    def checked_factors(self, layer: StoredLayer, matrix: AdaptedMatrix, in_file: Factors, target: str) -> Factors:
+        """Return A and B of one matrix as they are here.
+
+        ``target`` is what the configuration means by it: the name of the module, or of a parameter.
+        """
+        self._check_start_of_tied(layer, matrix)
+        rank = self._checked_rank(matrix, in_file, target)
         factors = in_file
         with suppress(IndexError, RuntimeError):  # of other shapes, which cannot be turned: they are refused below
             factors = counterpart_of(layer).from_peft(in_file, layer.shapes[matrix.weight], layer.options)
@@ -79,7 +86,7 @@ class AdaptedModule:
         """Whether PEFT took the start of each adapter off the base: the update is the difference from it."""
         return INITIALISATIONS[self.settings.init].is_difference
 
-    def _check_start(self, layer: StoredLayer, matrix: AdaptedMatrix) -> None:
+    def _check_start_of_tied(self, layer: StoredLayer, matrix: AdaptedMatrix) -> None:
         """Refuse a tied weight of which PEFT took a start off."""
         if not self.is_difference:
             return
@@ -92,18 +99,18 @@ class AdaptedModule:
                 "start off it for each use, and its merge gives another model. Train anew, from another start."
             )
 
-    def _rank_in_file(self, matrix: AdaptedMatrix, factors: Factors, named: str) -> int:
-        """The rank of A. It must be the one in the configuration: the scaling depends on it."""
+    def _checked_rank(self, matrix: AdaptedMatrix, factors: Factors, target: str) -> int:
+        """The rank of A. Refuse another one than in the configuration: the scaling depends on it."""
         a, _ = factors
         rows = a.shape[0] if a.dim() else 0
         rank = rows // math.prod(matrix.stack)
-        asked = self.settings.rank(named)
-        possible = [asked]
+        configured = self.settings.rank(target)
+        possible = [configured]
         if self.is_difference:
-            possible.append(min(asked, matrix.largest_rank))  # its start has no more
+            possible.append(min(configured, matrix.largest_rank))  # its start has no more
         if rank not in possible:
             raise AdapterFileError(
-                f"lora_A of {named!r} has rank {rank}, but the configuration says {asked}: the scaling is not known. "
-                "Use the adapter_config.json that was written with these tensors."
+                f"lora_A of {target!r} has rank {rank}, but the configuration says {configured}: the scaling is not "
+                "known. Use the adapter_config.json that was written with these tensors."
             )
         return rank

@@ -6,41 +6,42 @@ from lightning_lora.errors import AdapterMismatchError
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRARecurrent
+from lightning_lora.storage.formats.layer_updates import LayerUpdate, pair_of
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule, Matrices
-from lightning_lora.storage.formats.updates import Update, pair_of
 from lightning_lora.tensors.dicts import without
 
 
 class AdaptedParameters(AdaptedModule):
     """Parameters of a module. PEFT wraps it once for each, in the module's own order: the last one is outermost."""
 
-    def read_update(self) -> Update:
+    def read_update(self) -> LayerUpdate:
         """Return the update of the parameters, of which each has its own scaling in the file."""
         names = self._named_parameters()
-        if len(names) != len(self.wrapped):
+        if len(names) != len(self.adapters):
             raise AdapterMismatchError(
-                f"The file has {len(self.wrapped)} updates of {self.name_there!r}, a {self.title} in this model, and "
-                f"its target_parameters name {names or 'no parameter of it'}. Pass the model that it was trained on."
+                f"The file has {len(self.adapters)} updates of {self.name_in_file!r}, a {self.class_name} in this "
+                f"model, and its target_parameters name {names or 'no parameter of it'}. Pass the model that it was "
+                "trained on."
             )
         kind, matrices = self._adapter_of(names)
         layer = self.checked_layer(kind, matrices)
         config = self.settings
-        scaling = config.scaling(f"{self.name_there}.{names[0]}")  # of the layer; each B makes up for its own one
-        innermost_first = sorted(self.wrapped, key=len, reverse=True)  # each wrapper adds a component to names inside
+        scaling = config.scaling(f"{self.name_in_file}.{names[0]}")  # of the layer; each B makes up for its own one
+        innermost_first = sorted(self.adapters, key=len, reverse=True)  # each wrapper adds a component to names inside
         factors = list[Factors]()
         for matrix, name in zip(matrices, innermost_first, strict=True):
-            parameter = f"{self.name_there}.{matrix.weight}"
-            in_file = pair_of(name, self.wrapped[name])
+            parameter = f"{self.name_in_file}.{matrix.weight}"
+            in_file = pair_of(name, self.adapters[name])
             a, b = self.checked_factors(layer, matrix, in_file, parameter)
             b = b * (config.scaling(parameter) / scaling)
             factors.append((a, b))
-        return Update(replace(layer, scaling=scaling), tuple(factors))
+        return LayerUpdate(replace(layer, scaling=scaling), tuple(factors))
 
     def _named_parameters(self) -> list[str]:
         """The parameters of a module that ``target_parameters`` names, without our adapter's."""
         of_adapter = self.module.lora_specs() if isinstance(self.module, LoRALayer) else {}
         parameters = without(self.module._parameters, of_adapter)
-        return [name for name in parameters if self.file.config.names_parameter(f"{self.name_there}.{name}")]
+        return [name for name in parameters if self.file.config.names_parameter(f"{self.name_in_file}.{name}")]
 
     def _adapter_of(self, names: list[str]) -> tuple[type[LoRALayer], Matrices]:
         """Our adapter for parameters of a module, and its matrices for these."""

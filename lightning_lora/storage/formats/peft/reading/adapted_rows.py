@@ -8,29 +8,32 @@ from torch import Tensor
 from lightning_lora.errors import AdapterMismatchError
 from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.layers.kinds import LoRATokens
+from lightning_lora.layers.matrices import Role
+from lightning_lora.storage.formats.layer_updates import LayerUpdate, RowsUpdate
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule
 from lightning_lora.storage.formats.peft.refusals.refused_rows import why_rows_differ
-from lightning_lora.storage.formats.updates import RowsUpdate, Update
 
 
 class AdaptedRows(AdaptedModule):
     """An embedding of which single rows train."""
 
-    def read_update(self) -> Update:
+    def read_update(self) -> LayerUpdate:
         """Return the rows as they are: PEFT's name says delta, but they are whole."""
-        (tensors,) = self.wrapped.values()
-        rows = tensors["tokens"]
+        (tensors,) = self.adapters.values()
+        rows = tensors[Role.ROWS]
         (matrix,) = LoRATokens.lora_matrices_of(self.module)
-        indices = self.file.config.token_rows(self.name_there)
+        indices = self.file.config.token_rows(self.name_in_file)
         self._check_rows(matrix, rows, indices)
-        reason = why_rows_differ(self.file.view.modules, self.file.renaming.name_here(self.name_there))
+        reason = why_rows_differ(self.file.view.modules, self.file.renaming.name_here(self.name_in_file))
         if reason:
-            raise AdapterMismatchError(f"The rows of {self.name_there!r} cannot be read: {reason} Merge it with PEFT.")
+            raise AdapterMismatchError(
+                f"The rows of {self.name_in_file!r} cannot be read: {reason} Merge it with PEFT."
+            )
         matrix = replace(matrix, tokens=tuple(sorted(indices)))
         layer = self.checked_layer(LoRATokens, (matrix,))
         config = self.settings
-        r = matrix.rank_for(config.rank(self.name_there))
-        layer = replace(layer, scaling=config.scaling(self.name_there), r=r)
+        r = matrix.rank_for(config.rank(self.name_in_file))
+        layer = replace(layer, scaling=config.scaling(self.name_in_file), r=r)
         in_order = torch.tensor(indices).argsort()
         return RowsUpdate(layer, rows=rows[in_order])
 
@@ -43,6 +46,6 @@ class AdaptedRows(AdaptedModule):
         is_each_once = len(distinct) == count > 0
         if not (are_in_weight and are_in_file and is_each_once):
             raise AdapterMismatchError(
-                f"The file holds {len(rows)} rows of {self.name_there!r} {(matrix.reads, matrix.writes)}, and its "
+                f"The file holds {len(rows)} rows of {self.name_in_file!r} {(matrix.reads, matrix.writes)}, and its "
                 f"configuration names {count}, up to {max(indices, default=0)}. Resize it first, as for the training."
             )

@@ -7,8 +7,10 @@ from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed, warn
 from lightning_lora.layers import adapter_for
+from lightning_lora.layers.matrices import Role
+from lightning_lora.storage.formats.layer_updates import AdapterTensors
 from lightning_lora.storage.formats.peft.counterparts import wraps_layers_of
-from lightning_lora.storage.formats.peft.reading.peft_file import AdapterTensors, PeftFile
+from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile
 from lightning_lora.storage.formats.peft_names import PEFT_CONFIG, without_wrappers
 from lightning_lora.storage.renaming import entries_inside
 from lightning_lora.tensors.dicts import only, where, without
@@ -85,13 +87,13 @@ class _Held:
 
     def _is_adapted_by_peft(self, name: str) -> bool:
         """Whether PEFT would adapt a module, or one of its parameters."""
-        name_there = self.file.renaming.name_there(name)
-        if self.file.config.leaves_to_saving(name_there):
+        name_in_file = self.file.renaming.name_there(name)
+        if self.file.config.leaves_to_saving(name_in_file):
             return False
         module = self.file.view.modules[name]
-        if self.file.config.adapts(name_there) and wraps_layers_of(adapter_for(module)):
+        if self.file.config.adapts(name_in_file) and wraps_layers_of(adapter_for(module)):
             return True
-        parameters = names_joined(name_there, module._parameters)
+        parameters = names_joined(name_in_file, module._parameters)
         return any(map(self.file.config.names_parameter, parameters))
 
     def is_saved_in_part(self, name: str) -> bool:
@@ -104,5 +106,5 @@ class _Held:
 
 
 def _holds_rows(tensors: AdapterTensors) -> bool:
-    """Whether a file has single rows in place of A and B."""
-    return "tokens" in tensors
+    """Whether an adapter is single rows, in place of A and B."""
+    return Role.ROWS in tensors

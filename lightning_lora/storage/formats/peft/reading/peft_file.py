@@ -8,29 +8,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.model.view import View
+from lightning_lora.storage.formats.layer_updates import AdapterTensors
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig
 from lightning_lora.storage.formats.peft_names import without_wrappers
 from lightning_lora.storage.renaming import Renaming
 
-AdapterTensors = Mapping[str, Tensor]  # of one adapter, by what they are: "A", "B", "magnitude", "tokens"
-
 
 @dataclass(frozen=True)
 class PeftFile:
-    """A file that has been read for a model. A ``name_there`` is a name in the file."""
+    """A file that has been read for a model."""
 
     path: Any
     config: PeftConfig  # beside the tensors
     view: View  # of the model
     renaming: Renaming  # how names in the file become names in the model
-    adapters: Mapping[str, AdapterTensors]  # by what PEFT wraps: its name in the file
-    rest: Mapping[str, Tensor]  # by name in the model
+    adapters: Mapping[str, AdapterTensors]  # by the name in the file of what PEFT wraps, as "attn.base_layer.out_proj"
+    rest: Mapping[str, Tensor]  # what trains in full, and copies of the base's, by name in the model
 
     @cached_property
     def layers(self) -> list[str]:
         """The names in the model of what PEFT wraps."""
         return self.renaming.names_here(map(without_wrappers, self.adapters))
 
-    def module(self, name_there: str) -> nn.Module:
+    def module(self, name_in_file: str) -> nn.Module:
         """Return the module of the model that has this name in the file."""
-        return self.view.modules[self.renaming.name_here(name_there)]
+        return self.view.modules[self.renaming.name_here(name_in_file)]

@@ -2,58 +2,66 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
-from lightning_lora.storage.formats.format import HEADER, Asked, tensors_in
+from lightning_lora.storage.formats.format import HEADER, LoadArguments, tensors_in
+from lightning_lora.storage.formats.layer_updates import AdapterTensors, LayerUpdate
 from lightning_lora.storage.formats.peft.peft_config import MERGE_THERE, PeftConfig, read_config
 from lightning_lora.storage.formats.peft.reading.completeness import check_complete
-from lightning_lora.storage.formats.peft.reading.peft_file import AdapterTensors, PeftFile
+from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile
 from lightning_lora.storage.formats.peft.reading.updates_in_file import updates_in
 from lightning_lora.storage.formats.peft_names import NAMES_HERE, PEFT_CONFIG, PREFIX, peft_key, without_wrappers
+from lightning_lora.storage.formats.peft_or_diffusers import is_peft
 from lightning_lora.storage.formats.reading import renaming_of, stored_from_updates
-from lightning_lora.storage.formats.updates import Update
-from lightning_lora.storage.formats.whose import is_peft
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.on_disk.disk import json_object
-from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.tensors.dicts import where, where_not
+from lightning_lora.tensors.names import join
+
+_WITHOUT_EFFECT = re.compile(r"\.(original_module|lora_velora_embed)(\.|$)")  # a trained module's base; training's own
+_OTHER_METHOD = re.compile(r"(^|\.)(lora_|trainable_tokens)")  # what is no key of an adapter, and begins as one
+_COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these biases twice
 
 
-def read(contents: Mapping[str, Any], path: Any, _: Asked) -> ReadFor | None:
-    """Return how to read these contents of a file, if PEFT wrote it."""
+def recognise(contents: Mapping[str, Any], path: Any, _: LoadArguments) -> ReadFor | None:
+    """Return what reads these contents of a file for a model, if PEFT wrote it."""
     if not is_peft(contents, path):
         return None
-    tensors = _with_names_here(tensors_in(contents, path), contents.get(HEADER, {}), path)
+    tensors = _by_names_in_model(tensors_in(contents, path), contents.get(HEADER, {}), path)
 
     def read_for_model(view: View) -> StoredAdapters:
         config = read_config(path)
         updates, rest = read_updates(view, tensors, config, path, root_of(view.model))
-        return stored_from_updates(view, updates, rest, config.as_ours, config.saved)
+        return stored_from_updates(view, updates, rest, config.as_ours, config.modules_to_save)
 
     return read_for_model
 
 
-def _with_names_here(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Any) -> dict[str, Tensor]:
-    """The tensors by the names that PEFT gives them when it has loaded them: the header says which it renames."""
-    names = json_object(header.get(NAMES_HERE, "{}"), path)  # of both sides, without PEFT's prefix
-    in_peft = Renaming(here=PREFIX)
-    here = dict[str, Tensor]()
+def _by_names_in_model(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Any) -> dict[str, Tensor]:
+    """The tensors by their names in the model. For those that have another name in the file, our header says it.
+
+    PEFT's prefix is in the names of the tensors, and not in the header.
+    """
+    name_in_model = json_object(header.get(NAMES_HERE, "{}"), path)  # by the name in the file
+    renamed = dict[str, Tensor]()
     for key, tensor in tensors.items():
-        in_file = in_peft.name_there(key)
-        if in_file in names:
-            key = in_peft.name_here(names[in_file])
-        here[key] = tensor
-    return here
+        name = key.removeprefix(f"{PREFIX}.")
+        if name in name_in_model:
+            key = join(PREFIX, name_in_model[name])
+        renamed[key] = tensor
+    return renamed
 
 
 def read_updates(
     view: View, tensors: Mapping[str, Any], config: PeftConfig, path: Any, root: str
-) -> tuple[list[Update], Mapping[str, Tensor]]:
+) -> tuple[list[LayerUpdate], Mapping[str, Tensor]]:
     """Return the updates in a PEFT file, and its other tensors by name in the model. Refuse a file that lacks some.
 
     Args:
@@ -63,7 +71,14 @@ def read_updates(
         path: The file's, for messages.
         root: The module of the model for which the file may be.
     """
-    adapters, others = _adapters_and_others(tensors, path)
+    sorted_tensors = _SortedTensors()
+    for key, value in tensors.items():
+        sorted_tensors.add(key, value, has_original=_original_of_copy(key) in tensors)
+    if sorted_tensors.unknown:
+        raise AdapterFileError(
+            f"{path} holds {listed(sorted_tensors.unknown)}, of a method of PEFT that is not here. {MERGE_THERE}"
+        )
+    adapters, others = sorted_tensors.adapters, sorted_tensors.others
     _check_magnitudes(adapters, path, use_dora=config.as_ours.use_dora)
     layers = list(map(without_wrappers, adapters))
     renaming = renaming_of(view, layers, others.keys(), root)
@@ -73,41 +88,32 @@ def read_updates(
     return updates, file.rest
 
 
-# The tensors of a file
+@dataclass
+class _SortedTensors:
+    """The tensors of a file, by what they are for."""
 
+    adapters: dict[str, dict[Role, Tensor]] = field(default_factory=dict)  # by the name of what PEFT wraps
+    others: dict[str, Tensor] = field(default_factory=dict)  # by name in the base
+    unknown: list[str] = field(default_factory=list)  # their keys in the file
 
-def _adapters_and_others(
-    tensors: Mapping[str, Any], path: object
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The tensors of each adapter, and the others by name in the base. Adapters have the name of what PEFT wraps."""
-    adapters = dict[str, dict[str, Tensor]]()
-    others = dict[str, Tensor]()
-    unknown = list[str]()
-    for key, value in tensors.items():
+    def add(self, key: str, value: Tensor, *, has_original: bool) -> None:
+        """Add one tensor. ``has_original``: it is a copy of another one in the file."""
         name = key.removeprefix(f"{PREFIX}.")
-        wrapped, what = peft_key(name)
-        if what:
-            adapters.setdefault(wrapped, {})[what] = value
+        wrapped, role = peft_key(name)
+        if role is not None:
+            self.adapters.setdefault(wrapped, {})[role] = value
         elif _WITHOUT_EFFECT.search(name):
-            continue
+            return
         elif _OTHER_METHOD.search(name):
-            unknown.append(key)
-        elif not _is_copy(key, tensors):
-            others[without_wrappers(name)] = value
-    if unknown:
-        raise AdapterFileError(f"{path} holds {listed(unknown)}, of a method of PEFT that is not here. {MERGE_THERE}")
-    return adapters, others
+            self.unknown.append(key)
+        elif not has_original:
+            self.others[without_wrappers(name)] = value
 
 
-_WITHOUT_EFFECT = re.compile(r"\.(original_module|lora_velora_embed)(\.|$)")  # a trained module's base; training's own
-_OTHER_METHOD = re.compile(r"(^|\.)(lora_|trainable_tokens)")  # what is no key of an adapter, and begins as one
-_COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these biases twice
-
-
-def _is_copy(key: str, tensors: Mapping[str, Any]) -> bool:
-    """Whether the file holds the same tensor under its name in the base too."""
+def _original_of_copy(key: str) -> str:
+    """The key of the tensor of which this one is a copy, if the file holds it. Empty: it is no copy."""
     original = _COPY.sub("", key)
-    return original != key and original in tensors
+    return "" if original == key else original
 
 
 def _check_magnitudes(adapters: Mapping[str, AdapterTensors], path: object, *, use_dora: bool) -> None:
@@ -127,8 +133,8 @@ def _check_magnitudes(adapters: Mapping[str, AdapterTensors], path: object, *, u
 
 
 def _has_factors(tensors: AdapterTensors) -> bool:
-    return "A" in tensors
+    return Role.A in tensors
 
 
 def _has_magnitude(tensors: AdapterTensors) -> bool:
-    return "magnitude" in tensors
+    return Role.MAGNITUDE in tensors

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 
 from lightning_lora.errors import ExportError, listed
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.naming.wrappers import trained_biases
 from lightning_lora.storage.formats.peft.refusals.refused_layers import adapted_around, refused_layers
-from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.renaming import entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import without
@@ -14,45 +14,45 @@ from lightning_lora.tensors.names import names_not_in
 _LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and save the whole model."
 
 
-def check_exportable(source: Source) -> None:
+def check_exportable(export: Export) -> None:
     """Refuse what PEFT cannot hold, or would compute otherwise."""
-    saved = source.saved  # before all else: this refuses a file that lacks some of them
-    _refuse_layers(source)
-    _check_modules_to_save(source)
-    _check_is_in_root(source.stored)
-    _check_entries(source.stored, saved)
-    source.stored.check_finite()
+    saved = export.saved_tensors  # before all else: this refuses a file that lacks some of them
+    _refuse_layers(export)
+    _check_modules_to_save(export)
+    _check_is_in_root(export.stored)
+    _check_entries(export.stored, saved)
+    export.stored.check_finite()
 
 
 # Layers
 
 
-def _refuse_layers(source: Source) -> None:
+def _refuse_layers(export: Export) -> None:
     """Refuse layers that have a reason, all of them at once."""
     reasons = list[str]()
-    for reason, names in refused_layers(source).items():
+    for reason, names in refused_layers(export).items():
         reasons.append(f"{listed(names)}: {reason}")
     if reasons:
         raise ExportError(
-            f"PEFT's format cannot hold all adapters of {source.stored.source}. {' '.join(reasons)} {_LEAVE_OUT}"
+            f"PEFT's format cannot hold all adapters of {export.stored.source}. {' '.join(reasons)} {_LEAVE_OUT}"
         )
 
 
 # What trains in full
 
 
-def _check_modules_to_save(source: Source) -> None:
+def _check_modules_to_save(export: Export) -> None:
     """Refuse modules that PEFT would not find, and names by which it would save others too: it takes any ending."""
-    saved_for_reader = list(map(source.name_for_reader, source.stored.saved))
-    others = names_not_in(source.stored_modules, saved_for_reader)
-    for module in source.stored.saved:
-        around = adapted_around(module, source.stored)
+    saved_for_reader = list(map(export.name_for_reader, export.stored.saved))
+    others = names_not_in(export.stored_modules, saved_for_reader)
+    for module in export.stored.saved:
+        around = adapted_around(module, export.stored)
         if around:
             raise ExportError(
                 f"modules_to_save names {module!r}, inside of {listed(around)}, whose parameters are adapted: PEFT "
                 f"would not find it. {_LEAVE_OUT}"
             )
-        name = source.name_for_reader(module)
+        name = export.name_for_reader(module)
         alike = [other for other in others if other.endswith(name)]
         if alike:
             raise ExportError(

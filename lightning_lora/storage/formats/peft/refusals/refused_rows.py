@@ -6,8 +6,8 @@ from typing import NamedTuple
 from torch import nn
 
 from lightning_lora.errors import listed
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.reasons import Reason, first_reason
-from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.names import find_parameter
@@ -28,15 +28,15 @@ def why_rows_differ(modules: Mapping[str, nn.Module], name: str) -> Reason:
     return first_reason(_RULES, _Uses(list(uses.values()), biased, _says_tied(modules)))
 
 
-def why_rows_of_file_differ(layer: StoredLayer, source: Source) -> Reason:
+def why_rows_of_file_differ(layer: StoredLayer, export: Export) -> Reason:
     """Return why PEFT computes something else with a layer's rows, by what a file says of modules."""
     uses = [layer.name, *layer.others_with_its_weights()]
-    if len(uses) > 1 and not source.stored_modules:
+    if len(uses) > 1 and not export.stored_modules:
         return f"{listed(uses)} have one weight. Load the file onto its model, which says whether PEFT knows that."
-    names = list(map(source.name_for_reader, uses))
-    known = only(source.stored_modules, names)
+    names = list(map(export.name_for_reader, uses))
+    known = only(export.stored_modules, names)
     biased = [use for use, module in known.items() if module.has_bias]
-    says_tied = any(module.says_tied for module in source.stored_modules.values())
+    says_tied = any(module.says_tied for module in export.stored_modules.values())
     return first_reason(_RULES, _Uses(names, biased, says_tied))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import warn
-from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.inner_model import StoredModule
 
 README = "README.md"
@@ -25,7 +25,7 @@ _MARK = re.compile(r"<!-- lightning_lora ([0-9a-f]{8}): .* -->\n$")
 class ModelCard:
     """What a README.md says of exported adapters."""
 
-    source: Source
+    export: Export
     library: str  # which reads the folder
     loading: str  # the lines of Python that load it
 
@@ -52,16 +52,16 @@ class ModelCard:
             "## How to load them",
             _block(self.loading),
             "## Arguments of the training",
-            _block(_arguments(self.source.stored.config)),
+            _block(_arguments(self.export.stored.config)),
         ]
-        metrics = self.source.stored.metrics
+        metrics = self.export.stored.metrics
         if metrics:
             parts += ["## Metrics", "Logged last before the checkpoint was written:", _listed_metrics(metrics)]
         return "\n\n".join(parts) + "\n"
 
     def _header(self) -> str:
         """What a hub reads: YAML, for which strings of JSON are valid."""
-        model = self.source.stored_inner
+        model = self.export.stored_inner
         tags = ["lora"]
         lines = ["---"]
         repository = repository_of(model)
@@ -79,7 +79,7 @@ class ModelCard:
 
     def _title(self) -> str:
         """The heading, with the last part of the base's name, or with its class."""
-        model = self.source.stored_inner
+        model = self.export.stored_inner
         name = Path(model.pretrained).name or model.class_name
         return f"# LoRA adapters for {name}" if name else "# LoRA adapters"
 

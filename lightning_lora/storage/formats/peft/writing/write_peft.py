@@ -7,48 +7,46 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_lora.errors import ExportError, listed
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.naming.when_loaded import loading_of
 from lightning_lora.storage.formats.peft.readers.reader_warnings import warn_of_layers, warn_of_whole_modules
 from lightning_lora.storage.formats.peft.writing.exported import exported
 from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard
 from lightning_lora.storage.formats.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
-from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.on_disk.disk import save
-from lightning_lora.storage.renaming import Renaming
-from lightning_lora.tensors.dicts import renamed
+from lightning_lora.tensors.dicts import prefixed, renamed
 from lightning_lora.tensors.names import names_not_in
 
 
-def write(source: Source, directory: Path, *, uniform: bool) -> None:
+def write(export: Export, directory: Path, *, uniform: bool) -> None:
     """Write PEFT's two files, and a model card.
 
     The header of the tensors repeats the configuration. If PEFT renames tensors while it loads them, the header also
     has their names in the model, which a reader of this package takes.
     """
-    tensors, config = exported(source, uniform=uniform)
-    names = _names_in_file(source, tensors)
-    warn_of_whole_modules(source)
-    warn_of_layers(source)
-    in_peft = Renaming(here=PREFIX)
-    header = {METADATA: json.dumps(in_peft.with_names_here(config))}
+    tensors, config = exported(export, uniform=uniform)
+    names = _names_in_file(export, tensors)
+    warn_of_whole_modules(export)
+    warn_of_layers(export)
+    header = {METADATA: json.dumps(prefixed(PREFIX, config))}
     by_name_in_file = renamed(tensors, names.__getitem__)
     is_any_renamed = any(name != in_file for name, in_file in names.items())
     if is_any_renamed:
         header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()})
-    card = ModelCard(source, "peft", _code_that_loads(source.stored_inner))
+    card = ModelCard(export, "peft", _code_that_loads(export.stored_inner))
     contents = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
-        PEFT_WEIGHTS[0]: save(in_peft.with_names_here(by_name_in_file), header),
+        PEFT_WEIGHTS[0]: save(prefixed(PREFIX, by_name_in_file), header),
         **card.files(directory),
     }
     write_files(directory, contents)
 
 
-def _names_in_file(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _names_in_file(export: Export, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The names in the file of all tensors, with which PEFT loads them onto the reader's model."""
-    loading = loading_of(source)
+    loading = loading_of(export)
     loading.warn_if_unsure()
     names = loading.names_in_file(tensors)
     lost = names_not_in(tensors, names)

@@ -5,26 +5,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.counterparts import counterpart_of
 from lightning_lora.storage.formats.peft.naming.when_loaded import PeftLoading, loading_of
-from lightning_lora.storage.formats.peft.peft_config import most_common
-from lightning_lora.storage.formats.source import Source
+from lightning_lora.storage.formats.peft.peft_config import value_and_pattern
 from lightning_lora.storage.formats.weight_updates import WeightUpdate
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.tensors.names import join
 
 
-def written_config(source: Source, updates: Iterable[WeightUpdate], *, use_rslora: bool) -> dict[str, Any]:
+def written_config(export: Export, updates: Iterable[WeightUpdate], *, use_rslora: bool) -> dict[str, Any]:
     """Return the contents of ``adapter_config.json``."""
-    settings = source.stored.config
-    targets = _PeftTargets(loading_of(source))
+    settings = export.stored.config
+    targets = _PeftTargets(loading_of(export))
     for update in updates:
         targets.add(update)
-    r, rank_pattern = most_common(targets.ranks)
-    alpha, alpha_pattern = most_common(targets.alphas)
+    r, rank_pattern = value_and_pattern(targets.ranks)
+    alpha, alpha_pattern = value_and_pattern(targets.alphas)
     config = {
         "peft_type": "LORA",
-        **_pretrained(source.stored_inner),
+        **_pretrained(export.stored_inner),
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -33,18 +33,18 @@ def written_config(source: Source, updates: Iterable[WeightUpdate], *, use_rslor
         "use_dora": settings.use_dora,
         "bias": settings.bias,
         "fan_in_fan_out": targets.are_transposed(),
-        "target_modules": source.as_targets(targets.modules),
+        "target_modules": export.as_targets(targets.modules),
     }
     if targets.parameters:
         config["target_parameters"] = targets.parameters
         config["lora_dropout"] = 0.0  # PEFT refuses it for parameters
         if settings.bias == "lora_only":
             config["bias"] = "none"  # PEFT stops at an LSTM's bias=True
-    rows = {source.name_for_reader(name): list(layer.tokens) for name, layer in source.layers_with_rows.items()}
+    rows = {export.name_for_reader(name): list(layer.tokens) for name, layer in export.layers_with_rows.items()}
     if rows:
         config["trainable_token_indices"] = rows
-    saved = list(map(source.name_for_reader, source.stored.saved))
-    config["modules_to_save"] = saved or None
+    modules_to_save = list(map(export.name_for_reader, export.stored.saved))
+    config["modules_to_save"] = modules_to_save or None
     config["rank_pattern"] = rank_pattern
     config["alpha_pattern"] = alpha_pattern
     return config

@@ -9,43 +9,43 @@ from torch import Tensor, nn
 from lightning_lora.errors import listed, warn
 from lightning_lora.layers import INITIALISATIONS
 from lightning_lora.layers.matrices import Role
+from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.refusals.exportable import check_exportable
 from lightning_lora.storage.formats.peft.refusals.refused_layers import refused_layers
-from lightning_lora.storage.formats.source import Source
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import only, without
 from lightning_lora.tensors.names import join, names_joined, owner_of
 
 
-def fitted(source: Source) -> Source:
+def with_what_peft_can_hold(export: Export) -> Export:
     """Return the adapters that PEFT can hold. Refuse the others."""
-    source = _without_zeros(source)
-    source = _with_tied_modules(source)
-    check_exportable(source)
-    return source
+    export = _without_zeros(export)
+    export = _with_tied_modules(export)
+    check_exportable(export)
+    return export
 
 
 # Layers that no batch has reached
 
 
-def _without_zeros(source: Source) -> Source:
+def _without_zeros(export: Export) -> Export:
     """Leave out layers that PEFT cannot hold, if their update is zero: no batch has reached them.
 
     If all are zero, none is left out: nothing would remain.
     """
-    stored = source.stored
+    stored = export.stored
     if stored.config.use_dora or INITIALISATIONS[stored.config.init].is_difference:  # B alone does not tell
-        return source
+        return export
     zeros = list[str]()
-    for name in chain.from_iterable(refused_layers(source).values()):
+    for name in chain.from_iterable(refused_layers(export).values()):
         if _has_zero_update(stored.layers[name], stored.state):
             zeros.append(name)
     are_all = len(zeros) == len(stored.layers)
     if not zeros or are_all:
-        return source
+        return export
     warn(f"{listed(zeros)} have updates of zero, and PEFT cannot hold them: they are left out.")
-    return replace(source, stored=_without_layers(stored, zeros))
+    return replace(export, stored=_without_layers(stored, zeros))
 
 
 def _has_zero_update(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
@@ -68,26 +68,28 @@ def _without_layers(stored: StoredAdapters, names: Collection[str]) -> StoredAda
 # Modules with one weight
 
 
-def _with_tied_modules(source: Source) -> Source:
+def _with_tied_modules(export: Export) -> Export:
     """Save tied modules whole, if one of them is: PEFT gives each its own weight.
 
     An embedding is saved whole, and its head has the same weight: here that trains both, so both are written.
     """
-    stored = source.stored
-    saved_whole = set(_holders(chain.from_iterable(stored.saved.values()), source).values())
+    stored = export.stored
+    entries_to_save = chain.from_iterable(stored.saved.values())
+    saved_modules = set(_modules_with(entries_to_save, export).values())
     their_weights = set[nn.Parameter]()
-    for module in saved_whole:
+    for module in saved_modules:
         their_weights.update(module.parameters(recurse=False))
     tied = dict[str, list[str]]()
-    for name, module in without(_holders(stored.state, source), stored.layers).items():
+    trained_in_full = without(_modules_with(stored.state, export), stored.layers)
+    for name, module in trained_in_full.items():
         has_their_weights = not their_weights.isdisjoint(module.parameters(recurse=False))
-        if has_their_weights and module not in saved_whole:
+        if has_their_weights and module not in saved_modules:
             tied[name] = names_joined(name, module.state_dict())
-    return replace(source, stored=replace(stored, saved={**stored.saved, **tied}))
+    return replace(export, stored=replace(stored, saved={**stored.saved, **tied}))
 
 
-def _holders(entries: Iterable[str], source: Source) -> dict[str, nn.Module]:
-    """The modules that hold these entries of a state. None: a file has no modules."""
-    modules = source.modules_of_model
+def _modules_with(entries: Iterable[str], export: Export) -> dict[str, nn.Module]:
+    """The modules that hold these entries of a state, by name. From a file there are none, as it holds no modules."""
+    modules = export.modules_of_model
     names = dict.fromkeys(map(owner_of, entries))
     return {name: modules[name] for name in only(names, modules)}

@@ -1,4 +1,4 @@
-"""The update of one layer, as files of other libraries have it: A and B of any rank, in the form of this package."""
+"""The update of one layer that is read from another library's file, in the form of this package."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,18 +11,23 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import prefixed
 
+AdapterTensors = Mapping[Role, Tensor]  # those of one adapter in a file
+
 
 @dataclass(frozen=True)
-class Update:
-    """The update of one layer, which has its scaling: A and B of each matrix, of any rank, and DoRA's magnitudes."""
+class LayerUpdate:
+    """The update of one layer that is read: A and B of each matrix, of any rank, and DoRA's magnitudes.
 
-    layer: StoredLayer
+    What is written is a :class:`WeightUpdate`, because other programs adapt whole weights, and not the rows of one.
+    """
+
+    layer: StoredLayer  # with the update's scaling; its ``r`` is not set yet, see below
     factors: tuple[Factors, ...] = ()  # of each matrix
     magnitude: Tensor | None = None
 
     @property
     def r(self) -> int:
-        """The rank of the layer: the highest of its factors, each cut to the largest rank of its matrix."""
+        """The rank of the layer: the highest that one of its matrices has or can have."""
         ranks = [matrix.rank_for(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
         return max(ranks)
 
@@ -48,7 +53,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class RowsUpdate(Update):
+class RowsUpdate(LayerUpdate):
     """The update of an embedding of which single rows train: they are in place of the factors."""
 
     rows: Tensor = field(kw_only=True)
@@ -64,11 +69,11 @@ class RowsUpdate(Update):
         return {name: self.rows.contiguous()}
 
 
-def pair_of(name: str, tensors: Mapping[str, Tensor]) -> Factors:
+def pair_of(name: str, tensors: AdapterTensors) -> Factors:
     """Return A and B of what has this name in the file."""
-    if not tensors.keys() >= {"A", "B"}:
+    if not tensors.keys() >= {Role.A, Role.B}:
         raise AdapterFileError(f"The file holds only one of A and B of {name!r}: it is damaged.")
-    return tensors["A"], tensors["B"]
+    return tensors[Role.A], tensors[Role.B]
 
 
 def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r: int, remedy: str = "") -> None:

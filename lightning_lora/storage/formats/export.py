@@ -1,4 +1,4 @@
-"""The adapters to write for another program: with their names there, and what is known of their modules."""
+"""What is exported: adapters for another program, with their names there, and what is known of their modules."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 from lightning_lora.errors import ConfigError, ExportError, listed, warn
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.inner_model import UNKNOWN, StoredModule
-from lightning_lora.storage.renaming import Renaming, entries_inside, names_outside
+from lightning_lora.storage.renaming import Renaming, by_names_inside, names_outside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.whole_names import expression_of, list_or_expression
-from lightning_lora.tensors.dicts import only, renamed, where, without
+from lightning_lora.tensors.dicts import only, where, without
 from lightning_lora.tensors.names import modules_around, modules_by_all_names, names_not_in
 
 
 @dataclass(frozen=True)
-class Source:
-    """Adapters to write for a reader, which is the program that opens the files.
+class Export:
+    """Adapters for a reader, which is the program that opens the files.
 
-    The reader has the module ``stored.root`` of the trained model, or all of it (an empty root), and names modules from
-    there. What is known of modules:
+    This class has them from a file, :class:`ModelExport` from a model. The reader has the module ``stored.root`` of the
+    trained model, or all of it (an empty root), and names modules from there. What is known of modules:
 
     by names            of what they are    here
     ------------------  ------------------  --------------------------------------------------
@@ -46,7 +46,7 @@ class Source:
     @cached_property
     def modules_for_reader(self) -> dict[str, nn.Module]:
         """The modules that the reader has, by its names."""
-        return renamed(entries_inside(self.stored.root, self.modules_of_model), self.name_for_reader)
+        return by_names_inside(self.stored.root, self.modules_of_model)
 
     @property
     def inner(self) -> nn.Module | None:
@@ -56,7 +56,7 @@ class Source:
     @cached_property
     def stored_modules(self) -> dict[str, StoredModule]:
         """What files say of modules, by the reader's names. Empty: 0.2.0 wrote the file."""
-        return renamed(entries_inside(self.stored.root, self.stored.modules), self.name_for_reader)
+        return by_names_inside(self.stored.root, self.stored.modules)
 
     @property
     def stored_inner(self) -> StoredModule:
@@ -81,27 +81,27 @@ class Source:
         return where(self.stored.layers, _has_rows)
 
     @cached_property
-    def saved(self) -> dict[str, Tensor]:
-        """All entries of modules that train whole, unchanged ones too. An error, if a file lacks some."""
-        present = self.present
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """All tensors of ``modules_to_save``, unchanged ones too. An error, if a file lacks some."""
+        known = self.known_tensors
         names = list(chain.from_iterable(self.stored.saved.values()))
-        missing = names_not_in(names, present)
+        missing = names_not_in(names, known)
         if missing:
             raise ExportError(
                 f"{self.stored.source} does not hold {listed(missing)}, which have the base's values, and PEFT's "
                 "format needs all of a module in modules_to_save. Load the file onto its model, and export the model."
             )
-        return only(present, set(names))
+        return only(known, set(names))
 
     @property
-    def present(self) -> dict[str, Tensor]:
+    def known_tensors(self) -> dict[str, Tensor]:
         """All tensors that are known: a file has those that training changed."""
         return self.stored.state
 
 
 @dataclass(frozen=True)
-class ModelSource(Source):
-    """Adapters from a model, to write for a reader."""
+class ModelExport(Export):
+    """Adapters from a model, for a reader."""
 
     model: nn.Module
 
@@ -111,7 +111,7 @@ class ModelSource(Source):
         return modules_by_all_names(self.model)
 
     @property
-    def present(self) -> dict[str, Tensor]:
+    def known_tensors(self) -> dict[str, Tensor]:
         """All tensors of the model: also those that training has not changed."""
         view = view_of(self.model)
         return {**view.parameters, **view.buffers, **self.stored.state}
@@ -122,19 +122,19 @@ def _has_rows(layer: StoredLayer) -> bool:
     return bool(layer.tokens)
 
 
-def for_reader(source: Source, root: str | None) -> Source:
+def for_reader(export: Export, root: str | None) -> Export:
     """Return what a reader with the module ``root`` gets. None: the root that is stored.
 
     Values of weights that look untrained, and of filled buffers, have no place in its files: they are left out, with a
     warning.
     """
-    stored = source.stored
+    stored = export.stored
     if root is not None:
         _check_root(root, stored)
         stored = replace(stored, root=root)
     _warn_of_lost_values(stored)
     state = without(stored.state, set(stored.of_no_base))
-    return replace(source, stored=replace(stored, state=state))
+    return replace(export, stored=replace(stored, state=state))
 
 
 def _check_root(root: str, stored: StoredAdapters) -> None:

@@ -15,8 +15,8 @@ _BEGINS_AS_PEFT = re.compile(rf"{re.escape(PREFIX)}\.")
 _IN_OLD_FILE = re.compile(rf"{MEMBER_NAME.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")
 """A name as diffusers wrote it before it wrote headers."""
 
-_NOT_OF_COMFYUI = re.compile(rf"(?!diffusion_model\.){NAME_IN_ADAPTER.pattern}")
-"""The name of an adapter's tensor. Files of ComfyUI have the same ends."""
+_ADAPTER_TENSOR = re.compile(rf"(?!diffusion_model\.){NAME_IN_ADAPTER.pattern}")
+"""The name of an adapter's tensor, but not in a file of ComfyUI, where names have the same ends."""
 
 
 def is_peft(contents: Mapping[Any, Any], path: Any) -> bool:
@@ -32,7 +32,7 @@ def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
 def _has_updates(contents: Iterable[object]) -> bool:
     """Whether there are names of PEFT's."""
     names = map(str, contents)
-    return any(map(_NOT_OF_COMFYUI.fullmatch, names))
+    return any(map(_ADAPTER_TENSOR.fullmatch, names))
 
 
 def _is_of_a_pipeline(contents: Mapping[Any, Any], path: Any) -> bool:
