@@ -44,16 +44,19 @@ def _zero_places(matrix: Tensor, places: Tensor) -> Tensor:
 
 
 def _by_gaps(size: int, p: float, generator: torch.Generator) -> Tensor:
-    """Positions of the dropped elements in ``range(size)``, in increasing order."""
-    found, last = [], -1
+    """The places of the dropped elements in ``range(size)``, in increasing order."""
+    found: list[Tensor] = []
+    last = -1
     while last < size:
         expected = (size - last) * p
-        draws = int(expected + 5 * math.sqrt(expected) + 8)
+        draws = int(expected + 5 * math.sqrt(expected) + 8)  # so many that one round is nearly always enough
         uniform = torch.empty(draws, dtype=torch.float32, device="cpu").uniform_(generator=generator)
-        gaps = uniform.neg_().log1p_().mul_(1 / math.log1p(-p)).long().add_(1)
-        gaps[0] += last
-        places = gaps.cumsum(0)
+        gaps = uniform.neg_().log1p_().mul_(1 / math.log1p(-p)).long()
+        steps = gaps.add_(1)  # from one dropped element to the next
+        steps[0] += last
+        places = steps.cumsum(0)
         found.append(places)
         last = int(places[-1])
-    found[-1] = found[-1][: int(torch.searchsorted(found[-1], size))]
+    inside = int(torch.searchsorted(places, size))  # how many of the last round
+    found[-1] = places[:inside]
     return found[0] if len(found) == 1 else torch.cat(found)

@@ -19,23 +19,23 @@ from lightning_lora.tensors.names import (
 )
 from lightning_lora.tensors.shards import to_local
 
-_SAME = 0.9
-"""The cosine between a copy's weights and the original's. An average lags behind; other networks have about 0."""
+_LEAST_COSINE = 0.9
+"""That between a copy's weights and the original's. An average lags behind; other networks have about 0."""
 
 _SAMPLES = 10_000  # values of a weight that are compared
 
 
 def find_copies(
-    modules: Modules, base: Parameters, layers: Set[str], still: Set[nn.Parameter], *, may_lack: bool = False
+    modules: Modules, base: Parameters, layers: Set[str], still_parameters: Set[nn.Parameter], *, may_lack: bool = False
 ) -> dict[str, str]:
     """Return the copies among networks that stand still, with their originals.
 
     An original trains. If several are alike, the copies are shared out among them. With ``may_lack``, a copy may have
     fewer parameters: a teacher may lack a mask.
     """
-    if not still:
+    if not still_parameters:
         return {}
-    return _Search(modules, base, layers, still, may_lack).run()
+    return _Search(modules, base, layers, still_parameters, may_lack).run()
 
 
 def pairs_of(copies: Mapping[str, str]) -> str:
@@ -48,16 +48,16 @@ class _Search:
     """One search for copies: what is asked of each network is computed once."""
 
     def __init__(
-        self, modules: Modules, base: Parameters, layers: Set[str], still: Set[nn.Parameter], may_lack: bool
+        self, modules: Modules, base: Parameters, layers: Set[str], still_parameters: Set[nn.Parameter], may_lack: bool
     ) -> None:
         self.modules = modules
         self.may_lack = may_lack
-        owners_of_training = [owner_of(name) for name, parameter in base.items() if parameter not in still]
-        self.training = modules_around(owners_of_training)
-        self.parameters = _parameters_by_module(base)
+        owners_of_training = [owner_of(name) for name, parameter in base.items() if parameter not in still_parameters]
+        self.around_training = modules_around(owners_of_training)
+        self.parameters_in = _parameters_by_module(base)
         adapted = names_inside(base, layers)
-        self.adapted = _parameters_by_module(only(base, set(adapted)))
-        originals = only(self.parameters, self.training)
+        self.adapted_in = _parameters_by_module(only(base, set(adapted)))
+        originals = only(self.parameters_in, self.around_training)
         self.originals_by_class = grouped(originals, self._class_of)
         self.copies_of: Counter[str] = Counter()  # how many each network has
         self.samples = _Samples()
@@ -65,7 +65,7 @@ class _Search:
     def run(self) -> dict[str, str]:
         """Return copies and their originals."""
         found: dict[str, str] = {}
-        for name in self.parameters:
+        for name in self.parameters_in:
             if not self._may_be_copy(name) or is_in_any(name, found):
                 continue
             original = self._original_of(name)
@@ -84,9 +84,9 @@ class _Search:
         Inside a larger network that stands still, many single layers are alike. So one layer counts only beside what
         trains: as a teacher that is one layer.
         """
-        if name in self.training:
+        if name in self.around_training:
             return False
-        is_beside_what_trains = owner_of(name) in {"", *self.training}
+        is_beside_what_trains = owner_of(name) in {"", *self.around_training}
         has_several_layers = bool(self.modules[name]._modules)
         return has_several_layers or is_beside_what_trains
 
@@ -100,27 +100,27 @@ class _Search:
 
     def _share_an_adapted_weight(self, copy: str, original: str) -> bool:
         """Whether some weight is adapted in both networks: only then can one follow the other."""
-        adapted = self.adapted.get(copy, {})
-        return not adapted.keys().isdisjoint(self.adapted.get(original, {}))
+        adapted = self.adapted_in.get(copy, {})
+        return not adapted.keys().isdisjoint(self.adapted_in.get(original, {}))
 
     def _have_nearly_same_weights(self, copy: str, original: str) -> bool:
         """Whether one network has names and shapes of the other, and nearly the same weights."""
-        of_copy = self.parameters[copy]
-        of_original = self.parameters[original]
+        of_copy = self.parameters_in[copy]
+        of_original = self.parameters_in[original]
         shapes = _shapes(of_copy)
         shapes_of_original = _shapes(of_original)
         if self.may_lack:
             shapes_of_original = only(shapes_of_original, shapes)
         if shapes != shapes_of_original:
             return False
-        products = largest_products = 0.0
+        products = products_of_norms = 0.0
         for name, parameter in of_copy.items():
             if _is_compared(parameter, of_original[name]):
                 one = self.samples.of(parameter)
                 other = self.samples.of(of_original[name])
                 products += float(one.values @ other.values)
-                largest_products += one.norm * other.norm
-        return products > _SAME * largest_products
+                products_of_norms += one.norm * other.norm
+        return products > _LEAST_COSINE * products_of_norms
 
 
 def _shapes(parameters: Parameters) -> dict[str, tuple[int, ...]]:

@@ -35,11 +35,11 @@ def find_networks(
     modules: Modules,
     base: Parameters,
     layers: Set[str],
-    still: Set[nn.Parameter],
+    still_parameters: Set[nn.Parameter],
     *,
-    named: Collection[str] = (),
+    named_by_user: Collection[str] = (),
     copies: Mapping[str, str] = MappingProxyType({}),
-    untrained: Callable[[], Collection[str]] = lambda: (),
+    find_untrained: Callable[[], Collection[str]] = lambda: (),
 ) -> StillNetworks:
     """Return the largest modules around the layers that stand still.
 
@@ -50,42 +50,42 @@ def find_networks(
         modules: The modules of the model.
         base: Its parameters, without those of adapters.
         layers: The layers that would get adapters.
-        still: The parameters that stand still: frozen, or in no optimizer.
-        named: Modules and parameters that the user trains in full, or leaves out.
+        still_parameters: Those that stand still: frozen, or in no optimizer.
+        named_by_user: Modules and parameters that the user trains in full, or leaves out.
         copies: The copies that were found: they are no other networks.
-        untrained: Returns what looks untrained, as a new head. It takes long, and is only asked where it decides.
+        find_untrained: Returns what looks untrained, as a new head. It takes long, and is only asked where it decides.
     """
-    matrices = _matrices_of(base, named)
-    still_layers = _still_layers(only(matrices, layers), still, copies)
-    training = _training_modules(modules, matrices, still)
-    something_trains = training or named
+    matrices = _matrices_of(base, named_by_user)
+    still_layers = _still_layers(only(matrices, layers), still_parameters, copies)
+    training = _training_modules(modules, matrices, still_parameters)
+    something_trains = training or named_by_user
     if not still_layers or not something_trains:  # all layers train; or the model is only evaluated
         return StillNetworks(copies=copies)
     other_layers = layers - set(still_layers)  # they train, and get adapters in any case
-    largest = _largest_modules(still_layers, {*training, *other_layers, *named})
+    largest = _largest_modules(still_layers, {*training, *other_layers, *named_by_user})
     if training and other_layers:
-        pretrained = names_outside(training, untrained())
+        pretrained = names_outside(training, find_untrained())
         if pretrained and not _is_head(pretrained, still_layers, matrices):
             return StillNetworks(beside_training=largest, copies=copies)  # they are a teacher beside its student
     return StillNetworks(under_head=largest, copies=copies)  # they are an encoder under a head
 
 
-def _matrices_of(base: Parameters, named: Collection[str]) -> dict[str, list[nn.Parameter]]:
+def _matrices_of(base: Parameters, named_by_user: Collection[str]) -> dict[str, list[nn.Parameter]]:
     """The matrices of each module, without those that the user names."""
     matrices = where(base, _is_matrix)
-    not_named = names_outside(matrices, named)
+    not_named = names_outside(matrices, named_by_user)
     return by_owner(only(matrices, set(not_named)))
 
 
-def _still_layers(layers: _Matrices, still: Set[nn.Parameter], copies: Collection[str]) -> list[str]:
+def _still_layers(layers: _Matrices, still_parameters: Set[nn.Parameter], copies: Collection[str]) -> list[str]:
     """The layers all of whose matrices stand still, and which are in no copy."""
-    entirely_still = where(layers, set(still).issuperset)
+    entirely_still = where(layers, set(still_parameters).issuperset)
     return names_outside(entirely_still, copies)
 
 
-def _training_modules(modules: Modules, matrices: _Matrices, still: Set[nn.Parameter]) -> list[str]:
+def _training_modules(modules: Modules, matrices: _Matrices, still_parameters: Set[nn.Parameter]) -> list[str]:
     """The modules all of whose matrices train. An embedding that trains, as with new tokens, is no network."""
-    entirely_training = where(matrices, still.isdisjoint)
+    entirely_training = where(matrices, still_parameters.isdisjoint)
     embeddings = where(modules, _is_embedding)
     return names_not_in(entirely_training, embeddings)
 

@@ -88,18 +88,19 @@ def _digest_of_integers(integers: Tensor) -> int:
 def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
     """Return the digests of tensors in ``dtype``. DTensors take one message a placement, or are gathered."""
     found = [0] * len(tensors)
-    distributed: dict[Any, list[tuple[int, Tensor]]] = {}  # by placement: DTensors, and their places in the list
-    for place, tensor in enumerate(tensors):
+    distributed: dict[Any, list[int]] = {}  # by placement: the indices of DTensors
+    for index, tensor in enumerate(tensors):
         if is_dtensor(tensor) and is_one_run_of_values(tensor):
             placement = (tensor.device_mesh, sharding_dims(tensor))
-            distributed.setdefault(placement, []).append((place, tensor))
+            distributed.setdefault(placement, []).append(index)
         else:
-            found[place] = digest(_converted(full_tensor(tensor), dtype))
-    for (mesh, dims), shards in distributed.items():
-        sums = _sums_over_processes([tensor for _, tensor in shards], dtype, mesh, dims)
-        for (place, tensor), total in zip(shards, sums, strict=True):
+            found[index] = digest(_converted(full_tensor(tensor), dtype))
+    for (mesh, dims), indices in distributed.items():
+        sums = _sums_over_processes([tensors[index] for index in indices], dtype, mesh, dims)
+        for index, total in zip(indices, sums, strict=True):
+            tensor = tensors[index]
             count = tensor.numel() * _integers_per_element(dtype or tensor.dtype)
-            found[place] = (count + total) % _RANGE
+            found[index] = (count + total) % _RANGE
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters
-from lightning_lora.layers.inits.data import from_gradients, from_inputs
+from lightning_lora.layers.inits.data import observe_gradients, observe_inputs
 
 IN, OUT, R = 6, 5, 2
 
@@ -65,7 +65,7 @@ def test_eva_has_the_principal_directions_of_all_batches(batches: int) -> None:
             is_even = len(batch) % 2 == 0
             layer(batch.reshape(-1, 2, IN) if is_even else batch)
 
-    a, b = factors(from_inputs, layer, look)
+    a, b = factors(observe_inputs, layer, look)
     assert (a.shape, b.shape) == ((R, IN), (OUT, R))
     assert not b.any()
     assert_same_directions(a, principal(x, R))
@@ -75,37 +75,37 @@ def test_eva_reads_inputs_that_are_passed_by_name_and_skips_rows_with_nan() -> N
     layer = adapted(nn.Linear(IN, OUT))
     x = inputs_of(3)
     bad = torch.full((1, IN), torch.nan)
-    a, _ = factors(from_inputs, layer, lambda: layer(input=torch.cat([x, bad])))
+    a, _ = factors(observe_inputs, layer, lambda: layer(input=torch.cat([x, bad])))
     assert_same_directions(a, principal(x, R))
 
 
 def test_eva_has_fewer_rows_than_the_rank_if_the_inputs_have_fewer_directions() -> None:
     layer = adapted(nn.Linear(IN, OUT))
-    a, b = factors(from_inputs, layer, lambda: layer(inputs_of(1)))
+    a, b = factors(observe_inputs, layer, lambda: layer(inputs_of(1)))
     assert (a.shape, b.shape) == ((1, IN), (OUT, R))
 
 
 @pytest.mark.parametrize("x", [torch.empty(0, IN), torch.full((4, IN), torch.nan), torch.ones(4, IN)])
 def test_eva_takes_nothing_from_inputs_without_a_direction(x: Tensor) -> None:
     layer = adapted(nn.Linear(IN, OUT))
-    assert factors(from_inputs, layer, lambda: layer(x)) is None
+    assert factors(observe_inputs, layer, lambda: layer(x)) is None
 
 
 def test_eva_computes_in_float32_where_inputs_are_rounded() -> None:
     layer = adapted(nn.Linear(IN, OUT)).bfloat16()
-    a, _ = factors(from_inputs, layer, lambda: layer(inputs_of(3, dtype=torch.bfloat16)))
+    a, _ = factors(observe_inputs, layer, lambda: layer(inputs_of(3, dtype=torch.bfloat16)))
     assert a.dtype == torch.float32
 
 
 def test_eva_does_not_look_at_layers_that_read_indices() -> None:
     with ExitStack() as undo:
-        assert from_inputs(adapted(nn.Embedding(9, IN), target_modules="all"), undo) is None
+        assert observe_inputs(adapted(nn.Embedding(9, IN), target_modules="all"), undo) is None
 
 
 def test_after_the_look_a_layer_is_as_it_was() -> None:
     layer = adapted(nn.Linear(IN, OUT))
-    factors(from_inputs, layer, lambda: layer(inputs_of(3)))
-    factors(from_gradients, layer, lambda: layer(inputs_of(3)).sum().backward())
+    factors(observe_inputs, layer, lambda: layer(inputs_of(3)))
+    factors(observe_gradients, layer, lambda: layer(inputs_of(3)).sum().backward())
     assert not layer._forward_pre_hooks
     assert not layer.weight.requires_grad
     assert layer.weight.grad is None
@@ -123,7 +123,7 @@ def test_lora_ga_has_the_directions_of_the_summed_gradient(r: int) -> None:
         for x in xs:
             (layer(x) * upstream).sum().backward()
 
-    a, b = factors(from_gradients, layer, look, r)
+    a, b = factors(observe_gradients, layer, look, r)
     assert (a.shape, b.shape) == ((r, IN), (OUT, r))
     gradient = upstream.T @ (xs[0] + xs[1])
     u, _, v = torch.linalg.svd(gradient, full_matrices=False)
@@ -136,13 +136,13 @@ def test_lora_ga_has_the_directions_of_the_summed_gradient(r: int) -> None:
 @pytest.mark.parametrize("upstream", [0.0, torch.nan])
 def test_lora_ga_takes_nothing_from_no_gradient(upstream: float) -> None:
     layer = adapted(nn.Linear(IN, OUT))
-    assert factors(from_gradients, layer, lambda: None) is None
-    assert factors(from_gradients, layer, lambda: (layer(inputs_of(3)) * upstream).sum().backward()) is None
+    assert factors(observe_gradients, layer, lambda: None) is None
+    assert factors(observe_gradients, layer, lambda: (layer(inputs_of(3)) * upstream).sum().backward()) is None
 
 
 def test_lora_ga_does_not_look_at_rows_of_tokens_nor_at_embeddings() -> None:
     embedding = adapted(nn.Embedding(9, IN), target_modules="all")
     tokens = adapted(nn.Embedding(9, IN), target_modules=[], trainable_token_indices={"0": [1, 2]})
     with ExitStack() as undo:
-        assert from_gradients(embedding, undo) is None
-        assert from_gradients(tokens, undo) is None
+        assert observe_gradients(embedding, undo) is None
+        assert observe_gradients(tokens, undo) is None

@@ -95,7 +95,7 @@ def test_later_blocks_that_train_are_no_head() -> None:
 def test_a_new_head_that_trains_alone_has_an_encoder_under_it() -> None:
     model = networks(encoder=3, head=3)
     still = parameters_in(model, "encoder")
-    still_networks = found(model, layers_of(model), still, untrained=lambda: ["head"])
+    still_networks = found(model, layers_of(model), still, find_untrained=lambda: ["head"])
     assert still_networks == StillNetworks(under_head=("encoder",))
 
 
@@ -115,7 +115,7 @@ def test_without_anything_that_trains_no_network_is_told_from_another() -> None:
 def test_a_named_head_leaves_an_encoder_under_it() -> None:
     model = nn.ModuleDict({"encoder": stack(8, 8), "head": nn.Linear(8, 2)})
     still = set(model.parameters())
-    still_networks = found(model, {"encoder.0", "encoder.1"}, still, named=["head"])
+    still_networks = found(model, {"encoder.0", "encoder.1"}, still, named_by_user=["head"])
     assert still_networks == StillNetworks(under_head=("encoder",))
 
 

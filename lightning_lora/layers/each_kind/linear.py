@@ -30,10 +30,10 @@ class LoRALinear(LoRALayer):
         settings = self.lora_settings
         if settings.use_dora:
             return super().lora_forward(input)
-        # most layers skip calls here, whose time counts with a few tokens: those without dropout, and those whose two
-        # parameters are A and B themselves. Slices, differences, DTensors and replicas go the general way
+        # most layers skip two calls here, whose time counts with a few tokens
         dropout = settings.dropout and self.lora_dropout()
-        if self.lora_matrices[0].name or settings.is_difference or type(self.lora_A) is not nn.Parameter:
+        has_slices = self.lora_matrices[0].name
+        if has_slices or settings.is_difference or type(self.lora_A) is not nn.Parameter:  # or a DTensor, or a replica
             a, b = self.lora_factors("weight")
         else:
             a, b = self.lora_A, self.lora_B

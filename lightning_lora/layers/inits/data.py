@@ -34,10 +34,10 @@ class EvaObserver:
         ranks = [matrix.rank_for(layer.lora_settings.r) for matrix in layer.lora_matrices]
         self.most_directions = 2 * max(ranks)  # some to spare
         self.mean = self.sizes = self.directions = torch.empty(0)
-        undo.callback(layer.register_forward_pre_hook(self.look, with_kwargs=True).remove)
+        undo.callback(layer.register_forward_pre_hook(self.add_batch, with_kwargs=True).remove)
 
     @torch.no_grad()
-    def look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def add_batch(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Continue with the inputs of a batch: what they differ by from the mean of all counts."""
         x: Tensor = args[0] if args else kwargs[self.argument]
         x = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
@@ -95,10 +95,10 @@ class LoraGaObserver:
             weight = own_parameter(layer, name)
             undo.callback(set_requires_grad, weight, weight.requires_grad)
             set_requires_grad(weight, True)
-            hook = weight.register_post_accumulate_grad_hook(partial(self.look, name))
+            hook = weight.register_post_accumulate_grad_hook(partial(self.add_gradient, name))
             undo.callback(hook.remove)
 
-    def look(self, name: str, weight: Tensor) -> None:
+    def add_gradient(self, name: str, weight: Tensor) -> None:
         """Add the gradient of a batch to the sum, and free it."""
         if weight.grad is None:  # another layer may have the same weight
             return
@@ -125,19 +125,19 @@ class LoraGaObserver:
         return a, b
 
 
-def from_inputs(layer: Any, undo: ExitStack) -> FromData | None:
+def observe_inputs(layer: Any, undo: ExitStack) -> FromData | None:
     """Look at the inputs of a layer, if it multiplies their rows by the weight."""
     if layer.lora_reads_rows and layer._lora_is_additive:
         return EvaObserver(layer, undo).factors
     return None
 
 
-def from_gradients(layer: Any, undo: ExitStack) -> FromData | None:
+def observe_gradients(layer: Any, undo: ExitStack) -> FromData | None:
     """Look at the gradients of a layer's weights. An embedding would change for tokens never seen."""
     if layer.lora_may_start_from_weight() and not layer.lora_matrices[0].tokens:
         return LoraGaObserver(layer, undo).factors
     return None
 
 
-register(Initialisation("eva", observe=from_inputs))
-register(Initialisation("lora_ga", observe=from_gradients, needs_gradients=True, is_difference=True))
+register(Initialisation("eva", observe=observe_inputs))
+register(Initialisation("lora_ga", observe=observe_gradients, needs_gradients=True, is_difference=True))

@@ -74,9 +74,9 @@ def _with_networks_found(
         view.base_parameters,
         set(layers),
         still - _weights_that_have_learned(view),
-        named=_named_by_user(view),
+        named_by_user=_named_by_user(view),
         copies=known.copies,
-        untrained=find_new_modules,
+        find_untrained=find_new_modules,
     )
     return replace(found, beside_training=(*known.beside_training, *found.beside_training))
 
