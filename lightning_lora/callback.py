@@ -199,8 +199,7 @@ class LoRACallback(Callback):
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
         self._strategy_methods = patch_strategy(trainer.strategy, self._stage)
         compatibility.refuse_second_callback(self._stage.callbacks)
-        if View(pl_module).layers:  # not view_of, which refuses a plain module
-            self._stage.way_back.came = "adapted"
+        self._stage.way_back.note_adapters(pl_module)
         if self._stage.is_fit:
             self._check_fit(trainer, pl_module)
         else:

@@ -14,7 +14,7 @@ from lightning_lora.training.compatibility import average_what_trains, callbacks
 from lightning_lora.training.optimizers.group_checks import check_frozen
 from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
 from lightning_lora.training.stages.stage import Stage
-from lightning_lora.training.steps.feeding import Feeding
+from lightning_lora.training.steps.backbones import Backbones
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.strategies.strategy import StrategyMethods
 from lightning_lora.training.untrained_at_start import tell_of_new_base
@@ -50,7 +50,7 @@ class TrainingWatch:
 
     methods: StrategyMethods
     gradients: Gradients
-    feeding: Feeding
+    backbones: Backbones
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         self.trainer = trainer
@@ -70,7 +70,7 @@ class TrainingWatch:
         self._base_at_the_start = base
         self.methods = methods
         self.gradients = self._at_the_end.enter_context(closing(methods.gradients(is_new_fit=is_new)))
-        self.feeding = self._at_the_end.enter_context(closing(Feeding(self.trainer, view)))
+        self.backbones = self._at_the_end.enter_context(closing(Backbones(self.trainer, view)))
         self.stage.tools.float32 = self._at_the_end.enter_context(closing(methods.float32_steps(view)))
 
     def _prepare_layers(self, view: View) -> None:
@@ -104,8 +104,8 @@ class TrainingWatch:
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
         """Check that the optimizer trains adapters, and nothing frozen. Return whether fewer train from now on."""
         train_fewer = False
-        if self.feeding.unjudged:  # only until all networks are judged
-            train_fewer = self.methods.remove_unfed(optimizer, self.feeding)
+        if self.backbones.unjudged:  # only until all networks are judged
+            train_fewer = self.methods.strip_non_backbones(optimizer, self.backbones)
         check_frozen(self.module, optimizer, self.gradients.frozen)
         update_scaled_rates(optimizer)
         unreached = self.gradients.begin_step(optimizer)

@@ -13,7 +13,7 @@ from lightning_lora import unmerge_adapters
 from lightning_lora.base import readings
 from lightning_lora.tensors import digests as hashing
 from lightning_lora.training.optimizers import float32_steps, group_checks
-from lightning_lora.training.steps import feeding, gradients, unfed
+from lightning_lora.training.steps import backbones, gradients, non_backbones
 from tests.support.cases import StopError
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import fit, outcome
@@ -171,8 +171,8 @@ def test_a_step_does_not_look_at_the_whole_module_its_graph_or_all_parameters(
         monkeypatch,
         (group_checks, "view_of"),
         (gradients, "view_of"),
-        (unfed, "view_of"),
-        (feeding, "_leaves_behind"),
+        (non_backbones, "view_of"),
+        (backbones, "_leaves_behind"),
         (float32_steps, "held_by"),
     )
     fit(tmp_path, lora(), looks, model=build())

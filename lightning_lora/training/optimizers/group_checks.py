@@ -33,7 +33,7 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
             groups_with_all = [[*group, *remaining.values()] for group in edit.groups]
             placed.append(replace(edit, groups=groups_with_all))
         return placed
-    judged_in_first_step: Collection[str] = ()  # by ``Feeding``, which removes those that feed nothing that trains
+    judged_in_first_step: Collection[str] = ()  # by ``Backbones``
     if groups:
         judged_in_first_step = view.adapter.networks.under_head
     unplaced = names_outside(remaining, judged_in_first_step)

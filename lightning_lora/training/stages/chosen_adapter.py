@@ -22,8 +22,8 @@ class ChosenAdapter:
     is_new: bool = False
     """Whether the stage has begun it, beside others."""
 
-    way_back: ExitStack = field(default_factory=ExitStack)
-    """Shows again what the module showed before."""
+    undo_switch: ExitStack = field(default_factory=ExitStack)
+    """Shows again what the module showed before ``activate``."""
 
     def name_in(self, record: Record) -> str:
         """Return its name in a module with adapters."""
@@ -51,9 +51,9 @@ class ChosenAdapter:
         names = adapters(pl_module)
         name = self.name or names[0]  # the active one
         self.is_new = name not in names
-        self.way_back = activate(pl_module, name, config)
+        self.undo_switch = activate(pl_module, name, config)
 
-    def put_back(self, pl_module: LightningModule) -> None:
-        """Show again what the module showed before."""
+    def switch_back(self, pl_module: LightningModule) -> None:
+        """Show again what the module showed before ``activate``. The second time, this does nothing."""
         if not any(map(is_dtensor, pl_module.parameters())):  # shards cannot be switched
-            self.way_back.close()
+            self.undo_switch.close()

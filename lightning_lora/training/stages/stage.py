@@ -46,7 +46,7 @@ class Stage:
     # How the module came, and what its hooks do to it
 
     way_back: WayBack = field(init=False)
-    before: BeforeHooks = field(default_factory=BeforeHooks)
+    before_hooks: BeforeHooks = field(default_factory=BeforeHooks)
 
     filled: set[str] = field(default_factory=set)
     """The buffers that the module's own hooks have filled, in this stage or an earlier one."""
@@ -91,7 +91,7 @@ class Stage:
             self._activate_adapter(pl_module)
             self.way_back.note_other_adapter(pl_module)
         self.way_back.note_new_adapters(pl_module)
-        self.before = BeforeHooks.of(pl_module)
+        self.before_hooks = BeforeHooks.of(pl_module)
 
     def wants_another_adapter(self, pl_module: LightningModule) -> bool:
         """Whether the module shows another adapter than this stage's."""
@@ -111,12 +111,12 @@ class Stage:
 
     # Take what the module or a file has
 
-    def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
-        """Complete the arguments from a file, or from the module's adapters.
+    def take_config(self, pl_module: LightningModule, found: LoRAConfig, source: object) -> bool:
+        """Complete the arguments by those ``found`` in a file, or by those of the module's adapters.
 
-        Return whether the adapters were replaced, as these are made otherwise.
+        Return whether adapters were replaced, because they were made with other arguments.
         """
-        config = self.config.completed(stored, self.given)
+        config = self.config.completed(found, self.given)
         if config == self.config:
             return False
         taken = ", ".join(_changed_arguments(config, self.config))
@@ -134,7 +134,7 @@ class Stage:
             return False
         self.set_base_from_hooks(view_of(pl_module))  # before: adapters that go put the base's values back
         if self.adapter.is_new:
-            self.adapter.put_back(pl_module)
+            self.adapter.switch_back(pl_module)
             self._activate_adapter(pl_module)
         else:
             remove_adapters(pl_module)
@@ -159,32 +159,37 @@ class Stage:
         """Whether a plain module gets adapters: only for a file, or where networks inside came with theirs."""
         return for_file or self.came_adapted
 
-    def adapt(self, pl_module: LightningModule, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
-        """Adapt the module after its own hooks have run, or for a file. The weights that they load become the base.
+    def adapt(
+        self, pl_module: LightningModule, *, file_config: LoRAConfig | None = None, replaced: bool = False
+    ) -> None:
+        """Adapt the module after its own hooks have run. The weights that they have loaded become the base.
 
-        ``replaced``: these adapters come in place of others of this stage.
+        Args:
+            pl_module: The module.
+            file_config: The arguments of the adapters in a file, for which the module is adapted.
+            replaced: Whether these adapters come in place of others of this stage.
         """
-        self.filled |= self.before.take_filled_buffers(pl_module)
-        if not self.should_be_adapted(pl_module, for_file=stored is not None):
+        self.filled |= self.before_hooks.take_filled_buffers(pl_module)
+        if not self.should_be_adapted(pl_module, for_file=file_config is not None):
             return
-        self.add_adapters(pl_module, stored)
+        self.add_adapters(pl_module, file_config)
         view = view_of(pl_module)
         view.record.base.note_filled(self.filled)
         if self.phase is Phase.SET_UP:  # later, the base and the callbacks' averages are those of a checkpoint
             begin_averages(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
             self.set_base_from_hooks(view)
 
-    def add_adapters(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
-        """Add adapters to layers without them. ``stored``, of a file, says which layers it left out."""
+    def add_adapters(self, pl_module: LightningModule, file_config: LoRAConfig | None = None) -> None:
+        """Add adapters to layers without them. ``file_config`` says which layers a file left out."""
         name = self.adapter.name or "default"
         record = find_record(pl_module)
         if record is not None:
             name = record.adapter.name
         with drawing_apart(pl_module):
-            if stored is None:
+            if file_config is None:
                 inject(pl_module, self.config, name=name)
             else:
-                inject_from_file(pl_module, self.config.excluding(stored.exclude_modules), name=name)
+                inject_from_file(pl_module, self.config.excluding(file_config.exclude_modules), name=name)
 
     def set_base_from_hooks(self, view: View) -> bool:
         """Make what the module's hooks changed in this stage the base.
@@ -193,7 +198,7 @@ class Stage:
         """
         if self.phase is not Phase.SET_UP or view.adapter.may_have_learned or not view.is_fresh():
             return False
-        changed = self.before.changed_base_tensors(tensors_with_originals(view))
+        changed = self.before_hooks.changed_base_tensors(tensors_with_originals(view))
         view.adapter.set_originals(changed)
         return True
 

@@ -30,6 +30,11 @@ class WayBack:
 
     # The way there
 
+    def note_adapters(self, pl_module: LightningModule) -> None:
+        """Note whether the module came with adapters on its layers: its own, or those of networks inside."""
+        if View(pl_module).layers:  # not view_of, which refuses a plain module
+            self.came = "adapted"
+
     def unmerge(self, pl_module: LightningModule) -> None:
         """Undo a merge. If its weights were replaced since, they are a new base, and its record is forgotten."""
         record = find_record(pl_module)
@@ -42,7 +47,7 @@ class WayBack:
 
     def note_other_adapter(self, pl_module: LightningModule) -> None:
         """Note that the module showed another adapter than the stage's before."""
-        self.undo.callback(self.adapter.put_back, pl_module)  # which does nothing the second time
+        self.undo.callback(self.adapter.switch_back, pl_module)
 
     def note_new_adapters(self, pl_module: LightningModule) -> None:
         """Note that a module which came plain gets its adapters from now on."""
@@ -77,7 +82,7 @@ class WayBack:
         if outcome is Outcome.GIVEN_BACK:
             self.undo.close()
         elif outcome is Outcome.SHOWN_AGAIN and find_record(pl_module) is not None:
-            self.adapter.put_back(pl_module)
+            self.adapter.switch_back(pl_module)
             if self.came == "merged":
                 self._merge_again(pl_module, has_loaded=has_loaded)
 

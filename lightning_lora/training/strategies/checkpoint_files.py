@@ -13,6 +13,9 @@ from lightning_lora.training.strategies.strategy_patch import StrategyPatch
 Checkpoint = dict[str, Any]
 """What a Trainer's file holds."""
 
+_TRUST_VARIABLE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""With this environment variable, torch lets all files run code."""
+
 
 def read_checkpoint(methods: StrategyPatch, path: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a strategy read a file. It must have plain types only, unless the user trusts it."""
@@ -48,15 +51,15 @@ def _refuse_safetensors(path: Any) -> None:
 
 def _is_trusted(*args: Any, **kwargs: Any) -> bool:
     """Whether the user lets files of objects be read: by a variable, which torch reads too, or by an argument."""
-    if os.environ.get(_TRUST, "0").lower() in ("1", "y", "yes", "true"):
+    if os.environ.get(_TRUST_VARIABLE, "0").lower() in ("1", "y", "yes", "true"):
         return True
-    weights_only = [*args, kwargs.get("weights_only")]  # by place or by name: it is the last argument
-    return False in weights_only
+    arguments = [*args, kwargs.get("weights_only")]  # by place or by name: it is the only one behind the path
+    return False in arguments
 
 
 def _how_to_trust(methods: StrategyPatch) -> str:
     """What to do with a file of objects."""
-    trust = f"set {_TRUST}=1"
+    trust = f"set {_TRUST_VARIABLE}=1"
     if _takes_weights_only(methods):
         trust = "pass weights_only=False too, as in trainer.fit(model, ckpt_path=path, weights_only=False)"
     return f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."
@@ -82,6 +85,3 @@ def _reads_with_torch(methods: StrategyPatch) -> bool:
 
 def _is_lightnings_own(plugin: Any) -> bool:
     return type(plugin).__name__ == "TorchCheckpointIO"  # in both Lightning packages
-
-
-_TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # with this variable, torch lets all files run code

@@ -19,10 +19,10 @@ from lightning_lora.training.optimizers.building import build_optimizers, showin
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.optimizers.schedulers import hide_scaled_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
-from lightning_lora.training.steps.feeding import Feeding
+from lightning_lora.training.steps.backbones import Backbones
 from lightning_lora.training.steps.gradients import Gradients
+from lightning_lora.training.steps.non_backbones import refuse_non_backbones
 from lightning_lora.training.steps.received import NotedGradients
-from lightning_lora.training.steps.unfed import refuse_unfed
 from lightning_lora.training.strategies.late_restore import LateRestoreMethods
 from lightning_lora.training.strategies.partitions import (
     OptimizerState,
@@ -207,9 +207,9 @@ class DeepSpeedMethods(LateRestoreMethods):
         """Return one that does nothing: the shards are float32."""
         return Float32Steps()
 
-    def remove_unfed(self, optimizer: Any, feeding: Feeding) -> bool:
-        """Refuse networks that feed nothing."""
-        refuse_unfed(self.module, self.strategy, feeding)
+    def strip_non_backbones(self, optimizer: Any, backbones: Backbones) -> bool:
+        """Refuse networks that are no backbones."""
+        refuse_non_backbones(self.module, self.strategy, backbones)
         return False
 
 

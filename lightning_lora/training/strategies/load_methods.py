@@ -46,22 +46,19 @@ class LoadMethods(SetUpMethods):
         self._remove_left_parts(checkpoint_path)
         self.stage.file = checkpoint_path
         checkpoint: Checkpoint = read_checkpoint(self, checkpoint_path, *args, **kwargs)
-        merged_weights = reduce_to_adapters(checkpoint)
+        merged_weights = reduce_to_adapters(checkpoint)  # which it had beside them, if any
         check_readable(checkpoint, checkpoint_path)
         remove_callback_state(checkpoint)
         if merged_weights and self._evaluates_plain_module():
             return _plain_model_in(checkpoint, merged_weights)
-        is_in_stage = self.stage.phase is not Phase.OVER
-        if is_in_stage:
+        if self.stage.phase is not Phase.OVER:
             self.adapt_to_file(checkpoint, checkpoint_path)
-            self._find_base(merged_weights, checkpoint, checkpoint_path)
-        is_plain = find_record(self.module) is None  # outside of a stage, or evaluated as it is
-        if is_plain:
+            self._take_updates_out(merged_weights, checkpoint, checkpoint_path)
+        if find_record(self.module) is None:  # a plain module, outside of a stage or evaluated as it is
             return checkpoint
-        holds_adapters = KEY in checkpoint
-        if holds_adapters:
-            return self._completed(checkpoint, checkpoint_path)
-        return _new_base_in(checkpoint, checkpoint_path)
+        if KEY not in checkpoint:
+            return _new_base_in(checkpoint, checkpoint_path)
+        return self._completed(checkpoint, checkpoint_path)
 
     def _remove_left_parts(self, path: Any) -> None:
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
@@ -78,19 +75,19 @@ class LoadMethods(SetUpMethods):
         stage = self.stage
         if View(self.module).is_merged and not stage.is_fit:  # until now, it was evaluated as it is
             stage.begin(self.module)
-        stored = _config_in(checkpoint)
+        file_config = _config_in(checkpoint)
         replaced = False
-        if stored is not None and stage.phase is not Phase.TRAINING:  # in training, the adapters stay
-            replaced = stage.take_config(self.module, stored, path)
-        self.adapt(stored=stored, replaced=replaced)
+        if file_config is not None and stage.phase is not Phase.TRAINING:  # in training, the adapters stay
+            replaced = stage.take_config(self.module, file_config, path)
+        self.adapt(file_config=file_config, replaced=replaced)
         if replaced and stage.is_fitting:
             self.rebuild_optimizers()
 
     def rebuild_optimizers(self) -> None:
         """Build optimizers again that were built of adapters replaced since. Here, none are built yet."""
 
-    def _find_base(self, merged_weights: Checkpoint, checkpoint: Checkpoint, path: Any) -> None:
-        """Find the base, if other code has loaded the file's merged weights."""
+    def _take_updates_out(self, merged_weights: Checkpoint, checkpoint: Checkpoint, path: Any) -> None:
+        """Make the weights the base again, if other code has loaded the file's merged weights into the module."""
         if checkpoints.restore_base_from(self.module, merged_weights, checkpoint):
             rank_zero_info(
                 f"{type(self.module).__name__} holds the merged weights of {path}. Their updates are taken "
@@ -111,7 +108,7 @@ class LoadMethods(SetUpMethods):
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
         reduce_to_adapters(checkpoint)  # takes out the base that ``show_base`` has added for hooks
-        self._rebuild_layers(checkpoint)
+        self._rebuild_replaced_layers(checkpoint)
         self.adapt_replaced_layers(checkpoint)
         if KEY not in checkpoint and find_record(self.module) is None:  # a plain module, only to be evaluated
             self.load_plain(checkpoint, strict=strict)
@@ -127,7 +124,7 @@ class LoadMethods(SetUpMethods):
         """Load a plain model, as Lightning does."""
         self.original.load_model_state_dict(checkpoint, strict=strict)
 
-    def _rebuild_layers(self, checkpoint: Checkpoint) -> None:
+    def _rebuild_replaced_layers(self, checkpoint: Checkpoint) -> None:
         """Give the module the layers of the file again: a hook may have replaced them."""
         if KEY in checkpoint and find_record(self.module) is not None:
             adapted = [layer["name"] for layer in checkpoint[KEY]["layers"]]
@@ -136,7 +133,7 @@ class LoadMethods(SetUpMethods):
     def adapt_replaced_layers(self, checkpoint: Checkpoint) -> None:
         """Adapt layers that hooks have replaced since the file was read."""
         if self.stage.phase is not Phase.OVER:
-            self.adapt(stored=_config_in(checkpoint))
+            self.adapt(file_config=_config_in(checkpoint))
 
     # The optimizers' states
 

@@ -77,9 +77,9 @@ class SetUpMethods(StrategyPatch):
         reinitialise_if_base_changed(view)  # the base may have been converted
         self._note_converted_base(view)
 
-    def adapt(self, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
-        """Adapt the module after its own hooks have run."""
-        self.stage.adapt(self.module, stored=stored, replaced=replaced)
+    def adapt(self, *, file_config: LoRAConfig | None = None, replaced: bool = False) -> None:
+        """Adapt the module after its own hooks have run. :meth:`.Stage.adapt` has the arguments."""
+        self.stage.adapt(self.module, file_config=file_config, replaced=replaced)
 
     def _tell_of_plain_weights(self, trainer: Trainer) -> None:
         """Say that a plain module is evaluated, unless a file comes."""

@@ -104,9 +104,9 @@ class ShardedMethods(LateRestoreMethods):
                     f'"data_parallel" has {size}. Call fully_shard(module, mesh=self.device_mesh["data_parallel"]).'
                 )
 
-    def adapt(self, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
+    def adapt(self, *, file_config: LoRAConfig | None = None, replaced: bool = False) -> None:
         """Adapt the module, beside its shards."""
-        super().adapt(stored=stored, replaced=replaced)
+        super().adapt(file_config=file_config, replaced=replaced)
         if find_record(self.module) is None:
             return
         view = view_of(self.module)

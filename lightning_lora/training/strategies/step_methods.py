@@ -11,12 +11,12 @@ from lightning_lora.model.record import state_of
 from lightning_lora.model.view import View
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
+from lightning_lora.training.steps.backbones import Backbones
 from lightning_lora.training.steps.explained_errors import IN_A_STEP, IN_BACKWARD, explain
-from lightning_lora.training.steps.feeding import Feeding
 from lightning_lora.training.steps.gradients import Gradients, check_loss
+from lightning_lora.training.steps.non_backbones import strip_non_backbones
 from lightning_lora.training.steps.received import received_gradients
 from lightning_lora.training.steps.reentrant import letting_gradients_pass
-from lightning_lora.training.steps.unfed import remove_unfed
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
 from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
@@ -89,6 +89,6 @@ class StepMethods(SetUpMethods):
         """Return what lets float16 weights take steps in float32."""
         return Float32Steps.of(view)
 
-    def remove_unfed(self, optimizer: Optimizer, feeding: Feeding) -> bool:
-        """Remove adapters of networks that feed nothing. Return whether fewer parameters train."""
-        return remove_unfed(self.module, optimizer, self.strategy, feeding)
+    def strip_non_backbones(self, optimizer: Optimizer, backbones: Backbones) -> bool:
+        """Remove the adapters of networks that are no backbones. Return whether fewer parameters train."""
+        return strip_non_backbones(self.module, optimizer, self.strategy, backbones)

@@ -1,6 +1,7 @@
-"""Frozen networks that may be backbones: is what trains computed from their outputs? The first step tells."""
+"""Which frozen networks are backbones: what trains is computed from their outputs. The first step tells."""
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,16 +22,26 @@ from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
 _UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its graph is made in the backward pass
 
 
-class Feeding:
-    """Notes which frozen networks feed what trains.
+@dataclass(frozen=True)
+class Judged:
+    """What some frozen networks have turned out to be, by their names."""
 
-    A backbone feeds its head: the head's inputs are computed from it, as the graphs behind them say. A network in the
-    loss, and a teacher, feed nothing that trains.
+    backbones: list[str] = field(default_factory=list)
+
+    others: list[str] = field(default_factory=list)
+    """Nothing that trains is computed from these."""
+
+
+class Backbones:
+    """Watches frozen networks in the first step, to tell which are backbones.
+
+    The inputs of a head are computed from its backbone, as the graphs behind them say. Nothing that trains is computed
+    from a teacher, or from a network in the loss.
     """
 
     def __init__(self, trainer: Trainer, view: View) -> None:
         self.trainer = trainer
-        self.unjudged: dict[str, set[int]] = {}  # the networks, with the ids of their adapters' parameters
+        self.unjudged: dict[str, set[int]] = {}  # by network, the ids of its adapters' parameters
         self.have_run: set[str] = set()  # of these networks
         self.what_trains_has_run = False
         self.leaves_read: set[int] = set()  # the ids of parameters from which inputs of what trains were computed
@@ -60,28 +71,27 @@ class Feeding:
         if not self.have_run.isdisjoint(self.unjudged):  # what feeds a layer has run before it
             self.leaves_read |= _leaves_behind(tree_leaves((args, kwargs)))
 
-    def judge(self, networks: Iterable[str], is_agreed: Callable[[bool], bool]) -> tuple[list[str], list[str]]:
-        """Judge these networks, once each. Return those that feed nothing, and those that feed what trains.
+    def judge(self, networks: Iterable[str], is_agreed: Callable[[bool], bool]) -> Judged:
+        """Judge these networks, once each. ``is_agreed`` says whether something is true in all processes.
 
-        A network waits for another step until it and what trains have run in all processes (``is_agreed``).
+        A network waits for another step until it and what trains have run in all of them.
         """
-        unfed = []
-        fed = []
+        judged = Judged()
         for name in networks:
             if not is_agreed(self._have_both_run(name)):
                 continue
-            if is_agreed(self._feeds_nothing(name)):
-                unfed.append(name)
+            if is_agreed(self._is_read_by_nothing(name)):
+                judged.others.append(name)
             else:
-                fed.append(name)
+                judged.backbones.append(name)
             del self.unjudged[name]
-        return unfed, fed
+        return judged
 
     def _have_both_run(self, network: str) -> bool:
         """Whether a network and what trains have run."""
         return self.what_trains_has_run and network in self.have_run
 
-    def _feeds_nothing(self, network: str) -> bool:
+    def _is_read_by_nothing(self, network: str) -> bool:
         """Whether nothing that trains was computed from the network."""
         return self.leaves_read.isdisjoint({*self.unjudged[network], _UNKNOWN})
 

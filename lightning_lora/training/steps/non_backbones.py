@@ -1,4 +1,4 @@
-"""Take adapters off frozen networks that feed nothing that trains, before the first optimizer step."""
+"""Take adapters off frozen networks that are no backbones of what trains, before the first optimizer step."""
 
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -17,41 +17,41 @@ from lightning_lora.tensors.names import names_inside, names_outside
 from lightning_lora.training.optimizers.edits import rewrite_groups
 from lightning_lora.training.optimizers.group_checks import no_place_error
 from lightning_lora.training.optimizers.groups import groups_of, held_by
-from lightning_lora.training.steps.feeding import Feeding
+from lightning_lora.training.steps.backbones import Backbones, Judged
 
 
-def remove_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding) -> bool:
-    """Remove the adapters of networks that feed nothing. No optimizer has changed them yet.
+def strip_non_backbones(model: LightningModule, optimizer: Optimizer, strategy: Any, backbones: Backbones) -> bool:
+    """Remove the adapters of networks that are no backbones. No optimizer has changed them yet.
 
-    All processes judge together. Return whether there were such networks. Refuse one that feeds what trains, if no
-    optimizer has a place for its adapters.
+    All processes judge together. Return whether there were such networks. Refuse a backbone if no optimizer has a place
+    for its adapters.
     """
-    to_judge = _judged_with(optimizer, strategy.optimizers, feeding.unjudged)
-    unfed, fed = feeding.judge(to_judge, strategy.reduce_boolean_decision)
-    if fed:
+    to_judge = _judged_with(optimizer, strategy.optimizers, backbones.unjudged)
+    judged = backbones.judge(to_judge, strategy.reduce_boolean_decision)
+    if judged.backbones:
         view = view_of(model)
-        _check_places(view, fed, strategy.optimizers)
-        _tell_of_fed(view, fed, unfed)
-    if not unfed:
+        _check_places(view, judged.backbones, strategy.optimizers)
+        _tell_of_backbones(view, judged)
+    if not judged.others:
         return False
     view = view_of(model)
-    said = about_networks_left_out(unfed, view.title)
-    strip_adapters(view, unfed)
+    said = about_networks_left_out(judged.others, view.title)
+    strip_adapters(view, judged.others)
     rank_zero_info(said)
     _take_out_frozen(model, optimizer)
     return True
 
 
-def refuse_unfed(model: LightningModule, strategy: Any, feeding: Feeding) -> None:
-    """Refuse networks that feed nothing: DeepSpeed's optimizer cannot lose their adapters."""
-    unfed, fed = feeding.judge(list(feeding.unjudged), strategy.reduce_boolean_decision)
-    if fed:
-        _tell_of_fed(view_of(model), fed, unfed)
-    if unfed:
-        said = about_networks_left_out(unfed, view_of(model).title)
+def refuse_non_backbones(model: LightningModule, strategy: Any, backbones: Backbones) -> None:
+    """Refuse networks that are no backbones: DeepSpeed's optimizer cannot lose their adapters."""
+    judged = backbones.judge(list(backbones.unjudged), strategy.reduce_boolean_decision)
+    if judged.backbones:
+        _tell_of_backbones(view_of(model), judged)
+    if judged.others:
+        said = about_networks_left_out(judged.others, view_of(model).title)
         raise StrategyError(
             f"{said} DeepSpeed cannot take parameters out of a fit that has begun. "
-            f"Name it yourself: exclude_modules={unfed}."
+            f"Name it yourself: exclude_modules={judged.others}."
         )
 
 
@@ -66,21 +66,21 @@ def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks
     return judged
 
 
-def _check_places(view: View, fed: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
-    """Refuse networks that feed what trains, if no optimizer holds their adapters."""
+def _check_places(view: View, backbones: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
+    """Refuse backbones whose adapters no optimizer holds."""
     placed = with_values(view.adapter_parameters, held_by(optimizers))
-    unplaced = names_inside(without(view.adapter_parameters, placed), fed)
+    unplaced = names_inside(without(view.adapter_parameters, placed), backbones)
     if unplaced:
         raise no_place_error(view.title, unplaced, len(list(groups_of(optimizers))))
 
 
-def _tell_of_fed(view: View, fed: Sequence[str], unfed: Sequence[str]) -> None:
-    """Say that adapters train in a frozen network too, if others train besides."""
-    others = names_outside(view.layers, (*fed, *unfed))
-    if others:
+def _tell_of_backbones(view: View, judged: Judged) -> None:
+    """Say that adapters train in a backbone too, if some train beside these networks."""
+    beside = names_outside(view.layers, (*judged.backbones, *judged.others))
+    if beside:
         rank_zero_info(
-            f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in {listed(fed)} "
-            f"too. To leave that as it is: exclude_modules={fed}."
+            f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in "
+            f"{listed(judged.backbones)} too. To leave that as it is: exclude_modules={judged.backbones}."
         )
 
 
