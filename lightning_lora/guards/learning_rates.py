@@ -54,7 +54,7 @@ def _is_like_adam(optimizer: Optimizer) -> bool:
 
 def _tell_of_high_rate(view: View, optimizers: Iterable[Optimizer], *, is_scaled: bool) -> None:
     """Tell of a rate that is high for adapters."""
-    rates, _ = peak_rates(view, optimizers)
+    rates = peak_rates(view, optimizers).of_adapters
     if not rates:
         return
     lowest, *_ = rates  # who has set several may mean a high one, as LoRA+ does for B

@@ -17,7 +17,7 @@ class NothingLearned(Guard):
         """Look at the adapters, if several steps had a learning rate."""
         if steps <= 1 or not view.layers or not view.is_fresh():
             return
-        rates_of_adapters, _ = peak_rates(view, optimizers)
+        rates_of_adapters = peak_rates(view, optimizers).of_adapters
         if max(rates_of_adapters, default=0) > 0:
             warn(
                 f"After {steps} steps, all updates of {view.title} are still zero. If no other warning says why, the "

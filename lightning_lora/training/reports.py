@@ -25,10 +25,10 @@ Values = dict[str, Any]
 
 def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:
     """Return the adapters' learning rates as text. The module's are added if they are others."""
-    of_adapters, of_module = peak_rates(view_of(model), optimizers)
-    shown = [_few(of_adapters)]
-    if of_module and of_module != of_adapters:
-        shown.append(f"the module's: {_few(of_module)}")
+    rates = peak_rates(view_of(model), optimizers)
+    shown = [_few(rates.of_adapters)]
+    if rates.of_others and rates.of_others != rates.of_adapters:
+        shown.append(f"the module's: {_few(rates.of_others)}")
     return shown
 
 

@@ -40,21 +40,23 @@ def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
         view = View(strategy.lightning_module)
         if not _names_any(error, view.adapter_parameters):
             raise
-        first_error = error
-    with _plain(view), suppress(Exception):
+        error_with_adapters = error
+    with _without_adapters(view), suppress(Exception):
         built = build()
-        if all(group.parameters for group in groups_of(strategy.optimizers)):  # adapters were meant for an empty one
+        has_empty_group = not all(group.parameters for group in groups_of(strategy.optimizers))
+        if not has_empty_group:  # an empty one was meant for adapters: so this code knows them
             return built
-    raise first_error
+    raise error_with_adapters
 
 
 def _names_any(error: Exception, names: Iterable[str]) -> bool:
     """Whether the text of an error names one of these parameters."""
-    return any(map(str(error).__contains__, names))
+    text = str(error)
+    return any(name in text for name in names)
 
 
 @contextmanager
-def _plain(view: View) -> Iterator[None]:
+def _without_adapters(view: View) -> Iterator[None]:
     """Take the adapters off for the time of a ``with`` block."""
     adapters = detach_adapters(view)
     try:

@@ -23,8 +23,8 @@ class _Written(NamedTuple):
         return list(map(set, self.ours)) == list(map(set, groups))
 
 
-_WRITTEN = "_lora_edited"
-"""An optimizer's attribute: what we have written. LightningCLI returns the same optimizer in every fit.
+_ATTRIBUTE = "_lora_edited"
+"""An optimizer's attribute, with what we have written. LightningCLI returns the same optimizer in every fit.
 
 So it lives as long as the optimizer, even if parameters refer to that. torch copies and pickles optimizers without it.
 """
@@ -35,13 +35,17 @@ class Edit:
     """What an optimizer's groups are to be."""
 
     optimizer: Optimizer
+
     built: list[Params]
+    """What they are now, as the user's code has built them."""
+
     groups: list[Params]
+    """What they are to be."""
 
     def write(self, view: View) -> None:
         """Write the groups into the optimizer."""
         _write(view, self.optimizer, self.groups)
-        vars(self.optimizer)[_WRITTEN] = _Written(self.built, self.groups)
+        vars(self.optimizer)[_ATTRIBUTE] = _Written(self.built, self.groups)
 
 
 def built_groups(optimizer: Optimizer) -> list[Params]:
@@ -50,7 +54,7 @@ def built_groups(optimizer: Optimizer) -> list[Params]:
     Call ``remove_scaled_groups`` before: they would count as such an edit.
     """
     now = listed_parameters(optimizer)
-    written: _Written | None = vars(optimizer).get(_WRITTEN)
+    written: _Written | None = vars(optimizer).get(_ATTRIBUTE)
     if written is not None and written.is_still_in(now):
         return written.built
     return now
@@ -61,19 +65,19 @@ def rewrite_groups(view: View, optimizer: Optimizer, groups: list[Params]) -> No
     _write(view, optimizer, groups)
     scaled = find_scaled_groups(optimizer)
     ours = listed_parameters(optimizer) if scaled is None else scaled.listed_without()
-    written: _Written = vars(optimizer)[_WRITTEN]
-    vars(optimizer)[_WRITTEN] = _Written(written.built, ours)
+    written: _Written = vars(optimizer)[_ATTRIBUTE]
+    vars(optimizer)[_ATTRIBUTE] = _Written(written.built, ours)
 
 
 def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
-    """Write parameters into the groups, and forget what the optimizer knows of others."""
+    """Write parameters into the groups, and drop the states of others."""
     names = {p: name for name, p in parameters_by_name(view.model).items()}
     for group, parameters in zip(groups_of([optimizer]), groups, strict=True):
         group.hold(parameters, names)
-    _forget_states_of_others(optimizer)
+    _drop_states_of_others(optimizer)
 
 
-def _forget_states_of_others(optimizer: Optimizer) -> None:
+def _drop_states_of_others(optimizer: Optimizer) -> None:
     """Drop the states of parameters that an optimizer no longer holds."""
     state = cast(dict[Any, Any], optimizer.state)
     others = state.keys() - held_by([optimizer])

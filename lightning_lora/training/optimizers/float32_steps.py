@@ -46,8 +46,8 @@ class Float32Steps:
 
     def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
         self._weights = set(weights)
-        self._between: dict[nn.Parameter, Tensor] = {}  # float32 values, while a step computes its loss again
-        self._shown: dict[nn.Parameter, Optimizer] = {}  # the weights that are float32 now, in its step
+        self._paused: dict[nn.Parameter, Tensor] = {}  # float32 values, while a step computes its loss again
+        self._shown_to: dict[nn.Parameter, Optimizer] = {}  # the weights that are float32 now, in whose step
         self._hooks: dict[Optimizer, RemovableHandle] = {}
         self._while_open = ExitStack()
 
@@ -62,12 +62,12 @@ class Float32Steps:
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """Show the float32 values to an optimizer whose gradients are there. The end of its step hides them."""
-        hidden = self._weights - self._shown.keys()
+        hidden = self._weights - self._shown_to.keys()
         if not hidden:
             return
         for p in hidden & held_by([optimizer]):
             _convert(p, _as_float32(p, self._pop_values(optimizer, p)))
-            self._shown[p] = optimizer
+            self._shown_to[p] = optimizer
         if optimizer not in self._hooks:
             self._hooks[optimizer] = optimizer.register_step_post_hook(self._end_step)
 
@@ -76,28 +76,28 @@ class Float32Steps:
 
         They are no part of the state meanwhile: optimizers take an empty state for a parameter's first step.
         """
-        if p in self._between:
-            return self._between.pop(p)
+        if p in self._paused:
+            return self._paused.pop(p)
         state = optimizer.state.get(p, {})
         values: Tensor | None = state.pop(KEY, None)
         return values
 
     def _end_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Keep the float32 values in the optimizer's state."""
-        for p, shown_to in list(self._shown.items()):
-            if shown_to is optimizer:
+        for p, steps in list(self._shown_to.items()):
+            if steps is optimizer:
                 optimizer.state[p][KEY] = self._hide(p)
 
     def pause_step(self) -> None:
         """Hide them, if a step is not over. LBFGS and SAM compute the loss again in it; a GradScaler may skip it."""
-        for p in list(self._shown):
-            self._between[p] = self._hide(p)
+        for p in list(self._shown_to):
+            self._paused[p] = self._hide(p)
 
     def _hide(self, p: nn.Parameter) -> Tensor:
         """Make a weight float16 again. Return its float32 values."""
         values = p.data
         _convert(p, values.half())
-        del self._shown[p]
+        del self._shown_to[p]
         return values
 
     def close(self) -> None:
@@ -106,7 +106,7 @@ class Float32Steps:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        self._between.clear()
+        self._paused.clear()
         self._while_open.close()
 
 

@@ -1,4 +1,4 @@
-"""Check groups: each parameter that trains has a place in an optimizer, and no frozen one has."""
+"""Each parameter that trains has a place in an optimizer, and no frozen one has: put it there, or refuse."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -18,9 +18,9 @@ from lightning_lora.training.optimizers.scales import Scales
 
 
 def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) -> Sequence[Edit]:
-    """Return the edits with all that trains: what no group holds comes into the only one.
+    """Put what trains, and what no group holds, into the only group. Return the edits with it.
 
-    If there are several groups, it is refused. Adapters of ``paused`` layers need no place.
+    If there are several groups, or none, it is refused. Adapters of ``paused`` layers need no place.
     """
     groups: list[Params] = []
     for edit in edits:
@@ -28,18 +28,23 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
     remaining = _without_place(view, parameters_in(groups), networks_around(paused))
     if len(groups) == 1:
         _tell_of_only_group(view, remaining)
-        placed = []
-        for edit in edits:
-            groups_with_all = [[*group, *remaining.values()] for group in edit.groups]
-            placed.append(replace(edit, groups=groups_with_all))
-        return placed
-    judged_in_first_step: Collection[str] = ()  # by ``Backbones``
-    if groups:
-        judged_in_first_step = view.adapter.networks.under_head
-    unplaced = names_outside(remaining, judged_in_first_step)
-    if unplaced:
-        raise no_place_error(view.title, unplaced, len(groups))
+        return _with_more_in_each_group(edits, remaining.values())
+    may_wait: Collection[str] = ()
+    if groups:  # the first step judges which of these networks are backbones: only those need a place
+        may_wait = view.adapter.networks.under_head
+    refused = names_outside(remaining, may_wait)
+    if refused:
+        raise no_place_error(view.title, refused, len(groups))
     return edits
+
+
+def _with_more_in_each_group(edits: Iterable[Edit], parameters: Collection[nn.Parameter]) -> list[Edit]:
+    """The same edits, with these parameters at the end of each group."""
+    with_more = []
+    for edit in edits:
+        groups = [[*group, *parameters] for group in edit.groups]
+        with_more.append(replace(edit, groups=groups))
+    return with_more
 
 
 def _without_place(view: View, placed: set[nn.Parameter], paused: list[str]) -> dict[str, nn.Parameter]:
@@ -60,17 +65,17 @@ def _tell_of_only_group(view: View, added: Iterable[str]) -> None:
         rank_zero_info(f"No optimizer held {listed(told)} or their weights: they train in its only parameter group.")
 
 
-def no_place_error(title: str, names: list[str], groups: int) -> OptimizerError:
+def no_place_error(title: str, names: list[str], number_of_groups: int) -> OptimizerError:
     """Return the error of trained parameters that no group holds, nor their weights."""
-    if not groups:
+    if not number_of_groups:
         return OptimizerError(
             f"No optimizer trains {listed(names)}: configure_optimizers of {title} returns none. Return an optimizer "
             "of its parameters. Optimizers that code steps by itself, as hooks in the backward pass do, were made for "
             "the base's weights, and train no adapter: keep one in their place, or train without LoRACallback."
         )
     return OptimizerError(
-        f"No optimizer trains {listed(names)}: none of the {groups} parameter groups holds them. Give an optimizer "
-        f"{title}.parameters(), or set exclude_modules={networks_around(map(owner_of, names))}."
+        f"No optimizer trains {listed(names)}: none of the {number_of_groups} parameter groups holds them. Give an "
+        f"optimizer {title}.parameters(), or set exclude_modules={networks_around(map(owner_of, names))}."
     )
 
 

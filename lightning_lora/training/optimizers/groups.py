@@ -14,7 +14,7 @@ from lightning_lora.tensors.dicts import where
 Params = list[nn.Parameter]
 Group = dict[str, Any]
 
-_RATES = ("lr", "initial_lr", "max_lr")
+_MAY_BE_PEAK = ("lr", "initial_lr", "max_lr")  # settings of which the highest is the group's peak
 _NAMES = "param_names"
 
 
@@ -34,7 +34,7 @@ class ParameterGroup:
     def peak_rate(self) -> float:
         """Its highest learning rate, as a scheduler may begin with a lower one. Without a rate, zero."""
         peak = 0.0
-        for key in _RATES:
+        for key in _MAY_BE_PEAK:
             rate = self.settings.get(key)
             if rate is not None:
                 peak = max(peak, float(rate))

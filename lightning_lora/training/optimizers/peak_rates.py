@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from operator import attrgetter
+from typing import NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
@@ -10,8 +11,15 @@ from lightning_lora.model.view import View
 from lightning_lora.training.optimizers.groups import groups_of
 
 
-def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> tuple[list[float], list[float]]:
-    """Return the highest rates of groups with adapters, and those of other groups. Empty ones are others."""
+class PeakRates(NamedTuple):
+    """The highest learning rates of a fit's parameter groups, each once, from the lowest to the highest."""
+
+    of_adapters: list[float]
+    of_others: list[float]  # groups that hold something else too, or nothing
+
+
+def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> PeakRates:
+    """Return the highest rates of the groups of some optimizers."""
     adapters = set(view.adapter_parameters.values())
     of_adapters = set[float]()
     of_others = set[float]()
@@ -20,7 +28,7 @@ def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> tuple[list[float]
             of_adapters.add(group.peak_rate)
         if not group.holds_only(adapters):
             of_others.add(group.peak_rate)
-    return sorted(of_adapters), sorted(of_others)
+    return PeakRates(sorted(of_adapters), sorted(of_others))
 
 
 def rates_by_layer(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:

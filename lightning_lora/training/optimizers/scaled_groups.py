@@ -33,8 +33,8 @@ from lightning_lora.training.optimizers.scales import GroupScale, Scales
 from lightning_lora.training.optimizers.watched_steps import WatchedSteps
 
 _ATTRIBUTE = "lora_scaled_groups"  # of an optimizer that has some
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # which are scaled
-_OTHERS = ("momentum", "betas", "weight_decay")  # which schedulers and users change too, and which are the same
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # settings of a group that are scaled
+_OTHERS = ("momentum", "betas", "weight_decay")  # settings that schedulers and users change too: they stay equal
 
 
 def add_scaled_groups(optimizer: Optimizer, scales: Scales) -> None:
@@ -67,10 +67,18 @@ def update_scaled_rates(*optimizers: Any) -> None:
                 scaled.update_rates()
 
 
-class _Source(NamedTuple):
-    """Out of which of the module's groups a scaled one comes, and the scale of its rates."""
+class _Origin(NamedTuple):
+    """Out of which of the module's groups a scaled one has come, and the scale of its rates."""
 
     number: int
+    scale: float
+
+
+class _Scaled(NamedTuple):
+    """A scaled group, the module's group out of which it has come, and the scale of its rates."""
+
+    group: Group
+    source: Group
     scale: float
 
 
@@ -79,9 +87,9 @@ class ScaledGroups:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer: Optimizer = proxy(optimizer)  # which refers to this object: a cycle would keep its memory
-        self._first = len(optimizer.param_groups)
-        self._sources: list[_Source] = []  # one for each scaled group
-        self._hidden: list[Group] = []  # the groups, while a scheduler steps
+        self._first = len(optimizer.param_groups)  # the number of the first scaled group: the module's come before
+        self._origins: list[_Origin] = []  # of each scaled group
+        self._hidden: list[Group] = []  # the scaled groups, while a scheduler steps
         self._hooks: list[RemovableHandle] = []
         self._steps = WatchedSteps()
 
@@ -93,9 +101,9 @@ class ScaledGroups:
 
     def add(self, scales: Scales) -> None:
         """Add a group for the adapters of each group and scale, and watch the optimizer."""
-        of_module = self._optimizer.param_groups[:]
-        for number, settings in enumerate(of_module):
-            scaled_here = [p for p in settings["params"] if p in scales]
+        module_groups = self._optimizer.param_groups[:]
+        for number, group in enumerate(module_groups):
+            scaled_here = [p for p in group["params"] if p in scales]
             for scale, adapters in grouped(scaled_here, scales.__getitem__).items():
                 self._add_group(number, scale, adapters)
         self.update_rates()
@@ -113,48 +121,48 @@ class ScaledGroups:
         scaled = deepcopy({**source, "params": [], "name": f"{name}-{scale.title}"})
         ParameterGroup(source).move(adapters, ParameterGroup(scaled))
         groups.append(scaled)
-        self._sources.append(_Source(number, scale.scale))
+        self._origins.append(_Origin(number, scale.scale))
 
     def remove(self) -> None:
         """Move all adapters back into the module's groups."""
-        for scaled, source, _ in self._pairs():
-            ParameterGroup(scaled).move(scaled["params"], ParameterGroup(source))
-        del self._optimizer.param_groups[self._places]
+        for scaled in self._scaled_groups():
+            ParameterGroup(scaled.group).move(scaled.group["params"], ParameterGroup(scaled.source))
+        del self._optimizer.param_groups[self._slice]
         for hook in self._hooks:
             hook.remove()
 
     @property
-    def _places(self) -> slice:
+    def _slice(self) -> slice:
         """Where the scaled groups stand among the optimizer's groups."""
-        return slice(self._first, self._first + len(self._sources))
+        return slice(self._first, self._first + len(self._origins))
 
-    def _pairs(self) -> Iterator[tuple[Group, Group, float]]:
-        """Each scaled group, the module's group from which it comes, and its scale.
+    def _scaled_groups(self) -> Iterator[_Scaled]:
+        """Go through the scaled groups.
 
         In a step of DeepSpeed, the optimizer has only one of its groups: then there may be no scaled one.
         """
         groups = self._optimizer.param_groups
-        for scaled, source in zip(groups[self._places], self._sources, strict=False):
-            yield scaled, groups[source.number], source.scale
+        for group, origin in zip(groups[self._slice], self._origins, strict=False):
+            yield _Scaled(group, groups[origin.number], origin.scale)
 
     def listed_without(self) -> list[Params]:
         """Return the parameters that each of the module's groups would have without the scaled groups."""
         groups = listed_parameters(self._optimizer)
-        for parameters, source in zip(groups[self._places], self._sources, strict=True):
-            groups[source.number] += parameters
-        del groups[self._places]
+        for parameters, origin in zip(groups[self._slice], self._origins, strict=True):
+            groups[origin.number] += parameters
+        del groups[self._slice]
         return groups
 
     # Their rates
 
     def update_rates(self) -> None:
         """Give each scaled group the rates of the module's group, times its scale."""
-        for scaled, source, scale in self._pairs():
-            for key, value in source.items():
+        for scaled in self._scaled_groups():
+            for key, value in scaled.source.items():
                 if key in _OTHERS:
-                    scaled[key] = value
+                    scaled.group[key] = value
                 elif key in _RATES:
-                    _set_rate(scaled, key, value * scale)
+                    _set_rate(scaled.group, key, value * scaled.scale)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
@@ -163,8 +171,8 @@ class ScaledGroups:
             yield
             return
         groups = self._optimizer.param_groups
-        self._hidden = groups[self._places]
-        del groups[self._places]
+        self._hidden = groups[self._slice]
+        del groups[self._slice]
         try:
             yield
         finally:
@@ -180,8 +188,8 @@ class ScaledGroups:
 
     def check_stored(self, state: dict[str, Any]) -> None:
         """Refuse a file's states of A for B: their sizes may be the same."""
-        stored = settings_of(state["param_groups"][self._places], "name")
-        here = settings_of(self._optimizer.param_groups[self._places], "name")
+        stored = settings_of(state["param_groups"][self._slice], "name")
+        here = settings_of(self._optimizer.param_groups[self._slice], "name")
         if stored != here:
             raise ValueError(f"its parameter groups of adapters are {stored}, and the module's {here}")
 
@@ -189,7 +197,7 @@ class ScaledGroups:
         """Update the rates before a step. Return its arguments, if they change."""
         self._show()  # a scheduler that hides them may call the optimizer's step
         self.update_rates()  # code may have written one rate into all groups, also into these, as a warm-up does
-        self._steps.begin(optimizer, optimizer.param_groups[self._places])
+        self._steps.begin(optimizer, optimizer.param_groups[self._slice])
         closure = kwargs.get("closure")
         if closure:
             return args, {**kwargs, "closure": partial(self._run_closure, closure)}

@@ -43,8 +43,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
 
 def _settle_networks(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
     """Take adapters off networks that stand still. Return paused layers: what their adapters have learned stays."""
-    unheld = _unheld(view, optimizers)
-    paused = settle(view, unheld)
+    paused = settle(view, _not_held(view, optimizers))
     if paused:
         rank_zero_info(
             f"The adapters of {listed(paused)} have learned. No optimizer holds them now: they do not train."
@@ -52,20 +51,21 @@ def _settle_networks(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
     return paused
 
 
-def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
-    """If an adapted weight is held: the base's parameters that no optimizer holds, nor adapters of them.
+def _not_held(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
+    """The base's parameters that no optimizer holds, neither themselves nor by their adapters.
 
-    If none is held at all, the set is empty: that says nothing about single networks.
+    If optimizers hold no adapted weight at all, the set is empty: that says nothing about single networks.
     """
-    held = _built_by(optimizers)
+    held = _in_built_groups(optimizers)
     held |= base_weights_of(layers_trained_by(held, view), view)
-    if held.isdisjoint(base_weights_of(view.layers, view)):
+    adapted_weights = base_weights_of(view.layers, view)
+    if held.isdisjoint(adapted_weights):
         return set()
     return set(view.base_parameters.values()) - held
 
 
-def _built_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
-    """The parameters in the groups as they were built."""
+def _in_built_groups(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
+    """The parameters in the groups as the user's code has built them."""
     held = set[nn.Parameter]()
     for optimizer in optimizers:
         held |= parameters_in(built_groups(optimizer))
@@ -74,11 +74,11 @@ def _built_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 
 def _plan(view: View, optimizers: Iterable[Optimizer]) -> list[Edit]:
     """The groups that each optimizer is to have. Their number stays."""
-    places = _Places(_replacements(view), _built_by(optimizers))
+    placement = _Placement(_replacements(view), _in_built_groups(optimizers))
     edits = []
     for optimizer in optimizers:
         built = built_groups(optimizer)
-        edits.append(Edit(optimizer, built, places.in_groups(built)))
+        edits.append(Edit(optimizer, built, placement.groups_with_adapters(built)))
     return edits
 
 
@@ -86,45 +86,50 @@ def _replacements(view: View) -> dict[nn.Parameter, Params]:
     """The adapters' parameters that take the place of each weight in the optimizers."""
     replacements = defaultdict[nn.Parameter, Params](list)
     for layer in leading_layers(view).values():
-        for name, about in layer.lora_specs().items():
-            if about.role.trains:
-                weight = own_parameter(layer, about.matrix.weight)
+        for name, spec in layer.lora_specs().items():
+            if spec.role.trains:
+                weight = own_parameter(layer, spec.matrix.weight)
                 replacements[weight].append(own_parameter(layer, name))
     return dict(replacements)
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Where adapters stand: in the group that the user has put them in, otherwise in that of their weight.
+class _Placement:
+    """Which group each adapter comes into.
 
-    If a weight is in two groups, its adapter is in the first. For example, where V and W are adapted, the groups
-    ``[V], [W, bias]`` become ``[A and B of V], [A and B of W, bias]``, without the bias if that is frozen.
+    - The one that the user's code has put it in.
+    - Otherwise that of its weight. If a weight is in two groups, the first.
+
+    For example, where V and W are adapted, the groups ``[V], [W, bias]`` become ``[A and B of V], [A and B of W,
+    bias]``, without the bias if that is frozen.
     """
 
     replacements: dict[nn.Parameter, Params]
-    in_built_groups: set[nn.Parameter]
+    """The adapter's parameters of each adapted weight."""
 
-    def in_groups(self, groups: list[Params]) -> list[Params]:
-        """Return one optimizer's groups with adapters. Files keep the order."""
+    placed_by_user: set[nn.Parameter]
+    """All parameters that the user's code has put into groups, also of other optimizers."""
+
+    def groups_with_adapters(self, built: list[Params]) -> list[Params]:
+        """Return one optimizer's groups, of what trains in them. Their order stays: files keep states by it."""
         already_placed = set[nn.Parameter]()
-        edited = []
-        for group in groups:
-            in_another_group = self.in_built_groups.difference(group)
-            stands_elsewhere = already_placed | in_another_group
-            trained = [p for p in self._may_train_in(group) if p not in stands_elsewhere]
-            already_placed.update(trained)
-            edited.append(trained)
-        return edited
+        groups = []
+        for group in built:
+            placed_elsewhere = already_placed | self.placed_by_user.difference(group)
+            placed_here = [p for p in self._candidates(group) if p not in placed_elsewhere]
+            already_placed.update(placed_here)
+            groups.append(placed_here)
+        return groups
 
-    def _may_train_in(self, group: Params) -> Iterable[nn.Parameter]:
-        """What may train in one group, each once: adapters in their weights' places, and what is not frozen."""
-        in_places_of_weights = parameters_in(map(self._replacements_of, group))
-        found: dict[nn.Parameter, None] = {}
+    def _candidates(self, group: Params) -> Iterable[nn.Parameter]:
+        """What may train in a group, each once: adapters in the places of their weights, and what is not frozen."""
+        adapters_of_weights = parameters_in(map(self._replacements_of, group))
+        candidates: dict[nn.Parameter, None] = {}
         for parameter in group:
-            found.update(dict.fromkeys(self._replacements_of(parameter)))
-            if parameter.requires_grad and parameter not in in_places_of_weights:
-                found[parameter] = None
-        return found
+            candidates.update(dict.fromkeys(self._replacements_of(parameter)))
+            if parameter.requires_grad and parameter not in adapters_of_weights:
+                candidates[parameter] = None
+        return candidates
 
     def _replacements_of(self, weight: nn.Parameter) -> Params:
         """The adapters' parameters that take the place of a weight."""

@@ -37,9 +37,9 @@ class WatchedSteps:
     """Watches an optimizer's steps until one has trained added groups."""
 
     def __init__(self) -> None:
-        self._before: list[_Before] = []  # in a step, until one has trained
+        self._before_step: list[_Before] = []  # what the groups held, during a step
         self._has_trained = False  # whether a step has changed a parameter, or kept a state for it
-        self._is_due = False  # whether one has had a gradient, which a step may end without
+        self._could_train = False  # whether a parameter has had a gradient, which a step may end without
 
     def begin(self, optimizer: Optimizer, groups: Iterable[Group]) -> None:
         """Keep copies of what these groups hold before a step."""
@@ -54,18 +54,18 @@ class WatchedSteps:
         """Keep copies of parameters."""
         for p in parameters:
             value = to_local(p).detach().clone()
-            self._before.append(_Before(p, value))
+            self._before_step.append(_Before(p, value))
 
     def note_gradients(self) -> None:
         """Note whether a parameter has a gradient to learn from."""
-        self._is_due |= any(map(_Before.can_learn, self._before))
+        self._could_train |= any(map(_Before.can_learn, self._before_step))
 
     def end(self, optimizer: Optimizer) -> None:
         """After a step, refuse an optimizer that has trained nothing of these groups."""
         self.note_gradients()
-        self._has_trained |= any(each.was_trained_by(optimizer) for each in self._before)
-        self._before.clear()
-        if self._is_due and not self._has_trained:
+        self._has_trained |= any(each.was_trained_by(optimizer) for each in self._before_step)
+        self._before_step.clear()
+        if self._could_train and not self._has_trained:
             raise OptimizerError(
                 f"{type(optimizer).__name__} did not train the adapters: it does not look at the parameter groups that "
                 "lr_scale adds. Leave lr_scale out, or use another optimizer."

@@ -82,24 +82,24 @@ class Gradients:
         if optimizer in self.optimizers:
             return []
         held = self.held_by(optimizer)
-        missed = self.received.missed(held)
-        has_any_gradient = self.had_backward or missed != held  # code may call loss.backward() itself
+        unreached = self.received.unreached(held)
+        has_any_gradient = self.had_backward or unreached != held  # code may call loss.backward() itself
         if not has_any_gradient:
             return []
         self.optimizers.append(optimizer)
-        return self._begin_first_step(held, missed)
+        return self._begin_first_step(held, unreached)
 
     def held_by(self, optimizer: Optimizer) -> Set[nn.Parameter]:
         """Return the module's parameters that an optimizer trains."""
         return held_by([optimizer])
 
-    def _begin_first_step(self, held: Set[nn.Parameter], missed: Set[nn.Parameter]) -> list[str]:
+    def _begin_first_step(self, held: Set[nn.Parameter], unreached: Set[nn.Parameter]) -> list[str]:
         """Check the weights, and settle which copies follow. Return the other layers without a gradient."""
         view = view_of(self.model)
         refuse_computed_weights(view)  # hooks may compute them since training began
-        unreached = layers_trained_by(missed, view)
+        unreached_layers = layers_trained_by(unreached, view)
         copies = self._settle_copies(view, layers_trained_by(held, view))
-        return names_outside(unreached, copies)
+        return names_outside(unreached_layers, copies)
 
     def _settle_copies(self, view: View, layers: Mapping[str, LoRALayer]) -> dict[str, str]:
         """Find networks among these layers that copy others, and have no gradient yet.

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 class Received:
     """Judges by the gradients that are there."""
 
-    def missed(self, parameters: Set[nn.Parameter]) -> set[nn.Parameter]:
+    def unreached(self, parameters: Set[nn.Parameter]) -> set[nn.Parameter]:
         """Return those of these parameters that have received no gradient."""
         return {p for p in parameters if p.grad is None}
 
@@ -34,7 +34,7 @@ class NotedGradients(Received):
         for p in self.trained:
             self.hooks.append(p.register_post_accumulate_grad_hook(self.reached.add))
 
-    def missed(self, parameters: Set[nn.Parameter]) -> set[nn.Parameter]:
+    def unreached(self, parameters: Set[nn.Parameter]) -> set[nn.Parameter]:
         """Return those of these parameters that no backward pass has reached."""
         return set(parameters - self.ever_reached - self.reached)
 

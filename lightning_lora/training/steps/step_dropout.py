@@ -6,7 +6,7 @@ from lightning_lora.layers import Step
 from lightning_lora.model.view import View
 
 
-class Dropout:
+class StepDropout:
     """Lets dropout act in the training steps of a fit."""
 
     def __init__(self) -> None:

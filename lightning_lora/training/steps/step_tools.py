@@ -5,7 +5,7 @@ from torch import nn
 from lightning_lora.moments import NO_GUARDS, Guard, Guards
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.steps.first_steps import FirstSteps
-from lightning_lora.training.steps.step_dropout import Dropout
+from lightning_lora.training.steps.step_dropout import StepDropout
 
 
 class StepTools:
@@ -21,7 +21,7 @@ class StepTools:
         if is_first_process:
             self.guards_in_first_process = self.guards_in_each_process
         self.first_steps = FirstSteps(self.guards_in_first_process)
-        self.dropout = Dropout()
+        self.dropout = StepDropout()
         self.float32 = Float32Steps()  # a training sets its own
 
     def begin_step(self, model: nn.Module) -> None:
