@@ -33,10 +33,10 @@ from lightning_lora.training.strategies.partitions import (
 )
 from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
-_SHARDS = "float32"
+_FLOAT32_SHARDS = "float32"
 """The entry of an optimizer's state in half precision with DeepSpeed's float32 shards."""
 
-_SCALE = "loss_scaler"
+_LOSS_SCALER = "loss_scaler"
 """The entry that says how DeepSpeed scales the loss in float16."""
 
 
@@ -56,11 +56,11 @@ class DeepSpeedMethods(LateRestoreMethods):
         """Accept ZeRO stage 1 or 2."""
         settings = strategy.config.get("zero_optimization") or {}  # from its arguments or from a file
         stage = int(settings.get("stage", 0))
-        called = type(strategy).__name__
+        title = type(strategy).__name__
         if stage == 0:
-            raise StrategyError(f"{called} without ZeRO shards nothing. Use strategy='ddp', or ZeRO stage 1 or 2.")
+            raise StrategyError(f"{title} without ZeRO shards nothing. Use strategy='ddp', or ZeRO stage 1 or 2.")
         if stage not in (1, 2):
-            refuse_strategy(f"{called} with ZeRO stage {stage}")
+            refuse_strategy(f"{title} with ZeRO stage {stage}")
 
     # Set up
 
@@ -180,10 +180,11 @@ class DeepSpeedMethods(LateRestoreMethods):
         (optimizer,) = self.strategy.optimizers
         (state,) = checkpoint["optimizer_states"]
         optimizer.optimizer.load_state_dict(scattered_state(self.partitions, state))
-        for partition, values in zip(self.partitions, state.get(_SHARDS, ()), strict=False):  # or a file has none
-            partition.local.detach().copy_(partition.local_of(values))
-        if _SCALE in state and hasattr(optimizer, "loss_scaler"):
-            vars(optimizer.loss_scaler).update(state[_SCALE])
+        if _FLOAT32_SHARDS in state:
+            for partition, values in zip(self.partitions, state[_FLOAT32_SHARDS], strict=True):
+                partition.shard.detach().copy_(partition.scatter(values))
+        if _LOSS_SCALER in state and hasattr(optimizer, "loss_scaler"):
+            vars(optimizer.loss_scaler).update(state[_LOSS_SCALER])
 
     @patches_strategy
     def optimizer_state(self, optimizer: Any) -> OptimizerState:
@@ -191,10 +192,11 @@ class DeepSpeedMethods(LateRestoreMethods):
         device = self.strategy.root_device
         state = gathered_state(self.partitions, optimizer, device)
         if any(map(Partition.has_other_dtype, self.partitions)):
-            state[_SHARDS] = [partition.full(partition.local.detach(), device) for partition in self.partitions]
+            shards = [partition.gather(partition.shard.detach(), device) for partition in self.partitions]
+            state[_FLOAT32_SHARDS] = shards
         scaler = vars(optimizer).get("loss_scaler")
         if scaler is not None and scaler.dynamic:
-            state[_SCALE] = where(vars(scaler), _is_plain)
+            state[_LOSS_SCALER] = where(vars(scaler), _is_plain)
         return state
 
     # Training

@@ -18,7 +18,7 @@ OptimizerState = dict[str, Any]
 
 
 class Piece(NamedTuple):
-    """The numbers of one parameter that are in this process's shard: a run of them, or none."""
+    """The numbers of one parameter that are in this process's shard: some that follow each other, or none."""
 
     parameter: nn.Parameter
     first: int  # in the parameter
@@ -35,21 +35,26 @@ class Piece(NamedTuple):
 
 
 class Partition:
-    """A group of parameters that lie end to end in one vector. Of it this process trains the shard ``local``.
+    """A group of parameters that lie end to end in one vector. Each process trains one ``shard`` of it.
 
-    ``runs`` says what each parameter shares with it: the first number in the parameter, the first in ``local``, and
-    how many.
+    ``spans`` says what each parameter shares with this process's shard (:class:`.OwnSpan`): the first number in the
+    parameter, the first in the shard, and how many. For example, with a shard of 4 numbers for each of two processes,
+    parameters of 6, 1 and 1 numbers have the spans ``(0, 0, 4), (0, 0, 0), (0, 0, 0)`` in the first one, and
+    ``(4, 0, 2), (0, 2, 1), (0, 3, 1)`` in the second.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], local: Tensor, runs: list[tuple[int, int, int]]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], shard: Tensor, spans: list[tuple[int, int, int]]) -> None:
         self.parameters = parameters
-        self.local = local
-        self.pieces = [Piece(p, *run) for p, run in zip(parameters, runs, strict=True)]
+        self.shard = shard
+        self.pieces = [Piece(p, *span) for p, span in zip(parameters, spans, strict=True)]
 
     # Values
 
-    def full(self, shard: Tensor, device: torch.device) -> list[Tensor]:
-        """Return the values of all parameters, from all shards."""
+    def gather(self, shard: Tensor, device: torch.device) -> list[Tensor]:
+        """Return the values of all parameters, from the shards of all processes. Collective.
+
+        ``shard``: this process's, of the parameters or of something else that is sharded as they are.
+        """
         all_values = []
         for piece in self.pieces:
             values = torch.zeros(piece.parameter.shape, dtype=shard.dtype, device=device)
@@ -58,13 +63,13 @@ class Partition:
             all_values.append(values)
         return all_values
 
-    def local_of(self, all_values: Iterable[Tensor]) -> Tensor:
+    def scatter(self, all_values: Iterable[Tensor]) -> Tensor:
         """Return this process's shard of the values of all parameters."""
-        return self._local_of_some(dict(enumerate(all_values)))
+        return self._scatter_some(dict(enumerate(all_values)))
 
-    def _local_of_some(self, values_by_number: Mapping[int, Tensor]) -> Tensor:
+    def _scatter_some(self, values_by_number: Mapping[int, Tensor]) -> Tensor:
         """The same, of the parameters with these numbers. The others' values are zero."""
-        shard = torch.zeros_like(self.local)
+        shard = torch.zeros_like(self.shard)
         for number, values in values_by_number.items():
             piece = self.pieces[number]
             piece.of_shard(shard).copy_(piece.of_parameter(values))
@@ -76,44 +81,44 @@ class Partition:
         Where the shard rounds to the parameter, it has the finer value, which stays.
         """
         for piece in self.pieces:
-            finer = piece.of_shard(self.local.detach())
+            finer = piece.of_shard(self.shard.detach())
             values = piece.of_parameter(piece.parameter.detach()).to(finer.device)
             is_rounded = finer.to(values.dtype) == values
             finer.copy_(torch.where(is_rounded, finer, values.to(finer.dtype)))
 
     def has_other_dtype(self) -> bool:
         """Whether what trains is in another dtype than the parameters: float32."""
-        return any(p.dtype != self.local.dtype for p in self.parameters)
+        return any(p.dtype != self.shard.dtype for p in self.parameters)
 
     # States of the optimizer
 
-    def full_states(self, state: OptimizerState, device: torch.device) -> list[OptimizerState]:
-        """Return the optimizer's state of each parameter."""
+    def gather_states(self, state: OptimizerState, device: torch.device) -> list[OptimizerState]:
+        """Return the optimizer's state of each parameter. Collective. ``state``: that of this process's shard."""
         states: list[OptimizerState] = [{} for _ in self.parameters]
         for name, value in state.items():
-            values = self._full_entry(value, device)
+            values = self._gather_entry(value, device)
             for state_of_one, value_of_one in zip(states, values, strict=True):
                 state_of_one[name] = value_of_one
         return states
 
-    def _full_entry(self, value: Any, device: torch.device) -> list[Any]:
+    def _gather_entry(self, value: Any, device: torch.device) -> list[Any]:
         """An entry of this shard's state for each parameter: its values, or one for all, as the number of steps."""
-        if _has_shape_of(self.local, value):
-            return self.full(value, device)
+        if _has_shape_of(self.shard, value):
+            return self.gather(value, device)
         return [deepcopy(value) for _ in self.parameters]
 
-    def local_state(self, states: Sequence[OptimizerState]) -> OptimizerState:
-        """Return the optimizer's state of this shard."""
+    def scatter_states(self, states: Sequence[OptimizerState]) -> OptimizerState:
+        """Return the optimizer's state of this process's shard. ``states``: that of each parameter."""
         entries: dict[str, dict[int, Any]] = defaultdict(dict)  # by name, the values of the parameters that have one
         for number, state in enumerate(states):
             for name, value in where(state, _is_there).items():
                 entries[name][number] = value
-        return {name: self._local_entry(name, values) for name, values in entries.items()}
+        return {name: self._scatter_entry(name, values) for name, values in entries.items()}
 
-    def _local_entry(self, name: str, values: dict[int, Any]) -> Any:
+    def _scatter_entry(self, name: str, values: dict[int, Any]) -> Any:
         """One entry of this shard's state: its part of the parameters' values, or one value for all."""
         if all(_has_shape_of(self.parameters[number], value) for number, value in values.items()):
-            return self._local_of_some(values)
+            return self._scatter_some(values)
         for_all, *_ = values.values()
         if isinstance(for_all, Tensor) and for_all.dim():
             raise ValueError(f"its entry {name!r} has other shapes than the parameters")
@@ -139,7 +144,7 @@ def gathered_state(partitions: Sequence[Partition], optimizer: Any, device: torc
     groups = []
     for partition, group in zip(partitions, optimizer.param_groups, strict=True):
         first = len(states)
-        states += partition.full_states(optimizer.state.get(partition.local, {}), device)
+        states += partition.gather_states(optimizer.state.get(partition.shard, {}), device)
         groups.append({**group, "params": list(range(first, len(states)))})
     return {"state": _without_empty(states), "param_groups": groups}
 
@@ -152,7 +157,7 @@ def scattered_state(partitions: Sequence[Partition], state: OptimizerState) -> O
     for partition, group in zip(partitions, state["param_groups"], strict=True):
         states_in_group = [state["state"].get(key, {}) for key in group["params"]]
         groups.append({**group, "params": [len(states)]})
-        states.append(partition.local_state(states_in_group))
+        states.append(partition.scatter_states(states_in_group))
     return {"state": _without_empty(states), "param_groups": groups}
 
 

@@ -21,12 +21,13 @@ from lightning_lora.model.changes.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors import shards
-from lightning_lora.tensors.dicts import grouped, only, where, where_not
+from lightning_lora.tensors.dicts import grouped, where, where_not
 from lightning_lora.tensors.names import parameters_by_name, set_parameter
 from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.steps.received import NotedGradients
+from lightning_lora.training.strategies.distributed_states import distributed_state
 from lightning_lora.training.strategies.late_restore import LateRestoreMethods
 from lightning_lora.training.strategies.partitions import OptimizerState
 from lightning_lora.training.strategies.strategy_patch import patches_strategy
@@ -149,7 +150,7 @@ class ShardedMethods(LateRestoreMethods):
 
     def load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states, each process its own shards."""
-        states = map(_distributed_state, checkpoint["optimizer_states"], self.strategy.optimizers)
+        states = map(distributed_state, checkpoint["optimizer_states"], self.strategy.optimizers)
         super().load_states({**checkpoint, "optimizer_states": list(states)})
 
     @patches_strategy
@@ -197,8 +198,8 @@ class ShardedGradients(Gradients):
         super().__init__(model, NotedGradients(model), begins_copies=begins_copies)
         self.methods = methods
         self.mesh = methods.mesh
-        averaged = where(parameters_by_name(model), _is_left_to_us)
-        self.averaged = grouped(averaged.values(), _dtype_of)
+        left_to_us = where(parameters_by_name(model), _is_left_to_us)
+        self.parameters_by_dtype = grouped(left_to_us.values(), _dtype_of)
         self.statistics: list[Tensor] = []  # the buffers of modules that train in full, such as norms
         for module in view_of(model).saved:
             self.statistics += filterfalse(shards.is_dtensor, module.buffers())
@@ -206,7 +207,7 @@ class ShardedGradients(Gradients):
     def end_backward(self) -> None:
         """Average the gradients, unless the pass only accumulates."""
         if self.methods.averages_gradients and self.mesh.size() > 1:
-            for parameters in self.averaged.values():
+            for parameters in self.parameters_by_dtype.values():
                 self._average(parameters)
             _broadcast_from_first(self.statistics)
         super().end_backward()
@@ -214,11 +215,11 @@ class ShardedGradients(Gradients):
     @torch.no_grad()
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients of parameters of one dtype, with one message."""
-        gradients = list(map(_local_gradient, parameters))
-        message = torch.cat(list(map(torch.ravel, gradients)))
+        gradients = [_local_gradient(p) for p in parameters]
+        message = torch.cat([gradient.ravel() for gradient in gradients])
         message.mul_(1 / self.mesh.size())  # before the sum, as DDP
         dist.all_reduce(message, group=self.mesh.get_group())
-        sizes = list(map(torch.numel, gradients))
+        sizes = [gradient.numel() for gradient in gradients]
         for gradient, mean in zip(gradients, message.split(sizes), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
@@ -274,34 +275,3 @@ def _broadcast_adapters(view: View) -> None:
         values = shards.full_tensor(p.detach())
         _broadcast_from_first([values])
         replace_values(p, shards.distributed_as(values, p))
-
-
-def _distributed_state(state: OptimizerState, optimizer: Any) -> OptimizerState:
-    """An optimizer's state, in which distributed parameters have this process's shards."""
-    parameters = _in_groups(optimizer.param_groups)
-    numbers = _in_groups(state["param_groups"])
-    if len(parameters) != len(numbers):
-        return state  # torch refuses it, and says why
-    by_number = dict(zip(numbers, parameters, strict=True))
-    distributed = {}
-    for number, p in only(by_number, state["state"]).items():
-        distributed[number] = _distributed_entries(state["state"][number], p)
-    return {**state, "state": distributed}
-
-
-def _in_groups(groups: Iterable[OptimizerState]) -> list[Any]:
-    """The parameters of an optimizer's groups, or their numbers."""
-    found: list[Any] = []
-    for group in groups:
-        found += group["params"]
-    return found
-
-
-def _distributed_entries(entries: OptimizerState, p: nn.Parameter) -> OptimizerState:
-    """The state of one parameter: of what has its shape, this process's shard."""
-    distributed = {}
-    for name, value in entries.items():
-        distributed[name] = value
-        if isinstance(value, Tensor) and value.shape == p.shape:
-            distributed[name] = shards.distributed_as(value, p)
-    return distributed
