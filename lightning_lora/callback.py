@@ -220,7 +220,7 @@ class LoRACallback(Callback):
             adapter=ChosenAdapter(self.name if is_named else None),
             save=self.save,
             lr_scale=self.lr_scale,
-            filled=self._filled_buffers.setdefault(pl_module, set()),
+            filled_buffers=self._filled_buffers.setdefault(pl_module, set()),
             callbacks=compatibility.callbacks_of(trainer),
             tools=StepTools(is_first_process=trainer.is_global_zero),
         )

@@ -50,7 +50,7 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     if not _needs_data(view.config) or not view.is_fresh():
         return
     check_data_init(trainer, pl_module, view.config)  # again: the module's own hooks have run
-    start = _Start(trainer, pl_module, view.config, leading_layers(view))
+    start = _DataStart(trainer, pl_module, view.config, leading_layers(view))
     start.check_quantised()
     start.run()
     _send_to_all_processes(trainer, view)
@@ -66,7 +66,7 @@ def _send_to_all_processes(trainer: Trainer, view: View) -> None:
 
 
 @dataclass(frozen=True)
-class _Start:
+class _DataStart:
     """A start from data in one fit. Layers of copies, which follow others, have none."""
 
     trainer: Trainer

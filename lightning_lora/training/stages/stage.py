@@ -48,8 +48,8 @@ class Stage:
     way_back: WayBack = field(init=False)
     before_hooks: BeforeHooks = field(default_factory=BeforeHooks)
 
-    filled: set[str] = field(default_factory=set)
-    """The buffers that the module's own hooks have filled, in this stage or an earlier one."""
+    filled_buffers: set[str] = field(default_factory=set)
+    """Those that the module's own hooks have filled, in this stage or an earlier one."""
 
     # How far the stage is
 
@@ -169,12 +169,12 @@ class Stage:
             file_config: The arguments of the adapters in a file, for which the module is adapted.
             replaced: Whether these adapters come in place of others of this stage.
         """
-        self.filled |= self.before_hooks.take_filled_buffers(pl_module)
+        self.filled_buffers |= self.before_hooks.take_filled_buffers(pl_module)
         if not self.should_be_adapted(pl_module, for_file=file_config is not None):
             return
         self.add_adapters(pl_module, file_config)
         view = view_of(pl_module)
-        view.record.base.note_filled(self.filled)
+        view.record.base.note_filled(self.filled_buffers)
         if self.phase is Phase.SET_UP:  # later, the base and the callbacks' averages are those of a checkpoint
             begin_averages(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
             self.set_base_from_hooks(view)

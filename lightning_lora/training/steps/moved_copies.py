@@ -63,13 +63,13 @@ class FrozenCopies:
 
     def _is_towards_original(self, view: View, name: str, copy: str) -> bool:
         """Whether a weight lies between what it was and its original, with or without the update."""
-        wanted = _weights_with_update(view, self.name_in_original(name, copy))
-        if not wanted or wanted[0].shape != view.base_parameters[name].shape:
+        weights_of_original = _weights_with_update(view, self.name_in_original(name, copy))
+        if not weights_of_original or weights_of_original[0].shape != view.base_parameters[name].shape:
             return False
         now = samples(view.base_parameters[name])
-        before_and_wanted = [self._before[name].some_values]
-        before_and_wanted += map(samples, wanted)
-        ends = [values.to(now) for values in before_and_wanted]
+        ends = [self._before[name].some_values.to(now)]
+        for weight in weights_of_original:
+            ends.append(samples(weight).to(now))
         return _are_between(now, torch.stack(ends).double())
 
 
@@ -82,7 +82,7 @@ def _are_between(values: Tensor, ends: Tensor) -> bool:
 
 
 def _weights_with_update(view: View, name: str) -> list[Tensor]:
-    """A weight of an adapted network: as it is, and with its update."""
+    """A weight of an adapted network: as it is, and with its update, if it has one. Nothing, if there is no such."""
     if name not in view.base_parameters:
         return []
     weights = [view.base_parameters[name].detach()]

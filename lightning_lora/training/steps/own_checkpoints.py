@@ -26,12 +26,12 @@ class OwnCheckpoints:
     def __init__(self, frozen: Set[nn.Parameter]) -> None:
         self.frozen = set(filter(_may_have_gradient, frozen))
         self.were_found = False
-        self.losses = 0
+        self.losses_seen = 0
 
     def prepare(self, loss: Tensor) -> None:
         """Let those behind ``loss`` ask for gradients of frozen weights. Where the first losses have none, stop."""
-        self.losses += 1
-        if self.losses > _FIRST_LOSSES and not self.were_found:
+        self.losses_seen += 1
+        if self.losses_seen > _FIRST_LOSSES and not self.were_found:
             return
         for node in nodes_behind([loss]):
             if isinstance(node, BackwardCFunction):

@@ -114,6 +114,7 @@ class LoadMethods(SetUpMethods):
             self.load_plain(checkpoint, strict=strict)
             return
         self.note_base()
+        self.convert_to_float64()
         are_read = compatibility.states_are_read(self.stage.callbacks)
         with checkpoints.naming_the_file(self.stage.file):
             checkpoints.load_checkpoint_state(self.module, checkpoint, completes_states=are_read)

@@ -88,16 +88,14 @@ class SetUpMethods(StrategyPatch):
             rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: its plain weights are evaluated.")
 
     def note_base(self, *, anew: bool = True) -> None:
-        """Note the base's fingerprint as it was loaded, then convert to float64 if the run does.
+        """Note the base's fingerprint as it was loaded: later, a checkpoint or a conversion may change it.
 
-        Later, a checkpoint or a conversion may change it. Without ``anew``, a weight is read again only if a quick look
-        shows a change.
+        Without ``anew``, a weight is read again only if a quick look shows a change.
         """
         view = view_of(self.module)
         view.record.note_fingerprint(fingerprint(view, anew=anew))
-        self._convert_to_float64()
 
-    def _convert_to_float64(self) -> None:
+    def convert_to_float64(self) -> None:
         """Convert the module now if it will be float64: a checkpoint's values would be rounded to another dtype."""
         precision = self.strategy.precision_plugin
         if str(precision.precision) == "64-true":
