@@ -21,9 +21,9 @@ from lightning_lora.training.untrained_at_start import tell_of_new_base
 
 
 class NoTraining:
-    """What the callback's hooks call while no training runs: a user's code may take steps around one.
+    """What the callback's hooks call while no training runs: a user's code may take steps before and after one.
 
-    Rates are mirrored, a batch that ends is an error, and all else does nothing.
+    A step gives scaled groups the module's rates, a batch that ends is an error, and all else does nothing.
     """
 
     def begin_batch(self) -> None:

@@ -51,13 +51,13 @@ def _trim(view: View, optimizer: Optimizer, group: Group) -> None:
     held = held_by([optimizer])
     added = set(map(_parameter_of, group["params"]))
     held_already = with_values({**view.adapter_parameters, **view.trainable_base}, held & added)
-    layers = dict.fromkeys([*map(owner_of, held_already), *_layers_that_train(view, held, added)])
-    if not layers:  # frozen weights alone are refused in the optimizer's next step
+    layers_with_a_group = dict.fromkeys([*map(owner_of, held_already), *_layers_that_train(view, held, added)])
+    if not layers_with_a_group:  # frozen weights alone are refused in the optimizer's next step
         return
     frozen = with_values(view.frozen_base, added)
     left_out = {*held_already.values(), *frozen.values()}
     group["params"] = [item for item in group["params"] if _parameter_of(item) not in left_out]
-    _tell(layers, frozen)
+    _tell(layers_with_a_group, frozen)
 
 
 def _parameter_of(item: Any) -> Any:

@@ -66,10 +66,10 @@ def _not_held(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 
 def _in_built_groups(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """The parameters in the groups as the user's code has built them."""
-    held = set[nn.Parameter]()
+    built = set[nn.Parameter]()
     for optimizer in optimizers:
-        held |= parameters_in(built_groups(optimizer))
-    return held
+        built |= parameters_in(built_groups(optimizer))
+    return built
 
 
 def _plan(view: View, optimizers: Iterable[Optimizer]) -> list[Edit]:

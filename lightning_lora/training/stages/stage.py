@@ -78,9 +78,9 @@ class Stage:
         return self.way_back.came == "adapted"
 
     @property
-    def is_fitting(self) -> bool:
-        """Whether a fit is running."""
-        return False
+    def is_running_fit(self) -> bool:
+        """Whether this is a fit that has not ended yet."""
+        return self.is_fit and self.phase is not Phase.OVER
 
     # Begin
 
@@ -269,11 +269,6 @@ class Fit(Stage):
     """A stage that trains. What it has loaded or trained stays on the module."""
 
     is_fit: ClassVar[bool] = True
-
-    @property
-    def is_fitting(self) -> bool:
-        """Whether this fit is running."""
-        return self.phase is not Phase.OVER
 
     def begin(self, pl_module: LightningModule) -> None:
         """Unmerge the module. Refuse to train a sum of adapters."""

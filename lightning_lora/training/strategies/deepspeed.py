@@ -91,7 +91,7 @@ class DeepSpeedMethods(LateRestoreMethods):
     @patches_strategy
     def init_deepspeed(self) -> None:
         """Build the engine."""
-        if self.stage.is_fitting:
+        if self.stage.is_running_fit:
             self._build_for_fit()
             return
         self.original.init_deepspeed()

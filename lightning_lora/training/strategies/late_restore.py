@@ -15,7 +15,7 @@ class LateRestoreMethods(StrategyMethods):
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed, and the optimizers' states: Lightning leaves both to this strategy."""
         super().load_model_state_dict(checkpoint, strict)
-        if self.stage.is_fitting and checkpoint.get("optimizer_states"):
+        if self.stage.is_running_fit and checkpoint.get("optimizer_states"):
             self.strategy.load_optimizer_state_dict(checkpoint)
 
     def adapt_replaced_layers(self, checkpoint: Any) -> None:

@@ -63,12 +63,12 @@ class LoadMethods(SetUpMethods):
     def _remove_left_parts(self, path: Any) -> None:
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
         local = disk.local_path(path)
-        if local is not None and self.stage.is_fitting and self.strategy.is_global_zero:
+        if local is not None and self.stage.is_running_fit and self.strategy.is_global_zero:
             remove_left_parts(local.parent)
 
     def _evaluates_plain_module(self) -> bool:
         """Whether the module has no adapters, and gets none."""
-        return not self.stage.is_fitting and find_record(self.module) is None
+        return not self.stage.is_running_fit and find_record(self.module) is None
 
     def adapt_to_file(self, checkpoint: Checkpoint, path: Any) -> None:
         """Adapt the module as its arguments and the file say."""
@@ -80,7 +80,7 @@ class LoadMethods(SetUpMethods):
         if file_config is not None and stage.phase is not Phase.TRAINING:  # in training, the adapters stay
             replaced = stage.take_config(self.module, file_config, path)
         self.adapt(file_config=file_config, replaced=replaced)
-        if replaced and stage.is_fitting:
+        if replaced and stage.is_running_fit:
             self.rebuild_optimizers()
 
     def rebuild_optimizers(self) -> None:
@@ -96,7 +96,7 @@ class LoadMethods(SetUpMethods):
 
     def _completed(self, checkpoint: Checkpoint, path: Any) -> Checkpoint:
         """Return a checkpoint of adapters with what hooks expect in it. A fit must be able to go on from it."""
-        if self.stage.is_fitting and self.stage.phase is not Phase.TRAINING:
+        if self.stage.is_running_fit and self.stage.phase is not Phase.TRAINING:
             check_resumable(checkpoint, path)
         checkpoints.complete_averages(self.module, checkpoint)
         show_base(self.module, checkpoint)  # to on_load_checkpoint

@@ -37,12 +37,12 @@ class SaveMethods(SetUpMethods):
         """Write a checkpoint with only the adapters. ``save="model"`` adds the whole merged model."""
         if self.stage.is_fit and self.stage.phase is Phase.SET_UP:
             self._keep_copies_for_trial()
-        # other plugins may write when training goes on: then the values are copied now
-        may_be_later = not has_lightnings_io(self.strategy) or self.is_by_other_code("save_checkpoint")
+        # other code may write while training goes on: it gets copies of the values
+        may_write_later = not has_lightnings_io(self.strategy) or self.is_by_other_code("save_checkpoint")
         if "state_dict" in checkpoint:  # a module's hook may write files of its own instead
-            checkpoint = self._as_written(checkpoint, written_later=may_be_later)
-        # otherwise, the process that writes does so beside the file, which is replaced when all is written
-        writes_beside = self.strategy.is_global_zero and not may_be_later
+            checkpoint = self._as_written(checkpoint, written_later=may_write_later)
+        # the process that writes at once does so beside the file, which is replaced when all is written
+        writes_beside = self.strategy.is_global_zero and not may_write_later
         with disk.writing(filepath, beside=writes_beside) as path:
             self.original.save_checkpoint(checkpoint, path, storage_options)
 
