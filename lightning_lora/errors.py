@@ -5,7 +5,7 @@ Each error is a :class:`LoRAError`, each warning a :class:`LoRAWarning`.
 
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 # Errors
@@ -115,6 +115,12 @@ def shortened(texts: Iterable[str], most: int = 5) -> str:
     shown = ", ".join(texts[:most])
     others = len(texts) - most
     return f"{shown} and {others} more" if others > 0 else shown
+
+
+def misfits(names_by_fault: Mapping[str, Collection[str]]) -> str:
+    """Return what does not fit: ``missing 'a' and unexpected 'b', 'c'``. Empty: all fits."""
+    texts = [f"{fault} {listed(names)}" for fault, names in names_by_fault.items() if names]
+    return " and ".join(texts)
 
 
 def counted(number: int, noun: str) -> str:

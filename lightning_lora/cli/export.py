@@ -13,10 +13,15 @@ examples::
   lightning-lora export last.ckpt lora_folder/ --format kohya
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from lightning_lora.storage.files import export_peft
+from lightning_lora.storage.formats.peft.writing.model_card import is_repository
+from lightning_lora.storage.formats.peft_names import PEFT_CONFIG
 from lightning_lora.storage.formats.registry import WRITTEN
+from lightning_lora.storage.on_disk.disk import path_here
 
 
 def add_arguments(parser: Any) -> None:
@@ -39,4 +44,16 @@ def run(arguments: Any) -> str:
         format=arguments.format,
         base_name=arguments.base_name,
     )
-    return f"Wrote files for {arguments.format} into {arguments.folder}."
+    text = f"Wrote files for {arguments.format} into {arguments.folder}."
+    if arguments.format == "peft":
+        text += _about_local_base(path_here(arguments.folder))
+    return text
+
+
+def _about_local_base(folder: Path) -> str:
+    """What is said where PEFT's files name a folder as their base: other machines do not have it."""
+    config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    base = config["base_model_name_or_path"] or ""
+    if not base or is_repository(base):
+        return ""
+    return f" They name the base {base!r}, a folder of this machine. For another name, give --base-name."

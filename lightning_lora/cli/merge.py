@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from lightning_lora.errors import counted
+from lightning_lora.errors import counted, listed
 from lightning_lora.storage.offline.merge_files import merge_files
 
 
@@ -35,6 +35,10 @@ def run(arguments: Any) -> str:
         def step(total: int) -> None:
             bar.update(task, total=total, advance=1)
 
-        count = merge_files(arguments.base, arguments.adapter, arguments.out, step)
-    weights = counted(count, "weight")
-    return f"Merged {weights} into {arguments.out}."
+        merged = merge_files(arguments.base, arguments.adapter, arguments.out, step)
+    weights = counted(len(merged.updated), "weight")
+    text = f"Merged {weights} into {arguments.out}."
+    if merged.replaced:
+        tensors = counted(len(merged.replaced), "tensor")
+        text += f" It also has {tensors} as {arguments.adapter} holds them, whole: {listed(merged.replaced)}."
+    return text

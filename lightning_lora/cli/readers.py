@@ -20,9 +20,9 @@ from rich.table import Table
 
 from lightning_lora.printing import fitting_console, printable
 from lightning_lora.storage.formats.contents import read_contents
-from lightning_lora.storage.formats.peft.readers.folder_readers import lines_of_readers
+from lightning_lora.storage.formats.peft.readers.folder_readers import lines_of_readers, no_adapters_of_peft
 from lightning_lora.storage.formats.peft.readers.reader_table import MEANINGS, PARTS, READERS, SCALINGS
-from lightning_lora.storage.formats.registry import adapter_file_at
+from lightning_lora.storage.formats.registry import adapter_file_at, file_in
 
 
 def add_arguments(parser: Any) -> None:
@@ -41,6 +41,8 @@ def run(arguments: Any) -> None:
 def _show_lines(folder: Path) -> None:
     """Print a line for each reader of a folder."""
     console = fitting_console()
+    if folder.is_dir() and file_in(folder) is None:
+        raise no_adapters_of_peft(folder)
     file = adapter_file_at(folder)
     for reader, line in lines_of_readers(read_contents(file), file).items():
         console.print(printable(f"{reader}: {line}"), markup=False, highlight=False, soft_wrap=True)

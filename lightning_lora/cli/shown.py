@@ -83,7 +83,7 @@ def _line_of_base(found: Plain) -> str:
     dtypes = ", ".join(found["base"]["dtypes"])
     line = f"Base: {count} frozen tensors, {dtypes}."
     if found["base"]["name"]:
-        line += f" They came from {found['base']['name']}."
+        line += f" They came from {found['base']['name']!r}."
     for name, rows in found["tokens"].items():
         line += f" Rows of {name} train: {len(rows)}."
     return line

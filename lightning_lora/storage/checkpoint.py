@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.base.fingerprints import find_same_form
-from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, listed
+from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, misfits
 from lightning_lora.model.base_values import base_values
 from lightning_lora.model.changes.attach import reinitialise_if_base_changed
 from lightning_lora.model.merge import unmerged
@@ -227,7 +227,7 @@ def _check_base_fits(model: nn.Module, state: StateDict) -> None:
     if wrong:
         raise BaseMismatchError(
             f"This checkpoint has no adapters of this package, and as a base it does not fit {type(model).__name__}: "
-            f"{listed(wrong)}. Pass a checkpoint of the same model, trained with or without LoRACallback."
+            f"{wrong}. Pass a checkpoint of the same model, trained with or without LoRACallback."
         )
 
 
@@ -237,15 +237,19 @@ def _state_of_base(model: nn.Module) -> dict[str, Any]:
     return without(state, own_adapters_in(view_of(model), state))
 
 
-def _misfits(expected: StateDict, state: StateDict) -> list[str]:
+def _misfits(expected: StateDict, state: StateDict) -> str:
     """What is missing in a state, is unexpected, or has another shape, in words."""
-    wrong = [f"{name} is missing" for name in names_not_in(expected, state)]
+    of_other_shape = list[str]()
     for name, value in state.items():
-        if name not in expected:
-            wrong.append(f"{name} is unexpected")
-        elif _has_other_shape(value, expected[name]):
-            wrong.append(f"{name} has another shape")
-    return wrong
+        if _has_other_shape(value, expected.get(name)):
+            of_other_shape.append(name)
+    return misfits(
+        {
+            "missing": names_not_in(expected, state),
+            "unexpected": names_not_in(state, expected),
+            "of another shape": of_other_shape,
+        }
+    )
 
 
 def _has_other_shape(value: object, expected: object) -> bool:

@@ -87,6 +87,17 @@ def test_merge_writes_a_model_and_a_line_for_each_warning(file: str, tmp_path: P
     assert lines[-1].startswith("error: ")
 
 
+def test_merge_names_what_the_adapters_file_holds_whole(file: str, tmp_path: Path, capsys: Any) -> None:
+    base = tmp_path / "base.safetensors"
+    save_file(LitTiny().state_dict(), base)
+    assert main(["merge", str(base), file, str(tmp_path / "merged.safetensors")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"It also has 2 tensors as {file} holds them, whole: 'head." in said
+    saved(Path(file), LitTiny())
+    assert main(["merge", str(base), file, str(tmp_path / "merged.safetensors")]) == 0
+    assert "whole" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("name", "says"), [("none", "does not exist."), ("text", "is no archive of torch")])
 def test_an_error_is_the_last_line_below_the_usage_and_a_code(
     tmp_path: Path, capsys: Any, name: str, says: str
@@ -141,6 +152,21 @@ def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*arguments, "--root", "none"]) == 1
 
 
+def test_export_names_a_base_that_is_a_folder_of_this_machine(tmp_path: Path, capsys: Any) -> None:
+    base = LitTiny()
+    base.config = SimpleNamespace(_name_or_path=str(tmp_path))  # as models of transformers have one
+    saved(tmp_path / "a.safetensors", base)
+    arguments = ["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft")]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert f"They name the base {str(tmp_path)!r}, a folder of this machine." in said
+    assert "--base-name" in said
+    assert main([*arguments, "--base-name", "me/tiny"]) == 0
+    assert "the base" not in capsys.readouterr().out
+    assert main([*arguments, "--base-name", ""]) == 0
+    assert "the base" not in capsys.readouterr().out
+
+
 def block() -> nn.Module:
     return nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)})
 
@@ -162,7 +188,7 @@ def test_inspect_shows_what_the_run_knew(tmp_path: Path, capsys: pytest.CaptureF
     fit.save_checkpoint(tmp_path / "a.ckpt")
     loss = float(fit.callback_metrics["val_loss"])
     assert main(["inspect", str(tmp_path / "a.ckpt")]) == 0
-    assert_in_text(["They came from me/tiny.", f"Logged last: val_loss {loss:.4g}"], capsys.readouterr().out)
+    assert_in_text(["They came from 'me/tiny'.", f"Logged last: val_loss {loss:.4g}"], capsys.readouterr().out)
     assert main(["inspect", str(tmp_path / "a.ckpt"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"] == {"val_loss": loss}
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, misfits, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.layer_updates import LayerUpdate
 from lightning_lora.storage.formats.trained_in_full import TrainedInFull, check_ties, find_trained, is_value_of_base
@@ -39,9 +39,9 @@ def renaming_of(view: View, layers: Collection[str], entries: Collection[str], r
             "modules instead of the whole model."
         )
     if not found:
-        missing = names_not_in(names, known)
+        wrong = misfits({"unexpected": names_not_in(names, known)})
         raise AdapterMismatchError(
-            f"These adapters do not fit {title}: it has no {listed(missing)}. Pass the model that they were trained on."
+            f"These adapters do not fit {title}: {wrong}. Pass the model that they were trained on."
         )
     (renaming,) = found
     if renaming not in (SAME_NAMES, Renaming(here=root)):

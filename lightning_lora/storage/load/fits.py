@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, misfits
 from lightning_lora.layers import INITIALISATIONS, LoRALayer, Settings
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.model.base_values import tensors_with_originals
@@ -125,13 +125,9 @@ def _check_names(
     if unexpected:  # what modules' own code adds may be there too
         unexpected = names_not_in(unexpected, values_to_store(view, state_dict(view.model), random))
     missing = names_not_in(needed, state)
-    wrong = list[str]()
-    if missing:
-        wrong.append(f"missing {listed(missing)}")
-    if unexpected:
-        wrong.append(f"unexpected {listed(unexpected)}")
+    wrong = misfits({"missing": missing, "unexpected": unexpected})
     if wrong:
-        raise AdapterMismatchError(f"These adapters do not fit {view.title}: {' and '.join(wrong)}. {remedy}")
+        raise AdapterMismatchError(f"These adapters do not fit {view.title}: {wrong}. {remedy}")
 
 
 # The base

@@ -1,6 +1,6 @@
 """A file of this package whose names differ from the model's by one prefix."""
 
-from lightning_lora.errors import AdapterMismatchError, listed, warn
+from lightning_lora.errors import AdapterMismatchError, listed, misfits, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming, find_renamings, names_outside
@@ -61,10 +61,10 @@ def _check_present(view: View, stored: StoredAdapters) -> None:
     """Refuse a file with modules that the model lacks, before it is adapted."""
     absent = _absent_modules(view, stored) + _absent_tensors(view, stored)
     if absent:
-        title = view.title
+        wrong = misfits({"unexpected": absent})
         raise AdapterMismatchError(
-            f"The file does not fit {title}: it holds {listed(absent)}, which {title} does not have. Load it onto the "
-            "model that it was saved from. If the module makes them in setup, call model.setup('fit') first."
+            f"These adapters do not fit {view.title}: {wrong}. Load them onto the model that they were saved from. If "
+            "the module makes these in setup, call model.setup('fit') first."
         )
 
 

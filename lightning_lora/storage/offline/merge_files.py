@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,22 @@ from lightning_lora.storage.offline.tensor_files import (
 from lightning_lora.storage.on_disk.disk import check_output, folder_beside, path_here, writing, writing_folder
 from lightning_lora.storage.on_disk.plain_pickles import unread_in
 
+
+@dataclass(frozen=True)
+class MergedNames:
+    """Which tensors of a merged model are not the base's, by their names there."""
+
+    updated: list[str]  # weights that got an update
+    replaced: list[str]  # tensors that the adapters' file holds whole, such as those of a trained norm or head
+
+
 Progress = Callable[[int], object]
 """What is called before each tensor, with the number of all."""
 
 
-def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress: Progress | None = None) -> int:
+def merge_files(
+    base: str | Path, adapter: str | Path, out: str | Path, progress: Progress | None = None
+) -> MergedNames:
     """Merge adapters into files of a base, one tensor at a time.
 
     Args:
@@ -42,7 +54,7 @@ def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress
         progress: Called before each tensor.
 
     Returns:
-        How many weights got an update.
+        Which tensors were merged.
     """
     base = path_here(base)
     out = path_here(out)
@@ -53,7 +65,7 @@ def merge_files(base: str | Path, adapter: str | Path, out: str | Path, progress
     check_plan(merge.plan)
     _write_in_form_of_base(merge, files, out)
     merge.warn_of_rounding()
-    return len(merge.plan.adapted)
+    return MergedNames(list(merge.plan.adapted), list(merge.plan.replaced))
 
 
 def _write_in_form_of_base(merge: "_Merge", files: TensorFiles, out: Path) -> None:

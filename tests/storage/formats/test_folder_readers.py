@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_lora import LoRAConfig, LoRAWarning, export_peft
+from lightning_lora import LoRAConfig, LoRAWarning, export_peft, save_adapter
 from lightning_lora.cli.main import main
 from lightning_lora.storage.formats.peft.readers.reader_table import PEFT_READERS
 from tests.storage.formats.test_export_models import SCALED, tiny
@@ -100,9 +100,26 @@ def test_a_folder_that_peft_wrote_is_read(lines: Any, tmp_path: Path) -> None:
     assert found["llama.cpp"].startswith(f"ignores whole norms ({norm!r}")
 
 
+def test_a_head_with_a_bias_is_no_norm(lines: Any, tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)})
+    export_peft(trained(model, LoRAConfig(r=2, target_modules=["layer"], modules_to_save=["head"])), tmp_path)
+    assert lines(tmp_path)["SGLang"] == "ignores whole heads ('head')"
+
+
+ADVICE = "holds no adapters in PEFT's format. Pass a folder that PEFT reads. From a file of this package"
+
+
+def test_a_folder_or_a_file_without_adapters_of_pefts_is_told_how_to_get_one(capsys: Any, tmp_path: Path) -> None:
+    def says(path: Path) -> str:
+        assert main(["readers", str(path)]) == 1
+        return " ".join(capsys.readouterr().err.split())
+
+    save_adapter(trained(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoRAConfig(r=2)), tmp_path / "a.safetensors")
+    assert f"{tmp_path} {ADVICE}" in says(tmp_path)
+    assert f"{tmp_path / 'a.safetensors'} {ADVICE}" in says(tmp_path / "a.safetensors")
+
+
 def test_what_is_no_folder_of_pefts_is_an_error(capsys: Any, tmp_path: Path) -> None:
-    assert main(["readers", str(tmp_path)]) == 1
-    assert "holds no adapters of PEFT" in capsys.readouterr().err
     save_file({"weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     assert main(["readers", str(tmp_path)]) == 1

@@ -100,7 +100,7 @@ CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exceptio
     # what the tensors are
     (Mixed, {}, holds({"head.lora_A.weight": torch.ones(2, 12)}), FILE, "only one of A and B of"),
     (Mixed, {}, holds({"linear.lora_diag": torch.ones(2)}), FILE, "'base_model.model.linear.lora_diag'"),
-    (Mixed, {}, holds({"w.lora_A.weight": torch.ones(2, 2)}), MODEL, "it has no 'w'"),
+    (Mixed, {}, holds({"w.lora_A.weight": torch.ones(2, 2)}), MODEL, "unexpected 'w'"),
     (Mixed, {}, holds({"linear.lora_A.weight": torch.ones(2, 5)}), MODEL, r"factors \(2, 5\)"),
     (Mixed, {}, holds({"linear.lora_A.weight": torch.full((2, 8), torch.nan)}), FILE, "NaN"),
     (Mixed, {}, holds({"linear.base_layer.weight": torch.ones(8, 8)}), BASE, "differs from that"),

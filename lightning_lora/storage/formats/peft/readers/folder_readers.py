@@ -52,13 +52,21 @@ class _Contents:
 def lines_of_readers(contents: Mapping[str, Any], path: Any) -> dict[str, str]:
     """Return, by its name, what each reader does with a folder."""
     if not isinstance(contents, dict) or not is_peft(contents, path):
-        raise AdapterFileError(f"{path} holds no adapters in PEFT's format. Pass a folder that PEFT reads.")
+        raise no_adapters_of_peft(path)
     tensors = renamed(tensors_in(contents, path), _name_in_base)
     held = _contents_of(tensors, read_config(path))
     lines = dict[str, str]()
     for reader in PEFT_READERS:
         lines[reader.name] = _line(reader, held)
     return lines
+
+
+def no_adapters_of_peft(path: object) -> AdapterFileError:
+    """Return the error for a file or a folder that PEFT does not read."""
+    return AdapterFileError(
+        f"{path} holds no adapters in PEFT's format. Pass a folder that PEFT reads. From a file of this package, "
+        "lightning-lora export FILE FOLDER writes one."
+    )
 
 
 def _name_in_base(key: str) -> str:
@@ -73,12 +81,14 @@ def _contents_of(tensors: Mapping[str, Tensor], peft: PeftConfig) -> _Contents:
     """What these tensors and this configuration are, in the columns of the table."""
     held = _Contents()
     _add_settings(held, peft)
+    others = dict[str, Tensor]()
     for name, tensor in tensors.items():
         wrapped, role = peft_key(name)
         if role is None:
-            _add_other(held, peft, without_wrappers(name), tensor)
+            others[without_wrappers(name)] = tensor
         else:
             _add_adapter(held, peft, name, without_wrappers(wrapped))
+    _add_others(held, peft, others)
     return held
 
 
@@ -109,14 +119,26 @@ def _add_adapter(held: _Contents, peft: PeftConfig, name: str, layer: str) -> No
         held.add(EXPERTS, layer)
 
 
-def _add_other(held: _Contents, peft: PeftConfig, name: str, tensor: Tensor) -> None:
-    """Note a tensor that is no adapter's: of a module that trained whole, or a bias."""
+def _add_others(held: _Contents, peft: PeftConfig, others: Mapping[str, Tensor]) -> None:
+    """Note tensors that are no adapter's: of modules that trained whole, and biases."""
+    most_dimensions = dict[str, int]()  # of a tensor in each whole module: a head has a matrix, and perhaps a bias
+    for name, tensor in others.items():
+        module = _whole_module_around(name, peft)
+        if module is None:
+            held.add(BIASES)
+        else:
+            most_dimensions[module] = max(tensor.dim(), most_dimensions.get(module, 0))
+    for module, dimensions in most_dimensions.items():
+        kind = NORMS if dimensions <= 1 else HEADS
+        held.add(kind, module)
+
+
+def _whole_module_around(name: str, peft: PeftConfig) -> str | None:
+    """The module that trained whole and holds a tensor, if there is one."""
     for module in starts_of(name):
         if peft.saves(module):
-            kind = NORMS if tensor.dim() <= 1 else HEADS
-            held.add(kind, module)
-            return
-    held.add(BIASES)
+            return module
+    return None
 
 
 # What readers do with it

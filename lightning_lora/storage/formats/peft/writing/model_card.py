@@ -86,10 +86,12 @@ class ModelCard:
 
 def repository_of(model: StoredModule) -> str:
     """Return the repository of the hub that a model came from. Empty: it is a folder, or not known."""
-    name = model.pretrained
-    if _REPOSITORY.fullmatch(name) and not Path(name).exists():
-        return name
-    return ""
+    return model.pretrained if is_repository(model.pretrained) else ""
+
+
+def is_repository(name: str) -> bool:
+    """Return whether a base's name is that of a repository of the hub, and not a folder's."""
+    return _REPOSITORY.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _block(code: str) -> str:
