@@ -64,6 +64,7 @@ class StoredModule:
     pretrained: str = ""  # the folder or the repository that its weights came from
     has_bias: bool = False
     says_tied: bool = False  # whether its configuration says that embeddings are tied to other layers
+    model_type: str = ""  # what its configuration calls the architecture: one class may serve several
 
     @property
     def class_name(self) -> str:
@@ -121,13 +122,19 @@ def _described(module: nn.Module) -> StoredModule:
         if not _is_of_fsdp(ancestor):
             classes.append(full_name(ancestor))
     config = _configuration(module)
-    pretrained = getattr(config, "_name_or_path", "")
     return StoredModule(
         classes=tuple(classes),
-        pretrained=pretrained if isinstance(pretrained, str) else "",
+        pretrained=_text(config, "_name_or_path"),
         has_bias=find_parameter(module, "bias") is not None,
         says_tied=bool(getattr(config, "tie_word_embeddings", False)),
+        model_type=_text(config, "model_type"),
     )
+
+
+def _text(config: Any, name: str) -> str:
+    """What a configuration says in words. Empty: nothing."""
+    value = getattr(config, name, "")
+    return value if isinstance(value, str) else ""
 
 
 def _configuration(module: nn.Module) -> Any:

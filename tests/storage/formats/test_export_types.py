@@ -18,7 +18,7 @@ from lightning_lora.storage.formats.peft.naming.shells import shell_of
 from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.training.untrained_at_start import tell_of_start
 from tests.storage.formats.test_export_models import load_adapter, run
-from tests.storage.formats.test_same_folders import of_0_2_0
+from tests.storage.formats.test_same_folders import assert_same, of_0_2_0
 from tests.support.models import Around
 from tests.support.peft_export import check_equal, read, trained
 from tests.support.storage import rewrite
@@ -164,6 +164,19 @@ def test_what_no_name_in_a_file_becomes_is_refused(tmp_path: Path, monkeypatch: 
         ll.export_peft(model, tmp_path / "peft")
 
 
+@torch.no_grad()
+def test_a_tensor_beside_factors_that_does_not_arrive_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converts = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    known = converts.get_model_conversion_mapping
+    more = WeightRenaming("lora_magnitude_vector", "scale")
+    monkeypatch.setattr(converts, "get_model_conversion_mapping", lambda model: [*known(model), more])
+    model = trained(tiny("Laguna", LAGUNA), ll.LoRAConfig(r=2, use_dora=True, exclude_modules=GATED))
+    with pytest.raises(ll.ExportError, match=r"lora_magnitude_vector.weight'.* other names .*: they would not arrive"):
+        ll.export_peft(model, tmp_path / "peft")
+
+
 # Files, which say of which models they are
 
 
@@ -176,6 +189,23 @@ def test_a_file_is_written_for_its_type_of_model(kind: str, tmp_path: Path) -> N
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     ll.export_peft(tmp_path / "adapter.safetensors", tmp_path / "peft")
     check_equal(run(read(base, tmp_path / "peft")), run(model))
+
+
+def test_a_file_gives_the_same_folder_if_tensors_are_renamed(tmp_path: Path) -> None:
+    base = tiny("Laguna", {**LAGUNA, "attention_bias": True})
+    assert_same(trained(base, ll.LoRAConfig(r=2, bias="all")), tmp_path)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}])
+def test_one_class_of_models_serves_two_types(config: dict[str, Any], tmp_path: Path) -> None:
+    """PEFT takes no layer of a Sarvam MoE for experts, as it does with a GLM-4 MoE, whose class it has."""
+    pytest.importorskip("transformers.models.sarvam_moe")
+    type_of_model = hf.AutoConfig.for_model("sarvam_moe", **BESIDE_EXPERTS["Glm4Moe"])
+    base = hf.Glm4MoeForCausalLM(type_of_model).eval()
+    model = trained(base, ll.LoRAConfig(r=2, **config), scale=0.1)
+    here = run(model)
+    assert_same(model, tmp_path)
+    check_equal(run(read(base, tmp_path / "of_file")), here)
 
 
 @pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")

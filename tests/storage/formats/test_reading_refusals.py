@@ -64,6 +64,17 @@ def lacks(pattern: str) -> Change:
     return change
 
 
+def exchanges(a: Any, b: Any) -> Change:
+    """Give A and B of a layer these names in the header, which says what PEFT has renamed."""
+
+    def change(folder: Path) -> None:
+        path = folder / WEIGHTS
+        names = {"linear.lora_A.weight": a, "linear.lora_B.weight": b}
+        save_file(load_file(path), path, {"lightning_lora_names": json.dumps(names)})
+
+    return change
+
+
 class Blocks(nn.Module):  # two blocks in a list
     def __init__(self) -> None:
         super().__init__()
@@ -104,6 +115,9 @@ CASES: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, type[Exceptio
     (Mixed, {}, holds({"linear.lora_A.weight": torch.ones(2, 5)}), MODEL, r"factors \(2, 5\)"),
     (Mixed, {}, holds({"linear.lora_A.weight": torch.full((2, 8), torch.nan)}), FILE, "NaN"),
     (Mixed, {}, holds({"linear.base_layer.weight": torch.ones(8, 8)}), BASE, "differs from that"),
+    (Mixed, {}, exchanges("linear.lora_B.weight", "linear.lora_A.weight"), FILE, "has rank 8, but .* says 2"),
+    (Mixed, {}, exchanges("linear.lora_A.weight", "linear.lora_A.weight"), FILE, "not one name for each tensor"),
+    (Mixed, {}, exchanges("linear.lora_A.weight", 3), FILE, r"safetensors \(lightning_lora_names\) has not one name"),
     # what the model is
     (lambda: nn.ModuleDict({"linear": Scaled(4, 4)}), {}, asks(), MODEL, "forward of its own"),
     (Expert, BOTH, asks(target_parameters=["experts.up"]), MODEL, r"2 updates of 'experts'.*name \['up'\]"),

@@ -45,7 +45,7 @@ def _shell_of_model(model: StoredModule) -> nn.Module:
         raise ImportError(f"transformers has no model {model.class_name} in {model.library}")
     shell = model_class.__new__(model_class)
     nn.Module.__init__(shell)
-    model_type = getattr(model_class.config_class, "model_type", "")
+    model_type = model.model_type or getattr(model_class.config_class, "model_type", "")
     shell.config = SimpleNamespace(model_type=model_type)
     return cast(nn.Module, shell)
 

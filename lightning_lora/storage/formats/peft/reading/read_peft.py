@@ -49,7 +49,7 @@ def _by_names_in_model(tensors: Mapping[str, Tensor], header: Mapping[str, str],
 
     PEFT's prefix is in the names of the tensors, and not in the header.
     """
-    name_in_model = json_object(header.get(NAMES_HERE, "{}"), path)  # by the name in the file
+    name_in_model = _names_in_header(header, path)  # by the name in the file
     renamed = dict[str, Tensor]()
     for key, tensor in tensors.items():
         name = key.removeprefix(f"{PREFIX}.")
@@ -57,6 +57,17 @@ def _by_names_in_model(tensors: Mapping[str, Tensor], header: Mapping[str, str],
             key = join(PREFIX, name_in_model[name])
         renamed[key] = tensor
     return renamed
+
+
+def _names_in_header(header: Mapping[str, str], path: Any) -> dict[str, str]:
+    """The names in the model that a header gives tensors. Refuse one that gives two of them one name."""
+    names = json_object(header.get(NAMES_HERE, "{}"), path)
+    different = {name for name in names.values() if isinstance(name, str)}
+    if len(different) < len(names):
+        raise AdapterFileError(
+            f"The header of {path} ({NAMES_HERE}) has not one name for each tensor. Use the file as it was written."
+        )
+    return names
 
 
 def read_updates(

@@ -34,7 +34,7 @@ def write(export: Export, directory: Path, *, uniform: bool) -> None:
     by_name_in_file = renamed(tensors, names.__getitem__)
     is_any_renamed = any(name != in_file for name, in_file in names.items())
     if is_any_renamed:
-        header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()})
+        header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()}, sort_keys=True)
     card = ModelCard(export, "peft", _code_that_loads(export.stored_inner))
     contents = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
