@@ -53,7 +53,7 @@ def test_each_private_name_that_no_other_test_would_miss_is_there() -> None:
 OF_MODULES = {"_parameters", "_modules", "_buffers"}  # of nn.Module, which every release has
 OTHERS = {  # of other packages, each in the one place that deals with it
     "metrics.py": {"_plot", "_error_on_missing_matplotlib", "_get_col_row_split"},  # torchmetrics
-    "storage/inner_model.py": {"_name_or_path"},  # transformers
+    "storage/stored_modules.py": {"_name_or_path"},  # transformers
     "storage/formats/peft/naming/when_loaded.py": {"_check_lora_target_modules_mamba"},
 }  # fmt: skip
 OURS = {"_lora", "_lora_edited", "_lora_switched", "_whole"}  # entries that this package writes

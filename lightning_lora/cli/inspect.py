@@ -19,10 +19,10 @@ from torch import Tensor
 from lightning_lora.cli.shown import Plain, show
 from lightning_lora.functional.subspace import directions, effective_rank
 from lightning_lora.storage.checksum import FORMAT
-from lightning_lora.storage.inner_model import UNKNOWN
 from lightning_lora.storage.offline.layers import matrix_updates, read_layers, tensors_beside_adapters
 from lightning_lora.storage.on_disk.disk import opened
 from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_modules import UNKNOWN
 from lightning_lora.tensors.dicts import of_type
 
 

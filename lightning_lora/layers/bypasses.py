@@ -22,7 +22,9 @@ class _SavePretrained:
         self.__signature__ = signature(model.save_pretrained)  # pipelines look for options in it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        files = import_module("lightning_lora.storage.merged_model")  # it lies above this room: by name, when called
+        files = import_module(
+            "lightning_lora.storage.own_save_pretrained"
+        )  # it lies above this room: by name, when called
         return files.save_pretrained(self.model(), *args, **kwargs)
 
     def __reduce__(self) -> Any:

@@ -1,18 +1,10 @@
-"""The one model inside a LightningModule, which other libraries know by its own names, and what files say of it.
-
-They also describe the other modules around adapted layers, any of which a reader may have, and modules with names like
-those of layers. So a file is exported as its model is.
-"""
-
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+"""The one model inside a LightningModule, which other libraries know by its own names."""
 
 from torch import nn
 
-from lightning_lora.tensors.dicts import grouped, only, where
-from lightning_lora.tensors.inplace import class_names, original_class
-from lightning_lora.tensors.names import find_parameter, modules_around, modules_by_name, plain_module, starts_of
+from lightning_lora.tensors.dicts import where
+from lightning_lora.tensors.inplace import class_names
+from lightning_lora.tensors.names import modules_by_name, plain_module, starts_of
 
 _MODELS = {"PreTrainedModel", "ModelMixin"}  # the base classes of transformers' and diffusers' models
 
@@ -51,122 +43,3 @@ def _modules_around(name: str) -> set[str]:
 
 def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
     return any(True for _ in module.parameters(recurse=recurse))
-
-
-# What a file says of a module
-
-
-@dataclass(frozen=True)
-class StoredModule:
-    """One module, as a file describes it."""
-
-    classes: tuple[str, ...] = ()  # the full names of its class, and of those that this inherits from
-    pretrained: str = ""  # the folder or the repository that its weights came from
-    has_bias: bool = False
-    says_tied: bool = False  # whether its configuration says that embeddings are tied to other layers
-    model_type: str = ""  # what its configuration calls the architecture: one class may serve several
-
-    @property
-    def class_name(self) -> str:
-        """The name of its class. Empty: it is not known."""
-        return self._own_class.rpartition(".")[2]
-
-    @property
-    def library(self) -> str:
-        """The Python module of its class. Empty: it is not known."""
-        return self._own_class.rpartition(".")[0]
-
-    @property
-    def _own_class(self) -> str:
-        """The full name of its class."""
-        return self.classes[0] if self.classes else ""
-
-
-UNKNOWN = StoredModule()
-
-
-# Describe the modules of a model
-
-
-def modules_to_store(
-    modules: Mapping[str, nn.Module], layers: Collection[str], others: Iterable[str]
-) -> dict[str, StoredModule]:
-    """Describe adapted layers, all modules around them, others of interest, and those with names like all these."""
-    named = [*layers, *others]
-    names = {"", *modules_around(layers), *_named_alike(modules, named)}
-    return {name: _described(module) for name, module in only(modules, names).items()}
-
-
-def _named_alike(modules: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The modules whose last name is that of one of these, or ends so: a reader may take one for the other."""
-    ends = tuple({_last_name(name) for name in names})
-    return [module for module in modules if _last_name(module).endswith(ends)]
-
-
-def _last_name(name: str) -> str:
-    """The last component of a name."""
-    return name.rpartition(".")[2]
-
-
-def _is_of_fsdp(cls: type) -> bool:
-    """Whether a class came with the sharding of a model. FSDP2 changes the class of each module that it shards."""
-    return "FSDPModule" in {ancestor.__name__ for ancestor in cls.__mro__}
-
-
-def _described(module: nn.Module) -> StoredModule:
-    """What a file says of a module."""
-    classes = list[str]()
-    for ancestor in original_class(module).__mro__:
-        if ancestor is nn.Module:
-            break
-        if not _is_of_fsdp(ancestor):
-            classes.append(full_name(ancestor))
-    config = _configuration(module)
-    return StoredModule(
-        classes=tuple(classes),
-        pretrained=_text(config, "_name_or_path"),
-        has_bias=find_parameter(module, "bias") is not None,
-        says_tied=bool(getattr(config, "tie_word_embeddings", False)),
-        model_type=_text(config, "model_type"),
-    )
-
-
-def _text(config: Any, name: str) -> str:
-    """What a configuration says in words. Empty: nothing."""
-    value = getattr(config, name, "")
-    return value if isinstance(value, str) else ""
-
-
-def _configuration(module: nn.Module) -> Any:
-    """The configuration of a module, as models of transformers and diffusers have one. None: it has none."""
-    if is_model_of_other_library(module):
-        return getattr(module, "config", None)
-    return vars(module).get("config")  # no code of the user's runs
-
-
-def full_name(kind: type) -> str:
-    """Return the name of a class, after that of its Python module."""
-    return f"{kind.__module__}.{kind.__name__}"
-
-
-# In plain types. Modules of one class are one entry: a model has many of some
-
-
-def plain_modules(modules: Mapping[str, StoredModule]) -> list[dict[str, Any]]:
-    """Return modules in plain types, which every file format can hold."""
-    entries = list[dict[str, Any]]()
-    for module, names in grouped(modules, modules.__getitem__).items():
-        entries.append({**vars(module), "classes": list(module.classes), "names": names})
-    return entries
-
-
-def modules_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, StoredModule]:
-    """Return by name what :func:`plain_modules` has made plain. A later version may say more."""
-    known = {field.name for field in fields(StoredModule)}
-    modules = dict[str, StoredModule]()
-    for entry in entries:
-        about = only(entry, known)
-        module = StoredModule(**{**about, "classes": tuple(entry["classes"])})
-        for name in entry["names"]:
-            modules[name] = module
-    return modules

@@ -1,10 +1,9 @@
 """Save the whole merged model, for code that does not know adapters."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from inspect import Parameter, signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, AdapterStateError, listed, warn
+from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
 from lightning_lora.model.merge import tied_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
@@ -26,7 +25,6 @@ from lightning_lora.storage.state import check_not_diverged, trained_tensors
 from lightning_lora.tensors.dicts import beginning_with, of_type, only, renamed, without
 from lightning_lora.tensors.names import plain_module, plain_name, submodule
 from lightning_lora.tensors.plain_states import StateDict
-from lightning_lora.tensors.shards import reshard
 
 
 def save_merged(model: nn.Module, path: str | Path) -> None:
@@ -83,8 +81,13 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
         _write_folder(view_of(model), path)
 
 
-def _merged(view: View, changed: StateDict) -> dict[str, Any]:
-    """The merged state, after checks. Adapters must be finite."""
+def checked_merged_state(view: View, changed: StateDict) -> dict[str, Any]:
+    """Return the merged state, to be written. What no file should hold is refused, and lost updates are said.
+
+    Args:
+        view: The model.
+        changed: Values to take in place of the model's own, by name. It may be empty.
+    """
     state, lost = merged_state(view, changed)
     check_not_diverged(view)
     _refuse_overflow(view, state)
@@ -98,8 +101,8 @@ def _untied(view: View) -> list[str]:
     return [*untied, *tied_weights(view)]
 
 
-def _refuse_to_tie_again(view: View) -> None:
-    """Refuse a model whose ``from_pretrained`` would make one weight of two."""
+def refuse_to_tie_again(view: View) -> None:
+    """Refuse a model whose ``from_pretrained`` would tie weights that are no longer one."""
     untied = _untied(view)
     inner = submodule(view.model, root_of(view.model))
     config = getattr(inner, "config", None)
@@ -138,7 +141,7 @@ def _write_checkpoint(view: View, path: Path) -> None:
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": sys.modules[package].__version__,
-        "state_dict": _merged(view, {}),
+        "state_dict": checked_merged_state(view, {}),
         model.CHECKPOINT_HYPER_PARAMS_KEY: hyperparameters,
         model.CHECKPOINT_HYPER_PARAMS_TYPE: kind_of_them,
         model.CHECKPOINT_HYPER_PARAMS_NAME: getattr(model, HPARAMS_NAME, None),
@@ -166,7 +169,7 @@ def _package_of_lightning(model: nn.Module) -> str | None:
 
 def _write_safetensors(view: View, path: Path) -> None:
     """Write all tensors of the merged model into one file."""
-    state = _merged(view, {})
+    state = checked_merged_state(view, {})
     odd = without(state, of_type(state, Tensor))
     if odd:
         raise AdapterFileError(
@@ -201,9 +204,9 @@ def _write_folder(view: View, path: Path) -> None:
             f"save_pretrained writes {root!r} of {title} alone, and {listed(outside)} were trained outside of it. Use "
             "a name that ends in .ckpt or .safetensors."
         )
-    _refuse_to_tie_again(view)
-    state = _merged(view, {})
-    with writing_folder(path) as part, _answering(view.model, state):
+    refuse_to_tie_again(view)
+    state = checked_merged_state(view, {})
+    with writing_folder(path) as part, answering(view.model, state):
         try:
             save(part)
         except ValueError as error:
@@ -225,58 +228,13 @@ def _refused_by(model: nn.Module, error: ValueError) -> AdapterFileError:
     )
 
 
-def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let an adapted model's ``save_pretrained`` write what the model computes, whoever calls it."""
-    reshard(model)
-    save = type(model).save_pretrained
-    view = View(model)
-    args, kwargs = _by_name(save, args, kwargs)
-    given = kwargs.get("state_dict")
-    is_inside_another_save = "state_dict" in vars(model)
-    if is_inside_another_save or _is_plain_state(given, view.adapter_parameters):
-        return save(model, *args, **kwargs)
-    # While the model shows its base, its layers compute without updates, so none is merged. The view has named the
-    # adapters' parameters above, with all layers: so none of these is written either.
-    view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}
-    _refuse_to_tie_again(view)
-    state = _merged(view, given or {})
-    if view.layers:
-        warn(
-            f"save_pretrained of {type(model).__name__} writes merged weights, which are what the model computes. For "
-            "the adapters alone, call save_adapter(model, path), or export_peft(model, folder)."
-        )
-    if given:
-        kwargs = {**kwargs, "state_dict": state}
-    with _answering(model, state):
-        return save(model, *args, **kwargs)
-
-
-def _is_plain_state(given: StateDict | None, adapters: Mapping[str, Tensor]) -> bool:
-    """Whether a caller has given a state without adapters, to be written as it is."""
-    return given is not None and adapters.keys().isdisjoint(map(plain_name, given))
-
-
-def _by_name(
-    save: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with their names, but for the folder. One given by its position may be a state."""
-    parameters = signature(save).parameters.values()
-    names = [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
-    by_position = args[1:]  # after the folder
-    named = dict(zip(names[2:], by_position, strict=False))  # the first two are self and the folder
-    has_too_many = len(named) < len(by_position)
-    if has_too_many or not named.keys().isdisjoint(kwargs):  # an error of the caller's
-        return args, kwargs
-    return args[:1], {**named, **kwargs}
-
-
 @contextmanager
-def _answering(model: nn.Module, state: StateDict) -> Iterator[None]:
-    """Let the state dict of a model hold these values. Those of modules in it do too."""
+def answering(model: nn.Module, state: StateDict) -> Iterator[None]:
+    """Let the ``state_dict`` methods of a model, and of the modules in it, answer with these values."""
     with ExitStack() as undo:
         for name, module in model.named_modules():
             attributes = vars(module)
-            undo.callback(attributes.update, only(attributes, ["state_dict"]))  # somebody's
+            undo.callback(attributes.update, only(attributes, ["state_dict"]))  # what other code has put there
             undo.callback(attributes.pop, "state_dict")
             attributes["state_dict"] = partial(_part_of_state, state, name)
         yield

@@ -77,17 +77,20 @@ def is_note(name: object) -> bool:
 
 
 def values_to_store(view: View, state: StateDict, random: Collection[str] = ()) -> dict[str, Any]:
-    """Return what files hold of a state of the model, in three groups.
+    """Return what files hold of a state of the model, which may be an average of it.
 
-    All that trains, from the model itself: user code may drop everything from a state that it considers the base. Then
-    frozen weights and buffers whose values are not the base's, or that look untrained (``random``). And the rest of the
-    state, but what still has the value that is kept of the base.
+    1. All that trains. The model's own values stand in for what user code has dropped from the state.
+    2. Frozen weights and buffers whose values are not the base's, or that look untrained (``random``).
+    3. What else is in the state, such as entries of modules' own code.
+
+    Of 2 and 3, what still has the value that is kept of the base is left out.
     """
+    trained = _without_graphs(trained_tensors(view))
     noted = {*view.record.base.changes, *random}
+    frozen = _frozen_that_may_differ(view, noted)
+    in_state = without(_besides_frozen(view, state), _tied_names_with_merged_values(view))
     originals = without(view.adapter.originals, {*view.trainable_base, *noted})
-    values = {**_frozen_that_may_differ(view, noted), **_besides_frozen(view, state)}
-    left_out = _names_of_base_values(values, originals) | _tied_names_with_merged_values(view)
-    return {**_without_graphs(trained_tensors(view)), **without(values, left_out)}
+    return {**trained, **_without_originals({**frozen, **in_state}, originals)}
 
 
 def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Tensor]:
@@ -103,13 +106,13 @@ def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
     return without(renamed(state, plain_name), {*view.frozen_base, *view.entries, *other_names})
 
 
-def _names_of_base_values(values: StateDict, originals: Mapping[str, Tensor]) -> set[str]:
-    """The names of what still has the value that is kept of the base."""
+def _without_originals(values: StateDict, originals: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Leave out what still has the value that is kept of the base."""
     unchanged = set[str]()
     for name, original in only(originals, values).items():
         if _is_original(values[name], original):
             unchanged.add(name)
-    return unchanged
+    return without(values, unchanged)
 
 
 def _is_original(value: object, original: Tensor) -> bool:

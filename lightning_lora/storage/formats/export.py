@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, ExportError, listed, warn
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.inner_model import UNKNOWN, StoredModule
 from lightning_lora.storage.renaming import Renaming, by_names_inside, names_outside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.storage.stored_modules import UNKNOWN, StoredModule
 from lightning_lora.storage.whole_names import expression_of, list_or_expression
 from lightning_lora.tensors.dicts import only, where, without
 from lightning_lora.tensors.names import modules_around, modules_by_all_names, names_not_in

@@ -13,10 +13,10 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
 from lightning_lora.functional.factors import Factors, concatenated, truncated, with_rank
 from lightning_lora.layers import AdaptedMatrix
-from lightning_lora.storage.inner_model import StoredModule
 from lightning_lora.storage.offline.layers import matrix_updates, tensors_beside_adapters
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
+from lightning_lora.storage.stored_modules import StoredModule
 from lightning_lora.storage.whole_names import by_whole_names
 from lightning_lora.tensors.dicts import only, prefixed
 from lightning_lora.tensors.names import owner_of

@@ -15,7 +15,7 @@ import lightning_lora as ll
 from lightning_lora.model.view import view_of
 from lightning_lora.moments import Guards
 from lightning_lora.storage.formats.peft.naming.shells import shell_of
-from lightning_lora.storage.inner_model import StoredModule
+from lightning_lora.storage.stored_modules import StoredModule
 from lightning_lora.training.untrained_at_start import tell_of_start
 from tests.storage.formats.test_export_models import load_adapter, run
 from tests.storage.formats.test_same_folders import assert_same, of_0_2_0

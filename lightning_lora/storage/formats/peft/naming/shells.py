@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from lightning_lora.storage.inner_model import UNKNOWN, StoredModule
+from lightning_lora.storage.stored_modules import UNKNOWN, StoredModule
 from lightning_lora.tensors.dicts import where, without
 from lightning_lora.tensors.names import starts_of
 

@@ -21,8 +21,8 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
     readers_that_know_one_alpha,
 )
 from lightning_lora.storage.formats.weight_updates import WeightUpdate
-from lightning_lora.storage.inner_model import StoredModule, full_name
 from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.storage.stored_modules import StoredModule, full_name
 from lightning_lora.tensors.dicts import only, where
 from lightning_lora.tensors.names import starts_of
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import warn
 from lightning_lora.storage.formats.export import Export
-from lightning_lora.storage.inner_model import StoredModule
+from lightning_lora.storage.stored_modules import StoredModule
 
 README = "README.md"
 FOLDER = "path/of/this/folder"  # what the code in a card calls its folder

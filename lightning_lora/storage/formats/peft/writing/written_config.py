@@ -10,7 +10,7 @@ from lightning_lora.storage.formats.peft.counterparts import counterpart_of
 from lightning_lora.storage.formats.peft.naming.when_loaded import PeftLoading, loading_of
 from lightning_lora.storage.formats.peft.peft_config import value_and_pattern
 from lightning_lora.storage.formats.weight_updates import WeightUpdate
-from lightning_lora.storage.inner_model import StoredModule
+from lightning_lora.storage.stored_modules import StoredModule
 from lightning_lora.tensors.names import join
 
 

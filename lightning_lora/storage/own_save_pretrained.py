@@ -1,0 +1,59 @@
+"""A model's own ``save_pretrained``, while the model is adapted: it writes merged weights, whoever calls it."""
+
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lora.errors import warn
+from lightning_lora.model.view import View
+from lightning_lora.storage.merged_model import answering, checked_merged_state, refuse_to_tie_again
+from lightning_lora.tensors.names import plain_name
+from lightning_lora.tensors.plain_states import StateDict
+from lightning_lora.tensors.shards import reshard
+
+
+def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let an adapted model's ``save_pretrained`` write what the model computes, whoever calls it."""
+    reshard(model)
+    save = type(model).save_pretrained
+    view = View(model)
+    args, kwargs = _by_name(save, args, kwargs)
+    given = kwargs.get("state_dict")
+    is_inside_another_save = "state_dict" in vars(model)
+    if is_inside_another_save or _is_plain_state(given, view.adapter_parameters):
+        return save(model, *args, **kwargs)
+    # While the model shows its base, its layers compute without updates, so none is merged. The view has named the
+    # adapters' parameters above, with all layers: so none of these is written either.
+    view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}
+    refuse_to_tie_again(view)
+    state = checked_merged_state(view, given or {})
+    if view.layers:
+        warn(
+            f"save_pretrained of {type(model).__name__} writes merged weights, which are what the model computes. For "
+            "the adapters alone, call save_adapter(model, path), or export_peft(model, folder)."
+        )
+    if given:
+        kwargs = {**kwargs, "state_dict": state}
+    with answering(model, state):
+        return save(model, *args, **kwargs)
+
+
+def _is_plain_state(given: StateDict | None, adapters: Mapping[str, Tensor]) -> bool:
+    """Whether a caller has given a state without adapters, to be written as it is."""
+    return given is not None and adapters.keys().isdisjoint(map(plain_name, given))
+
+
+def _by_name(
+    save: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with their names, but for the folder. One given by its position may be a state."""
+    parameters = signature(save).parameters.values()
+    names = [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    by_position = args[1:]  # after the folder
+    named = dict(zip(names[2:], by_position, strict=False))  # the first two are self and the folder
+    has_too_many = len(named) < len(by_position)
+    if has_too_many or not named.keys().isdisjoint(kwargs):  # an error of the caller's
+        return args, kwargs
+    return args[:1], {**named, **kwargs}
