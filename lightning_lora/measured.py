@@ -13,7 +13,7 @@ from lightning_lora.functional.update import magnitude_scale
 from lightning_lora.layers import AdaptedMatrix, LayerAdapter, Role, Settings, matrix_factors
 from lightning_lora.model.switch import layer_adapters_of
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.offline.layers import layer_on, read_layers
+from lightning_lora.storage.offline.without_model import build_layer, read_without_model
 from lightning_lora.tensors.names import join, own_parameter
 from lightning_lora.tensors.shards import full_tensor
 
@@ -99,10 +99,10 @@ def measured_matrices(source: Source) -> dict[str, MeasuredMatrix]:
 
 def _layers_of_file(path: str | Path) -> dict[str, LayerWithAdapter]:
     """The layers in a file of adapters. They have no weights."""
-    stored = read_layers(path)
+    stored = read_without_model(path)
     layers = {}
     for name in stored.layers:
-        layer = layer_on(stored, name, {})
+        layer = build_layer(stored, name, {})
         layers[name] = LayerWithAdapter(layer, layer.lora_adapter(), {})
     return layers
 

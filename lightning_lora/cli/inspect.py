@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_lora.cli.shown import Plain, show
 from lightning_lora.functional.subspace import directions, effective_rank
 from lightning_lora.storage.checksum import FORMAT
-from lightning_lora.storage.offline.layers import matrix_updates, read_layers, tensors_beside_adapters
+from lightning_lora.storage.offline.without_model import read_without_model, tensors_beside_adapters, updates_of_layer
 from lightning_lora.storage.on_disk.disk import opened
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_modules import UNKNOWN
@@ -34,7 +34,7 @@ def add_arguments(parser: Any) -> None:
 
 def run(arguments: Any) -> None:
     """Read the file and print what it holds."""
-    found = inspect(read_layers(arguments.file))
+    found = inspect(read_without_model(arguments.file))
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
@@ -80,7 +80,7 @@ def _size_of(source: str) -> int:
 def _describe_layer(stored: StoredAdapters, name: str) -> Plain:
     """One layer: what it is, and the size of its update."""
     layer = stored.layers[name]
-    updates = matrix_updates(stored, name)
+    updates = updates_of_layer(stored, name)
     squared_norms = list[float]()
     ranks = list[float]()
     for update in updates.values():

@@ -298,5 +298,5 @@ def test_an_error_without_words_fails_too(monkeypatch: pytest.MonkeyPatch) -> No
     def fails(path: str) -> None:
         raise OSError
 
-    monkeypatch.setattr("lightning_lora.cli.inspect.read_layers", fails)
+    monkeypatch.setattr("lightning_lora.cli.inspect.read_without_model", fails)
     assert main(["inspect", "adapter.safetensors"]) == 1

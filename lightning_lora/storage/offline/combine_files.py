@@ -7,8 +7,8 @@ import torch
 
 from lightning_lora.errors import BaseMismatchError, ConfigError
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
-from lightning_lora.storage.offline.layers import read_layers
 from lightning_lora.storage.offline.sums import weighted_sum
+from lightning_lora.storage.offline.without_model import read_without_model
 from lightning_lora.storage.stored import StoredAdapters
 
 _Path = str | Path
@@ -23,7 +23,7 @@ def combine_files(paths: Sequence[_Path], out: _Path, weights: Sequence[float], 
     check_place(out, paths)
     if len(paths) < 2 or len(weights) != len(paths):
         raise ConfigError(f"Got {len(paths)} files, {len(weights)} weights. Expected at least two, a weight for each.")
-    files = [read_layers(path) for path in paths]
+    files = [read_without_model(path) for path in paths]
     stored = weighted_sum(files, weights, r)  # first: an error about one layer says more than one about the base
     _check_bases(files)
     write_adapter_file(out, stored)

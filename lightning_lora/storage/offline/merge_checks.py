@@ -11,7 +11,7 @@ from lightning_lora.base.readings import HALF_DTYPES
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Comparison, compare
-from lightning_lora.tensors.dicts import of_type, only, where, with_values, without
+from lightning_lora.tensors.dicts import of_type, where, without
 from lightning_lora.tensors.digests import digest, digests_as
 from lightning_lora.tensors.values import is_computable
 
@@ -40,24 +40,24 @@ def check_tensors_alone(plan: MergePlan) -> None:
 def _check_adapted_weights(plan: MergePlan) -> None:
     """Refuse a base without the adapted weights."""
     wrong = list[str]()
-    for in_base, adapted in plan.adapted.items():
-        wanted = f"{in_base} {list(adapted.shape)}"
-        if not plan.is_in_base(in_base):
+    for base_name, adapted in plan.adapted.items():
+        wanted = f"{base_name} {list(adapted.shape)}"
+        if not plan.is_in_base(base_name):
             wrong.append(f"{wanted}, absent")
             continue
-        found = plan.files.get(in_base)
+        found = plan.files.get(base_name)
         if not _can_be_updated(found, adapted):
             wrong.append(f"{wanted}, {found.dtype} {list(found.shape)}")
     if wrong:
         raise AdapterMismatchError(
-            f"{plan.base} lacks weights that {plan.source} adapts, or has them in another shape or "
+            f"{plan.base_path} lacks weights that {plan.source} adapts, or has them in another shape or "
             f"dtype: {listed(wrong)}. Pass the base of the training, in float32, bfloat16 or float16."
         )
 
 
 def _check_not_tied(plan: MergePlan) -> None:
     """Refuse updates that would reach other layers."""
-    tied = [in_base for in_base, adapted in plan.adapted.items() if adapted.is_tied]
+    tied = [base_name for base_name, adapted in plan.adapted.items() if adapted.is_tied]
     if tied:
         raise AdapterMismatchError(
             f"{listed(tied)} are tied to other layers, which a file cannot show: whoever loads it would tie them "
@@ -79,7 +79,7 @@ def _check_complete(plan: MergePlan) -> None:
         lost = _lost_tensors(plan, fingerprint)
         if lost:
             raise BaseMismatchError(
-                f"{plan.base} lacks {listed(lost)}, which the base of the adapters in {plan.source} "
+                f"{plan.base_path} lacks {listed(lost)}, which the base of the adapters in {plan.source} "
                 "had: the file is damaged, or holds a part of that base. Pass the whole base. Or merge in memory: "
                 "load_adapter(model, path), then save_merged."
             )
@@ -91,41 +91,43 @@ def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
     A tied tensor is there under one of its names. And a library may know another name for one, as transformers
     reads ``gamma`` for ``weight``: the values tell. But a name that differs in one character was damaged.
     """
-    halves = fingerprint["rounded"]
-    digests = digests_by_name(halves, fingerprint)
-    absent = _absent_tensors(plan, halves, digests)
+    half_digests = fingerprint["rounded"]
+    digests = digests_by_name(half_digests, fingerprint)
+    absent = _absent_tensors(plan, half_digests, digests)
     if not absent:
         return []
-    explained = {*map(plan.find_in_base, halves), *plan.adapted, *plan.replaced}  # named by the adapters' file
-    unexplained = plan.files.file_of.keys() - explained  # one may be an absent tensor under another name
-    other_digests = _digests_of(plan, unexplained)
+    named = {*map(plan.find_in_base, half_digests), *plan.adapted, *plan.replaced}
+    unnamed = plan.files.file_of.keys() - named  # what the adapters' file does not name: perhaps an absent tensor
+    digests_of_unnamed = _digests_of(plan, unnamed)
     lost = list[str]()
-    for name, digest_there in absent.items():
-        has_no_other_name = other_digests.isdisjoint({digest_there, *(halves[name] or ())})
-        if has_no_other_name or _is_misspelt(plan.name_in_base(name), unexplained):
+    for name in absent:
+        digests_there = {digests[name], *(half_digests[name] or ())}
+        has_other_name = not digests_there.isdisjoint(digests_of_unnamed)
+        if not has_other_name or _is_misspelt(plan.name_in_base(name), unnamed):
             lost.append(name)
     return lost
 
 
-def _absent_tensors(plan: MergePlan, halves: HalfDigests, digests: Mapping[str, int]) -> dict[str, int]:
-    """The digests of expected tensors that the base has under none of their names in the fingerprint."""
-    present = [digest_there for name, digest_there in digests.items() if plan.find_in_base(name) is not None]
-    present_or_tied = with_values(digests, set(present))
-    expected = only(digests, _expected_tensors(plan, halves))
-    return without(expected, present_or_tied)
+def _absent_tensors(plan: MergePlan, half_digests: HalfDigests, digests: Mapping[str, int]) -> list[str]:
+    """The expected tensors that the base has under none of their names: tied ones, with one digest, have several."""
+    present = set[int]()
+    for name, digest_there in digests.items():
+        if plan.find_in_base(name) is not None:
+            present.add(digest_there)
+    return [name for name in _expected_tensors(plan, half_digests) if digests[name] not in present]
 
 
-def _expected_tensors(plan: MergePlan, halves: HalfDigests) -> set[str]:
+def _expected_tensors(plan: MergePlan, half_digests: HalfDigests) -> list[str]:
     """The tensors of the base that its file must hold: not those of the adapters' file, or outside of the model."""
-    weights = where(halves, bool)  # None: quantised. Empty: integers, which other versions may not store
-    return {name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)}
+    weights = where(half_digests, bool)  # None: quantised. Empty: integers, which other versions may not store
+    return [name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)]
 
 
-def _digests_of(plan: MergePlan, names_in_base: Iterable[str]) -> set[int]:
+def _digests_of(plan: MergePlan, base_names: Iterable[str]) -> set[int]:
     """The digests of some tensors of the base: as they are, and in half precision."""
     digests = set[int]()
-    for name in names_in_base:
-        value = plan.files.get(name)
+    for base_name in base_names:
+        value = plan.files.get(base_name)
         if not is_computable(value):
             continue
         digests.add(digest(value))
@@ -152,18 +154,18 @@ def _check_base(plan: MergePlan) -> None:
     found = _nearest_comparison(plan)
     if found is None or not found.compared:
         raise BaseMismatchError(
-            f"Nothing in {plan.base} can be compared with the base of the adapters in {plan.source}: all of its "
+            f"Nothing in {plan.base_path} can be compared with the base of the adapters in {plan.source}: all of its "
             "frozen weights were quantised. Merge in memory: load_adapter(model, path, check_base=False), then "
             "save_merged."
         )
     if found.differ:
         raise BaseMismatchError(
             f"The adapters in {plan.source} were trained on another base: {len(found.differ)} "
-            f"frozen tensors in {plan.base} differ, such as {listed(found.differ)}. Pass the same weights."
+            f"frozen tensors in {plan.base_path} differ, such as {listed(found.differ)}. Pass the same weights."
         )
     if found.converted:
         warn(
-            f"{len(found.converted)} tensors in {plan.base} have another precision than those that the "
+            f"{len(found.converted)} tensors in {plan.base_path} have another precision than those that the "
             f"adapters were trained on, such as {listed(found.converted)}. It is the same base, converted."
         )
 
@@ -184,13 +186,13 @@ def _count_of_differences(found: Comparison) -> int:
 def _compared_tensors(plan: MergePlan, half_digests_there: HalfDigests) -> Iterator[ComparedTensor]:
     """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
     for name, half_digests in without(half_digests_there, plan.not_of_the_base).items():
-        in_base = plan.find_in_base(name)
+        base_name = plan.find_in_base(name)
         is_quantised = half_digests is None
-        if is_quantised or in_base is None:
+        if is_quantised or base_name is None:
             continue
-        value = _without_trained_rows(plan, in_base)
+        value = _without_trained_rows(plan, base_name)
         yield ComparedTensor(
-            name_here=in_base,
+            name_here=base_name,
             name_there=name,
             tensor=value,
             digest=digest(value),
@@ -198,10 +200,10 @@ def _compared_tensors(plan: MergePlan, half_digests_there: HalfDigests) -> Itera
         )
 
 
-def _without_trained_rows(plan: MergePlan, in_base: str) -> Tensor:
+def _without_trained_rows(plan: MergePlan, base_name: str) -> Tensor:
     """A tensor of the base, as fingerprints know it: rows that train by themselves are zero."""
-    value = plan.files.get(in_base)
-    adapted = plan.adapted.get(in_base)
+    value = plan.files.get(base_name)
+    adapted = plan.adapted.get(base_name)
     if adapted is None or not adapted.layer.tokens:
         return value
     return value.index_fill(0, torch.tensor(adapted.layer.tokens), 0)

@@ -2,21 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
-from lightning_lora.moments import Guards
+from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.checksum import dict_or_empty
 from lightning_lora.storage.formats.lightning import without_run_state
-from lightning_lora.storage.offline.layers import layer_on, read_layers
 from lightning_lora.storage.offline.merge_checks import check_plan, check_tensors_alone
-from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
+from lightning_lora.storage.offline.merge_plan import MergePlan
+from lightning_lora.storage.offline.merged_tensors import MergedTensors, Progress
 from lightning_lora.storage.offline.tensor_files import (
     INDEX,
     CheckpointFile,
@@ -26,6 +24,7 @@ from lightning_lora.storage.offline.tensor_files import (
     tensor_files,
     write_tensors,
 )
+from lightning_lora.storage.offline.without_model import read_without_model
 from lightning_lora.storage.on_disk.disk import check_output, folder_beside, path_here, writing, writing_folder
 from lightning_lora.storage.on_disk.plain_pickles import unread_in
 
@@ -36,10 +35,6 @@ class MergedNames:
 
     updated: list[str]  # weights that got an update
     replaced: list[str]  # tensors that the adapters' file holds whole, such as those of a trained norm or head
-
-
-Progress = Callable[[int], object]
-"""What is called before each tensor, with the number of all."""
 
 
 def merge_files(
@@ -61,23 +56,24 @@ def merge_files(
     files = tensor_files(base)
     check_output(out, [base, adapter, *files.files])
     _check_no_adapters(out)
-    merge = _Merge(files, adapter, progress)
-    check_plan(merge.plan)
-    _write_in_form_of_base(merge, files, out)
-    merge.warn_of_rounding()
-    return MergedNames(list(merge.plan.adapted), list(merge.plan.replaced))
+    plan = MergePlan(files, read_without_model(adapter))
+    check_plan(plan)
+    merged = MergedTensors(plan, progress)
+    _write_in_form_of_base(merged, files, out)
+    merged.warn_of_rounding()
+    return MergedNames(list(plan.adapted), list(plan.replaced))
 
 
-def _write_in_form_of_base(merge: "_Merge", files: TensorFiles, out: Path) -> None:
+def _write_in_form_of_base(merged: MergedTensors, files: TensorFiles, out: Path) -> None:
     """Write the merged model as what the base is, or as one safetensors file."""
     if isinstance(files, SafetensorsFolder):
-        _merge_into_folder(merge, files, out)
+        _write_folder(merged, files, out)
     elif out.suffix == ".safetensors":
-        _merge_into_file(merge, out)
+        _write_file(merged, out)
     elif not isinstance(files, CheckpointFile):
         raise _cannot_be_written(files.path, out, ".safetensors")
     elif out.suffix in (".ckpt", files.path.suffix):
-        _merge_into_checkpoint(merge, files, out)
+        _write_checkpoint(merged, files, out)
     else:
         raise _cannot_be_written(files.path, out, f".safetensors or {files.path.suffix}")
 
@@ -92,71 +88,30 @@ def _check_no_adapters(out: Path) -> None:
     if not out.is_file():
         return
     try:
-        read_layers(out)
+        read_without_model(out)
     except AdapterFileError:  # it is something else
         return
     raise FileExistsError(f"{out} holds adapters. Name another file. To sum adapters: lightning-lora combine.")
 
 
-class _Merge:
-    """Computes the tensors of a merged model, one by one."""
-
-    def __init__(self, files: TensorFiles, adapter: str | Path, progress: Progress | None) -> None:
-        self.plan = MergePlan(files, read_layers(adapter))
-        self.progress = progress
-        self.lost_share: dict[str, float] = {}  # of each layer's update, to rounding; of the layers computed so far
-
-    def merged(self, name: str) -> Tensor:
-        """Return a tensor of the merged model."""
-        if self.progress is not None:
-            self.progress(len(self.plan.output_of))
-        value = self.without_update(name)
-        if name not in self.plan.adapted:
-            return value
-        return self._with_update(name, value, self.plan.adapted[name])
-
-    def without_update(self, name: str) -> Tensor:
-        """Return a tensor as it is before an update: that of the training, or of the base."""
-        if name in self.plan.replaced:
-            value: Tensor = self.plan.replaced[name]
-            return value
-        return self.plan.files.get(name)
-
-    def _with_update(self, name: str, base: Tensor, adapted: AdaptedWeight) -> Tensor:
-        """The sum of a weight and its update. It must fit into the dtype of the base."""
-        layer_name = adapted.layer.name
-        layer = layer_on(self.plan.stored, layer_name, {adapted.weight: base})
-        with torch.no_grad():
-            merged, lost_share = layer.lora_merged_weight(adapted.weight)
-        if not merged.isfinite().all() and base.isfinite().all():
-            raise AdapterMismatchError(
-                f"{name} with its update does not fit {base.dtype}: values overflow. Use a base of a wider dtype."
-            )
-        lost_before = self.lost_share.get(layer_name, 0.0)
-        self.lost_share[layer_name] = max(lost_share, lost_before)
-        return merged
-
-    def warn_of_rounding(self) -> None:
-        """Warn if rounding took much of the updates."""
-        Guards().merged_offline(str(self.plan.base), self.lost_share)
-
-    def write(self, path: Path, names: Collection[str], source: Path) -> int:
-        """Write these tensors into a safetensors file, with the metadata of the base's file. Return their size."""
-        metadata = self.plan.files.metadata(source)
-        return write_tensors(path, names, self.without_update, self.merged, metadata)
-
-
 # A file
 
 
-def _merge_into_file(merge: _Merge, out: Path) -> None:
+def _write_file(merged: MergedTensors, out: Path) -> None:
     """Write the merged model as one safetensors file."""
-    check_tensors_alone(merge.plan)
+    plan = merged.plan
+    check_tensors_alone(plan)
     with writing(out) as part:
-        merge.write(part, merge.plan.output_of, merge.plan.base)
+        _write_tensors(merged, plan.output_of, part, like=plan.base_path)
 
 
-def _merge_into_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> None:
+def _write_tensors(merged: MergedTensors, names: Collection[str], path: Path, *, like: Path) -> int:
+    """Write merged tensors into a safetensors file, with the metadata of the base's. Return their size."""
+    metadata = merged.plan.files.metadata(like)
+    return write_tensors(path, names, template_of=merged.before_update, value_of=merged.get, metadata=metadata)
+
+
+def _write_checkpoint(merged: MergedTensors, base: CheckpointFile, out: Path) -> None:
     """Write the merged model as a checkpoint, with what the base's holds beside it."""
     unread = unread_in(base.checkpoint)
     if unread:
@@ -166,18 +121,19 @@ def _merge_into_checkpoint(merge: _Merge, base: CheckpointFile, out: Path) -> No
             "file that ends in .safetensors, or merge in memory: load_adapter(model, path), then save_merged."
         )
     with writing(out) as part, folder_beside(out) as folder:
-        state = _merged_state(merge, base, folder)
+        state = _merged_state(merged, base, folder)
         is_state_alone = base.checkpoint.keys() <= state.keys()
         contents = state if is_state_alone else {**without_run_state(base.checkpoint), "state_dict": state}
         torch.save(contents, part)
 
 
-def _merged_state(merge: _Merge, base: CheckpointFile, folder: Path) -> dict[str, Any]:
+def _merged_state(merged: MergedTensors, base: CheckpointFile, folder: Path) -> dict[str, Any]:
     """The merged state. ``torch.save`` takes it whole, so its values stay in files: the base, and those in a folder."""
+    plan = merged.plan
     state = dict(base.entries)
-    for number, name in enumerate(merge.plan.output_of):
-        value = merge.merged(name)
-        if name in merge.plan.adapted:
+    for number, name in enumerate(plan.output_of):
+        value = merged.get(name)
+        if name in plan.adapted:
             value = moved_to_disk(value, folder / str(number))
         state[name] = value
     return state
@@ -186,28 +142,28 @@ def _merged_state(merge: _Merge, base: CheckpointFile, folder: Path) -> dict[str
 # A folder
 
 
-def _merge_into_folder(merge: _Merge, base: SafetensorsFolder, out: Path) -> None:
+def _write_folder(merged: MergedTensors, base: SafetensorsFolder, out: Path) -> None:
     """Write the merged model into a folder, divided as the base is. The base's other files are copied."""
-    check_tensors_alone(merge.plan)
-    sources = list(dict.fromkeys(merge.plan.output_of.values()))
+    plan = merged.plan
+    check_tensors_alone(plan)
+    files_of_base = list(dict.fromkeys(plan.output_of.values()))
     with writing_folder(out) as folder:
         folder.mkdir()
         size = 0
-        for source in sources:
-            names = merge.plan.names_in(source)
-            place = _make_folder_of(folder / source.relative_to(base.path))
-            size += merge.write(place, names, source)
+        for file in files_of_base:
+            place = _make_folder_of(folder / file.relative_to(base.path))
+            size += _write_tensors(merged, plan.names_written_for(file), place, like=file)
         if base.index:
-            index = _new_index(merge.plan, base.index, size)
+            index = _new_index(plan, base.index, size)
             (folder / INDEX).write_text(json.dumps(index, indent=2))
-        _copy_others(base.path, folder, sources)
+        _copy_others(base.path, folder, files_of_base)
 
 
 def _new_index(plan: MergePlan, index: Mapping[str, Any], size: int) -> dict[str, Any]:
     """The index of the merged folder: that of the base, with the new tensors and their size."""
     weight_map = dict[str, str]()
     for name, file in plan.output_of.items():
-        weight_map[name] = file.relative_to(plan.base).as_posix()
+        weight_map[name] = file.relative_to(plan.base_path).as_posix()
     metadata = dict_or_empty(index.get("metadata"))
     return {**index, "weight_map": weight_map, "metadata": {**metadata, "total_size": size}}
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning_lora.base.fingerprints import StoredFingerprint
 from lightning_lora.errors import AdapterMismatchError, listed
-from lightning_lora.storage.offline.layers import tensors_beside_adapters
 from lightning_lora.storage.offline.tensor_files import TensorFiles
+from lightning_lora.storage.offline.without_model import tensors_beside_adapters
 from lightning_lora.storage.renaming import Renaming, find_renamings, names_outside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -34,18 +34,23 @@ class AdaptedWeight:
 
 
 class MergePlan:
-    """The base and the adapters of a merge. Its tensors have their names in the base."""
+    """What a merge of files does.
+
+    The base's tensors may have other names than in the adapters' file. Here ``name`` is one in the adapters' file, and
+    ``base_name`` one in the base.
+    """
 
     def __init__(self, files: TensorFiles, stored: StoredAdapters) -> None:
         self.files = files
         self.stored = stored
-        self.base = files.path
+        self.base_path = files.path
         self.source = stored.source
         self.renaming = _find_renaming(files, stored)  # from names in the adapters' file to those in the base
         _check_inside(self.renaming, files, stored)
+        # All by their names in the base
         self.adapted = self._find_adapted()  # the weights that get an update
         self.replaced = self._find_replaced()  # tensors of the adapters' file that take a place as they are
-        self.output_of = self._find_outputs()  # the file of the base in whose place each merged tensor is written
+        self.output_of = self._find_outputs()  # for each merged tensor, the file of the base whose counterpart holds it
 
     def name_in_base(self, name: str) -> str:
         """Return the name in the base for one in the adapters' file, if it :meth:`has_place` there."""
@@ -55,19 +60,19 @@ class MergePlan:
         """Return the name of the base's tensor for one in the adapters' file. None: it has none."""
         if not self.has_place(name):  # then it may have the name of another tensor of the base
             return None
-        in_base = self.name_in_base(name)
-        return in_base if self.is_in_base(in_base) else None
+        base_name = self.name_in_base(name)
+        return base_name if self.is_in_base(base_name) else None
 
     def has_place(self, name: str) -> bool:
         """Whether a name in the adapters' file lies inside of what the base is."""
         return is_in(name, self.renaming.there)
 
-    def is_in_base(self, name: str) -> bool:
-        """Whether the base has a tensor of this name, which is one in the base."""
-        return name in self.files.file_of
+    def is_in_base(self, base_name: str) -> bool:
+        """Whether the base has a tensor of this name."""
+        return base_name in self.files.file_of
 
-    def names_in(self, file: Path) -> list[str]:
-        """Return the merged tensors that are written in the place of one file of the base."""
+    def names_written_for(self, file: Path) -> list[str]:
+        """Return the merged tensors that go into the counterpart of one file of the base."""
         return list(with_values(self.output_of, [file]))
 
     @property
@@ -85,33 +90,33 @@ class MergePlan:
         adapted = dict[str, AdaptedWeight]()
         for layer in self.stored.layers.values():
             for weight in layer.shapes:
-                in_base = self.name_in_base(join(layer.name, weight))
-                adapted[in_base] = AdaptedWeight(layer, weight)
-            for other in self._other_names_of_rows(layer):
-                adapted[other] = AdaptedWeight(layer, "weight")
+                base_name = self.name_in_base(join(layer.name, weight))
+                adapted[base_name] = AdaptedWeight(layer, weight)
+            for base_name in self._other_names_of_rows(layer):
+                adapted[base_name] = AdaptedWeight(layer, "weight")
         return adapted
 
     def _other_names_of_rows(self, layer: StoredLayer) -> list[str]:
         """The names under which the base holds an embedding of trained rows again, such as that of a tied head."""
         others = layer.tied.get("weight", ()) if layer.tokens else ()
-        in_base = map(self.find_in_base, others)
-        return [name for name in in_base if name is not None]
+        base_names = map(self.find_in_base, others)
+        return [base_name for base_name in base_names if base_name is not None]
 
     def _find_replaced(self) -> dict[str, Any]:
         """What the adapters' file holds besides adapters. Of buffers that its run filled, the base's."""
         replaced = renamed(tensors_beside_adapters(self.stored), self.name_in_base)
         for name in self.stored.filled_in_state:
-            in_base = self.find_in_base(name)
-            if in_base is not None:
-                replaced[in_base] = self.stored.state[name]
+            base_name = self.find_in_base(name)
+            if base_name is not None:
+                replaced[base_name] = self.stored.state[name]
         return replaced
 
     def _find_outputs(self) -> dict[str, Path]:
         """The files of all merged tensors. What the base lacks, such as a new head, comes into its last file."""
         output_of = dict(self.files.file_of)
         *_, last = output_of.values()
-        for in_base in self.replaced:
-            output_of.setdefault(in_base, last)
+        for base_name in self.replaced:
+            output_of.setdefault(base_name, last)
         return output_of
 
 

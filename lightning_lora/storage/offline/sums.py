@@ -13,7 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
 from lightning_lora.functional.factors import Factors, concatenated, truncated, with_rank
 from lightning_lora.layers import AdaptedMatrix
-from lightning_lora.storage.offline.layers import matrix_updates, tensors_beside_adapters
+from lightning_lora.storage.offline.without_model import tensors_beside_adapters, updates_of_layer
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
 from lightning_lora.storage.stored_modules import StoredModule
@@ -22,8 +22,8 @@ from lightning_lora.tensors.dicts import only, prefixed
 from lightning_lora.tensors.names import owner_of
 
 Summands = Sequence[StoredAdapters]
-Weights = Sequence[float]  # one for each of them
-_Updates = dict[AdaptedMatrix, Factors]  # of one layer
+Weights = Sequence[float]  # the numbers by which their updates are multiplied
+_Updates = dict[AdaptedMatrix, Factors]  # A and B for each matrix of one layer
 
 
 @torch.no_grad()
@@ -46,9 +46,9 @@ def weighted_sum(
     state = only(first.state, first.filled_in_state)  # buffers that a run filled are no update: those of the first one
     for name, layer in _layers_of_all(summands).items():
         updates = _summed_updates(summands, weights, name, r)
-        highest_rank = max(map(_rank_of_update, updates.values()))
-        layers[name] = replace(layer, r=highest_rank)
-        state.update(_named_factors(name, updates, highest_rank))
+        layer_r = max(map(_rank_of, updates.values()))
+        layers[name] = replace(layer, r=layer_r)
+        state.update(_named_factors(name, updates, layer_r))
     modules = _modules_of_all(summands)
     present = {*layers, *module_names, *modules, *_owners_in_base(first)}
     config = by_whole_names(layers.values(), LoRAConfig(), present)
@@ -72,10 +72,10 @@ def _modules_of_all(summands: Summands) -> dict[str, StoredModule]:
 
 @dataclass
 class _Terms:
-    """The terms of one sum: the updates of one matrix, and their weights."""
+    """The terms of a sum of updates of one matrix."""
 
     updates: list[Factors] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # the number by which each is multiplied
 
     def add(self, update: Factors, weight: float) -> None:
         """Add one more update."""
@@ -85,17 +85,17 @@ class _Terms:
     def factors(self, matrix: AdaptedMatrix, r: int | None) -> Factors:
         """Return A and B of the sum: exact, if the rank r (or the largest of the matrix) suffices for it."""
         update = concatenated(self.updates, self.weights)
-        highest_rank = matrix.largest_rank if r is None else matrix.rank_for(r)
-        if _rank_of_update(update) <= highest_rank:
+        allowed = matrix.largest_rank if r is None else matrix.rank_for(r)
+        if _rank_of(update) <= allowed:
             return update
-        return truncated(update, highest_rank)
+        return truncated(update, allowed)
 
 
 def _summed_updates(summands: Summands, weights: Weights, name: str, r: int | None) -> _Updates:
     """The sum for each matrix of a layer. A summand that does not adapt it adds nothing."""
     sums = defaultdict[AdaptedMatrix, _Terms](_Terms)
     for stored, weight in zip(summands, weights, strict=True):
-        for matrix, update in matrix_updates(stored, name).items():
+        for matrix, update in updates_of_layer(stored, name).items():
             sums[matrix].add(update, weight)
     return {matrix: terms.factors(matrix, r) for matrix, terms in sums.items()}
 
@@ -109,7 +109,7 @@ def _named_factors(name: str, updates: _Updates, r: int) -> dict[str, Tensor]:
     return prefixed(name, named)
 
 
-def _rank_of_update(update: Factors) -> int:
+def _rank_of(update: Factors) -> int:
     a, _ = update
     return a.shape[-2]
 
@@ -139,11 +139,12 @@ def _layers_of_all(summands: Summands) -> dict[str, StoredLayer]:
     first_source = dict[str, str]()  # of each layer
     for stored in summands:
         _check_can_be_added(stored)
-        for name, layer in stored.layers.items():
-            comparable = _comparable(layer, stored.source)
-            first = layers.setdefault(name, comparable)
+        for name, its_layer in stored.layers.items():
+            _refuse_single_rows(its_layer, stored.source)
+            layer = _without_rank_and_scaling(its_layer)
+            first = layers.setdefault(name, layer)
             source = first_source.setdefault(name, stored.source)
-            if not _have_same_parts(first, comparable):
+            if not _have_same_parts(first, layer):
                 raise AdapterMismatchError(
                     f"{name!r} is adapted in other parts in {source} than in {stored.source}. Use one base, "
                     "and the same target_slices and target_parameters."
@@ -163,10 +164,14 @@ def _check_can_be_added(stored: StoredAdapters) -> None:
         )
 
 
-def _comparable(layer: StoredLayer, source: str) -> StoredLayer:
-    """A layer without its ranks and scalings, in which summands may differ. Single rows are refused."""
+def _refuse_single_rows(layer: StoredLayer, source: str) -> None:
+    """Refuse an embedding of which single rows train."""
     if layer.tokens:
         raise AdapterMismatchError(f"{source} trains single rows of {layer.name!r}, which cannot be added up.")
+
+
+def _without_rank_and_scaling(layer: StoredLayer) -> StoredLayer:
+    """A layer without the numbers in which summands may differ."""
     matrices = tuple(map(bare, layer.matrices))
     return replace(layer, scaling=1.0, matrices=matrices)
 

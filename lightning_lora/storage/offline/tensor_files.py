@@ -198,7 +198,8 @@ def _is_inside_folder(folder: Path, name: str) -> bool:
 def write_tensors(
     path: Path,
     names: Collection[str],
-    like: Callable[[str], Tensor],
+    *,
+    template_of: Callable[[str], Tensor],
     value_of: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> int:
@@ -207,22 +208,22 @@ def write_tensors(
     Args:
         path: The file.
         names: Its tensors.
-        like: Gives a tensor of the shape and dtype that the one of this name will have.
+        template_of: Gives a tensor of the shape and dtype that the one of this name will have.
         value_of: Gives the tensor of this name. It is called once for each.
         metadata: What the file says of itself.
     """
-    shells = {name: like(name).to("meta") for name in names}
-    names = sorted(names, key=lambda name: shells[name].itemsize, reverse=True)  # so each is aligned in memory
+    templates = {name: template_of(name).to("meta") for name in names}
+    ordered = sorted(names, key=lambda name: templates[name].itemsize, reverse=True)  # so each is aligned in memory
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for name in names:
-        entry = _header_entry(name, shells[name])
+    for name in ordered:
+        entry = _header_entry(name, templates[name])
         start = end
-        end = start + shells[name].nbytes
+        end = start + templates[name].nbytes
         header[name] = {**entry, "data_offsets": [start, end]}
     with path.open("wb") as file:
         file.write(header_of(header))
-        for name in names:
+        for name in ordered:
             _write_tensor(file, value_of(name))
     return end
 

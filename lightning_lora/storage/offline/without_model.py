@@ -1,4 +1,4 @@
-"""The layers of a file of adapters, without their model."""
+"""Adapters in a file, without their model: what it says of their layers is enough to compute with them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +17,8 @@ from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import join
 
 
-def read_layers(path: str | Path) -> StoredAdapters:
-    """Return the adapters in a file. Their values are finite, and their layers need no model."""
+def read_without_model(path: str | Path) -> StoredAdapters:
+    """Return the adapters in a file, if their values are finite and their layers can be computed without the model."""
     stored = read_adapter_file(path)
     stored.check_finite()
     for name, layer in stored.layers.items():
@@ -35,8 +35,8 @@ def tensors_beside_adapters(stored: StoredAdapters) -> dict[str, Any]:
     return without(stored.state, stored.adapter_names().union(stored.filled_in_state))
 
 
-def matrix_updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
-    """Return A and B of a layer's updates, by :func:`bare` matrices. The scaling is in B."""
+def updates_of_layer(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
+    """Return A and B for each matrix of a layer, by :func:`bare` matrices. The scaling is in B."""
     if name not in stored.layers:
         return {}
     layer = stored.layers[name]
@@ -54,8 +54,8 @@ def matrix_updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Fac
     return updates
 
 
-def layer_on(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -> LoRALayer:
-    """Return an adapted layer with these weights of the base, which it can merge. Its other weights are empty."""
+def build_layer(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -> LoRALayer:
+    """Build an adapted layer that can merge these weights of the base. Its other weights are empty."""
     layer = stored.layers[name]
     kind = cast(type[LoRALayer], layer.adapter_class)
     shell = nn.Module()

@@ -1,0 +1,57 @@
+"""The tensors of a merged model, each computed when it is written."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import AdapterMismatchError
+from lightning_lora.moments import Guards
+from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
+from lightning_lora.storage.offline.without_model import build_layer
+
+Progress = Callable[[int], object]
+"""What is called before each tensor, with the number of all."""
+
+
+class MergedTensors:
+    """The tensors of a merged model, by their names in the base. None is kept in memory."""
+
+    def __init__(self, plan: MergePlan, progress: Progress | None) -> None:
+        self.plan = plan
+        self.progress = progress
+        self.lost_share: dict[str, float] = {}  # of each layer's update, to rounding; of the layers computed so far
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor of the merged model."""
+        if self.progress is not None:
+            self.progress(len(self.plan.output_of))
+        value = self.before_update(name)
+        if name not in self.plan.adapted:
+            return value
+        return self._with_update(name, value, self.plan.adapted[name])
+
+    def before_update(self, name: str) -> Tensor:
+        """Return a tensor without its update: the adapters' file may hold it, such as a trained bias, or the base."""
+        if name in self.plan.replaced:
+            value: Tensor = self.plan.replaced[name]
+            return value
+        return self.plan.files.get(name)
+
+    def _with_update(self, name: str, value: Tensor, adapted: AdaptedWeight) -> Tensor:
+        """The sum of a weight and its update. It must fit into the dtype of the base."""
+        layer_name = adapted.layer.name
+        layer = build_layer(self.plan.stored, layer_name, {adapted.weight: value})
+        with torch.no_grad():
+            merged, lost_share = layer.lora_merged_weight(adapted.weight)
+        if not merged.isfinite().all() and value.isfinite().all():
+            raise AdapterMismatchError(
+                f"{name} with its update does not fit {value.dtype}: values overflow. Use a base of a wider dtype."
+            )
+        lost_before = self.lost_share.get(layer_name, 0.0)
+        self.lost_share[layer_name] = max(lost_share, lost_before)
+        return merged
+
+    def warn_of_rounding(self) -> None:
+        """Warn if rounding took much of the updates."""
+        Guards().merged_offline(str(self.plan.base_path), self.lost_share)
