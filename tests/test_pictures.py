@@ -1,21 +1,21 @@
 """The pictures of the pages are those that their script draws."""
 
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 
+from docs.pictures.draw import PICTURES
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "pictures"
-PICTURES = runpy.run_path(str(FOLDER / "draw.py"))["PICTURES"]
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_file_is_what_the_script_draws(name: str) -> None:
     found = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
-    assert found == PICTURES[name](), "the table or the script changed: python docs/pictures/draw.py"
+    assert found == PICTURES[name](), "the table or the script changed: python -m docs.pictures.draw"
 
 
 def test_each_picture_is_on_a_page_or_the_mark_of_the_site_and_no_other_is_there() -> None:
