@@ -102,7 +102,7 @@ def test_a_merge_computes_the_same_and_leaves_a_plain_model() -> None:
     model = adapted(LitTiny())
     before = model(X)
     ll.merge_adapters(model)
-    torch.testing.assert_close(model(X), before)
+    torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-4)  # the sums are in another order
     assert type(model.q_proj) is plain_type
     assert list(model.state_dict()) == list(LitTiny().state_dict())
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from examples.paper.__main__ import HERE, PAGES, main
@@ -15,6 +16,7 @@ from examples.paper.jobs import Folders, Results
 from examples.paper.methods import RANKS, RATE
 from examples.paper.pages import fill, finished
 from examples.paper.plan import PARTS
+from examples.paper.stats import average, coverage
 from examples.paper.tables import TABLES
 
 pytest.importorskip("wn")
@@ -112,6 +114,17 @@ def test_text_has_the_numbers_of_the_tables(page: str) -> None:
     for table in TABLES.values():
         in_tables |= numbers_in(table(FOUND))
     assert numbers <= in_tables | OTHERS
+
+
+def test_an_interval_holds_the_truth_less_often_where_seeds_are_far_apart() -> None:
+    draw = np.random.default_rng(0)
+    items = draw.normal(size=(1, 100, 1))
+    of_method = items + draw.normal(size=(3, 100, 1))
+    of_other = items + draw.normal(size=(3, 100, 1))
+    far_apart = np.array([-1.0, 0.0, 1.0]).reshape(3, 1, 1)
+    near = coverage(of_method, of_other, average)
+    far = coverage(of_method + far_apart, of_other, average)
+    assert far < 0.85 < near < 1
 
 
 def numbers_in(text: str) -> set[str]:

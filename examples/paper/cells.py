@@ -122,5 +122,10 @@ def rates_of(results: Results, task: str, name: str, epochs: int) -> str:
         for jobs in last:
             tried[jobs[0]] += f"{WHOLE}({loss(results, jobs):.3f})"
         best = seeds(results, task, name, epochs)[0]
-    tried[best] = f"**{tried[best]}**"
-    return ", ".join(tried.values())
+    return listed(tried, best)
+
+
+def listed(tried: dict[Job, str], best: Job) -> str:
+    """Return the texts of some jobs in one line, that of the best in bold."""
+    texts = [f"**{text}**" if job == best else text for job, text in tried.items()]
+    return ", ".join(texts)

@@ -4,10 +4,34 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from .cells import ACCURACY, accuracy, difference, differences, markdown, mean_of, rate, rates_of, trained
-from .jobs import Job, Results, nll
+from .cells import (
+    ACCURACY,
+    WHOLE,
+    accuracy,
+    difference,
+    differences,
+    listed,
+    markdown,
+    mean_of,
+    rate,
+    rates_of,
+    trained,
+)
+from .jobs import Job, Results, mistakes, nll
 from .methods import EPOCHS, EVERYTHING, FEW, FEW_EPOCHS, GRID_RANKS, SCALINGS, grid_name
-from .plan import at_best_epochs, at_one_rate, in_grid, loss, near_best, seeds, tried_epochs
+from .plan import (
+    Choice,
+    at_best_epochs,
+    at_best_with_few,
+    at_one_rate,
+    in_grid,
+    loss,
+    near_best,
+    ranked,
+    search_with_few,
+    seeds,
+    tried_epochs,
+)
 
 CLASSIFYING = ("reviews", "definitions")
 
@@ -94,16 +118,16 @@ def forgotten(results: Results) -> str:
     return markdown(["", "own task", "minus full"], rows)
 
 
-def few(results: Results) -> str:
-    """Compare methods that have few texts to train on."""
+def few(results: Results, by: Choice) -> str:
+    """Compare methods that have few texts to train on, each at the rate that this choice prefers."""
     rows = []
-    for task, epochs in FEW_EPOCHS.items():
-        best = seeds(results, task, "full", epochs)
+    for task in FEW_EPOCHS:
+        best = at_best_with_few(results, task, "full", by)
         for name in FEW:
-            jobs = seeds(results, task, name, epochs)
+            jobs = at_best_with_few(results, task, name, by)
             title = f"{texts_of(task)} texts: {name}"
-            rows.append([title, accuracy(results, jobs), *differences(results, jobs, best)])
-    return markdown(["", "accuracy", "minus full", "loss minus full"], rows)
+            rows.append([title, rate(jobs), accuracy(results, jobs), *differences(results, jobs, best)])
+    return markdown(["", "rate", "accuracy", "minus full", "loss minus full"], rows)
 
 
 def texts_of(task: str) -> str:
@@ -182,13 +206,28 @@ def rates(results: Results, task: str, names: Iterable[str], epochs: int = 2) ->
 
 
 def few_rates(results: Results) -> str:
-    """Loss on the validation part at each learning rate that was tried with few texts."""
+    """Loss and accuracy on the validation part at each learning rate that was tried with few texts."""
     rows = []
     for task, epochs in FEW_EPOCHS.items():
         for name in FEW:
-            losses = rates_of(results, task, name, epochs)
-            rows.append([f"{texts_of(task)} texts: {name}", epochs, losses])
-    return markdown(["", "epochs", "rate: loss"], rows)
+            title = f"{texts_of(task)} texts: {name}"
+            losses = losses_with_few(results, task, name)
+            rows.append([title, epochs, losses, accuracies_with_few(results, task, name)])
+    return markdown(["", "epochs", "rate: loss", "rate: accuracy"], rows)
+
+
+def losses_with_few(results: Results, task: str, name: str) -> str:
+    """Return each rate with its loss; the lowest is bold."""
+    searched = search_with_few(results, task, name)
+    tried = {job: f"{job.lr:g}:{WHOLE}{nll(results[job]):.3f}" for job in searched}
+    return listed(tried, ranked(results, searched, nll)[0])
+
+
+def accuracies_with_few(results: Results, task: str, name: str) -> str:
+    """Return each rate with its accuracy; the highest is bold."""
+    searched = search_with_few(results, task, name)
+    tried = {job: f"{job.lr:g}:{WHOLE}{accuracy(results, [job], 'validation')}" for job in searched}
+    return listed(tried, ranked(results, searched, mistakes)[0])
 
 
 def one_epoch(results: Results, names: Iterable[str]) -> str:

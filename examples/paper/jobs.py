@@ -64,6 +64,12 @@ def nll(result: Result) -> float:
     return float(sum(losses) / len(losses))
 
 
+def mistakes(result: Result) -> float:
+    """Return the share of wrong answers on the validation part."""
+    correct = result["validation"]["correct"]
+    return 1 - sum(correct) / len(correct)
+
+
 @dataclass(frozen=True)
 class Folders:
     """Where things are.

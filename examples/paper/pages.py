@@ -41,5 +41,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "table3": ("references", "table3-rates"),
     "table7": ("subspaces",),
     "verdicts": COMPARING,
+    "coverage": ("table2", "definitions", "few", "table3"),
 }
 """Tables that need what their names do not say."""

@@ -6,7 +6,7 @@ from functools import partial
 from itertools import chain
 from statistics import mean
 
-from .jobs import Job, Results, nll
+from .jobs import Job, Result, Results, mistakes, nll
 from .methods import (
     BEYOND,
     DEFINITIONS,
@@ -34,12 +34,15 @@ from .methods import (
     with_momentum,
 )
 
+Choice = Callable[[Result], float]
+"""What a learning rate is chosen by: a number of the validation part, the lower the better."""
+MOST_MORE_WITH_FEW = 4
+
 
 def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
     """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins.
 
-    With four epochs, the search begins with the best rate of two, and half of it. With few texts, which have low rates,
-    and with images, it may go on by two more.
+    With four epochs, the search begins with the best rate of two, and half of it. With images, it may go on further.
     """
     rates = METHODS[name].rates
     if epochs == 4:
@@ -48,17 +51,17 @@ def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]
     jobs = [Job(task, name, lr, epochs=epochs) for lr in rates]
     if results.fast or len(jobs) == 1:
         return jobs[:1]
-    most_more = 3 if task in FEW_EPOCHS | DIGITS_EPOCHS else 1
+    most_more = 3 if task in DIGITS_EPOCHS else 1
     for _ in range(most_more):
         if are_finished(jobs, results):
             jobs = beyond_the_edge(results, jobs)
     return jobs
 
 
-def beyond_the_edge(results: Results, jobs: list[Job]) -> list[Job]:
+def beyond_the_edge(results: Results, jobs: list[Job], by: Choice = nll) -> list[Job]:
     """Add a rate below the lowest or above the highest one, if that is the best."""
     first, *_, last = jobs
-    best = ranked(results, jobs)[0]
+    best = ranked(results, jobs, by)[0]
     if best == first:
         return [replace(first, lr=first.lr / 2), *jobs]
     if best == last:
@@ -71,9 +74,9 @@ def are_finished(jobs: Iterable[Job], results: Results) -> bool:
     return all(job in results for job in jobs)
 
 
-def ranked(results: Results, jobs: list[Job]) -> list[Job]:
-    """Return the jobs by their loss on the validation part, the lowest first."""
-    return sorted(jobs, key=lambda job: nll(results[job]))
+def ranked(results: Results, jobs: list[Job], by: Choice = nll) -> list[Job]:
+    """Return the jobs by their loss or their mistakes on the validation part, the lowest first."""
+    return sorted(jobs, key=lambda job: by(results[job]))
 
 
 def finalists(results: Results, task: str, name: str, epochs: int = 2) -> list[list[Job]]:
@@ -217,9 +220,36 @@ def of_e2e(results: Results) -> list[Job]:
 def of_few(results: Results) -> list[Job]:
     """Return the jobs that have few texts to train on."""
     jobs = []
-    for task, epochs in FEW_EPOCHS.items():
-        jobs += compared(results, task, FEW, epochs)
+    for task in FEW_EPOCHS:
+        for name in FEW:
+            searched = search_with_few(results, task, name)
+            jobs += searched
+            if are_finished(searched, results):
+                jobs += at_best_with_few(results, task, name, nll)
+                jobs += at_best_with_few(results, task, name, mistakes)
     return jobs
+
+
+def search_with_few(results: Results, task: str, name: str) -> list[Job]:
+    """Return the jobs of one seed that choose a rate twice: by the loss, and by the mistakes.
+
+    With few texts, the two prefer other rates. So the search goes on where the edge wins by one of them.
+    """
+    jobs = [Job(task, name, lr, epochs=FEW_EPOCHS[task]) for lr in METHODS[name].rates]
+    if results.fast:
+        return jobs[:1]
+    for _ in range(MOST_MORE_WITH_FEW):
+        for by in (nll, mistakes):
+            if are_finished(jobs, results):
+                jobs = beyond_the_edge(results, jobs, by)
+    return jobs
+
+
+def at_best_with_few(results: Results, task: str, name: str, by: Choice) -> list[Job]:
+    """Return the jobs at the rate that this choice prefers, one for each seed."""
+    searched = search_with_few(results, task, name)
+    best = ranked(results, searched, by)[0]
+    return of_all_seeds(results, best)
 
 
 def of_digits(results: Results) -> list[Job]:

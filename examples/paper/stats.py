@@ -10,6 +10,8 @@ Values = np.ndarray  # of shape (seeds, items, numbers of each item)
 Statistic = Callable[[np.ndarray], np.ndarray]  # of means over items: its last dimension is the numbers
 
 RESAMPLES = 10_000
+SIMULATIONS = 400
+RESAMPLES_OF_A_SIMULATION = 400
 
 
 class Difference(NamedTuple):
@@ -26,7 +28,7 @@ class Difference(NamedTuple):
         return not self.low <= 0 <= self.high
 
 
-def interval(one: Values, other: Values, statistic: Statistic) -> Difference:
+def interval(one: Values, other: Values, statistic: Statistic, resamples: int = RESAMPLES) -> Difference:
     """Return the difference of two methods.
 
     Items are drawn with replacement, the same ones for both methods, and so are seeds.
@@ -35,10 +37,10 @@ def interval(one: Values, other: Values, statistic: Statistic) -> Difference:
         Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation", section 4.
     """
     found = over_seeds(one, statistic) - over_seeds(other, statistic)
-    redrawn = resampled(one, statistic) - resampled(other, statistic)
+    redrawn = resampled(one, statistic, resamples) - resampled(other, statistic, resamples)
     low, high = np.percentile(redrawn, [2.5, 97.5])
     across_zero = min((redrawn <= 0).mean(), (redrawn >= 0).mean())
-    p = max(2 * float(across_zero), 2 / RESAMPLES)
+    p = max(2 * float(across_zero), 2 / resamples)
     return Difference(float(found), float(low), float(high), p)
 
 
@@ -63,9 +65,9 @@ def survivors(p: list[float], level: float = 0.05) -> list[bool]:
     return survives
 
 
-def resampled(values: Values, statistic: Statistic) -> np.ndarray:
+def resampled(values: Values, statistic: Statistic, resamples: int) -> np.ndarray:
     """Return the mean over seeds of a statistic, for each resample."""
-    shares, seeds = drawn(*values.shape[:2])
+    shares, seeds = drawn(*values.shape[:2], resamples)
     means = np.stack([shares @ of_seed for of_seed in values], axis=1)  # (resamples, seeds, numbers)
     redrawn_seeds = np.take_along_axis(statistic(means), seeds, axis=1)
     found: np.ndarray = redrawn_seeds.mean(1)
@@ -73,15 +75,37 @@ def resampled(values: Values, statistic: Statistic) -> np.ndarray:
 
 
 @cache
-def drawn(seeds: int, items: int) -> tuple[np.ndarray, np.ndarray]:
+def drawn(seeds: int, items: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the share of each item in each resample, and the seeds of each: the same ones for all methods."""
     draw = np.random.default_rng(0)
     counts = []
-    for _ in range(RESAMPLES):
+    for _ in range(resamples):
         numbers = draw.integers(items, size=items)
         counts.append(np.bincount(numbers, minlength=items))
     shares = np.stack(counts) / items
-    return shares, draw.integers(seeds, size=(RESAMPLES, seeds))
+    return shares, draw.integers(seeds, size=(resamples, seeds))
+
+
+def coverage(one: Values, other: Values, statistic: Statistic) -> float:
+    """Return in which share of studies the interval holds the true difference of two methods.
+
+    What was found is taken for the truth. Each simulated study draws its seeds and its items from it, and makes an
+    interval of them. A new training has another seed for each method, so the seeds of the two are drawn apart.
+
+    Source:
+        Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 18.3 (calibration).
+    """
+    truth = over_seeds(one, statistic) - over_seeds(other, statistic)
+    seeds, items = one.shape[:2]
+    draw = np.random.default_rng(0)
+    holds = []
+    for _ in range(SIMULATIONS):
+        of_items = draw.integers(items, size=items)
+        simulated_one = one[draw.integers(seeds, size=seeds)][:, of_items]
+        simulated_other = other[draw.integers(seeds, size=seeds)][:, of_items]
+        found = interval(simulated_one, simulated_other, statistic, RESAMPLES_OF_A_SIMULATION)
+        holds.append(found.low <= truth <= found.high)
+    return float(np.mean(holds))
 
 
 def average(means: np.ndarray) -> np.ndarray:

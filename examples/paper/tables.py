@@ -6,7 +6,8 @@ from functools import partial
 from . import classifying, methods, reading, stats, writing
 from .cells import accuracy, differences, markdown, trained
 from .classifying import on_definitions, on_reviews, pairs, rates, searched, unsearched
-from .jobs import Results
+from .coverage import coverages
+from .jobs import Results, mistakes, nll
 from .methods import BEYOND, DEFINITIONS, E2E, EVERYTHING, MAIN, PREFIX, RANKS, WHICH
 from .plan import at_one_rate, seeds
 
@@ -124,7 +125,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "whole": partial(classifying.one_epoch, names=["full", *EVERYTHING, *methods.WHOLE]),
     "fresh": classifying.fresh,
     "forgotten": classifying.forgotten,
-    "few": classifying.few,
+    "few": partial(classifying.few, by=nll),
+    "few-by-accuracy": partial(classifying.few, by=mistakes),
     "few-rates": classifying.few_rates,
     "digits": reading.digits,
     "digits-rates": reading.digits_rates,
@@ -136,10 +138,11 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "overview": overview,
     "together": classifying.together,
     "verdicts": verdicts,
+    "coverage": coverages,
 }
 COMPARING: tuple[str, ...] = (
     *("table2", "table2-pairs", "together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
     *("beyond", "beyond-pairs", "definitions", "definitions-pairs"),
-    *("epochs", "few", "prefix", "digits"),
+    *("epochs", "few", "few-by-accuracy", "prefix", "digits"),
 )
 """Those with differences."""

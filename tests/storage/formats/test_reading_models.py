@@ -37,7 +37,7 @@ def test_outputs_are_those_of_peft(tmp_path: Path, kind: str, head: str, config:
     for model, inner in ((plain, plain), (around, around.model)):
         assert gap(run(inner), expected) > 1e-5
         load_adapter(model, tmp_path)
-        assert gap(run(inner), expected) < 2e-6
+        assert gap(run(inner), expected) < 5e-6
 
 
 def test_an_update_of_a_layer_that_is_never_called_is_left_out(tmp_path: Path) -> None:
