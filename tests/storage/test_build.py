@@ -107,7 +107,7 @@ def test_lightning_asks_for_the_callback_where_a_module_is_not_loaded_strictly(
         t = trainer(tmp_path, [LoRACallback(), Reads()])
         again = Strict(False)
         t.test(again, data(), ckpt_path=path, verbose=False)
-    assert torch.equal(again(X), model(X))
+    torch.testing.assert_close(again(X), model(X), rtol=1e-4, atol=1e-4)  # merged: sums in another order
 
 
 class Reads(L.Callback):  # what files that a run can go on from hold
