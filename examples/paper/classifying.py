@@ -126,8 +126,10 @@ def few(results: Results, by: Choice) -> str:
         for name in FEW:
             jobs = at_best_with_few(results, task, name, by)
             title = f"{texts_of(task)} texts: {name}"
-            rows.append([title, rate(jobs), accuracy(results, jobs), *differences(results, jobs, best)])
-    return markdown(["", "rate", "accuracy", "minus full", "loss minus full"], rows)
+            behind = differences(results, jobs, best)
+            rows.append([title, rate(jobs), accuracy(results, jobs), *behind])
+    header = ["", "rate", "accuracy", "minus full", "loss minus full"]
+    return markdown(header, rows)
 
 
 def texts_of(task: str) -> str:
@@ -212,7 +214,8 @@ def few_rates(results: Results) -> str:
         for name in FEW:
             title = f"{texts_of(task)} texts: {name}"
             losses = losses_with_few(results, task, name)
-            rows.append([title, epochs, losses, accuracies_with_few(results, task, name)])
+            accuracies = accuracies_with_few(results, task, name)
+            rows.append([title, epochs, losses, accuracies])
     return markdown(["", "epochs", "rate: loss", "rate: accuracy"], rows)
 
 
@@ -220,14 +223,16 @@ def losses_with_few(results: Results, task: str, name: str) -> str:
     """Return each rate with its loss; the lowest is bold."""
     searched = search_with_few(results, task, name)
     tried = {job: f"{job.lr:g}:{WHOLE}{nll(results[job]):.3f}" for job in searched}
-    return listed(tried, ranked(results, searched, nll)[0])
+    best = ranked(results, searched, nll)[0]
+    return listed(tried, best)
 
 
 def accuracies_with_few(results: Results, task: str, name: str) -> str:
     """Return each rate with its accuracy; the highest is bold."""
     searched = search_with_few(results, task, name)
     tried = {job: f"{job.lr:g}:{WHOLE}{accuracy(results, [job], 'validation')}" for job in searched}
-    return listed(tried, ranked(results, searched, mistakes)[0])
+    best = ranked(results, searched, mistakes)[0]
+    return listed(tried, best)
 
 
 def one_epoch(results: Results, names: Iterable[str]) -> str:

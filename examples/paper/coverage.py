@@ -12,8 +12,11 @@ def coverages(results: Results) -> str:
     for title, measure, jobs, full in compared(results):
         one = of_seeds(results, jobs, measure, ())
         other = of_seeds(results, full, measure, ())
-        rows.append([title, f"{100 * coverage(one, other, measure.statistic):.0f} %"])
-    return markdown(["an interval of", "holds the truth in"], rows)
+        share = coverage(one, other, measure.statistic)
+        percent = 100 * share
+        rows.append([title, f"{percent:.0f} %"])
+    header = ["an interval of", "holds the truth in"]
+    return markdown(header, rows)
 
 
 def compared(results: Results) -> list[tuple[str, Measure, list[Job], list[Job]]]:

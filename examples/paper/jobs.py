@@ -67,7 +67,8 @@ def nll(result: Result) -> float:
 def mistakes(result: Result) -> float:
     """Return the share of wrong answers on the validation part."""
     correct = result["validation"]["correct"]
-    return 1 - sum(correct) / len(correct)
+    right = sum(correct)
+    return float(1 - right / len(correct))
 
 
 @dataclass(frozen=True)

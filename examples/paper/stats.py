@@ -101,8 +101,10 @@ def coverage(one: Values, other: Values, statistic: Statistic) -> float:
     holds = []
     for _ in range(SIMULATIONS):
         of_items = draw.integers(items, size=items)
-        simulated_one = one[draw.integers(seeds, size=seeds)][:, of_items]
-        simulated_other = other[draw.integers(seeds, size=seeds)][:, of_items]
+        seeds_of_one = draw.integers(seeds, size=seeds)
+        seeds_of_other = draw.integers(seeds, size=seeds)
+        simulated_one = one[seeds_of_one][:, of_items]
+        simulated_other = other[seeds_of_other][:, of_items]
         found = interval(simulated_one, simulated_other, statistic, RESAMPLES_OF_A_SIMULATION)
         holds.append(found.low <= truth <= found.high)
     return float(np.mean(holds))
