@@ -278,7 +278,7 @@ class LoRACallback(Callback):
             log_arguments(trainer, pl_module, **own_arguments, trained_share=summarize(pl_module).share)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the module as its own hooks and the checkpoint have left it, and begin the training."""
+        """Check the module, after its own hooks and the checkpoint, and begin the training."""
         self._check_set_up()
         refuse_computed_weights(View(pl_module))  # first: it says more than view_of would
         view = view_of(pl_module)

@@ -68,10 +68,10 @@ class AdapterState:
         return self.random_weights
 
     def snapshot(self) -> "AdapterState":
-        """Return a copy that later notes do not change. After an error, it takes this object's place.
+        """Return a copy that later notes do not change.
 
-        It has dicts and lists of its own, and the same tensors and adapters of layers: who changes values in these must
-        undo that too.
+        After an error, it takes this object's place. It has dicts and lists of its own, and the same tensors and
+        adapters of layers: who changes values in these must undo that too.
         """
         return replace(
             self,

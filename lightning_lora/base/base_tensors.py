@@ -94,20 +94,20 @@ class Base:
     """The parameters as the last merge left them."""
 
     def snapshot(self) -> "Base":
-        """Return a copy that later notes do not change. After an error, it takes this object's place.
+        """Return a copy that later notes do not change.
 
-        It has dicts and sets of its own, and the same tensors.
+        After an error, it takes this object's place. It has dicts and sets of its own, and the same tensors.
         """
         copies = {name: copy(known) for name, known in vars(self).items()}
         copies["readings"] = self.readings.snapshot()
         return Base(**copies)
 
     def absorb(self, prefix: str, inner: "Base", *, is_merged: bool) -> None:
-        """Add what is known of ``prefix``, a module inside the model that was adapted on its own.
+        """Add what is known of an inner module that was adapted on its own.
 
-        Only two facts still matter: which parameters trained before, and which tensors code has changed. If the module
-        is merged, its values as they are now are the model's base, so nothing of it counts as changed. What the model
-        itself knows of a tensor stays.
+        ``prefix`` is its name in the model. Only two facts still matter: which parameters trained before, and which
+        tensors code has changed. If the module is merged, its values as they are now are the model's base, so nothing
+        of it counts as changed. What the model itself knows of a tensor stays.
         """
         for name, did_train in inner.trained_before.items():
             self.trained_before.setdefault(join(prefix, name), did_train)
@@ -126,7 +126,10 @@ class Base:
             self.trained_before.setdefault(name, parameter.requires_grad)
 
     def set_trained_before(self, names: Iterable[str], *, flag: bool) -> None:
-        """Note that the user wants these to train (``flag``), or to be frozen, as if they had been so before."""
+        """Note whether the user wants these to train.
+
+        It then counts as if they had been so before the adapters came.
+        """
         for name in names:
             self.trained_before[name] = flag
 

@@ -101,11 +101,11 @@ class Readings:
     # Half digests: those of the values after conversion to bfloat16, and to float16
 
     def known_half_digests(self, digest: int) -> list[int]:
-        """Return half digests that were computed before, by the tensor's own digest. Otherwise an empty list."""
+        """Return the half digests of a tensor with this digest, or an empty list if they were not computed yet."""
         return self.half_digests.get(digest, [])
 
     def half_digests_of(self, digest: int, tensor: Tensor) -> list[int]:
-        """Return a tensor's half digests, which are computed once. ``digest`` is its own one."""
+        """Return the half digests of a tensor with this digest. They are computed once."""
         if digest not in self.half_digests:
             self.half_digests[digest] = digests_as(tensor, HALF_DTYPES)
         return self.half_digests[digest]

@@ -22,9 +22,8 @@ class _SavePretrained:
         self.__signature__ = signature(model.save_pretrained)  # pipelines look for options in it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        files = import_module(
-            "lightning_lora.storage.own_save_pretrained"
-        )  # it lies above this room: by name, when called
+        # It lies above this room: so it is imported by its name, and when it is called.
+        files = import_module("lightning_lora.storage.own_save_pretrained")
         return files.save_pretrained(self.model(), *args, **kwargs)
 
     def __reduce__(self) -> Any:

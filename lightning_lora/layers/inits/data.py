@@ -38,7 +38,7 @@ class EvaObserver:
 
     @torch.no_grad()
     def add_batch(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Continue with the inputs of a batch: what they differ by from the mean of all counts."""
+        """Add the inputs of a batch, centred: what counts is how they differ from the mean of all inputs."""
         x: Tensor = args[0] if args else kwargs[self.argument]
         x = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
         x = x[x.isfinite().all(1)]
