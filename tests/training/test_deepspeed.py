@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp3
 from lightning_lora import AdapterStateError, LoRACallback, LoRAConfig, StrategyError
 from lightning_lora.training.stages.stage import Stage
 from lightning_lora.training.strategies.for_strategy import patch_strategy
-from tests.support.cpu_deepspeed import CpuDeepSpeed
+from tests.support.cpu_deepspeed import CpuDeepSpeed, deepspeed
 from tests.support.messages import lines_with
 from tests.support.ranks import RankError, run_ranks
 from tests.support.sharded import LitNet, data, lora, trainer_of, whole_state
@@ -129,6 +129,8 @@ NARROW = {"autocast_adapter_dtype": False}
     ],
 )
 def test_half_precision_resumes_to_its_bits(tmp_path: Path, precision: Any, zero: Any, kwargs: Any, dtype: Any) -> None:
+    if dtype is torch.float16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        pytest.skip("DeepSpeed refuses float16 on this processor")
     expected = trained(tmp_path, LitNet, kwargs, precision=precision, zero=zero)[0]
     assert expected["model.layers.0.q.lora_A"].dtype == dtype
     again = resumed(tmp_path, LitNet, kwargs, precision=precision, zero=zero)
