@@ -79,7 +79,7 @@ class LoRACallback(Callback):
             this package reads. ``"model"``: the whole merged model too, under its plain names, which any code reads
             (Lightning's ``load_from_checkpoint``, ``load_state_dict``). A run resumes exactly from both.
         lr_scale: The adapters' learning rate over that of ``configure_optimizers``, in each step of any scheduler. A
-            new head keeps the module's. Begin with 10 if the module was written for full fine-tuning.
+            new head keeps the module's. Begin with 10 if the module's rate was tuned for full fine-tuning.
             ``{"A": 10, "B": 160}`` is LoRA+, with a ratio of 16.
         name: The adapter's name. Others that the module has rest meanwhile, and never change: this one alone is
             trained, stored and merged. If it is not given, it is that of the module's active adapter.
