@@ -22,10 +22,11 @@ from lightning_lora.errors import (
 )
 from lightning_lora.layers import register_adapter
 from lightning_lora.model.inject import inject_adapters
-from lightning_lora.model.merge import merge_adapters, unmerge_adapters
+from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.rows import adapter_names
 from lightning_lora.model.switch import adapters, disable_adapters
+from lightning_lora.model.unmerge import unmerge_adapters
 from lightning_lora.monitor import LoRAMonitor
 from lightning_lora.storage.files import export_peft, load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.storage.load.from_state_dicts import load_adapter_state_dict

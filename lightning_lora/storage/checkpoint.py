@@ -14,8 +14,8 @@ from lightning_lora.base.fingerprints import find_same_form
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, misfits
 from lightning_lora.model.base_values import base_values
 from lightning_lora.model.changes.attach import reinitialise_if_base_changed
-from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import record_of, start_call
+from lightning_lora.model.unmerge import unmerged
 from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map

@@ -13,7 +13,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
-from lightning_lora.model.merge import tied_weights
+from lightning_lora.model.mergeable import layers_with_tied_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
 from lightning_lora.private import HPARAMS_NAME
@@ -98,7 +98,7 @@ def checked_merged_state(view: View, changed: StateDict) -> dict[str, Any]:
 def _untied(view: View) -> list[str]:
     """The layers whose weight is no longer tied to another layer's."""
     untied = [weight.layer for weight in view.merged_weights if weight.was_tied]
-    return [*untied, *tied_weights(view)]
+    return [*untied, *layers_with_tied_weights(view)]
 
 
 def refuse_to_tie_again(view: View) -> None:

@@ -13,7 +13,7 @@ from lightning_lora.functional.dtypes import wide
 from lightning_lora.layers import HAS_UPDATE, LoRALayer
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.changed_since_merge import refuse_changed_since_merge
-from lightning_lora.model.merge import refuse_unmergeable
+from lightning_lora.model.mergeable import refuse_unmergeable
 from lightning_lora.model.view import View
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.state import own_adapters_in

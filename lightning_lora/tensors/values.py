@@ -61,6 +61,12 @@ def set_aside(tensor: Tensor) -> Tensor:
     return values.clone() if is_view else values
 
 
+def put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
+    """Give a tensor on ``device`` the values that :func:`set_aside` has returned."""
+    replace_values(tensor, values)  # frees what the tensor holds on the device, before the copy there
+    replace_values(tensor, values.to(device))
+
+
 def set_requires_grad(tensor: Tensor, flag: bool) -> None:
     """Set ``requires_grad``, also of a tensor made in ``torch.inference_mode``."""
     with torch.inference_mode(tensor.is_inference()):

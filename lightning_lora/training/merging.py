@@ -14,7 +14,8 @@ from lightning_lora.errors import (
     listed,
     warn,
 )
-from lightning_lora.model.merge import merge_adapters, quantised_layers, refuse_unmergeable, tied_weights
+from lightning_lora.model.merge import merge_adapters
+from lightning_lora.model.mergeable import layers_with_tied_weights, quantised_layers, refuse_unmergeable
 from lightning_lora.model.record import record_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_stored
@@ -53,7 +54,7 @@ def _keys_stay(merge: object, *, was_adapted: bool, switches: bool) -> bool:
 def check_merge_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:
     """Refuse weights that no update can be merged into."""
     view = View(pl_module)
-    tied = list(tied_weights(view))
+    tied = layers_with_tied_weights(view)
     if save == "model":
         _check_whole_files(view, tied)
     if not merge:

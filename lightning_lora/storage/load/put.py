@@ -18,9 +18,10 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.base_values import base_values, keep_frozen, kept_or_present_value, restore_originals
 from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.inject import inject_from_file
-from lightning_lora.model.merge import merge, unmerge_or_forget, unmerged
+from lightning_lora.model.merge import merge
 from lightning_lora.model.record import find_record, keep_record, record_of, start_call
 from lightning_lora.model.switch import activate, switch_to
+from lightning_lora.model.unmerge import unmerge_or_forget, unmerged
 from lightning_lora.model.view import View, refuse_lost_adapters, view_of
 from lightning_lora.storage.load.fits import check_fits, check_state_fits
 from lightning_lora.storage.state import copies_of

@@ -1,0 +1,118 @@
+"""Unmerge a model exactly: its adapters come back, and every bit of its base."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import warn
+from lightning_lora.layers import LayerAdapter
+from lightning_lora.model.changed_since_merge import is_as_merged, refuse_changed_since_merge
+from lightning_lora.model.changes.attach import (
+    attach_adapters,
+    reinitialise_if_base_changed,
+    update_for_changed_weights,
+)
+from lightning_lora.model.changes.freeze import freeze
+from lightning_lora.model.changes.off_layers import convert_to_layer, move_to_layer
+from lightning_lora.model.changes.undone import undone_on_error
+from lightning_lora.model.merge import merge
+from lightning_lora.model.record import forget_record, record_of, start_call, state_of
+from lightning_lora.model.view import View
+from lightning_lora.model.views.tensors_view import was_tied
+from lightning_lora.tensors.names import join, own_parameter, set_parameter
+from lightning_lora.tensors.undo import Undo
+from lightning_lora.tensors.values import put_back, replace_values, set_aside, set_requires_grad
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Undo a merge: restore the adapters and the exact base.
+
+    Every bit of the base is restored, on the model's current device. If the model was converted to another dtype since
+    the merge, the base is converted too.
+
+    Args:
+        model: A model that was merged by ``merge_adapters``, or by a Trainer with a ``LoRACallback``. An adapted
+            model that is not merged does not change.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
+    """
+    start_call(model, "unmerge_adapters")
+    _unmerge(View(model))
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """Unmerge a model inside a ``with`` block. At the end it is merged again, if it was merged before."""
+    was_merged = record_of(model).is_merged
+    _unmerge(View(model))
+    try:
+        yield
+    finally:
+        if was_merged:
+            merge(model)
+
+
+def unmerge_or_forget(model: nn.Module) -> bool:
+    """Undo a merge, and return whether there was one. Weights that were replaced since are a new base: that warns."""
+    if not state_of(model).is_merged:
+        return False
+    start_call(model, "unmerge_adapters")
+    view = View(model)
+    if not is_as_merged(view):
+        forget_record(model)
+        warn(
+            f"The weights of {view.title} were replaced after its adapters were merged into them: they are taken as a "
+            "new base, and the adapters of the earlier fine-tune are dropped."
+        )
+        return False
+    _unmerge(view)
+    return True
+
+
+def _unmerge(view: View) -> None:
+    """Undo a merge, if there was one."""
+    if not view.is_merged:
+        return
+    refuse_changed_since_merge(view)
+    record = view.record
+    adapters = record.merged_layer_adapters
+    with undone_on_error(view), torch.inference_mode(False), torch.no_grad(), Undo() as undo:
+        for layer, adapter in adapters.items():
+            _move_to_layer(view, layer, adapter, undo)
+            for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
+                _write_base(view, layer, weight, base, undo)
+        record.note_unmerged(view.parameters)
+        attach_adapters(view, adapters)
+        update_for_changed_weights(view)
+        freeze(view)
+        reinitialise_if_base_changed(view)  # it may have been converted
+        undo.keep()
+
+
+def _move_to_layer(view: View, layer: str, adapter: LayerAdapter, undo: Undo) -> None:
+    """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
+    name = join(layer, adapter.weights[0])
+    is_converted = view.parameters[name].dtype != view.record.base.after_merge.seen[name].dtype
+    if is_converted:
+        convert_to_layer(view.modules[layer], adapter, undo)
+    else:
+        move_to_layer(view.modules[layer], adapter, undo)
+
+
+def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: Undo) -> None:
+    """Set a layer's weight to the base's values again. It keeps its current device and dtype."""
+    module = view.modules[layer]
+    shown = own_parameter(module, weight)
+    undo.callback(put_back, shown, set_aside(shown), shown.device)
+    if was_tied(base):  # restore the shared parameter
+        undo.callback(set_parameter, module, weight, shown)
+        undo.callback(replace_values, base, base.data)
+        replace_values(base, base.data.to(shown))  # if all its layers are merged, none held it: it was not moved
+        set_requires_grad(base, shown.requires_grad)
+        set_parameter(module, weight, base)
+    else:
+        replace_values(shown, base.to(shown))
+        view.record.base.readings.note_copied(join(layer, weight), base, shown)
