@@ -11,31 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.base.fingerprints import find_same_form
-from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, misfits
+from lightning_lora.errors import AdapterMismatchError, BaseMismatchError
 from lightning_lora.model.base_values import base_values
-from lightning_lora.model.changes.attach import reinitialise_if_base_changed
-from lightning_lora.model.record import record_of, start_call
-from lightning_lora.model.unmerge import unmerged
 from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.beside_adapters import ADAPTERS
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
+from lightning_lora.storage.load.full_states import load_base
 from lightning_lora.storage.load.put import put
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
 from lightning_lora.storage.same_base.base_changes import changes_between, note_changes
 from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.storage.same_base.stored_fingerprints import with_half_digests
-from lightning_lora.storage.state import NOTE, copies_of, own_adapters_in, values_to_store, without_notes
+from lightning_lora.storage.state import NOTE, copies_of, values_to_store, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
-from lightning_lora.tensors.dicts import only, renamed, where, without
-from lightning_lora.tensors.names import names_not_in, plain_name
-from lightning_lora.tensors.plain_states import StateDict, load_state_dict, state_dict
+from lightning_lora.tensors.dicts import only, renamed, where
+from lightning_lora.tensors.names import plain_name
+from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import full_tensors
 from lightning_lora.tensors.values import detached
 
 Checkpoint = dict[str, Any]  # as a Trainer writes it
+
+_STATES = ("state_dict", MOVED)  # the entries that hold a state of the model
+_CALL = "To load a checkpoint"  # in errors
 
 
 # Write
@@ -87,13 +88,10 @@ def _with_small_states(view: View, checkpoint: Checkpoint) -> Checkpoint:
     return small
 
 
-_STATES = ("state_dict", MOVED)  # the entries that hold a state of the model
-
-
 def _small_state(view: View, state: StateDict) -> dict[str, Any]:
     """A state of the model without the base."""
-    changed = values_to_store(view, state, random_weights(view))
-    return {name: _alone(value) for name, value in changed.items()}
+    values = values_to_store(view, state, random_weights(view))
+    return {name: _alone(value) for name, value in values.items()}
 
 
 def _with_averages(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -135,11 +133,11 @@ def restore_base_from(model: nn.Module, merged: StateDict, checkpoint: Checkpoin
     if not merged:
         return False
     view = view_of(model)
-    there = find_same_form(checkpoint[KEY]["base"], fingerprint(view, anew=False))
-    if there is None or not take_updates_out(view, merged, checkpoint["state_dict"]):
+    base_of_training = find_same_form(checkpoint[KEY]["base"], fingerprint(view, anew=False))
+    if base_of_training is None or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
-    rounded = fingerprint(view, anew=False)
-    view.record.base.note_computed_back(changes_between(view, there, rounded))
+    base_computed_back = fingerprint(view, anew=False)  # the same, up to rounding
+    view.record.base.note_computed_back(changes_between(view, base_of_training, base_computed_back))
     return True
 
 
@@ -155,9 +153,6 @@ def naming_the_file(path: object) -> Iterator[None]:
         ) from error
 
 
-_CALL = "To load a checkpoint"
-
-
 def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, completes_states: bool = False) -> None:
     """Load a Trainer checkpoint into an adapted model. The weights of a full checkpoint become the base.
 
@@ -168,7 +163,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, completes
     """
     state = checkpoint["state_dict"]
     if KEY not in checkpoint:
-        _load_base(model, state)
+        load_base(model, state, call=_CALL)
         return
     load_stored(model, StoredAdapters.from_description(state, checkpoint[KEY], ""))
     if completes_states:
@@ -200,58 +195,3 @@ def _with_base(model: nn.Module, state: StateDict, base: Mapping[str, Tensor]) -
 def _is_not_none(value: object) -> bool:
     """Whether an entry of a state has a value."""
     return value is not None
-
-
-# A full checkpoint
-
-
-def _load_base(model: nn.Module, state: StateDict) -> None:
-    """Write a full state into the base, and initialise the adapters again."""
-    start_call(model, _CALL)
-    state = renamed(state, plain_name)
-    _check_base_fits(model, state)
-    with unmerged(model):
-        for layer in View(model).layers.values():
-            layer.lora_initialise()
-        load_state_dict(model, state)
-        reinitialise_if_base_changed(View(model))
-    record = record_of(model)
-    record.adapter.fingerprints = []
-    record.adapter.may_have_learned = False
-    record.base.forget_all_changes()
-
-
-def _check_base_fits(model: nn.Module, state: StateDict) -> None:
-    """Refuse a full state that does not fit this model."""
-    wrong = _misfits(_state_of_base(model), state)
-    if wrong:
-        raise BaseMismatchError(
-            f"This checkpoint has no adapters of this package, and as a base it does not fit {type(model).__name__}: "
-            f"{wrong}. Pass a checkpoint of the same model, trained with or without LoRACallback."
-        )
-
-
-def _state_of_base(model: nn.Module) -> dict[str, Any]:
-    """The state of a model without its adapters."""
-    state = state_dict(model, keep_vars=True)
-    return without(state, own_adapters_in(view_of(model), state))
-
-
-def _misfits(expected: StateDict, state: StateDict) -> str:
-    """What is missing in a state, is unexpected, or has another shape, in words."""
-    of_other_shape = list[str]()
-    for name, value in state.items():
-        if _has_other_shape(value, expected.get(name)):
-            of_other_shape.append(name)
-    return misfits(
-        {
-            "missing": names_not_in(expected, state),
-            "unexpected": names_not_in(state, expected),
-            "of another shape": of_other_shape,
-        }
-    )
-
-
-def _has_other_shape(value: object, expected: object) -> bool:
-    """Whether two tensors have different shapes."""
-    return isinstance(value, Tensor) and isinstance(expected, Tensor) and value.shape != expected.shape

@@ -65,19 +65,24 @@ def _state_with(view: View, changed: StateDict, merged: Mapping[str, Tensor]) ->
     adapters = own_adapters_in(view, state)
     for name in adapters:
         del state[name]
-    own_names = {*view.adapter_parameters, *map(plain_name, adapters)}
-    new_values = without({**changed, **merged}, own_names)
+    _refuse_without_place(merged, state, type(model).__name__)
+    adapter_names = {*view.adapter_parameters, *map(plain_name, adapters)}
+    new_values = without({**changed, **merged}, adapter_names)
     for name, value in state.items():
         state[name] = detached(new_values.get(plain_name(name), value))
     added = without(new_values, set(map(plain_name, state)))
-    absent = merged.keys() & added.keys()
-    if absent:
-        raise AdapterStateError(
-            f"The state dict of {type(model).__name__} does not hold {listed(sorted(absent))} under their own names, "
-            "so that no update can be put there. Call merge_adapters(model) and save its state dict."
-        )
     state.update(added)
     return state
+
+
+def _refuse_without_place(merged: Mapping[str, Tensor], state: StateDict, title: str) -> None:
+    """Refuse a state dict that a model's own code has changed: without the names of merged weights."""
+    absent = merged.keys() - set(map(plain_name, state))
+    if absent:
+        raise AdapterStateError(
+            f"The state dict of {title} does not hold {listed(sorted(absent))} under their own names, so that no "
+            "update can be put there. Call merge_adapters(model) and save its state dict."
+        )
 
 
 def _noted(view: View, state: Any) -> dict[str, Any]:

@@ -85,22 +85,26 @@ def _sums_in(record: Record) -> dict[str, dict[str, float]]:
 def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContextManager[object]:
     """Make the sum of several adapters, and switch to it."""
     record = record_of(model, "A sum of adapters")
-    before = record.name_in_effect
-    active = record.adapter.name
-    stored = _sum(model, weights, None)
+    summed = _sum(model, weights, None)
     title = _title(weights)
     if title in record.adapter_states and title not in _sums_in(record):
         raise AdapterStateError(f"An adapter has the name of this sum, {title!r}. Load it under another name.")
-    if title == active:  # the sum is made anew, and an adapter is replaced only while another one is active
+    shown = switch.Switched(model, title, before=record.name_in_effect, active=record.adapter.name)
+    _put_sum(model, record, title, summed, weights)
+    switch.switch_to(model, title)
+    return shown
+
+
+def _put_sum(
+    model: nn.Module, record: Record, title: str, summed: StoredAdapters, weights: Mapping[str, float]
+) -> None:
+    """Put a sum beside the active adapter. It replaces an earlier one of its name."""
+    if title == record.adapter.name:  # only an inactive adapter can be replaced
         first_summand = next(iter(weights))
         switch.switch_to(model, first_summand)
     _drop_sums(record, title)
-    _add(model, stored, title)
+    _add(model, summed, title)
     record.inactive_adapters[title].become_sum(weights)
-    shown = switch.switch_to(model, title)
-    shown.before = before  # the end of a block goes back to before this call, not to the summand above
-    shown.active = active
-    return shown
 
 
 def _title(weights: Mapping[str, float]) -> str:

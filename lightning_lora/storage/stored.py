@@ -28,11 +28,11 @@ DIVERGED = (
 )
 """What is said of NaN and infinite values in a file."""
 
-# 0.2.0 refuses a description with an entry that it does not know, but takes whatever is in the list of this name. So
-# what later versions say in addition is there
 _SAID_SINCE_0_2_0 = "copies"
+"""The entry of a description that has what versions after 0.2.0 say in addition.
 
-_AS_THEY_ARE = ("base", "changed", "saved", "root")  # entries of a description that are fields here
+0.2.0 refuses an entry that it does not know. The list of this name it knows, and takes whatever is in it.
+"""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,7 @@ class StoredAdapters:
 
     config: LoRAConfig  # which adapts a model in the same way
     state: dict[str, Any]  # everything that training changed, by its name in the adapted model
-    layers: dict[str, StoredLayer] = field(
-        default_factory=dict
-    )  # by name; of another library's file, only those with single rows
+    layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; another library's: only single rows
     base: list[StoredFingerprint] = field(default_factory=list)  # its fingerprints; empty if nothing says its base
     changed: Sequence[str] = field(default_factory=list)  # frozen weights whose values are in the state
     untrained: Sequence[str] = field(default_factory=list)  # those of them that look untrained: of no base
@@ -97,33 +95,38 @@ class StoredAdapters:
             layers[about["name"]] = StoredLayer.from_dict(about)
         config = stored_config(description)
         since = _said_since_0_2_0(description)
-        modules = modules_of(since.get("modules", ()))
-        metrics = since.get("metrics", {})
-        untrained, filled = _split(description.get("random", ()), description.get("changed", ()))
+        changed = description.get("changed", [])
+        untrained, filled = _split(description.get("random", ()), changed)
         return cls(
             config=config,
             state=state,
             layers=layers,
+            base=description.get("base", []),
+            changed=changed,
             untrained=untrained,
             filled=filled,
-            modules=modules,
-            metrics=metrics,
+            saved=description.get("saved", {}),
+            root=description.get("root", ""),
+            modules=modules_of(since.get("modules", ())),
+            metrics=since.get("metrics", {}),
             source=str(source),
-            **only(description, _AS_THEY_ARE),
         )
 
     def description(self) -> Description:
         """Return all but the state in plain types, with a checksum of both."""
-        about: dict[str, Any] = {"base": self.base, "changed": self.changed, "random": self.of_no_base}
-        about["saved"] = self.saved
-        about["root"] = self.root
-        about["format"] = FORMAT
-        about["config"] = self.config.to_stored()
-        about["entries"] = len(self.state)
-        about["layers"] = [layer.to_dict() for layer in self.layers.values()]
-        about[_SAID_SINCE_0_2_0] = [{"modules": plain_modules(self.modules), "metrics": self.metrics}]
-        about["checksum"] = checksum(self.state, about)
-        return about
+        about = {
+            "base": self.base,
+            "changed": self.changed,
+            "random": self.of_no_base,
+            "saved": self.saved,
+            "root": self.root,
+            "format": FORMAT,
+            "config": self.config.to_stored(),
+            "entries": len(self.state),
+            "layers": [layer.to_dict() for layer in self.layers.values()],
+            _SAID_SINCE_0_2_0: [{"modules": plain_modules(self.modules), "metrics": self.metrics}],
+        }
+        return {**about, "checksum": checksum(self.state, about)}
 
     def with_names_of_model(self, renaming: Renaming, config: LoRAConfig) -> "StoredAdapters":
         """Return the same by a model's names. ``config`` is for that model already."""

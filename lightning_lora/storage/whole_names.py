@@ -24,8 +24,7 @@ def by_whole_names(layers: Iterable[StoredLayer], settings: LoRAConfig, present:
     targets = _Targets(use_rslora=settings.use_rslora)
     for layer in layers:
         targets.add(layer)
-    target_modules = list_or_expression(targets.modules, present)
-    return replace(settings, target_modules=target_modules, exclude_modules=None, **targets.arguments())
+    return replace(settings, **targets.arguments(present))
 
 
 @dataclass
@@ -40,9 +39,9 @@ class _Targets:
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
 
-    def arguments(self) -> dict[str, Any]:
-        """Return all but the modules as arguments: None where none is named."""
-        r, *_ = self.ranks.values()
+    def arguments(self, present: Collection[str]) -> dict[str, Any]:
+        """Return the arguments by which these targets, of all modules that are ``present``, are adapted alone."""
+        r, *_ = self.ranks.values()  # the first target's: the patterns have the others
         alpha, *_ = self.alphas.values()
         named = {
             "target_parameters": self.parameters,
@@ -51,8 +50,13 @@ class _Targets:
             "rank_pattern": _others_than(r, self.ranks),
             "alpha_pattern": _others_than(alpha, self.alphas),
         }
-        given = {argument: value or None for argument, value in named.items()}
-        return {**given, "r": r, "alpha": alpha}
+        return {
+            "r": r,
+            "alpha": alpha,
+            "target_modules": list_or_expression(self.modules, present),
+            "exclude_modules": None,
+            **{argument: value or None for argument, value in named.items()},
+        }
 
     def add(self, layer: StoredLayer) -> None:
         """Name one more layer."""

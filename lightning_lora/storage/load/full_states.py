@@ -1,0 +1,67 @@
+"""The state of a checkpoint without adapters: its weights become the base of an adapted model."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.errors import BaseMismatchError, misfits
+from lightning_lora.model.changes.attach import reinitialise_if_base_changed
+from lightning_lora.model.record import record_of, start_call
+from lightning_lora.model.unmerge import unmerged
+from lightning_lora.model.view import View, view_of
+from lightning_lora.storage.state import own_adapters_in
+from lightning_lora.tensors.dicts import renamed, without
+from lightning_lora.tensors.names import names_not_in, plain_name
+from lightning_lora.tensors.plain_states import StateDict, load_state_dict, state_dict
+
+
+def load_base(model: nn.Module, state: StateDict, *, call: str) -> None:
+    """Write a full state into the base, and initialise the adapters again. Errors name the ``call``."""
+    start_call(model, call)
+    state = renamed(state, plain_name)
+    _check_base_fits(model, state)
+    with unmerged(model):
+        for layer in View(model).layers.values():
+            layer.lora_initialise()
+        load_state_dict(model, state)
+        reinitialise_if_base_changed(View(model))
+    record = record_of(model)
+    record.adapter.fingerprints = []
+    record.adapter.may_have_learned = False
+    record.base.forget_all_changes()
+
+
+def _check_base_fits(model: nn.Module, state: StateDict) -> None:
+    """Refuse a full state that does not fit this model."""
+    wrong = _misfits(_state_of_base(model), state)
+    if wrong:
+        raise BaseMismatchError(
+            f"This checkpoint has no adapters of this package, and as a base it does not fit {type(model).__name__}: "
+            f"{wrong}. Pass a checkpoint of the same model, trained with or without LoRACallback."
+        )
+
+
+def _state_of_base(model: nn.Module) -> dict[str, Any]:
+    """The state of a model without its adapters."""
+    state = state_dict(model, keep_vars=True)
+    return without(state, own_adapters_in(view_of(model), state))
+
+
+def _misfits(expected: StateDict, state: StateDict) -> str:
+    """What is missing in a state, is unexpected, or has another shape, in words."""
+    of_other_shape = list[str]()
+    for name, value in state.items():
+        if _has_other_shape(value, expected.get(name)):
+            of_other_shape.append(name)
+    return misfits(
+        {
+            "missing": names_not_in(expected, state),
+            "unexpected": names_not_in(state, expected),
+            "of another shape": of_other_shape,
+        }
+    )
+
+
+def _has_other_shape(value: object, expected: object) -> bool:
+    """Whether two tensors have different shapes."""
+    return isinstance(value, Tensor) and isinstance(expected, Tensor) and value.shape != expected.shape
