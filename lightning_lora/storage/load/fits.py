@@ -24,14 +24,11 @@ from lightning_lora.tensors.plain_states import StateDict, state_dict
 def check_fits(view: View, stored: StoredAdapters, *, reads_base_anew: bool, refuses_other_base: bool) -> None:
     """Refuse stored adapters that do not fit an adapted model."""
     _check_settings(view, stored.config)
-    random = _weights_of_foreign_files(view, stored)
-    remedy = _as_trained(view, stored.config)
-    _check_names(view, stored.state, random=random, changed=stored.changed, remedy=remedy)
+    _check_names_of_file(view, stored)
     is_converted = False
     if stored.names_its_base:
         is_converted = check_base(view, stored, reads_base_anew=reads_base_anew, refuses_other_base=refuses_other_base)
-    compared = without(stored.state, stored.filled_in_state)  # these may have another shape
-    _check_tensors(view, compared, is_converted=is_converted)
+    _check_tensors(view, without(stored.state, stored.filled_in_state), is_converted=is_converted)
     _check_finite(view, stored.state)
     _check_same_rows(view, stored)
     _check_changed(view, stored.state)
@@ -40,7 +37,7 @@ def check_fits(view: View, stored: StoredAdapters, *, reads_base_anew: bool, ref
 def check_state_fits(view: View, state: StateDict) -> None:
     """Refuse a state without a description that does not fit an adapted model."""
     remedy = "Use the same targets, modules_to_save and bias as for the training."
-    _check_names(view, state, random=random_weights(view), remedy=remedy)
+    _check_names(view, state, trained_tensors(view), may_hold=random_weights(view), remedy=remedy)
     _check_tensors(view, state)
     _check_finite(view, state)
 
@@ -109,21 +106,22 @@ def _check_same_rows(view: View, stored: StoredAdapters) -> None:
 # Names
 
 
-def _weights_of_foreign_files(view: View, stored: StoredAdapters) -> Collection[str]:
-    """The weights that look untrained. Another library's file may hold them, and does not say that it does."""
-    if stored.names_its_base:
-        return ()
-    return view.adapter.known_random_weights
+def _check_names_of_file(view: View, stored: StoredAdapters) -> None:
+    """Refuse a file with missing or unexpected names. What it says that it holds must be there too."""
+    needed = {**trained_tensors(view), **only(view.base_parameters, stored.changed)}
+    untrained: Collection[str] = ()
+    if not stored.names_its_base:  # another library's may hold what looks untrained, and does not say so
+        untrained = view.adapter.known_random_weights
+    _check_names(view, stored.state, needed, may_hold=untrained, remedy=_as_trained(view, stored.config))
 
 
 def _check_names(
-    view: View, state: StateDict, *, random: Collection[str], remedy: str, changed: Collection[str] = ()
+    view: View, state: StateDict, needed: Collection[str], *, may_hold: Collection[str], remedy: str
 ) -> None:
-    """Refuse a state with missing or unexpected names: all that trains must be there, and changed tensors."""
-    needed = {**trained_tensors(view), **only(view.base_parameters, changed)}
+    """Refuse a state that lacks what is needed, or has names that no file of this model has."""
     unexpected = names_not_in(state, {*needed, *view.buffers, *tensors_with_originals(view)})
     if unexpected:  # what modules' own code adds may be there too
-        unexpected = names_not_in(unexpected, values_to_store(view, state_dict(view.model), random))
+        unexpected = names_not_in(unexpected, values_to_store(view, state_dict(view.model), may_hold))
     missing = names_not_in(needed, state)
     wrong = misfits({"missing": missing, "unexpected": unexpected})
     if wrong:
@@ -147,7 +145,10 @@ def _check_changed(view: View, state: StateDict) -> None:
 
 
 def _check_tensors(view: View, state: StateDict, *, is_converted: bool = False) -> None:
-    """Refuse tensors of another shape or kind. Of a converted base, all but adapters may be rounded."""
+    """Refuse tensors of another shape or kind. Of a converted base, all but adapters may be rounded.
+
+    Filled buffers are not given here: they may have another shape.
+    """
     present = {**view.base_parameters, **view.buffers, **trained_tensors(view)}
     for name, value in only(state, present).items():  # a module's own code judges the others
         is_adapter = name in view.adapter_parameters

@@ -1,4 +1,9 @@
-"""State dicts: one that is put back on a model, and those that other code lets torch load into one."""
+"""State dicts: one that is put back on a model, and those that other code lets torch load into one.
+
+Torch keeps notes in a state dict, as its ``_metadata``: for each module a dict, by the module's name, such as
+``{"": {...}, "encoder": {"version": 1}}``. They go into files with it, and a hook of a module gets those on the module.
+So the notes on the model itself, whose name is ``""``, say which adapters a state dict holds.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +20,10 @@ from lightning_lora.storage.load.put import BEING_WRITTEN, put, put_state
 from lightning_lora.storage.state import without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.plain_states import StateDict
+
+# Entries of torch's notes on the model itself. They are plain types: torch reads nothing else from files
+_ADAPTERS_ALONE = KEY  # the description of a state dict of adapters
+_BESIDE_MERGED = f"{KEY}_whole"  # of a merged model: (checksum of its state, description of its adapters, adapters)
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -59,12 +68,9 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
         note_plain_state(model, state, prefix, notes)
 
 
-_BESIDE_MERGED = f"{KEY}_whole"  # the entry in torch's notes on a merged state: its checksum, and the adapters
-
-
 def note_adapters(state: Any, description: Description) -> None:
     """Describe a state dict of adapters in torch's notes, for the module itself, if other code loads it."""
-    setattr(state, STATE_NOTES, {"": {KEY: description}})
+    setattr(state, STATE_NOTES, {"": {_ADAPTERS_ALONE: description}})
 
 
 def note_adapters_beside(merged: Any, description: Description, adapters: StateDict) -> None:
@@ -77,9 +83,9 @@ def _put_noted(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> 
     """Put the adapters of a state dict that is described in torch's notes. Return whether they were put."""
     if _BESIDE_MERGED in notes:
         return _put_beside_merged(model, state, notes)
-    if KEY not in notes:
+    if _ADAPTERS_ALONE not in notes:
         return False
-    _put_described(model, state, notes[KEY])
+    _put_described(model, state, notes[_ADAPTERS_ALONE])
     return True
 
 
@@ -89,8 +95,8 @@ def _put_beside_merged(model: nn.Module, state: StateDict, notes: Mapping[str, A
     Otherwise torch loads the merged weights, as the base of the model here. That is so if this model has not been
     trained, or if other code has changed the merged weights, or if the adapters are another model's.
     """
-    number, description, adapters = notes[_BESIDE_MERGED]
-    if not record_of(model).adapter.may_have_learned or checksum(state, {}) != number:
+    checksum_when_merged, description, adapters = notes[_BESIDE_MERGED]
+    if not record_of(model).adapter.may_have_learned or checksum(state, {}) != checksum_when_merged:
         return False
     try:
         _put_described(model, adapters, description)

@@ -9,7 +9,6 @@ Trainer's checkpoint (``checkpoint.py``), and state dicts that torch loads (``fr
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from lightning_lora.model.base_values import base_values, keep_frozen, kept_or_p
 from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.inject import inject_from_file
 from lightning_lora.model.merge import merge
-from lightning_lora.model.record import find_record, keep_record, record_of, start_call
+from lightning_lora.model.record import Record, find_record, keep_record, record_of, start_call, state_of
 from lightning_lora.model.switch import activate, switch_to
 from lightning_lora.model.unmerge import unmerge_or_forget, unmerged
 from lightning_lora.model.view import View, refuse_lost_adapters, view_of
@@ -100,20 +99,26 @@ def _opened(model: nn.Module) -> Iterator[View]:
 
 @contextmanager
 def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
-    """Open a model that may be plain. It stays unmerged."""
+    """Open a model that may be plain. It stays unmerged, but an error merges it again."""
     record = find_record(model)
-    is_unmerged_here = False
+    was_merged = record is not None and record.is_merged
     try:
-        is_unmerged_here = unmerge_or_forget(model)
+        unmerge_or_forget(model)
         view = View(model)
         with undone_on_error(view):
             yield view
     except BaseException:
-        if is_unmerged_here:
-            merge(model)
-        elif record is not None and record.is_merged:  # other code replaced its weights, so the record was dropped
-            keep_record(model, record)
+        if record is not None and was_merged:
+            _restore_merge(model, record)
         raise
+
+
+def _restore_merge(model: nn.Module, record: Record) -> None:
+    """Undo what :func:`unmerge_or_forget` has done to a merged model."""
+    if find_record(model) is None:  # it was dropped: other code had replaced the weights
+        keep_record(model, record)
+    elif not state_of(model).is_merged:
+        merge(model)
 
 
 # Adapt a plain model
@@ -138,18 +143,27 @@ def _name_of_new(view: View, name: str | None) -> str:
 
 
 def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) -> StoredAdapters:
-    """Add what files of other libraries do not hold: base values of what trains, and start values from the base."""
+    """Add what files of other libraries do not hold, because it is the base's."""
     if stored.names_its_base:
         return stored
-    added = dict[str, Any]()
-    for name in view.trainable_base:
-        if is_new or is_bias(name):
-            added[name] = kept_or_present_value(view, name)
+    trained = _base_values_of_trained(view, is_new=is_new)
+    return replace(stored, state={**trained, **_frozen_in_adapters(view), **stored.state})
+
+
+def _base_values_of_trained(view: View, *, is_new: bool) -> dict[str, Tensor]:
+    """The base's values of what trains in full. Beside adapters that were there, a file must hold all but biases."""
+    names = [name for name in view.trainable_base if is_new or is_bias(name)]
+    return {name: kept_or_present_value(view, name) for name in names}
+
+
+def _frozen_in_adapters(view: View) -> dict[str, Tensor]:
+    """What adapters have computed from the base, and do not train."""
+    frozen = dict[str, Tensor]()
     for layer_name, layer in view.layers.items():
         for parameter, spec in layer.lora_specs().items():
             if not spec.role.trains:
-                added[join(layer_name, parameter)] = own_parameter(layer, parameter).detach()
-    return replace(stored, state={**added, **stored.state})
+                frozen[join(layer_name, parameter)] = own_parameter(layer, parameter).detach()
+    return frozen
 
 
 # Write

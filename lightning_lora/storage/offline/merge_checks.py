@@ -1,6 +1,6 @@
 """Whether adapters fit into files of a base: before anything is written."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -91,30 +91,41 @@ def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
     A tied tensor is there under one of its names. And a library may know another name for one, as transformers
     reads ``gamma`` for ``weight``: the values tell. But a name that differs in one character was damaged.
     """
-    half_digests = fingerprint["rounded"]
-    digests = digests_by_name(half_digests, fingerprint)
-    absent = _absent_tensors(plan, half_digests, digests)
+    absent = _absent_tensors(plan, fingerprint)
     if not absent:
         return []
-    named = {*map(plan.find_in_base, half_digests), *plan.adapted, *plan.replaced}
-    unnamed = plan.files.file_of.keys() - named  # what the adapters' file does not name: perhaps an absent tensor
+    unnamed = _unnamed_tensors(plan, fingerprint)
     digests_of_unnamed = _digests_of(plan, unnamed)
     lost = list[str]()
-    for name in absent:
-        digests_there = {digests[name], *(half_digests[name] or ())}
-        has_other_name = not digests_there.isdisjoint(digests_of_unnamed)
+    for name, digests in absent.items():
+        has_other_name = not digests_of_unnamed.isdisjoint(digests)
         if not has_other_name or _is_misspelt(plan.name_in_base(name), unnamed):
             lost.append(name)
     return lost
 
 
-def _absent_tensors(plan: MergePlan, half_digests: HalfDigests, digests: Mapping[str, int]) -> list[str]:
-    """The expected tensors that the base has under none of their names: tied ones, with one digest, have several."""
+def _unnamed_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> set[str]:
+    """The tensors of the base that the adapters' file does not name. One of them may be an absent tensor."""
+    named = {*map(plan.find_in_base, fingerprint["rounded"]), *plan.adapted, *plan.replaced}
+    return plan.files.file_of.keys() - named
+
+
+def _absent_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> dict[str, list[int]]:
+    """The expected tensors that the base has under none of their names, with all of their digests.
+
+    Tied ones, with one digest, have several names.
+    """
+    half_digests = fingerprint["rounded"]
+    digests = digests_by_name(half_digests, fingerprint)
     present = set[int]()
     for name, digest_there in digests.items():
         if plan.find_in_base(name) is not None:
             present.add(digest_there)
-    return [name for name in _expected_tensors(plan, half_digests) if digests[name] not in present]
+    absent = dict[str, list[int]]()
+    for name in _expected_tensors(plan, half_digests):
+        if digests[name] not in present:
+            absent[name] = [digests[name], *(half_digests[name] or ())]
+    return absent
 
 
 def _expected_tensors(plan: MergePlan, half_digests: HalfDigests) -> list[str]:

@@ -136,17 +136,17 @@ def _check_numbers(weights: Weights, r: int | None) -> None:
 def _layers_of_all(summands: Summands) -> dict[str, StoredLayer]:
     """The layers of all, each with a scaling of one: its own is in B. Updates that cannot be added are refused."""
     layers = dict[str, StoredLayer]()
-    first_source = dict[str, str]()  # of each layer
+    source_of = dict[str, str]()  # of each layer: the summand that it comes from
     for stored in summands:
         _check_can_be_added(stored)
-        for name, its_layer in stored.layers.items():
-            _refuse_single_rows(its_layer, stored.source)
-            layer = _without_rank_and_scaling(its_layer)
-            first = layers.setdefault(name, layer)
-            source = first_source.setdefault(name, stored.source)
-            if not _have_same_parts(first, layer):
+        for name, layer in stored.layers.items():
+            _refuse_single_rows(layer, stored.source)
+            if name not in layers:
+                layers[name] = _without_rank_and_scaling(layer)
+                source_of[name] = stored.source
+            elif not _have_same_parts(layers[name], _without_rank_and_scaling(layer)):
                 raise AdapterMismatchError(
-                    f"{name!r} is adapted in other parts in {source} than in {stored.source}. Use one base, "
+                    f"{name!r} is adapted in other parts in {source_of[name]} than in {stored.source}. Use one base, "
                     "and the same target_slices and target_parameters."
                 )
     return layers

@@ -1,6 +1,5 @@
 """Read and write files one tensor at a time."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePath
@@ -14,7 +13,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.checksum import dict_or_empty
 from lightning_lora.storage.on_disk.archives import check_file, check_new_format, kind_of
-from lightning_lora.storage.on_disk.disk import header_of, json_object, reading
+from lightning_lora.storage.on_disk.disk import header_in, header_of, json_object, reading
 from lightning_lora.storage.on_disk.plain_pickles import load_plain
 from lightning_lora.tensors.dicts import of_type, with_values, without
 
@@ -248,10 +247,10 @@ def _header_entry(name: str, tensor: Tensor) -> dict[str, Any]:
         raise _not_held(name, tensor)
     try:
         no_rows = torch.empty((0, *tensor.shape), dtype=tensor.dtype)
-        header = save({"": no_rows})[8:]  # after the eight bytes of its length
+        header = header_in(save({"": no_rows}))
     except (KeyError, RuntimeError, ValueError, SafetensorError) as error:  # a dtype that safetensors lacks
         raise _not_held(name, tensor) from error
-    entry: dict[str, Any] = json.loads(header)[""]
+    entry = header[""]
     return {**entry, "shape": entry["shape"][1:]}
 
 

@@ -1,6 +1,7 @@
 """Whether a base is the one that adapters were trained on: the comparison with its fingerprint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -34,17 +35,14 @@ def check_base(view: View, stored: StoredAdapters, *, reads_base_anew: bool, ref
         return False
     base = _BaseHere(view, here, stored)
     comparisons = [base.compare(there) for there in stored.base]
-    for found in comparisons:
-        if found.is_same_base:
-            if found.is_converted:
-                warn(_converted_message(base, found))
-            return found.is_converted
-    nearest = _nearest(comparisons, here)
-    message = _difference(base, nearest)
-    if refuses_other_base:
-        raise BaseMismatchError(f"{message.found} {message.remedy}")
-    warn(f"{message.found} They were loaded all the same, because of check_base=False.")
-    return bool(here["dtypes"] != nearest.there["dtypes"])
+    same = _find_same_base(comparisons)
+    if same is None:
+        nearest = _nearest(comparisons, here)
+        _refuse_or_warn(_difference(base, nearest), refuses_other_base=refuses_other_base)
+        return bool(here["dtypes"] != nearest.there["dtypes"])
+    if same.is_converted:
+        warn(_converted_message(base, same))
+    return same.is_converted
 
 
 def _has_fingerprint(stored: StoredAdapters, view: View, here: Fingerprint) -> bool:
@@ -54,6 +52,14 @@ def _has_fingerprint(stored: StoredAdapters, view: View, here: Fingerprint) -> b
         forms_here += view.adapter.fingerprints
     forms_there = [without_half_digests(each) for each in stored.base]
     return any(form in forms_there for form in forms_here)
+
+
+def _find_same_base(comparisons: Iterable[Comparison]) -> Comparison | None:
+    """The first comparison that has found the same base, or None."""
+    for found in comparisons:
+        if found.is_same_base:
+            return found
+    return None
 
 
 def _nearest(comparisons: Sequence[Comparison], here: Fingerprint) -> Comparison:
@@ -83,12 +89,11 @@ class _BaseHere:
             if there["layout"] != self.fingerprint["layout"]:
                 return Comparison(there)
             there = self._with_names(there)
-        found = compare(there, self._compared_tensors(), has_same_form=self._has_form_of(there))
-        found.differ = [*self._only_there(there), *found.differ]
-        found.quantised = list(
-            only(self.view.parameters, set(found.quantised))
-        )  # weights are counted, not their scales
-        return found
+        found = compare(
+            there, self._compared_tensors(), only_there=self._only_there(there), has_same_form=self._has_form_of(there)
+        )
+        quantised_weights = only(self.view.parameters, set(found.quantised))  # their scales do not count
+        return replace(found, quantised=list(quantised_weights))
 
     def _with_names(self, there: StoredFingerprint) -> StoredFingerprint:
         """A fingerprint with the names of the tensors, which are those here. Their half digests are not known."""
@@ -133,6 +138,20 @@ class _BaseHere:
 # What is said
 
 
+class _Message(NamedTuple):
+    """What an error says. A warning says only what was found."""
+
+    found: str  # one sentence
+    remedy: str
+
+
+def _refuse_or_warn(message: _Message, *, refuses_other_base: bool) -> None:
+    """Say that the base is another one."""
+    if refuses_other_base:
+        raise BaseMismatchError(f"{message.found} {message.remedy}")
+    warn(f"{message.found} They were loaded all the same, because of check_base=False.")
+
+
 def _converted_message(base: _BaseHere, found: Comparison) -> str:
     """The same base in another precision."""
     trained_on = f"These adapters were trained on a base in {_dtypes(found.there)}"
@@ -154,13 +173,6 @@ def _left_out(found: Comparison) -> str:
         return ""
     weights_were = "weight was" if count == 1 else "weights were"
     return f"; {count} quantised {weights_were} not compared"
-
-
-class _Message(NamedTuple):
-    """What an error says. A warning says only what was found."""
-
-    found: str  # one sentence
-    remedy: str
 
 
 def _difference(base: _BaseHere, found: Comparison) -> _Message:

@@ -52,13 +52,24 @@ class Comparison:
         return bool(self.converted or self.quantised)
 
 
-def compare(there: StoredFingerprint, tensors: Iterable[ComparedTensor], *, has_same_form: bool = False) -> Comparison:
+def compare(
+    there: StoredFingerprint,
+    tensors: Iterable[ComparedTensor],
+    *,
+    only_there: Iterable[str] = (),
+    has_same_form: bool = False,
+) -> Comparison:
     """Compare the base at hand with one fingerprint, tensor by tensor.
 
-    Quantised tensors are compared only in a base of the same form: other bits may mean the same weights.
+    Args:
+        there: The fingerprint, which says the names of its tensors.
+        tensors: The tensors of the base at hand.
+        only_there: The names of tensors that the base at hand lacks: these differ.
+        has_same_form: Whether both have the same form. Only then are quantised tensors compared: otherwise, other bits
+            may mean the same weights.
     """
     base_there = _BaseThere(there)
-    found = Comparison(there, has_same_form)
+    found = Comparison(there, has_same_form, differ=list(only_there))
     for tensor in tensors:
         is_quantised = tensor.is_quantised or tensor.name_there in base_there.quantised
         if is_quantised and not has_same_form:
