@@ -24,7 +24,7 @@ from lightning_lora.layers import register_adapter
 from lightning_lora.model.inject import inject_adapters
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.remove import remove_adapters
-from lightning_lora.model.rows import adapter_names
+from lightning_lora.model.rows.adapter_names import adapter_names
 from lightning_lora.model.switch import adapters, disable_adapters
 from lightning_lora.model.unmerge import unmerge_adapters
 from lightning_lora.monitor import LoRAMonitor

@@ -17,7 +17,7 @@ from lightning_lora.errors import LoRAError, listed
 from lightning_lora.given_arguments import defaults_of, notes_given_arguments
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.inject import refuse_targets_without_adapters
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.printing import fitting_console
 from lightning_lora.storage.same_base.base_changes import note_changes

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
 from lightning_lora.measured import MeasuredMatrix, measured_matrices
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.training.compatibility import (
     forget_module,
     refuse_if_given_as_class,

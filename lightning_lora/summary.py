@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer, number_of_values
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.model.untrained.random_weights import random_weights_now
 from lightning_lora.model.view import View
 from lightning_lora.printing import Writable, fitting_console
@@ -248,7 +248,7 @@ def _named_adapters(view: View) -> NamedAdapters | None:
         return None
     has_layers = bool(view.layers)
     is_new = has_layers and not view.adapter.may_have_learned and view.is_fresh()
-    return NamedAdapters(record.adapter.name, is_new, tuple(record.inactive_adapters), record.is_disabled)
+    return NamedAdapters(record.adapter.name, is_new, tuple(record.inactive_adapters), record.state.shows_base)
 
 
 # Values and bytes

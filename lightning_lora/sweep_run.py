@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.training.compatibility import kinds_of
 from lightning_lora.training.returned_records import returns_state_only

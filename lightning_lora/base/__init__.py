@@ -1,5 +1,7 @@
 """What an adapted model remembers: what is known of its base, what each adapter changed, and the model's state.
 
+All of it is in one :class:`.Record`. Begin with ``record.py``.
+
 The values and digests of the base are in five places, each of other tensors:
 
 - ``AdapterState.originals``: the base's values of what an adapter trains in full. They stay as long as the adapter.

@@ -31,7 +31,7 @@ FOLLOWING = {
     State.MERGED: {State.ADAPTED, State.MERGED_BASE_SHOWN},  # unmerge_adapters; set_adapter(model, None)
     State.MERGED_BASE_SHOWN: {State.MERGED},  # set_adapter
 }
-"""The states that follow each state: ``model/record.py`` asserts it. From each one, remove_adapters and whatever loses
+"""The states that follow each state: ``record.py`` asserts it. From each one, remove_adapters and whatever loses
 the adapters lead to a plain model, whose record is dropped. A merged model that is adapted anew gets a new record."""
 
 

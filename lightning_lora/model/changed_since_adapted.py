@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRATokens, Settings, tied_to
-from lightning_lora.model.record import records_in
+from lightning_lora.model.records import records_in
 from lightning_lora.model.view import View
 from lightning_lora.targets.choice import Choice
 from lightning_lora.tensors.dicts import of_type, renamed, where
@@ -67,7 +67,7 @@ def refuse_other_configuration(view: View, choices: Mapping[str, Choice]) -> Non
             raise _changed_since(view, name, "resized")
         _check_same_layer(view, name, choices[name])
     for prefix, record in records_in(view.modules).items():
-        has_adapters = not record.is_merged and record.adapter.layers
+        has_adapters = not record.state.is_merged and record.adapter.layers
         if has_adapters and record.adapter.config != view.config:
             _check_same_trained(view, prefix)
 

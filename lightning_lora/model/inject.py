@@ -20,7 +20,8 @@ from lightning_lora.model.changes.freeze import freeze
 from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.own_loop.trainer_only import refuse_trainer_only
 from lightning_lora.model.plan_adapters import Plan, not_adapted_yet, plan_adapters, plan_as_in_file
-from lightning_lora.model.record import begin_record, find_record, refusal_to_start, start_call, state_of
+from lightning_lora.model.records import begin_record, find_record, state_of
+from lightning_lora.model.start_call import refusal_to_start, start_call
 from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.switch import activate, adapters
 from lightning_lora.model.user_flags import note_what_the_user_set

@@ -12,7 +12,7 @@ from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.changes.attach import detach_adapters, update_for_changed_layers, update_for_changed_weights
 from lightning_lora.model.changes.freeze import freeze, unfreeze
 from lightning_lora.model.mergeable import layers_with_tied_weights, refuse_unmergeable, tied_weights
-from lightning_lora.model.record import forget_record
+from lightning_lora.model.records import forget_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
 from lightning_lora.tensors.dicts import with_values

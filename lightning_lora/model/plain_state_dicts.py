@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.layers.norms import FrozenNorm
-from lightning_lora.model.record import record_of
+from lightning_lora.model.start_call import record_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import beginning_with, of_type, only, renamed, without
 from lightning_lora.tensors.names import owner_of, plain_name
@@ -22,7 +22,7 @@ def note_plain_state(model: nn.Module, state: Mapping[str, Any], prefix: str, no
     by_plain_names = renamed(state, plain_name)
     given = beginning_with(plain_name(prefix), by_plain_names)
     given_adapters = only(view.adapter_parameters, given)
-    if record.is_merged:
+    if record.state.is_merged:
         _refuse_adapters(view, given_adapters)
         return
     frozen = without(view.base_parameters, record.adapter.originals)

@@ -2,12 +2,14 @@
 
 from torch import nn
 
+from lightning_lora.base.record import Record
 from lightning_lora.model.base_values import restore_originals, tensors_with_originals
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.changes.attach import detach_adapters
 from lightning_lora.model.changes.freeze import unfreeze
 from lightning_lora.model.changes.undone import undone_on_error
-from lightning_lora.model.record import Record, absorb_inner_records, forget_record, record_of
+from lightning_lora.model.records import absorb_inner_records, forget_record
+from lightning_lora.model.start_call import record_of
 from lightning_lora.model.switch import activate, check_known, switch_to
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.undo import Undo
@@ -46,7 +48,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     switch_to(model, record.adapter.name)  # the base may be shown: then its values are not the adapter's
     view_of(model)  # refuses a model in which layers have lost their adapters
     absorb_inner_records(model, record)
-    if not record.is_merged:
+    if not record.state.is_merged:
         _restore_base(model)
     forget_record(model)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.record import Record
 from lightning_lora.base.states import SWITCH
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
@@ -19,7 +20,8 @@ from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.changed_since_merge import refuse_changed_since_merge
 from lightning_lora.model.changes.attach import attach_adapters, detach_adapters, update_for_changed_weights
 from lightning_lora.model.changes.off_layers import convert_to_layer, move_to
-from lightning_lora.model.record import Record, find_record, record_of, start_call, state_of
+from lightning_lora.model.records import find_record, state_of
+from lightning_lora.model.start_call import record_of, start_call
 from lightning_lora.model.view import View, refuse_lost_adapters, view_of
 from lightning_lora.tensors.dicts import only, where, with_values, without
 from lightning_lora.tensors.names import first_names, names_joined, names_not_in, plain_module, set_parameter
@@ -208,7 +210,7 @@ def exchange(view: View, coming: AdapterState) -> None:
     prepare_for_model(view, coming)
     put = _tensors_to_put(view, coming)  # what needs memory comes first
     refuse_lost_adapters(view)
-    if view.record.is_disabled:
+    if view.record.state.shows_base:
         _show_adapter(view)
     inactive_tensors = tensors_with_originals(view)
     inactive_layer_adapters = detach_adapters(view)

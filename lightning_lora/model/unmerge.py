@@ -18,7 +18,8 @@ from lightning_lora.model.changes.freeze import freeze
 from lightning_lora.model.changes.off_layers import convert_to_layer, move_to_layer
 from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.merge import merge
-from lightning_lora.model.record import forget_record, record_of, start_call, state_of
+from lightning_lora.model.records import forget_record, state_of
+from lightning_lora.model.start_call import record_of, start_call
 from lightning_lora.model.view import View
 from lightning_lora.model.views.tensors_view import was_tied
 from lightning_lora.tensors.names import join, own_parameter, set_parameter
@@ -46,7 +47,7 @@ def unmerge_adapters(model: nn.Module) -> None:
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
     """Unmerge a model inside a ``with`` block. At the end it is merged again, if it was merged before."""
-    was_merged = record_of(model).is_merged
+    was_merged = record_of(model).state.is_merged
     _unmerge(View(model))
     try:
         yield

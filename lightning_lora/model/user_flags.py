@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.record import records_in
+from lightning_lora.model.records import records_in
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import only, where, without
 from lightning_lora.tensors.names import names_inside, names_joined, owner_of
@@ -33,7 +33,7 @@ def _refuse_frozen_networks(view: View) -> None:
     trainable = where(view.layers, _has_trainable_parameters)
     networks = without(records_in(view.modules), [""])
     for network, record in networks.items():
-        has_adapters = not record.is_merged and names_inside(view.layers, [network])
+        has_adapters = not record.state.is_merged and names_inside(view.layers, [network])
         if has_adapters and not names_inside(trainable, [network]):
             raise AdapterStateError(
                 f"{network!r} of {view.title} has adapters of its own, and is frozen. Merge them first: "

@@ -7,7 +7,8 @@ from torch import nn
 
 from lightning_lora.base.states import USE
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.model.record import record_of, records_in
+from lightning_lora.model.records import records_in
+from lightning_lora.model.start_call import record_of
 from lightning_lora.model.views.tensors_view import TensorsView
 from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.tensors.dicts import only, prefixed, where, with_values, without
@@ -90,7 +91,7 @@ class View(TensorsView):
         """Whether parameters required a gradient before the adapters came. Where records differ, the model's counts."""
         flags = dict[str, bool]()
         for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
-            if not record.is_merged:
+            if not record.state.is_merged:
                 flags.update(prefixed(prefix, record.base.trained_before))
         return flags
 

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.record import Record
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.dtypes import wide
 from lightning_lora.model import switch
-from lightning_lora.model.record import Record, record_of
+from lightning_lora.model.start_call import record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.put import adapt_and_put
 from lightning_lora.storage.offline.sums import weighted_sum

@@ -16,7 +16,7 @@ from lightning_lora.errors import (
 )
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.mergeable import layers_with_tied_weights, quantised_layers, refuse_unmergeable
-from lightning_lora.model.record import record_of
+from lightning_lora.model.start_call import record_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_stored
 from lightning_lora.storage.formats.own import read_adapter_file

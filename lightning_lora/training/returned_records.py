@@ -18,8 +18,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_lora.base.record import Record
 from lightning_lora.errors import warn
-from lightning_lora.model.record import Record, find_record, keep_record
+from lightning_lora.model.records import find_record, keep_record
 from lightning_lora.private import START_METHOD, multiprocessing_launchers
 
 _KEY = "lightning_lora"  # our entry in the results
@@ -43,7 +44,7 @@ def _send(launcher: Any, get_extra_results: Callable[..., dict[str, Any]], train
     """Add the path of a merged module's record to a launcher's results: a pipe takes no large ones."""
     results = get_extra_results(launcher, trainer)
     record = find_record(trainer.lightning_module)
-    if trainer.state.fn != "fit" or record is None or not record.is_merged:
+    if trainer.state.fn != "fit" or record is None or not record.state.is_merged:
         return results
     try:
         return {**results, _KEY: _write(record)}

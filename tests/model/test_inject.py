@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.own_loop.trainer_only import TRAINER_ONLY
-from lightning_lora.model.record import record_of
+from lightning_lora.model.start_call import record_of
 from lightning_lora.moments import Guards
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import fails_at, kinds, unchanged

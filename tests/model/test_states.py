@@ -11,7 +11,8 @@ import lightning_lora as ll
 from lightning_lora.base.states import CALLS as RULES
 from lightning_lora.base.states import FOLLOWING, SWITCH, USE, State
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.model.record import start_call, state_of
+from lightning_lora.model.records import state_of
+from lightning_lora.model.start_call import start_call
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 

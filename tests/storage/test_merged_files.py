@@ -12,7 +12,7 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from tests.support.cases import file_names, three
 from tests.support.compared import assert_holds, assert_state
 from tests.support.faults import unchanged

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora import inject_adapters
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from tests.support.cases import base_is_whole, file_names, files_hold_adapters_alone, same_parts, trained
 from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.fits import AVERAGES, adam, adapted, by_hand, fit, resumes_to_the_bit

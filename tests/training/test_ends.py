@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.training import merging
 from tests.support.cases import At, StopError, stop
 from tests.support.compared import assert_same_tensors
@@ -48,7 +48,7 @@ def about(model: LitTiny) -> tuple[Any, ...]:
     shown = None
     record = find_record(model)
     if record is not None:
-        shown = (record.name_in_effect, record.is_merged)
+        shown = (record.name_in_effect, record.state.is_merged)
     return ll.adapters(model), shown, is_plain(model), trainable_names(model)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lightning_lora as ll
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from tests.support.cases import file_names, held
 from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.fits import fit, outcome
@@ -99,7 +99,7 @@ def test_a_failing_set_up_gives_the_module_back_as_it_came(tmp_path: Path, came:
     assert_same_tensors(values(model), before)
     record = find_record(model)
     assert record is not None
-    assert record.is_merged is bool(came)
+    assert record.state.is_merged is bool(came)
 
 
 @pytest.mark.parametrize("came", ["last", False])

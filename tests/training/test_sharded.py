@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, unmerge_adapters
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from tests.support import sharded
 from tests.support import sharded_fits as fits
 from tests.support.messages import lines_with

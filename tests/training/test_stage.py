@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.training.stages.stage import Stage
 from tests.support.cases import At, StopError, base_is_whole, files_hold_adapters_alone, same_parts, trained
 from tests.support.compared import assert_same_tensors

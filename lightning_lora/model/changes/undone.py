@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.norms import FrozenNorm, set_frozen
 from lightning_lora.model.changes.attach import attach_adapters
-from lightning_lora.model.record import forget_record, keep_record, records_in
+from lightning_lora.model.records import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import of_type, without
 from lightning_lora.tensors.values import set_requires_grad

@@ -6,9 +6,10 @@ from functools import cached_property
 from torch import nn
 
 from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.record import Record
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import AdaptedMatrix, LayerAdapter, LoRALayer, weights_of
-from lightning_lora.model.record import Record, record_on, records_in
+from lightning_lora.model.records import find_record, records_in
 from lightning_lora.tensors.dicts import of_type
 from lightning_lora.tensors.names import first_names, modules_by_all_names, names_joined, plain_module
 
@@ -38,7 +39,7 @@ class LayersView:
     @property
     def record(self) -> Record:
         """The record of the model, which must be adapted."""
-        record = record_on(self.model)
+        record = find_record(self.model)
         assert record is not None
         return record
 
@@ -58,12 +59,12 @@ class LayersView:
     @property
     def is_adapted(self) -> bool:
         """Whether the model has adapters, merged or not."""
-        return record_on(self.model) is not None
+        return find_record(self.model) is not None
 
     @property
     def is_merged(self) -> bool:
         """Whether the updates are merged into the weights."""
-        record = record_on(self.model)
+        record = find_record(self.model)
         return record is not None and record.state.is_merged
 
     @property

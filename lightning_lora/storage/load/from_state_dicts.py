@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora.errors import LoRAError
 from lightning_lora.model.plain_state_dicts import note_plain_state
-from lightning_lora.model.record import record_of, start_call
+from lightning_lora.model.start_call import record_of, start_call
 from lightning_lora.model.view import view_of
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.checksum import Description, checksum

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import BaseMismatchError, misfits
 from lightning_lora.model.changes.attach import reinitialise_if_base_changed
-from lightning_lora.model.record import record_of, start_call
+from lightning_lora.model.start_call import record_of, start_call
 from lightning_lora.model.unmerge import unmerged
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.state import own_adapters_in

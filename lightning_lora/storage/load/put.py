@@ -13,12 +13,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.record import Record
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.base_values import base_values, keep_frozen, kept_or_present_value, restore_originals
 from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.inject import inject_from_file
 from lightning_lora.model.merge import merge
-from lightning_lora.model.record import Record, find_record, keep_record, record_of, start_call, state_of
+from lightning_lora.model.records import find_record, keep_record, state_of
+from lightning_lora.model.start_call import record_of, start_call
 from lightning_lora.model.switch import activate, switch_to
 from lightning_lora.model.unmerge import unmerge_or_forget, unmerged
 from lightning_lora.model.view import View, refuse_lost_adapters, view_of
@@ -101,7 +103,7 @@ def _opened(model: nn.Module) -> Iterator[View]:
 def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
     """Open a model that may be plain. It stays unmerged, but an error merges it again."""
     record = find_record(model)
-    was_merged = record is not None and record.is_merged
+    was_merged = record is not None and record.state.is_merged
     try:
         unmerge_or_forget(model)
         view = View(model)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_lora.model.record import records_in
+from lightning_lora.model.records import records_in
 from lightning_lora.model.view import View
 from lightning_lora.private import NormBase
 from lightning_lora.tensors.dicts import of_type, only, where

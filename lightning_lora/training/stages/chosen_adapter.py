@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from lightning.pytorch import LightningModule
 
+from lightning_lora.base.record import Record
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.model.record import Record, find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.model.switch import activate, adapters
 from lightning_lora.tensors.shards import is_dtensor
 

@@ -11,7 +11,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.base_values import tensors_with_originals
 from lightning_lora.model.changed_since_merge import refuse_layers_of_another_model
 from lightning_lora.model.inject import inject, inject_from_file
-from lightning_lora.model.record import find_record, state_of
+from lightning_lora.model.records import find_record, state_of
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.base_changes import note_changes

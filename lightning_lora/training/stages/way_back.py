@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.model.merge import merge
-from lightning_lora.model.record import find_record, keep_record
+from lightning_lora.model.records import find_record, keep_record
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.unmerge import unmerge_or_forget
 from lightning_lora.model.view import View

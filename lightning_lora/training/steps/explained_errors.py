@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.errors import LoRAError, TargetError, listed
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.model.view import View
 from lightning_lora.private import INPUTS_OF_GRAD, tree_leaves
 from lightning_lora.tensors.dicts import only, where, with_values

@@ -8,7 +8,7 @@ import torch
 import torch.utils.checkpoint as recompute
 from torch import Tensor, nn
 
-from lightning_lora.model.record import state_of
+from lightning_lora.model.records import state_of
 
 CHECKPOINT_FUNCTION = recompute.CheckpointFunction
 """torch's own."""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import StrategyError
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.record import find_record, keep_record
+from lightning_lora.model.records import find_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import where
 from lightning_lora.training.compatibility import refuse_strategy

@@ -6,7 +6,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import OptimizerError
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.model.view import View
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage.beside_adapters import reduce_to_adapters, show_base

@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning_lora.model.base_values import keep_frozen
 from lightning_lora.model.changed_since_merge import is_as_merged
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.model.unmerge import unmerge_or_forget
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.changes.attach import reinitialise_if_base_changed
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.compared_tensors import base_tensors, dtypes_of
 from lightning_lora.storage.same_base.fingerprint import fingerprint

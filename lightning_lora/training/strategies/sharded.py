@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import StrategyError, listed, warn
 from lightning_lora.model.changes.attach import attach_adapters, detach_adapters
-from lightning_lora.model.record import find_record
+from lightning_lora.model.records import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors import shards
 from lightning_lora.tensors.dicts import grouped, where, where_not

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 
-from lightning_lora.model.record import state_of
+from lightning_lora.model.records import state_of
 from lightning_lora.model.view import View
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import Float32Steps

@@ -121,7 +121,7 @@ class MixedModule:
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in the place of its own forward. A copy of it, or the base alone, runs as always."""
-        if module is not self.module or self.record.is_disabled:
+        if module is not self.module or self.record.state.shows_base:
             return type(module).forward(module, *args, **kwargs)
         if self.trains_statistics and module.training:
             raise ConfigError(

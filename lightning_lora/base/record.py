@@ -1,0 +1,119 @@
+"""The record: all that an adapted model remembers. ``model/records.py`` puts it on the model."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.base_tensors import AfterMerge, Base
+from lightning_lora.base.fingerprints import Fingerprint
+from lightning_lora.base.states import FOLLOWING, State
+from lightning_lora.layers import LayerAdapter
+
+
+@dataclass(eq=False)  # a model's own: two of them are never one
+class Record:
+    """What a model remembers of its base and its adapters."""
+
+    adapter: AdapterState
+    """The active one."""
+
+    inactive_adapters: dict[str, AdapterState] = field(default_factory=dict)
+    """The others, by their names."""
+
+    base: Base = field(default_factory=Base)
+
+    state: State = State.ADAPTED
+
+    merged_layer_adapters: dict[str, LayerAdapter] = field(default_factory=dict)
+    """While the active adapter is merged: what it has on each layer, by the layer's name."""
+
+    @property
+    def adapter_states(self) -> dict[str, AdapterState]:
+        """All adapters by their names, the active one first."""
+        return {self.adapter.name: self.adapter, **self.inactive_adapters}
+
+    @property
+    def name_in_effect(self) -> str | None:
+        """The name of the adapter that has its effect. None: the base is shown."""
+        return None if self.state.shows_base else self.adapter.name
+
+    def snapshot(self) -> "Record":
+        """Return a copy that later events do not change. Tensors are not copied."""
+        return replace(
+            self,
+            adapter=self.adapter.snapshot(),
+            inactive_adapters=dict(self.inactive_adapters),
+            base=self.base.snapshot(),
+            merged_layer_adapters=dict(self.merged_layer_adapters),
+        )
+
+    # Its states: the caller has changed the model, and notes it
+
+    def _become(self, state: State) -> None:
+        assert state in FOLLOWING[self.state], (self.state, state)
+        self.state = state
+
+    def note_merged(self, adapters: dict[str, LayerAdapter], after_merge: AfterMerge) -> None:
+        """Note that the updates are in the weights now."""
+        self._become(State.MERGED)
+        self.merged_layer_adapters = adapters
+        self.base.note_merged(after_merge)
+
+    def note_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note that the updates are out of the weights again."""
+        self._become(State.ADAPTED)
+        self.merged_layer_adapters = {}
+        self.base.note_unmerged(parameters)
+
+    def note_base_shown(self) -> None:
+        """Note that the active adapter, or the merged updates, have no effect now."""
+        self._become(State.MERGED_BASE_SHOWN if self.state.is_merged else State.BASE_SHOWN)
+
+    def note_adapter_shown(self) -> None:
+        """Note that the active adapter, or the merged updates, have their effect again."""
+        self._become(State.MERGED if self.state.is_merged else State.ADAPTED)
+        self.base.forget_hidden()
+
+    # Other events
+
+    def note_switched(
+        self,
+        inactive_layer_adapters: dict[str, LayerAdapter],
+        inactive_tensors: dict[str, Tensor],
+        coming: AdapterState,
+    ) -> None:
+        """Note that the active adapter was taken off, and keeps these tensors. Another one is active."""
+        leaving = self.adapter
+        leaving.inactive_layer_adapters = inactive_layer_adapters
+        leaving.inactive_tensors = inactive_tensors
+        self.inactive_adapters[leaving.name] = leaving
+        self.inactive_adapters.pop(coming.name, None)
+        self.adapter = coming
+        coming.inactive_layer_adapters = {}
+        coming.inactive_tensors = {}
+
+    def note_base_loaded(self, names: Collection[str], values: Mapping[str, Tensor]) -> None:
+        """Note that other code loads these tensors of a new base. Adapters have copies of the base's ``values``."""
+        self.base.forget_changes(names)
+        for adapter in self.adapter_states.values():
+            adapter.note_base_loaded(values)
+
+    def note_fingerprint(self, fingerprint: Fingerprint) -> None:
+        """Note the base's fingerprint, as read before a fit. A new one is that of a new base.
+
+        What was known of changes to the earlier base is dropped then. An adapter without fingerprints is new, and the
+        base may be the same as before: changes that other adapters left are still known.
+        """
+        fingerprints = self.adapter.fingerprints
+        if fingerprint in fingerprints:
+            return
+        if fingerprints:
+            self.base.forget_all_changes()
+        self.adapter.fingerprints = [fingerprint]
+
+    def note_values_loaded(self, base: Mapping[str, Tensor]) -> None:
+        """Note that the adapter was loaded, with the values of weights that a file says were changed."""
+        self.base.note_loaded(base)
+        self.adapter.may_have_learned = True

@@ -1,0 +1,45 @@
+"""The start of a call on a model: from which states it may start, and what is said of others."""
+
+from torch import nn
+
+from lightning_lora.base.blocks import refuse_in_block
+from lightning_lora.base.record import Record
+from lightning_lora.base.states import CALLS, USE, refusal
+from lightning_lora.errors import AdapterStateError
+from lightning_lora.model.records import find_record, inner_records, state_of
+from lightning_lora.tensors.names import plain_module
+from lightning_lora.tensors.shards import reshard
+
+
+def start_call(model: nn.Module, call: str) -> Record | None:
+    """Start a call on ``model``: return its record, None if it is plain.
+
+    A call that may not start now (:data:`.CALLS`) is refused.
+    """
+    rule = CALLS[call]
+    if not rule.in_block:
+        refuse_in_block(model, call)
+    reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
+    if state_of(model) not in rule.states:
+        raise refusal_to_start(model, call)
+    return find_record(model)
+
+
+def refusal_to_start(model: nn.Module, call: str) -> AdapterStateError:
+    """Return the error for a call that may not start in the state of ``model``."""
+    record = find_record(model)
+    state = state_of(model)
+    title = type(plain_module(model)).__name__
+    if record is not None:
+        return AdapterStateError(refusal(call, state, title, record.adapter.name))
+    inner = next(iter(inner_records(model)), None)
+    if inner is not None:
+        return AdapterStateError(f"{title} has no adapters. They are in its {inner!r}: pass that module.")
+    return AdapterStateError(refusal(call, state, title, ""))
+
+
+def record_of(model: nn.Module, call: str = USE) -> Record:
+    """Return the record of an adapted model from which a call may start. Otherwise, raise an error."""
+    record = start_call(model, call)
+    assert record is not None
+    return record
