@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,8 +11,6 @@ if TYPE_CHECKING:  # what guards look at is above this file, which imports none 
     from lightning_lora.model.untrained.find_untrained import Untrained
     from lightning_lora.model.view import View
     from lightning_lora.training.steps.moved_copies import FrozenCopies
-
-Told = ParamSpec("Told")
 
 
 class Guard:
@@ -116,75 +114,89 @@ class Guards(Guard):
         """End the fit: let go of what guards have noted of the model."""
         self.guards = []
 
-    def _pass_on(self, moment: Callable[Concatenate[Guard, Told], None], *seen: Told.args, **also: Told.kwargs) -> None:
-        """Let each guard look at a moment: those that need it have a method of its name."""
-        for guard in self._those_at(moment):
-            getattr(guard, moment.__name__)(*seen, **also)
-
-    def _those_at(self, moment: Callable[..., object]) -> list[Guard]:
-        """The guards that have a method of their own for a moment."""
+    def _looking_at(self, moment: Callable[..., object]) -> list[Guard]:
+        """The guards that have a method of their own for a moment, such as ``Guard.merged``."""
         return [guard for guard in self.guards if getattr(type(guard), moment.__name__) is not moment]
 
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:
-        self._pass_on(Guard.layers_chosen, view, new)
+        for guard in self._looking_at(Guard.layers_chosen):
+            guard.layers_chosen(view, new)
 
     def injected_by_call(self, view: "View") -> None:
-        self._pass_on(Guard.injected_by_call, view)
+        for guard in self._looking_at(Guard.injected_by_call):
+            guard.injected_by_call(view)
 
     def networks_settled(self, view: "View", paused: Collection[str], frozen_since: Set[str]) -> None:
-        self._pass_on(Guard.networks_settled, view, paused, frozen_since)
+        for guard in self._looking_at(Guard.networks_settled):
+            guard.networks_settled(view, paused, frozen_since)
 
     def optimizers_built(self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
-        self._pass_on(Guard.optimizers_built, view, optimizers, is_scaled=is_scaled)
+        for guard in self._looking_at(Guard.optimizers_built):
+            guard.optimizers_built(view, optimizers, is_scaled=is_scaled)
 
     def training_begins(self, view: "View") -> None:
-        self._pass_on(Guard.training_begins, view)
+        for guard in self._looking_at(Guard.training_begins):
+            guard.training_begins(view)
 
     def new_adapters_begin(self, view: "View", untrained: "Untrained") -> None:
-        self._pass_on(Guard.new_adapters_begin, view, untrained)
+        for guard in self._looking_at(Guard.new_adapters_begin):
+            guard.new_adapters_begin(view, untrained)
 
     def adapters_ready(self, view: "View") -> None:
-        self._pass_on(Guard.adapters_ready, view)
+        for guard in self._looking_at(Guard.adapters_ready):
+            guard.adapters_ready(view)
 
     def base_made_new(self, view: "View", untrained: "Untrained") -> None:
-        self._pass_on(Guard.base_made_new, view, untrained)
+        for guard in self._looking_at(Guard.base_made_new):
+            guard.base_made_new(view, untrained)
 
     def first_step_begins(self, view: "View", copies: "FrozenCopies") -> None:
-        self._pass_on(Guard.first_step_begins, view, copies)
+        for guard in self._looking_at(Guard.first_step_begins):
+            guard.first_step_begins(view, copies)
 
     @contextmanager
     def first_batch_runs(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as running:
-            for guard in self._those_at(Guard.first_batch_runs):
+            for guard in self._looking_at(Guard.first_batch_runs):
                 running.enter_context(guard.first_batch_runs(model))
             yield
 
     def backward_begins_without_adapters(self, view: "View") -> None:
-        self._pass_on(Guard.backward_begins_without_adapters, view)
+        for guard in self._looking_at(Guard.backward_begins_without_adapters):
+            guard.backward_begins_without_adapters(view)
 
     def optimizer_begins(self, view: "View", unreached: Sequence[str]) -> None:
-        self._pass_on(Guard.optimizer_begins, view, unreached)
+        for guard in self._looking_at(Guard.optimizer_begins):
+            guard.optimizer_begins(view, unreached)
 
     def first_batch_ended(self, model: nn.Module) -> None:
-        self._pass_on(Guard.first_batch_ended, model)
+        for guard in self._looking_at(Guard.first_batch_ended):
+            guard.first_batch_ended(model)
 
     def base_compared(self, view: "View") -> None:
-        self._pass_on(Guard.base_compared, view)
+        for guard in self._looking_at(Guard.base_compared):
+            guard.base_compared(view)
 
     def training_ended(self, view: "View") -> None:
-        self._pass_on(Guard.training_ended, view)
+        for guard in self._looking_at(Guard.training_ended):
+            guard.training_ended(view)
 
     def fit_ended(self, view: "View", optimizers: Sequence[Optimizer], steps: int) -> None:
-        self._pass_on(Guard.fit_ended, view, optimizers, steps)
+        for guard in self._looking_at(Guard.fit_ended):
+            guard.fit_ended(view, optimizers, steps)
 
     def merge_begins(self, view: "View") -> None:
-        self._pass_on(Guard.merge_begins, view)
+        for guard in self._looking_at(Guard.merge_begins):
+            guard.merge_begins(view)
 
     def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
-        self._pass_on(Guard.merged, title, lost, untied)
+        for guard in self._looking_at(Guard.merged):
+            guard.merged(title, lost, untied)
 
     def merged_in_checkpoint(self, title: str, lost: Mapping[str, float]) -> None:
-        self._pass_on(Guard.merged_in_checkpoint, title, lost)
+        for guard in self._looking_at(Guard.merged_in_checkpoint):
+            guard.merged_in_checkpoint(title, lost)
 
     def merged_offline(self, base: str, lost: Mapping[str, float]) -> None:
-        self._pass_on(Guard.merged_offline, base, lost)
+        for guard in self._looking_at(Guard.merged_offline):
+            guard.merged_offline(base, lost)
