@@ -19,10 +19,8 @@ from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.inject import refuse_targets_without_adapters
 from lightning_lora.model.records import find_record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.printing import fitting_console
 from lightning_lora.storage.same_base.base_changes import note_changes
 from lightning_lora.storage.same_base.fingerprint import base_digests
-from lightning_lora.summary import summarize
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility, merging
@@ -32,7 +30,6 @@ from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
 from lightning_lora.training.optimizers.scales import scale_of_each_factor
 from lightning_lora.training.random_numbers.generator_states import RANDOM, random_states
 from lightning_lora.training.random_numbers.resumed_data import ResumedNumbers
-from lightning_lora.training.reports import log_arguments, log_values, shown_rates
 from lightning_lora.training.returned_records import extend_launchers
 from lightning_lora.training.running import NoTraining, TrainingWatch
 from lightning_lora.training.stages.chosen_adapter import ChosenAdapter
@@ -42,6 +39,7 @@ from lightning_lora.training.steps.step_tools import StepTools
 from lightning_lora.training.strategies.for_strategy import methods_of, patch_strategy
 from lightning_lora.training.strategies.strategy import StrategyMethods
 from lightning_lora.training.untrained_at_start import tell_of_start
+from lightning_lora.what_trains import log_what_trains, show_what_trains, tell_that_fewer_train
 
 
 @documents_arguments_of(LoRAConfig)
@@ -105,15 +103,16 @@ class LoRACallback(Callback):
         Linear(in_features=32, out_features=2, bias=True)
     """
 
-    given: frozenset[str]  # the names of the arguments that the user gave
+    given: frozenset[str]  # the names of the arguments that the user gave, which `notes_given_arguments` sets
+
+    # Made anew by `_prepare`, so in no pickle
     _filled_buffers: WeakKeyDictionary[LightningModule, set[str]]  # of each module: those that its hooks have filled
 
-    # What lives in one stage of a Trainer: `_leave_stage` drops it
-    _is_set_up: bool
+    # Of one stage of a Trainer: `_leave_stage` drops them
     _stage: Stage
-    _strategy_methods: StrategyMethods  # ours, on the Trainer's strategy
-    _until_training_ends: ExitStack
+    _strategy_methods: StrategyMethods  # ours, on the Trainer's strategy: there from the set-up on
     _watch: NoTraining | TrainingWatch  # NoTraining until the training begins
+    _until_training_ends: ExitStack  # closes what training uses
 
     def __init__(
         self,
@@ -140,7 +139,7 @@ class LoRACallback(Callback):
         lr_scale: float | dict[str, float] = 1,
         name: str = "default",
     ) -> None:
-        arguments = locals()
+        arguments = locals()  # the parameters are written out above for editors, mypy and LightningCLI
         check_merge(merge)
         check_save(save)
         self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
@@ -165,18 +164,16 @@ class LoRACallback(Callback):
 
     def _leave_stage(self) -> None:
         """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
-        self._is_set_up = False
-        self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
+        self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)  # files may be written after a stage too
         vars(self).pop("_strategy_methods", None)
-        self._until_training_ends = ExitStack()
         self._watch = NoTraining()
+        self._until_training_ends = ExitStack()
         compatibility.forget_module(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        made_anew = {"_filled_buffers", "_is_set_up", "_stage", "_strategy_methods", "_until_training_ends", "_watch"}
-        left_out = made_anew.union(compatibility.SET_BY_LIGHTNING)
-        kept = {name: value for name, value in vars(self).items() if name not in left_out}
+        made_anew = LoRACallback.__annotations__  # what is declared above; `given` is added again
+        kept = without(vars(self), {*made_anew, *compatibility.SET_BY_LIGHTNING})
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -195,7 +192,6 @@ class LoRACallback(Callback):
         A module that is only evaluated stays plain or merged until a checkpoint is loaded. The strategy adapts layers
         that the module's own hooks create later.
         """
-        self._is_set_up = True
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
         self._strategy_methods = patch_strategy(trainer.strategy, self._stage)
         compatibility.refuse_second_callback(self._stage.callbacks)
@@ -212,7 +208,7 @@ class LoRACallback(Callback):
             self._adapt_early(pl_module)
 
     def _new_stage(self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool) -> Stage:
-        is_named = self.name != "default" or "name" in self.given
+        is_named = self.name != "default" or "name" in self.given  # if not, the module's active adapter is meant
         kind = Fit if is_fit else Stage
         return kind(
             self.config,
@@ -253,16 +249,13 @@ class LoRACallback(Callback):
         merging.check_merge_weights(trainer, pl_module, self.merge, self.save)
         self._until_training_ends.enter_context(trimming_added_groups(pl_module))
         update_scaled_rates(*trainer.optimizers)  # a tuner may have set other rates
-        if trainer.is_global_zero and compatibility.shows_summary(trainer):
-            rates = shown_rates(pl_module, trainer.optimizers)
-            table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers, rates=rates)
-            fitting_console().print(table, *compatibility.about_lightnings_table(trainer))
+        show_what_trains(trainer, pl_module)
         if not trainer.strategy.restore_checkpoint_after_setup:  # otherwise, the checkpoint is not loaded yet
             self._report(trainer, pl_module)
 
     def _check_set_up(self) -> None:
         """Refuse a fit that had begun when this callback came."""
-        if not self._is_set_up:
+        if not hasattr(self, "_strategy_methods"):
             raise compatibility.late_callback_error()
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,12 +266,11 @@ class LoRACallback(Callback):
             rank_zero_info(f"LoRACallback begins a new adapter {view.adapter.name!r} beside {others}.")
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
         self._stage.tools.guards_in_first_process.optimizers_built(view, trainer.optimizers, is_scaled=is_scaled)
-        if trainer.is_global_zero and trainer.loggers:
-            own_arguments = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
-            log_arguments(trainer, pl_module, **own_arguments, trained_share=summarize(pl_module).share)
+        own_arguments = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
+        log_what_trains(trainer, pl_module, own_arguments)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the module, after its own hooks and the checkpoint, and begin the training."""
+        """Check the module, after its own hooks and the checkpoint, and watch its training from here on."""
         self._check_set_up()
         refuse_computed_weights(View(pl_module))  # first: it says more than view_of would
         view = view_of(pl_module)
@@ -288,10 +280,10 @@ class LoRACallback(Callback):
         update_scaled_rates(*trainer.optimizers)  # the checkpoint may have been written with another lr_scale
         if self._stage.set_base_from_hooks(view):  # the module's hooks may have loaded weights since the set-up
             self._strategy_methods.note_base(anew=False)  # its fingerprint, for which only what has changed is read
-        self._begin_training(trainer, pl_module)
+        self._watch_training(trainer, pl_module)
 
-    def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of what looks wrong, let adapters start from data, and watch the steps."""
+    def _watch_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of what looks wrong, let new adapters start from data, and watch the steps."""
         view = view_of(pl_module)  # a new one, since tensors may have been exchanged
         tell_of_start(view, self._stage.tools.guards_in_first_process)  # after on_fit_start, which may load weights
         base = base_digests(view)  # before adapters start from data: the user's code runs then, and may change it
@@ -321,12 +313,12 @@ class LoRACallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains adapters, and nothing frozen."""
         self._check_set_up()
-        if not trainer.training:
+        if not trainer.training:  # the module's code takes a step in an evaluation
             update_scaled_rates(optimizer)
-        elif self._watch.begin_optimizer_step(optimizer) and trainer.is_global_zero:
-            share = summarize(pl_module).share
-            rank_zero_info(f"Now {share:.2%} of its parameters train, which is less than the first table shows.")
-            log_values(trainer, {"lora/trained_share": share})
+            return
+        fewer_train = self._watch.begin_optimizer_step(optimizer)
+        if fewer_train:
+            tell_that_fewer_train(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """End a step. After the first, name weights that are read by hand."""
@@ -356,11 +348,15 @@ class LoRACallback(Callback):
         merging.check_layers_stayed(view)
         pl_module.zero_grad()  # gradients of the last step would take memory, and count in a step by hand
         self._stage.tools.guards_in_each_process.fit_ended(view, trainer.optimizers, trainer.global_step)
-        view = view_of(pl_module)
-        note_changes(view)  # compares the base with its fingerprint, for the guards and for later files
-        self._stage.tools.guards_in_first_process.base_compared(view)
+        self._compare_base(pl_module)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merging.merge_trained(trainer, pl_module, self.merge)
+
+    def _compare_base(self, pl_module: LightningModule) -> None:
+        """Compare the base with its fingerprint, for the guards and for later files."""
+        view = view_of(pl_module)
+        note_changes(view)
+        self._stage.tools.guards_in_first_process.base_compared(view)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module back as it came, if nothing was trained."""
@@ -391,9 +387,8 @@ class LoRACallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
         if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), dict):
-            self._stage.random_numbers = self._until_training_ends.enter_context(
-                closing(ResumedNumbers(trainer, checkpoint))
-            )
+            resumed = ResumedNumbers(trainer, checkpoint)
+            self._stage.random_numbers = self._until_training_ends.enter_context(closing(resumed))
 
 
 compatibility.subclass_pytorch_lightning_too(LoRACallback)

@@ -102,7 +102,7 @@ NO_GUARDS = Guard()
 
 
 class Guards(Guard):
-    """All guards of one fit, or of one call: each moment is passed on to each of them.
+    """All guards of one fit, or of one call: those that look at a moment look in turn.
 
     Each moment is written out, so that mypy checks the arguments where a moment is told.
     """
