@@ -28,7 +28,7 @@ _Rows = tuple[int, ...]  # the numbers of single rows
 _Range = tuple[int, int]  # the first row of a part, and the one after its last
 
 
-def _expect(is_valid: object, name: str, value: object, expected: str, *, found: str = "is not valid") -> None:
+def _expect(is_valid: bool, name: str, value: object, expected: str, *, found: str = "is not valid") -> None:
     """Refuse a value that is not valid, and say what was expected."""
     if not is_valid:
         what_is_wrong = f"{name}={brief(value)} {found}"
@@ -72,22 +72,21 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     _expect(is_choice, name, value, f"one of {words}")
 
 
-def check_adapter_name(name: object) -> None:
+def check_adapter_name(value: object) -> None:
     """Refuse what is no name of an adapter."""
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"name={name!r} is not valid. Expected a string that is not empty.")
+    _expect(_is_name(value), "name", value, "a string that is not empty")
 
 
 def check_merge(value: object) -> None:
     """Refuse what says no way to end a fit."""
-    if value is not False and value not in ("last", "best"):
-        raise ConfigError(f"merge={value!r} is not valid. Expected 'last', 'best' or False.")
+    is_merge = value is False or value in ("last", "best")
+    _expect(is_merge, "merge", value, "'last', 'best' or False")
 
 
 def check_save(value: object) -> None:
     """Refuse what says no content of a Trainer's files."""
-    if value not in get_args(Save):
-        raise ConfigError(f"save={value!r} is not valid. Expected 'adapters' or 'model'.")
+    is_save = value in get_args(Save)
+    _expect(is_save, "save", value, "'adapters' or 'model'")
 
 
 def _is_number(value: Any) -> bool:
@@ -129,7 +128,7 @@ def checked_names(name: str, value: object) -> str | tuple[str, ...]:
     if isinstance(value, str) and value:
         _check_expression(name, value)
         return value
-    are_names = isinstance(value, Sequence | Set) and value and all(map(_is_name, value))
+    are_names = isinstance(value, Sequence | Set) and len(value) > 0 and all(map(_is_name, value))
     _expect(are_names, name, value, "a regular expression or a list of names")
     return tuple(map(str, _in_order(value)))
 
@@ -144,25 +143,29 @@ def _in_order(entries: Any) -> Any:
     return sorted(entries) if isinstance(entries, Set) else entries
 
 
-_Make = Callable[[str], re.Pattern[str]]  # makes an expression of a text
-
 _NO_EXPRESSION = (re.error, RecursionError, OverflowError)
 """What ``re.compile`` raises."""
 
 
 def _check_expression(name: str, expression: str) -> None:
     """Refuse what is no regular expression."""
-    _check_compiles(re.compile, name, expression, _remedy(name, expression))
-
-
-def _check_compiles(make: _Make, name: str, expression: str, remedy: str = "") -> None:
-    """Refuse a text of which ``make`` can make no expression."""
     try:
-        make(expression)
+        re.compile(expression)
     except _NO_EXPRESSION as error:
-        raise ConfigError(
-            f"{name}={expression!r} is not a regular expression ({error}). Correct it{remedy}."
-        ) from error
+        raise _expression_error(name, expression, error, _remedy(name, expression)) from error
+
+
+def _check_key(name: str, key: str) -> None:
+    """Refuse a key that is no expression by itself, or none behind the components of a name, as ``(?i)q``."""
+    _check_expression(name, key)
+    try:
+        ending(key)
+    except _NO_EXPRESSION as error:
+        raise _expression_error(name, key, error) from error
+
+
+def _expression_error(name: str, expression: str, error: Exception, remedy: str = "") -> ConfigError:
+    return ConfigError(f"{name}={expression!r} is not a regular expression ({error}). Correct it{remedy}.")
 
 
 def _remedy(name: str, expression: str) -> str:
@@ -174,21 +177,14 @@ def _remedy(name: str, expression: str) -> str:
     return f': "*" is no wildcard in it. Perhaps write r"{with_wildcards}"'
 
 
-def _check_names_of_entries(name: str, value: Any, values: str) -> None:
-    """Refuse what is no dict from names, or expressions, to ``values``."""
+def _checked_entries(name: str, value: Any, check_entry: _Check, expected: str) -> dict[str, Any]:
+    """A dict from names, or expressions for their ends, to checked entries. ``expected`` says what entries are."""
     has_names = isinstance(value, Mapping) and all(map(_is_name, value))
-    _expect(has_names, name, value, f"a dict from names to {values}")
-    for key in value:
-        _check_expression(name, key)
-        _check_compiles(ending, name, key)  # ``(?i)q`` is valid alone, and not behind the components of a name
-
-
-def _checked_entries(name: str, value: Any, values: str, checked: _Check) -> dict[str, Any]:
-    """A dict from names to ``values``, each of which is checked."""
-    _check_names_of_entries(name, value, values)
+    _expect(has_names, name, value, f"a dict from names to {expected}")
     entries = dict[str, Any]()
     for key, entry in value.items():
-        entries[str(key)] = checked(f"{name}[{key!r}]", entry)
+        _check_key(name, key)
+        entries[str(key)] = check_entry(f"{name}[{key!r}]", entry)
     return entries
 
 
@@ -200,12 +196,12 @@ _NUMBERS = "values, such as {'query': 4}"
 
 def _checked_ranks(name: str, value: Any) -> dict[str, int]:
     """Ranks by name."""
-    return _checked_entries(name, value, _NUMBERS, checked_rank)
+    return _checked_entries(name, value, checked_rank, _NUMBERS)
 
 
 def _checked_alphas(name: str, value: Any) -> dict[str, float]:
     """Values of alpha by name."""
-    return _checked_entries(name, value, _NUMBERS, checked_alpha)
+    return _checked_entries(name, value, checked_alpha, _NUMBERS)
 
 
 # Parts of layers
@@ -213,7 +209,7 @@ def _checked_alphas(name: str, value: Any) -> dict[str, float]:
 
 def _checked_slices(name: str, value: Any) -> dict[str, Any]:
     """Layers with the names of their parts, as tuples, or with names and rows."""
-    return _checked_entries(name, value, "parts, such as {'c_attn': ['q', 'v']}", _checked_parts)
+    return _checked_entries(name, value, _checked_parts, "parts, such as {'c_attn': ['q', 'v']}")
 
 
 def _checked_parts(name: str, parts: Any) -> tuple[str, ...] | dict[str, _Range]:
@@ -250,9 +246,9 @@ def _checked_ranges(name: str, parts: Mapping[str, Any]) -> dict[str, _Range]:
 
 def _share_rows(one: _Range, other: _Range) -> bool:
     """Whether two ranges have a row in common."""
-    last_first = max(one[0], other[0])
-    first_end = min(one[1], other[1])
-    return last_first < first_end
+    first_shared = max(one[0], other[0])
+    end_of_shared = min(one[1], other[1])
+    return first_shared < end_of_shared
 
 
 def _checked_range(name: str, rows: Any) -> _Range:
@@ -271,7 +267,7 @@ def _checked_tokens(name: str, value: Any) -> _Rows | dict[str, _Rows]:
     """Rows in their order; or those of each embedding by name."""
     if not isinstance(value, Mapping):
         return _checked_rows(name, value)
-    return _checked_entries(name, value, "rows, such as {'embed_tokens': [50257, 50258]}", _checked_rows)
+    return _checked_entries(name, value, _checked_rows, "rows, such as {'embed_tokens': [50257, 50258]}")
 
 
 def _checked_rows(name: str, value: Any) -> _Rows:

@@ -11,29 +11,38 @@ from lightning_lora.errors import ConfigError
 
 _Class = TypeVar("_Class", bound=type)
 
+_GIVE_EXPRESSION = r"give target_modules an expression, such as r'.*layers\.(8|9)\..*_proj'"
+_SET_RATE = "your configure_optimizers sets it; lr_scale multiplies it for adapters"
+_PASS_ARGUMENTS = "pass its arguments themselves, such as r=8, alpha=16"
+_LEAVE_OUT = "leave it out: nothing here depends on it"
+
 ELSEWHERE = {
-    **dict.fromkeys(("rank", "ranks"), "it is r here"),
+    "rank": "it is r here",
+    "ranks": "it is r here",
     "scaling": "set alpha: the scaling is alpha / r",
     "init_lora_weights": f"it is init here, one of {', '.join(map(repr, get_args(Init)))}",
     "ensure_weight_tying": "leave it out: a tied weight in modules_to_save stays tied",
     "lora_bias": "set bias='lora_only' to train the biases of the adapted layers",
     "layer_replication": "repeat the layers in your model first",
-    **dict.fromkeys(("targets", "target_layers"), "it is target_modules here"),
-    **dict.fromkeys(("lr", "learning_rate"), "your configure_optimizers sets it; lr_scale multiplies it for adapters"),
+    "targets": "it is target_modules here",
+    "target_layers": "it is target_modules here",
+    "layers_to_transform": _GIVE_EXPRESSION,
+    "layers_pattern": _GIVE_EXPRESSION,
+    "lr": _SET_RATE,
+    "learning_rate": _SET_RATE,
     "loraplus_lr_ratio": "LoRACallback(lr_scale={'A': 1, 'B': 16}) stands for loraplus_lr_ratio=16",
-    **dict.fromkeys(("config", "peft_config"), "pass its arguments themselves, such as r=8, alpha=16"),
-    **dict.fromkeys(("loftq_config", "use_qalora"), "it is not available here"),
-    **dict.fromkeys(
-        ("layers_to_transform", "layers_pattern"),
-        r"give target_modules an expression, such as r'.*layers\.(8|9)\..*_proj'",
-    ),
-    **dict.fromkeys(
-        ("pack_base", "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "fan_in_fan_out"),
-        "leave it out: nothing here depends on it",
-    ),
+    "config": _PASS_ARGUMENTS,
+    "peft_config": _PASS_ARGUMENTS,
+    "loftq_config": "it is not available here",
+    "use_qalora": "it is not available here",
+    "pack_base": _LEAVE_OUT,
+    "task_type": _LEAVE_OUT,
+    "peft_type": _LEAVE_OUT,
+    "inference_mode": _LEAVE_OUT,
+    "base_model_name_or_path": _LEAVE_OUT,
+    "fan_in_fan_out": _LEAVE_OUT,
 }
 """Arguments of PEFT's LoraConfig and others that have another name here, or none, and what to do."""
-
 
 _EXPLAINED: dict[str, Collection[str]] = {}
 """The arguments of each class whose errors are explained here, by the name of the class."""

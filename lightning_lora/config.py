@@ -152,6 +152,7 @@ class LoRAConfig:
         return checked_names("target_modules", self.target_modules)
 
     def _keep(self, field: str, value: object) -> None:
+        """Set a field of this object, which is frozen."""
         object.__setattr__(self, field, value)
 
     def rank(self, name: str, parameter: str = "") -> int:
@@ -165,7 +166,13 @@ class LoRAConfig:
         return self.alpha_of(name, parameter) / divisor
 
     def alpha_of(self, name: str, parameter: str = "", *, r: int | None = None) -> float:
-        """Return a layer's ``alpha``. Another ``r`` keeps the scaling."""
+        """Return a layer's ``alpha``. With ``r``, the one that gives this rank the layer's scaling.
+
+        Example:
+            >>> config = LoRAConfig(r=8, alpha=16)
+            >>> config.alpha_of("encoder.query"), config.alpha_of("encoder.query", r=4)
+            (16.0, 8.0)
+        """
         rank = self.rank(name, parameter)
         default = rank if self.alpha is None else self.alpha
         alpha: float = look_up(self.alpha_pattern, (parameter, name), default)
@@ -175,7 +182,13 @@ class LoRAConfig:
         return alpha * growth
 
     def slices(self, name: str) -> tuple[str, ...] | dict[str, tuple[int, int]] | None:
-        """Return the adapted parts of a layer. ``None`` means all."""
+        """Return the adapted parts of a layer: their names, or the rows of each. ``None`` means all.
+
+        Example:
+            >>> config = LoRAConfig(target_slices={"attn": ["q", "v"], "proj": {"a": [0, 64]}})
+            >>> config.slices("0.attn"), config.slices("0.proj"), config.slices("0.mlp")
+            (('q', 'v'), {'a': (0, 64)}, None)
+        """
         return look_up(self.target_slices, (name,), None)  # type: ignore[no-any-return]
 
     def is_saved(self, name: str) -> bool:
@@ -189,9 +202,9 @@ class LoRAConfig:
         return re.fullmatch(as_expression(self.exclude_modules), name) is not None
 
     def completed(self, stored: "LoRAConfig", given: Set[str] = frozenset()) -> "LoRAConfig":
-        """Take from ``stored`` what was not given.
+        """Return this configuration, with what was not given taken from ``stored``.
 
-        That is what is at its default, and not in ``given``.
+        Not given is what is at its default, and not in ``given``.
         """
         default = vars(LoRAConfig())
         taken = {}

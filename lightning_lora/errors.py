@@ -79,8 +79,10 @@ def warn(message: str, category: type[LoRAWarning] = LoRAWarning, *, anew: bool 
     frame = _frame_of_user()
     file = frame.f_code.co_filename
     module = frame.f_globals.get("__name__")
-    registry = {} if anew else frame.f_globals.setdefault("__warningregistry__", {})
-    warnings.warn_explicit(message, category, file, frame.f_lineno, module, registry)
+    shown_before: dict[Any, Any] = {}
+    if not anew:
+        shown_before = frame.f_globals.setdefault("__warningregistry__", {})  # Python's own, of that module
+    warnings.warn_explicit(message, category, file, frame.f_lineno, module, shown_before)
 
 
 # Packages whose lines are not the user's. Of a warning whose file is Lightning's, Lightning does not show the class.

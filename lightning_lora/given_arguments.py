@@ -27,7 +27,7 @@ def notes_given_arguments(cls: _Class) -> _Class:
         given = {*names[: len(args)], *kwargs}
         if given.issuperset(names):  # a command line gives them all
             given = set()
-        vars(self)["given"] = frozenset(given)
+        self.given = frozenset(given)
 
     cls.__init__ = noting  # type: ignore[misc]
     return cls
