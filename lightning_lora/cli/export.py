@@ -21,7 +21,7 @@ from lightning_lora.storage.files import export_peft
 from lightning_lora.storage.formats.peft.writing.model_card import is_repository
 from lightning_lora.storage.formats.peft_names import PEFT_CONFIG
 from lightning_lora.storage.formats.registry import WRITTEN
-from lightning_lora.storage.on_disk.disk import path_here
+from lightning_lora.storage.on_disk.places import path_here
 
 
 def add_arguments(parser: Any) -> None:

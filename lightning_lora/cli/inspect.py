@@ -20,7 +20,7 @@ from lightning_lora.cli.shown import Plain, show
 from lightning_lora.functional.subspace import directions, effective_rank
 from lightning_lora.storage.checksum import FORMAT
 from lightning_lora.storage.offline.without_model import read_without_model, tensors_beside_adapters, updates_of_layer
-from lightning_lora.storage.on_disk.disk import opened
+from lightning_lora.storage.on_disk.places import opened
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_modules import UNKNOWN
 from lightning_lora.tensors.dicts import of_type

@@ -24,7 +24,7 @@ from lightning_lora.storage.load.built_modules import built_by_lightning
 from lightning_lora.storage.load.other_names import with_names_of
 from lightning_lora.storage.load.put import adapt_and_put
 from lightning_lora.storage.load.rebuilding import rebuild_modules
-from lightning_lora.storage.on_disk.disk import check_output, local_path, path_here
+from lightning_lora.storage.on_disk.places import check_output, local_path, path_here
 from lightning_lora.storage.same_base.stored_fingerprints import fingerprints_to_store
 from lightning_lora.storage.state import adapter_state, check_not_diverged, without_unchanged_extra
 from lightning_lora.storage.stored import ReadFor, StoredAdapters

@@ -19,7 +19,8 @@ from lightning_lora.moments import Guards
 from lightning_lora.private import HPARAMS_NAME
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.merged_state import merged_state
-from lightning_lora.storage.on_disk.disk import check_output, path_here, writing, writing_folder
+from lightning_lora.storage.on_disk.places import check_output, path_here
+from lightning_lora.storage.on_disk.whole_files import writing, writing_folder
 from lightning_lora.storage.renaming import names_outside
 from lightning_lora.storage.state import check_not_diverged, trained_tensors
 from lightning_lora.tensors.dicts import beginning_with, of_type, only, renamed, without

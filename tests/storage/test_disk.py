@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.formats.own import read_adapter_file
-from lightning_lora.storage.on_disk.disk import writing
+from lightning_lora.storage.on_disk.whole_files import writing
 from tests.support.compared import assert_same_tensors
 from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, limit, read_only, unchanged
 from tests.support.models import LitTiny, as_trained, data, exact, lora, same, state, trainer

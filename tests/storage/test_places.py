@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 
 from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, save_adapter
-from lightning_lora.storage.on_disk import disk
+from lightning_lora.storage.on_disk import places
 from tests.support.cases import file_names
 from tests.support.compared import assert_same_state
 from tests.support.models import LitTiny, data, lora, trainer
@@ -66,7 +66,7 @@ def test_what_is_no_damage_is_told_as_what_it_is(file: Path, monkeypatch: pytest
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(disk, "opened", fail)
+    monkeypatch.setattr(places, "opened", fail)
     with pytest.raises(AdapterFileError, match=rf"{type(error).__name__}: .*{error.args[-1]}.*no sign of damage"):
         load_adapter(LitTiny(), file)
 

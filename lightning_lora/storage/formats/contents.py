@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.beside_adapters import reduce_to_adapters
 from lightning_lora.storage.formats.format import HEADER
-from lightning_lora.storage.on_disk import archives, disk, plain_pickles
+from lightning_lora.storage.on_disk import archives, places, plain_pickles, read_errors, safetensors_bytes
 from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.dicts import of_type, only, where_not
 from lightning_lora.tensors.values import is_computable
@@ -54,11 +54,11 @@ def _has_usable_values(tensor: Tensor) -> bool:
 
 def _read_with(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
-    if not disk.is_open_file(path):
-        disk.check_path(path)
-    with disk.reading(path, remedy), disk.on_this_machine(path) as local:
+    if not places.is_open_file(path):
+        places.check_path(path)
+    with read_errors.reading(path, remedy), places.on_this_machine(path) as local:
         archives.check_is_file(local, path)
-        with disk.opened(local) as file:  # once: another process may replace it at any time
+        with places.opened(local) as file:  # once: another process may replace it at any time
             kind = archives.kind_of(file)
             if kind is archives.Kind.SAFETENSORS:
                 return _read_tensors(file.read())
@@ -90,7 +90,7 @@ def _load_adapters(path: object, file: Any) -> Any:
 def _read_tensors(contents: bytes) -> dict[str, Any]:
     """The tensors of a safetensors file, and what its header says."""
     tensors = dict(sorted(load_tensors(contents).items()))  # the library gives them in another order each time
-    header = disk.header_in(contents).get(HEADER, {})
+    header = safetensors_bytes.header_in(contents).get(HEADER, {})
     description = json.loads(header.get(KEY, "null"))
     if description is None:
         return {**tensors, HEADER: header}

@@ -11,7 +11,9 @@ from lightning_lora.storage.formats.contents import read_contents
 from lightning_lora.storage.formats.format import HEADER, Format, LoadArguments
 from lightning_lora.storage.formats.lightning import VERSION_KEY
 from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_tool
-from lightning_lora.storage.on_disk import disk
+from lightning_lora.storage.on_disk.places import check_output, local_path, opened
+from lightning_lora.storage.on_disk.safetensors_bytes import save
+from lightning_lora.storage.on_disk.whole_files import writing
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.dicts import without
 
@@ -20,16 +22,16 @@ from lightning_lora.tensors.dicts import without
 
 def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
     """Write adapters as one ``.safetensors`` file."""
-    with disk.writing(path) as place:
+    with writing(path) as place:
         description = json.dumps(stored.description())
-        contents = disk.save(stored.state, {KEY: description})
-        with disk.opened(place, "wb") as file:
+        contents = save(stored.state, {KEY: description})
+        with opened(place, "wb") as file:
             file.write(contents)
 
 
 def check_place(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
     """Refuse an ending that hides the format, and a place where no file can be."""
-    disk.check_output(path, inputs)
+    check_output(path, inputs)
     if not str(path).endswith(".safetensors"):
         raise AdapterFileError(
             f"Adapters are written as safetensors, and {str(path)!r} does not end in .safetensors. Use a name such as "
@@ -42,7 +44,7 @@ def check_place(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
 
 def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
     """Return the adapters in a file of this package. No code in the file is run."""
-    local = disk.local_path(path)
+    local = local_path(path)
     found = None if local is None else file_in(local)
     if found is not None:
         format, _ = found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_lora.layers.matrices import Role
-from lightning_lora.storage.on_disk.disk import local_path
+from lightning_lora.storage.on_disk.places import local_path
 from lightning_lora.tensors.names import names_not_in
 
 PEFT_CONFIG = "adapter_config.json"

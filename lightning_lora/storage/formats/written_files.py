@@ -5,7 +5,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.on_disk.disk import write_errors, writing
+from lightning_lora.storage.on_disk.whole_files import write_errors, writing
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:

@@ -25,8 +25,9 @@ from lightning_lora.storage.offline.tensor_files import (
     write_tensors,
 )
 from lightning_lora.storage.offline.without_model import read_without_model
-from lightning_lora.storage.on_disk.disk import check_output, folder_beside, path_here, writing, writing_folder
+from lightning_lora.storage.on_disk.places import check_output, path_here
 from lightning_lora.storage.on_disk.plain_pickles import unread_in
+from lightning_lora.storage.on_disk.whole_files import folder_beside, writing, writing_folder
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch.serialization import MAGIC_NUMBER
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.on_disk.disk import local_path, opened
+from lightning_lora.storage.on_disk.places import local_path, opened
 
 
 class Kind(Enum):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.on_disk import archives, disk
+from lightning_lora.storage.on_disk import archives, places, read_errors
 from lightning_lora.training.strategies.strategy_patch import StrategyPatch
 
 Checkpoint = dict[str, Any]
@@ -19,10 +19,10 @@ _TRUST_VARIABLE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 def read_checkpoint(methods: StrategyPatch, path: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a strategy read a file. It must have plain types only, unless the user trusts it."""
-    disk.check_path(path)
+    places.check_path(path)
     _refuse_safetensors(path)
     is_trusted = _is_trusted(*args, **kwargs)
-    with disk.reading(path, _how_to_trust(methods)):
+    with read_errors.reading(path, _how_to_trust(methods)):
         archives.check_file(path, may_be_other=not _reads_with_torch(methods))
         if is_trusted:
             return methods.original.load_checkpoint(path, *args, **kwargs)
@@ -36,7 +36,7 @@ def _read_plain_types(methods: StrategyPatch, path: Any) -> Any:
         return load(path, weights_only=True)
     if methods.is_by_other_code("load_checkpoint") or not has_lightnings_io(methods.strategy):
         return load(path)
-    with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
+    with places.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.on_disk import disk
+from lightning_lora.storage.on_disk.places import local_path
 from lightning_lora.training.strategies.strategy import StrategyMethods
 from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
@@ -24,7 +24,7 @@ class LateRestoreMethods(StrategyMethods):
     @patches_strategy
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write one file, as the other strategies do. A folder in its place is found by all: none waits for others."""
-        path = disk.local_path(filepath)
+        path = local_path(filepath)
         if path is not None and path.is_dir():
             raise AdapterFileError(
                 f"{filepath} is a folder, perhaps a sharded checkpoint. A run with adapters writes one file: give it "

@@ -17,7 +17,7 @@ from lightning_lora.storage.formats.lightning import (
     without_run_state,
 )
 from lightning_lora.storage.load.rebuilding import rebuild_modules
-from lightning_lora.storage.on_disk import disk
+from lightning_lora.storage.on_disk.places import local_path
 from lightning_lora.storage.on_disk.temporary_files import remove_left_parts
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.dicts import without
@@ -62,7 +62,7 @@ class LoadMethods(SetUpMethods):
 
     def _remove_left_parts(self, path: Any) -> None:
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
-        local = disk.local_path(path)
+        local = local_path(path)
         if local is not None and self.stage.is_running_fit and self.strategy.is_global_zero:
             remove_left_parts(local.parent)
 

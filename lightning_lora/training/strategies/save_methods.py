@@ -9,7 +9,7 @@ from lightning_lora.model.unmerge import unmerge_or_forget
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage.formats.lightning import with_callback_state
-from lightning_lora.storage.on_disk import disk
+from lightning_lora.storage.on_disk.whole_files import writing
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import names_inside
 from lightning_lora.training import compatibility
@@ -43,7 +43,7 @@ class SaveMethods(SetUpMethods):
             checkpoint = self._as_written(checkpoint, written_later=may_write_later)
         # the process that writes at once does so beside the file, which is replaced when all is written
         writes_beside = self.strategy.is_global_zero and not may_write_later
-        with disk.writing(filepath, beside=writes_beside) as path:
+        with writing(filepath, beside=writes_beside) as path:
             self.original.save_checkpoint(checkpoint, path, storage_options)
 
     def _as_written(self, checkpoint: Checkpoint, *, written_later: bool) -> Checkpoint:

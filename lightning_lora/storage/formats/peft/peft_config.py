@@ -9,7 +9,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.patterns import matches
 from lightning_lora.storage.formats.peft_names import PEFT_CONFIG, config_beside
-from lightning_lora.storage.on_disk.disk import json_object
+from lightning_lora.storage.on_disk.read_errors import json_object
 from lightning_lora.tensors.dicts import only, renamed, where, without
 from lightning_lora.tensors.names import starts_of
 

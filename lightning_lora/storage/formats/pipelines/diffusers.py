@@ -27,7 +27,8 @@ from lightning_lora.storage.formats.pipelines.pipeline import (
     warn_of_replaced,
 )
 from lightning_lora.storage.formats.written_files import write_files
-from lightning_lora.storage.on_disk.disk import json_object, save
+from lightning_lora.storage.on_disk.read_errors import json_object
+from lightning_lora.storage.on_disk.safetensors_bytes import save
 from lightning_lora.storage.renaming import by_names_inside
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.storage.stored_modules import StoredModule

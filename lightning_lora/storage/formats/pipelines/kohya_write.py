@@ -21,7 +21,7 @@ from lightning_lora.storage.formats.pipelines.kohya_flux import FLUX_CLASS, name
 from lightning_lora.storage.formats.pipelines.kohya_names import ATTENTION, OUTER, NameOf, member_prefix, naming_forms
 from lightning_lora.storage.formats.pipelines.pipeline import checked_member, exports_of_members, warn_of_replaced
 from lightning_lora.storage.formats.written_files import write_files
-from lightning_lora.storage.on_disk.disk import save
+from lightning_lora.storage.on_disk.safetensors_bytes import save
 from lightning_lora.storage.renaming import by_names_inside
 from lightning_lora.tensors.dicts import only, where_not
 from lightning_lora.tensors.names import join, starts_of

@@ -20,7 +20,7 @@ from lightning_lora.storage.formats.peft_names import NAMES_HERE, PEFT_CONFIG, P
 from lightning_lora.storage.formats.peft_or_diffusers import is_peft
 from lightning_lora.storage.formats.reading import renaming_of, stored_from_updates
 from lightning_lora.storage.inner_model import root_of
-from lightning_lora.storage.on_disk.disk import json_object
+from lightning_lora.storage.on_disk.read_errors import json_object
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.tensors.dicts import where, where_not
 from lightning_lora.tensors.names import join

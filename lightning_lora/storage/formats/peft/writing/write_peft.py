@@ -14,7 +14,7 @@ from lightning_lora.storage.formats.peft.writing.exported import exported
 from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard
 from lightning_lora.storage.formats.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from lightning_lora.storage.formats.written_files import write_files
-from lightning_lora.storage.on_disk.disk import save
+from lightning_lora.storage.on_disk.safetensors_bytes import save
 from lightning_lora.storage.stored_modules import StoredModule
 from lightning_lora.tensors.dicts import prefixed, renamed
 from lightning_lora.tensors.names import names_not_in
