@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from lightning_lora.errors import LoRAWarning, warn
 from lightning_lora.model.view import View
-from lightning_lora.targets.lookup import Names
+from lightning_lora.targets.lookup import Lookup
 
 MOST_NAMES = 5
 """A message names no more layers, and then writes ``[...]`` for the argument."""
@@ -30,4 +30,4 @@ def to_save(view: View, names: Iterable[str]) -> str:
 
 def excluded_names(view: View) -> list[str]:
     """Return the modules that ``exclude_modules`` means."""
-    return Names(view.model).find("exclude_modules", view.config.exclude_modules)
+    return Lookup(view.model).find("exclude_modules", view.config.exclude_modules)

@@ -18,7 +18,7 @@ COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 # Layers
 
 
-def why_not(modules: Modules, name: str, layer: nn.Module) -> str:
+def why_not_adaptable(modules: Modules, name: str, layer: nn.Module) -> str:
     """Return why ``layer`` cannot be adapted, or nothing. The ``modules`` are those of its model, by name."""
     kind = adapter_for(layer)
     if kind is None:
@@ -34,11 +34,11 @@ def _about_unsupported(modules: Modules, name: str, layer: nn.Module) -> str:
         return "only its parameters can be adapted, and some are"  # a LoRAParameters, put on the module before
     modules_inside = prefixed(name, without(modules_by_name(layer), [""]))
     layers = where(modules_inside, adapter_for)
-    adaptable = [inner for inner, module in layers.items() if not why_not(modules, inner, module)]
+    adaptable = [inner for inner, module in layers.items() if not why_not_adaptable(modules, inner, module)]
     said = f"a {class_name_of(layer)} is not supported"
     if adaptable:
         said += f" (layers inside it are: {listed(adaptable)})"
-    parameters = own_matrices(name, layer)
+    parameters = adaptable_parameters(name, layer)
     if parameters:
         said += f", but target_parameters can adapt its {listed(parameters)}"
     return said
@@ -110,7 +110,7 @@ def _matrices_of(layer: nn.Module, kind: type[LoRALayer]) -> tuple[AdaptedMatrix
 # Parameters that a module reads by itself
 
 
-def own_matrices(name: str, layer: nn.Module) -> list[str]:
+def adaptable_parameters(name: str, layer: nn.Module) -> list[str]:
     """Return the names of what ``target_parameters`` can adapt in a module of no supported kind."""
     is_model = not name
     if is_model or adapter_for(layer) or has_computed_weight(layer) or not has_forward(layer):

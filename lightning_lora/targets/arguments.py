@@ -1,11 +1,8 @@
-"""The arguments that name modules or parameters: what each can name, and how it is written in advice.
-
-In this room, ``given`` is an argument as the user wrote it, ``missing`` are its entries that match nothing, and
-``could_mean`` are the names that these may have been meant as.
-"""
+"""The arguments that name modules or parameters: what each can name, and how it is written in advice."""
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lightning_lora.errors import listed
@@ -14,11 +11,25 @@ from lightning_lora.targets.suggestions import as_end, escaped, similar_names
 from lightning_lora.tensors.names import owner_of
 
 if TYPE_CHECKING:
-    from lightning_lora.targets.lookup import Names
+    from lightning_lora.targets.lookup import Lookup
 
 AUTOMATIC = ("all-linear", "all")  # the keywords that ``target_modules`` accepts, besides regular expressions and lists
 
 _MOST_NAMES = 20  # that are written in place of an expression
+
+
+@dataclass(frozen=True)
+class UnmatchedEntries:
+    """Entries of an argument that match nothing, such as ``["q_porj", "layers.*.v_proj"]``."""
+
+    given: str | Sequence[str]
+    """The whole argument as the user wrote it, if it is one expression or a list. Nothing, if it has keys."""
+
+    missing: Sequence[str]
+    """Its entries that match nothing."""
+
+    could_mean: Sequence[str]
+    """The names that these may have been meant as."""
 
 
 class Argument:
@@ -32,13 +43,13 @@ class Argument:
 
     # What it can name
 
-    def candidates(self, names: "Names") -> list[str]:
+    def candidates(self, lookup: "Lookup") -> list[str]:
         """Return the names that its entries are compared with."""
-        return list(names.modules)
+        return list(lookup.modules)
 
-    def suggested(self, names: "Names") -> list[str]:
+    def suggested(self, lookup: "Lookup") -> list[str]:
         """Return the names that advice may name for it."""
-        return self.candidates(names)
+        return self.candidates(lookup)
 
     # How it is written
 
@@ -46,24 +57,26 @@ class Argument:
         """Return several names in the form of this argument."""
         return f"a list: {self.name}={found}. In YAML: [{', '.join(found)}]"
 
-    def rewritten(self, given: Sequence[str], expressions: Mapping[str, str], could_mean: Sequence[str]) -> str:
-        """Say how to write a list, or keys, some of which were meant as these ``expressions``, by entry."""
-        del could_mean  # an expression needs no names
-        alternatives = [expressions.get(entry, as_end(escaped(entry))) for entry in given]
+    def rewritten(self, entries: UnmatchedEntries, expressions: Mapping[str, str]) -> str:
+        r"""Say how to write a list, or keys, some of which were meant as expressions.
+
+        ``expressions`` has these by entry: ``{"layers.*.v_proj": r"layers\..*\.v_proj"}``.
+        """
+        alternatives = [expressions.get(entry, as_end(escaped(entry))) for entry in entries.given]
         return f'Write one regular expression, and no list: {self.name}=r"{"|".join(alternatives)}".'
 
     # What is said of its names
 
-    def about_similar(self, names: "Names", missing: Sequence[str], could_mean: Sequence[str]) -> str:
-        """Say what the missing entries are similar to, or what can be named."""
-        similar = similar_names(missing, could_mean)
+    def about_similar(self, lookup: "Lookup", entries: UnmatchedEntries) -> str:
+        """Say what the entries are similar to, or what can be named."""
+        similar = similar_names(entries.missing, entries.could_mean)
         if similar:
             return f"Nearest names: {', '.join(similar)}."
-        return self.about_choice(names)
+        return self.about_suggested(lookup)
 
-    def about_choice(self, names: "Names") -> str:
+    def about_suggested(self, lookup: "Lookup") -> str:
         """Say what can be named."""
-        last_components = dict.fromkeys(map(last_component, names.adaptable()))
+        last_components = dict.fromkeys(map(last_component, lookup.adaptable()))
         if not last_components:
             return "It has no layer to adapt."
         return f"Layers that can be adapted end in {listed(last_components, most=8)}."
@@ -74,12 +87,11 @@ class _ListOfNames(Argument):
 
     wildcard = "[^.]*"
 
-    def rewritten(self, given: Sequence[str], expressions: Mapping[str, str], could_mean: Sequence[str]) -> str:
+    def rewritten(self, entries: UnmatchedEntries, expressions: Mapping[str, str]) -> str:
         """Say which names the expressions match."""
-        del given
         matching: dict[str, None] = {}  # each name once
         for expression in expressions.values():
-            matching |= dict.fromkeys(matched_whole(expression, could_mean))
+            matching |= dict.fromkeys(matched_whole(expression, entries.could_mean))
         if len(matching) > _MOST_NAMES:
             return "Write names, or their ends."
         return f"Write the names: {self.name}={list(matching)}."
@@ -91,9 +103,8 @@ class _Keys(Argument):
     def written(self, found: list[str]) -> str:
         return f"a key for each: {', '.join(map(repr, found))}"
 
-    def rewritten(self, given: Sequence[str], expressions: Mapping[str, str], could_mean: Sequence[str]) -> str:
+    def rewritten(self, entries: UnmatchedEntries, expressions: Mapping[str, str]) -> str:
         """Say that each expression can be a key."""
-        del given, could_mean
         keys = [f'r"{expression}"' for expression in expressions.values()]
         return f"Write a regular expression as the key: {', '.join(keys)}."
 
@@ -101,16 +112,16 @@ class _Keys(Argument):
 class _TargetModules(Argument):
     """Layers to adapt."""
 
-    def suggested(self, names: "Names") -> list[str]:
-        return names.adaptable()
+    def suggested(self, lookup: "Lookup") -> list[str]:
+        return lookup.adaptable()
 
-    def about_similar(self, names: "Names", missing: Sequence[str], could_mean: Sequence[str]) -> str:
+    def about_similar(self, lookup: "Lookup", entries: UnmatchedEntries) -> str:
         """Say also what belongs into another argument, and the word that an entry is similar to."""
-        advice = super().about_similar(names, missing, could_mean)
-        parameters = ending_in(names.parameters, missing)
+        advice = super().about_similar(lookup, entries)
+        parameters = ending_in(lookup.parameters, entries.missing)
         if parameters:
             advice += f" {parameters[0]!r} is a parameter: name it in target_parameters."
-        for entry in missing:
+        for entry in entries.missing:
             for word in difflib.get_close_matches(entry, AUTOMATIC, n=1):
                 return f"{advice} Or did you mean the word {word!r}?"
         return advice
@@ -121,37 +132,37 @@ class _TargetParameters(_ListOfNames):
 
     what = "parameter"
 
-    def candidates(self, names: "Names") -> list[str]:
-        return list(names.parameters)
+    def candidates(self, lookup: "Lookup") -> list[str]:
+        return list(lookup.parameters)
 
-    def about_similar(self, names: "Names", missing: Sequence[str], could_mean: Sequence[str]) -> str:
+    def about_similar(self, lookup: "Lookup", entries: UnmatchedEntries) -> str:
         """Say a parameter of a module that an entry names."""
-        modules = set(ending_in(names.modules, missing))
-        for parameter in names.parameters:
+        modules = set(ending_in(lookup.modules, entries.missing))
+        for parameter in lookup.parameters:
             if owner_of(parameter) in modules:
                 return f"Name parameters, such as {parameter!r}."
-        return super().about_similar(names, missing, could_mean)
+        return super().about_similar(lookup, entries)
 
 
 class _ModulesToSave(_ListOfNames):
     """Modules, or parameters, that train in full."""
 
-    def candidates(self, names: "Names") -> list[str]:
-        return [*names.modules, *names.parameters]
+    def candidates(self, lookup: "Lookup") -> list[str]:
+        return [*lookup.modules, *lookup.parameters]
 
-    def about_choice(self, names: "Names") -> str:
-        outer = [name for name in names.modules if "." not in name]
+    def about_suggested(self, lookup: "Lookup") -> str:
+        outer = [name for name in lookup.modules if "." not in name]
         return f"Its modules are {listed(outer)}, and those inside."
 
 
 class _TokenIndices(_Keys):
     """Embeddings of which single rows train."""
 
-    def suggested(self, names: "Names") -> list[str]:
-        return names.embeddings()
+    def suggested(self, lookup: "Lookup") -> list[str]:
+        return lookup.embeddings()
 
-    def about_choice(self, names: "Names") -> str:
-        embeddings = names.embeddings()
+    def about_suggested(self, lookup: "Lookup") -> str:
+        embeddings = lookup.embeddings()
         return f"Its embeddings are {listed(embeddings)}." if embeddings else "It has no nn.Embedding."
 
 

@@ -13,10 +13,11 @@ from lightning_lora.errors import ConfigError, TargetError, counted, listed, sho
 from lightning_lora.layers import INITIALISATIONS, LoRAParameters, adapter_for, why_merge_is_wrong
 from lightning_lora.layers.matrices import weights_of
 from lightning_lora.patterns import fits
-from lightning_lora.targets.adaptable import own_matrices, supported_types
+from lightning_lora.targets.adaptable import adaptable_parameters, supported_types
 from lightning_lora.targets.arguments import ARGUMENTS, AUTOMATIC
 from lightning_lora.targets.choice import Choice
-from lightning_lora.targets.lookup import Names
+from lightning_lora.targets.lookup import Lookup
+from lightning_lora.targets.resolve import ResolvedArguments
 from lightning_lora.targets.unmatched import SEE_ALL, unmatched
 from lightning_lora.tensors.dicts import names_of_each, where, where_not, with_values, without
 from lightning_lora.tensors.names import Modules, join, names_inside, starts_of
@@ -27,10 +28,10 @@ _SHOWN = 5  # the number of layers that an error names
 # Lazy layers
 
 
-def check_not_lazy(names: Names) -> None:
+def check_not_lazy(lookup: Lookup) -> None:
     """Refuse lazy layers, which get their shapes from the first batch."""
-    lazy = list(where(names.parameters, _is_lazy))
-    for prefix, module in names.all_modules.items():
+    lazy = list(where(lookup.parameters, _is_lazy))
+    for prefix, module in lookup.all_modules.items():
         for name, buffer in module._buffers.items():
             if _is_lazy(buffer):
                 lazy.append(join(prefix, name))
@@ -38,7 +39,7 @@ def check_not_lazy(names: Names) -> None:
             lazy.append(prefix)
     if lazy:
         raise ConfigError(
-            f"{listed(lazy)} of {names.title} are lazy: they get their shape and class from the first batch. Run one "
+            f"{listed(lazy)} of {lookup.title} are lazy: they get their shape and class from the first batch. Run one "
             "batch through the model before it is adapted."
         )
 
@@ -50,22 +51,22 @@ def _is_lazy(tensor: object) -> bool:
 # Layers that cannot be adapted
 
 
-def check_supported(names: Names, config: LoRAConfig, layers: Modules, targets: Collection[nn.Module]) -> None:
+def check_supported(lookup: Lookup, config: LoRAConfig, layers: Modules, targets: Collection[nn.Module]) -> None:
     """Refuse targets that cannot be adapted."""
-    refused = names.refused(with_values(layers, targets))
+    refused = lookup.refused(with_values(layers, targets))
     if refused:
-        raise TargetError(_about_refused_layers(names, config, layers, refused))
+        raise TargetError(_about_refused_layers(lookup, config, layers, refused))
 
 
-def _about_refused_layers(names: Names, config: LoRAConfig, layers: Modules, refused: Mapping[str, str]) -> str:
+def _about_refused_layers(lookup: Lookup, config: LoRAConfig, layers: Modules, refused: Mapping[str, str]) -> str:
     """Why some of the targeted layers cannot be adapted, and what to name instead."""
     reasons = [f"{name!r}: {why}" for name, why in refused.items()]
     if len(reasons) > _SHOWN:
         reasons[_SHOWN:] = [f"and {len(reasons) - _SHOWN} more"]
-    adaptable = names_inside(names.adaptable(), refused)
+    adaptable = names_inside(lookup.adaptable(), refused)
     said_reasons = "; ".join(reasons)
     found = (
-        f"target_modules {_as_given(config)!r} match layers of {names.title} that cannot be adapted ({said_reasons})."
+        f"target_modules {_as_given(config)!r} match layers of {lookup.title} that cannot be adapted ({said_reasons})."
     )
     remedy = "Name other layers"
     if adaptable:
@@ -85,37 +86,32 @@ def _as_given(config: LoRAConfig) -> object:
 # No layer at all
 
 
-def no_layer_selected(
-    names: Names, config: LoRAConfig, left_out_modules: Collection[nn.Module], lost_targets: Collection[str]
-) -> TargetError:
-    """Return the error for a selection of no layer.
-
-    ``left_out_modules`` are those in ``exclude_modules`` and ``modules_to_save``, with all inside them. Those of them
-    that ``target_modules`` names are ``lost_targets``.
-    """
-    if lost_targets and config.target_modules not in AUTOMATIC:
-        return TargetError(_about_lost_targets(names, config, lost_targets))
-    others = names.first_names(set(names.modules.values()).difference(left_out_modules))
-    by_class = _adaptable_by_class(names, others)
+def no_layer_selected(lookup: Lookup, config: LoRAConfig, resolved: ResolvedArguments) -> TargetError:
+    """Return the error for a selection of no layer."""
+    targets_left_out = lookup.first_names(resolved.targets_left_out())
+    if targets_left_out and config.target_modules not in AUTOMATIC:
+        return TargetError(_about_targets_left_out(lookup, config, targets_left_out))
+    others = lookup.first_names(set(lookup.modules.values()).difference(resolved.left_out_modules))
+    by_class = _adaptable_by_class(lookup, others)
     if by_class and config.target_modules == "all-linear":
         hint = _hint_of_all(by_class)
     else:
-        hint = _hint_of_what_there_is(names, others)
+        hint = _hint_of_what_there_is(lookup, others)
     return TargetError(
-        f"target_modules {_as_given(config)!r} select no layer of {names.title} beyond those in exclude_modules and "
+        f"target_modules {_as_given(config)!r} select no layer of {lookup.title} beyond those in exclude_modules and "
         f"modules_to_save. {hint} ({SEE_ALL}.)"
     )
 
 
-def _about_lost_targets(names: Names, config: LoRAConfig, lost_targets: Collection[str]) -> str:
+def _about_targets_left_out(lookup: Lookup, config: LoRAConfig, targets: Collection[str]) -> str:
     """What a selection is of which each layer is in another argument too."""
-    saved = [name for name in lost_targets if _is_in_saved_module(config, name)]
+    saved = [name for name in targets if _is_in_saved_module(config, name)]
     if saved:
         layers, argument, why = saved, "modules_to_save", "trains in full, and so without an adapter"
     else:
-        layers, argument, why = list(lost_targets), "exclude_modules", "gets none"
+        layers, argument, why = list(targets), "exclude_modules", "gets none"
     return (
-        f"target_modules and {argument} both mean {listed(layers)} of {names.title}, and nothing else is "
+        f"target_modules and {argument} both mean {listed(layers)} of {lookup.title}, and nothing else is "
         f"targeted: no layer would get an adapter. What {argument} names {why}. Name other layers in target_modules, "
         f"or leave these out of {argument}."
     )
@@ -125,10 +121,10 @@ def _is_in_saved_module(config: LoRAConfig, name: str) -> bool:
     return any(config.is_saved(outer) for outer in starts_of(name))
 
 
-def _adaptable_by_class(names: Names, layers: Modules) -> dict[str, list[str]]:
+def _adaptable_by_class(lookup: Lookup, layers: Modules) -> dict[str, list[str]]:
     """The layers that can be adapted, by the names of their classes."""
     classes = {name: type(layer).__name__ for name, layer in layers.items()}
-    return names_of_each(without(classes, names.refused(layers)))
+    return names_of_each(without(classes, lookup.refused(layers)))
 
 
 def _hint_of_all(by_class: Mapping[str, list[str]]) -> str:
@@ -141,23 +137,34 @@ def _hint_of_all(by_class: Mapping[str, list[str]]) -> str:
     )
 
 
-def _hint_of_what_there_is(names: Names, layers: Modules) -> str:
+def _hint_of_what_there_is(lookup: Lookup, layers: Modules) -> str:
     """Which kinds of layers can be adapted, and which parameters of these."""
     hint = f"Expected at least one {supported_types()} layer. Correct target_modules."
     matrices: list[str] = []
     for name, layer in layers.items():
-        matrices += own_matrices(name, layer)
+        matrices += adaptable_parameters(name, layer)
     if matrices:
         hint += (
-            f" Or adapt matrices of other kinds of layers: target_parameters={names.as_target_parameters(matrices)}."
+            f" Or adapt matrices of other kinds of layers: target_parameters={lookup.as_target_parameters(matrices)}."
         )
     return hint
+
+
+# The layers that are chosen
+
+
+def check_choices(lookup: Lookup, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+    """Refuse what their adapters cannot do, and keys of patterns that mean none of them."""
+    _check_patterns(lookup, config, choices)
+    _check_factor_names(choices)
+    _check_methods(config, choices)
+    _check_merges(choices)
 
 
 # Keys of patterns
 
 
-def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+def _check_patterns(lookup: Lookup, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse a pattern's key without effect: it matches no adapted layer, or earlier keys match all of its layers."""
     layers = []
     parameters = []
@@ -167,9 +174,9 @@ def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choic
                 parameters.append(_Adapted(join(name, weight), name))
         else:
             layers.append(_Adapted(name, name))
-    _check_keys(names, "rank_pattern", config.rank_pattern, layers + parameters)
-    _check_keys(names, "alpha_pattern", config.alpha_pattern, layers + parameters)
-    _check_keys(names, "target_slices", config.target_slices, layers)  # parameters have no slices
+    _check_keys(lookup, "rank_pattern", config.rank_pattern, layers + parameters)
+    _check_keys(lookup, "alpha_pattern", config.alpha_pattern, layers + parameters)
+    _check_keys(lookup, "target_slices", config.target_slices, layers)  # parameters have no slices
 
 
 class _Adapted(NamedTuple):
@@ -183,7 +190,7 @@ class _Adapted(NamedTuple):
         return fits(key, self.name) or fits(key, self.module)
 
 
-def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, all_adapted: Sequence[_Adapted]) -> None:
+def _check_keys(lookup: Lookup, argument: str, keys: Iterable[str] | None, all_adapted: Sequence[_Adapted]) -> None:
     """Refuse keys of a pattern that mean nothing that is adapted, or nothing that earlier keys leave."""
     if keys is None:
         return
@@ -192,16 +199,16 @@ def _check_keys(names: Names, argument: str, keys: Iterable[str] | None, all_ada
         matched[key] = {adapted.name for adapted in all_adapted if adapted.is_meant_by(key)}
     missing = [key for key, found in matched.items() if not found]
     if missing:
-        _refuse_keys_of_unadapted(names, argument, missing, names.modules, "layers", "target_modules")
-        _refuse_keys_of_unadapted(names, argument, missing, names.parameters, "parameters", "target_parameters")
+        _refuse_keys_of_unadapted(lookup, argument, missing, lookup.modules, "layers", "target_modules")
+        _refuse_keys_of_unadapted(lookup, argument, missing, lookup.parameters, "parameters", "target_parameters")
         own_names = [adapted.name for adapted in all_adapted]
         modules = [adapted.module for adapted in all_adapted]
-        raise unmatched(names, ARGUMENTS[argument], missing, own_names + modules)
-    _check_order(names, argument, matched)
+        raise unmatched(lookup, ARGUMENTS[argument], missing, own_names + modules)
+    _check_order(lookup, argument, matched)
 
 
 def _refuse_keys_of_unadapted(
-    names: Names, argument: str, keys: Sequence[str], candidates: Iterable[str], what: str, other_argument: str
+    lookup: Lookup, argument: str, keys: Sequence[str], candidates: Iterable[str], what: str, other_argument: str
 ) -> None:
     """Refuse those of the keys that match a candidate: it is there, but ``other_argument`` does not adapt it."""
     without_effect = []
@@ -210,19 +217,19 @@ def _refuse_keys_of_unadapted(
             without_effect.append(key)
     if without_effect:
         raise TargetError(
-            f"{argument} {without_effect} match {what} of {names.title} that are not adapted. Name them in "
+            f"{argument} {without_effect} match {what} of {lookup.title} that are not adapted. Name them in "
             f"{other_argument} too, or remove them from {argument}."
         )
 
 
-def _check_order(names: Names, argument: str, matched: Mapping[str, set[str]]) -> None:
+def _check_order(lookup: Lookup, argument: str, matched: Mapping[str, set[str]]) -> None:
     """Refuse a key whose layers all match earlier keys: the first match decides."""
     decided: set[str] = set()  # the layers that earlier keys match
     for key, layers in matched.items():
         if layers <= decided:
             deciding = _keys_before(key, matched)
             raise TargetError(
-                f"{argument} {key!r} has no effect on {names.title}: {listed(deciding)} before it match all its "
+                f"{argument} {key!r} has no effect on {lookup.title}: {listed(deciding)} before it match all its "
                 "layers, and the first key that matches decides. Put it first."
             )
         decided |= layers
@@ -238,7 +245,7 @@ def _keys_before(key: str, matched: Mapping[str, set[str]]) -> list[str]:
 # What adapters can do
 
 
-def check_factor_names(choices: Mapping[str, Choice]) -> None:
+def _check_factor_names(choices: Mapping[str, Choice]) -> None:
     """Refuse matrices of a layer whose factors would have the same name: only one of them would get its own."""
     for name, choice in choices.items():
         endings = Counter(matrix.name for matrix in choice.matrices)
@@ -250,7 +257,7 @@ def check_factor_names(choices: Mapping[str, Choice]) -> None:
             )
 
 
-def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse layers that do not support DoRA, or a start from their weights."""
     if config.use_dora:
         unfit = where_not(choices, _fits_dora)
@@ -280,7 +287,7 @@ def _refuse_unfit(what: str, fitting: str, unfit: Mapping[str, Choice]) -> None:
         )
 
 
-def check_merges(choices: Mapping[str, Choice]) -> None:
+def _check_merges(choices: Mapping[str, Choice]) -> None:
     """Refuse adapter classes of users that would merge another update than the one that they compute."""
     for name, choice in choices.items():
         why = why_merge_is_wrong(choice.kind, choice.layer, choice.matrices)

@@ -24,7 +24,8 @@ def choose(
 ) -> Choice:
     """Return the adapter for these matrices. Patterns may give each parameter its own rank and scaling.
 
-    The settings hold the largest rank and the first scaling. A matrix with others holds its own.
+    The settings hold the largest rank, and the scaling of the first matrix. A matrix with others holds its own: of two
+    matrices with the ranks 8 and 4, the settings hold ``r=8``, and the second matrix holds ``r=4``.
     """
     ranks = []
     scalings = []
@@ -33,13 +34,11 @@ def choose(
         meant_as = join(name, matrix.weight) if kind is LoRAParameters else name
         ranks.append(matrix.rank_for(config.rank(name, meant_as)))
         scalings.append(config.scaling(name, meant_as))
-    r = max(ranks)
-    scaling = scalings[0]
+    settings = Settings(
+        max(ranks), scalings[0], config.dropout, config.init, config.use_dora, config.autocast_adapter_dtype
+    )
     chosen = []
-    for matrix, its_rank, its_scaling in zip(matrices, ranks, scalings, strict=True):
-        if its_rank == matrix.rank_for(r) and its_scaling == scaling:
-            chosen.append(matrix)
-        else:
-            chosen.append(replace(matrix, r=its_rank, scaling=its_scaling))
-    settings = Settings(r, scaling, config.dropout, config.init, config.use_dora, config.autocast_adapter_dtype)
+    for matrix, r, scaling in zip(matrices, ranks, scalings, strict=True):
+        is_as_in_settings = matrix.rank_for(settings.r) == r and scaling == settings.scaling
+        chosen.append(matrix if is_as_in_settings else replace(matrix, r=r, scaling=scaling))
     return Choice(layer, kind, tuple(chosen), settings)

@@ -6,7 +6,7 @@ from typing import TypeVar
 from torch import nn
 
 from lightning_lora.errors import TargetError
-from lightning_lora.targets.adaptable import why_not
+from lightning_lora.targets.adaptable import why_not_adaptable
 from lightning_lora.targets.arguments import ARGUMENTS
 from lightning_lora.targets.matching import ending_in, ends_of, last_two, matched_whole
 from lightning_lora.targets.unmatched import unmatched
@@ -18,7 +18,7 @@ Module = TypeVar("Module", bound=nn.Module)
 OUTPUT_HEAD = "lm_head"  # the name that language models of many packages have for it
 
 
-class Names:
+class Lookup:
     """The modules and parameters of a model by name. A shared module appears under each of its names."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,7 +81,7 @@ class Names:
 
     def refused(self, layers: Modules) -> dict[str, str]:
         """Return why some of these layers cannot be adapted."""
-        reasons = {name: why_not(self.modules, name, layer) for name, layer in layers.items()}
+        reasons = {name: why_not_adaptable(self.modules, name, layer) for name, layer in layers.items()}
         return where(reasons, bool)
 
     def of_type(self, kind: type[Module]) -> dict[str, Module]:

@@ -11,7 +11,7 @@ from lightning_lora.layers import LoRALayer, adapter_for
 from lightning_lora.targets.adaptable import has_forward, has_matrices
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.automatic import automatic_targets
-from lightning_lora.targets.lookup import Names
+from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.token_rows import TokenRows, find_token_rows
 from lightning_lora.tensors.dicts import only, where
 from lightning_lora.tensors.names import owner_of, submodule, with_all_inside
@@ -34,10 +34,14 @@ class ResolvedArguments:
     """What ``target_modules`` names, before any of it is excluded."""
 
     remaining_targets: set[nn.Module]
-    """Those of them that nothing excludes, and that hold none of ``parameters``."""
+    """Those of them that nothing leaves out, and that hold none of ``parameters``."""
 
     token_rows: TokenRows
     """The embeddings in ``trainable_token_indices``, and the layers that are tied to them."""
+
+    def targets_left_out(self) -> set[nn.Module]:
+        """Return the modules that ``target_modules`` and another argument name, and so get no adapter."""
+        return self.named_targets & self.left_out_modules
 
     def layers_to_adapt(self) -> set[nn.Module]:
         """Return the modules that get an adapter. One in which rows train gets no other."""
@@ -45,44 +49,44 @@ class ResolvedArguments:
         return targets.union(self.parameters, self.token_rows.matrices)
 
 
-def resolve_arguments(names: Names, config: LoRAConfig) -> ResolvedArguments:
+def resolve_arguments(lookup: Lookup, config: LoRAConfig) -> ResolvedArguments:
     """Find the modules and parameters that the arguments mean. A name that matches nothing is an error."""
-    saved = names.find("modules_to_save", config.modules_to_save)
-    left_out_names = {*saved, *names.find("exclude_modules", config.exclude_modules)}
-    left_out_modules = _modules_of(names, left_out_names)
-    parameters = _parameters_by_reader(names, config, left_out_modules)
+    saved = lookup.find("modules_to_save", config.modules_to_save)
+    left_out_names = {*saved, *lookup.find("exclude_modules", config.exclude_modules)}
+    left_out_modules = _modules_of(lookup, left_out_names)
+    parameters = _parameters_by_reader(lookup, config, left_out_modules)
     holders = _holders_of(parameters)
-    named_targets = _named_by_target_modules(names, config)
+    named_targets = _named_by_target_modules(lookup, config)
     remaining_targets = named_targets - left_out_modules - holders
 
     # no single rows train in what is named elsewhere
-    named_elsewhere = holders | _modules_of(names, saved)
+    named_elsewhere = holders | _modules_of(lookup, saved)
     if config.target_modules not in AUTOMATIC:  # "all" leaves these embeddings to their rows
         named_elsewhere |= remaining_targets
-    token_rows = find_token_rows(names, config, named_elsewhere)
+    token_rows = find_token_rows(lookup, config, named_elsewhere)
     return ResolvedArguments(left_out_names, left_out_modules, parameters, named_targets, remaining_targets, token_rows)
 
 
-def _modules_of(names: Names, named: Collection[str]) -> set[nn.Module]:
+def _modules_of(lookup: Lookup, named: Collection[str]) -> set[nn.Module]:
     """The named modules, or the layers of named weights, and all modules inside them.
 
     Of a layer with several weights, one that is named takes out its own matrix alone: ``_is_adapted`` in ``select``.
     """
     modules = {name.removesuffix(".weight") for name in named}
-    return with_all_inside(only(names.modules, modules).values())
+    return with_all_inside(only(lookup.modules, modules).values())
 
 
 # target_modules
 
 
-def _named_by_target_modules(names: Names, config: LoRAConfig) -> set[nn.Module]:
+def _named_by_target_modules(lookup: Lookup, config: LoRAConfig) -> set[nn.Module]:
     """The modules that ``target_modules`` names, supported or not."""
     targets = config.target_modules
     if targets in AUTOMATIC:
-        found = automatic_targets(names, str(targets))
+        found = automatic_targets(lookup, str(targets))
         fitting = where(found, has_matrices)  # a word does not mean weights that are computed or empty
     else:
-        found = only(names.modules, set(names.find("target_modules", targets)))
+        found = only(lookup.modules, set(lookup.find("target_modules", targets)))
         fitting = where(found, adapter_for)  # an expression does not mean containers and norms
     is_list = not isinstance(targets, str)  # a list means each of its names
     if is_list or not fitting:  # an error says why what is found does not fit
@@ -94,17 +98,17 @@ def _named_by_target_modules(names: Names, config: LoRAConfig) -> set[nn.Module]
 
 
 def _parameters_by_reader(
-    names: Names, config: LoRAConfig, left_out_modules: Set[nn.Module]
+    lookup: Lookup, config: LoRAConfig, left_out_modules: Set[nn.Module]
 ) -> dict[nn.Module, list[str]]:
     """The ``target_parameters`` by the module that reads them, with their names in it."""
     by_reader: dict[nn.Module, list[str]] = {}
-    for name in names.find("target_parameters", config.target_parameters):
-        reader = _reader_of(names, name)
-        why = _why_not_adaptable(names, name, reader)
+    for name in lookup.find("target_parameters", config.target_parameters):
+        reader = _reader_of(lookup, name)
+        why = _why_not_as_parameter(lookup, name, reader)
         if why:
             given = config.to_dict()["target_parameters"]
             raise TargetError(f"target_parameters {given} match {name!r}, but {why}.")
-        module = names.modules[reader]
+        module = lookup.modules[reader]
         if module not in left_out_modules:
             by_reader.setdefault(module, []).append(name.removeprefix(f"{reader}."))
     return by_reader
@@ -119,28 +123,28 @@ def _holders_of(parameters: Mapping[nn.Module, Iterable[str]]) -> set[nn.Module]
     return holders
 
 
-def _reader_of(names: Names, parameter: str) -> str:
+def _reader_of(lookup: Lookup, parameter: str) -> str:
     """The module that gets the adapter of a parameter: the one whose code reads it. The model has no name.
 
     That is the module which holds it. If this is a layer, such as the ``gate`` of ``gate.weight``, it is the module
     around it: for the layer itself, there is ``target_modules``.
     """
     owner = owner_of(parameter)
-    module = names.all_modules[owner]
+    module = lookup.all_modules[owner]
     reads_its_own = adapter_for(module) is None or isinstance(module, nn.MultiheadAttention)
     return owner if reads_its_own else owner_of(owner)
 
 
-def _why_not_adaptable(names: Names, name: str, reader: str) -> str:
+def _why_not_as_parameter(lookup: Lookup, name: str, reader: str) -> str:
     """Why a parameter that a module reads cannot be adapted, or nothing."""
     if not reader:
         return (
-            f"{names.title} itself may read it: move it into a module, or name its layer in target_modules, with "
+            f"{lookup.title} itself may read it: move it into a module, or name its layer in target_modules, with "
             "target_slices for one of several weights"
         )
-    module = names.modules[reader]
+    module = lookup.modules[reader]
     class_name = type(module).__name__
-    parameter = names.parameters[name]
+    parameter = lookup.parameters[name]
     if adapter_for(module):
         return f"its {class_name} is adapted as a layer: name {reader!r} in target_modules"
     if parameter.dim() not in (2, 3) or not parameter.is_floating_point():

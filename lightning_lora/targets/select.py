@@ -6,7 +6,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRAParameters, LoRATokens, adapter_for
 from lightning_lora.targets import checks
 from lightning_lora.targets.choice import Choice, choose
-from lightning_lora.targets.lookup import Names
+from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.resolve import ResolvedArguments, resolve_arguments
 from lightning_lora.targets.slices import sliced
 from lightning_lora.tensors.names import Modules, names_joined, starts_of
@@ -16,27 +16,23 @@ Matrices = tuple[AdaptedMatrix, ...]
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     """Return the layers that ``config`` adapts, by name and in the model's order. A shared layer appears once."""
-    names = Names(model)
-    checks.check_not_lazy(names)
-    resolved = resolve_arguments(names, config)
-    layers = names.first_names(resolved.layers_to_adapt())
-    checks.check_supported(names, config, layers, resolved.remaining_targets)
-    choices = _choices(names, config, resolved, layers)
+    lookup = Lookup(model)
+    checks.check_not_lazy(lookup)
+    resolved = resolve_arguments(lookup, config)
+    layers = lookup.first_names(resolved.layers_to_adapt())
+    checks.check_supported(lookup, config, layers, resolved.remaining_targets)
+    choices = _choices(lookup, config, resolved, layers)
     if not choices:
-        lost_targets = names.first_names(resolved.named_targets & resolved.left_out_modules)
-        raise checks.no_layer_selected(names, config, resolved.left_out_modules, lost_targets)
-    checks.check_patterns(names, config, choices)
-    checks.check_factor_names(choices)
-    checks.check_methods(config, choices)
-    checks.check_merges(choices)
+        raise checks.no_layer_selected(lookup, config, resolved)
+    checks.check_choices(lookup, config, choices)
     return choices
 
 
-def _choices(names: Names, config: LoRAConfig, resolved: ResolvedArguments, layers: Modules) -> dict[str, Choice]:
+def _choices(lookup: Lookup, config: LoRAConfig, resolved: ResolvedArguments, layers: Modules) -> dict[str, Choice]:
     """How each layer is adapted, by name. One of which all is left out, or empty, has no adapter."""
     choices = {}
     for name, layer in layers.items():
-        kind, matrices = _adapter_of(names, config, resolved, name)
+        kind, matrices = _adapter_of(lookup, config, resolved, name)
         adapted = [matrix for matrix in matrices if _is_adapted(resolved, name, matrix)]
         if adapted:
             choices[name] = choose(config, name, layer, kind, tuple(adapted))
@@ -44,10 +40,10 @@ def _choices(names: Names, config: LoRAConfig, resolved: ResolvedArguments, laye
 
 
 def _adapter_of(
-    names: Names, config: LoRAConfig, resolved: ResolvedArguments, name: str
+    lookup: Lookup, config: LoRAConfig, resolved: ResolvedArguments, name: str
 ) -> tuple[type[LoRALayer], Matrices]:
     """The class of a layer's adapter, and the matrices that arguments name, or all."""
-    layer = names.modules[name]
+    layer = lookup.modules[name]
     if layer in resolved.token_rows.matrices:
         return LoRATokens, (resolved.token_rows.matrices[layer],)
     if layer in resolved.parameters:
@@ -58,7 +54,7 @@ def _adapter_of(
     matrices = kind.lora_matrices_of(layer)
     slices = config.slices(name)
     if slices:
-        matrices = sliced(names, name, kind, matrices, slices)
+        matrices = sliced(lookup, name, kind, matrices, slices)
     return kind, matrices
 
 

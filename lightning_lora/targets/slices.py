@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer
-from lightning_lora.targets.lookup import Names
+from lightning_lora.targets.lookup import Lookup
 from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.names import names_not_in, starts_of
 
@@ -26,10 +26,10 @@ _INTERLEAVED = ("CodeGenAttention",)
 """Classes of attention whose projection has one of these names, but is ordered head by head."""
 
 
-def sliced(names: Names, name: str, kind: type[LoRALayer], matrices: Matrices, wanted: WantedParts) -> Matrices:
+def sliced(lookup: Lookup, name: str, kind: type[LoRALayer], matrices: Matrices, wanted: WantedParts) -> Matrices:
     """Return what ``target_slices`` selects of the layer ``name``, which has these matrices."""
     if len(matrices) == 1:
-        parts = _ranges_of_rows(names, name, kind, matrices[0], wanted)
+        parts = _ranges_of_rows(lookup, name, kind, matrices[0], wanted)
     else:
         parts = _named_matrices(name, matrices, wanted)
     unknown = names_not_in(wanted, parts)
@@ -50,13 +50,13 @@ def _named_matrices(name: str, matrices: Matrices, wanted: WantedParts) -> Parts
 
 
 def _ranges_of_rows(
-    names: Names, name: str, kind: type[LoRALayer], matrix: AdaptedMatrix, wanted: WantedParts
+    lookup: Lookup, name: str, kind: type[LoRALayer], matrix: AdaptedMatrix, wanted: WantedParts
 ) -> Parts:
     """Ranges of rows of a layer with one weight, by name."""
     if not kind.lora_writes_rows:
-        title = type(names.modules[name]).__name__
+        title = type(lookup.modules[name]).__name__
         raise TargetError(f"{name!r} is a {title}, which has no parts for target_slices.")
-    ranges = wanted if isinstance(wanted, dict) else _known_ranges(names, name, matrix, wanted)
+    ranges = wanted if isinstance(wanted, dict) else _known_ranges(lookup, name, matrix, wanted)
     # a matrix has a row for each feature that it writes
     beyond = [part for part, (_, end) in ranges.items() if end > matrix.writes]
     if beyond:
@@ -69,9 +69,9 @@ def _ranges_of_rows(
     return parts
 
 
-def _known_ranges(names: Names, name: str, matrix: AdaptedMatrix, wanted: WantedParts) -> Ranges:
+def _known_ranges(lookup: Lookup, name: str, matrix: AdaptedMatrix, wanted: WantedParts) -> Ranges:
     """The rows of each part of a fused projection, one part after the other."""
-    sizes = _known_sizes(names, name, matrix)
+    sizes = _known_sizes(lookup, name, matrix)
     if sum(sizes.values()) != matrix.writes:
         raise TargetError(_about_unknown_ranges(name, matrix, wanted))
     ranges: Ranges = {}
@@ -92,14 +92,14 @@ def _about_unknown_ranges(name: str, matrix: AdaptedMatrix, wanted: WantedParts)
     )
 
 
-def _known_sizes(names: Names, name: str, matrix: AdaptedMatrix) -> dict[str, int]:
+def _known_sizes(lookup: Lookup, name: str, matrix: AdaptedMatrix) -> dict[str, int]:
     """How many rows each part of a fused projection has, as far as its name and the configuration around it tell."""
     leaf = name.rpartition(".")[2]
     if leaf == "gate_up_proj":
         return dict.fromkeys(("gate", "up"), matrix.writes // 2)
     if leaf not in _ATTENTION:
         return {}
-    modules_around = _modules_around(names, name)
+    modules_around = _modules_around(lookup, name)
     if any(type(module).__name__ in _INTERLEAVED for module in modules_around):
         return {}
     for module in modules_around:
@@ -109,10 +109,10 @@ def _known_sizes(names: Names, name: str, matrix: AdaptedMatrix) -> dict[str, in
     return dict.fromkeys("qkv", matrix.reads)
 
 
-def _modules_around(names: Names, name: str) -> list[nn.Module]:
+def _modules_around(lookup: Lookup, name: str) -> list[nn.Module]:
     """The modules around a layer, the innermost first and the model last."""
     outer_names = ["", *starts_of(name)[:-1]]
-    return [names.all_modules[outer] for outer in reversed(outer_names)]
+    return [lookup.all_modules[outer] for outer in reversed(outer_names)]
 
 
 def _sizes_by_heads(config: Any, reads: int) -> dict[str, int]:

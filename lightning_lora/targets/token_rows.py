@@ -10,8 +10,8 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRAEmbedding, LoRALinear, LoRATokens, adapter_for
-from lightning_lora.targets.adaptable import why_not
-from lightning_lora.targets.lookup import Names
+from lightning_lora.targets.adaptable import why_not_adaptable
+from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.matching import ending_in
 from lightning_lora.tensors.names import find_parameter, owner_of, plain_module, starts_of
 from lightning_lora.tensors.shards import is_dtensor
@@ -20,31 +20,31 @@ _ARGUMENT = "trainable_token_indices"
 _USUAL = "embed_tokens"  # the name that most language models have for their input embedding
 
 
-def find_token_rows(names: Names, config: LoRAConfig, named_elsewhere: Container[object]) -> "TokenRows":
+def find_token_rows(lookup: Lookup, config: LoRAConfig, named_elsewhere: Container[object]) -> "TokenRows":
     """Return the embeddings whose rows train. Other arguments mean the modules that are ``named_elsewhere``."""
-    found = TokenRows(names, named_elsewhere)
-    for key, rows in _rows_by_key(names, config.trainable_token_indices).items():
-        for name in _meant_by(names, key):
+    found = TokenRows(lookup, named_elsewhere)
+    for key, rows in _rows_by_key(lookup, config.trainable_token_indices).items():
+        for name in _meant_by(lookup, key):
             found.add(name, rows)
     return found
 
 
 def _rows_by_key(
-    names: Names, given: Sequence[int] | Mapping[str, Sequence[int]] | None
+    lookup: Lookup, given: Sequence[int] | Mapping[str, Sequence[int]] | None
 ) -> Mapping[str, Sequence[int]]:
     """The rows by names of embeddings, or by ends of these."""
     if given is None:
         return {}
     if isinstance(given, Mapping):
         return given
-    return dict.fromkeys(_input_embeddings(names, given), given)
+    return dict.fromkeys(_input_embeddings(lookup, given), given)
 
 
-def _meant_by(names: Names, key: str) -> list[str]:
+def _meant_by(lookup: Lookup, key: str) -> list[str]:
     """The names of embeddings that a key means. A whole name means no end of another."""
-    if key in names.modules:
+    if key in lookup.modules:
         return [key]
-    return names.find(_ARGUMENT, (key,))
+    return lookup.find(_ARGUMENT, (key,))
 
 
 class TokenRows:
@@ -53,8 +53,8 @@ class TokenRows:
     Several layers may have one weight. All are in ``layers``, and the one that the argument names is in ``matrices``.
     """
 
-    def __init__(self, names: Names, named_elsewhere: Container[object]) -> None:
-        self._names = names
+    def __init__(self, lookup: Lookup, named_elsewhere: Container[object]) -> None:
+        self._lookup = lookup
         self._named_elsewhere = named_elsewhere
         self._rows: dict[nn.Module, Sequence[int]] = {}
         self.matrices: dict[nn.Module, AdaptedMatrix] = {}  # by the layer that gets the adapter: of tied layers, one
@@ -66,32 +66,32 @@ class TokenRows:
 
     def add(self, name: str, rows: Sequence[int]) -> None:
         """Let rows of an embedding train, if it and all that share its weight can."""
-        layer = self._names.modules[name]
+        layer = self._lookup.modules[name]
         owners = self._owners_of_weight(layer)
         for owner in (name, *owners):  # there are no owners if the weight is computed
-            why = self._why_not(owner, rows)
+            why = self._why_rows_cannot_train(owner, rows)
             if why:
-                raise TargetError(f"{_ARGUMENT} means {name!r} of {self._names.title}. {owner!r} does not fit: {why}.")
+                raise TargetError(f"{_ARGUMENT} means {name!r} of {self._lookup.title}. {owner!r} does not fit: {why}.")
         if layer not in self._rows:
             self.matrices[layer] = _matrix_of_rows(layer, rows)
             for owner in owners:
-                self._rows[self._names.all_modules[owner]] = rows
+                self._rows[self._lookup.all_modules[owner]] = rows
         elif self._rows[layer] != rows:
             raise TargetError(f"{_ARGUMENT} has other rows for {name!r} than for a name of the same weight.")
 
     def _owners_of_weight(self, layer: nn.Module) -> list[str]:
         """The modules that hold a layer's weight."""
         weight = find_parameter(layer, "weight")
-        return [owner_of(name) for name, parameter in self._names.parameters.items() if parameter is weight]
+        return [owner_of(name) for name, parameter in self._lookup.parameters.items() if parameter is weight]
 
-    def _why_not(self, name: str, rows: Iterable[int]) -> str:
+    def _why_rows_cannot_train(self, name: str, rows: Iterable[int]) -> str:
         """Why rows of a module's weight cannot train, or nothing."""
-        layer: Any = self._names.all_modules[name]
+        layer: Any = self._lookup.all_modules[name]
         if layer in self._named_elsewhere:
             return "target_modules, target_parameters or modules_to_save name it too"
         if adapter_for(layer) not in (LoRAEmbedding, LoRALinear):
             return f"a {type(layer).__name__} is neither an nn.Embedding nor an nn.Linear"
-        why = why_not(self._names.modules, name, layer)
+        why = why_not_adaptable(self._lookup.modules, name, layer)
         if why:
             return why
         if is_dtensor(layer.weight):
@@ -107,36 +107,36 @@ def _matrix_of_rows(layer: nn.Module, rows: Iterable[int]) -> AdaptedMatrix:
     return replace(matrix, tokens=tuple(rows))
 
 
-def _input_embeddings(names: Names, rows: Sequence[int]) -> list[str]:
+def _input_embeddings(lookup: Lookup, rows: Sequence[int]) -> list[str]:
     """What a list means: the input embedding of each outermost model that has one, or else ``embed_tokens``."""
-    found = _embeddings_that_models_name(names)
+    found = _embeddings_that_models_name(lookup)
     if found:
         return found
-    if ending_in(names.modules, [_USUAL]):
+    if ending_in(lookup.modules, [_USUAL]):
         return [_USUAL]
-    raise TargetError(_about_unknown_embedding(names, rows))
+    raise TargetError(_about_unknown_embedding(lookup, rows))
 
 
-def _embeddings_that_models_name(names: Names) -> list[str]:
+def _embeddings_that_models_name(lookup: Lookup) -> list[str]:
     """The input embedding of each outermost model that says which it is, as those of transformers do."""
     found: dict[str, str] = {}  # by the name of the model
-    for name, model in names.all_modules.items():
+    for name, model in lookup.all_modules.items():
         ask = getattr(model, "get_input_embeddings", None)
         is_outermost = found.keys().isdisjoint(["", *starts_of(name)])
         if callable(ask) and is_outermost:
             with suppress(NotImplementedError):
                 embedding = plain_module(ask())
-                found[name] = names.first_name_of(embedding)
+                found[name] = lookup.first_name_of(embedding)
     return list(found.values())
 
 
-def _about_unknown_embedding(names: Names, rows: Sequence[int]) -> str:
+def _about_unknown_embedding(lookup: Lookup, rows: Sequence[int]) -> str:
     """What to do if nothing says which embedding a list of rows means."""
-    embeddings = names.embeddings()
+    embeddings = lookup.embeddings()
     if not embeddings:
-        return f"{_ARGUMENT} is for embeddings, and {names.title} has no nn.Embedding. Leave it out."
+        return f"{_ARGUMENT} is for embeddings, and {lookup.title} has no nn.Embedding. Leave it out."
     return (
-        f"{_ARGUMENT}={list(rows)} names no embedding, and {names.title} does not say which one is meant (by "
+        f"{_ARGUMENT}={list(rows)} names no embedding, and {lookup.title} does not say which one is meant (by "
         f"get_input_embeddings, or the name {_USUAL!r}). It has {listed(embeddings)}. Name it: "
         f"{_ARGUMENT}={{{embeddings[0]!r}: {list(rows)}}}."
     )

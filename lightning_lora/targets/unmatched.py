@@ -4,17 +4,17 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_lora.errors import TargetError
-from lightning_lora.targets.arguments import Argument
+from lightning_lora.targets.arguments import Argument, UnmatchedEntries
 from lightning_lora.targets.suggestions import expressions_meant, names_between_commas
 
 if TYPE_CHECKING:
-    from lightning_lora.targets.lookup import Names
+    from lightning_lora.targets.lookup import Lookup
 
 SEE_ALL = "print(lightning_lora.summarize(model)) shows every layer"
 
 
 def unmatched(
-    names: "Names",
+    lookup: "Lookup",
     argument: Argument,
     missing: Iterable[str],
     could_mean: Iterable[str],
@@ -25,41 +25,38 @@ def unmatched(
 
     ``given`` is the whole argument, if it is one expression or a list. Of keys, only those that are missing count.
     """
-    missing = list(dict.fromkeys(missing))
-    could_mean = list(dict.fromkeys(could_mean))
+    entries = UnmatchedEntries(given, list(dict.fromkeys(missing)), list(dict.fromkeys(could_mean)))
     if isinstance(given, str):
         found = f"{argument.name}={given!r} is an expression, and matches no whole name of a {argument.what}"
     else:
-        found = f"{argument.name} {missing} match no {argument.what}"
+        found = f"{argument.name} {entries.missing} match no {argument.what}"
     advice = (
-        _about_several_names(argument, missing, could_mean)
-        or _about_expressions(argument, given, missing, could_mean)
-        or argument.about_similar(names, missing, could_mean)
+        _about_several_names(argument, entries)
+        or _about_expressions(argument, entries)
+        or argument.about_similar(lookup, entries)
     )
-    return TargetError(f"{found} of {names.title}. {advice} Correct {argument.name}; {SEE_ALL}.")
+    return TargetError(f"{found} of {lookup.title}. {advice} Correct {argument.name}; {SEE_ALL}.")
 
 
-def _about_several_names(argument: Argument, missing: Sequence[str], could_mean: Sequence[str]) -> str:
+def _about_several_names(argument: Argument, entries: UnmatchedEntries) -> str:
     """How to write several names, if an entry holds them between commas."""
-    found = names_between_commas(missing, could_mean)
+    found = names_between_commas(entries.missing, entries.could_mean)
     if not found:
         return ""
     return f"For several names, write {argument.written(found)}."
 
 
-def _about_expressions(
-    argument: Argument, given: str | Sequence[str], missing: Sequence[str], could_mean: Sequence[str]
-) -> str:
+def _about_expressions(argument: Argument, entries: UnmatchedEntries) -> str:
     """How to write an expression, if an entry is one, or a name with ``*``, or a row of a table."""
-    expressions = expressions_meant(missing, could_mean, argument.wildcard)
+    expressions = expressions_meant(entries.missing, entries.could_mean, argument.wildcard)
     if not expressions:
         return ""
-    if isinstance(given, str):
+    if isinstance(entries.given, str):
         (expression,) = expressions.values()  # a string is its only entry
         about_star = '"*" is no wildcard in an expression; ".*" is. '
         advice = f'Perhaps write {argument.name}=r"{expression}".'
     else:
         about_star = '"*" is no wildcard in a name. '
-        advice = argument.rewritten(given, expressions, could_mean)
+        advice = argument.rewritten(entries, expressions)
     has_star = any("*" in entry for entry in expressions)
     return about_star + advice if has_star else advice

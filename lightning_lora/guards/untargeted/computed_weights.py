@@ -5,19 +5,19 @@ from lightning_lora.guards.wording import excluded_names, to_save
 from lightning_lora.model.view import View
 from lightning_lora.targets.adaptable import COMPUTED, has_computed_weight
 from lightning_lora.targets.automatic import automatic_targets
-from lightning_lora.targets.lookup import Names
+from lightning_lora.targets.lookup import Lookup
 from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.names import names_outside
 
 
 def computed_layers(view: View, word: str) -> list[str]:
     """Return the layers that ``word`` would mean if their weight were not computed."""
-    names = Names(view.model)
-    saved = names.find("modules_to_save", view.config.modules_to_save)
+    lookup = Lookup(view.model)
+    saved = lookup.find("modules_to_save", view.config.modules_to_save)
     networks = view.adapter.networks
     expected = {*excluded_names(view), *saved, *networks.beside_training, *networks.copies}
-    computed = set(where(automatic_targets(names, word), has_computed_weight).values())
-    return names_outside(names.first_names(computed), expected)
+    computed = set(where(automatic_targets(lookup, word), has_computed_weight).values())
+    return names_outside(lookup.first_names(computed), expected)
 
 
 def about_computed(view: View, layers: list[str]) -> str:

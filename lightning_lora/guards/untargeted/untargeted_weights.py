@@ -14,9 +14,9 @@ from lightning_lora.layers import adapter_for
 from lightning_lora.model.untrained.find_untrained import MOST_SHARE, Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.targets.adaptable import COMPUTED, class_name_of, has_computed_weight, own_matrices
+from lightning_lora.targets.adaptable import COMPUTED, adaptable_parameters, class_name_of, has_computed_weight
 from lightning_lora.targets.arguments import AUTOMATIC
-from lightning_lora.targets.lookup import Names
+from lightning_lora.targets.lookup import Lookup
 from lightning_lora.tensors.dicts import grouped, only, with_values, without
 from lightning_lora.tensors.names import names_outside, owner_of, owner_or_itself
 
@@ -137,7 +137,7 @@ def _arguments_for(view: View, matrices: Iterable[str]) -> list[str]:
         arguments.append('target_modules="all"')
     if _Way.PARAMETER in ways:
         targets_now = view.config.target_parameters or ()
-        parameters = Names(view.model).as_target_parameters(ways[_Way.PARAMETER])
+        parameters = Lookup(view.model).as_target_parameters(ways[_Way.PARAMETER])
         arguments.append(f"target_parameters={[*targets_now, *parameters]}")
     if _Way.IN_FULL in ways:
         arguments.append(to_save(view, ways[_Way.IN_FULL]))
@@ -158,6 +158,6 @@ def _way_to_train(view: View, name: str) -> _Way:
     layer = view.modules[owner]
     if adapter_for(layer):
         return _Way.LAYER
-    if name in own_matrices(owner, layer):
+    if name in adaptable_parameters(owner, layer):
         return _Way.PARAMETER
     return _Way.IN_FULL

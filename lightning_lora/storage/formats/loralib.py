@@ -22,7 +22,7 @@ from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import by_names_inside
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
-from lightning_lora.targets.lookup import Names
+from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.slices import sliced
 from lightning_lora.tensors.dicts import of_type
 
@@ -110,7 +110,7 @@ class _Layers:
         layer, kind = self._described(name, factors)
         slices = self.settings.slices(name)
         if slices:
-            matrices = sliced(Names(self.view.model), name, kind, layer.matrices, slices)
+            matrices = sliced(Lookup(self.view.model), name, kind, layer.matrices, slices)
             return _merged_linear(layer, matrices, factors)
         example = f"target_slices={{{name!r}: ['q', 'v']}}"
         remedy = f" If it was a MergedLinear, name the slices that it adapted (enable_lora): {example}."
