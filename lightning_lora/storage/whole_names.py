@@ -9,10 +9,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import AdaptedMatrix, LoRAParameters
 from lightning_lora.layers.each_kind.attention import LoRAAttention
 from lightning_lora.layers.each_kind.recurrent import LoRARecurrent
-from lightning_lora.model.view import View
-from lightning_lora.storage.renaming import Renaming, entries_inside
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import join
 
 
@@ -82,12 +79,12 @@ class _Targets:
         self.parameters.append(name)
 
     def _set_numbers(self, name: str, r: int, scaling: float) -> None:
-        """Set the rank and alpha of one name. Alpha is as it was given, if that makes the same scaling."""
-        growth = r**0.5 if self.use_rslora else r
-        alpha = scaling * growth
-        rounded = round(alpha, 9)
+        """Set the rank and alpha of one name. Alpha is as a user would give it, if that makes the same scaling."""
+        divisor = r**0.5 if self.use_rslora else r  # scaling = alpha / divisor
+        alpha = scaling * divisor
+        as_given = round(alpha, 9)
         self.ranks[name] = r
-        self.alphas[name] = rounded if rounded / growth == scaling else alpha
+        self.alphas[name] = as_given if as_given / divisor == scaling else alpha
 
 
 def _others_than(usual: float, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -139,13 +136,3 @@ def _ends_of(name: str) -> list[str]:
         _, _, name = name.partition(".")
         ends.append(name)
     return ends
-
-
-def renamed_config(config: LoRAConfig, layers: Iterable[StoredLayer], renaming: Renaming, view: View) -> LoRAConfig:
-    """Return the configuration of a file for a model with other names."""
-    of_the_file = entries_inside(renaming.here, {**view.modules, **view.parameters})
-    names = without(of_the_file, [renaming.here])
-    saved = [name for name in names if config.is_saved(renaming.name_there(name))]
-    renamed_layers = [replace(layer, name=renaming.name_here(layer.name)) for layer in layers]
-    settings = replace(config, modules_to_save=saved or None)
-    return by_whole_names(renamed_layers, settings, view.modules.keys())

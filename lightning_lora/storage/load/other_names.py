@@ -1,11 +1,15 @@
 """A file of this package whose names differ from the model's by one prefix."""
 
+from dataclasses import replace
+
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, listed, misfits, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.inner_model import root_of
-from lightning_lora.storage.renaming import Renaming, find_renamings, names_outside
+from lightning_lora.storage.renaming import Renaming, entries_inside, find_renamings, names_outside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.storage.whole_names import renamed_config
+from lightning_lora.storage.whole_names import by_whole_names
+from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import names_not_in, owner_of, owner_or_itself
 
 
@@ -43,8 +47,17 @@ def _renamed(view: View, stored: StoredAdapters, renaming: Renaming) -> StoredAd
     """Return what a file holds by the model's names, and say so."""
     _refuse_outside(stored, renaming.there, view.title)
     warn(renaming.told(view.title))
-    config = renamed_config(stored.config, stored.layers.values(), renaming, view)
-    return stored.with_names_of_model(renaming, config)
+    return stored.with_names_of_model(renaming, _config_for_model(view, stored, renaming))
+
+
+def _config_for_model(view: View, stored: StoredAdapters, renaming: Renaming) -> LoRAConfig:
+    """The configuration of a file, by the model's names: its patterns might mean other modules here."""
+    in_place_of_file = entries_inside(renaming.here, {**view.modules, **view.parameters})
+    names = without(in_place_of_file, [renaming.here])
+    saved = [name for name in names if stored.config.is_saved(renaming.name_there(name))]
+    settings = replace(stored.config, modules_to_save=saved or None)
+    layers = [layer.renamed(renaming.name_here) for layer in stored.layers.values()]
+    return by_whole_names(layers, settings, view.modules.keys())
 
 
 def _refuse_outside(stored: StoredAdapters, prefix: str, title: str) -> None:

@@ -207,7 +207,7 @@ def _compared_tensors(plan: MergePlan, half_digests_there: HalfDigests) -> Itera
             name_there=name,
             tensor=value,
             digest=digest(value),
-            half_digests=partial(digests_as, value, HALF_DTYPES),
+            compute_half_digests=partial(digests_as, value, HALF_DTYPES),
         )
 
 

@@ -45,46 +45,46 @@ def check_file(path: Any, *, may_be_other: bool = False) -> None:
         path: The file. One that does not exist is left to whoever reads it.
         may_be_other: Whether files of other kinds pass unseen, because their reader is not torch.
     """
-    place = source = path
+    title = path
     if str(path).startswith("http"):
-        place = _downloaded(path)
-        source = f"{path} (kept in {place})"
-    local = local_path(place)
+        path = _downloaded(path)
+        title = f"{title} (kept in {path})"
+    local = local_path(path)
     if local is not None:
         if not local.exists():
             return
-        check_is_file(local, source)
-    with opened(place) as file:
+        check_is_file(local, title)
+    with opened(path) as file:
         kind = kind_of(file)
         if kind is Kind.ARCHIVE:
-            check_archive(file, source)
+            check_archive(file, title)
         is_read_by_torch = kind in (Kind.ARCHIVE, Kind.OLD)
         if not (is_read_by_torch or may_be_other):
-            raise AdapterFileError(f"{source} is no archive of torch: {what_it_is(file)}")
+            raise AdapterFileError(f"{title} is no archive of torch: {what_it_is(file)}")
 
 
-def check_is_file(local: Path, source: Any) -> None:
-    """Refuse a folder, or what else is there and no file. ``source`` is its name in messages."""
+def check_is_file(local: Path, title: Any) -> None:
+    """Refuse a folder, or what else is there and no file. ``title`` is its name in messages."""
     if (local / "checkpoint").is_dir():  # as Lightning calls it
         raise AdapterFileError(
-            f"{source} is a folder of DeepSpeed. Make it one file, by convert_zero_checkpoint_to_fp32_state_dict "
+            f"{title} is a folder of DeepSpeed. Make it one file, by convert_zero_checkpoint_to_fp32_state_dict "
             "of lightning.pytorch.utilities.deepspeed, and pass that."
         )
     if local.exists() and not local.is_file():
-        raise AdapterFileError(f"{source} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
+        raise AdapterFileError(f"{title} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
 
 
-def check_archive(file: Any, source: Any) -> None:
+def check_archive(file: Any, title: Any) -> None:
     """Refuse a damaged archive, which torch itself would read. The file stands at its beginning again."""
     if not zipfile.is_zipfile(file):
         raise AdapterFileError(
-            f"{source} is damaged: its end is missing or is not what was written, as after a copy or a save that was "
+            f"{title} is damaged: its end is missing or is not what was written, as after a copy or a save that was "
             "cut short. Copy it again, or use another checkpoint."
         )
     with zipfile.ZipFile(file) as archive:
         broken = _folder_in(archive) or archive.testzip()
     if broken:
-        raise AdapterFileError(f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint.")
+        raise AdapterFileError(f"{title} is damaged: {broken} cannot be what was written. Use another checkpoint.")
     file.seek(0)
 
 
@@ -100,11 +100,11 @@ def _folder_in(archive: zipfile.ZipFile) -> str | None:
     return None
 
 
-def check_new_format(kind: Kind, source: Any) -> None:
+def check_new_format(kind: Kind, title: Any) -> None:
     """Refuse the format of torch before 1.6."""
     if kind is Kind.OLD:
         raise AdapterFileError(
-            f"{source} is in the format that torch had before 1.6, which has no checksums. Write it again: "
+            f"{title} is in the format that torch had before 1.6, which has no checksums. Write it again: "
             "torch.save(torch.load(path, weights_only=True), path)."
         )
 

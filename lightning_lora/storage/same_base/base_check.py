@@ -120,7 +120,7 @@ class _BaseHere:
                 name_there=self.names_there[name],
                 tensor=tensor,
                 digest=self.digests[name],
-                half_digests=partial(self._half_digests_of, name),
+                compute_half_digests=partial(self._half_digests_of, name),
                 is_quantised=name in self.quantised,
             )
             compared.append(each)
@@ -177,15 +177,25 @@ def _left_out(found: Comparison) -> str:
 
 def _difference(base: _BaseHere, found: Comparison) -> _Message:
     """What is different, and what to do."""
-    title = base.view.title
     if _is_other_architecture(base, found.there):
         return _other_architecture(base, found.there)
     if not found.compared:
-        return _Message(
-            f"All frozen weights of {title}, or of the base that these adapters were trained on, are quantised: "
-            "there is nothing to compare.",
-            "Load it as it was loaded for training, or pass check_base=False to load_adapter.",
-        )
+        return _nothing_compared(base.view.title)
+    return _other_values(base, found)
+
+
+def _nothing_compared(title: str) -> _Message:
+    """All weights are quantised."""
+    return _Message(
+        f"All frozen weights of {title}, or of the base that these adapters were trained on, are quantised: "
+        "there is nothing to compare.",
+        "Load it as it was loaded for training, or pass check_base=False to load_adapter.",
+    )
+
+
+def _other_values(base: _BaseHere, found: Comparison) -> _Message:
+    """Values differ."""
+    title = base.view.title
     examples = listed(found.differ, 3)
     how_many = f"{len(found.differ)} of {found.compared} frozen tensors of {title} differ, such as {examples}"
     if found.has_same_form:

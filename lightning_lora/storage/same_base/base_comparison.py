@@ -21,7 +21,7 @@ class ComparedTensor:
     name_there: str  # in the fingerprint
     tensor: Tensor
     digest: int
-    half_digests: Callable[[], Sequence[int]]  # computes them: only some comparisons need them
+    compute_half_digests: Callable[[], Sequence[int]]  # only some comparisons need them
     is_quantised: bool = False
 
 
@@ -116,7 +116,7 @@ class _BaseThere:
         digest_there = self.digests[here.name_there]
         other_dtypes = self.floating_dtypes - {here.tensor.dtype}
         half_dtypes = other_dtypes.intersection(HALF_DTYPES)
-        if half_dtypes and digest_there in here.half_digests():
+        if half_dtypes and digest_there in here.compute_half_digests():
             return True
         return digest_there in digests_as(here.tensor, list(other_dtypes - half_dtypes))
 
