@@ -157,6 +157,13 @@ def test_what_a_pipeline_cannot_hold(build: Any, config: dict[str, Any], says: s
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pipeline_cannot_hold_rows(tmp_path: Path) -> None:
+    config = ll.LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"token_embedding": [1]})
+    model = trained(text_encoder(), config)
+    with pytest.raises(ll.ExportError, match=r"Rows .* fit in PEFT's format alone"):
+        ll.export_peft(model, tmp_path / "out", format="diffusers")
+
+
 def test_a_folder_of_peft_tells_diffusers_its_scaling_and_its_configuration_may_be_edited(tmp_path: Path) -> None:
     model = trained(unet(), ll.LoRAConfig(r=2, alpha=8, target_modules=["to_q"]))
     part = unet()

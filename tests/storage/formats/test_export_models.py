@@ -87,7 +87,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.filterwarnings("ignore:For .* pass uniform=True|The folder holds:lightning_lora.LoRAWarning")
-@pytest.mark.filterwarnings("ignore:llama.cpp does not:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings("ignore:llama.cpp does not|.* would leave out:lightning_lora.LoRAWarning")
 @pytest.mark.filterwarnings("ignore:.*may be untrained:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize(("kind", "head", "config"), CASES)
 @torch.no_grad()

@@ -26,6 +26,8 @@ from tests.support.storage import rewrite
 if not hasattr(hf, "Glm4MoeConfig") or int(hf.__version__.partition(".")[0]) < 5:
     pytest.skip("experts are modules there", allow_module_level=True)
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* would leave out:lightning_lora.LoRAWarning")
+
 WeightRenaming = pytest.importorskip("transformers.core_model_loading").WeightRenaming
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}
@@ -84,7 +86,9 @@ ADVISED: list[tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:target_modules=|For .* pass uniform=True:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:target_modules=|For .* pass uniform=True|.* would leave out:lightning_lora.LoRAWarning"
+)
 @pytest.mark.parametrize(("model", "config"), ADVISED)
 @torch.no_grad()
 def test_the_advice_on_what_peft_does_not_hold_is_right(

@@ -87,6 +87,43 @@ def test_each_other_kind_is_named(lines: Any, tmp_path: Path) -> None:
     assert found["llama.cpp"] == "not known: experts ('model.layers.0.mlp.experts', 'model.layers.1.mlp.experts')"
 
 
+ALPHA_OF_ONE = {"alpha_pattern": {"0.mlp.experts.down_proj": 7}}
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {"use_dora": True}),
+    ("Llama", {"trainable_token_indices": {"embed_tokens": [1, 2]}}),
+    ("Llama", {"target_modules": ["embed_tokens"]}),
+    ("Llama", {"modules_to_save": ["norm"]}),
+    ("Qwen2", {"bias": "lora_only"}),
+    ("Mixtral", {"target_parameters": ["down_proj"]}),
+    ("Mixtral", {"target_parameters": ["down_proj"], **ALPHA_OF_ONE}),
+]
+
+
+@pytest.mark.parametrize(("kind", "config"), KINDS)
+def test_an_export_names_every_reader_that_computes_something_else_without_a_word(
+    lines: Any, kind: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    warned = exported(tmp_path, kind, **config)
+    found = lines(tmp_path)
+    silent = {reader for reader, text in found.items() if "ignores" in text or "scales otherwise" in text}
+    assert silent >= {"TGI", "LoRAX"}
+    assert {reader for reader in found if reader in warned} >= silent
+
+
+def test_trained_rows_are_named(lines: Any, tmp_path: Path) -> None:
+    exported(tmp_path, trainable_token_indices={"embed_tokens": [1, 2]})
+    found = lines(tmp_path)
+    assert found["PEFT"] == TAKES_IT
+    assert found["vLLM"] == found["llama.cpp"] == "refuses trained rows ('model.embed_tokens')"
+
+
+def test_another_alpha_of_single_experts_is_named(lines: Any, tmp_path: Path) -> None:
+    exported(tmp_path, "Mixtral", target_parameters=["down_proj"], **ALPHA_OF_ONE)
+    found = lines(tmp_path)
+    for reader in ("vLLM", "SGLang", "TGI", "LoRAX", "llama.cpp"):
+        assert found[reader].startswith("scales otherwise: alphas of single layers"), reader
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # which peft asks for
 def test_a_folder_that_peft_wrote_is_read(lines: Any, tmp_path: Path) -> None:
     config = peft.LoraConfig(

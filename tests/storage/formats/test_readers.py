@@ -17,6 +17,7 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
     PEFT,
     RANKS,
     READERS,
+    ROWS,
     RSLORA,
     TAKES,
     TRANSFORMERS,
@@ -26,8 +27,11 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "sharing.md").read_text()
 IN_MODELS = dict.fromkeys(COLUMNS, "test_models_inside_a_lightning_module")
+IN_MODELS[ROWS] = "test_files_of_peft_are_read_and_written_as_they_are"
 IN_PIPELINES = dict.fromkeys((RANKS, ALPHAS, RSLORA, DORA), "test_a_pipeline_computes_the_same")
-IN_PIPELINES |= dict.fromkeys((HEADS, NORMS, BIASES), "test_what_a_pipeline_cannot_hold")
+IN_PIPELINES |= dict.fromkeys((HEADS, NORMS, BIASES), "test_what_a_pipeline_cannot_hold") | {
+    ROWS: "test_a_pipeline_cannot_hold_rows"
+}
 MEASURED = {PEFT.name: IN_MODELS, TRANSFORMERS.name: IN_MODELS, DIFFUSERS.name: IN_PIPELINES}
 
 

@@ -15,7 +15,7 @@ import lightning_lora as ll
 from lightning_lora.cli.main import main
 from lightning_lora.storage.offline.combine_files import combine_files
 from lightning_lora.storage.offline.merge_files import merge_files
-from tests.storage.formats.test_export_models import run, tiny
+from tests.storage.formats.test_export_models import load_adapter, run, tiny
 from tests.support.compared import assert_same_tensors
 from tests.support.models import Around, TinyLM, as_trained
 from tests.support.parameters import base_keys, chosen
@@ -43,7 +43,9 @@ def assert_same_rows(here: dict[str, Tensor], there: dict[str, Tensor]) -> None:
         assert torch.equal(value, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*may be untrained|llama.cpp does not:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*may be untrained|llama.cpp does not|.* would leave out:lightning_lora.LoRAWarning"
+)
 @pytest.mark.parametrize(("kind", "head", "targets"), MODELS.values(), ids=MODELS)
 def test_files_of_peft_are_read_and_written_as_they_are(
     tmp_path: Path, kind: str, head: str, targets: list[str]
@@ -62,6 +64,7 @@ def test_files_of_peft_are_read_and_written_as_they_are(
         assert_same_rows(load_file(folder / WEIGHTS), load_file(tmp_path / "there" / WEIGHTS))
         again = read(make(), folder)
         assert gap(run(again), run(model)) < 1e-6
+        assert gap(run(load_adapter(make(), folder)), run(model)) < 1e-6
     ll.merge_adapters(model)
     assert gap(run(model), run(peft.merge_and_unload())) < 1e-6
 

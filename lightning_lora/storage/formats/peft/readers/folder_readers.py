@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.format import tensors_in
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, read_config
 from lightning_lora.storage.formats.peft.readers.reader_table import (
@@ -22,6 +23,7 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
     PEFT_READERS,
     RANKS,
     REFUSES,
+    ROWS,
     RSLORA,
     UNKNOWN,
     Reader,
@@ -29,14 +31,14 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
 from lightning_lora.storage.formats.peft_names import PREFIX, peft_key, without_wrappers
 from lightning_lora.storage.formats.peft_or_diffusers import is_peft
 from lightning_lora.tensors.dicts import renamed
-from lightning_lora.tensors.names import starts_of
+from lightning_lora.tensors.names import names_joined, starts_of
 
 _WORDS = {DIFFERS: "scales otherwise:", REFUSES: "refuses", IGNORES: "ignores", UNKNOWN: "not known:"}
 """How a line begins what a reader does. The worst comes first."""
 
 
 @dataclass
-class _Contents:
+class Contents:
     """What a folder holds of the kinds of training in which readers differ."""
 
     kinds: dict[str, list[str]] = field(default_factory=dict)  # the modules of each: {"adapted embeddings": ["wte"]}
@@ -54,7 +56,7 @@ def lines_of_readers(contents: Mapping[str, Any], path: Any) -> dict[str, str]:
     if not isinstance(contents, dict) or not is_peft(contents, path):
         raise no_adapters_of_peft(path)
     tensors = renamed(tensors_in(contents, path), _name_in_base)
-    held = _contents_of(tensors, read_config(path))
+    held = contents_of(tensors, read_config(path))
     lines = dict[str, str]()
     for reader in PEFT_READERS:
         lines[reader.name] = _line(reader, held)
@@ -77,9 +79,9 @@ def _name_in_base(key: str) -> str:
 # What is in the folder
 
 
-def _contents_of(tensors: Mapping[str, Tensor], peft: PeftConfig) -> _Contents:
-    """What these tensors and this configuration are, in the columns of the table."""
-    held = _Contents()
+def contents_of(tensors: Mapping[str, Tensor], peft: PeftConfig) -> Contents:
+    """Return what these tensors and this configuration are, in the columns of the table."""
+    held = Contents()
     _add_settings(held, peft)
     others = dict[str, Tensor]()
     for name, tensor in tensors.items():
@@ -87,12 +89,14 @@ def _contents_of(tensors: Mapping[str, Tensor], peft: PeftConfig) -> _Contents:
         if role is None:
             others[without_wrappers(name)] = tensor
         else:
-            _add_adapter(held, peft, name, without_wrappers(wrapped))
+            _add_adapter(held, peft, role, without_wrappers(wrapped))
+            if "lora_embedding_" in name:
+                held.add(EMBEDDINGS, without_wrappers(wrapped))
     _add_others(held, peft, others)
     return held
 
 
-def _add_settings(held: _Contents, peft: PeftConfig) -> None:
+def _add_settings(held: Contents, peft: PeftConfig) -> None:
     """Note what the configuration says of all layers."""
     config = peft.as_ours
     settings = {
@@ -107,19 +111,33 @@ def _add_settings(held: _Contents, peft: PeftConfig) -> None:
             held.add(kind)
 
 
-def _add_adapter(held: _Contents, peft: PeftConfig, name: str, layer: str) -> None:
-    """Note the scaling of a layer, and whether it is an embedding or holds experts."""
-    without_patterns = peft.as_ours.scaling("")
-    difference = abs(peft.as_ours.scaling(layer) - without_patterns)
-    if difference > 1e-6 * without_patterns:
-        held.has_one_scaling = False
-    if "lora_embedding_" in name:
-        held.add(EMBEDDINGS, layer)
+def _add_adapter(held: Contents, peft: PeftConfig, role: Role, layer: str) -> None:
+    """Note whether an adapter is of rows or of experts, and whether it is scaled as all others."""
+    if role is Role.ROWS:
+        held.add(ROWS, layer)
+        return
+    adapted = [layer]
     if peft.as_ours.target_parameters and not peft.adapts(layer):
         held.add(EXPERTS, layer)
+        adapted = _parameters_in(layer, peft.as_ours.target_parameters)
+    if any(_is_scaled_otherwise(name, peft) for name in adapted):
+        held.has_one_scaling = False
 
 
-def _add_others(held: _Contents, peft: PeftConfig, others: Mapping[str, Tensor]) -> None:
+def _parameters_in(module: str, entries: Iterable[str]) -> list[str]:
+    """The parameters of a module that these entries may mean: each is a name, or its last components."""
+    leaves = [entry.rpartition(".")[2] for entry in entries]
+    return names_joined(module, dict.fromkeys(leaves))
+
+
+def _is_scaled_otherwise(name: str, peft: PeftConfig) -> bool:
+    """Whether a pattern gives a layer or a parameter another scaling than most have."""
+    without_patterns = peft.as_ours.scaling("")
+    difference = abs(peft.as_ours.scaling(name) - without_patterns)
+    return difference > 1e-6 * without_patterns
+
+
+def _add_others(held: Contents, peft: PeftConfig, others: Mapping[str, Tensor]) -> None:
     """Note tensors that are no adapter's: of modules that trained whole, and biases."""
     most_dimensions = dict[str, int]()  # of a tensor in each whole module: a head has a matrix, and perhaps a bias
     for name, tensor in others.items():
@@ -144,7 +162,7 @@ def _whole_module_around(name: str, peft: PeftConfig) -> str | None:
 # What readers do with it
 
 
-def _line(reader: Reader, held: _Contents) -> str:
+def _line(reader: Reader, held: Contents) -> str:
     """What a reader does with a folder, in a line."""
     parts = list[str]()
     for does, words in _WORDS.items():
@@ -154,20 +172,20 @@ def _line(reader: Reader, held: _Contents) -> str:
     return "; ".join(parts) or "takes it as it is"
 
 
-def _kinds_with(reader: Reader, held: _Contents, does: str) -> list[str]:
+def _kinds_with(reader: Reader, held: Contents, does: str) -> list[str]:
     """The kinds in a folder with which a reader does this, and the modules."""
     found = list[str]()
     for kind, names in held.kinds.items():
         if reader.cells[kind] == does and not _is_harmless(reader, held, kind):
-            found.append(_with_names(kind, names))
+            found.append(with_names(kind, names))
     return found
 
 
-def _is_harmless(reader: Reader, held: _Contents, kind: str) -> bool:
+def _is_harmless(reader: Reader, held: Contents, kind: str) -> bool:
     """Whether a reader that knows one scaling has the right one: ranks and alphas differ, and not their quotient."""
     return kind in (RANKS, ALPHAS) and reader.cells[RANKS] == DIFFERS and held.has_one_scaling
 
 
-def _with_names(kind: str, names: Iterable[str]) -> str:
-    """A kind, and the modules that are of it, if they are known."""
+def with_names(kind: str, names: Iterable[str]) -> str:
+    """Return a kind, and the modules that are of it, if they are known."""
     return f"{kind} ({listed(names)})" if names else kind

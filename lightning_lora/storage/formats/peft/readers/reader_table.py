@@ -26,15 +26,18 @@ ALPHAS = "alphas of single layers"
 RSLORA = "rsLoRA"
 DORA = "DoRA"
 EMBEDDINGS = "adapted embeddings"
+ROWS = "trained rows"
 HEADS = "whole heads"
 NORMS = "whole norms"
 BIASES = "biases"
 EXPERTS = "experts"
 
 SCALINGS = (RANKS, ALPHAS, RSLORA, DORA)
-PARTS = (EMBEDDINGS, HEADS, NORMS, BIASES, EXPERTS)
+PARTS = (EMBEDDINGS, ROWS, HEADS, NORMS, BIASES, EXPERTS)
 COLUMNS = (*SCALINGS, *PARTS)
-"""In PEFT's words: rank_pattern, alpha_pattern, whole modules in modules_to_save, experts in target_parameters."""
+"""In PEFT's words: rank_pattern, alpha_pattern, rows in trainable_token_indices, whole modules in modules_to_save,
+experts in target_parameters.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ _ONE_SCALING_AND_LINEAR_LAYERS = {
     RSLORA: TAKES,
     DORA: IGNORES,
     EMBEDDINGS: IGNORES,
+    ROWS: IGNORES,
     HEADS: IGNORES,
     NORMS: IGNORES,
     BIASES: IGNORES,
@@ -73,6 +77,7 @@ VLLM = Reader(
         RSLORA: TAKES,
         DORA: REFUSES,
         EMBEDDINGS: TAKES,
+        ROWS: REFUSES,
         HEADS: REFUSES,
         NORMS: REFUSES,
         BIASES: REFUSES,
@@ -91,6 +96,7 @@ SGLANG = Reader(
         RSLORA: DIFFERS,
         DORA: REFUSES,
         EMBEDDINGS: UNKNOWN,
+        ROWS: UNKNOWN,
         HEADS: IGNORES,
         NORMS: IGNORES,
         BIASES: UNKNOWN,
@@ -117,6 +123,7 @@ LLAMA_CPP = Reader(
         RSLORA: DIFFERS,
         DORA: REFUSES,
         EMBEDDINGS: TAKES,
+        ROWS: REFUSES,
         HEADS: REFUSES,
         NORMS: IGNORES,
         BIASES: REFUSES,
@@ -134,6 +141,7 @@ DIFFUSERS = Reader(
         RSLORA: TAKES,
         DORA: TAKES,
         EMBEDDINGS: UNKNOWN,
+        ROWS: REFUSES,
         HEADS: REFUSES,
         NORMS: REFUSES,
         BIASES: REFUSES,

@@ -8,8 +8,10 @@ from torch import nn
 
 from lightning_lora.errors import listed, warn
 from lightning_lora.storage.formats.export import Export
+from lightning_lora.storage.formats.peft.readers.folder_readers import Contents, with_names
 from lightning_lora.storage.formats.peft.readers.llama_cpp import warn_of_tied_embeddings, warn_of_transposed_layers
 from lightning_lora.storage.formats.peft.readers.reader_table import (
+    ALPHAS,
     DIFFERS,
     HEADS,
     IGNORES,
@@ -23,7 +25,7 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
 from lightning_lora.storage.formats.weight_updates import WeightUpdate
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.stored_modules import StoredModule, full_name
-from lightning_lora.tensors.dicts import only, where
+from lightning_lora.tensors.dicts import only, where, without
 from lightning_lora.tensors.names import starts_of
 
 
@@ -111,6 +113,28 @@ def warn_of_whole_modules(export: Export) -> None:
         f"leave it out without a word ({ignorers}): 'lightning-lora readers FOLDER' tells which. For them, merge with "
         "save_merged(model, path), or 'lightning-lora merge'."
     )
+
+
+_SAID_OTHERWISE = (RANKS, ALPHAS, RSLORA, HEADS, NORMS)
+"""The kinds of training of which other warnings are."""
+
+
+def warn_of_left_out(export: Export, contents: Contents) -> None:
+    """Name what servers of language models would leave out of a folder, and compute without it."""
+    if not _is_causal_lm(export.stored_inner):
+        return
+    left_out = list[str]()
+    readers = dict[str, None]()
+    for kind, modules in without(contents.kinds, _SAID_OTHERWISE).items():
+        ignoring = readers_that(IGNORES, kind)
+        if ignoring:
+            left_out.append(with_names(kind, modules))
+            readers |= dict.fromkeys(ignoring)
+    if left_out:
+        warn(
+            f"{' and '.join(readers)} would leave out {', '.join(left_out)}, without a word. For them, merge with "
+            "save_merged(model, path), or 'lightning-lora merge'."
+        )
 
 
 def _is_served(model: StoredModule, whole: Iterable[str]) -> bool:

@@ -9,7 +9,13 @@ from torch import Tensor
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.naming.when_loaded import loading_of
-from lightning_lora.storage.formats.peft.readers.reader_warnings import warn_of_layers, warn_of_whole_modules
+from lightning_lora.storage.formats.peft.peft_config import config_of
+from lightning_lora.storage.formats.peft.readers.folder_readers import contents_of
+from lightning_lora.storage.formats.peft.readers.reader_warnings import (
+    warn_of_layers,
+    warn_of_left_out,
+    warn_of_whole_modules,
+)
 from lightning_lora.storage.formats.peft.writing.exported import exported
 from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard
 from lightning_lora.storage.formats.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
@@ -29,6 +35,7 @@ def write(export: Export, directory: Path, *, uniform: bool) -> None:
     tensors, config = exported(export, uniform=uniform)
     names = _names_in_file(export, tensors)
     warn_of_whole_modules(export)
+    warn_of_left_out(export, contents_of(tensors, config_of(config, directory)))
     warn_of_layers(export)
     header = {METADATA: json.dumps(prefixed(PREFIX, config))}
     by_name_in_file = renamed(tensors, names.__getitem__)
