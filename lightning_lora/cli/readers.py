@@ -22,7 +22,10 @@ from lightning_lora.printing import fitting_console, printable
 from lightning_lora.storage.formats.contents import read_contents
 from lightning_lora.storage.formats.peft.readers.folder_readers import lines_of_readers, no_adapters_of_peft
 from lightning_lora.storage.formats.peft.readers.reader_table import MEANINGS, PARTS, READERS, SCALINGS
+from lightning_lora.storage.formats.peft_names import PEFT_WEIGHTS
 from lightning_lora.storage.formats.registry import adapter_file_at, file_in
+
+_ENDINGS = {Path(name).suffix for name in PEFT_WEIGHTS}
 
 
 def add_arguments(parser: Any) -> None:
@@ -41,11 +44,18 @@ def run(arguments: Any) -> None:
 def _show_lines(folder: Path) -> None:
     """Print a line for each reader of a folder."""
     console = fitting_console()
-    if folder.is_dir() and file_in(folder) is None:
+    if _is_without_adapters(folder):
         raise no_adapters_of_peft(folder)
     file = adapter_file_at(folder)
     for reader, line in lines_of_readers(read_contents(file), file).items():
         console.print(printable(f"{reader}: {line}"), markup=False, highlight=False, soft_wrap=True)
+
+
+def _is_without_adapters(path: Path) -> bool:
+    """Whether a folder has no file of adapters by its name, or a single file has another ending than these."""
+    if path.is_file():
+        return path.suffix not in _ENDINGS
+    return path.is_dir() and file_in(path) is None
 
 
 def _show_table() -> None:

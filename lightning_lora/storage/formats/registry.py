@@ -92,5 +92,5 @@ def _cached(repository: str) -> Path:
     except (ImportError, OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{repository} is no file or folder here, and no repository in the cache of the Hugging Face hub. If it is "
-            f"one, download it: load_adapter(model, huggingface_hub.snapshot_download({repository!r}))."
+            f"one, download it, and pass the folder that you get: huggingface_hub.snapshot_download({repository!r})."
         ) from error

@@ -156,6 +156,17 @@ def test_a_folder_or_a_file_without_adapters_of_pefts_is_told_how_to_get_one(cap
     assert f"{tmp_path / 'a.safetensors'} {ADVICE}" in says(tmp_path / "a.safetensors")
 
 
+def test_the_advice_on_what_is_no_folder_is_for_this_command(capsys: Any, tmp_path: Path) -> None:
+    text = tmp_path / "README.md"
+    text.write_text("# Adapters")
+    assert main(["readers", str(text)]) == 1
+    assert f"{text} {ADVICE}" in " ".join(capsys.readouterr().err.split())
+    assert main(["readers", "someone/adapters"]) == 1
+    said = capsys.readouterr().err
+    assert "snapshot_download('someone/adapters')" in said
+    assert "load_adapter" not in said
+
+
 def test_what_is_no_folder_of_pefts_is_an_error(capsys: Any, tmp_path: Path) -> None:
     save_file({"weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
