@@ -23,7 +23,7 @@ class LooksUntrained(Guard):
 
     def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Look at the base as it is when training begins."""
-        if untrained.is_whole_model:
+        if untrained.is_mostly_untrained:
             rank_zero_info(_about_model(view, untrained))
             return
         perhaps_new = _perhaps_new(view, untrained)

@@ -18,4 +18,8 @@ A network, a module with layers of its own, trains or stands still (``still/``, 
 - as a copy: other code moves its weights after those of the original, as a momentum network's. Its adapters follow.
 
 The configuration decides besides: ``modules_to_save`` are trained in full (saved), and ``exclude_modules`` left out.
+
+Begin with ``inject.py``, the public call that needs most of the rest. In its order: ``start_call.py`` (may it start?),
+``view.py`` (what is there), ``plan_adapters.py`` (what is to be done), ``changes/`` (it is done). Then ``switch.py``,
+``merge.py``, ``unmerge.py`` and ``remove.py``, which are calls of the same form.
 """

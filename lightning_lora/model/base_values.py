@@ -17,10 +17,9 @@ from lightning_lora.tensors.values import replace_values, same_bits
 
 
 def tensors_with_originals(view: View) -> dict[str, Tensor]:
-    """Return the model's tensors whose base values the active adapter keeps."""
+    """Return the model's tensors whose base values the active adapter keeps, in its order."""
     present = view.base_tensors
-    names = only(view.adapter.originals, present)
-    return {name: present[name] for name in names}
+    return {name: present[name] for name in view.adapter.originals if name in present}
 
 
 def frozen_values(view: View) -> dict[str, Tensor]:

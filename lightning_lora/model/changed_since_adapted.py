@@ -38,12 +38,13 @@ def _was_replaced(layer: LoRALayer) -> bool:
 def refuse_resized_or_tied(view: View) -> None:
     """Refuse layers that were resized, tied or untied since they were adapted."""
     resized = where(view.layers, LoRALayer.lora_is_resized)
-    owners: dict[object, nn.Module] = {layer.weight: layer for layer in of_type(view.layers, LoRATokens).values()}
+    embeddings: dict[object, nn.Module] = {layer.weight: layer for layer in of_type(view.layers, LoRATokens).values()}
     for name, module in view.modules.items():
         if name in resized:
             raise _changed_since(view, name, "resized")
-        owner = owners.get(find_parameter(module, "weight"), module)
-        if owner is not tied_to(module):
+        # what has the weight of an embedding whose rows train was tied to it when the adapters came
+        embedding_of_weight = embeddings.get(find_parameter(module, "weight"), module)
+        if tied_to(module) is not embedding_of_weight:
             raise _changed_since(view, name, "tied to an embedding whose rows train, or untied,")
 
 

@@ -1,6 +1,6 @@
 """Add adapters to a model in place: plan which layers get some, then change the model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.switch import activate, adapters
 from lightning_lora.model.user_flags import note_what_the_user_set
 from lightning_lora.model.view import View
-from lightning_lora.moments import Guards
+from lightning_lora.moments import NO_GUARDS, Guard, Guards
 from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.select import select
@@ -92,12 +92,7 @@ def _check_arguments(model: object, config: object) -> None:
 
 def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
     """Adapt a model as :func:`inject_adapters` does."""
-    _refuse_start(model, name)
-    with _name_active(model, config, name):
-        view = _begin_view(model, config)
-        plan = plan_adapters(view)
-        _carry_out(model, plan, view, name, guards=Guards())
-    return tuple(plan.choices)
+    return _inject(model, config, name, plan_adapters, Guards())
 
 
 def inject_from_file(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
@@ -105,12 +100,28 @@ def inject_from_file(model: nn.Module, config: LoRAConfig, *, name: str = "defau
 
     No network that stands still is looked for, and no guard speaks: the file names what its training has found.
     """
-    _refuse_start(model, name)
     config = _without_lost_exclusions(model, config)
+    return _inject(model, config, name, plan_as_in_file, NO_GUARDS)
+
+
+def _inject(
+    model: nn.Module, config: LoRAConfig, name: str, plan_for: Callable[[View], Plan], guards: Guard
+) -> tuple[str, ...]:
+    """Adapt a model as planned, and return the names of all adapted layers. After an error, the model is as before."""
+    _refuse_start(model, name)
     with _name_active(model, config, name):
-        view = _begin_view(model, config)
-        plan = plan_as_in_file(view)
-        _carry_out(model, plan, view, name, guards=None)
+        view = View(model, config)
+        _refuse_pefts(view)
+        note_what_the_user_set(view)
+        plan = plan_for(view)
+        if plan.changes_layers:
+            refuse_in_block(model, "inject_adapters")
+        with undone_on_error(view):
+            if plan.to_detach:
+                detach_from(view, plan.to_detach)
+            refuse_other_configuration(view, plan.choices)
+            guards.layers_chosen(view, plan.to_attach)
+            _attach_and_freeze(model, plan, view, name)
     return tuple(plan.choices)
 
 
@@ -139,36 +150,15 @@ def _name_active(model: nn.Module, config: LoRAConfig, name: str) -> Iterator[No
         undo.keep()
 
 
-def _begin_view(model: nn.Module, config: LoRAConfig) -> View:
-    """Return a view of what ``config`` asks for, after the user's own flags are noted."""
-    view = View(model, config)
-    _refuse_pefts(view)
-    note_what_the_user_set(view)
-    return view
-
-
-def _carry_out(model: nn.Module, plan: Plan, view: View, name: str, guards: Guards | None) -> None:
-    """Detach and attach adapters as planned. After an error, the model is as before."""
-    if plan.changes_layers:
-        refuse_in_block(model, "inject_adapters")
-    with undone_on_error(view):
-        if plan.to_detach:
-            detach_from(view, plan.to_detach)
-        refuse_other_configuration(view, plan.choices)
-        if guards is not None:
-            guards.layers_chosen(view, plan.to_attach)
-        _attach_and_freeze(model, plan, view, name)
-
-
-def _attach_and_freeze(model: nn.Module, plan: Plan, view: View, name: str) -> None:
+def _attach_and_freeze(model: nn.Module, plan: Plan, asked: View, name: str) -> None:
     """Attach new adapters beside those at hand, freeze the base, and note what the active adapter begins with."""
     new_adapters = _new_adapters(plan.to_attach)
     if new_adapters:
         _check_not_parallel(model)
-    record = begin_record(model, view.config, name)
+    record = begin_record(model, asked.config, name)
     record.adapter.networks = plan.networks
 
-    view = view.as_recorded()
+    view = asked.as_recorded()
     attach_adapters(view, new_adapters)
     reinitialise_if_base_changed(view)
     follow_originals(view)

@@ -91,7 +91,7 @@ def _resized_before_training(view: View) -> dict[str, LoRALayer]:
 
 
 def _copied_or_left_out(view: View, choices: Mapping[str, Choice], networks: StillNetworks) -> set[str]:
-    """Layers that other code copied with their adapters, or that get none now, where nobody chose them."""
+    """Adapted layers that nobody chose: other code copied them with their adapters, or their network gets none."""
     copied = without(view.layers, view.recorded)
     left_out = names_inside(view.layers, networks.without_adapters)
     return {*copied, *left_out} - choices.keys()

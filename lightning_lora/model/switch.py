@@ -30,38 +30,44 @@ from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
-def switch_to(model: nn.Module, name: str | None) -> "Switched":
+def switch_to(model: nn.Module, name: str | None) -> "SwitchBlock":
     """Switch to one adapter of a model, or to its base (None).
 
     An error changes nothing. The public ``set_adapter`` also takes a sum of several.
     """
     record = record_of(model, "set_adapter")
     check_known(record, name, model)
-    shown = Switched(model, name, before=record.name_in_effect, active=record.adapter.name)
-    if name == shown.before:
-        return shown
+    block = SwitchBlock(model, name, shown_before=record.name_in_effect, active_before=record.adapter.name)
+    if name == block.shown_before:
+        return block
     if name is None:
         view = view_of(model)
         refuse_changed_since_merge(view)
         _show_base(view)
-    elif name == shown.active:
+    elif name == block.active_before:
         _show_adapter(View(model))
     else:
-        exchange(View(model), record.inactive_adapters[name])
-    return shown
+        _exchange(View(model), record.inactive_adapters[name])
+    return block
 
 
 @dataclass(repr=False)
-class Switched(AbstractContextManager[None]):
-    """What a switch returns: a ``with`` block of it, at whose end the model shows what it did before the call.
+class SwitchBlock(AbstractContextManager[None]):
+    """What a switch returns: a ``with`` block, at whose end the model shows what it did before the call.
 
     The call has switched already. The block switches again, as it may begin later, or a second time.
     """
 
     model: nn.Module
+
     name: str | None
-    before: str | None
-    active: str
+    """The adapter that the call has switched to. None: the base."""
+
+    shown_before: str | None
+    """The adapter that had its effect before. None: the base was shown."""
+
+    active_before: str
+    """The adapter that was on the layers before, with effect or without."""
 
     def __enter__(self) -> None:
         switch_to(self.model, self.name)
@@ -70,9 +76,9 @@ class Switched(AbstractContextManager[None]):
         record = find_record(self.model)
         if record is None:  # all were removed in the block
             return
-        if self.before is None and self.active in record.inactive_adapters:  # the base was shown over this one
-            switch_to(self.model, self.active)
-        switch_to(self.model, self.before)
+        if self.shown_before is None and self.active_before in record.inactive_adapters:
+            switch_to(self.model, self.active_before)  # the base was shown over this one
+        switch_to(self.model, self.shown_before)
 
     def __repr__(self) -> str:
         shown = "its base" if self.name is None else f"its adapter {self.name!r}"
@@ -205,7 +211,7 @@ def _check_not_resized(view: View, state: AdapterState) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def exchange(view: View, coming: AdapterState) -> None:
+def _exchange(view: View, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: an inactive one, or a new one that has no layers yet."""
     prepare_for_model(view, coming)
     put = _tensors_to_put(view, coming)  # what needs memory comes first
@@ -262,7 +268,7 @@ def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> U
     if config is None or name in names:
         switch_to(model, name)
     else:
-        exchange(View(model), AdapterState(config, name))
+        _exchange(View(model), AdapterState(config, name))
         undo.callback(lambda: record_of(model).inactive_adapters.pop(name))
     undo.callback(switch_to, model, names[0])
     return undo

@@ -90,7 +90,7 @@ def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContext
     title = _title(weights)
     if title in record.adapter_states and title not in _sums_in(record):
         raise AdapterStateError(f"An adapter has the name of this sum, {title!r}. Load it under another name.")
-    shown = switch.Switched(model, title, before=record.name_in_effect, active=record.adapter.name)
+    shown = switch.SwitchBlock(model, title, shown_before=record.name_in_effect, active_before=record.adapter.name)
     _put_sum(model, record, title, summed, weights)
     switch.switch_to(model, title)
     return shown

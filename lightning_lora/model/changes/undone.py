@@ -49,7 +49,7 @@ class _ModelBefore:
 
     def _restore_adapters(self, view: View) -> None:
         """Take off the adapters that are new, and attach those that were taken off."""
-        steps_before = {adapter.step for adapter in self.adapters.values()}  # by which an adapter is known
+        steps_before = {adapter.step for adapter in self.adapters.values()}  # an adapter keeps its step for life
         for layer in view.layers.values():
             if layer.lora_step not in steps_before:
                 layer.lora_detach()

@@ -26,7 +26,7 @@ def about_networks_left_out(networks: Collection[str], title: str) -> str:
     )
 
 
-def find_still_networks(view: View, kinds: Mapping[str, type], still: Set[nn.Parameter]) -> StillNetworks:
+def find_still_networks(view: View, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter]) -> StillNetworks:
     """Return which networks get no adapter, and which follow another one.
 
     Layers that the user names always get an adapter, and one that has learned is kept. So networks are looked for only
@@ -35,33 +35,35 @@ def find_still_networks(view: View, kinds: Mapping[str, type], still: Set[nn.Par
     Args:
         view: The model, adapted or not.
         kinds: The adapter class of each layer that is targeted.
-        still: Parameters of the base that stand still: frozen, or in no optimizer.
+        still_parameters: Parameters of the base that stand still: frozen, or in no optimizer.
     """
     if view.config.target_modules not in AUTOMATIC:
-        return known_still_networks(view, kinds, still)
-    known = _known_networks(view, kinds, still, copy_may_lack=True)
-    if still:
-        known = _with_networks_found(view, known, kinds, still)
+        return known_still_networks(view, kinds, still_parameters)
+    known = _known_networks(view, kinds, still_parameters, copies_may_be_smaller=True)
+    if still_parameters:
+        known = _with_networks_found(view, known, kinds, still_parameters)
     return known.with_bare_layers(kinds.keys())
 
 
-def known_still_networks(view: View, kinds: Mapping[str, type], still: Set[nn.Parameter]) -> StillNetworks:
+def known_still_networks(view: View, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter]) -> StillNetworks:
     """Return which networks get no adapter as before, and which are exact copies. No other is looked for."""
-    return _known_networks(view, kinds, still, copy_may_lack=False).with_bare_layers(kinds.keys())
+    return _known_networks(view, kinds, still_parameters, copies_may_be_smaller=False).with_bare_layers(kinds.keys())
 
 
 def _known_networks(
-    view: View, kinds: Mapping[str, type], still: Set[nn.Parameter], *, copy_may_lack: bool
+    view: View, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter], *, copies_may_be_smaller: bool
 ) -> StillNetworks:
-    """Those of before that still stand still, and all copies. A copy may lack layers if the user has named none."""
+    """Those of before that still stand still, and all copies. A smaller copy lacks some of its original's weights."""
     before = view.adapter.networks if view.is_on_layers else StillNetworks()
     copies = _copies_as_before(view, before)  # if none of them trains now
-    copies |= find_copies(view.modules, view.base_parameters, kinds.keys(), still, may_lack=copy_may_lack)
+    copies |= find_copies(
+        view.modules, view.base_parameters, kinds.keys(), still_parameters, may_lack=copies_may_be_smaller
+    )
     return StillNetworks(beside_training=_still_as_before(view, before), copies=copies)
 
 
 def _with_networks_found(
-    view: View, known: StillNetworks, kinds: Mapping[str, type], still: Set[nn.Parameter]
+    view: View, known: StillNetworks, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter]
 ) -> StillNetworks:
     """The known networks, and those that are found in the layers outside them."""
 
@@ -73,7 +75,7 @@ def _with_networks_found(
         view.modules,
         view.base_parameters,
         set(layers),
-        still - _weights_that_have_learned(view),
+        still_parameters - _weights_that_have_learned(view),
         named_by_user=_named_by_user(view),
         copies=known.copies,
         find_untrained=find_new_modules,

@@ -11,6 +11,8 @@ A momentum network is one: its weights are an average of the original's. There a
 from collections.abc import Mapping, Set
 from dataclasses import replace
 
+from torch import nn
+
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
@@ -54,8 +56,11 @@ def copies_among(view: View, layers: Set[str]) -> dict[str, str]:
     if not layers:
         return {}
     around_others = modules_around(without(view.layers, layers))
-    still = {parameter for name, parameter in view.base_parameters.items() if owner_of(name) not in around_others}
-    return find_copies(view.modules, view.base_parameters, view.layers.keys(), still)
+    still_parameters = set[nn.Parameter]()
+    for name, parameter in view.base_parameters.items():
+        if owner_of(name) not in around_others:
+            still_parameters.add(parameter)
+    return find_copies(view.modules, view.base_parameters, view.layers.keys(), still_parameters)
 
 
 def _original_layers(view: View, networks: StillNetworks) -> dict[str, LoRALayer]:

@@ -24,9 +24,9 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     the layers of those that are paused.
     """
     frozen_by_user = set(only(view.base_parameters, view.frozen_by_user).values())
-    still = unheld | frozen_by_user
-    found = find_still_networks(view, _kinds_that_train(view), still)
-    copies = _copies_that_stand_still(view, found, still)
+    still_parameters = unheld | frozen_by_user
+    found = find_still_networks(view, _kinds_that_train(view), still_parameters)
+    copies = _copies_that_stand_still(view, found, still_parameters)
 
     # what has learned is kept, in whatever network it is
     paused = _pause_layers(view, unheld, copies)
@@ -36,8 +36,8 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     # all networks are noted before flags are set by them
     _note_networks(view, found.under_head, copies)
     strip_adapters(view, found.beside_training)
-    view.look_again()
-    freeze(view)  # again: in a copy, what trains in full does not, and strip_adapters may have done nothing
+    view.look_again()  # what trains of the base depends on the networks that are noted
+    freeze(view)  # nothing of a copy trains, not even what trains in full elsewhere
     follow_originals(view)
     return paused
 
@@ -51,10 +51,13 @@ def _kinds_that_train(view: View) -> dict[str, type]:
     return kinds
 
 
-def _copies_that_stand_still(view: View, found: StillNetworks, still: Set[nn.Parameter]) -> dict[str, str]:
-    """The copies in which nothing trains by itself."""
+def _copies_that_stand_still(view: View, found: StillNetworks, still_parameters: Set[nn.Parameter]) -> dict[str, str]:
+    """The copies in which nothing trains by itself. One that an optimizer trains now is a copy no more."""
     trained_before = view.record.base.trained_before
-    training = [name for name, p in view.base_parameters.items() if trained_before.get(name) and p not in still]
+    training = []
+    for name, parameter in view.base_parameters.items():
+        if trained_before.get(name) and parameter not in still_parameters:
+            training.append(name)
     return without(found.copies, modules_around(training))
 
 

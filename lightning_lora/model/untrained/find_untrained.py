@@ -40,19 +40,19 @@ class Untrained:
         return not math.isnan(self.share)
 
     @property
-    def is_whole_model(self) -> bool:
+    def is_mostly_untrained(self) -> bool:
         """Whether most of the model looks untrained, as one that is trained from its start. Not if none was judged."""
         return self.share > MOST_SHARE
 
     @property
-    def is_trained_model(self) -> bool:
+    def is_mostly_trained(self) -> bool:
         """Whether most of the model looks trained. Not if none was judged."""
         return self.share <= MOST_SHARE
 
     @property
     def new_modules(self) -> tuple[str, ...]:
         """The modules that look new in a trained model: none, if most of it looks untrained."""
-        return () if self.is_whole_model else self.modules
+        return () if self.is_mostly_untrained else self.modules
 
 
 def find_untrained(view: View) -> Untrained:

@@ -42,7 +42,7 @@ def _random_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:
     none is noted: its base is not random by accident.
     """
     modules = set(found.new_modules)
-    if found.is_trained_model:
+    if found.is_mostly_trained:
         linear_layers = of_type(view.modules, nn.Linear)
         modules.update(only(linear_layers, small_layers(view)))
     in_modules = set(names_inside(view.frozen_base, modules))

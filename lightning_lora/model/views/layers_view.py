@@ -50,7 +50,10 @@ class LayersView:
 
     @property
     def config(self) -> LoRAConfig:
-        """The configuration that is asked for now, or that of the adapters at hand."""
+        """The configuration that is asked for now, before the record has it.
+
+        If none is asked for: that of the adapters at hand, which leaves out the networks without adapters too.
+        """
         if self._config_asked_for is not None:
             return self._config_asked_for
         left_out = map(re.escape, self.adapter.networks.without_adapters)
