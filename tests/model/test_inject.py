@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from lightning_lora import moments
 from lightning_lora.model.own_loop.trainer_only import TRAINER_ONLY
 from lightning_lora.model.start_call import record_of
-from lightning_lora.moments import Guards
+from lightning_lora.model.view import View
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import fails_at, kinds, unchanged
 from tests.support.models import LitTiny, randomise, state
@@ -256,11 +257,12 @@ def test_a_factor_that_other_code_froze_alone_trains_after_another_injection() -
 
 
 def test_guards_are_told_of_the_chosen_layers_before_adapters_are_put_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
+    numbers_of_adapted = []
 
-    def note(guards: Guards, moment: Any, view: Any, *_: Any) -> None:
-        told.append((moment.__name__, len(view.layers)))
+    class Noting(moments.Guard):
+        def layers_chosen(self, view: View, new: Collection[str]) -> None:
+            numbers_of_adapted.append((len(view.layers), len(new)))
 
-    monkeypatch.setattr(Guards, "_pass_on", note)
-    ll.inject_adapters(LitTiny(), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
-    assert told[0] == ("layers_chosen", 0)
+    monkeypatch.setattr(moments, "GUARDS", [Noting])
+    names = ll.inject_adapters(LitTiny(), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
+    assert numbers_of_adapted == [(0, len(names))]
