@@ -45,9 +45,13 @@ _CALL = "To load a checkpoint"  # in errors
 def adapter_only(
     model: nn.Module, checkpoint: Checkpoint, metrics: dict[str, float], *, written_later: bool = False
 ) -> Checkpoint:
-    """Return ``checkpoint`` to be written: of the model, it holds only what training changed, and a description.
+    """Return a checkpoint to be written: of the model, it holds only what training changed, and a description.
 
-    That also has the ``metrics`` that the run has logged.
+    Args:
+        model: The model.
+        checkpoint: All that a Trainer would write.
+        metrics: What the run has logged, for the description.
+        written_later: Whether training may go on before the file is written. Then it gets copies.
     """
     view = view_of(model)
     fingerprints = note_changes(view, anew=False)
@@ -66,7 +70,10 @@ def adapter_only(
 def with_merged_model(
     model: nn.Module, checkpoint: Checkpoint, *, written_later: bool = False
 ) -> tuple[Checkpoint, dict[str, float]]:
-    """Return a checkpoint with the whole merged model, for any code. The adapters are in the entry of this package."""
+    """Return a checkpoint with the whole merged model, for any code. The adapters are in the entry of this package.
+
+    Also return the share of each layer's update that is lost to rounding.
+    """
     adapters = without_notes(checkpoint["state_dict"])
     description = checkpoint[KEY]
     merged, lost = merged_state(view_of(model), adapters)
@@ -82,7 +89,7 @@ def _with_small_states(view: View, checkpoint: Checkpoint) -> Checkpoint:
     small = dict(checkpoint)
     for key, state in only(checkpoint, _STATES).items():
         small[key] = _small_state(view, state)
-    for callback, state in _with_averages(checkpoint).items():
+    for callback, state in _callbacks_with_average(checkpoint).items():
         small_average = _small_state(view, state[AVERAGE])
         small["callbacks"] = {**small["callbacks"], callback: {**state, AVERAGE: small_average}}
     return small
@@ -94,7 +101,7 @@ def _small_state(view: View, state: StateDict) -> dict[str, Any]:
     return {name: _alone(value) for name, value in values.items()}
 
 
-def _with_averages(checkpoint: Checkpoint) -> dict[str, Any]:
+def _callbacks_with_average(checkpoint: Checkpoint) -> dict[str, Any]:
     """The states of callbacks that hold a full model, by callback: Lightning's StochasticWeightAveraging has one."""
     return where(checkpoint.get("callbacks", {}), _has_average)
 
@@ -123,7 +130,7 @@ def _copy(checkpoint: Checkpoint) -> Any:
 
 def complete_averages(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Put the base's values back into averages that :func:`adapter_only` made small."""
-    for state in _with_averages(checkpoint).values():
+    for state in _callbacks_with_average(checkpoint).values():
         base = base_values(view_of(model))
         state[AVERAGE] = _with_base(model, state[AVERAGE], base)
 

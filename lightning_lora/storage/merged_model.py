@@ -191,27 +191,30 @@ def _write_safetensors(view: View, path: Path) -> None:
 def _write_folder(view: View, path: Path) -> None:
     """Write the folder of the one model inside, by its own ``save_pretrained``."""
     root = root_of(view.model)
-    inner = submodule(view.model, root)
-    title = view.title
-    save = getattr(inner, "save_pretrained", None)
-    if save is None:
+    inner: Any = submodule(view.model, root)
+    if getattr(inner, "save_pretrained", None) is None:
         raise AdapterFileError(
-            f"{title} has no save_pretrained, nor has one model inside it. Use a name that ends in .ckpt for a "
+            f"{view.title} has no save_pretrained, nor has one model inside it. Use a name that ends in .ckpt for a "
             "LightningModule, or in .safetensors."
         )
-    outside = names_outside(root, trained_tensors(view))
-    if outside:
-        raise AdapterFileError(
-            f"save_pretrained writes {root!r} of {title} alone, and {listed(outside)} were trained outside of it. Use "
-            "a name that ends in .ckpt or .safetensors."
-        )
+    _refuse_trained_outside(view, root)
     refuse_to_tie_again(view)
     state = checked_merged_state(view, {})
     with writing_folder(path) as part, answering(view.model, state):
         try:
-            save(part)
+            inner.save_pretrained(part)
         except ValueError as error:
             raise _refused_by(inner, error) from error
+
+
+def _refuse_trained_outside(view: View, root: str) -> None:
+    """Refuse a model of which something was trained that is not in the one model inside."""
+    outside = names_outside(root, trained_tensors(view))
+    if outside:
+        raise AdapterFileError(
+            f"save_pretrained writes {root!r} of {view.title} alone, and {listed(outside)} were trained outside of it. "
+            "Use a name that ends in .ckpt or .safetensors."
+        )
 
 
 def _refused_by(model: nn.Module, error: ValueError) -> AdapterFileError:

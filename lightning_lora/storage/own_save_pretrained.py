@@ -18,15 +18,14 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Let an adapted model's ``save_pretrained`` write what the model computes, whoever calls it."""
     reshard(model)
     save = type(model).save_pretrained
-    view = View(model)
     args, kwargs = _by_name(save, args, kwargs)
     given = kwargs.get("state_dict")
+    view = View(model)
+    adapters = view.adapter_parameters
     is_inside_another_save = "state_dict" in vars(model)
-    if is_inside_another_save or _is_plain_state(given, view.adapter_parameters):
+    if is_inside_another_save or _is_plain_state(given, adapters):
         return save(model, *args, **kwargs)
-    # While the model shows its base, its layers compute without updates, so none is merged. The view has named the
-    # adapters' parameters above, with all layers: so none of these is written either.
-    view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}
+    _leave_out_disabled_layers(view)
     refuse_to_tie_again(view)
     state = checked_merged_state(view, given or {})
     if view.layers:
@@ -38,6 +37,14 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**kwargs, "state_dict": state}
     with answering(model, state):
         return save(model, *args, **kwargs)
+
+
+def _leave_out_disabled_layers(view: View) -> None:
+    """Leave out layers that compute without updates, while the model shows its base: none is merged.
+
+    The view must have looked at the parameters of all adapters before. So none of these is written either.
+    """
+    view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}
 
 
 def _is_plain_state(given: StateDict | None, adapters: Mapping[str, Tensor]) -> bool:

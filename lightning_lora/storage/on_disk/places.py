@@ -41,16 +41,18 @@ def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("
         return
     if not local.parent.is_dir():
         raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
-    written = set[Path]()
-    for file in files:
-        place = (local / file).resolve()
-        written.update((place, *place.parents))
+    written = [(local / file).resolve() for file in files]
     for each in inputs:
         source = local_path(each)
-        if source is not None and any(_are_one(source, place) for place in written):
+        if source is not None and _is_changed(source, written):
             raise AdapterFileError(
                 f"{out} would be written over or into {source}, which it is made from. Choose another place."
             )
+
+
+def _is_changed(path: Path, written: Iterable[Path]) -> bool:
+    """Whether a path is one of the files that are written, or a folder around one."""
+    return any(_are_one(path, place) for file in written for place in (file, *file.parents))
 
 
 def _are_one(one: Path, other: Path) -> bool:

@@ -43,11 +43,11 @@ def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> d
     copies = only(present, rows_of(view))  # with rows set to zero: new ones each time, which nothing remembers
     weights = without(present, copies)
     readings = view.record.base.readings
-    found = readings.digests_read_anew(weights) if anew else readings.digests_now(weights)
-    for name, tensor in copies.items():
-        found[name] = digest(tensor)
-    digests = {tensor: found[name] for name, tensor in present.items()}
-    return {name: digests.get(tensor, 0) for name, tensor in tensors.items()}
+    digests = readings.digests_read_anew(weights) if anew else readings.digests_now(weights)
+    for name, copy in copies.items():
+        digests[name] = digest(copy)
+    digest_of = {tensor: digests[name] for name, tensor in present.items()}
+    return {name: digest_of.get(tensor, 0) for name, tensor in tensors.items()}
 
 
 def layout_of(tensors: Tensors, renaming: Renaming) -> str:
