@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.fingerprints import find_same_form
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError
 from lightning_lora.model.base_values import base_values
 from lightning_lora.model.untrained.random_weights import random_weights
@@ -21,9 +20,8 @@ from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
 from lightning_lora.storage.load.full_states import load_base
 from lightning_lora.storage.load.put import put
-from lightning_lora.storage.merged_state import merged_state, take_updates_out
-from lightning_lora.storage.same_base.base_changes import changes_between, note_changes
-from lightning_lora.storage.same_base.fingerprint import fingerprint
+from lightning_lora.storage.merged_state import merged_state
+from lightning_lora.storage.same_base.base_changes import note_changes
 from lightning_lora.storage.same_base.stored_fingerprints import with_half_digests
 from lightning_lora.storage.state import NOTE, copies_of, values_to_store, without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
@@ -133,19 +131,6 @@ def complete_averages(model: nn.Module, checkpoint: Checkpoint) -> None:
     for state in _callbacks_with_average(checkpoint).values():
         base = base_values(view_of(model))
         state[AVERAGE] = _with_base(model, state[AVERAGE], base)
-
-
-def restore_base_from(model: nn.Module, merged: StateDict, checkpoint: Checkpoint) -> bool:
-    """Make the base from a checkpoint's merged weights. Code without adapters loads these before it resumes a run."""
-    if not merged:
-        return False
-    view = view_of(model)
-    base_of_training = find_same_form(checkpoint[KEY]["base"], fingerprint(view, anew=False))
-    if base_of_training is None or not take_updates_out(view, merged, checkpoint["state_dict"]):
-        return False
-    base_computed_back = fingerprint(view, anew=False)  # the same, up to rounding
-    view.record.base.note_computed_back(changes_between(view, base_of_training, base_computed_back))
-    return True
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The state of a merged model, while its adapters stay on their layers. And the base again, from such a state."""
+"""The state of a merged model, while its adapters stay on their layers."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.functional.dtypes import wide
 from lightning_lora.layers import HAS_UPDATE, LoRALayer
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.changed_since_merge import refuse_changed_since_merge
@@ -21,7 +20,7 @@ from lightning_lora.tensors.dicts import names_of_each, only, renamed, without
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.tensors.values import detached, replace_values
+from lightning_lora.tensors.values import detached
 
 
 def merged_state(view: View, changed: StateDict) -> tuple[dict[str, Any], dict[str, float]]:
@@ -42,7 +41,7 @@ def merged_state(view: View, changed: StateDict) -> tuple[dict[str, Any], dict[s
     _refuse_spread_weights(view, changed)
     refuse_computed_weights(view)
     refuse_unmergeable(view)
-    with _replaced_values(view, changed):
+    with replaced_values(view, changed):
         merged, lost = _merged_weights_on_host(view)
     return _noted(view, _state_with(view, changed, merged)), lost
 
@@ -98,7 +97,7 @@ def _noted(view: View, state: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _replaced_values(view: View, values: StateDict) -> Iterator[None]:
+def replaced_values(view: View, values: StateDict) -> Iterator[None]:
     """Give the adapters and their weights other values, and their own ones back."""
     with ExitStack() as undo, torch.no_grad():
         for name, layer in view.layers.items():
@@ -144,57 +143,3 @@ def _layer_that_adapts(module: nn.Module) -> nn.Module:
     """The layer whose adapter a module computes with: its own, or of one that it is tied to."""
     owners: tuple[nn.Module] = vars(module).get("lora_tied_to", (module,))
     return owners[0]
-
-
-# The base again
-
-
-def take_updates_out(view: View, merged: StateDict, changed: StateDict) -> bool:
-    """Take a file's updates out of its merged weights. The weights are the base's then, up to rounding."""
-    adapters = only(changed, view.adapter_parameters)
-    if not _can_be_taken_out(view, renamed(merged, plain_name), adapters):
-        return False
-    with _replaced_values(view, adapters), torch.no_grad():
-        for layer in view.layers.values():
-            _take_update_out(layer)
-    return True
-
-
-def _take_update_out(layer: LoRALayer) -> None:
-    """Subtract the update of a layer from its weights."""
-    for name in layer.lora_weights():
-        weight = own_parameter(layer, name)
-        update = layer.lora_effective_weight(name).sub_(weight)
-        base = weight.to(wide(weight.dtype)) - update
-        replace_values(weight, base.to(weight.dtype))
-    layer.lora_weights_changed()
-
-
-def _can_be_taken_out(view: View, merged: StateDict, adapters: StateDict) -> bool:
-    """Whether a file has updates for these layers, and the model the file's merged weights and no adapters yet."""
-    have_one_shape = _shapes_of(adapters) == _shapes_of(view.adapter_parameters)
-    return have_one_shape and _is_exact_sum(view) and view.is_fresh() and _has_weights(view, merged)
-
-
-def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """The shapes of tensors by name."""
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _is_exact_sum(view: View) -> bool:
-    """Whether an update can be subtracted again: not from a scaled, rounded or sharded sum."""
-    uses_dora = any(layer.lora_settings.use_dora for layer in view.layers.values())
-    is_rounded = any(_is_narrow(parameter) for parameter in view.base_parameters.values())
-    return not (uses_dora or is_rounded or view.is_sharded)
-
-
-def _is_narrow(parameter: Tensor) -> bool:
-    """Whether it is less precise than float32."""
-    return parameter.is_floating_point() and parameter.element_size() < 4
-
-
-def _has_weights(view: View, merged: StateDict) -> bool:
-    """Whether all weights of the model are those of a file."""
-    if not view.base_parameters.keys() <= merged.keys():
-        return False
-    return all(torch.equal(parameter.cpu(), merged[name].cpu()) for name, parameter in view.base_parameters.items())

@@ -2,5 +2,6 @@
 
 That is ``put.py``. Before, names become the model's (``other_names.py``), and modules are built that a file needs
 (``built_modules.py``, ``rebuilding.py``). ``fits.py`` checks. ``from_state_dicts.py`` is for state dicts, also those
-that torch loads. ``full_states.py`` is for checkpoints without adapters.
+that torch loads. ``full_states.py`` is for checkpoints without adapters, and ``base_of_merged.py`` for those whose
+merged weights other code has loaded.
 """

@@ -16,6 +16,7 @@ from lightning_lora.storage.formats.lightning import (
     remove_callback_state,
     without_run_state,
 )
+from lightning_lora.storage.load.base_of_merged import restore_base_from
 from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.on_disk.places import local_path
 from lightning_lora.storage.on_disk.temporary_files import remove_left_parts
@@ -88,7 +89,7 @@ class LoadMethods(SetUpMethods):
 
     def _take_updates_out(self, merged_weights: Checkpoint, checkpoint: Checkpoint, path: Any) -> None:
         """Make the weights the base again, if other code has loaded the file's merged weights into the module."""
-        if checkpoints.restore_base_from(self.module, merged_weights, checkpoint):
+        if restore_base_from(self.module, merged_weights, checkpoint):
             rank_zero_info(
                 f"{type(self.module).__name__} holds the merged weights of {path}. Their updates are taken "
                 "out, up to rounding. For the same bits, load the base's own weights."
