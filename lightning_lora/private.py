@@ -83,6 +83,11 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
 
 
+def forward_hooks_of(module: Any) -> list[Any]:
+    """Return the hooks around a module's forward. Without it: PEFT runs these elsewhere, and nothing says so."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def local_offsets(tensor: Any) -> tuple[Any, Any]:
     """Return the shape of a DTensor's local shard, and where it begins. Without it: no digests of shards."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

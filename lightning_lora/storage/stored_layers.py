@@ -22,6 +22,7 @@ from lightning_lora.layers import (
     weights_of,
 )
 from lightning_lora.model.view import View
+from lightning_lora.private import forward_hooks_of
 from lightning_lora.tensors.dicts import names_of_each, only, with_values, without
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import join, names_not_in, own_parameter, owner_of
@@ -31,6 +32,8 @@ Matrices = tuple[AdaptedMatrix, ...]
 Shape = tuple[int, ...]
 
 _ALSO = "also"  # the entry of a layer's options in files that holds its other names
+_HOOKED = "hooked"  # the entry that says that code has put hooks around its forward
+_HOOKS_THAT_LOOK = ("torch.", "lightning", "pytorch_lightning.", "transformers.")  # whose hooks change no output
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ class StoredLayer:
         """Its other names, if the model uses the layer in several places. Files hold them among the options."""
         names: Sequence[str] = self.options.get(_ALSO, ())
         return names
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether there are hooks around its forward, which may change what it computes."""
+        return bool(self.options.get(_HOOKED))
 
     def others_with_its_weights(self) -> list[str]:
         """Return the names of other layers that have a weight of it: not its own other names."""
@@ -213,11 +221,18 @@ def _shapes_of_weights(layer: nn.Module, kind: Kind, matrices: Matrices) -> dict
 
 
 def _options(view: View, name: str, kind: Kind) -> dict[str, Any]:
-    """What a layer's update depends on beside its weights, and the other names that the layer has."""
+    """What a layer's update depends on beside its weights, the other names that the layer has, and hooks."""
     layer = view.modules[name]
     options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
     names = with_values(view.modules, {layer})
     also = names_not_in(names, [name])
     if also:
         options[_ALSO] = also
+    if any(map(_may_change_outputs, forward_hooks_of(layer))):
+        options[_HOOKED] = True
     return options
+
+
+def _may_change_outputs(hook: Any) -> bool:
+    """Whether a hook around a forward may change what is computed, by where it comes from."""
+    return not str(getattr(hook, "__module__", "")).startswith(_HOOKS_THAT_LOOK)

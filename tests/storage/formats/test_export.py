@@ -3,6 +3,7 @@
 import json
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, LoRAWarning, adapter_state_dict, export_peft, save_adapter
+from lightning_lora import LoRAConfig, LoRAWarning, adapter_state_dict, export_peft, load_adapter, save_adapter
 from tests.storage.formats.test_reading import IMAGES, INDEX
 from tests.support.models import WIDTH, WORDS, TinyLM
 from tests.support.peft_export import check_equal, check_read, read, trained
@@ -217,6 +218,30 @@ def test_encoder_in_eval_mode_is_named(tmp_path: Path) -> None:
         export_peft(model, tmp_path / "peft")
     x = torch.randn(2, 5, WIDTH)
     check_equal(read(base, tmp_path / "peft", merged=True)(x), model(x))
+
+
+def doubles(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def test_layers_with_forward_hooks_are_named(tmp_path: Path) -> None:
+    """PEFT doubles the output of the layer inside, and adds the update after that."""
+    hooked = nn.Linear(4, 4)
+    hooked.register_forward_hook(doubles)
+    base = nn.Sequential(nn.Linear(4, 4), hooked)
+    model = trained(base, LoRAConfig(r=2))
+    save_adapter(model, tmp_path / "own.safetensors")
+    for source in (model, tmp_path / "own.safetensors"):
+        with pytest.warns(LoRAWarning, match="^'1' have forward hooks"):
+            export_peft(source, tmp_path / "peft")
+    x = torch.randn(3, 4)
+    here = model(x)
+    there = read(base, tmp_path / "peft")
+    merged = read(base, tmp_path / "peft", merged=True)
+    assert not torch.allclose(there(x), here, atol=1e-3)
+    check_equal(merged(x), here)
+    with pytest.warns(LoRAWarning, match="^'1' have forward hooks"):
+        load_adapter(deepcopy(base), tmp_path / "peft")
 
 
 def test_uniform_has_one_rank_and_one_alpha(tmp_path: Path) -> None:

@@ -105,9 +105,10 @@ def test_an_export_names_every_reader_that_computes_something_else_without_a_wor
 ) -> None:
     warned = exported(tmp_path, kind, **config)
     found = lines(tmp_path)
-    silent = {reader for reader, text in found.items() if "ignores" in text or "scales otherwise" in text}
-    assert silent >= {"TGI", "LoRAX"}
-    assert {reader for reader in found if reader in warned} >= silent
+    assert "ignores" in found["TGI"] or "scales otherwise" in found["TGI"]
+    for reader, text in found.items():
+        if "ignores" in text or "scales otherwise" in text:
+            assert reader in warned
 
 
 def test_trained_rows_are_named(lines: Any, tmp_path: Path) -> None:

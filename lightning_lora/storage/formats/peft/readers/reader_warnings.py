@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_lora.errors import listed, warn
 from lightning_lora.storage.formats.export import Export
+from lightning_lora.storage.formats.peft.hooked_layers import warn_of_hooks
 from lightning_lora.storage.formats.peft.readers.folder_readers import Contents, with_names
 from lightning_lora.storage.formats.peft.readers.llama_cpp import warn_of_tied_embeddings, warn_of_transposed_layers
 from lightning_lora.storage.formats.peft.readers.reader_table import (
@@ -33,6 +34,7 @@ def warn_of_merges(export: Export) -> None:
     """Warn where PEFT's model, merged or not, computes something else."""
     _warn_of_tied_weights(export)
     _warn_of_encoders(export)
+    warn_of_hooks(export.stored.layers.values())
 
 
 def _warn_of_tied_weights(export: Export) -> None:

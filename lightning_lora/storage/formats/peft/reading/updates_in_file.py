@@ -8,6 +8,7 @@ from lightning_lora.layers import LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRARecurrent
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.layer_updates import AdapterTensors, LayerUpdate
+from lightning_lora.storage.formats.peft.hooked_layers import warn_of_hooks
 from lightning_lora.storage.formats.peft.reading.adapted_attention import AdaptedAttention
 from lightning_lora.storage.formats.peft.reading.adapted_layer import AdaptedLayer
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule
@@ -28,6 +29,7 @@ def updates_in(file: PeftFile) -> list[LayerUpdate]:
         update = _adapted_as(file, name_in_file, adapters).read_update()
         if update.layer.matrices:  # an attention's may all be zero
             updates.append(update)
+    warn_of_hooks([update.layer for update in updates])
     return updates
 
 
