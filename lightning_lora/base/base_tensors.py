@@ -197,12 +197,13 @@ class Base:
     def note_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note that the updates are out of the weights.
 
-        What trains now is what trained in the merged model.
+        While they were merged, the model was a plain one, and its parameters trained as before the adapters. What the
+        user has frozen or thawed there is noted.
         """
         for name, parameter in parameters.items():
             trains_now = parameter.requires_grad
             did_train = self.trained_before.get(name, trains_now)
-            if did_train and not trains_now:  # the user has frozen it meanwhile
+            if did_train and not trains_now:
                 self.note_frozen_since([name])
             elif trains_now and not did_train:
                 self.note_thawed_since([name])

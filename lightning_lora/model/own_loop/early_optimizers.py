@@ -38,43 +38,51 @@ def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
     """Refuse an optimizer of frozen weights of adapted layers, or of inactive adapters, if it holds no active one."""
     if optimizer in _CHECKED:
         return
-    held = _held_by(optimizer)
-    with_gradients = _with_gradients(held)
-    frozen = {p for p in held - with_gradients if not p.requires_grad}
+    held = _Held(optimizer)
     may_hold_a_share = dist.is_available() and dist.is_initialized()  # of what trains, in each process
     for model in list(_ADAPTED):
         view = View(model)
-        check_dtypes(view, optimizer, held)
-        if may_hold_a_share:
-            continue
-        _check_frozen(view, optimizer, held, frozen)
-        if not with_gradients:
-            _check_active(view, optimizer, held)
+        check_dtypes(view, optimizer, held.parameters)
+        if not may_hold_a_share:
+            _refuse_frozen_weights(view, held)
+            _refuse_inactive_adapters(view, held)
     _CHECKED.add(optimizer)
 
 
-def _check_frozen(view: View, optimizer: Optimizer, held: set[nn.Parameter], frozen: set[nn.Parameter]) -> None:
+class _Held:
+    """What an optimizer holds when it takes a step."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.parameters = _held_by(optimizer)
+        self.with_gradients = _with_gradients(self.parameters)
+        self.frozen = {p for p in self.parameters - self.with_gradients if not p.requires_grad}
+
+
+def _refuse_frozen_weights(view: View, held: _Held) -> None:
     """Refuse an optimizer that holds frozen weights of adapted layers, and none of their adapters."""
-    layers_by_weight = _layers_of_frozen_weights(view, frozen)
+    layers_by_weight = _layers_of_frozen_weights(view, held.frozen)
     adapters = _adapters_on(view, set(layers_by_weight.values()))
-    if not adapters or not held.isdisjoint(adapters):
+    if not adapters or not held.parameters.isdisjoint(adapters):
         return
-    trains_others = frozen != held
-    if trains_others and _are_held_by_another(adapters, optimizer):  # this one is for the others
+    trains_others = held.frozen != held.parameters
+    if trains_others and _are_held_by_another(adapters, held.optimizer):  # this one is for the others
         return
     raise OptimizerError(
-        f"{type(optimizer).__name__} holds {listed(layers_by_weight)} of {view.title}, which are frozen, and no "
+        f"{type(held.optimizer).__name__} holds {listed(layers_by_weight)} of {view.title}, which are frozen, and no "
         "adapter. Make it after inject_adapters or load_adapter, of (p for p in model.parameters() if p.requires_grad)."
     )
 
 
-def _check_active(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> None:
+def _refuse_inactive_adapters(view: View, held: _Held) -> None:
     """Refuse an optimizer that holds inactive adapters alone, after a backward pass through others in no optimizer."""
-    holds_inactive_alone = held and held <= _inactive_parameters(view)
+    if held.with_gradients:
+        return
+    holds_inactive_alone = held.parameters and held.parameters <= _inactive_parameters(view)
     active = _with_gradients(view.model.parameters())
-    if holds_inactive_alone and active and not _are_held_by_another(active, optimizer):
+    if holds_inactive_alone and active and not _are_held_by_another(active, held.optimizer):
         raise OptimizerError(
-            f"{type(optimizer).__name__} holds adapters of {view.title} that rest, and no optimizer holds "
+            f"{type(held.optimizer).__name__} holds adapters of {view.title} that rest, and no optimizer holds "
             f"{view.adapter.name!r}, which has gradients. Make it anew after set_adapter or inject_adapters, of (p for "
             "p in model.parameters() if p.requires_grad)."
         )

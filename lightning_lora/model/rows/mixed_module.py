@@ -11,75 +11,15 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.functional.batch_rows import add_to_rows, stacked
 from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.split_batch import NoRowsError, put_together, take_rows
-from lightning_lora.layers import LayerAdapter, LoRALayer, LoRALinear, Step, attributes_of
-from lightning_lora.layers.each_kind.recurrent import LoRARecurrent
-from lightning_lora.layers.functional_call import functional_call
+from lightning_lora.layers import LayerAdapter
 from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.norms import has_running_statistics
+from lightning_lora.model.rows.module_runner import ModuleRunner, Name, Values
 from lightning_lora.model.view import View
 from lightning_lora.private import version_of
 from lightning_lora.tensors.dicts import grouped
-from lightning_lora.tensors.inplace import combined
-
-Name = str | None
-"""An adapter's name. None: the base."""
-
-Values = dict[Name, dict[str, Any]]
-"""What a module has with each name, in the place of its own tensors."""
-
 
 _ATTN_MASK = 5  # the place of attn_mask among the arguments of an attention
-
-_DERIVED = LoRARecurrent.lora_from_weights
-"""What a module may have made of its weights, to be made anew. Only recurrent layers have some, or these names."""
-
-
-class _ModuleRunner:
-    """Runs a module with the adapter of one name, or as the base.
-
-    ``running`` is a stack that all modules of the block share: the names whose rows run now, the innermost last. By it,
-    the modules inside this one run with the same adapter.
-    """
-
-    def __init__(self, module: Any, adapters: Mapping[Name, LayerAdapter], values: Values, running: list[Name]) -> None:
-        self.module = module
-        self.adapters = adapters
-        self.values = values
-        self.running = running
-        self.plain_class: Any = module.lora_plain_class if isinstance(module, LoRALayer) else type(module)
-        self.step = vars(module).get("lora_step", Step())
-        self.has_dropout = any(adapter.settings.dropout > 0 for adapter in adapters.values())
-
-    def run_as(self, name: Name, args: Any, kwargs: Any) -> Any:
-        """Run the module with the adapter of this name."""
-        cls = self.plain_class
-        attributes = self.values.get(name, {})
-        adapter = self.adapters.get(name)
-        if adapter is not None:
-            cls = self._adapted_class(adapter)
-            attributes = {**attributes_of(adapter), "lora_step": self.step, **adapter.parameters, **attributes}
-        self.running.append(name)
-        try:
-            return functional_call(self.module, cls, attributes, _DERIVED, *args, **kwargs)
-        finally:
-            self.running.pop()
-
-    def _adapted_class(self, adapter: LayerAdapter) -> Any:
-        return combined(adapter.kind, self.plain_class)
-
-    def is_additive(self) -> bool:
-        """Whether all names run the base and add an update to its output: then one product adds those of all rows."""
-        if self.values or not self.adapters:
-            return False
-        return all(self._adds_to_output(adapter) for adapter in self.adapters.values())
-
-    def _adds_to_output(self, adapter: LayerAdapter) -> bool:
-        cls = self._adapted_class(adapter)
-        return issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
-
-    def has_active_dropout(self) -> bool:
-        """Whether dropout acts now: then each name has masks of its own."""
-        return self.has_dropout and (self.module.training or self.step.runs)
 
 
 class MixedModule:
@@ -101,9 +41,8 @@ class MixedModule:
         self.module_name = module_name
         self.module: Any = view.modules[module_name]
         self.record = view.record
-        self.running = running
         used = {name: adapters[name] for name in names if name in adapters}
-        self.runner = _ModuleRunner(self.module, used, values, running)
+        self.runner = ModuleRunner(self.module, used, values, running)
 
         # each name with its rows
         self.names = list(names)
@@ -113,7 +52,6 @@ class MixedModule:
         rows = grouped(range(len(self.names)), self.names.__getitem__)
         self.rows = {name: torch.tensor(its_rows) for name, its_rows in rows.items()}
 
-        self.is_additive = self.runner.is_additive()
         self.factors = _FactorsOfRows(used, self.names)
         # what differs has a value with each name, also with None: an adapter trains it
         weight_differs = "weight" in values.get(None, ())
@@ -128,13 +66,14 @@ class MixedModule:
                 f"{self.module_name!r} trains in an adapter, and in train mode it takes statistics over all rows of a "
                 "batch. Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
             )
-        if self.running:  # a module around it runs the rows of one name
-            return self.runner.run_as(self.running[-1], args, kwargs)
+        running = self.runner.running
+        if running:  # a module around it runs the rows of one name
+            return self.runner.run_as(running[-1], args, kwargs)
         x = self._input(args, kwargs)
         if len(self.rows) < 2:
             only_name = next(iter(self.rows), None)  # None: the batch is empty
             return self.runner.run_as(only_name, args, kwargs)
-        if self.is_additive and not self.runner.has_active_dropout():
+        if self.runner.can_add_updates():
             output = self.runner.plain_class.forward(module, *args, **kwargs)
             return add_to_rows(output, x, *self.factors.now())
         return self._run_each(args, kwargs)
