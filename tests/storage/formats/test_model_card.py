@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -83,6 +84,21 @@ def test_its_code_takes_a_base_that_has_no_name(tmp_path: Path) -> None:
     assert "LlamaForCausalLM, with the weights from before" in loading
     found = execute(loading.replace("...", "given", 1), given=base)["model"].eval()
     check_equal(run(found), run(model.model))
+
+
+@torch.no_grad()
+def test_its_code_builds_the_base_where_a_head_trained(tmp_path: Path) -> None:
+    """PEFT itself would build it with two labels."""
+    tiny("Bert", "Model").save_pretrained(tmp_path / "base")
+    build = transformers.BertForSequenceClassification.from_pretrained
+    base = build(tmp_path / "base", num_labels=3).eval()
+    model = trained(base, ll.LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
+    ll.export_peft(model, tmp_path / "peft")
+    loading, _ = blocks(tmp_path / "peft")
+    path = repr(str(tmp_path / "base"))
+    assert f"base = BertForSequenceClassification.from_pretrained({path})    # as for the training" in loading
+    found = execute(loading.replace(path, f"{path}, num_labels=3"))["model"].eval()
+    check_equal(run(found), run(model))
 
 
 def test_a_folder_of_this_machine_is_no_repository(base: Any, tmp_path: Path, monkeypatch: Any) -> None:

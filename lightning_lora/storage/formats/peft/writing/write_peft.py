@@ -21,7 +21,6 @@ from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, Model
 from lightning_lora.storage.formats.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.on_disk.safetensors_bytes import save
-from lightning_lora.storage.stored_modules import StoredModule
 from lightning_lora.tensors.dicts import prefixed, renamed
 from lightning_lora.tensors.names import names_not_in
 
@@ -42,7 +41,7 @@ def write(export: Export, directory: Path, *, uniform: bool) -> None:
     is_any_renamed = any(name != in_file for name, in_file in names.items())
     if is_any_renamed:
         header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()}, sort_keys=True)
-    card = ModelCard(export, "peft", _code_that_loads(export.stored_inner))
+    card = ModelCard(export, "peft", _code_that_loads(export))
     contents = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
         PEFT_WEIGHTS[0]: save(prefixed(PREFIX, by_name_in_file), header),
@@ -65,14 +64,25 @@ def _names_in_file(export: Export, tensors: Mapping[str, Tensor]) -> dict[str, s
     return names
 
 
-def _code_that_loads(model: StoredModule) -> str:
-    """The lines of Python that load the folder: PEFT builds a model of transformers whose name and class are there."""
-    if model.pretrained and model.library.startswith("transformers."):
-        return f"""from peft import AutoPeftModel
+def _code_that_loads(export: Export) -> str:
+    """The lines of Python that load the folder: PEFT builds a model of transformers whose name and class are there.
 
-model = AutoPeftModel.from_pretrained("{FOLDER}")"""
-    name = model.class_name or "the model"
-    return f"""from peft import PeftModel
+    It builds it with the arguments of the stored base. A head or an embedding that trained may have another size.
+    """
+    model = export.stored_inner
+    is_from_transformers = model.pretrained and model.library.startswith("transformers.")
+    if not is_from_transformers:
+        name = model.class_name or "the model"
+        return f"""from peft import PeftModel
 
 base = ...    # {name}, with the weights from before the training
 model = PeftModel.from_pretrained(base, "{FOLDER}")"""
+    if export.stored.saved or export.layers_with_rows:
+        return f"""from peft import PeftModel
+from {model.library} import {model.class_name}
+
+base = {model.class_name}.from_pretrained({model.pretrained!r})    # as for the training: with the same num_labels, ...
+model = PeftModel.from_pretrained(base, "{FOLDER}")"""
+    return f"""from peft import AutoPeftModel
+
+model = AutoPeftModel.from_pretrained("{FOLDER}")"""
