@@ -1,8 +1,7 @@
 """Averages of weights in a dict by name, as many write them: those of frozen weights stay as the base is."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import starmap
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -15,6 +14,8 @@ from lightning_lora.tensors.dicts import only, without
 from lightning_lora.tensors.names import starts_of
 from lightning_lora.tensors.values import is_tensor
 
+_Shapes = dict[Any, set[tuple[int, ...]]]  # by the ending of a parameter's name
+
 
 class AveragesByName(Guard):
     """Names a dict of tensors that has the names of frozen weights when training begins.
@@ -24,10 +25,11 @@ class AveragesByName(Guard):
 
     def training_begins(self, view: View) -> None:
         """Look at the module's dicts."""
-        frozen = _Shapes(view.frozen_base)
-        adapted = _Shapes(only(view.frozen_base, set(view.adapted_weights)))
+        frozen = _shapes_by_ending(view.frozen_base)
+        adapted = _shapes_by_ending(only(view.frozen_base, set(view.adapted_weights)))
         for found in _dicts_in(view.model):
-            if frozen.have_all(found.tensors) and adapted.have_any(found.tensors):
+            are_all_frozen = len(_named_as(frozen, found.tensors)) == len(found.tensors)
+            if are_all_frozen and _named_as(adapted, found.tensors):
                 _warn_of(view, found)
 
 
@@ -72,30 +74,22 @@ def _is_dict_of_tensors(value: object) -> bool:
     return all(map(is_tensor, value.values()))
 
 
-class _Shapes:
+def _shapes_by_ending(parameters: Mapping[str, nn.Parameter]) -> _Shapes:
     """The shapes of parameters by each ending of their names: code of an inner network leaves out the beginning."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.by_ending: dict[object, set[tuple[int, ...]]] = {}
-        for name, parameter in parameters.items():
-            for ending in _endings(name):
-                self.by_ending.setdefault(ending, set()).add(tuple(parameter.shape))
-
-    def have(self, name: object, tensor: Tensor) -> bool:
-        """Whether a parameter has this shape, and a name that ends so."""
-        return tuple(tensor.shape) in self.by_ending.get(name, ())
-
-    def have_all(self, tensors: Mapping[Any, Tensor]) -> bool:
-        """Whether the parameters have all of these."""
-        return all(starmap(self.have, tensors.items()))
-
-    def have_any(self, tensors: Mapping[Any, Tensor]) -> bool:
-        """Whether the parameters have one of these."""
-        return any(starmap(self.have, tensors.items()))
+    shapes: _Shapes = {}
+    for name, parameter in parameters.items():
+        for ending in _endings(name):
+            shapes.setdefault(ending, set()).add(tuple(parameter.shape))
+    return shapes
 
 
-def _endings(name: str) -> Iterable[str]:
-    """A name, and what follows each of its dots."""
+def _named_as(shapes: _Shapes, tensors: Mapping[Any, Tensor]) -> list[Any]:
+    """The names of those tensors that have an ending of a parameter's name, and its shape."""
+    return [name for name, tensor in tensors.items() if tuple(tensor.shape) in shapes.get(name, ())]
+
+
+def _endings(name: str) -> Iterator[str]:
+    """A name, and what follows each of its dots: ``net.0.weight``, ``0.weight`` and ``weight``."""
     yield name
     for start in starts_of(name):
         yield name.removeprefix(start).removeprefix(".")

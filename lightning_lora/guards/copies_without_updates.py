@@ -42,12 +42,17 @@ class CopiesWithoutUpdates(Guard):
 
         A load of the whole model writes into both. An average may write the same values again, as they are frozen.
         """
-        written = dict(self.versions.items() - _versions_of(view).items())
+        written = self._written_since(view)
         for name in names_inside(written, [copy]):
             counterpart = self.copies.name_in_original(name, copy)
             if counterpart not in written:
                 return True
         return False
+
+    def _written_since(self, view: View) -> set[str]:
+        """The weights that were written in place since the first step began."""
+        now = _versions_of(view)
+        return {name for name, version in self.versions.items() if now.get(name) != version}
 
 
 def _versions_of(view: View) -> dict[str, int | None]:

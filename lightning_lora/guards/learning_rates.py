@@ -28,10 +28,10 @@ class _Rates(NamedTuple):
 
 _RATES = _Rates(usual=0.002, low=1e-4)
 _RATES_OF_LARGE_MODELS = _Rates(usual=2e-4, low=2e-5)  # as in the paper of QLoRA
-_LARGE = 1e9  # so many weights
+_WEIGHTS_OF_LARGE_MODELS = 1e9
 
-_HIGH = 0.0101  # more than 0.01, up to rounding
-_FACTOR = 0.5  # from here on, a rate is the factor of a scheduler that computes the rate: LambdaLR with lr=1
+_HIGH_RATE = 0.0101  # more than 0.01, up to rounding
+_NO_RATE = 0.5  # from here on, it is a factor of a scheduler that computes the rate: LambdaLR with lr=1
 
 
 class LearningRates(Guard):
@@ -44,7 +44,7 @@ class LearningRates(Guard):
         _tell_of_high_rate(view, like_adam, is_scaled=is_scaled)
         if not is_scaled:
             _tell_of_low_rates(view, like_adam)
-            _tell_of_perhaps_low_rates(view, others)
+            _tell_of_rates_low_for_adam(view, others)
 
 
 def _is_like_adam(optimizer: Optimizer) -> bool:
@@ -58,7 +58,7 @@ def _tell_of_high_rate(view: View, optimizers: Iterable[Optimizer], *, is_scaled
     if not rates:
         return
     lowest, *_ = rates  # who has set several may mean a high one, as LoRA+ does for B
-    if not _HIGH < lowest < _FACTOR:
+    if not _HIGH_RATE < lowest < _NO_RATE:
         return
     message = (
         f"The adapters' learning rate is {lowest:g}, which is high: {_rates_of(view).usual:g} is usual. If the loss "
@@ -82,8 +82,8 @@ def _tell_of_low_rates(view: View, optimizers: Iterable[Optimizer]) -> None:
         )
 
 
-def _tell_of_perhaps_low_rates(view: View, optimizers: list[Optimizer]) -> None:
-    """Tell of rates that would be low for Adam: these optimizers are others."""
+def _tell_of_rates_low_for_adam(view: View, optimizers: list[Optimizer]) -> None:
+    """Tell of rates of other optimizers that would be low for Adam."""
     low = _low_rates(view, optimizers)
     if low:
         highest = max(low.values())
@@ -108,7 +108,7 @@ def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
 def _rates_of(view: View) -> _Rates:
     """What is known for a model of this size."""
     weights = set(view.base_parameters.values())  # tied ones once
-    if sum(map(number_of_values, weights)) < _LARGE:  # also where they are packed in 4 bits
+    if sum(map(number_of_values, weights)) < _WEIGHTS_OF_LARGE_MODELS:  # also where they are packed in 4 bits
         return _RATES
     return _RATES_OF_LARGE_MODELS
 

@@ -11,8 +11,8 @@ from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 
-_MUCH = 0.1  # of the statistics are still those of the base
-_TRIAL = 20  # a fit of fewer batches is one
+_MUCH_OF_THE_BASE = 0.1  # a warning is shown if a larger share of the statistics is still the base's
+_LEAST_BATCHES = 20  # a fit of fewer ones is a trial
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
@@ -33,10 +33,10 @@ class RunningStatistics(Guard):
         old = dict[str, float]()
         for name, seen in _batches_seen(norms).items():
             batches = seen - self.batches_before.get(name, seen)
-            if batches < _TRIAL:  # or it was in eval mode all along, and trained as it evaluates
+            if batches < _LEAST_BATCHES:  # or it was in eval mode all along, and trained as it evaluates
                 continue
             share = _share_of_the_base(norms[name], max(batches, steps))
-            if share > _MUCH:
+            if share > _MUCH_OF_THE_BASE:
                 old[name] = share
         if old:
             warn_in_each_fit(_about_old(view, old))

@@ -11,7 +11,7 @@ from lightning_lora.moments import Guard
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.optimizers.peak_rates import rates_by_layer
 
-_LARGE = 4  # measured in tests/guards/test_sgd.py
+_LARGE_SCALING = 4  # measured in tests/guards/test_sgd.py
 
 
 class ScaledForSGD(Guard):
@@ -24,7 +24,7 @@ class ScaledForSGD(Guard):
     def optimizers_built(self, view: View, optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
         """Look at the layers whose adapters SGD will train."""
         scalings = _scalings_under_sgd(view, optimizers)
-        large = {name: scaling for name, scaling in scalings.items() if scaling >= _LARGE}
+        large = {name: scaling for name, scaling in scalings.items() if scaling >= _LARGE_SCALING}
         if large:
             rank_zero_info(_about_large(large))
 

@@ -4,6 +4,8 @@ SwAV normalises its prototypes, a masked layer sets weights to zero, WGAN clamps
 written, and so do files. But the layer computes with the sum of base and update.
 """
 
+from typing import NamedTuple
+
 from lightning_lora.errors import listed, warn
 from lightning_lora.guards.wording import MOST_NAMES, as_entries
 from lightning_lora.layers import LoRALayer
@@ -20,22 +22,13 @@ class WrittenWeights(Guard):
     """Names adapted layers whose weights a fit has written into, once."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, Seen] = {}
-        self.digests: dict[str, int] = {}  # of the same values, where the record knows them
+        self.before: dict[str, _Noted] = {}  # by the names of weights
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
         """Note the weights of adapted layers: what hooks load before is the base, and what changes later is written."""
         for name, layer in leading_layers(view).items():  # a copy is moved by other code
             for weight in _weights_inside(view, name, layer):
-                self._note(view, weight)
-
-    def _note(self, view: View, name: str) -> None:
-        """Note how a weight looks, and its digest, if the record knows it."""
-        weight = view.base_parameters[name]
-        self.seen[name] = Seen(weight)
-        digest = view.record.base.readings.known_digest(name, weight)
-        if digest is not None:
-            self.digests[name] = digest
+                self.before[weight] = _note(view, weight)
 
     def base_compared(self, view: View) -> None:
         """Compare the weights with what was noted."""
@@ -44,17 +37,30 @@ class WrittenWeights(Guard):
             if any(self._is_written(view, weight) for weight in _weights_inside(view, name, layer)):
                 written.append(name)
         if written:
-            self.seen = {}  # that is said once
+            self.before = {}  # that is said once
             warn(_about_written(view.title, written))
 
     def _is_written(self, view: View, weight: str) -> bool:
         """Whether a weight has other values, by its digest or a quick look."""
-        if weight not in self.seen:
+        before = self.before.get(weight)
+        if before is None:
             return False
         change = view.record.base.changes.get(weight)
-        if change is not None and weight in self.digests and change.digest_now != self.digests[weight]:
+        if change is not None and before.digest not in (None, change.digest_now):
             return True
-        return not self.seen[weight].may_have_same_values(view.base_parameters[weight])
+        return not before.seen.may_have_same_values(view.base_parameters[weight])
+
+
+class _Noted(NamedTuple):
+    """A weight as it was when the first step began."""
+
+    seen: Seen
+    digest: int | None  # None: the record does not know it
+
+
+def _note(view: View, name: str) -> _Noted:
+    weight = view.base_parameters[name]
+    return _Noted(Seen(weight), view.record.base.readings.known_digest(name, weight))
 
 
 def _weights_inside(view: View, name: str, layer: LoRALayer) -> list[str]:

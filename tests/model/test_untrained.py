@@ -273,7 +273,11 @@ def test_what_the_user_left_trainable_is_named_by_its_largest_modules(
 
 def left(model: nn.Module, **options: Any) -> tuple[dict[str, str], float]:
     inject_adapters(model, LoRAConfig(r=2, **options))
-    return untargeted_matrices(View(model))
+    found = untargeted_matrices(View(model))
+    class_of = {}
+    for layer_class, names in found.by_class.items():
+        class_of.update(dict.fromkeys(names, layer_class))
+    return class_of, found.share
 
 
 OWN = "tests.support.layers.Linear"

@@ -17,7 +17,7 @@ from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import COMPUTED, adaptable_parameters, class_name_of, has_computed_weight
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.lookup import Lookup
-from lightning_lora.tensors.dicts import grouped, only, with_values, without
+from lightning_lora.tensors.dicts import grouped, only, with_values
 from lightning_lora.tensors.names import names_outside, owner_of, owner_or_itself
 
 _LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are not named
@@ -28,15 +28,15 @@ class Untargeted(Guard):
 
     def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name layers with most of the weights, and layers whose weight is computed."""
-        word = view.config.target_modules
-        if word not in AUTOMATIC:
+        targets = view.config.target_modules
+        if targets not in AUTOMATIC:
             return
         untargeted = untargeted_matrices(view)
-        if untargeted.share > MOST_SHARE:
-            if untargeted.classes:
-                warn_in_each_fit(_about_untargeted(view, untargeted))
-            word = "all"  # this message advises it: so computed weights that "all" would reach are named too
-        computed = computed_layers(view, str(word))
+        most_is_left_out = untargeted.share > MOST_SHARE
+        if most_is_left_out and untargeted.by_class:
+            warn_in_each_fit(_about_untargeted(view, untargeted))
+        # that message advises "all", so computed weights that "all" would reach are named too
+        computed = computed_layers(view, "all" if most_is_left_out else str(targets))
         if computed:
             warn_in_each_fit(about_computed(view, computed))
 
@@ -44,8 +44,16 @@ class Untargeted(Guard):
 class UntargetedMatrices(NamedTuple):
     """Matrices that automatic targets do not reach."""
 
-    classes: dict[str, str]  # of their layers, by the matrix's name
+    by_class: dict[str, list[str]]  # their names by the class of their layers, the class with most weights first
     share: float  # of the values of all weights that targets could mean
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all these matrices."""
+        names = list[str]()
+        for names_in_class in self.by_class.values():
+            names += names_in_class
+        return names
 
 
 def untargeted_matrices(view: View) -> UntargetedMatrices:
@@ -54,51 +62,55 @@ def untargeted_matrices(view: View) -> UntargetedMatrices:
     Embeddings, output heads and what the user left out do not count. Computed weights, and classes with few weights,
     are in the share only.
     """
-    weights = _Weights(view)
-    meant = weights.meant()
-    size_of_meant = max(view.size_of(meant), 1)
-    untargeted = filter(weights.is_untargeted, meant)
-    by_class = grouped(untargeted, weights.class_name_of_layer)
+    weights = _weights_that_targets_could_mean(view)
+    size = max(view.size_of(weights), 1)
+    by_class = grouped(_untargeted_among(view, weights), partial(_class_of_layer, view))
     sizes = {layer_class: view.size_of(names) for layer_class, names in by_class.items()}
-    classes: dict[str, str] = {}
-    for layer_class in sorted(without(sizes, [COMPUTED]), key=sizes.__getitem__, reverse=True):
-        if sizes[layer_class] > _LEAST_SHARE * size_of_meant:
-            classes.update(dict.fromkeys(by_class[layer_class], layer_class))
-    return UntargetedMatrices(classes, sum(sizes.values()) / size_of_meant)
+    named = dict[str, list[str]]()
+    for layer_class in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        has_many_weights = sizes[layer_class] > _LEAST_SHARE * size
+        if has_many_weights and layer_class != COMPUTED:
+            named[layer_class] = by_class[layer_class]
+    return UntargetedMatrices(named, sum(sizes.values()) / size)
 
 
-class _Weights:
-    """The weights of a base, and what automatic targets make of them."""
+def _weights_that_targets_could_mean(view: View) -> list[str]:
+    """All weights but those that the user froze or excluded, unless they are adapted all the same."""
+    base = view.base_parameters
+    left_out = view.frozen_by_user.union(excluded_names(view))
+    names = {*names_outside(base, left_out), *with_values(base, _adapted_parameters(view))}
+    return list(only(base, names))
 
-    def __init__(self, view: View) -> None:
-        self.view = view
-        self.adapted = set(only(view.base_parameters, set(view.adapted_weights)).values())
 
-    def meant(self) -> list[str]:
-        """Return those that targets could mean: not what the user froze or excluded, unless it is adapted."""
-        base = self.view.base_parameters
-        by_user = self.view.frozen_by_user.union(excluded_names(self.view))
-        left_to_targets = {*names_outside(base, by_user), *with_values(base, self.adapted)}
-        return list(only(base, left_to_targets))
+def _untargeted_among(view: View, weights: Iterable[str]) -> list[str]:
+    """Those of these weights that are matrices without adapters, where somebody may expect one."""
+    adapted = _adapted_parameters(view)
+    untargeted = []
+    for name in weights:
+        p = view.base_parameters[name]
+        has_no_adapter = name in view.frozen_base and p not in adapted
+        if has_no_adapter and _is_matrix(p) and not _is_usually_untargeted(_layer_of(view, name)):
+            untargeted.append(name)
+    return untargeted
 
-    def is_untargeted(self, name: str) -> bool:
-        """Whether a parameter is a matrix without an adapter, where somebody may expect one."""
-        p = self.view.base_parameters[name]
-        if name not in self.view.frozen_base or p in self.adapted:
-            return False
-        return _is_matrix(p) and not _is_usually_untargeted(self._layer_of(name))
 
-    def class_name_of_layer(self, name: str) -> str:
-        """Return the class of the layer that holds a matrix.
+def _adapted_parameters(view: View) -> set[nn.Parameter]:
+    """The parameters that have an update. A tied one may be there by another name too."""
+    return set(only(view.base_parameters, set(view.adapted_weights)).values())
 
-        All layers with computed weights have one class here: another message names them.
-        """
-        layer = self._layer_of(name)
-        return COMPUTED if has_computed_weight(layer) else class_name_of(layer)
 
-    def _layer_of(self, name: str) -> nn.Module:
-        """The layer that holds a parameter."""
-        return self.view.modules[owner_of(name)]
+def _class_of_layer(view: View, name: str) -> str:
+    """The class of the layer that holds a matrix.
+
+    All layers with computed weights have one class here: another message names them.
+    """
+    layer = _layer_of(view, name)
+    return COMPUTED if has_computed_weight(layer) else class_name_of(layer)
+
+
+def _layer_of(view: View, name: str) -> nn.Module:
+    """The layer that holds a parameter."""
+    return view.modules[owner_of(name)]
 
 
 def _is_matrix(p: nn.Parameter) -> bool:
@@ -120,12 +132,12 @@ def _is_usually_untargeted(layer: nn.Module) -> bool:
 
 def _about_untargeted(view: View, untargeted: UntargetedMatrices) -> str:
     """What is said of these layers, with the arguments that would train them."""
-    layers = dict.fromkeys(map(owner_or_itself, untargeted.classes))
-    classes = dict.fromkeys(untargeted.classes.values())
+    layers = dict.fromkeys(map(owner_or_itself, untargeted.names))
+    arguments = " and ".join(_arguments_for(view, untargeted.names))
     return (
         f'target_modules="{view.config.target_modules}" leaves {untargeted.share:.0%} of the weights of '
-        f"{view.title} without adapters. They are in {shortened(classes)} layers: {listed(layers)}. Use "
-        f"{' and '.join(_arguments_for(view, untargeted.classes))} to train them too, or name the layers to adapt."
+        f"{view.title} without adapters. They are in {shortened(untargeted.by_class)} layers: {listed(layers)}. Use "
+        f"{arguments} to train them too, or name the layers to adapt."
     )
 
 
