@@ -1,13 +1,12 @@
 """The forward of a layer, which reads its own weights: what it reads counts for nothing."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from lightning_lora.guards.read_by_hand.watched_weight import WatchedWeight
 from lightning_lora.layers import LoRALayer
-from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.names import find_parameter, owner_of, submodule
 
 
@@ -16,64 +15,78 @@ class OwnForward:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self.id_of_layer = id(layer)
-        self.before: dict[str, Callable[..., Any]] = {}  # what other code had set on the layer
         self.was_called = False
-        self._places = _places_of_weights(layer)
-        self._shown: list[tuple[nn.Module, str]] = []
+        self._id_of_original = id(layer)
+        self._replaced: Callable[..., Any] | None = None  # a forward that other code had set on the layer
+        self._weights = _places_of_weights(layer)
+        self._shown_plain: list[_Place] = []  # while the layer runs
 
     def put_on(self) -> None:
         """Put it in the place of the layer's own, or of other code's."""
         attributes = vars(self.layer)
-        self.before = only(attributes, ["forward"])
+        self._replaced = attributes.get("forward")
         attributes["forward"] = self
 
     def take_off(self) -> None:
         """Put back what was there."""
-        self._hide()
+        self._hide_plain_weights()
         attributes = vars(self.layer)
-        if attributes.get("forward") is self:
-            del attributes["forward"]
-            attributes.update(self.before)
+        if attributes.get("forward") is not self:
+            return
+        del attributes["forward"]
+        if self._replaced is not None:
+            attributes["forward"] = self._replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102  # the layer's own forward
-        if id(self.layer) != self.id_of_layer:  # deepcopy has copied this object with its layer, which shall be plain
+        if self._is_of_a_copy():
             self.take_off()
         self.was_called = True
-        if self._shown:  # the layer calls itself
+        if self._shown_plain:  # the layer calls itself
             return self._run(*args, **kwargs)
         self._show_plain_weights()
         try:
             return self._run(*args, **kwargs)
         finally:
-            self._hide()
+            self._hide_plain_weights()
+
+    def _is_of_a_copy(self) -> bool:
+        """Whether deepcopy has copied this object with its layer: nobody takes it off there."""
+        return id(self.layer) != self._id_of_original
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of other code, or that of the layer's class."""
-        if self.before:
-            return self.before["forward"](*args, **kwargs)
+        if self._replaced is not None:
+            return self._replaced(*args, **kwargs)
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
     def _show_plain_weights(self) -> None:
-        """Set them as attributes, which come before parameters."""
-        for owner, name in self._places:
-            weight = find_parameter(owner, name)
-            if type(weight) is WatchedWeight and name not in vars(owner):
-                vars(owner)[name] = weight.detach()
-                self._shown.append((owner, name))
+        """Set plain tensors as attributes, which come before parameters."""
+        for place in self._weights:
+            weight = find_parameter(place.owner, place.name)
+            attributes = vars(place.owner)
+            if type(weight) is WatchedWeight and place.name not in attributes:
+                attributes[place.name] = weight.detach()
+                self._shown_plain.append(place)
 
-    def _hide(self) -> None:
+    def _hide_plain_weights(self) -> None:
         """Remove these attributes."""
-        while self._shown:
-            owner, name = self._shown.pop()
-            vars(owner).pop(name, None)
+        while self._shown_plain:
+            place = self._shown_plain.pop()
+            vars(place.owner).pop(place.name, None)
 
 
-def _places_of_weights(layer: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The modules that hold a layer's weights, with their names there."""
+class _Place(NamedTuple):
+    """Where a weight is: a module, and the weight's name there."""
+
+    owner: nn.Module
+    name: str
+
+
+def _places_of_weights(layer: nn.Module) -> list[_Place]:
+    """Where a layer's weights are: in it, or in layers inside it."""
     names = layer.lora_weights() if isinstance(layer, LoRALayer) else tuple(layer._parameters)
     places = []
     for name in names:
         owner = submodule(layer, owner_of(name))
-        places.append((owner, name.rpartition(".")[2]))
+        places.append(_Place(owner, name.rpartition(".")[2]))
     return places

@@ -30,11 +30,11 @@ class ReadByHand(Guard):
     """Names layers whose weights other code reads in the first batch."""
 
     def __init__(self) -> None:
-        self.found: dict[str, None] = {}  # the names of layers
         self.layers: dict[str, LoRALayer] = {}
-        self.watched: dict[nn.Parameter, str] = {}  # with their layers
-        self.forwards: list[OwnForward] = []
-        self.is_on = False
+        self.watched: dict[nn.Parameter, str] = {}  # each weight with the name of its layer
+        self.forwards: list[OwnForward] = []  # of the layers that may read these weights
+        self.read: dict[str, None] = {}  # the names of layers whose weights other code has read
+        self.is_watching = False
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
         """Choose what is watched."""
@@ -46,35 +46,36 @@ class ReadByHand(Guard):
     @contextmanager
     def first_batch_runs(self, model: nn.Module) -> Iterator[None]:
         """Watch the weights meanwhile."""
-        if self.is_on or not self.watched:
+        if self.is_watching or not self.watched:  # a backward pass may run inside of a training step
             yield
             return
         try:
-            self._set_on()
+            self._begin_to_watch()
             with private.before_compiling(self._give_up):
                 yield
         finally:
-            self._set_off()
+            self._stop_watching()
 
     def first_batch_ended(self, model: nn.Module) -> None:
-        """Name what was found, but no layer that nothing calls: its adapter is dead, and another guard says so."""
+        """Name what was read, but no layer that nothing calls: its adapter is dead, and another guard says so."""
         called = {forward.layer for forward in self.forwards if forward.was_called}
-        names = list(with_values(only(self.layers, self.found), called))
+        layers_read = only(self.layers, self.read)
+        names = list(with_values(layers_read, called))
         self.watched, self.layers, self.forwards = {}, {}, []  # lets go of the weights
         if names:
             warn(_about_reads(type(model).__name__, names))
 
-    def _set_on(self) -> None:
+    def _begin_to_watch(self) -> None:
         """Watch the weights. Their layers see plain tensors."""
-        self.is_on = True
+        self.is_watching = True
         for weight, layer in self.watched.items():
-            watch(weight, layer, self.found)
+            watch(weight, layer, self.read)
         for forward in self.forwards:
             forward.put_on()
 
-    def _set_off(self) -> None:
+    def _stop_watching(self) -> None:
         """Make weights and layers plain again."""
-        self.is_on = False
+        self.is_watching = False
         for weight in self.watched:
             unwatch(weight)
         for forward in self.forwards:
@@ -82,7 +83,7 @@ class ReadByHand(Guard):
 
     def _give_up(self) -> None:
         """Watch nothing more: something is compiled, which must not see what is there for one batch."""
-        self._set_off()
+        self._stop_watching()
         self.watched = {}
 
 
@@ -101,13 +102,17 @@ def _about_reads(title: str, names: list[str]) -> str:
 
 
 def watched_weights(view: View) -> dict[nn.Parameter, str]:
-    """Return the plain frozen weights of layers whose adapters train, by layer. None is sharded or quantised."""
+    """Return the plain frozen weights of layers whose adapters train, with these layers' names.
+
+    None is sharded or quantised.
+    """
     candidates = where(without(view.base_parameters, view.frozen_by_user), _can_be_watched)
-    found = {}
+    layer_of_weight = {}
     for name, layer in where(view.layers, _trains).items():
         weights = only(candidates, names_joined(name, layer.lora_weights()))  # others may be computed now
-        found.update(dict.fromkeys(weights.values(), name))
-    return found
+        for weight in weights.values():
+            layer_of_weight[weight] = name
+    return layer_of_weight
 
 
 def _trains(layer: LoRALayer) -> bool:
@@ -126,9 +131,9 @@ def _readers(view: View, watched: Collection[nn.Parameter]) -> list[nn.Module]:
     if not watched:
         return []
     owners = set(map(owner_of, with_values(view.parameters, watched)))
-    readers = where(only(view.modules, owners), _is_leaf)
-    each_once: dict[nn.Module, None] = dict.fromkeys((*view.layers.values(), *readers.values()))
-    return list(each_once)
+    leaves = where(only(view.modules, owners), _is_leaf)
+    readers: dict[nn.Module, None] = dict.fromkeys((*view.layers.values(), *leaves.values()))  # each once
+    return list(readers)
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -9,18 +9,21 @@ from torch import Tensor, nn
 
 from lightning_lora import private
 
-_TRANSPOSED = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that are computed
-_NO_READS = {  # they need the parameter itself, or give no gradient
-    *("__hash__", "__deepcopy__", "__reduce_ex__", "__setstate__", "__array__", "__dlpack__", "__setitem__", "__set__"),
-    *("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "detach", "numpy"),
-}
+_COMPUTED_ATTRIBUTES = ("T", "mT", "H", "mH", "real", "imag")
+
+# Functions of torch that read nothing on which a loss could depend
+
+_NEED_THE_PARAMETER = ("__hash__", "__deepcopy__", "__reduce_ex__", "__setstate__", "__set__")
+_SET_HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
+_GIVE_NO_GRADIENT = ("__array__", "__dlpack__", "__setitem__", "backward", "detach", "numpy")
+_NO_READS = {*_NEED_THE_PARAMETER, *_SET_HOOKS, *_GIVE_NO_GRADIENT}
 
 
 class WatchedWeight(nn.Parameter):
     """A frozen weight that notes whether a loss depends on what other code reads."""
 
     lora_layer: str
-    lora_found: dict[str, None]
+    lora_read: dict[str, None]  # the names of layers whose weights were read, so far
 
     @classmethod
     def __torch_function__(
@@ -38,17 +41,17 @@ class WatchedWeight(nn.Parameter):
         return copied
 
 
-def watch(weight: nn.Parameter, layer: str, found: dict[str, None]) -> None:
-    """Let a weight of ``layer`` note in ``found`` that it is read."""
+def watch(weight: nn.Parameter, layer: str, read: dict[str, None]) -> None:
+    """Let a weight of ``layer`` add this name to ``read`` when it is read."""
     weight.__class__ = WatchedWeight
-    vars(weight).update(lora_layer=layer, lora_found=found)
+    vars(weight).update(lora_layer=layer, lora_read=read)
 
 
 def unwatch(weight: nn.Parameter) -> None:
     """Make it a plain parameter again."""
     weight.__class__ = nn.Parameter
     vars(weight).pop("lora_layer", None)
-    vars(weight).pop("lora_found", None)
+    vars(weight).pop("lora_read", None)
 
 
 def _is_recorded() -> bool:
@@ -62,7 +65,7 @@ def _is_read(func: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a function of torch computes something from a weight."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
-        return _attribute_of(func) in _TRANSPOSED
+        return _attribute_of(func) in _COMPUTED_ATTRIBUTES
     if _is_in_place(name) or name in _NO_READS:
         return False
     return kwargs.get("out") is None
@@ -94,6 +97,7 @@ def _is_called_by_us() -> bool:
 
 
 def _as_read(value: Any) -> Any:
+    """What other code gets in place of a watched weight: the same values, with a graph."""
     if type(value) is not WatchedWeight:
         return value
     switch = torch.zeros((), requires_grad=True)  # so that what is computed has a graph
@@ -105,11 +109,10 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, _: Tensor, weight: WatchedWeight) -> Tensor:
-        ctx.noted = weight.lora_found, weight.lora_layer
+        ctx.layer, ctx.read = weight.lora_layer, weight.lora_read
         return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
-        found, name = ctx.noted
-        found[name] = None
+        ctx.read[ctx.layer] = None
         return None, None
