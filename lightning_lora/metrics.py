@@ -100,11 +100,11 @@ class _NumberOfEachMatrix(_AdapterMetric):
         """Measure an adapter."""
         values = dict[str, Tensor]()
         for name, matrix in measured_matrices(model).items():
-            values[name] = self._number(name, matrix).float()
+            values[name] = self._measure(name, matrix).float()
         self.values = values
 
-    def _number(self, name: str, matrix: MeasuredMatrix) -> Tensor:
-        """The number of one matrix."""
+    def _measure(self, name: str, matrix: MeasuredMatrix) -> Tensor:
+        """Return the number of one matrix."""
         raise NotImplementedError
 
 
@@ -139,7 +139,7 @@ class UpdateNorm(_NumberOfEachMatrix):
         {'0': tensor(0.7071)}
     """
 
-    def _number(self, name: str, matrix: MeasuredMatrix) -> Tensor:
+    def _measure(self, name: str, matrix: MeasuredMatrix) -> Tensor:
         norms = subspace.norm(matrix.update())  # one for each matrix of a stack
         return _ratio(vector_norm(norms), vector_norm(matrix.weight()))
 
@@ -155,7 +155,7 @@ class EffectiveRank(_NumberOfEachMatrix):
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.
     """
 
-    def _number(self, name: str, matrix: MeasuredMatrix) -> Tensor:
+    def _measure(self, name: str, matrix: MeasuredMatrix) -> Tensor:
         _, sizes, _ = subspace.directions(matrix.update())
         return subspace.effective_rank(sizes).mean()
 
@@ -187,7 +187,7 @@ class Amplification(_NumberOfEachMatrix):
         """The norms of what was measured last."""
         return only(self._norms, self.values)  # an earlier update may have measured other matrices
 
-    def _number(self, name: str, matrix: MeasuredMatrix) -> Tensor:
+    def _measure(self, name: str, matrix: MeasuredMatrix) -> Tensor:
         weight = precise(matrix.weight())
         u, sizes, v = subspace.directions(matrix.update())
         if self.of == "weight":
@@ -278,12 +278,12 @@ class SubspaceSimilarity(_AdapterMetric):
         _drawing._error_on_missing_matplotlib()
         val = self.compute() if val is None else val
         grids = val if isinstance(val, dict) else {self.reduction: val}
-        figure, axes, panels = None, ax, [ax]
-        if ax is None:
-            figure, axes, panels = _make_panels(len(grids))
-        for panel, (name, grid) in zip(panels, grids.items(), strict=False):
-            image = _draw_grid(panel, name, grid)
-        panels[0].figure.colorbar(image, ax=panels, aspect=30)
+        if ax is not None:
+            name, grid = next(iter(grids.items()))
+            _draw_grids([ax], {name: grid})
+            return None, ax
+        figure, axes, panels = _make_panels(len(grids))
+        _draw_grids(panels, grids)
         return figure, axes
 
 
@@ -300,6 +300,12 @@ def _make_panels(number: int) -> tuple[Any, Any, list[Any]]:
     size = (3.2 * columns + 1, 2.8 * rows)
     figure, axes = _drawing.plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=size)
     return figure, axes, list(_drawing.trim_axs(axes, number))
+
+
+def _draw_grids(panels: list[Any], grids: dict[str, Tensor]) -> None:
+    """Draw a grid into each panel, and one colour bar beside them: all have the same colours."""
+    images = [_draw_grid(panel, name, grid) for panel, (name, grid) in zip(panels, grids.items(), strict=True)]
+    panels[0].figure.colorbar(images[0], ax=panels, aspect=30)
 
 
 def _draw_grid(panel: Any, name: str, grid: Tensor) -> Any:

@@ -1,7 +1,7 @@
 """Summary of a model: what trains, and what it costs beside full fine-tuning."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -132,42 +132,43 @@ def summarize(model: nn.Module) -> LoRASummary:
 # The layers
 
 
-@dataclass(frozen=True)
-class _Described:
-    """What the table says of a layer, besides its name and numbers: its own class, and its adapted matrices."""
-
-    kind: str
-    r: str = "–"
-    parts: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _CountedLayer:
-    """A layer, and how many values of it train."""
-
-    described: _Described
-    trained: int
-    frozen: int
-
-
 def _groups(view: View) -> tuple[LayerGroup, ...]:
-    """The rows of the table: layers that are described in the same way, and whose names differ only in blocks."""
+    """The rows of the table: layers of one kind, whose names differ only in blocks."""
     groups = list[LayerGroup]()
-    for pattern, layers in grouped_by_name(_counted_layers(view), attrgetter("described")):
-        groups.append(_group_of(pattern, list(layers.values())))
+    for pattern, layers in grouped_by_name(_single_layers(view), attrgetter("kind", "r", "parts")):
+        groups.append(_joined(pattern, list(layers.values())))
     return tuple(groups)
 
 
-def _counted_layers(view: View) -> dict[str, _CountedLayer]:
-    """The layers with parameters, by name. A shared parameter counts in the first of its layers."""
-    layers: dict[str, _CountedLayer] = {}
+def _joined(pattern: str, layers: Sequence[LayerGroup]) -> LayerGroup:
+    """Several layers in one group, whose name stands for all of theirs."""
+    trained, frozen = total_counts(layers)
+    return replace(layers[0], name=pattern, layers=len(layers), trained=trained, frozen=frozen)
+
+
+def _single_layers(view: View) -> dict[str, LayerGroup]:
+    """Each layer with parameters, as a group of one. A shared parameter counts in the first of its layers."""
+    layers: dict[str, LayerGroup] = {}
     seen: set[nn.Parameter] = set()
     for name, module in view.modules.items():
         parameters = [p for p in _parameters_with_inner(module) if p not in seen]
         seen.update(parameters)
         if parameters:
-            layers[name] = _CountedLayer(_describe(module), *_trained_and_frozen(parameters))
+            layers[name] = _single_layer(name, module, parameters)
     return layers
+
+
+def _single_layer(name: str, module: nn.Module, parameters: Sequence[nn.Parameter]) -> LayerGroup:
+    trained, frozen = _trained_and_frozen(parameters)
+    return LayerGroup(
+        name=name,
+        layers=1,
+        kind=original_class(module).__name__,
+        r=_ranks(module),
+        trained=trained,
+        frozen=frozen,
+        parts=_parts(module),
+    )
 
 
 def _parameters_with_inner(module: nn.Module) -> list[nn.Parameter]:
@@ -182,41 +183,29 @@ def _parameters_with_inner(module: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def _describe(module: nn.Module) -> _Described:
-    kind = original_class(module).__name__
-    if not isinstance(module, LoRALayer):
-        return _Described(kind)
-    tokens = module.lora_matrices[0].tokens  # an embedding whose rows train has this one matrix
-    if tokens:
-        return _Described(kind, parts=(f"{len(tokens)} rows",))
-    return _Described(kind, _ranks(module), _parts(module))
-
-
-def _ranks(layer: LoRALayer) -> str:
+def _ranks(module: nn.Module) -> str:
     """The rank of a layer's updates, or the least and the largest one."""
-    ranks = [matrix.rank_for(layer.lora_settings.r) for matrix in layer.lora_matrices]
+    if not isinstance(module, LoRALayer) or _token_rows(module):
+        return "–"
+    ranks = [matrix.rank_for(module.lora_settings.r) for matrix in module.lora_matrices]
     return shown_range(str(min(ranks)), str(max(ranks)))
 
 
-def _parts(layer: LoRALayer) -> tuple[str, ...]:
-    """The names of a layer's matrices, or their number if the names are long."""
-    names = [matrix.name for matrix in layer.lora_matrices if matrix.name]
+def _parts(module: nn.Module) -> tuple[str, ...]:
+    """The names of a layer's matrices, or their number if the names are long. Of an embedding, how many rows train."""
+    if not isinstance(module, LoRALayer):
+        return ()
+    rows = _token_rows(module)
+    if rows:
+        return (f"{rows} rows",)
+    names = [matrix.name for matrix in module.lora_matrices if matrix.name]
     are_short = len("".join(names)) < 24
     return tuple(names) if are_short else (f"{len(names)} matrices",)
 
 
-def _group_of(pattern: str, layers: Sequence[_CountedLayer]) -> LayerGroup:
-    described = layers[0].described
-    trained, frozen = total_counts(layers)
-    return LayerGroup(
-        name=pattern,
-        layers=len(layers),
-        kind=described.kind,
-        r=described.r,
-        trained=trained,
-        frozen=frozen,
-        parts=described.parts,
-    )
+def _token_rows(layer: LoRALayer) -> int:
+    """How many rows of an embedding train by themselves: it has one matrix then, without a rank."""
+    return len(layer.lora_matrices[0].tokens)
 
 
 # The costs

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 from rich.table import Table
@@ -113,22 +113,12 @@ def _cells_of_numbers(trained: int, frozen: int) -> tuple[str, str]:
     return f"{trained:,}", f"{frozen:,}"
 
 
-class _Counted(Protocol):
-    """A layer, or a group of layers, whose values are counted: those that train, and the others."""
-
-    @property
-    def trained(self) -> int: ...
-
-    @property
-    def frozen(self) -> int: ...
-
-
-def total_counts(layers: Iterable[_Counted]) -> tuple[int, int]:
+def total_counts(groups: Iterable["LayerGroup"]) -> tuple[int, int]:
     """Return how many values train in all of these layers, and how many do not."""
     trained = frozen = 0
-    for layer in layers:
-        trained += layer.trained
-        frozen += layer.frozen
+    for group in groups:
+        trained += group.trained
+        frozen += group.frozen
     return trained, frozen
 
 

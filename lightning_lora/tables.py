@@ -58,7 +58,10 @@ _BLOCK = re.compile(r"\d+(?=\.)")  # the number of a block in a layer's name; on
 
 
 def split_at_blocks(name: str) -> tuple[tuple[int, ...], str]:
-    """Return the numbers of the blocks in a layer's name, and the name with a star for each."""
+    """Return the numbers of the blocks in a layer's name, and the name with a star for each.
+
+    ``encoder.3.query`` -> ``((3,), "encoder.*.query")``.
+    """
     numbers = [int(number) for number in _BLOCK.findall(name)]
     return tuple(numbers), _BLOCK.sub("*", name)
 
@@ -66,7 +69,10 @@ def split_at_blocks(name: str) -> tuple[tuple[int, ...], str]:
 def grouped_by_name(
     layers: Mapping[str, Layer], kind_of: Callable[[Layer], Hashable]
 ) -> Iterator[tuple[str, dict[str, Layer]]]:
-    """Group layers of one kind whose names differ only in blocks: ``*`` or a range. Yield that name, and them."""
+    """Group layers of one kind whose names differ only in blocks. Yield each group's name, and its layers by name.
+
+    ``encoder.0.query`` and ``encoder.1.query`` are ``encoder.*.query``.
+    """
     groups = dict[tuple[str, Hashable], dict[str, Layer]]()
     for name, layer in layers.items():
         _, pattern = split_at_blocks(name)
@@ -79,21 +85,24 @@ def grouped_by_name(
 
 
 def _name_of_group(names: Sequence[str], *, is_only_group: bool) -> str:
-    """The name of a group. A star stands for all blocks, so another group of the same names must not have it too."""
-    blocks_of_names = [_BLOCK.findall(name) for name in names]
-    columns = zip(*blocks_of_names, strict=True)
-    title, *texts = _BLOCK.split(names[0])
-    for blocks, text in zip(columns, texts, strict=True):
+    """The name of a group: of ``layers.0.query`` and ``layers.2.query``, ``layers.*.query`` or ``layers.0,2.query``.
+
+    A star stands for all blocks, so a group has it only if no other one has the same names.
+    """
+    blocks_of_names = [_BLOCK.findall(name) for name in names]  # [["0"], ["2"]]
+    first_text, *texts = _BLOCK.split(names[0])  # "layers.", [".query"]
+    group_name = first_text
+    for blocks, text in zip(zip(*blocks_of_names, strict=True), texts, strict=True):
         numbers = sorted({int(block) for block in blocks})
         stands_for_all = is_only_group and len(numbers) > 1
-        title += "*" if stands_for_all else _ranges(numbers)
-        title += text
-    return title or "(root)"
+        group_name += "*" if stands_for_all else _ranges(numbers)
+        group_name += text
+    return group_name or "(root)"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers as text, such as "0,2-5"."""
-    runs = list[list[int]]()
+    runs = list[list[int]]()  # [[0], [2, 3, 4, 5]]
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
