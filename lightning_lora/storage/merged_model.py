@@ -26,6 +26,7 @@ from lightning_lora.storage.state import check_not_diverged, trained_tensors
 from lightning_lora.tensors.dicts import beginning_with, of_type, only, renamed, without
 from lightning_lora.tensors.names import plain_module, plain_name, submodule
 from lightning_lora.tensors.plain_states import StateDict
+from lightning_lora.tensors.undo import set_own_attribute
 
 
 def save_merged(model: nn.Module, path: str | Path) -> None:
@@ -237,10 +238,7 @@ def answering(model: nn.Module, state: StateDict) -> Iterator[None]:
     """Let the ``state_dict`` methods of a model, and of the modules in it, answer with these values."""
     with ExitStack() as undo:
         for name, module in model.named_modules():
-            attributes = vars(module)
-            undo.callback(attributes.update, only(attributes, ["state_dict"]))  # what other code has put there
-            undo.callback(attributes.pop, "state_dict")
-            attributes["state_dict"] = partial(_part_of_state, state, name)
+            set_own_attribute(module, "state_dict", partial(_part_of_state, state, name), undo)
         yield
 
 

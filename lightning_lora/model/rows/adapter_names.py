@@ -20,6 +20,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.adaptable import has_forward
 from lightning_lora.tensors.dicts import only, where, with_values
 from lightning_lora.tensors.names import modules_around, modules_by_name, owner_of
+from lightning_lora.tensors.undo import set_own_attribute
 from lightning_lora.tensors.values import same_bits
 
 
@@ -97,7 +98,7 @@ class _Block(ExitStack):
             self._leave_inference_path(module)
         for each in mixed:
             forward = MethodType(each.forward, each.module)  # bound to it: a copy gets one of the copy
-            self._replace(each.module, "forward", forward)
+            set_own_attribute(each.module, "forward", forward, self)
         return self
 
     def _move_used_adapters(self, view: View) -> list[AdapterState]:
@@ -111,15 +112,7 @@ class _Block(ExitStack):
         """Let a module call those inside it, until the end of the block."""
         path = inference_path(module)
         if path is not None:
-            self._replace(module, *path)
-
-    def _replace(self, module: nn.Module, attribute: str, value: object) -> None:
-        """Set an attribute of a module itself, until the end of the block."""
-        attributes = vars(module)
-        before = only(attributes, [attribute])  # nothing, where the class has it
-        self.callback(attributes.update, before)
-        self.callback(attributes.pop, attribute)  # comes first at the end
-        attributes[attribute] = value
+            set_own_attribute(module, *path, self)
 
 
 # What differs between the names

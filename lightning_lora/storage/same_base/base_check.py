@@ -103,8 +103,11 @@ class _BaseHere:
         """Whether names, shapes and dtypes are the same, and the same tensors are quantised."""
         if not have_same_form(there, self.fingerprint):
             return False
-        quantised_there = {name for name in self.tensors if there["rounded"][self.names_there[name]] is None}
-        return quantised_there == self.quantised & self.tensors.keys()
+        for name, name_there in self.names_there.items():
+            is_quantised_there = there["rounded"][name_there] is None
+            if is_quantised_there != (name in self.quantised):
+                return False
+        return True
 
     def _only_there(self, there: StoredFingerprint) -> list[str]:
         """The tensors there that are not here. Quantised ones may have other names."""
