@@ -7,7 +7,12 @@ from torch import nn
 
 from lightning_lora.errors import TargetError
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.still.find_still import about_networks_left_out, find_still_networks, known_still_networks
+from lightning_lora.model.still.find_still import (
+    about_networks_left_out,
+    find_still_networks,
+    known_still_networks,
+    parameters_frozen_by_user,
+)
 from lightning_lora.model.view import View
 from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.targets.arguments import AUTOMATIC
@@ -42,23 +47,19 @@ class Plan:
 def plan_adapters(view: View) -> Plan:
     """Plan what the view's configuration asks for. Networks that stand still are looked for."""
     targeted = select(view.model, view.config)
-    networks = find_still_networks(view, _kinds(targeted), _frozen_by_user(view))
+    networks = find_still_networks(view, _kinds(targeted), parameters_frozen_by_user(view))
     return _plan(view, targeted, networks)
 
 
 def plan_as_in_file(view: View) -> Plan:
     """Plan what a file's configuration says. It names the networks that stand still, so none is looked for."""
     targeted = select(view.model, view.config)
-    networks = known_still_networks(view, _kinds(targeted), _frozen_by_user(view))
+    networks = known_still_networks(view, _kinds(targeted), parameters_frozen_by_user(view))
     return _plan(view, targeted, networks)
 
 
 def _kinds(targeted: Mapping[str, Choice]) -> dict[str, type[LoRALayer]]:
     return {name: choice.kind for name, choice in targeted.items()}
-
-
-def _frozen_by_user(view: View) -> set[nn.Parameter]:
-    return set(only(view.base_parameters, view.frozen_by_user).values())
 
 
 def _plan(view: View, targeted: Mapping[str, Choice], networks: StillNetworks) -> Plan:

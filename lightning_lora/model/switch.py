@@ -21,13 +21,12 @@ from lightning_lora.model.changed_since_merge import refuse_changed_since_merge
 from lightning_lora.model.changes.attach import attach_adapters, detach_adapters, update_for_changed_weights
 from lightning_lora.model.changes.off_layers import convert_to_layer, move_to
 from lightning_lora.model.records import find_record, state_of
+from lightning_lora.model.show_base import show_adapter, show_base
 from lightning_lora.model.start_call import record_of, start_call
 from lightning_lora.model.view import View, refuse_lost_adapters, view_of
-from lightning_lora.tensors.dicts import only, where, with_values, without
-from lightning_lora.tensors.names import first_names, names_joined, names_not_in, plain_module, set_parameter
-from lightning_lora.tensors.shards import is_dtensor, reshard
+from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.names import names_joined, names_not_in, plain_module, set_parameter
 from lightning_lora.tensors.undo import Undo
-from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
 def switch_to(model: nn.Module, name: str | None) -> "SwitchBlock":
@@ -43,9 +42,9 @@ def switch_to(model: nn.Module, name: str | None) -> "SwitchBlock":
     if name is None:
         view = view_of(model)
         refuse_changed_since_merge(view)
-        _show_base(view)
+        show_base(view)
     elif name == block.active_before:
-        _show_adapter(View(model))
+        show_adapter(View(model))
     else:
         _exchange(View(model), record.inactive_adapters[name])
     return block
@@ -217,7 +216,7 @@ def _exchange(view: View, coming: AdapterState) -> None:
     put = _tensors_to_put(view, coming)  # what needs memory comes first
     refuse_lost_adapters(view)
     if view.record.state.shows_base:
-        _show_adapter(view)
+        show_adapter(view)
     inactive_tensors = tensors_with_originals(view)
     inactive_layer_adapters = detach_adapters(view)
     for name, tensor in put.items():
@@ -272,65 +271,3 @@ def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> U
         undo.callback(lambda: record_of(model).inactive_adapters.pop(name))
     undo.callback(switch_to, model, names[0])
     return undo
-
-
-# The base
-
-
-@torch.inference_mode(False)  # where a parameter would become an inference tensor, which never trains again
-def _show_base(view: View) -> None:
-    """Turn the updates off. Merged weights and what was trained beside them get the base's values."""
-    values = _values_to_show(view)
-    _read_merged_digests(view)
-    present = first_names(view.tensors)  # not what was tied, and is in no module until it is unmerged
-    for name, tensor in with_values(present, values).items():
-        hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data  # the memory of a spread one is written into
-        view.record.base.note_hidden(name, hidden, requires_grad=tensor.requires_grad)
-        set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
-        replace_values(tensor, values[tensor])
-    _enable(view, has_effect=False)
-    view.record.note_base_shown()
-
-
-def _values_to_show(view: View) -> dict[Tensor, Tensor]:
-    """The tensors that may have other values than the base, and copies of the base's."""
-    values = dict[Tensor, Tensor]()
-    record = view.record
-    for name, tensor in tensors_with_originals(view).items():
-        original = record.adapter.originals[name]
-        has_base_value = not original.is_meta  # otherwise the model was adapted before it had values
-        if has_base_value and name not in record.base.filled:
-            values[tensor] = original.to(tensor, copy=True)
-    for merged in view.merged_weights:
-        base = values.get(merged.base_value, merged.base_value)  # a tied weight's other use may have trained
-        values[merged.parameter] = base.detach().to(merged.parameter)
-    return values
-
-
-def _read_merged_digests(view: View) -> None:
-    """Read spread weights of a merged model: their memory is written into, and only a digest tells the values apart."""
-    spread = where(view.parameters, is_dtensor)
-    for seen in only(view.record.base.after_merge.seen, spread).values():
-        seen.digest()
-
-
-@torch.inference_mode(False)
-def _show_adapter(view: View) -> None:
-    """Give the active adapter, or the merged weights, their effect back."""
-    reshard(view.model)  # so that the next forward pass gathers what is put back
-    hidden_tensors = only(view.record.base.hidden, view.tensors)
-    converted = dict[str, Tensor]()  # all, before any is written: an error changes nothing
-    for name, hidden in hidden_tensors.items():
-        converted[name] = hidden.values.to(view.tensors[name])  # which may have been moved or converted since
-    for name, hidden in hidden_tensors.items():
-        replace_values(view.tensors[name], converted[name])
-        set_requires_grad(view.tensors[name], hidden.requires_grad)
-    _enable(view, has_effect=True)
-    view.record.note_adapter_shown()
-
-
-def _enable(view: View, *, has_effect: bool) -> None:
-    """Turn the updates of all layers on or off."""
-    for layer in view.layers.values():
-        layer.lora_enabled = has_effect
-    torch.clear_autocast_cache()  # it may hold copies of the other values

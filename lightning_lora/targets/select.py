@@ -8,10 +8,8 @@ from lightning_lora.targets import checks
 from lightning_lora.targets.choice import Choice, choose
 from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.resolve import ResolvedArguments, resolve_arguments
-from lightning_lora.targets.slices import sliced
+from lightning_lora.targets.slices import Matrices, sliced
 from lightning_lora.tensors.names import Modules, names_joined, starts_of
-
-Matrices = tuple[AdaptedMatrix, ...]
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:

@@ -18,14 +18,6 @@ from lightning_lora.tensors.dicts import only, where, where_not, with_values
 from lightning_lora.tensors.names import modules_around, names_not_in, names_outside
 
 
-def about_networks_left_out(networks: Collection[str], title: str) -> str:
-    """Return what is said of networks that get no adapters."""
-    return (
-        f"No adapter for {listed(networks)} of {title}: it is frozen, or in no optimizer, and other networks train "
-        "beside it. So it stays as it is. To adapt it too, let it train, or name its layers in target_modules."
-    )
-
-
 def find_still_networks(view: View, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter]) -> StillNetworks:
     """Return which networks get no adapter, and which follow another one.
 
@@ -126,3 +118,19 @@ def _named_by_user(view: View) -> list[str]:
     left_out = lookup.find("exclude_modules", view.config.exclude_modules)
     saved = lookup.find("modules_to_save", view.config.modules_to_save)
     return [*left_out, *saved]
+
+
+# For callers
+
+
+def parameters_frozen_by_user(view: View) -> set[nn.Parameter]:
+    """Return the parameters that the user froze: they stand still, whatever the optimizers hold."""
+    return set(only(view.base_parameters, view.frozen_by_user).values())
+
+
+def about_networks_left_out(networks: Collection[str], title: str) -> str:
+    """Return what is said of networks that get no adapters."""
+    return (
+        f"No adapter for {listed(networks)} of {title}: it is frozen, or in no optimizer, and other networks train "
+        "beside it. So it stays as it is. To adapt it too, let it train, or name its layers in target_modules."
+    )

@@ -8,12 +8,16 @@ from torch import nn
 from lightning_lora.errors import TargetError
 from lightning_lora.model.changes.attach import detach_from
 from lightning_lora.model.changes.freeze import freeze
-from lightning_lora.model.still.find_still import about_networks_left_out, find_still_networks
+from lightning_lora.model.still.find_still import (
+    about_networks_left_out,
+    find_still_networks,
+    parameters_frozen_by_user,
+)
 from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guards
 from lightning_lora.networks.still_networks import StillNetworks
-from lightning_lora.tensors.dicts import only, without
+from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import modules_around, names_inside, names_not_in, names_outside
 
 
@@ -23,8 +27,7 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     These are frozen, or in no optimizer (``unheld``). An adapter there that has learned is paused, and stays. Return
     the layers of those that are paused.
     """
-    frozen_by_user = set(only(view.base_parameters, view.frozen_by_user).values())
-    still_parameters = unheld | frozen_by_user
+    still_parameters = unheld | parameters_frozen_by_user(view)
     found = find_still_networks(view, _kinds_that_train(view), still_parameters)
     copies = _copies_that_stand_still(view, found, still_parameters)
 

@@ -1,0 +1,70 @@
+"""Show the base in place of the active adapter, and the adapter again."""
+
+import torch
+from torch import Tensor
+
+from lightning_lora.model.base_values import tensors_with_originals
+from lightning_lora.model.view import View
+from lightning_lora.tensors.dicts import only, where, with_values
+from lightning_lora.tensors.names import first_names
+from lightning_lora.tensors.shards import is_dtensor, reshard
+from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
+
+
+@torch.inference_mode(False)  # where a parameter would become an inference tensor, which never trains again
+def show_base(view: View) -> None:
+    """Turn the updates off. Merged weights and what was trained beside them get the base's values."""
+    values = _values_to_show(view)
+    _read_merged_digests(view)
+    present = first_names(view.tensors)  # not what was tied, and is in no module until it is unmerged
+    for name, tensor in with_values(present, values).items():
+        hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data  # the memory of a spread one is written into
+        view.record.base.note_hidden(name, hidden, requires_grad=tensor.requires_grad)
+        set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
+        replace_values(tensor, values[tensor])
+    _enable(view, has_effect=False)
+    view.record.note_base_shown()
+
+
+def _values_to_show(view: View) -> dict[Tensor, Tensor]:
+    """The tensors that may have other values than the base, and copies of the base's."""
+    values = dict[Tensor, Tensor]()
+    record = view.record
+    for name, tensor in tensors_with_originals(view).items():
+        original = record.adapter.originals[name]
+        has_base_value = not original.is_meta  # otherwise the model was adapted before it had values
+        if has_base_value and name not in record.base.filled:
+            values[tensor] = original.to(tensor, copy=True)
+    for merged in view.merged_weights:
+        base = values.get(merged.base_value, merged.base_value)  # a tied weight's other use may have trained
+        values[merged.parameter] = base.detach().to(merged.parameter)
+    return values
+
+
+def _read_merged_digests(view: View) -> None:
+    """Read spread weights of a merged model: their memory is written into, and only a digest tells the values apart."""
+    spread = where(view.parameters, is_dtensor)
+    for seen in only(view.record.base.after_merge.seen, spread).values():
+        seen.digest()
+
+
+@torch.inference_mode(False)
+def show_adapter(view: View) -> None:
+    """Give the active adapter, or the merged weights, their effect back."""
+    reshard(view.model)  # so that the next forward pass gathers what is put back
+    hidden_tensors = only(view.record.base.hidden, view.tensors)
+    converted = dict[str, Tensor]()  # all, before any is written: an error changes nothing
+    for name, hidden in hidden_tensors.items():
+        converted[name] = hidden.values.to(view.tensors[name])  # which may have been moved or converted since
+    for name, hidden in hidden_tensors.items():
+        replace_values(view.tensors[name], converted[name])
+        set_requires_grad(view.tensors[name], hidden.requires_grad)
+    _enable(view, has_effect=True)
+    view.record.note_adapter_shown()
+
+
+def _enable(view: View, *, has_effect: bool) -> None:
+    """Turn the updates of all layers on or off."""
+    for layer in view.layers.values():
+        layer.lora_enabled = has_effect
+    torch.clear_autocast_cache()  # it may hold copies of the other values
