@@ -4,10 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.storage.checksum import dict_or_empty
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY
-from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.dicts import dict_or_empty, without
 from lightning_lora.tensors.plain_states import state_dict
 
 ADAPTERS = "adapters"  # the item of this package's entry that holds what training changed, beside a merged model

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.tensors.dicts import where, without
+from lightning_lora.tensors.dicts import dict_or_empty, where, without
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.plain_states import StateDict
 
@@ -49,8 +49,3 @@ def check_as_written(state: StateDict, description: object, path: object) -> Non
         raise AdapterFileError(f"{path} has {len(state)} entries, and {about.get('entries')} were written. {damaged}")
     if checksum(state, about) != about.get("checksum"):
         raise AdapterFileError(f"The adapters in {path} are not as they were written. {damaged}")
-
-
-def dict_or_empty(value: Any) -> dict[str, Any]:
-    """Return a value that should be a dict. What else a file holds says nothing by name."""
-    return value if isinstance(value, dict) else {}

@@ -11,13 +11,13 @@ from lightning_lora.layers import LoRAParameters, LoRATokens
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights, refuse_resized_or_tied
 from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View
-from lightning_lora.storage.checksum import FORMAT, Description, checksum, dict_or_empty
+from lightning_lora.storage.checksum import FORMAT, Description, checksum
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of, wanted_of
 from lightning_lora.storage.stored_modules import StoredModule, modules_of, modules_to_store, plain_modules
 from lightning_lora.targets.lookup import OUTPUT_HEAD
-from lightning_lora.tensors.dicts import only, where
+from lightning_lora.tensors.dicts import dict_or_empty, only, where
 from lightning_lora.tensors.names import is_in_any, names_inside, owner_of
 from lightning_lora.tensors.values import is_computable
 

@@ -1,13 +1,18 @@
 """Dicts of things by name, as modules, parameters and layers are. Each function returns a new dict."""
 
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning_lora.tensors.names import owner_of
 
 Thing = TypeVar("Thing")
 Key = TypeVar("Key")
 Kind = TypeVar("Kind")
+
+
+def dict_or_empty(value: Any) -> dict[str, Any]:
+    """Return a value that should be a dict, or an empty one: what else a file may hold says nothing by name."""
+    return value if isinstance(value, dict) else {}
 
 
 # Some of them

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.checksum import check_as_written, dict_or_empty
+from lightning_lora.storage.checksum import check_as_written
 from lightning_lora.storage.formats.contents import read_contents
 from lightning_lora.storage.formats.format import HEADER, Format, LoadArguments
 from lightning_lora.storage.formats.lightning import VERSION_KEY
@@ -15,7 +15,7 @@ from lightning_lora.storage.on_disk.places import check_output, local_path, open
 from lightning_lora.storage.on_disk.safetensors_bytes import save
 from lightning_lora.storage.on_disk.whole_files import writing
 from lightning_lora.storage.stored import KEY, StoredAdapters
-from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.dicts import dict_or_empty, without
 
 # Write
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.checksum import dict_or_empty
 from lightning_lora.storage.formats.lightning import without_run_state
 from lightning_lora.storage.offline.merge_checks import check_plan, check_tensors_alone
 from lightning_lora.storage.offline.merge_plan import MergePlan
@@ -28,6 +27,7 @@ from lightning_lora.storage.offline.without_model import read_without_model
 from lightning_lora.storage.on_disk.places import check_output, path_here
 from lightning_lora.storage.on_disk.plain_pickles import unread_in
 from lightning_lora.storage.on_disk.whole_files import folder_beside, writing, writing_folder
+from lightning_lora.tensors.dicts import dict_or_empty
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.checksum import dict_or_empty
 from lightning_lora.storage.on_disk.archives import check_file, check_new_format, kind_of
 from lightning_lora.storage.on_disk.plain_pickles import load_plain
 from lightning_lora.storage.on_disk.read_errors import json_object, reading
 from lightning_lora.storage.on_disk.safetensors_bytes import header_in, header_of
-from lightning_lora.tensors.dicts import of_type, with_values, without
+from lightning_lora.tensors.dicts import dict_or_empty, of_type, with_values, without
 
 _UNDIVIDED = "model.safetensors"  # the only file of weights in a folder that is not divided
 INDEX = "model.safetensors.index.json"  # says which file of a folder holds which tensor

@@ -10,16 +10,9 @@ from lightning_lora.base.fingerprints import (
     digests_by_name,
     have_same_form,
 )
-from lightning_lora.base.readings import Readings
 from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import SAME_NAMES
-from lightning_lora.storage.same_base.compared_tensors import (
-    Tensors,
-    base_tensors,
-    dtypes_of,
-    is_convertible,
-    quantised_names,
-)
+from lightning_lora.storage.same_base.compared_tensors import base_tensors, dtypes_of, is_convertible, quantised_names
 from lightning_lora.storage.same_base.fingerprint import fingerprint, layout_of
 from lightning_lora.tensors.dicts import where, without
 
@@ -41,38 +34,39 @@ def with_half_digests(view: View, fingerprints: Iterable[Fingerprint]) -> list[S
 
     Only the first call costs a pass over the weights.
     """
-    tensors = base_tensors(view)
-    form_now: Form = {"layout": layout_of(tensors, SAME_NAMES), "dtypes": dtypes_of(tensors)}
-    quantised = quantised_names(view)
-    readable = _tensors_with_values_of_base(view, without(tensors, quantised))
-    readings = view.record.base.readings
+    base = _BaseNow(view)
     stored = list[StoredFingerprint]()
     for each in fingerprints:
         entry = StoredFingerprint(layout=each["layout"], dtypes=each["dtypes"], digests=each["digests"])
-        if each["layout"] == form_now["layout"]:  # otherwise the names of its tensors are no longer known
-            digests = digests_by_name(tensors, each)
-            entry["rounded"] = _known_half_digests(readings, digests, quantised)
-            if have_same_form(each, form_now):
-                entry["rounded"] |= _computed_half_digests(readings, digests, readable)
+        if each["layout"] == base.form["layout"]:  # otherwise the names of its tensors are no longer known
+            entry["rounded"] = base.half_digests_for(each)
         stored.append(entry)
     return stored
 
 
-def _tensors_with_values_of_base(view: View, tensors: Tensors) -> Tensors:
-    """The tensors of which half digests can be computed: they have values, which no code has changed."""
-    unchanged = without(tensors, view.record.base.changes)
-    return where(unchanged, is_convertible)
+class _BaseNow:
+    """A model's base as it is now, of whose tensors half digests are asked for."""
 
+    def __init__(self, view: View) -> None:
+        self.tensors = base_tensors(view)
+        self.form: Form = {"layout": layout_of(self.tensors, SAME_NAMES), "dtypes": dtypes_of(self.tensors)}
+        self.quantised = quantised_names(view)
+        self.readings = view.record.base.readings
+        unchanged = without(self.tensors, {*self.quantised, *view.record.base.changes})
+        self.readable = where(unchanged, is_convertible)  # these have the base's values
 
-def _known_half_digests(readings: Readings, digests: Mapping[str, int], quantised: set[str]) -> HalfDigests:
-    """The half digests that are known without a look at the tensors."""
-    known: HalfDigests = {name: readings.known_half_digests(digest) for name, digest in digests.items()}
-    for name in quantised & digests.keys():
-        known[name] = None
-    return known
+    def half_digests_for(self, fingerprint: Fingerprint) -> HalfDigests:
+        """Return the half digests that belong to a fingerprint: all, if the base has its form now, or those known."""
+        digests = digests_by_name(self.tensors, fingerprint)
+        known: HalfDigests = {name: self.readings.known_half_digests(digest) for name, digest in digests.items()}
+        for name in self.quantised & digests.keys():
+            known[name] = None
+        if not have_same_form(fingerprint, self.form):
+            return known
+        return {**known, **self._computed(digests)}
 
-
-def _computed_half_digests(readings: Readings, digests: Mapping[str, int], tensors: Tensors) -> HalfDigests:
-    """The half digests of these tensors. Each is computed once in a run."""
-    readings.compute_half_digests_of_dtensors({digests[name]: tensor for name, tensor in tensors.items()})
-    return {name: readings.half_digests_of(digests[name], tensor) for name, tensor in tensors.items()}
+    def _computed(self, digests: Mapping[str, int]) -> HalfDigests:
+        """The half digests of all tensors that can be read. Each is computed once in a run."""
+        by_digest = {digests[name]: tensor for name, tensor in self.readable.items()}
+        self.readings.compute_half_digests_of_dtensors(by_digest)
+        return {name: self.readings.half_digests_of(digests[name], tensor) for name, tensor in self.readable.items()}
