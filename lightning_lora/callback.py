@@ -145,7 +145,10 @@ class LoRACallback(Callback):
         self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
         scale_of_each_factor(lr_scale)  # refuses what is no scale
         check_adapter_name(name)
-        self.merge, self.save, self.lr_scale, self.name = merge, save, lr_scale, name
+        self.merge = merge
+        self.save = save
+        self.lr_scale = lr_scale
+        self.name = name
         compatibility.subclass_pytorch_lightning_too(LoRACallback)  # again: it may have been imported only now
         self._prepare()
 

@@ -51,9 +51,7 @@ START_METHOD = "_start_method"  # of a strategy's processes. Without it: adapter
 HPARAMS_NAME = "_hparams_name"  # the argument with all hyperparameters. Without it: no module is built of a file
 LOGS_HPARAMS = "_log_hyperparams"  # whether Lightning logs them. Without it: TensorBoard shows ours alone
 CLI_CLASS = "_class_path"  # LightningCLI's entry in them. Without it: load_from_checkpoint builds the wrong class
-SUMMARY_DEPTH = (
-    "_max_depth"  # of a ModelSummary, 0 for no table. Without it: a line speaks of a table that is not shown
-)
+SUMMARY_DEPTH = "_max_depth"  # of a ModelSummary, 0 for no table. Without it: we speak of a table that is not shown
 LOADER_STATE = "_iterator"  # a loader's workers that stay. Without it: a copied loader shares them
 AVERAGE = "_average_model"  # the averaged model of SWA and EMA. Without it: adapters are not averaged
 AVERAGES_WITH = "_avg_fn"  # how they average. Without it: frozen weights are averaged too

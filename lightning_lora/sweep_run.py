@@ -53,8 +53,7 @@ class SweptAdapter:
                 fit(callback, self._path_to_resume())
             finally:
                 callback.leave_no_adapter()
-        has_validated = len(self.metrics) > callback.validations_before
-        if not self.metrics or not (has_validated or self.has_ended):
+        if not self.metrics or not (callback.has_validated() or self.has_ended):
             raise ConfigError(
                 "LoRASweep expects that fit makes a Trainer with the callback that it gets, and that it validates. No "
                 "validation has run."
@@ -82,11 +81,15 @@ class _Callback(LoRACallback):
     def __init__(self, adapter: SweptAdapter, arguments: dict[str, Any], until: TrainsUntil) -> None:
         super().__init__(**arguments)
         self.run = adapter.name  # a name for the user's ``fit``
-        self.swept = adapter
+        self.adapter = adapter
         self.until = until
-        self.validations_before = len(adapter.metrics)
+        self._validations_before = len(adapter.metrics)
         self.module: LightningModule | None = None  # None until a fit has begun
         self.max_epochs: int | None = None  # the user's
+
+    def has_validated(self) -> bool:
+        """Whether a validation of this fit has ended."""
+        return len(self.adapter.metrics) > self._validations_before
 
     def leave_no_adapter(self) -> None:
         """Take what the fit has left off the module, if it had one."""
@@ -103,14 +106,14 @@ class _Callback(LoRACallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if self.until is TrainsUntil.NOW:
-            _end_after(trainer, self.swept.epochs)
+            _end_after(trainer, self.adapter.epochs)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
         _end_after(trainer, self.max_epochs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.swept.epochs and not trainer.global_step:
+        if self.adapter.epochs and not trainer.global_step:
             raise ConfigError(
                 "LoRASweep.run expects that fit passes its second argument on: Trainer.fit(ckpt_path=...)."
             )
@@ -120,28 +123,27 @@ class _Callback(LoRACallback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         metrics = trainer.callback_metrics
-        monitor = self.swept.monitor
+        monitor = self.adapter.monitor
         if monitor not in metrics:
             raise ConfigError(
                 f"monitor={monitor!r} is not logged in validation. Found: {listed(metrics)}. "
                 f"Log it in validation_step: self.log({monitor!r}, ...)."
             )
         value = float(metrics[monitor])
-        self.swept.metrics.append(trainer.strategy.broadcast(value))
+        self.adapter.metrics.append(trainer.strategy.broadcast(value))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        has_validated = len(self.swept.metrics) > self.validations_before
-        if self.until is TrainsUntil.NEXT_VALIDATION and has_validated:
+        if self.until is TrainsUntil.NEXT_VALIDATION and self.has_validated():
             _end_after(trainer, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        swept = self.swept
-        swept.epochs = trainer.current_epoch
-        ended_early = self.until is TrainsUntil.NEXT_VALIDATION and swept.epochs != self.max_epochs
-        swept.has_ended = trainer.should_stop or not ended_early  # EarlyStopping ends it for good
+        adapter = self.adapter
+        adapter.epochs = trainer.current_epoch
+        ended_early = self.until is TrainsUntil.NEXT_VALIDATION and adapter.epochs != self.max_epochs
+        adapter.has_ended = trainer.should_stop or not ended_early  # EarlyStopping ends it for good
         _end_after(trainer, self.max_epochs)
-        trainer.save_checkpoint(swept.file, weights_only=False)
+        trainer.save_checkpoint(adapter.file, weights_only=False)
 
 
 def _end_after(trainer: Trainer, epochs: int | None) -> None:

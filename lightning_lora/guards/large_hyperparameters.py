@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.dicts import of_type, without
 
 
 class LargeHyperparameters(Guard):
@@ -17,9 +16,10 @@ class LargeHyperparameters(Guard):
     def training_begins(self, view: View) -> None:
         """Look at those of the module. A module among them is named by Lightning."""
         size_of_adapters = sum(p.nbytes for p in view.adapter_parameters.values())
-        hyperparameters = _hyperparameters(view.model)
         large: dict[str, int] = {}
-        for name, value in without(hyperparameters, of_type(hyperparameters, nn.Module)).items():
+        for name, value in _hyperparameters(view.model).items():
+            if isinstance(value, nn.Module):
+                continue
             size = _bytes_in(value)
             if size > size_of_adapters:
                 large[name] = size

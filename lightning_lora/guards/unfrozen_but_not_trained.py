@@ -31,7 +31,7 @@ def modules_unfrozen_but_not_trained(view: View) -> list[str]:
     around_frozen = modules_around(frozen_by_user)
     found: dict[str, None] = {}  # each once
     for name in _unfrozen_weights(view):
-        largest_unfrozen = largest_free_of(around_frozen, name)  # a module, or this weight alone
+        largest_unfrozen = largest_free_of(around_frozen, name)  # a module without frozen weights, or this weight alone
         module = _module_of(largest_unfrozen, view)
         if module not in around_trained:
             found[largest_unfrozen] = None

@@ -38,7 +38,7 @@ def _defines_compiled_code(cls: type) -> bool:
         return False
     file = sys.modules.get(cls.__module__, cls)  # some classes are made without one
     compiled = [*where(vars(cls), _is_compiled_function), *where(dict(vars(file)), _is_compiled_function)]
-    return not all(map(_is_result, compiled))
+    return any(not _is_result(name) for name in compiled)
 
 
 def _is_result(name: str) -> bool:
