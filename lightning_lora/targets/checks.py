@@ -1,8 +1,7 @@
 """Checks of a selection of layers, with errors that explain."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -10,15 +9,14 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError, counted, listed, shortened
-from lightning_lora.layers import INITIALISATIONS, LoRAParameters, adapter_for, why_merge_is_wrong
-from lightning_lora.layers.matrices import weights_of
-from lightning_lora.patterns import fits
+from lightning_lora.layers import INITIALISATIONS, adapter_for, why_merge_is_wrong
 from lightning_lora.targets.adaptable import adaptable_parameters, supported_types
-from lightning_lora.targets.arguments import ARGUMENTS, AUTOMATIC
+from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import Lookup
+from lightning_lora.targets.pattern_keys import check_pattern_keys
 from lightning_lora.targets.resolve import ResolvedArguments
-from lightning_lora.targets.unmatched import SEE_ALL, unmatched
+from lightning_lora.targets.unmatched import SEE_ALL
 from lightning_lora.tensors.dicts import names_of_each, where, where_not, with_values, without
 from lightning_lora.tensors.names import Modules, join, names_inside, starts_of
 
@@ -155,94 +153,10 @@ def _hint_of_what_there_is(lookup: Lookup, layers: Modules) -> str:
 
 def check_choices(lookup: Lookup, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse what their adapters cannot do, and keys of patterns that mean none of them."""
-    _check_patterns(lookup, config, choices)
+    check_pattern_keys(lookup, config, choices)
     _check_factor_names(choices)
     _check_methods(config, choices)
     _check_merges(choices)
-
-
-# Keys of patterns
-
-
-def _check_patterns(lookup: Lookup, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Refuse a pattern's key without effect: it matches no adapted layer, or earlier keys match all of its layers."""
-    layers = []
-    parameters = []
-    for name, choice in choices.items():
-        if choice.kind is LoRAParameters:
-            for weight in weights_of(choice.matrices):
-                parameters.append(_Adapted(join(name, weight), name))
-        else:
-            layers.append(_Adapted(name, name))
-    _check_keys(lookup, "rank_pattern", config.rank_pattern, layers + parameters)
-    _check_keys(lookup, "alpha_pattern", config.alpha_pattern, layers + parameters)
-    _check_keys(lookup, "target_slices", config.target_slices, layers)  # parameters have no slices
-
-
-class _Adapted(NamedTuple):
-    """An adapted layer or parameter, which a key means by its own name or by that of its module."""
-
-    name: str
-    module: str  # a layer is its own
-
-    def is_meant_by(self, key: str) -> bool:
-        """Whether a key of a pattern means it."""
-        return fits(key, self.name) or fits(key, self.module)
-
-
-def _check_keys(lookup: Lookup, argument: str, keys: Iterable[str] | None, all_adapted: Sequence[_Adapted]) -> None:
-    """Refuse keys of a pattern that mean nothing that is adapted, or nothing that earlier keys leave."""
-    if keys is None:
-        return
-    matched: dict[str, set[str]] = {}
-    for key in keys:
-        matched[key] = {adapted.name for adapted in all_adapted if adapted.is_meant_by(key)}
-    missing = [key for key, found in matched.items() if not found]
-    if missing:
-        _refuse_keys_of_unadapted(lookup, argument, missing, lookup.modules, "layers", "target_modules")
-        _refuse_keys_of_unadapted(lookup, argument, missing, lookup.parameters, "parameters", "target_parameters")
-        own_names = [adapted.name for adapted in all_adapted]
-        modules = [adapted.module for adapted in all_adapted]
-        raise unmatched(lookup, ARGUMENTS[argument], missing, own_names + modules)
-    _check_order(lookup, argument, matched)
-
-
-def _refuse_keys_of_unadapted(
-    lookup: Lookup, argument: str, keys: Sequence[str], candidates: Iterable[str], what: str, other_argument: str
-) -> None:
-    """Refuse those of the keys that match a candidate: it is there, but ``other_argument`` does not adapt it."""
-    without_effect = []
-    for key in keys:
-        if any(fits(key, name) for name in candidates):
-            without_effect.append(key)
-    if without_effect:
-        raise TargetError(
-            f"{argument} {without_effect} match {what} of {lookup.title} that are not adapted. Name them in "
-            f"{other_argument} too, or remove them from {argument}."
-        )
-
-
-def _check_order(lookup: Lookup, argument: str, matched: Mapping[str, set[str]]) -> None:
-    """Refuse a key whose layers all match earlier keys: the first match decides."""
-    decided: set[str] = set()  # the layers that earlier keys match
-    for key, layers in matched.items():
-        if layers <= decided:
-            deciding = _keys_before(key, matched)
-            raise TargetError(
-                f"{argument} {key!r} has no effect on {lookup.title}: {listed(deciding)} before it match all its "
-                "layers, and the first key that matches decides. Put it first."
-            )
-        decided |= layers
-
-
-def _keys_before(key: str, matched: Mapping[str, set[str]]) -> list[str]:
-    """The keys before this one that match some of its layers."""
-    keys = list(matched)
-    earlier = keys[: keys.index(key)]
-    return [other for other in earlier if matched[other] & matched[key]]
-
-
-# What adapters can do
 
 
 def _check_factor_names(choices: Mapping[str, Choice]) -> None:
