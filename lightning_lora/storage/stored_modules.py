@@ -5,6 +5,7 @@ like those of layers.
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from lightning_lora.storage.inner_model import is_model_of_other_library
 from lightning_lora.tensors.dicts import grouped, only
 from lightning_lora.tensors.inplace import original_class
-from lightning_lora.tensors.names import find_parameter, modules_around
+from lightning_lora.tensors.names import find_parameter, modules_around, modules_by_name
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class StoredModule:
     has_bias: bool = False
     says_tied: bool = False  # whether its configuration says that embeddings are tied to other layers
     model_type: str = ""  # what its configuration calls the architecture: one class may serve several
+    input_embedding: str = ""  # the name in it of the embedding of its inputs, if it is a model and says which
 
     @property
     def class_name(self) -> str:
@@ -88,7 +90,20 @@ def _described(module: nn.Module) -> StoredModule:
         has_bias=find_parameter(module, "bias") is not None,
         says_tied=bool(getattr(config, "tie_word_embeddings", False)),
         model_type=_text(config, "model_type"),
+        input_embedding=input_embedding_in(module),
     )
+
+
+def input_embedding_in(module: nn.Module) -> str:
+    """Return the name in a model of another library of the embedding of its inputs. Empty: it does not say which."""
+    if not is_model_of_other_library(module):
+        return ""
+    with suppress(AttributeError, NotImplementedError):  # of models that have none
+        embedding = module.get_input_embeddings()  # type: ignore[operator]
+        for name, inner in modules_by_name(module).items():
+            if inner is embedding:
+                return name
+    return ""
 
 
 def _text(config: Any, name: str) -> str:

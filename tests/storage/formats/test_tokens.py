@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -90,6 +91,31 @@ def test_what_peft_computes_otherwise_is_refused_both_ways(tmp_path: Path, make:
         ll.load_adapter(make(), tmp_path / "there")
     model = make()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, trainable_token_indices={"embed": [1, 2]}))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    for source in (model, tmp_path / "a.safetensors"):
+        with pytest.raises(ll.ExportError, match=match):
+            ll.export_peft(source, tmp_path / "here")
+
+
+def marian(share: bool) -> Any:
+    """A model whose decoder's embedding is tied to the head, and to the encoder's only if they share it."""
+    sizes = {"d_model": 16, "vocab_size": 20, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 16}
+    tokens = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True}
+    config = hf.MarianConfig(**sizes, **tokens, share_encoder_decoder_embeddings=share)
+    return built(lambda: hf.MarianMTModel(config))
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.filterwarnings("ignore:.*may be untrained:lightning_lora.LoRAWarning")
+def test_peft_ties_layers_to_the_embedding_of_the_inputs_alone(share: bool, tmp_path: Path) -> None:
+    """Rows of the decoder's embedding change the head too, and in PEFT they do not."""
+    rows_of_decoder = {"target_modules": ["q_proj"], "trainable_token_indices": {"decoder.embed_tokens": [1, 2]}}
+    match = "have one weight, and PEFT ties layers to .*'model.encoder.embed_tokens', alone"
+    write_peft(tmp_path / "there", marian(share), **rows_of_decoder)
+    with pytest.raises(ll.AdapterMismatchError, match=match):
+        ll.load_adapter(marian(share), tmp_path / "there")
+    model = marian(share)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, **rows_of_decoder))
     ll.save_adapter(model, tmp_path / "a.safetensors")
     for source in (model, tmp_path / "a.safetensors"):
         with pytest.raises(ll.ExportError, match=match):

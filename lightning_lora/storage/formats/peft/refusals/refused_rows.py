@@ -9,8 +9,9 @@ from lightning_lora.errors import listed
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.reasons import Reason, first_reason
 from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.storage.stored_modules import UNKNOWN, StoredModule, input_embedding_in
 from lightning_lora.tensors.dicts import only
-from lightning_lora.tensors.names import find_parameter
+from lightning_lora.tensors.names import find_parameter, join, starts_of
 
 
 class _Uses(NamedTuple):
@@ -19,13 +20,17 @@ class _Uses(NamedTuple):
     names: list[str]
     biased: list[str]  # those of them with a bias
     says_tied: bool  # whether a configuration says that the weight is tied
+    other_input: str  # the embedding of the model's inputs, if it is another one: PEFT ties layers to it alone
 
 
 def why_rows_differ(modules: Mapping[str, nn.Module], name: str) -> Reason:
     """Return why PEFT computes something else with rows of the layer ``name`` among ``modules``."""
     uses = _uses_of_weight(modules, name)
     biased = [use for layer, use in uses.items() if getattr(layer, "bias", None) is not None]
-    return first_reason(_RULES, _Uses(list(uses.values()), biased, _says_tied(modules)))
+    other_input = _input_embedding_around(name, modules)
+    if other_input and modules[other_input] is modules[name]:
+        other_input = ""
+    return first_reason(_RULES, _Uses(list(uses.values()), biased, _says_tied(modules), other_input))
 
 
 def why_rows_of_file_differ(layer: StoredLayer, export: Export) -> Reason:
@@ -37,7 +42,10 @@ def why_rows_of_file_differ(layer: StoredLayer, export: Export) -> Reason:
     known = only(export.stored_modules, names)
     biased = [use for use, module in known.items() if module.has_bias]
     says_tied = any(module.says_tied for module in export.stored_modules.values())
-    return first_reason(_RULES, _Uses(names, biased, says_tied))
+    other_input = _input_embedding_by_file(names[0], export.stored_modules)
+    if other_input in map(export.name_for_reader, [layer.name, *layer.other_names]):
+        other_input = ""
+    return first_reason(_RULES, _Uses(names, biased, says_tied, other_input))
 
 
 def _because_of_bias(uses: _Uses) -> Reason:
@@ -54,7 +62,38 @@ def _because_tied_by_hand(uses: _Uses) -> Reason:
     return ""
 
 
-_RULES = (_because_of_bias, _because_tied_by_hand)
+def _because_tied_to_another(uses: _Uses) -> Reason:
+    """The weight is tied, and PEFT looks only at another layer that has it."""
+    if len(uses.names) > 1 and uses.other_input:
+        return (
+            f"{listed(uses.names)} have one weight, and PEFT ties layers to the embedding of the model's inputs, "
+            f"{uses.other_input!r}, alone."
+        )
+    return ""
+
+
+_RULES = (_because_of_bias, _because_tied_by_hand, _because_tied_to_another)
+
+
+# The embedding of the inputs of the outermost model around a layer
+
+
+def _input_embedding_around(layer: str, modules: Mapping[str, nn.Module]) -> str:
+    """Its name among the modules of a model. Empty: no model says which it is."""
+    for outer in ("", *starts_of(layer)):
+        inner = input_embedding_in(modules[outer])
+        if inner:
+            return join(outer, inner)
+    return ""
+
+
+def _input_embedding_by_file(layer: str, modules: Mapping[str, StoredModule]) -> str:
+    """Its name, by what a file says of modules. Empty: it does not say which it is."""
+    for outer in ("", *starts_of(layer)):
+        inner = modules.get(outer, UNKNOWN).input_embedding
+        if inner:
+            return join(outer, inner)
+    return ""
 
 
 # The layers with one weight, in a model
