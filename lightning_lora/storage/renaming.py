@@ -14,7 +14,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Renaming:
-    """How names in a file become names in a model: one prefix takes the place of another."""
+    """How names in a file become names in a model: one prefix takes the place of another.
+
+    ``Renaming(there="model", here="net.bert")``: the file's ``model.q.weight`` is the model's ``net.bert.q.weight``.
+    """
 
     there: str = ""  # the prefix of all names in the file
     here: str = ""  # what takes its place in the model
@@ -81,6 +84,9 @@ def find_renamings(
     """Return the ways to exchange one prefix so that all names of a file are known.
 
     The same names come first, then those below each side's root. Only if neither fits, other prefixes are tried.
+
+    For ``model.q`` in a file, and a model with ``net.bert.q`` and ``net.head``, it is the one from ``model`` to
+    ``net.bert``, if ``model`` is the file's root. A model with ``net.gpt.q`` too has two places, and so two ways.
     """
     for renaming in (SAME_NAMES, Renaming(root_there, root_here)):
         if _all_known(names, known, renaming):

@@ -19,10 +19,9 @@ from lightning_lora.storage.offline.tensor_files import (
     CheckpointFile,
     SafetensorsFolder,
     TensorFiles,
-    moved_to_disk,
     tensor_files,
-    write_tensors,
 )
+from lightning_lora.storage.offline.tensors_on_disk import moved_to_disk, write_tensors
 from lightning_lora.storage.offline.without_model import read_without_model
 from lightning_lora.storage.on_disk.places import check_output, path_here
 from lightning_lora.storage.on_disk.plain_pickles import unread_in

@@ -1,27 +1,20 @@
-"""Read and write files one tensor at a time."""
+"""The files of a base, of which one tensor is read at a time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.on_disk.archives import check_file, check_new_format, kind_of
 from lightning_lora.storage.on_disk.plain_pickles import load_plain
 from lightning_lora.storage.on_disk.read_errors import json_object, reading
-from lightning_lora.storage.on_disk.safetensors_bytes import header_in, header_of
 from lightning_lora.tensors.dicts import dict_or_empty, of_type, with_values, without
 
 _UNDIVIDED = "model.safetensors"  # the only file of weights in a folder that is not divided
 INDEX = "model.safetensors.index.json"  # says which file of a folder holds which tensor
-
-
-# Reading
 
 
 class TensorFiles(ABC):
@@ -189,74 +182,3 @@ def _is_inside_folder(folder: Path, name: str) -> bool:
     if file.anchor or ".." in file.parts:
         return False
     return (folder / file).is_file()
-
-
-# Writing
-
-
-def write_tensors(
-    path: Path,
-    names: Collection[str],
-    *,
-    template_of: Callable[[str], Tensor],
-    value_of: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-) -> int:
-    """Write a safetensors file, one tensor at a time. Return the size of all tensors.
-
-    Args:
-        path: The file.
-        names: Its tensors.
-        template_of: Gives a tensor of the shape and dtype that the one of this name will have.
-        value_of: Gives the tensor of this name. It is called once for each.
-        metadata: What the file says of itself.
-    """
-    templates = {name: template_of(name).to("meta") for name in names}
-    ordered = sorted(names, key=lambda name: templates[name].itemsize, reverse=True)  # so each is aligned in memory
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name in ordered:
-        entry = _header_entry(name, templates[name])
-        start = end
-        end = start + templates[name].nbytes
-        header[name] = {**entry, "data_offsets": [start, end]}
-    with path.open("wb") as file:
-        file.write(header_of(header))
-        for name in ordered:
-            _write_tensor(file, value_of(name))
-    return end
-
-
-def moved_to_disk(tensor: Tensor, path: Path) -> Tensor:
-    """Write a tensor into a file. Return it with its values there, which take no memory until they are used."""
-    with path.open("wb") as file:
-        _write_tensor(file, tensor)
-    values = torch.from_file(str(path), size=tensor.numel(), dtype=tensor.dtype)
-    return values.view(tensor.shape)
-
-
-def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
-    """Write the bytes of a tensor."""
-    values = tensor.detach().cpu().contiguous().reshape(-1)
-    file.write(values.view(torch.uint8).numpy().data)
-
-
-def _header_entry(name: str, tensor: Tensor) -> dict[str, Any]:
-    """The dtype and shape of a tensor, in safetensors' words: as it writes them for a tensor with no rows."""
-    if tensor.layout is not torch.strided:
-        raise _not_held(name, tensor)
-    try:
-        no_rows = torch.empty((0, *tensor.shape), dtype=tensor.dtype)
-        header = header_in(save({"": no_rows}))
-    except (KeyError, RuntimeError, ValueError, SafetensorError) as error:  # a dtype that safetensors lacks
-        raise _not_held(name, tensor) from error
-    entry = header[""]
-    return {**entry, "shape": entry["shape"][1:]}
-
-
-def _not_held(name: str, tensor: Tensor) -> AdapterFileError:
-    """The error for what safetensors has no words for."""
-    return AdapterFileError(
-        f"safetensors cannot hold {name!r} ({tensor.dtype}, {tensor.layout}). Name an output that ends as the base "
-        "does, such as .ckpt, or convert the base."
-    )
