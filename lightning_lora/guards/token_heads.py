@@ -19,8 +19,9 @@ class TokenHeads(Guard):
 
     def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name each, with the argument that trains its rows too."""
-        weights_with_rows = rows_of(view).keys()
-        embeddings = [owner for owner in map(owner_of, weights_with_rows) if owner in view.matrices]
+        weights_with_rows = rows_of(view).keys()  # of embeddings, and of what is tied to them
+        owners = map(owner_of, weights_with_rows)
+        embeddings = [owner for owner in owners if owner in view.matrices]
         for head in _heads_beside(view, weights_with_rows):
             warn_in_each_fit(_about_head(head, embeddings))
 

@@ -11,7 +11,7 @@ from lightning_lora.tensors.names import find_parameter, owner_of, submodule
 
 
 class OwnForward:
-    """The forward of a layer, which sees its watched weights as plain tensors."""
+    """Stands in for the forward of a layer, which then sees its watched weights as plain tensors."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
