@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from examples.paper.__main__ import HERE, PAGES, main
 from examples.paper.costs import costs
@@ -16,6 +17,7 @@ from examples.paper.jobs import Folders, Results
 from examples.paper.methods import RANKS, RATE
 from examples.paper.pages import fill, finished
 from examples.paper.plan import PARTS
+from examples.paper.preconditioned import precondition_pair
 from examples.paper.stats import average, coverage
 from examples.paper.tables import TABLES
 
@@ -125,6 +127,23 @@ def test_an_interval_holds_the_truth_less_often_where_seeds_are_far_apart() -> N
     near = coverage(of_method, of_other, average)
     far = coverage(of_method + far_apart, of_other, average)
     assert far < 0.85 < near < 1
+
+
+def test_a_preconditioned_step_of_the_product_does_not_depend_on_how_its_factors_share_their_size() -> None:
+    steps = [step_of_the_product(share) for share in (1.0, 10.0)]
+    torch.testing.assert_close(*steps, rtol=1e-3, atol=1e-4)
+
+
+def step_of_the_product(share: float) -> torch.Tensor:
+    """How a small step changes B A, with A made larger and B smaller by a number."""
+    draw = torch.Generator().manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(2, 5, generator=draw) * share)
+    b = torch.nn.Parameter(torch.randn(3, 2, generator=draw) / share)
+    (b @ a).square().sum().backward()
+    precondition_pair(a, b)
+    assert a.grad is not None
+    assert b.grad is not None
+    return (b @ a.grad + b.grad @ a).detach()
 
 
 def numbers_in(text: str) -> set[str]:

@@ -51,10 +51,10 @@ def classified(results: Results, best: list[Job], jobs_of: dict[str, list[Job]])
     return markdown(header, rows)
 
 
-def searched(results: Results, task: str, names: Iterable[str]) -> str:
+def searched(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> str:
     """Compare methods, each at its best learning rate."""
-    jobs_of = {name: seeds(results, task, name) for name in names}
-    return classified(results, seeds(results, task, "full"), jobs_of)
+    jobs_of = {name: seeds(results, task, name, epochs) for name in names}
+    return classified(results, seeds(results, task, "full", epochs), jobs_of)
 
 
 def unsearched(results: Results, names: Iterable[str]) -> str:
@@ -154,8 +154,13 @@ def on_reviews(results: Results, name: str) -> list[Job]:
     return seeds(results, "reviews", name)
 
 
+def after_one_epoch(results: Results, name: str) -> list[Job]:
+    """Return the same after one epoch."""
+    return seeds(results, "reviews", name, 1)
+
+
 def on_definitions(results: Results, name: str) -> list[Job]:
-    """Return the same on definitions."""
+    """Return the jobs of a method on definitions, at its best learning rate."""
     return seeds(results, "definitions", name)
 
 

@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -20,6 +20,7 @@ from lightning_lora import LoRACallback, save_adapter
 
 from .methods import METHODS, Method
 from .stats import Difference
+from .student import Student
 
 Result = dict[str, Any]
 FEW = 16  # items of each part with --fast
@@ -211,8 +212,9 @@ def build(job: Job, folders: Folders, fast: bool) -> tuple[Any, Any, Any]:
     return classifier, minilm.texts(job.task, limit), minilm
 
 
-def prepare(module: LightningModule, method: Method, weights: dict[str, str]) -> list[Callback]:
-    """Set what trains, and return the callbacks of a method."""
+def prepare(module: Student, method: Method, weights: dict[str, str]) -> list[Callback]:
+    """Set what trains and how, and return the callbacks of a method."""
+    module.preconditioned = method.preconditioned
     if method.weights is None:
         thaw(module.get_submodule("pretrained"), method.trains)
         if method.prefix:

@@ -12,6 +12,7 @@ from .methods import (
     DEFINITIONS,
     DIGITS_EPOCHS,
     E2E,
+    EMBEDDING,
     EPOCHS,
     EVERYTHING,
     FEW,
@@ -19,10 +20,12 @@ from .methods import (
     FROZEN_NORMS,
     GRID,
     GRID_RATES,
+    LARGER,
     MAIN,
     METHODS,
     MOMENTA,
     MOMENTUM_OF_PACKAGE,
+    ONE_SEED,
     PREFIX,
     PROMPTS,
     RANKS,
@@ -118,6 +121,14 @@ def compared(results: Results, task: str, names: Iterable[str], epochs: int = 2)
     for name in names:
         jobs += search(results, task, name, epochs)
         jobs += chain.from_iterable(finalists(results, task, name, epochs))
+    return jobs
+
+
+def searches(results: Results, task: str, names: Iterable[str], epochs: int) -> list[Job]:
+    """Return the jobs of one seed alone that search the rates of some methods."""
+    jobs = []
+    for name in names:
+        jobs += search(results, task, name, epochs)
     return jobs
 
 
@@ -331,5 +342,7 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "few": of_few,
     "digits": of_digits,
     "variants": partial(compared, task="reviews", names=["LoRA all, r=8", *VARIANTS], epochs=1),
+    "embedding": partial(compared, task="reviews", names=["full", *EMBEDDING, *LARGER], epochs=1),
+    "once": partial(searches, task="reviews", names=ONE_SEED, epochs=1),
     "whole": partial(compared, task="reviews", names=["full", *EVERYTHING, *WHOLE], epochs=1),
 }

@@ -6,7 +6,10 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
+
+from .preconditioned import SHORT_MEMORY, precondition
 
 
 class Student(LightningModule):
@@ -17,6 +20,7 @@ class Student(LightningModule):
     """
 
     pretrained: Any
+    preconditioned = False
 
     def __init__(self, lr: float) -> None:
         super().__init__()
@@ -36,10 +40,16 @@ class Student(LightningModule):
         for nll, correct in zip(losses.tolist(), are_correct.tolist(), strict=True):
             self.items.append({"nll": round(nll, 3), "correct": int(correct)})
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Precondition the gradients of the adapters, if the method says so."""
+        if self.preconditioned:
+            precondition(self)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and its schedule."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, self.lr, weight_decay=0.01)
+        betas = SHORT_MEMORY if self.preconditioned else (0.9, 0.999)
+        optimizer = torch.optim.AdamW(trained, self.lr, betas, weight_decay=0.01)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

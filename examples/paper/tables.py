@@ -5,10 +5,10 @@ from functools import partial
 
 from . import classifying, methods, reading, stats, writing
 from .cells import accuracy, differences, markdown, trained
-from .classifying import on_definitions, on_reviews, pairs, rates, searched, unsearched
+from .classifying import after_one_epoch, on_definitions, on_reviews, pairs, rates, searched, unsearched
 from .coverage import coverages
 from .jobs import Results, mistakes, nll
-from .methods import BEYOND, DEFINITIONS, E2E, EVERYTHING, MAIN, PREFIX, RANKS, WHICH
+from .methods import BEYOND, DEFINITIONS, E2E, EMBEDDING, EVERYTHING, LARGER, MAIN, PREFIX, RANKS, WHICH
 from .plan import at_one_rate, seeds
 
 SIZES = {"optimizer_bytes": "optimizer state", "checkpoint_bytes": "checkpoint", "memory_bytes": "memory added"}
@@ -96,6 +96,7 @@ WHICH_PAIRS = [(name, "LoRA q v, r=4") for name in WHICH if name != "LoRA q v, r
 RANK_PAIRS = [(f"LoRA q v, r={r}", "LoRA q v, r=8") for r in (1, 2, 4, 64)]
 RANK_PAIRS.append(("LoRA q v, r=64", "LoRA q v, r=2"))
 RANK_PAIRS.append(("LoRA q v, r=64", "LoRA q v, r=4"))
+EMBEDDING_PAIRS = [(name, "LoRA all + embedding, r=8") for name in LARGER]
 BEYOND_PAIRS = [(name, "LoRA all, r=8") for name in BEYOND]
 TABLES: dict[str, Callable[[Results], str]] = {
     "grid": classifying.grid,
@@ -122,6 +123,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "epochs-definitions": partial(classifying.own_epochs, task="definitions"),
     "epochs-losses": classifying.epoch_losses,
     "variants": partial(classifying.one_epoch, names=["LoRA all, r=8", *methods.VARIANTS]),
+    "embedding": partial(searched, task="reviews", names=["full", *EMBEDDING, *LARGER], epochs=1),
+    "embedding-pairs": partial(pairs, jobs_of=after_one_epoch, compared=EMBEDDING_PAIRS),
+    "embedding-rates": partial(rates, task="reviews", names=[*EMBEDDING, *LARGER], epochs=1),
     "whole": partial(classifying.one_epoch, names=["full", *EVERYTHING, *methods.WHOLE]),
     "fresh": classifying.fresh,
     "forgotten": classifying.forgotten,
@@ -143,6 +147,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
 COMPARING: tuple[str, ...] = (
     *("table2", "table2-pairs", "together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
     *("beyond", "beyond-pairs", "definitions", "definitions-pairs"),
-    *("epochs", "few", "few-by-accuracy", "prefix", "digits"),
+    *("epochs", "few", "few-by-accuracy", "prefix", "digits", "embedding", "embedding-pairs"),
 )
 """Those with differences."""

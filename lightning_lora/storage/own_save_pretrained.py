@@ -58,10 +58,9 @@ def _by_name(
     """The arguments of a call with their names, but for the folder. One given by its position may be a state."""
     parameters = signature(save).parameters.values()
     names = [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
-    names_after_folder = names[2:]  # the first is self
-    folder, others = args[:1], args[1:]
-    named = dict(zip(names_after_folder, others, strict=False))
-    has_too_many = len(others) > len(names_after_folder)
+    by_position = args[1:]  # after the folder
+    named = dict(zip(names[2:], by_position, strict=False))  # the first two are self and the folder
+    has_too_many = len(named) < len(by_position)
     if has_too_many or not named.keys().isdisjoint(kwargs):  # an error of the caller's
         return args, kwargs
-    return folder, {**named, **kwargs}
+    return args[:1], {**named, **kwargs}

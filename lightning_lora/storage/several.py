@@ -22,8 +22,6 @@ from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import modules_by_name, names_not_in, plain_module
 
-_MOST_INACTIVE_SUMS = 8  # some are shown again after a block
-
 
 def set_adapter(
     model: nn.Module, name: str | Iterable[str] | Mapping[str, float] | None
@@ -125,6 +123,9 @@ def _drop_sums(record: Record, title: str) -> None:
     dropped = [title] if title in inactive_sums else inactive_sums[:-_MOST_INACTIVE_SUMS]
     for name in dropped:
         del record.inactive_adapters[name]
+
+
+_MOST_INACTIVE_SUMS = 8  # some are shown again after a block
 
 
 def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: str, r: int | None = None) -> None:

@@ -107,7 +107,7 @@ class StoredLayer:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "StoredLayer":
         """Build it from what :meth:`to_dict` returned."""
-        about = _fields_in(without(stored, ["parts"]), cls)
+        about = _fields_in(stored, cls, besides="parts")
         about["matrices"] = tuple(map(_matrix_from_dict, stored["parts"]))
         for name in ("shapes", "tied"):
             about[name] = {weight: tuple(values) for weight, values in stored[name].items()}
@@ -122,10 +122,10 @@ def _matrix_from_dict(stored: dict[str, Any]) -> AdaptedMatrix:
     return AdaptedMatrix(**about)
 
 
-def _fields_in(stored: dict[str, Any], kind: type) -> dict[str, Any]:
+def _fields_in(stored: dict[str, Any], kind: type, besides: str = "") -> dict[str, Any]:
     """The fields of a class in what a file says. Others may be None alone: the update may depend on them."""
     names = {field.name for field in fields(kind)}
-    others = without(stored, names)
+    others = without(stored, {*names, besides})
     later = [name for name, value in others.items() if value is not None]
     if later:
         raise AdapterFileError(f"The file says {listed(later)} of a layer, as later versions do. Update the package.")
