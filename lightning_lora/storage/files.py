@@ -101,7 +101,7 @@ def export_peft(
     root: str | None = None,
     uniform: bool = False,
     format: Literal["peft", "diffusers", "kohya"] = "peft",
-    base_name: str | None = None,
+    base_name: str | Path | None = None,
 ) -> None:
     """Write adapters in PEFT's format, or in that of diffusers or kohya, into a directory.
 
@@ -151,6 +151,8 @@ def export_peft(
         >>> config["r"], config["lora_alpha"], config["target_modules"]
         (2, 4, ['0', '2'])
     """
+    if isinstance(base_name, Path):
+        base_name = str(base_name)
     if format not in WRITTEN:
         raise ConfigError(f"format={format!r} is not known. Expected {' or '.join(map(repr, WRITTEN))}.")
     if isinstance(model_or_file, nn.Module):

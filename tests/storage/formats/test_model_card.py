@@ -105,7 +105,7 @@ def test_a_folder_of_this_machine_is_no_repository(base: Any, tmp_path: Path, mo
     """A hub refuses a card whose base_model is none."""
     model = trained(Around(base), CONFIG)
     monkeypatch.chdir(tmp_path)
-    for name in (str(tmp_path / "base"), "base", "./me/tiny", "a/b/c", ""):
+    for name in (tmp_path / "base", str(tmp_path / "base"), "base", "./me/tiny", "a/b/c", ""):
         ll.export_peft(model, tmp_path / "peft", base_name=name)
         assert card(tmp_path / "peft").data.base_model is None
     assert "# LoRA adapters for LlamaForCausalLM\n" in (tmp_path / "peft" / "README.md").read_text()

@@ -67,7 +67,7 @@ def _because_tied_to_another(uses: _Uses) -> Reason:
     if len(uses.names) > 1 and uses.other_input:
         return (
             f"{listed(uses.names)} have one weight, and PEFT ties layers to the embedding of the model's inputs, "
-            f"{uses.other_input!r}, alone."
+            f"{uses.other_input!r}, alone. If that has this weight too, name it in trainable_token_indices."
         )
     return ""
 
