@@ -13,7 +13,7 @@ from lightning_lora.model.own_loop import early_optimizers
 from lightning_lora.model.view import View
 from tests.support.faults import unchanged
 from tests.support.fits import adapted
-from tests.support.models import TRAINED, LitTiny, X, data, is_plain, lora, same, state
+from tests.support.models import TRAINED, LitTiny, X, data, is_plain, lora, same, state, trainer
 from tests.support.parameters import base_parameters, trainable
 from tests.support.ranks import run_ranks
 
@@ -214,6 +214,60 @@ def test_an_optimizer_of_an_adapter_that_rests_takes_no_step_for_another_one(sav
     of_the_second = torch.optim.Adam(trainable(model), lr=0.01)
     for each in (optimizer, of_the_second):  # a loop over both is no mistake
         each.step()
+
+
+@pytest.mark.parametrize(
+    "take_off",
+    [ll.merge_adapters, ll.remove_adapters, lambda model: ll.merge_adapters(model, keep_base=False)],
+    ids=["merged", "removed", "merged for good"],
+)
+def test_an_optimizer_of_adapters_that_were_taken_off_takes_no_step(take_off: Any) -> None:
+    model = LitTiny()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
+    optimizer = torch.optim.Adam(trainable(model), lr=0.01)
+    optimizer.step()
+    take_off(model)
+    weights = state(model)
+    model.loss(next(iter(data()))).backward()
+    with pytest.raises(ll.OptimizerError, match=r"Adam holds adapters that were merged or removed.*'q_proj.weight'"):
+        optimizer.step()
+    assert same(state(model), weights)
+    torch.optim.Adam(model.parameters(), lr=0.01).step()
+    optimizer.add_param_group({"params": [p for p in model.parameters() if p not in set(held(optimizer))]})
+    optimizer.step()
+
+
+def held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_an_optimizer_of_merged_adapters_takes_its_steps_when_they_are_back_or_their_weights_are_frozen() -> None:
+    model = LitTiny().requires_grad_(False)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    optimizer = torch.optim.Adam(trainable(model), lr=0.01)
+    ll.merge_adapters(model)
+    optimizer.step()
+    ll.unmerge_adapters(model)
+    optimizer.step()
+    model.requires_grad_(True)
+    optimizer.step()
+
+
+class KeepsItsOptimizer(LitTiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer
+
+
+def test_a_plain_fit_with_the_optimizer_of_an_adapted_one_is_refused(tmp_path: Path) -> None:
+    model = KeepsItsOptimizer()
+    trainer(tmp_path, [lora(r=2)]).fit(model, data())
+    with pytest.raises(ll.OptimizerError, match=r"in configure_optimizers, not in __init__"):
+        trainer(tmp_path).fit(model, data())
+    trainer(tmp_path, [lora(r=2)]).fit(model, data())
 
 
 def test_an_optimizer_of_anything_that_trains_takes_its_steps() -> None:

@@ -12,6 +12,7 @@ from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.changes.attach import detach_adapters, update_for_changed_layers, update_for_changed_weights
 from lightning_lora.model.changes.freeze import freeze, unfreeze
 from lightning_lora.model.mergeable import layers_with_tied_weights, refuse_unmergeable, tied_weights
+from lightning_lora.model.own_loop.early_optimizers import note_detached_adapter
 from lightning_lora.model.records import forget_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
@@ -125,7 +126,7 @@ def _merge_for_good(model: nn.Module) -> MergeReport:
                 else:
                     replace_values(own_parameter(layer, weight), values)
             layer.lora_weights_changed()
-            layer.lora_detach()
+            note_detached_adapter(view, layer_name, layer.lora_detach())
             view.adapter.layers = tuple(names_not_in(view.adapter.layers, [layer_name]))
     torch.clear_autocast_cache()
     view.look_again()

@@ -9,7 +9,7 @@ from lightning_lora.errors import AdapterStateError
 from lightning_lora.layers import LayerAdapter, LoRALayer, adapter_for, put_on, tie_layers
 from lightning_lora.layers.bypasses import update_bypasses
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
-from lightning_lora.model.own_loop.early_optimizers import watch_optimizers
+from lightning_lora.model.own_loop.early_optimizers import note_detached_adapter, watch_optimizers
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import only
 
@@ -33,6 +33,7 @@ def detach_from(view: View, names: Collection[str]) -> dict[str, LayerAdapter]:
     adapters = {}
     for name, layer in only(view.layers, names).items():
         adapters[name] = layer.lora_detach()
+        note_detached_adapter(view, name, adapters[name])
     update_for_changed_layers(view)
     return adapters
 

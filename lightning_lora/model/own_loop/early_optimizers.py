@@ -1,6 +1,7 @@
 """Optimizers in a loop of one's own that train nothing.
 
-They were made before the adapters, or of other adapters that are inactive now.
+They were made before the adapters, or of other adapters that are inactive now, or of adapters that were merged or
+removed since.
 """
 
 import gc
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.layers import LayerAdapter, LoRALayer
+from lightning_lora.model.own_loop.detached_adapters import former_places, note_detached
 from lightning_lora.model.own_loop.float16_steps import check_dtypes
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import only, where, with_values
@@ -34,11 +36,18 @@ def watch_optimizers(model: nn.Module) -> None:
         _HOOKS.append(register_optimizer_step_pre_hook(_check_optimizer))
 
 
+def note_detached_adapter(view: View, layer: str, adapter: LayerAdapter) -> None:
+    """Check each optimizer at its next step: it may hold this adapter, which was taken off its layer."""
+    note_detached(view.modules[layer], layer, adapter)
+    _CHECKED.clear()
+
+
 def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
-    """Refuse an optimizer of frozen weights of adapted layers, or of inactive adapters, if it holds no active one."""
+    """Refuse an optimizer of frozen weights, or of adapters that take no part, if it holds none of what trains."""
     if optimizer in _CHECKED:
         return
     held = _Held(optimizer)
+    _refuse_detached_adapters(held)
     may_hold_a_share = dist.is_available() and dist.is_initialized()  # of what trains, in each process
     for model in list(_ADAPTED):
         view = View(model)
@@ -86,6 +95,22 @@ def _refuse_inactive_adapters(view: View, held: _Held) -> None:
             f"{view.adapter.name!r}, which has gradients. Make it anew after set_adapter or inject_adapters, of (p for "
             "p in model.parameters() if p.requires_grad)."
         )
+
+
+def _refuse_detached_adapters(held: _Held) -> None:
+    """Refuse an optimizer that holds adapters which were merged or removed, if their weights train in none."""
+    weights = dict[str, nn.Parameter]()
+    for place in former_places(held.parameters):
+        weights.update(place.weights_that_train())
+    in_no_group = set(weights.values()) - held.parameters
+    if not in_no_group or _are_held_by_another(in_no_group, held.optimizer):
+        return
+    names = list(with_values(weights, in_no_group))
+    raise OptimizerError(
+        f"{type(held.optimizer).__name__} holds adapters that were merged or removed, and not the weights that train "
+        f"in their place: {listed(names)}. Make the optimizer anew, of model.parameters(). In a LightningModule, make "
+        "it in configure_optimizers, not in __init__."
+    )
 
 
 # What is in the model, and in no optimizer

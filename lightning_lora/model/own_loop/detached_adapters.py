@@ -1,0 +1,49 @@
+"""Adapters that were taken off their layers: merged, removed, or inactive now. An optimizer may still hold them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from weakref import ReferenceType, ref
+
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_lora.layers import LayerAdapter, LoRALayer
+from lightning_lora.tensors.dicts import only
+from lightning_lora.tensors.names import join
+
+
+@dataclass(frozen=True)
+class FormerPlace:
+    """The layer that an adapter was on."""
+
+    layer: ReferenceType[nn.Module]
+    name: str  # of the layer, in its model
+    weight_names: tuple[str, ...]
+
+    def weights_that_train(self) -> dict[str, nn.Parameter]:
+        """Return those weights of the layer that train now, by their names. Empty if it has an adapter again."""
+        layer = self.layer()
+        if layer is None or isinstance(layer, LoRALayer):
+            return {}
+        weights = only(dict(layer.named_parameters()), self.weight_names)
+        return {join(self.name, name): weight for name, weight in weights.items() if weight.requires_grad}
+
+
+_PLACES = WeakTensorKeyDictionary()  # by the adapters' parameters
+
+
+def note_detached(layer: nn.Module, name: str, adapter: LayerAdapter) -> None:
+    """Note where an adapter was."""
+    place = FormerPlace(ref(layer), name, tuple(adapter.weights))
+    for parameter in adapter.parameters.values():
+        _PLACES[parameter] = place
+
+
+def former_places(parameters: Iterable[nn.Parameter]) -> list[FormerPlace]:
+    """Return where those of these parameters were that are of adapters taken off, each place once."""
+    places = dict[FormerPlace, None]()
+    for parameter in parameters:
+        place = _PLACES.get(parameter)
+        if place is not None:
+            places[place] = None
+    return list(places)
