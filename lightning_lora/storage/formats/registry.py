@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFileError, listed, warn
 from lightning_lora.storage.formats import loralib
 from lightning_lora.storage.formats.format import Format, LoadArguments, UnreadTool, WrittenFormat
 from lightning_lora.storage.formats.lightning import VERSION_KEY
@@ -70,7 +70,18 @@ def adapter_file_at(path: Path) -> Path:
     if found is None:
         raise AdapterFileError(_no_adapters_in(path))
     _, file = found
+    _warn_of_other_files(path, file)
     return file
+
+
+def _warn_of_other_files(folder: Path, file: Path) -> None:
+    """Warn if a folder has a file of another format too: of these, one may be older."""
+    others = list[str]()
+    for format in FORMATS:
+        if file.name not in format.files:
+            others += [name for name in format.files if (folder / name).is_file()]
+    if others:
+        warn(f"{folder} also holds {listed(others)}. {file.name!r} is read; to read another one, pass the file itself.")
 
 
 def _no_adapters_in(folder: Path) -> str:

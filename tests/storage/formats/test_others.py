@@ -35,6 +35,18 @@ def test_names_of_tensors_tell_the_tool(tmp_path: Path, names: list[str], match:
         assert match.partition(".")[0] in capsys.readouterr().err
 
 
+def test_a_folder_with_files_of_two_formats_is_named(tmp_path: Path) -> None:
+    """One of them may be of an older export."""
+    model = as_trained(nn.Sequential(nn.Linear(4, 4)))
+    ll.export_peft(model, tmp_path)
+    save_file({"unet.q.lora_A.weight": ONE}, tmp_path / "pytorch_lora_weights.safetensors")
+    other = nn.Sequential(nn.Linear(4, 4))
+    message = "also holds 'pytorch_lora_weights.safetensors'. 'adapter_model.safetensors' is read"
+    with pytest.warns(ll.LoRAWarning, match=message):
+        ll.load_adapter(other, tmp_path)
+    assert torch.equal(other[0].lora_A, model[0].lora_A)
+
+
 def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
