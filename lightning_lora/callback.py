@@ -267,6 +267,8 @@ class LoRACallback(Callback):
         if self._stage.adapter.is_new and not view.adapter.may_have_learned:  # its name may be mistyped
             others = listed(view.record.inactive_adapters)
             rank_zero_info(f"LoRACallback begins a new adapter {view.adapter.name!r} beside {others}.")
+        elif view.adapter.may_have_learned and self._stage.phase is Phase.SET_UP:  # no checkpoint was loaded
+            rank_zero_info(f"LoRACallback goes on with the adapters of {view.title}. To begin anew, build it again.")
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
         self._stage.tools.guards_in_first_process.optimizers_built(view, trainer.optimizers, is_scaled=is_scaled)
         own_arguments = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}

@@ -140,7 +140,7 @@ def test_an_evaluation_without_adapters_says_so(tmp_path: Path, caplog: Any) -> 
 
 def test_an_evaluation_that_merges_a_file_says_so(tmp_path: Path, caplog: Any) -> None:
     model = LitTiny()
-    said = "LoRA: merged the file's adapters. LitTiny is plain again."
+    said = "LoRA: merged the checkpoint's adapters. LitTiny is plain again, and keeps these weights."
     t = trainer(tmp_path, [lora(), best(tmp_path)])
     t.fit(model, data(), data())
     t.test(model, data(), verbose=False)
@@ -154,6 +154,17 @@ def test_an_evaluation_that_merges_a_file_says_so(tmp_path: Path, caplog: Any) -
     trainer(tmp_path, [lora(name="default")]).test(model, data(), ckpt_path=file, verbose=False)
     assert said not in caplog.text
     assert is_plain(model)
+
+
+def test_a_second_fit_says_that_it_goes_on(tmp_path: Path, caplog: Any) -> None:
+    model = LitTiny()
+    said = "LoRACallback goes on with the adapters of LitTiny."
+    t = trainer(tmp_path, [lora(), best(tmp_path)])
+    t.fit(model, data(), data())
+    trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=t.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+    assert said not in caplog.text
+    trainer(tmp_path, [lora()]).fit(model, data())
+    assert said in caplog.text
 
 
 def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path) -> None:

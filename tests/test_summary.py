@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
@@ -12,6 +13,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters, summarize
 from lightning_lora.summary import LoRASummary
+from lightning_lora.training.compatibility import about_lightnings_table
 from tests.support.messages import assert_in_text
 from tests.support.models import LitTiny, TinyLM, aged, data, trainer
 from tests.support.parameters import bytes_of, count_of, trainable
@@ -221,7 +223,7 @@ def test_a_fit_says_what_lightnings_own_table_is_where_it_shows_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    note = "Lightning's own table (ModelSummary(0) hides it): LoRALinear is a Linear with its adapter, Frozen"
+    note = "In Lightning's own table (ModelSummary(0) hides it), LoRALinear is a Linear with its adapter."
     for callbacks, is_said in (([], True), ([RichModelSummary(2)], True), ([ModelSummary(0)], False)):
         run = trainer(tmp_path, [LoRACallback(r=6), *callbacks], max_epochs=1, enable_model_summary=True)
         run.fit(LitTiny(), data())
@@ -229,6 +231,22 @@ def test_a_fit_says_what_lightnings_own_table_is_where_it_shows_one(
         assert "Weights in a checkpoint" in shown
         assert (note in shown) == is_said
         assert ("LoRALinear │" in shown) == is_said
+
+
+@pytest.mark.parametrize(("depth", "notes"), [(1, 0), (2, 1), (-1, 1)])
+def test_only_classes_that_lightnings_table_has_are_explained(depth: int, notes: int) -> None:
+    inside = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = LitTiny()
+    model.inside = inside
+    for name in ("q_proj", "v_proj", "head"):
+        delattr(model, name)
+    inject_adapters(model, LoRAConfig(r=2))
+    run = L.Trainer(accelerator="cpu", logger=False, callbacks=[ModelSummary(depth)], enable_checkpointing=False)
+    run.strategy.connect(model)
+    said = list(map(str, about_lightnings_table(run)))
+    assert len(said) == notes
+    if said:
+        assert "LoRALinear is a Linear with its adapter, and FrozenBatchNorm1d is a BatchNorm1d that keeps" in said[0]
 
 
 def test_the_table_shows_the_ranks_that_a_layer_has() -> None:

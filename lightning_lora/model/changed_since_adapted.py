@@ -62,7 +62,7 @@ def refuse_other_configuration(view: View, choices: Mapping[str, Choice]) -> Non
         if name not in choices:
             raise AdapterMismatchError(
                 f"Layer {name!r} of {view.title} is adapted already, but this configuration does not target it. "
-                f"Target it too, or {_instead(view)}."
+                f"Target it too. {_instead(view)}"
             )
         if layer.lora_is_resized():
             raise _changed_since(view, name, "resized")
@@ -76,7 +76,10 @@ def refuse_other_configuration(view: View, choices: Mapping[str, Choice]) -> Non
 def _instead(view: View) -> str:
     """What to do in place of adapting layers in another way."""
     name = f", {view.adapter.name!r}" if view.is_adapted else ""
-    return f"give another name=... for an adapter beside it, or call remove_adapters(model{name}) first"
+    return (
+        f"To begin anew, build the model again, or call unmerge_adapters(model) and remove_adapters(model{name}). "
+        "For an adapter beside it, give another name=..."
+    )
 
 
 def _check_same_layer(view: View, name: str, choice: Choice) -> None:
@@ -88,8 +91,7 @@ def _check_same_layer(view: View, name: str, choice: Choice) -> None:
     if different:
         raise AdapterMismatchError(
             f"Layer {name!r} of {view.title} is adapted already (or was, in the fit that it remembers), with "
-            f"{_named(here, different)}, not {_named(wanted, different)}. Use the same, or {_instead(view)} (after "
-            "unmerge_adapters(model) if the updates are merged)."
+            f"{_named(here, different)}, not {_named(wanted, different)}. Use the same. {_instead(view)}"
         )
 
 

@@ -1,11 +1,14 @@
 """The other callbacks of a Trainer: those that do not work with adapters, and what we ask of the others."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from lightning.pytorch import Callback, Trainer
 from rich.text import Text
+from torch import nn
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.private import SUMMARY_DEPTH
 from lightning_lora.tensors.inplace import class_names
 
@@ -19,12 +22,6 @@ _REFUSED = {
 
 _COPIES = "copies the module, which FSDP2 does not allow. Remove it, or train with strategy='ddp'."
 _REFUSED_IF_SHARDED = {**_REFUSED, "WeightAveraging": _COPIES, "StochasticWeightAveraging": _COPIES}
-
-
-_ABOUT_ITS_TABLE = (
-    "Lightning's own table (ModelSummary(0) hides it): LoRALinear is a Linear with its adapter, FrozenBatchNorm1d a "
-    "BatchNorm1d that keeps its statistics."
-)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -69,9 +66,29 @@ def shows_summary(trainer: Trainer) -> bool:
 
 
 def about_lightnings_table(trainer: Trainer) -> list[Text]:
-    """Return what to know of the table that Lightning shows beside ours, if it shows one."""
+    """Return what to know of classes in the table that Lightning shows beside ours, if it shows some of ours."""
+    examples = dict[str, str]()
+    for module in _modules_in_lightnings_table(trainer):
+        name = type(module).__name__
+        if isinstance(module, LoRALayer):
+            plain = name.removeprefix(LoRALayer.overlaid_prefix)
+            examples.setdefault("adapted", f"{name} is a {plain} with its adapter")
+        elif isinstance(module, FrozenNorm):
+            plain = name.removeprefix(FrozenNorm.overlaid_prefix)
+            examples.setdefault("frozen", f"{name} is a {plain} that keeps its statistics")
+    if not examples:
+        return []
+    said = ", and ".join(examples.values())
+    return [Text(f"In Lightning's own table (ModelSummary(0) hides it), {said}.", style="dim")]
+
+
+def _modules_in_lightnings_table(trainer: Trainer) -> Iterator[nn.Module]:
+    """The modules that have a row: those up to a depth, where -1 means all. A depth of 0 hides the table."""
     depths = [getattr(callback, SUMMARY_DEPTH, 0) for callback in callbacks_of(trainer)]
-    return [Text(_ABOUT_ITS_TABLE, style="dim")] if any(depths) else []
+    for name, module in trainer.lightning_module.named_modules():
+        depth = name.count(".") + 1
+        if name and any(shown < 0 or depth <= shown for shown in depths):
+            yield module
 
 
 def monitored_checkpoint(trainer: Trainer) -> Callback | None:

@@ -62,7 +62,10 @@ def _tell_of_only_group(view: View, added: Iterable[str]) -> None:
     """Say what trains in the only group though no optimizer held it."""
     told = names_outside(added, view.adapter.networks.under_head)
     if told:
-        rank_zero_info(f"No optimizer held {listed(told)} or their weights: they train in its only parameter group.")
+        rank_zero_info(
+            f"No optimizer held {listed(told)} or their weights. They were added to its only parameter group, and "
+            "train at its rate."
+        )
 
 
 def no_place_error(title: str, names: list[str], number_of_groups: int) -> OptimizerError:

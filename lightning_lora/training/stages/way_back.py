@@ -90,7 +90,8 @@ class WayBack:
     def _merge_again(self, pl_module: LightningModule, *, has_loaded: bool) -> None:
         merge(pl_module)
         if has_loaded and self.adapter.is_shown_by(pl_module):
-            rank_zero_info(f"LoRA: merged the file's adapters. {type(pl_module).__name__} is plain again.")
+            title = type(pl_module).__name__
+            rank_zero_info(f"LoRA: merged the checkpoint's adapters. {title} is plain again, and keeps these weights.")
 
 
 def _remove_all(pl_module: LightningModule) -> None:
