@@ -8,7 +8,7 @@ from .cells import accuracy, differences, markdown, trained
 from .classifying import after_one_epoch, on_definitions, on_reviews, pairs, rates, searched, unsearched
 from .coverage import coverages
 from .jobs import Results, mistakes, nll
-from .methods import BEYOND, DEFINITIONS, E2E, EMBEDDING, EVERYTHING, LARGER, MAIN, PREFIX, RANKS, WHICH
+from .methods import BEYOND, DEFINITIONS, E2E, EMBEDDING, EVERYTHING, LARGER, MAIN, ONE_SEED, PREFIX, RANKS, WHICH
 from .plan import at_one_rate, seeds
 
 SIZES = {"optimizer_bytes": "optimizer state", "checkpoint_bytes": "checkpoint", "memory_bytes": "memory added"}
@@ -126,6 +126,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "embedding": partial(searched, task="reviews", names=["full", *EMBEDDING, *LARGER], epochs=1),
     "embedding-pairs": partial(pairs, jobs_of=after_one_epoch, compared=EMBEDDING_PAIRS),
     "embedding-rates": partial(rates, task="reviews", names=[*EMBEDDING, *LARGER], epochs=1),
+    "once": partial(rates, task="reviews", names=ONE_SEED, epochs=1),
     "whole": partial(classifying.one_epoch, names=["full", *EVERYTHING, *methods.WHOLE]),
     "fresh": classifying.fresh,
     "forgotten": classifying.forgotten,
