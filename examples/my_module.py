@@ -6,19 +6,28 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 
-class MyModule(L.LightningModule):
-    """A text classifier: its encoder stands for a pretrained model, and its head is new."""
+def vary_rows(model: nn.Module) -> None:
+    """Give the rows of each matrix different lengths, as training does. If not, a message calls them untrained."""
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            factors = 0.5 + torch.rand(len(weight), 1)
+            weight.data *= factors
 
-    def __init__(self) -> None:
+
+class MyModule(L.LightningModule):
+    """A text classifier. Its weights stand for those of a pretrained model."""
+
+    def __init__(self, classes: int = 8) -> None:
         super().__init__()
-        torch.manual_seed(0)  # in place of pretrained weights
+        torch.manual_seed(0)
         self.embedding = nn.Embedding(100, 32)
         layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, num_layers=2)
-        self.head = nn.Linear(32, 2)
+        self.head = nn.Linear(32, classes)
+        vary_rows(self)  # in place of loading pretrained weights
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits, of shape (texts, 2)."""
+        """Return logits, of shape (texts, classes)."""
         logits: Tensor = self.head(self.encoder(self.embedding(tokens)).mean(1))
         return logits
 
@@ -40,6 +49,6 @@ class MyModule(L.LightningModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Return 64 texts of 16 tokens, and their classes."""
         tokens = torch.arange(1024).view(64, 16) % 97
-        return DataLoader(TensorDataset(tokens, tokens[:, 0] % 2), batch_size=8)
+        return DataLoader(TensorDataset(tokens, tokens[:, 0] % 8), batch_size=8)
 
     val_dataloader = test_dataloader = train_dataloader

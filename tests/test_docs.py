@@ -19,8 +19,11 @@ import torch.distributed as dist
 import yaml
 
 import lightning_lora
-from lightning_lora import LoRACallback
+from examples.my_module import MyModule as MyModuleOfExamples
+from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
 from lightning_lora.cli.main import main
+from lightning_lora.model.untrained.find_untrained import Untrained, find_untrained
+from lightning_lora.model.view import View
 from tests.support.models import LitTiny, data, same, state
 from tests.support.ranks import has_shards, run_ranks
 
@@ -197,6 +200,14 @@ def test_pages_that_try_a_module_import_the_one_of_the_examples() -> None:
         if "from examples.my_module import MyModule    # " in code:
             importing.add(page)
     assert len(importing) >= 15
+
+
+def test_modules_of_the_pages_do_not_look_untrained() -> None:
+    first_steps: dict[str, Any] = {}
+    exec(blocks("first-steps")[0], first_steps)
+    for model in (first_steps["MyModule"](), MyModuleOfExamples()):
+        inject_adapters(model, LoRAConfig(modules_to_save=["head"]))
+        assert find_untrained(View(model)) == Untrained((), share=0)
 
 
 REFERENCE = [page for page in PAGES if page.startswith("api-")]
