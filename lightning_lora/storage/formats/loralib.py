@@ -106,19 +106,20 @@ class _Layers:
     settings: LoRAConfig  # with alpha and the slices that the user names: the file says neither
 
     def read_update(self, name: str, factors: Factors) -> LayerUpdate:
-        """Return the update of one layer, or of its slices: a ``MergedLinear``, if the user names some."""
-        layer, kind = self._described(name, factors)
+        """Return the update of one layer. It was a ``MergedLinear`` if the user names slices of it."""
+        module = self.view.modules[name]
+        kind = self._checked_kind(name, factors)
+        layer = described(self.view, name, kind, kind.lora_matrices_of(module))
+        scaling = self.settings.alpha_of(name) / _rank_of(factors)
+        layer = replace(layer, scaling=scaling)
         slices = self.settings.slices(name)
-        if slices:
-            matrices = sliced(Lookup(self.view.model), name, kind, layer.matrices, slices)
-            return _merged_linear(layer, matrices, factors)
-        example = f"target_slices={{{name!r}: ['q', 'v']}}"
-        remedy = f" If it was a MergedLinear, name the slices that it adapted (enable_lora): {example}."
-        check_shapes(layer, layer.matrices[0], factors, _rank_of(factors), remedy)
-        return LayerUpdate(layer, (factors,))
+        if not slices:
+            return _whole_layer(layer, factors)
+        matrices = sliced(Lookup(self.view.model), name, kind, layer.matrices, slices)
+        return _merged_linear(layer, matrices, factors)
 
-    def _described(self, name: str, factors: Factors) -> tuple[StoredLayer, type[LoRALayer]]:
-        """The layer with its scaling, and the class of its adapter here. Refuse a layer that loralib does not adapt."""
+    def _checked_kind(self, name: str, factors: Factors) -> type[LoRALayer]:
+        """The class of a layer's adapter here. Refuse a layer that loralib does not adapt."""
         module = self.view.modules[name]
         kind = adapter_for(module)
         a, b = factors
@@ -129,15 +130,21 @@ class _Layers:
                 f"The file has factors {shapes} for {name!r}, a {type(module).__name__} in this model. Of loralib's, "
                 "Linear, MergedLinear and Embedding can be read. Pass the model of the training."
             )
-        layer = described(self.view, name, kind, kind.lora_matrices_of(module))
-        scaling = self.settings.alpha_of(name) / _rank_of(factors)
-        return replace(layer, scaling=scaling), kind
+        return kind
 
 
 def _rank_of(factors: Factors) -> int:
     """The rank: the columns of B. A has as many rows for each slice."""
     _, b = factors
     return b.shape[1]
+
+
+def _whole_layer(layer: StoredLayer, factors: Factors) -> LayerUpdate:
+    """The update of all other layers: A and B of one matrix, which is the weight."""
+    example = f"target_slices={{{layer.name!r}: ['q', 'v']}}"
+    remedy = f" If it was a MergedLinear, name the slices that it adapted (enable_lora): {example}."
+    check_shapes(layer, layer.matrices[0], factors, _rank_of(factors), remedy)
+    return LayerUpdate(layer, (factors,))
 
 
 def _merged_linear(layer: StoredLayer, slices: Iterable[AdaptedMatrix], factors: Factors) -> LayerUpdate:

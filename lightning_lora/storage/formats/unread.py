@@ -7,7 +7,7 @@ KOHYA_REMEDY = (
     "pipe.transformer).save_lora_adapter(folder), then load_adapter(model, folder)"
 )
 
-KOHYA = UnreadTool(  # files for other models than those of the format "kohya", or inside of other files
+OTHER_KOHYA = UnreadTool(  # files for other models than those of the format "kohya", or inside of other files
     tool="kohya's sd-scripts or ComfyUI",
     tensor_names=r".+\.lora_down\.weight|diffusion_model\..+\.lora_[AB]\.weight",
     remedy=KOHYA_REMEDY,
@@ -25,5 +25,5 @@ OTHERS = UnreadTool(
     remedy="Use the merged model, or a folder of PEFT",
 )
 
-UNREAD_TOOLS = (KOHYA, PEFT_STATE, OTHERS)
+UNREAD_TOOLS = (OTHER_KOHYA, PEFT_STATE, OTHERS)
 """All of them, in the order in which they are asked: the last one after all that are more exact."""

@@ -19,18 +19,16 @@ from lightning_lora.tensors.names import modules_around, names_joined, owner_of,
 
 def check_complete(file: PeftFile) -> None:
     """Refuse a file that lacks some of what its configuration names in the model, or warn of it."""
-    held = _Held(file)
-    lacking = held.missing_rows()
-    elsewhere = list[str]()
-    for name in held.modules():
-        if held.is_saved_in_part(name):
+    comparison = _Comparison(file)
+    lacking = _missing_rows(file)
+    elsewhere = list[str]()  # the file may be of a part of the model, such as its encoder
+    for name in _modules_inside(file):
+        if comparison.is_saved_in_part(name):
             lacking.append(name)
-        elif held.is_missed(name):
-            is_beside_others = owner_of(name) in held.parts  # PEFT would have written it with them
-            if is_beside_others:
-                lacking.append(name)
-            else:  # the file may be of a part of the model, such as its encoder
-                elsewhere.append(name)
+        elif comparison.lacks_update_of(name):
+            is_beside_others = comparison.has_something_in(owner_of(name))  # PEFT would have written it with them
+            place = lacking if is_beside_others else elsewhere
+            place.append(name)
     if lacking:
         raise AdapterFileError(
             f"{_says(lacking, file)}Use all that was saved, on the model of the training. If they are to stay as "
@@ -50,40 +48,46 @@ def _says(names: list[str], file: PeftFile) -> str:
     )
 
 
+def _modules_inside(file: PeftFile) -> list[str]:
+    """The names of the modules inside of the one that the file is for."""
+    root = file.renaming.here
+    return list(without(entries_inside(root, file.view.modules), [root]))
+
+
+def _missing_rows(file: PeftFile) -> list[str]:
+    """The embeddings whose rows train by the configuration, and are not in the file."""
+    with_rows = list(map(without_wrappers, where(file.adapters, _holds_rows)))
+    missing = list[str]()
+    for end in file.config.tokens:
+        if not any(name.endswith(end) for name in with_rows):
+            missing.append(f"{end}: rows")
+    return missing
+
+
 @dataclass(frozen=True)
-class _Held:
-    """What a file holds of a model, to compare with what its configuration names there."""
+class _Comparison:
+    """Compares what a file's configuration names in the model with what its tensors are of. Names are the model's."""
 
     file: PeftFile
 
-    def modules(self) -> list[str]:
-        """Return the modules inside of the model that the file is for."""
-        root = self.file.renaming.here
-        return list(without(entries_inside(root, self.file.view.modules), [root]))
-
-    def missing_rows(self) -> list[str]:
-        """Return the embeddings whose rows train, and are not in the file."""
-        with_rows = list(map(without_wrappers, where(self.file.adapters, _holds_rows)))
-        missing = list[str]()
-        for end in self.file.config.tokens:
-            if not any(name.endswith(end) for name in with_rows):
-                missing.append(f"{end}: rows")
-        return missing
+    def has_something_in(self, name: str) -> bool:
+        """Return whether the file has tensors inside of a module. The model itself always counts."""
+        return name in self._names_with_something
 
     @cached_property
-    def parts(self) -> set[str]:
-        """The modules in which the file has something. The model itself is one of them."""
+    def _names_with_something(self) -> set[str]:
+        """The names of the modules around all that the file has."""
         return {"", *modules_around(map(owner_of, (*self.file.layers, *self.file.rest)))}
 
-    @cached_property
-    def adapted(self) -> set[nn.Module]:
-        """The modules of which the file has an update."""
-        return set(only(self.file.view.modules, set(self.file.layers)).values())
-
-    def is_missed(self, name: str) -> bool:
+    def lacks_update_of(self, name: str) -> bool:
         """Return whether PEFT would adapt a module, and the file has no update of it, or of a module around it."""
         around = {self.file.view.modules[start] for start in starts_of(name)}
-        return around.isdisjoint(self.adapted) and self._is_adapted_by_peft(name)
+        return around.isdisjoint(self._modules_with_update) and self._is_adapted_by_peft(name)
+
+    @cached_property
+    def _modules_with_update(self) -> set[nn.Module]:
+        """The modules themselves, not their names: a shared module has several."""
+        return set(only(self.file.view.modules, set(self.file.layers)).values())
 
     def _is_adapted_by_peft(self, name: str) -> bool:
         """Whether PEFT would adapt a module, or one of its parameters."""

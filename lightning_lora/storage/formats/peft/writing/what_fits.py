@@ -76,16 +76,19 @@ def _with_tied_modules(export: Export) -> Export:
     stored = export.stored
     entries_to_save = chain.from_iterable(stored.saved.values())
     saved_modules = set(_modules_with(entries_to_save, export).values())
-    their_weights = set[nn.Parameter]()
-    for module in saved_modules:
-        their_weights.update(module.parameters(recurse=False))
+    their_weights = _own_weights(saved_modules)
     tied = dict[str, list[str]]()
     trained_in_full = without(_modules_with(stored.state, export), stored.layers)
     for name, module in trained_in_full.items():
-        has_their_weights = not their_weights.isdisjoint(module.parameters(recurse=False))
-        if has_their_weights and module not in saved_modules:
+        shares_weights = not their_weights.isdisjoint(_own_weights([module]))
+        if shares_weights and module not in saved_modules:
             tied[name] = names_joined(name, module.state_dict())
     return replace(export, stored=replace(stored, saved={**stored.saved, **tied}))
+
+
+def _own_weights(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """The weights of these modules, without those of modules inside of them."""
+    return set(chain.from_iterable(module.parameters(recurse=False) for module in modules))
 
 
 def _modules_with(entries: Iterable[str], export: Export) -> dict[str, nn.Module]:
