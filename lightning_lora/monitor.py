@@ -79,7 +79,7 @@ class LoRAMonitor(Callback):
         """Let go of the module, also if this callback is kept in a variable."""
         forget_module(self)
 
-    @refuse_if_given_as_class
+    @refuse_if_given_as_class("LoRAMonitor")
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the module, as at the end."""
         forget_module(self)

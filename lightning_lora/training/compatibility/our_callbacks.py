@@ -25,20 +25,22 @@ def subclass_pytorch_lightning_too(kind: type[Callback]) -> None:
         kind.__bases__ = (*kind.__bases__, other.Callback)
 
 
-def refuse_if_given_as_class(hook: _Hook) -> _Hook:
-    """Let a hook refuse a Trainer that has the callback's class, and no object: ``callbacks=[LoRACallback]``."""
-    name = hook.__qualname__.partition(".")[0]
+def refuse_if_given_as_class(name: str) -> Callable[[_Hook], _Hook]:
+    """Let a hook of the class ``name`` refuse a Trainer that has the class, and no object: ``callbacks=[name]``."""
 
-    @wraps(hook)
-    def checked(callback: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(callback, Callback):  # it is the Trainer, which Lightning passes first
-            raise ConfigError(
-                f"The Trainer has the class {name} among its callbacks. Expected an instance. Write {name}(), with "
-                f"parentheses: Trainer(callbacks=[{name}()])."
-            )
-        return hook(callback, *args, **kwargs)
+    def checking(hook: _Hook) -> _Hook:
+        @wraps(hook)
+        def checked(callback: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(callback, Callback):  # it is the Trainer, which Lightning passes first
+                raise ConfigError(
+                    f"The Trainer has the class {name} among its callbacks. Expected an instance. Write {name}(), with "
+                    f"parentheses: Trainer(callbacks=[{name}()])."
+                )
+            return hook(callback, *args, **kwargs)
 
-    return cast(_Hook, checked)
+        return cast(_Hook, checked)
+
+    return checking
 
 
 def late_callback_error() -> ConfigError:
