@@ -180,6 +180,13 @@ def test_layers_of_several_blocks_are_one_row_if_their_rank_is_the_same(tmp_path
     assert_in_text(rows, capsys.readouterr().out)
 
 
+def test_inspect_shows_how_many_rows_of_an_embedding_train(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "a.safetensors"
+    saved(path, LitTiny(), trainable_token_indices={"embed": [1, 3]})
+    assert main(["inspect", str(path)]) == 0
+    assert "Rows of embed train: 2." in capsys.readouterr().out
+
+
 def test_inspect_shows_what_the_run_knew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = LitTiny()
     base.config = SimpleNamespace(_name_or_path="me/tiny")  # as models of transformers have one

@@ -107,6 +107,11 @@ def test_layers_and_looks_are_no_reads(tmp_path: Path, kind: Any, options: Any) 
     assert said(tmp_path, kind(), **options) == []
 
 
+@pytest.mark.parametrize("adapted", ["embed", "out"])
+def test_the_other_layer_of_a_tied_pair_reads_a_weight_of_its_own(tmp_path: Path, adapted: str) -> None:
+    assert said(tmp_path, TiedLayer(), target_modules=[adapted]) == []
+
+
 # Every kind of layer, and every way to read it
 
 

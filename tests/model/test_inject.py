@@ -256,6 +256,18 @@ def test_a_factor_that_other_code_froze_alone_trains_after_another_injection() -
     assert model[0].lora_A.requires_grad
 
 
+def test_a_frozen_network_with_adapters_of_its_own_is_refused_until_these_are_merged() -> None:
+    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
+    config = ll.LoRAConfig(r=2)
+    ll.inject_adapters(model["encoder"], config)
+    model["encoder"].requires_grad_(False)
+    with unchanged(model), pytest.raises(ll.AdapterStateError, match="'encoder' of ModuleDict has adapters of its own"):
+        ll.inject_adapters(model, config)
+    ll.merge_adapters(model["encoder"])
+    ll.inject_adapters(model, config)
+    assert model["encoder"][0].lora_A.requires_grad
+
+
 def test_guards_are_told_of_the_chosen_layers_before_adapters_are_put_on(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers_of_adapted = []
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.functional import update
+from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from tests.benchmarks.measure import peak_growth
 from tests.support.compared import assert_same_state, assert_state
@@ -92,6 +93,15 @@ def test_merge_inside_autocast_is_the_merge() -> None:
         ll.merge_adapters(model)
         ll.disable_adapters(model).__exit__(None, None, None)
     assert_same_state(model, alike)
+
+
+def test_layers_hear_of_their_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = as_trained(nn.Sequential(nn.Linear(4, 4)))
+    seen = list[Tensor]()
+    monkeypatch.setattr(LoRALayer, "lora_weights_changed", lambda layer: seen.append(layer.weight.clone()))
+    ll.merge_adapters(model)
+    (merged,) = seen
+    assert torch.equal(merged, model[0].weight)
 
 
 def test_a_merge_of_what_has_no_values_is_refused_and_changes_nothing() -> None:
