@@ -19,12 +19,12 @@ import torch.distributed as dist
 import yaml
 
 import lightning_lora
-from examples.my_module import MyModule as MyModuleOfExamples
+from examples.my_module import MyModule
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
 from lightning_lora.cli.main import main
 from lightning_lora.model.untrained.find_untrained import Untrained, find_untrained
 from lightning_lora.model.view import View
-from tests.support.models import LitTiny, data, same, state
+from tests.support.models import same, state
 from tests.support.ranks import has_shards, run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -205,7 +205,7 @@ def test_pages_that_try_a_module_import_the_one_of_the_examples() -> None:
 def test_modules_of_the_pages_do_not_look_untrained() -> None:
     first_steps: dict[str, Any] = {}
     exec(blocks("first-steps")[0], first_steps)
-    for model in (first_steps["MyModule"](), MyModuleOfExamples()):
+    for model in (first_steps["MyModule"](), MyModule()):
         inject_adapters(model, LoRAConfig(modules_to_save=["head"]))
         assert find_untrained(View(model)) == Untrained((), share=0)
 
@@ -294,15 +294,6 @@ def test_every_hazard_has_a_test() -> None:
             assert f"def {test}(" in tests
 
 
-class MyModule(LitTiny):
-    """The module of the readers, with their data."""
-
-    def train_dataloader(self) -> Any:
-        return data()
-
-    test_dataloader = train_dataloader
-
-
 def test_readme_is_short() -> None:
     assert len(README.split()) <= 1300
 
@@ -310,11 +301,19 @@ def test_readme_is_short() -> None:
 FIRST, *RECIPES = BLOCKS
 
 
+FOR_PEFT = 'LoRACallback(r=8, target_slices={"self_attn": ["q", "k", "v"]})'
+"""The callback without an attention's output projection, as the page on sharing has it."""
+
+
 @pytest.fixture
 def fitted(here: Path) -> dict[str, Any]:
     """What a reader has after the first program: its names, and a module that has been fitted."""
-    known = {"MyModule": MyModule, "model": MyModule()}
-    run_block(FIRST, known)
+    return fitted_by(FIRST)
+
+
+def fitted_by(code: str) -> dict[str, Any]:
+    known: dict[str, Any] = {}
+    run_block(code, known)
     return known
 
 
@@ -323,19 +322,38 @@ def run_block(code: str, known: dict[str, Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*no last checkpoint:UserWarning")
-@pytest.mark.parametrize("code", RECIPES)
+@pytest.mark.parametrize("code", [code for code in RECIPES if "export_peft(" not in code])
 def test_each_recipe_runs_after_the_first_program(code: str, fitted: dict[str, Any]) -> None:
     run_block(code, fitted)
+
+
+@pytest.mark.filterwarnings("ignore:.*are layers of nn.TransformerEncoder:lightning_lora.LoRAWarning")
+def test_the_recipe_for_peft_runs_after_a_training_that_leaves_the_projection_out(here: Path) -> None:
+    assert f"lora = {FOR_PEFT}" in PAGES["sharing"]
+    (to_peft,) = [code for code in RECIPES if "export_peft(" in code]
+    run_block(to_peft, fitted_by(FIRST.replace("LoRACallback(r=8)", FOR_PEFT)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
+def test_the_recipe_of_a_command_line_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (main_file,) = [code for code in RECIPES if "LightningCLI" in code]
+    (settings,) = blocks_in(README, "yaml")
+    Path("config.yaml").write_text(settings)
+    (line,) = re.findall(r"`python (main\.py .*)`", README)
+    flags = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.fast_dev_run=true", "--seed_everything=0"]
+    monkeypatch.setattr(sys, "argv", [*shlex.split(line), *flags])
+    runpy.run_path(str(written(here, [main_file])), run_name="__main__")
 
 
 def test_files_of_the_recipe_hold_what_was_learned(fitted: dict[str, Any]) -> None:
     (shares,) = [code for code in RECIPES if "save_merged(" in code]
     run_block(shares, fitted)
-    x = torch.arange(4)
-    learned = fitted["model"](x)
-    assert torch.equal(fitted["plain"](x), learned)
-    assert torch.equal(MyModule.load_from_checkpoint("merged.ckpt")(x), learned)
-    assert not torch.equal(MyModule()(x), learned)
+    made = (fitted["plain"], MyModule.load_from_checkpoint("merged.ckpt"), MyModule())
+    fitted_too, merged, base = [module.eval()(torch.arange(16)[None]) for module in made]
+    learned = fitted["model"].eval()(torch.arange(16)[None])
+    assert torch.equal(fitted_too, learned)
+    assert torch.equal(merged, learned)
+    assert not torch.equal(base, learned)
 
 
 def test_the_last_recipe_of_a_fitted_module_gives_its_base_back(fitted: dict[str, Any]) -> None:
