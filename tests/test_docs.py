@@ -340,7 +340,12 @@ def test_the_recipe_of_a_command_line_runs(here: Path, monkeypatch: pytest.Monke
     (settings,) = blocks_in(README, "yaml")
     Path("config.yaml").write_text(settings)
     (line,) = re.findall(r"`python (main\.py .*)`", README)
-    flags = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.fast_dev_run=true", "--seed_everything=0"]
+    flags = [
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.fast_dev_run=true",
+        "--seed_everything=0",
+    ]
     monkeypatch.setattr(sys, "argv", [*shlex.split(line), *flags])
     runpy.run_path(str(written(here, [main_file])), run_name="__main__")
 
