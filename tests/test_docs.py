@@ -276,7 +276,7 @@ def test_rooms_that_the_house_has_are_all_there_are() -> None:
 def hazards_of_the_page() -> dict[str, list[str]]:
     """The hazards of each section of the page, in its order."""
     found = {}
-    for heading, text in re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", PAGES["hazards"], re.DOTALL | re.MULTILINE):
+    for heading, text in re.findall(r"^### ([^\n]*)\n(.*?)(?=^##|\Z)", PAGES["hazards"], re.DOTALL | re.MULTILINE):
         rows = re.findall(r"^\| (.*?) \| .* \| .* \|$", text, re.MULTILINE)
         if rows[0] == "hazard":
             found[heading] = rows[1:]
