@@ -161,6 +161,19 @@ def test_a_copy_may_lack_a_parameter_only_where_that_is_allowed() -> None:
     assert copies_in(model, "still", may_lack=True) == {"still": "net"}
 
 
+def test_small_weights_are_compared_too_and_equal_biases_make_no_copy() -> None:
+    net = stack(8, 8)
+    other = stack(8, 8)
+    for layer in (*net, *other):
+        nn.init.zeros_(layer.bias)
+        layer.weight.data *= 0.01
+        layer.bias.data += 1
+    same = nn.ModuleDict({"net": net, "still": copy.deepcopy(net)})
+    assert copies_in(same, "still") == {"still": "net"}
+    differing = nn.ModuleDict({"net": net, "still": other})
+    assert copies_in(differing, "still") == {}
+
+
 def test_another_class_is_no_copy() -> None:
     class Other(nn.Sequential):
         pass
