@@ -141,8 +141,10 @@ def halving() -> str:
 FILES = {
     ("adapter.safetensors", "save_adapter"): ["lightning_lora"],
     ("last.ckpt", "the Trainer"): ["lightning_lora"],
-    ("adapter/", "export_peft"): ["lightning_lora", "peft, transformers", "vLLM: uniform=True"],
+    ("adapter/", "export_peft"): ["lightning_lora", "peft, transformers"],
+    ("adapter/", "export_peft, uniform"): ["lightning_lora", "these, and vLLM"],
     ("lora/", 'export_peft, "diffusers"'): ["lightning_lora", "diffusers"],
+    ("lora/", 'export_peft, "kohya"'): ["lightning_lora", "ComfyUI, A1111"],
     ("merged.ckpt", "save_merged"): ["any code"],
 }
 """Who reads a file, by its name and what writes it."""
@@ -150,19 +152,17 @@ FILES = {
 
 def readers() -> str:
     """Who reads which file."""
-    shapes = [text(0, 16, "file", "quiet small"), text(180, 16, "read by", "quiet small")]
+    shapes = [text(8, 16, "file", "quiet small"), text(176, 16, "read by", "quiet small")]
     y = 26
     for (name, writer), found in FILES.items():
-        shapes += [line(0, y, WIDTH, y, "frozen-line"), text(0, y + 20, name, "ink code")]
-        shapes.append(text(0, y + 38, writer, "quiet small"))
-        top = y + 11
+        shapes += [line(0, y, WIDTH, y, "frozen-line"), text(8, y + 20, name, "ink code")]
+        shapes.append(text(8, y + 38, writer, "quiet small"))
         for reader in found:
             is_own = reader == "lightning_lora"
-            x, width = (180, 108) if is_own else (294, 145)
-            shapes.append(box(x, top, width, 24, f"{'blue' if is_own else 'orange'}-line hollow", 12))
-            shapes.append(text(x + width / 2, top + 16.5, reader, "ink small middle"))
-            top += 0 if is_own else 29
-        y = max(y + 48, top + 8)
+            x, width = (176, 106) if is_own else (290, 142)
+            shapes.append(box(x, y + 11, width, 24, f"{'blue' if is_own else 'orange'}-line hollow", 12))
+            shapes.append(text(x + width / 2, y + 27.5, reader, "ink small middle"))
+        y += 48
     return picture("Who reads which file", y + 2, *shapes)
 
 
@@ -291,7 +291,7 @@ def rates() -> str:
         text(0, 36, "Film reviews, two epochs, one seed", "quiet small"),
         text(240, 306, "learning rate", "quiet small middle"),
     ]
-    labels = {"full": (128, 213), "LoRA q v, r=8": (392, 62), "LoRA all, r=8": (352, 196)}
+    labels = {"full": (128, 196), "LoRA q v, r=8": (380, 62), "LoRA all, r=8": (352, 196)}
 
     def down(loss: float) -> float:
         return 262 - 3500 * (loss - 0.295)
