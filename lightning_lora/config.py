@@ -25,7 +25,12 @@ from lightning_lora.argument_checks import (
 )
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.errors import ConfigError
-from lightning_lora.patterns import as_expression, look_up, matches, union_of_expressions
+from lightning_lora.patterns import (
+    as_expression,
+    look_up,
+    matches,
+    union_of_expressions,
+)
 
 Rows = Sequence[int]
 Slices = Mapping[str, Sequence[str] | Mapping[str, Rows]]
@@ -33,7 +38,8 @@ Tokens = Rows | Mapping[str, Rows]
 
 _FLAGS = (False, True)
 
-_DROPPED = ("pack_base",)  # arguments of earlier versions that have no effect any more; a file may name them
+# arguments of earlier versions that have no effect any more; a file may name them
+_DROPPED = ("pack_base",)
 
 
 @explains_arguments
@@ -44,53 +50,70 @@ class LoRAConfig:
     The names of the arguments are those of PEFT and of the paper.
 
     Args:
-        r: Rank of the update. A layer whose smaller side is less gets its largest rank, with the same scaling.
-        alpha: The update is scaled by ``alpha / r``. If it stays the same, a learning rate suits other ranks too.
-            ``None`` means ``alpha = r``, a scaling of one.
-        dropout: Probability of dropping an input of ``lora_A`` in training, in ``[0, 1)``.
-        target_modules: The layers to adapt. ``"all-linear"`` means every linear layer except a language model's output
-            head. ``"all"`` means every supported layer. Any other string is a regular expression that must match the
-            full dotted name. Or give a list of names, or of the last components of names.
-        target_slices: Parts of fused layers to adapt; their other parts do not change. The keys are names of layers, or
-            their last components. The values name parts: ``{"attn": ["q", "v"]}`` for nn.MultiheadAttention (q, k, v
-            and out), or for a projection that computes q, k and v one after the other (grouped queries too). For any
-            other layer, give a range of its output features: ``{"proj": {"a": [0, 64]}}``.
-        target_parameters: Matrices, or stacks of them, that are parameters of a module and not layers of their own,
-            such as expert weights, by their names or last components. ``target_modules`` may be empty then.
-        exclude_modules: Modules to leave without adapters, with all their submodules. Give a regular expression or a
-            list, as for ``target_modules``.
-        modules_to_save: Names of modules, or of single parameters, to train in full, such as a new head. They take
-            precedence over ``target_modules``.
-        trainable_token_indices: Rows of embeddings to train by themselves, such as those of new tokens; the other rows
-            do not change. A list means the model's input embedding; or give ``{"embed_tokens": [50257, 50258]}``. What
-            is tied to an embedding uses its rows too. ``target_modules`` may be empty then.
-        rank_pattern: Layers with another rank than ``r``. The keys are names, their last components, or expressions for
-            the end of a name. A parameter in ``target_parameters`` is meant by its own name or its module's.
+        r: Rank of the update. A layer whose smaller side is less gets its largest rank,
+            with the same scaling.
+        alpha: The update is scaled by ``alpha / r``. If it stays the same, a learning
+            rate suits other ranks too. ``None`` means ``alpha = r``, a scaling of one.
+        dropout: Probability of dropping an input of ``lora_A`` in training, in ``[0,
+            1)``.
+        target_modules: The layers to adapt. ``"all-linear"`` means every linear layer
+            except a language model's output head. ``"all"`` means every supported
+            layer. Any other string is a regular expression that must match the full
+            dotted name. Or give a list of names, or of the last components of names.
+        target_slices: Parts of fused layers to adapt; their other parts do not change.
+            The keys are names of layers, or their last components. The values name
+            parts: ``{"attn": ["q", "v"]}`` for nn.MultiheadAttention (q, k, v and out),
+            or for a projection that computes q, k and v one after the other (grouped
+            queries too). For any other layer, give a range of its output features:
+            ``{"proj": {"a": [0, 64]}}``.
+        target_parameters: Matrices, or stacks of them, that are parameters of a module
+            and not layers of their own, such as expert weights, by their names or last
+            components. ``target_modules`` may be empty then.
+        exclude_modules: Modules to leave without adapters, with all their submodules.
+            Give a regular expression or a list, as for ``target_modules``.
+        modules_to_save: Names of modules, or of single parameters, to train in full,
+            such as a new head. They take precedence over ``target_modules``.
+        trainable_token_indices: Rows of embeddings to train by themselves, such as
+            those of new tokens; the other rows do not change. A list means the model's
+            input embedding; or give ``{"embed_tokens": [50257, 50258]}``. What is tied
+            to an embedding uses its rows too. ``target_modules`` may be empty then.
+        rank_pattern: Layers with another rank than ``r``. The keys are names, their
+            last components, or expressions for the end of a name. A parameter in
+            ``target_parameters`` is meant by its own name or its module's.
         alpha_pattern: Layers with another ``alpha``, with the same kind of keys.
-        bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
-        init: How the adapters are initialised. With ``"kaiming"`` (uniform, as nn.Linear) and ``"gaussian"`` (standard
-            deviation ``1 / r``), ``lora_A`` is random and ``lora_B`` is zero, so a new adapter changes nothing. In an
-            embedding it is the other way round, so tokens never seen in training never change. With ``"pissa"`` (Meng
-            et al. 2024) and ``"olora"`` (Büyükakyüz 2024), both come from the weight's strongest directions. The
-            adapter keeps these values, and the update is the difference from them. The base weight stays the same. With
-            ``"eva"`` (Paischer et al. 2024), ``lora_A`` of linear layers takes the strongest directions of their inputs
-            in the Trainer's data, and ``lora_B`` is zero. Every layer keeps its rank, unlike in the paper. With
-            ``"lora_ga"`` (Wang et al. 2024), both come from the gradients of the weights, and the update is the
-            difference from them. In several processes, the first one's data decide. Layers that these do not reach, or
-            do not suit, start as with ``"kaiming"``; a line names them.
-        init_batches: The number of training batches that such an ``init`` looks at, before the first step. Nothing else
-            in the fit changes.
-        use_rslora: Scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor").
-        use_dora: Train a magnitude for each output feature too, separate from the direction (Liu et al. 2024, "DoRA:
-            Weight-Decomposed Low-Rank Adaptation"). For linear, embedding and convolution layers.
-        autocast_adapter_dtype: Keep adapters in float32 if the base is in half precision, which would round away most
-            optimizer steps. They are cast to the input's dtype when they are used, so computing stays fast.
+        bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those
+            of adapted layers).
+        init: How the adapters are initialised. With ``"kaiming"`` (uniform, as
+            nn.Linear) and ``"gaussian"`` (standard deviation ``1 / r``), ``lora_A`` is
+            random and ``lora_B`` is zero, so a new adapter changes nothing. In an
+            embedding it is the other way round, so tokens never seen in training never
+            change. With ``"pissa"`` (Meng et al. 2024) and ``"olora"`` (Büyükakyüz
+            2024), both come from the weight's strongest directions. The adapter keeps
+            these values, and the update is the difference from them. The base weight
+            stays the same. With ``"eva"`` (Paischer et al. 2024), ``lora_A`` of linear
+            layers takes the strongest directions of their inputs in the Trainer's data,
+            and ``lora_B`` is zero. Every layer keeps its rank, unlike in the paper.
+            With ``"lora_ga"`` (Wang et al. 2024), both come from the gradients of the
+            weights, and the update is the difference from them. In several processes,
+            the first one's data decide. Layers that these do not reach, or do not suit,
+            start as with ``"kaiming"``; a line names them.
+        init_batches: The number of training batches that such an ``init`` looks at,
+            before the first step. Nothing else in the fit changes.
+        use_rslora: Scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023, "A Rank
+            Stabilization Scaling Factor").
+        use_dora: Train a magnitude for each output feature too, separate from the
+            direction (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation").
+            For linear, embedding and convolution layers.
+        autocast_adapter_dtype: Keep adapters in float32 if the base is in half
+            precision, which would round away most optimizer steps. They are cast to the
+            input's dtype when they are used, so computing stays fast.
 
     Raises:
         ConfigError: an argument has an invalid value.
 
     Source:
-        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section
+        4.1.
 
     Example:
         >>> LoRAConfig(r=8, alpha=16).scaling("encoder.query")
@@ -126,7 +149,8 @@ class LoRAConfig:
         """Check every argument, and keep copies of mutable ones as plain types."""
         if isinstance(self.r, LoRAConfig):
             raise ConfigError(
-                "r is a LoRAConfig. Expected an integer. Pass the arguments themselves: LoRACallback(r=8, alpha=16)."
+                "r is a LoRAConfig. Expected an integer. Pass the arguments "
+                "themselves: LoRACallback(r=8, alpha=16)."
             )
         self._keep("r", checked_rank("r", self.r))
         if self.alpha is not None:
@@ -165,8 +189,12 @@ class LoRAConfig:
         divisor = math.sqrt(rank) if self.use_rslora else rank
         return self.alpha_of(name, parameter) / divisor
 
-    def alpha_of(self, name: str, parameter: str = "", *, r: int | None = None) -> float:
-        """Return a layer's ``alpha``. With ``r``, the one that gives this rank the layer's scaling.
+    def alpha_of(
+        self, name: str, parameter: str = "", *, r: int | None = None
+    ) -> float:
+        """Return a layer's ``alpha``.
+
+        With ``r``, the one that gives this rank the layer's scaling.
 
         Example:
             >>> config = LoRAConfig(r=8, alpha=16)
@@ -182,7 +210,9 @@ class LoRAConfig:
         return alpha * growth
 
     def slices(self, name: str) -> tuple[str, ...] | dict[str, tuple[int, int]] | None:
-        """Return the adapted parts of a layer: their names, or the rows of each. ``None`` means all.
+        """Return the adapted parts of a layer: their names, or the rows of each.
+
+        ``None`` means all.
 
         Example:
             >>> config = LoRAConfig(target_slices={"attn": ["q", "v"], "proj": {"a": [0, 64]}})
@@ -201,7 +231,9 @@ class LoRAConfig:
             return False
         return re.fullmatch(as_expression(self.exclude_modules), name) is not None
 
-    def completed(self, stored: "LoRAConfig", given: Set[str] = frozenset()) -> "LoRAConfig":
+    def completed(
+        self, stored: "LoRAConfig", given: Set[str] = frozenset()
+    ) -> "LoRAConfig":
         """Return this configuration, with what was not given taken from ``stored``.
 
         Not given is what is at its default, and not in ``given``.
@@ -213,7 +245,8 @@ class LoRAConfig:
                 taken[name] = getattr(stored, name)
         completed = dataclasses.replace(self, **taken)
         names_its_own_targets = completed.target_modules != stored.target_modules
-        if names_its_own_targets or "exclude_modules" in given:  # an exclusion belongs to the targets beside it
+        # an exclusion belongs to the targets beside it
+        if names_its_own_targets or "exclude_modules" in given:
             return completed
         return completed.excluding(stored.exclude_modules)
 
@@ -238,10 +271,15 @@ class LoRAConfig:
     def to_stored(self) -> dict[str, Any]:
         """Return what files hold: the arguments that are not at their defaults.
 
-        So a version that lacks a new argument reads the files that do without it. No default may change in one format.
+        So a version that lacks a new argument reads the files that do without it. No
+        default may change in one format.
         """
         default = _default_arguments()
-        return {name: value for name, value in self.to_dict().items() if value != default[name]}
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if value != default[name]
+        }
 
     @classmethod
     def from_dict(cls, arguments: Mapping[str, Any]) -> "LoRAConfig":
@@ -256,8 +294,9 @@ class LoRAConfig:
         unknown = [name for name in taken if name not in _ARGUMENTS]
         if unknown:
             raise ConfigError(
-                f"LoRAConfig got unknown arguments {brief(unknown)}. A newer version of lightning-lora may have "
-                "written them: update the package, or remove them."
+                f"LoRAConfig got unknown arguments {brief(unknown)}. A newer version "
+                "of lightning-lora may have written them: update the package, or "
+                "remove them."
             )
         return cls(**taken)
 

@@ -74,23 +74,39 @@ class MergePrecisionWarning(LoRAWarning):
     """Merging into half precision rounded away much of the update."""
 
 
-def warn(message: str, category: type[LoRAWarning] = LoRAWarning, *, anew: bool = False) -> None:
+def warn(
+    message: str, category: type[LoRAWarning] = LoRAWarning, *, anew: bool = False
+) -> None:
     """Warn at the user's own line: once, or ``anew`` each time."""
     frame = _frame_of_user()
     file = frame.f_code.co_filename
     module = frame.f_globals.get("__name__")
     shown_before: dict[Any, Any] = {}
     if not anew:
-        shown_before = frame.f_globals.setdefault("__warningregistry__", {})  # Python's own, of that module
-    warnings.warn_explicit(message, category, file, frame.f_lineno, module, shown_before)
+        # Python's own, of that module
+        shown_before = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(
+        message, category, file, frame.f_lineno, module, shown_before
+    )
 
 
-# Packages whose lines are not the user's. Of a warning whose file is Lightning's, Lightning does not show the class.
-_NOT_OF_USER = (__name__.partition(".")[0], "contextlib", "torch", "lightning", "pytorch_lightning", "lightning_fabric")
+# Packages whose lines are not the user's. Of a warning whose file is Lightning's,
+# Lightning does not show the class.
+_NOT_OF_USER = (
+    __name__.partition(".")[0],
+    "contextlib",
+    "torch",
+    "lightning",
+    "pytorch_lightning",
+    "lightning_fabric",
+)
 
 
 def _frame_of_user() -> Any:
-    """The innermost frame in code of the user. In a thread without any, the outermost one."""
+    """The innermost frame in code of the user.
+
+    In a thread without any, the outermost one.
+    """
     frame: Any = inspect.currentframe()
     while _package_of(frame) in _NOT_OF_USER and frame.f_back is not None:
         frame = frame.f_back
@@ -120,8 +136,13 @@ def shortened(texts: Iterable[str], most: int = 5) -> str:
 
 
 def misfits(names_by_fault: Mapping[str, Collection[str]]) -> str:
-    """Return what does not fit: ``missing 'a' and unexpected 'b', 'c'``. Empty: all fits."""
-    texts = [f"{fault} {listed(names)}" for fault, names in names_by_fault.items() if names]
+    """Return what does not fit: ``missing 'a' and unexpected 'b', 'c'``.
+
+    Empty: all fits.
+    """
+    texts = [
+        f"{fault} {listed(names)}" for fault, names in names_by_fault.items() if names
+    ]
     return " and ".join(texts)
 
 

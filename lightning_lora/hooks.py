@@ -20,10 +20,16 @@ from lightning_lora.storage.same_base.base_changes import note_changes
 from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility, merging
-from lightning_lora.training.data_init.data_start import check_data_init, start_from_data
+from lightning_lora.training.data_init.data_start import (
+    check_data_init,
+    start_from_data,
+)
 from lightning_lora.training.optimizers.added_groups import trimming_added_groups
 from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
-from lightning_lora.training.random_numbers.generator_states import RANDOM, random_states
+from lightning_lora.training.random_numbers.generator_states import (
+    RANDOM,
+    random_states,
+)
 from lightning_lora.training.random_numbers.resumed_data import ResumedNumbers
 from lightning_lora.training.returned_records import extend_launchers
 from lightning_lora.training.running import NoTraining, TrainingWatch
@@ -34,7 +40,11 @@ from lightning_lora.training.steps.step_tools import StepTools
 from lightning_lora.training.strategies.for_strategy import methods_of, patch_strategy
 from lightning_lora.training.strategies.strategy import StrategyMethods
 from lightning_lora.training.untrained_at_start import tell_of_start
-from lightning_lora.what_trains import log_what_trains, show_what_trains, tell_that_fewer_train
+from lightning_lora.what_trains import (
+    log_what_trains,
+    show_what_trains,
+    tell_that_fewer_train,
+)
 
 
 class LoRAHooks(Callback):
@@ -73,7 +83,8 @@ class LoRAHooks(Callback):
 
     def _leave_stage(self) -> None:
         """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
-        self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)  # files may be written after a stage too
+        # files may be written after a stage too
+        self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         vars(self).pop("_strategy_methods", None)
         self._watch = NoTraining()
         self._until_training_ends = ExitStack()
@@ -85,8 +96,8 @@ class LoRAHooks(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add adapters to the module's layers. A merged module gets its own back.
 
-        A module that is only evaluated stays plain or merged until a checkpoint is loaded. The strategy adapts layers
-        that the module's own hooks create later.
+        A module that is only evaluated stays plain or merged until a checkpoint is
+        loaded. The strategy adapts layers that the module's own hooks create later.
         """
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
         self._strategy_methods = patch_strategy(trainer.strategy, self._stage)
@@ -100,11 +111,15 @@ class LoRAHooks(Callback):
                 return
         self._stage.begin(pl_module)
         self._take_config_of(pl_module)
-        if not self._strategy_methods.shards_before_adapters:  # otherwise, configure_model would shard the adapters
+        # otherwise, configure_model would shard the adapters
+        if not self._strategy_methods.shards_before_adapters:
             self._adapt_early(pl_module)
 
-    def _new_stage(self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool) -> Stage:
-        is_named = self.name != "default" or "name" in self.given  # if not, the module's active adapter is meant
+    def _new_stage(
+        self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool
+    ) -> Stage:
+        # if not, the module's active adapter is meant
+        is_named = self.name != "default" or "name" in self.given
         kind = Fit if is_fit else Stage
         return kind(
             self.config,
@@ -119,21 +134,33 @@ class LoRAHooks(Callback):
 
     def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse callbacks beside which no fit can adapt, and arguments that this fit cannot serve."""
-        compatibility.check_callbacks(self._stage.callbacks, is_sharded=self._strategy_methods.shards_before_adapters)
+        compatibility.check_callbacks(
+            self._stage.callbacks,
+            is_sharded=self._strategy_methods.shards_before_adapters,
+        )
         switches = self._stage.wants_another_adapter(pl_module)
-        merging.check_merge_arguments(trainer, self.merge, was_adapted=self._stage.came_adapted, switches=switches)
+        merging.check_merge_arguments(
+            trainer, self.merge, was_adapted=self._stage.came_adapted, switches=switches
+        )
         check_data_init(trainer, pl_module, self.config)
 
     def _take_config_of(self, pl_module: LightningModule) -> None:
         """Take arguments that were not given from adapters that the module has."""
         record = find_record(pl_module)
         if record is not None:
-            self._stage.take_config(pl_module, record.adapter.config, f"the adapters of {type(pl_module).__name__}")
+            self._stage.take_config(
+                pl_module,
+                record.adapter.config,
+                f"the adapters of {type(pl_module).__name__}",
+            )
 
     def _adapt_early(self, pl_module: LightningModule) -> None:
         """Adapt the layers that are there, before other callbacks copy the module."""
-        if self._stage.should_be_adapted(pl_module):  # a plain module gets none for an evaluation
-            with suppress(LoRAError):  # the module may still create the layers: then the strategy adapts them later
+        # a plain module gets none for an evaluation
+        if self._stage.should_be_adapted(pl_module):
+            # the module may still create the layers: then the strategy adapts them
+            # later
+            with suppress(LoRAError):
                 self._stage.add_adapters(pl_module)
 
     # Fit
@@ -141,12 +168,14 @@ class LoRAHooks(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the end of the fit can merge, and show what trains."""
         self._check_set_up()
-        reshard(pl_module)  # a tuner may have evaluated, after which FSDP2 still shows full weights
+        # a tuner may have evaluated, after which FSDP2 still shows full weights
+        reshard(pl_module)
         merging.check_merge_weights(trainer, pl_module, self.merge, self.save)
         self._until_training_ends.enter_context(trimming_added_groups(pl_module))
         update_scaled_rates(*trainer.optimizers)  # a tuner may have set other rates
         show_what_trains(trainer, pl_module)
-        if not trainer.strategy.restore_checkpoint_after_setup:  # otherwise, the checkpoint is not loaded yet
+        # otherwise, the checkpoint is not loaded yet
+        if not trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
 
     def _check_set_up(self) -> None:
@@ -157,58 +186,88 @@ class LoRAHooks(Callback):
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log how the adapters train, once the checkpoint is loaded."""
         view = view_of(pl_module)
-        if self._stage.adapter.is_new and not view.adapter.may_have_learned:  # its name may be mistyped
+        # its name may be mistyped
+        if self._stage.adapter.is_new and not view.adapter.may_have_learned:
             others = listed(view.record.inactive_adapters)
-            rank_zero_info(f"LoRACallback begins a new adapter {view.adapter.name!r} beside {others}.")
-        elif view.adapter.may_have_learned and self._stage.phase is Phase.SET_UP:  # no checkpoint was loaded
-            rank_zero_info(f"LoRACallback goes on with the adapters of {view.title}. To begin anew, build it again.")
+            rank_zero_info(
+                f"LoRACallback begins a new adapter {view.adapter.name!r} beside "
+                f"{others}."
+            )
+        elif view.adapter.may_have_learned and self._stage.phase is Phase.SET_UP:
+            # no checkpoint was loaded
+            rank_zero_info(
+                f"LoRACallback goes on with the adapters of {view.title}. To begin "
+                "anew, build it again."
+            )
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
-        self._stage.tools.guards_in_first_process.optimizers_built(view, trainer.optimizers, is_scaled=is_scaled)
-        own_arguments = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
+        self._stage.tools.guards_in_first_process.optimizers_built(
+            view, trainer.optimizers, is_scaled=is_scaled
+        )
+        own_arguments = {
+            "merge": self.merge,
+            "save": self.save,
+            "lr_scale": self.lr_scale,
+        }
         log_what_trains(trainer, pl_module, own_arguments)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the module, after its own hooks and the checkpoint, and watch its training from here on."""
         self._check_set_up()
-        refuse_computed_weights(View(pl_module))  # first: it says more than view_of would
+        # first: it says more than view_of would
+        refuse_computed_weights(View(pl_module))
         view = view_of(pl_module)
         refuse_targets_without_adapters(view)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
-        update_scaled_rates(*trainer.optimizers)  # the checkpoint may have been written with another lr_scale
-        if self._stage.set_base_from_hooks(view):  # the module's hooks may have loaded weights since the set-up
-            self._strategy_methods.note_base(anew=False)  # its fingerprint, for which only what has changed is read
+        # the checkpoint may have been written with another lr_scale
+        update_scaled_rates(*trainer.optimizers)
+        # the module's hooks may have loaded weights since the set-up
+        if self._stage.set_base_from_hooks(view):
+            # its fingerprint, for which only what has changed is read
+            self._strategy_methods.note_base(anew=False)
         self._watch_training(trainer, pl_module)
 
     def _watch_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what looks wrong, let new adapters start from data, and watch the steps."""
         view = view_of(pl_module)  # a new one, since tensors may have been exchanged
-        tell_of_start(view, self._stage.tools.guards_in_first_process)  # after on_fit_start, which may load weights
-        base = base_digests(view)  # before adapters start from data: the user's code runs then, and may change it
+        # after on_fit_start, which may load weights
+        tell_of_start(view, self._stage.tools.guards_in_first_process)
+        # before adapters start from data: the user's code runs then, and may change it
+        base = base_digests(view)
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
             start_from_data(trainer, pl_module)
-        self._stage.begin_training()  # from here on, the module keeps its adapters if the fit fails
+        # from here on, the module keeps its adapters if the fit fails
+        self._stage.begin_training()
         watch = TrainingWatch(trainer, pl_module, self._stage)
         self._watch = self._until_training_ends.enter_context(closing(watch))
         watch.begin(self._strategy_methods, is_new=is_new, base=base)
         self._stage.take_random_numbers()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
         """Before the first step, warn of what hooks made new."""
         self._watch.begin_batch()
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
         if trainer.training:  # an evaluation may call manual_backward too
             self._watch.begin_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
+        """Keep frozen weights frozen.
+
+        Under DDP, give unused adapters a zero gradient.
+        """
         if trainer.training:
             self._watch.end_backward()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         """Check that the optimizer trains adapters, and nothing frozen."""
         self._check_set_up()
         if not trainer.training:  # the module's code takes a step in an evaluation
@@ -218,7 +277,9 @@ class LoRAHooks(Callback):
         if fewer_train:
             tell_that_fewer_train(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
         """End a step. After the first, name weights that are read by hand."""
         self._watch.end_batch()
 
@@ -236,16 +297,25 @@ class LoRAHooks(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the updates: the module is a plain one again.
 
-        It keeps a copy of its base and its adapters. A fit that neither loaded nor trained any has nothing to merge.
+        It keeps a copy of its base and its adapters. A fit that neither loaded nor
+        trained any has nothing to merge.
         """
         self._check_set_up()
         if not self._stage.end_fit():
-            rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
+            rank_zero_info(
+                f"This fit trained nothing: {type(pl_module).__name__} stays as it was "
+                "before."
+            )
             return
-        view = View(pl_module)  # not view_of: check_layers_stayed says more of layers that have lost their adapters
+        # not view_of: check_layers_stayed says more of layers that have lost their
+        # adapters
+        view = View(pl_module)
         merging.check_layers_stayed(view)
-        pl_module.zero_grad()  # gradients of the last step would take memory, and count in a step by hand
-        self._stage.tools.guards_in_each_process.fit_ended(view, trainer.optimizers, trainer.global_step)
+        # gradients of the last step would take memory, and count in a step by hand
+        pl_module.zero_grad()
+        self._stage.tools.guards_in_each_process.fit_ended(
+            view, trainer.optimizers, trainer.global_step
+        )
         self._compare_base(pl_module)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merging.merge_trained(trainer, pl_module, self.merge)
@@ -256,34 +326,48 @@ class LoRAHooks(Callback):
         note_changes(view)
         self._stage.tools.guards_in_first_process.base_compared(view)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(
+        self, trainer: Trainer, pl_module: LightningModule, stage: str
+    ) -> None:
         """Give the module back as it came, if nothing was trained."""
         self._stage.end(pl_module)
         self._end_training()
         self._leave_stage()
 
     @compatibility.refuse_if_given_as_class("LoRACallback")
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
         methods = methods_of(trainer.strategy)
-        is_sharded = methods is not None and methods.shards_before_adapters  # over processes, of which some may be gone
-        is_kept = self._stage.end_after_error(pl_module, others_may_be_missing=is_sharded)
+        # over processes, of which some may be gone
+        is_sharded = methods is not None and methods.shards_before_adapters
+        is_kept = self._stage.end_after_error(
+            pl_module, others_may_be_missing=is_sharded
+        )
         self._leave_stage()
         if is_kept and isinstance(exception, KeyboardInterrupt):
             compatibility.tell_of_interrupt(trainer, pl_module)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Store the states of the random number generators, and see that the strategy stores adapters."""
         if find_record(pl_module) is None:  # the file is Lightning's own
             return
         checkpoint[RANDOM] = random_states(trainer)
-        if methods_of(trainer.strategy) is None:  # the main process may save after a spawned run: it had no set-up
+        # the main process may save after a spawned run: it had no set-up
+        if methods_of(trainer.strategy) is None:
             self._stage.callbacks = compatibility.callbacks_of(trainer)
             patch_strategy(trainer.strategy, self._stage)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Keep the stored random states until training starts."""
         if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), dict):
             resumed = ResumedNumbers(trainer, checkpoint)
-            self._stage.random_numbers = self._until_training_ends.enter_context(closing(resumed))
+            self._stage.random_numbers = self._until_training_ends.enter_context(
+                closing(resumed)
+            )

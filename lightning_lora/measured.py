@@ -10,14 +10,21 @@ from lightning_lora.errors import AdapterStateError
 from lightning_lora.functional.dtypes import precise, wide
 from lightning_lora.functional.factors import Factors
 from lightning_lora.functional.update import magnitude_scale
-from lightning_lora.layers import AdaptedMatrix, LayerAdapter, Role, Settings, matrix_factors
+from lightning_lora.layers import (
+    AdaptedMatrix,
+    LayerAdapter,
+    Role,
+    Settings,
+    matrix_factors,
+)
 from lightning_lora.model.switch import layer_adapters_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.offline.without_model import build_layer, read_without_model
 from lightning_lora.tensors.names import join, own_parameter
 from lightning_lora.tensors.shards import full_tensor
 
-Source = nn.Module | tuple[nn.Module, str] | str | Path  # a model, a model and an adapter's name, or a file
+# a model, a model and an adapter's name, or a file
+Source = nn.Module | tuple[nn.Module, str] | str | Path
 
 
 class LayerWithAdapter(NamedTuple):
@@ -25,7 +32,8 @@ class LayerWithAdapter(NamedTuple):
 
     module: nn.Module
     adapter: LayerAdapter
-    base_weights: dict[str, Tensor]  # by name in the module: of merged ones, which the module itself does not show
+    # by name in the module: of merged ones, which the module itself does not show
+    base_weights: dict[str, Tensor]
 
 
 class MeasuredMatrix(NamedTuple):
@@ -67,11 +75,15 @@ class MeasuredMatrix(NamedTuple):
         """Return the base's weight as a matrix, in float32 or wider."""
         weight = full_tensor(self._base_parameter())
         if not weight.numel():
-            raise AdapterStateError("A file of adapters has no weights of the base. Pass the model after load_adapter.")
+            raise AdapterStateError(
+                "A file of adapters has no weights of the base. Pass the model after "
+                "load_adapter."
+            )
         kind = self.layer.adapter.kind
         values = kind.lora_values(self.layer.module, weight)  # without quantisation
         whole: Tensor = kind.lora_as_matrix(values).detach()  # (..., out, in)
-        part = whole.narrow(-2, self.matrix.first, self.matrix.writes)  # of a fused layer, this matrix's outputs
+        # of a fused layer, this matrix's outputs
+        part = whole.narrow(-2, self.matrix.first, self.matrix.writes)
         return part.to(wide(part.dtype))
 
     def _base_parameter(self) -> Tensor:
@@ -92,7 +104,8 @@ def measured_matrices(source: Source) -> dict[str, MeasuredMatrix]:
     found = {}
     for name, layer in layers.items():
         for matrix in layer.adapter.matrices:
-            if not matrix.tokens:  # an embedding whose rows train by themselves has no A and B
+            # an embedding whose rows train by themselves has no A and B
+            if not matrix.tokens:
                 found[join(name, matrix.name)] = MeasuredMatrix(layer, matrix)
     return found
 
@@ -107,13 +120,17 @@ def _layers_of_file(path: str | Path) -> dict[str, LayerWithAdapter]:
     return layers
 
 
-def _layers_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, LayerWithAdapter]:
+def _layers_of_model(
+    model: nn.Module, adapter_name: str | None = None
+) -> dict[str, LayerWithAdapter]:
     """The layers of a model that have this adapter, or the active one."""
     view = view_of(model)
     base_weights = defaultdict[str, dict[str, Tensor]](dict)
     for merged in view.merged_weights:
         base_weights[merged.layer][merged.weight] = merged.base_value
     layers = {}
-    for name, adapter in layer_adapters_of(model, adapter_name or view.adapter.name).items():
+    for name, adapter in layer_adapters_of(
+        model, adapter_name or view.adapter.name
+    ).items():
         layers[name] = LayerWithAdapter(view.modules[name], adapter, base_weights[name])
     return layers

@@ -1,4 +1,7 @@
-"""The moments of a fine-tune at which guards look. What the rest of the package knows of them is in this file."""
+"""The moments of a fine-tune at which guards look.
+
+What the rest of the package knows of them is in this file.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -7,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:  # what guards look at is above this file, which imports none of it when it runs
+# what guards look at is above this file, which imports none of it when it runs
+if TYPE_CHECKING:
     from lightning_lora.model.untrained.find_untrained import Untrained
     from lightning_lora.model.view import View
     from lightning_lora.training.steps.moved_copies import FrozenCopies
@@ -16,8 +20,9 @@ if TYPE_CHECKING:  # what guards look at is above this file, which imports none 
 class Guard:
     """A hazard that is only said: a guard changes nothing that lasts.
 
-    Each method is a moment, in the order in which they come, and does nothing here. A guard has those that it needs.
-    Each fit, and each call, has guards of its own, which may note what they see.
+    Each method is a moment, in the order in which they come, and does nothing here. A
+    guard has those that it needs. Each fit, and each call, has guards of its own, which
+    may note what they see.
     """
 
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:
@@ -26,15 +31,22 @@ class Guard:
     def injected_by_call(self, view: "View") -> None:
         """Adapters were added by a call, outside of a Trainer."""
 
-    def networks_settled(self, view: "View", paused: Collection[str], frozen_since: Set[str]) -> None:
+    def networks_settled(
+        self, view: "View", paused: Collection[str], frozen_since: Set[str]
+    ) -> None:
         """The optimizers say which networks train.
 
-        ``paused`` are layers that do not, though their adapters have learned. ``frozen_since`` are weights that the
-        user has frozen since adapters learned.
+        ``paused`` are layers that do not, though their adapters have learned.
+        ``frozen_since`` are weights that the user has frozen since adapters learned.
         """
 
-    def optimizers_built(self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
-        """A fit has its optimizers, and a checkpoint is loaded. ``is_scaled``: the user has set ``lr_scale``."""
+    def optimizers_built(
+        self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool
+    ) -> None:
+        """A fit has its optimizers, and a checkpoint is loaded.
+
+        ``is_scaled``: the user has set ``lr_scale``.
+        """
 
     def training_begins(self, view: "View") -> None:
         """The module's own ``on_fit_start`` has run."""
@@ -52,7 +64,10 @@ class Guard:
         """The first batch comes, and hooks have changed weights since, of which these look untrained now."""
 
     def first_step_begins(self, view: "View", copies: "FrozenCopies") -> None:
-        """The first training step begins. ``copies``: what stands still, and copies a network with adapters."""
+        """The first training step begins.
+
+        ``copies``: what stands still, and copies a network with adapters.
+        """
 
     def first_batch_runs(self, model: nn.Module) -> AbstractContextManager[None]:
         """A part of the first batch runs: a training step, or a backward pass."""
@@ -73,17 +88,22 @@ class Guard:
     def training_ended(self, view: "View") -> None:
         """The last step is over."""
 
-    def fit_ended(self, view: "View", optimizers: Sequence[Optimizer], steps: int) -> None:
+    def fit_ended(
+        self, view: "View", optimizers: Sequence[Optimizer], steps: int
+    ) -> None:
         """A fit of so many steps is over. Nothing is merged yet."""
 
     def merge_begins(self, view: "View") -> None:
         """The updates will be merged into the weights."""
 
-    def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
+    def merged(
+        self, title: str, lost: Mapping[str, float], untied: Sequence[str]
+    ) -> None:
         """The updates of a model are merged.
 
-        ``lost`` is the share of each layer's update that rounding took away: infinite or NaN, where the sum has
-        overflowed. ``untied`` names the layers with a weight that was tied to another layer's.
+        ``lost`` is the share of each layer's update that rounding took away: infinite
+        or NaN, where the sum has overflowed. ``untied`` names the layers with a weight
+        that was tied to another layer's.
         """
 
     def merged_in_checkpoint(self, title: str, lost: Mapping[str, float]) -> None:
@@ -94,7 +114,11 @@ class Guard:
 
 
 GUARDS: list[type[Guard]] = []
-"""All guards. ``guards/__init__.py`` has the list. Where several speak at one moment, this is their order."""
+"""All guards.
+
+``guards/__init__.py`` has the list. Where several speak at one moment, this is their
+order.
+"""
 
 
 NO_GUARDS = Guard()
@@ -104,7 +128,8 @@ NO_GUARDS = Guard()
 class Guards(Guard):
     """All guards of one fit, or of one call: those that look at a moment look in turn.
 
-    Each moment is written out, so that mypy checks the arguments where a moment is told.
+    Each moment is written out, so that mypy checks the arguments where a moment is
+    told.
     """
 
     def __init__(self) -> None:
@@ -116,7 +141,11 @@ class Guards(Guard):
 
     def _looking_at(self, moment: Callable[..., object]) -> list[Guard]:
         """The guards that have a method of their own for a moment, such as ``Guard.merged``."""
-        return [guard for guard in self.guards if getattr(type(guard), moment.__name__) is not moment]
+        return [
+            guard
+            for guard in self.guards
+            if getattr(type(guard), moment.__name__) is not moment
+        ]
 
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:
         for guard in self._looking_at(Guard.layers_chosen):
@@ -126,11 +155,15 @@ class Guards(Guard):
         for guard in self._looking_at(Guard.injected_by_call):
             guard.injected_by_call(view)
 
-    def networks_settled(self, view: "View", paused: Collection[str], frozen_since: Set[str]) -> None:
+    def networks_settled(
+        self, view: "View", paused: Collection[str], frozen_since: Set[str]
+    ) -> None:
         for guard in self._looking_at(Guard.networks_settled):
             guard.networks_settled(view, paused, frozen_since)
 
-    def optimizers_built(self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
+    def optimizers_built(
+        self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool
+    ) -> None:
         for guard in self._looking_at(Guard.optimizers_built):
             guard.optimizers_built(view, optimizers, is_scaled=is_scaled)
 
@@ -181,7 +214,9 @@ class Guards(Guard):
         for guard in self._looking_at(Guard.training_ended):
             guard.training_ended(view)
 
-    def fit_ended(self, view: "View", optimizers: Sequence[Optimizer], steps: int) -> None:
+    def fit_ended(
+        self, view: "View", optimizers: Sequence[Optimizer], steps: int
+    ) -> None:
         for guard in self._looking_at(Guard.fit_ended):
             guard.fit_ended(view, optimizers, steps)
 
@@ -189,7 +224,9 @@ class Guards(Guard):
         for guard in self._looking_at(Guard.merge_begins):
             guard.merge_begins(view)
 
-    def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
+    def merged(
+        self, title: str, lost: Mapping[str, float], untied: Sequence[str]
+    ) -> None:
         for guard in self._looking_at(Guard.merged):
             guard.merged(title, lost, untied)
 

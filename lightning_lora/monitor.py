@@ -21,15 +21,19 @@ from lightning_lora.training.compatibility import (
 class LoRAMonitor(Callback):
     """Log what adapters have learned.
 
-    Use it beside ``LoRACallback``, in any order. EarlyStopping and ModelCheckpoint can monitor its numbers, in a fit's
-    first step and every ``every_n_steps``:
+    Use it beside ``LoRACallback``, in any order. EarlyStopping and ModelCheckpoint can
+    monitor its numbers, in a fit's first step and every ``every_n_steps``:
 
-    - ``lora/update_norm``: the norm of all updates B A together. It is absolute; the metric ``UpdateNorm`` is relative,
-    - ``lora/effective_rank``: how many directions an update B A has, as a mean over the layers.
+    - ``lora/update_norm``: the norm of all updates B A together. It is absolute; the
+      metric ``UpdateNorm`` is relative,
+    - ``lora/effective_rank``: how many directions an update B A has, as a mean over the
+      layers.
 
     Args:
-        every_n_steps: Optimizer steps between two measurements. Loggers get them when the Trainer logs a step.
-        per_layer: Whether to log each update too, as ``lora/update_norm/encoder.0.query``.
+        every_n_steps: Optimizer steps between two measurements. Loggers get them when
+            the Trainer logs a step.
+        per_layer: Whether to log each update too, as
+            ``lora/update_norm/encoder.0.query``.
 
     Raises:
         ConfigError: ``every_n_steps`` is less than 1.
@@ -42,19 +46,28 @@ class LoRAMonitor(Callback):
 
     def __init__(self, every_n_steps: int = 50, *, per_layer: bool = False) -> None:
         if every_n_steps < 1:
-            raise ConfigError(f"every_n_steps={every_n_steps!r} is not valid. Expected at least 1.")
+            raise ConfigError(
+                f"every_n_steps={every_n_steps!r} is not valid. Expected at least 1."
+            )
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
-        self._ended_intervals = -1  # how many had ended at the last measurement. -1: there was none
-        subclass_pytorch_lightning_too(LoRAMonitor)  # again: it may have been imported only now
+        # how many had ended at the last measurement. -1: there was none
+        self._ended_intervals = -1
+        # again: it may have been imported only now
+        subclass_pytorch_lightning_too(LoRAMonitor)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there are adapters. The first step will be measured."""
         self._ended_intervals = -1
         if find_record(pl_module) is None:
-            raise AdapterStateError(f"LoRAMonitor found no adapters in {type(pl_module).__name__}. Add LoRACallback.")
+            raise AdapterStateError(
+                f"LoRAMonitor found no adapters in {type(pl_module).__name__}. Add "
+                "LoRACallback."
+            )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
         """Log the updates."""
         ended = self._count_ended_intervals(trainer.global_step)
         if ended == self._ended_intervals:  # or if the batch has stepped no optimizer
@@ -75,17 +88,24 @@ class LoRAMonitor(Callback):
             log(f"lora/update_norm/{name}", norm)
             log(f"lora/effective_rank/{name}", ranks[name])
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(
+        self, trainer: Trainer, pl_module: LightningModule, stage: str
+    ) -> None:
         """Let go of the module, also if this callback is kept in a variable."""
         forget_module(self)
 
     @refuse_if_given_as_class("LoRAMonitor")
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Let go of the module, as at the end."""
         forget_module(self)
 
     def _count_ended_intervals(self, step: int) -> int:
-        """How many intervals have ended after so many steps. The first step counts as one more."""
+        """How many intervals have ended after so many steps.
+
+        The first step counts as one more.
+        """
         first_step = min(step, 1)
         return first_step + step // self.every_n_steps
 
@@ -93,8 +113,10 @@ class LoRAMonitor(Callback):
 def _norm_and_rank(matrix: MeasuredMatrix) -> tuple[Tensor, Tensor]:
     """The norm and the effective rank of an update, without an SVD of its factors: it may run every few steps."""
     a, b = matrix.factors()
-    core = (b.mT @ b @ (a @ a.mT)).cpu()  # r x r: its eigenvalues are the update's singular values, squared
-    squares = torch.linalg.eigvals(core.nan_to_num(0, 0, 0)).real  # which refuses NaN, as of a fit that diverged
+    # r x r: its eigenvalues are the update's singular values, squared
+    core = (b.mT @ b @ (a @ a.mT)).cpu()
+    # which refuses NaN, as of a fit that diverged
+    squares = torch.linalg.eigvals(core.nan_to_num(0, 0, 0)).real
     sizes = squares.clamp_min(0).sqrt()
     square_of_norm = core.diagonal(0, -2, -1).sum()
     norm = square_of_norm.clamp_min(0).sqrt()

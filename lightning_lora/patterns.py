@@ -22,8 +22,13 @@ def ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(?:.*\.)?(?:{key})")
 
 
-def look_up(values: Mapping[str, Any] | None, names: Sequence[str], default: Any) -> Any:
-    """Return the value of the first key that fits one of these names, or a default. An empty name fits none."""
+def look_up(
+    values: Mapping[str, Any] | None, names: Sequence[str], default: Any
+) -> Any:
+    """Return the value of the first key that fits one of these names, or a default.
+
+    An empty name fits none.
+    """
     if values is None:
         return default
     for key, value in values.items():
@@ -45,8 +50,9 @@ def as_expression(modules: str | Sequence[str] | None) -> str:
 def union_of_expressions(expression: str, other: str) -> str:
     """Return an expression for what either of two expressions matches.
 
-    If one has the other as its first or last alternative, it is returned as it is: a union that is made again does not
-    grow. An alternative in the middle may be in a group, and counts for nothing.
+    If one has the other as its first or last alternative, it is returned as it is: a
+    union that is made again does not grow. An alternative in the middle may be in a
+    group, and counts for nothing.
     """
     if not other or _begins_or_ends(expression, other):
         return expression
@@ -59,4 +65,8 @@ def _begins_or_ends(expression: str, alternative: str) -> bool:
     """Whether an expression has this as its first or last alternative."""
     as_first = f"{alternative}|"
     as_last = f"|{alternative}"
-    return expression == alternative or expression.startswith(as_first) or expression.endswith(as_last)
+    return (
+        expression == alternative
+        or expression.startswith(as_first)
+        or expression.endswith(as_last)
+    )

@@ -1,6 +1,7 @@
 """Pictures of runs, drawn from the files of Lightning's CSVLogger.
 
-matplotlib draws them. It comes with the extra ``plots``, and is imported when something is drawn.
+matplotlib draws them. It comes with the extra ``plots``, and is imported when something
+is drawn.
 """
 
 import csv
@@ -21,15 +22,21 @@ _MOST_NUMBERS = 200  # in a heat map with more cells, they would not be legible
 
 
 def plot_losses(
-    runs: Mapping[str, str | Path], metric: str = "val_loss", *, window: int = 1, ax: Any = None
+    runs: Mapping[str, str | Path],
+    metric: str = "val_loss",
+    *,
+    window: int = 1,
+    ax: Any = None,
 ) -> tuple[Any, Any]:
     """Draw a metric of several runs, as lines over the steps.
 
     Args:
-        runs: What each line is called, and its run: the folder of a ``CSVLogger`` (the newest version in it counts),
-            or a ``metrics.csv``.
-        metric: A name that the runs logged, such as ``"train_loss"``, ``"val_accuracy"`` or ``"lora/update_norm"``.
-        window: Each point is the mean of so many values, up to its own. The losses of single batches need 10 or more.
+        runs: What each line is called, and its run: the folder of a ``CSVLogger`` (the
+            newest version in it counts), or a ``metrics.csv``.
+        metric: A name that the runs logged, such as ``"train_loss"``,
+            ``"val_accuracy"`` or ``"lora/update_norm"``.
+        window: Each point is the mean of so many values, up to its own. The losses of
+            single batches need 10 or more.
         ax: The axes to draw into. None: a new figure.
 
     Returns:
@@ -65,14 +72,16 @@ def plot_losses(
 def plot_layers(run: str | Path, model: nn.Module | None = None) -> tuple[Any, Any]:
     """Draw what each layer learned, as two heat maps.
 
-    One shows the norms of the updates, the other their effective ranks, as they were logged last. The norms are
-    absolute; ``UpdateNorm`` divides by the norm of the weight. Rows are blocks of the model, columns are the matrices
-    of a block. The run needs ``LoRAMonitor(per_layer=True)`` and a ``CSVLogger``.
+    One shows the norms of the updates, the other their effective ranks, as they were
+    logged last. The norms are absolute; ``UpdateNorm`` divides by the norm of the
+    weight. Rows are blocks of the model, columns are the matrices of a block. The run
+    needs ``LoRAMonitor(per_layer=True)`` and a ``CSVLogger``.
 
     Args:
-        run: The folder of a ``CSVLogger`` (the newest version in it counts), or a ``metrics.csv``.
-        model: The model with these adapters, also if it is merged: columns are in its order. None: by their names, as
-            a ``CSVLogger`` sorts them.
+        run: The folder of a ``CSVLogger`` (the newest version in it counts), or a
+            ``metrics.csv``.
+        model: The model with these adapters, also if it is merged: columns are in its
+            order. None: by their names, as a ``CSVLogger`` sorts them.
 
     Returns:
         The figure and its two axes, of matplotlib.
@@ -95,10 +104,20 @@ def plot_layers(run: str | Path, model: nn.Module | None = None) -> tuple[Any, A
     longest_label = max(map(len, norm_map.columns))
     width = 2 * (2 + 0.6 * len(norm_map.columns))
     height = 1.2 + 0.36 * len(norm_map.rows) + 0.075 * longest_label
-    figure, axes = _pyplot().subplots(1, 2, layout="constrained", figsize=(width, height))
-    _draw_heat_map(axes[0], norm_map, "Norm of the update (absolute)", least=0, decimals=_decimals(norms.values()))
+    figure, axes = _pyplot().subplots(
+        1, 2, layout="constrained", figsize=(width, height)
+    )
+    _draw_heat_map(
+        axes[0],
+        norm_map,
+        "Norm of the update (absolute)",
+        least=0,
+        decimals=_decimals(norms.values()),
+    )
     _draw_heat_map(axes[1], rank_map, "Effective rank", least=1, decimals=1)
-    figure.suptitle(f"What each layer learned, logged at step {step}", fontsize="medium")
+    figure.suptitle(
+        f"What each layer learned, logged at step {step}", fontsize="medium"
+    )
     return figure, axes
 
 
@@ -112,7 +131,8 @@ def _pyplot() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Pictures are drawn with matplotlib, which is not installed. It comes with the extra 'plots': "
-            "pip install '.[plots]' in a clone of lightning_lora, or pip install matplotlib."
+            "pip install '.[plots]' in a clone of lightning_lora, or pip install "
+            "matplotlib."
         ) from error
 
 
@@ -134,10 +154,16 @@ def _metrics_file(run: str | Path) -> Path:
         return path
     files = list(path.rglob("metrics.csv"))
     if not files:
-        raise FileNotFoundError(f"{path} has no metrics.csv. Expected the folder of a CSVLogger, or its metrics.csv.")
+        raise FileNotFoundError(
+            f"{path} has no metrics.csv. Expected the folder of a CSVLogger, or its "
+            "metrics.csv."
+        )
     logged = {str(file.parent.parent) for file in files}
     if len(logged) > 1:
-        raise ConfigError(f"{path} has several runs: {listed(sorted(logged))}. Give the folder of one of them.")
+        raise ConfigError(
+            f"{path} has several runs: {listed(sorted(logged))}. Give the folder of "
+            "one of them."
+        )
     return max(files, key=_version)
 
 
@@ -154,7 +180,8 @@ def _rows(file: Path) -> list[dict[str, str]]:
     for number, row in enumerate(rows, 2):
         if None in row:  # csv's key for cells behind the last column
             raise ConfigError(
-                f"Line {number} of {file} has more cells than its first line. Expected a file of CSVLogger."
+                f"Line {number} of {file} has more cells than its first line. Expected "
+                "a file of CSVLogger."
             )
     return rows
 
@@ -165,7 +192,9 @@ def _number(file: Path, row: Mapping[str, str], column: str) -> float:
     try:
         return float(cell or "")
     except ValueError:
-        raise ConfigError(f"{file} has {column}={cell!r}. Expected a number, as CSVLogger writes it.") from None
+        raise ConfigError(
+            f"{file} has {column}={cell!r}. Expected a number, as CSVLogger writes it."
+        ) from None
 
 
 def _curve(file: Path, metric: str) -> tuple[list[int], list[float]]:
@@ -180,7 +209,10 @@ def _curve(file: Path, metric: str) -> tuple[list[int], list[float]]:
     if not steps:
         columns = rows[0] if rows else {}
         others = sorted(columns.keys() - {"epoch", "step"})
-        raise ConfigError(f"metric={metric!r} is not in {file}. It has {listed(others, 10) or 'no metrics'}.")
+        raise ConfigError(
+            f"metric={metric!r} is not in {file}. It has "
+            f"{listed(others, 10) or 'no metrics'}."
+        )
     return steps, values
 
 
@@ -193,7 +225,10 @@ def _last_by_layer(file: Path, beginning: str) -> tuple[str, dict[str, float]]:
                 found[name.removeprefix(beginning)] = _number(file, row, name)
         if found:
             return row.get("step", "?"), found
-    raise ConfigError(f"{file} has no numbers of single layers. LoRAMonitor(per_layer=True) logs them.")
+    raise ConfigError(
+        f"{file} has no numbers of single layers. LoRAMonitor(per_layer=True) logs "
+        "them."
+    )
 
 
 # Numbers to draw
@@ -223,7 +258,10 @@ def _decimals(values: Iterable[float]) -> int:
 
 
 class _HeatMap(NamedTuple):
-    """Numbers of layers: a row for each block, a column for each matrix. Where a block lacks a matrix, it is NaN."""
+    """Numbers of layers: a row for each block, a column for each matrix.
+
+    Where a block lacks a matrix, it is NaN.
+    """
 
     rows: list[str]
     columns: list[str]
@@ -257,13 +295,17 @@ def _without_common_beginning(names: Iterable[str]) -> list[str]:
     return [".".join(parts[common:]) for parts in parts_of_names]
 
 
-def _draw_heat_map(ax: Any, heat_map: _HeatMap, title: str, *, least: float, decimals: int) -> None:
+def _draw_heat_map(
+    ax: Any, heat_map: _HeatMap, title: str, *, least: float, decimals: int
+) -> None:
     """Draw a heat map with a number in each cell, and its colour bar."""
     image = ax.imshow(heat_map.values, vmin=least, cmap="viridis", aspect="auto")
     ax.set_title(title, fontsize="medium")
     ax.set_ylabel("block")
     ax.set_yticks(range(len(heat_map.rows)), heat_map.rows)
-    ax.set_xticks(range(len(heat_map.columns)), heat_map.columns, rotation=90, fontsize="small")
+    ax.set_xticks(
+        range(len(heat_map.columns)), heat_map.columns, rotation=90, fontsize="small"
+    )
     ax.figure.colorbar(image, ax=ax)
     if len(heat_map.rows) * len(heat_map.columns) > _MOST_NUMBERS:
         return

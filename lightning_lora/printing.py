@@ -4,7 +4,14 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderHook, RenderResult
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    Group,
+    RenderHook,
+    RenderResult,
+)
 from rich.segment import Segment
 
 _PLAIN = str.maketrans({"×": "x", "–": "-", "…": "...", "Δ": "d"})
@@ -41,19 +48,25 @@ def _replaced(text: str, encoding: str) -> str:
 class Writable(Group):
     """A group for rich that any console can write, whatever its encoding is."""
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> RenderResult:
         """Render as a group does, with signs that the console's file can hold."""
         for segment in console.render(Group(*self.renderables), options):
             if segment.control:
                 yield segment
             else:
-                yield Segment(as_writable(segment.text, options.encoding), segment.style)
+                yield Segment(
+                    as_writable(segment.text, options.encoding), segment.style
+                )
 
 
 class _MakesWritable(RenderHook):
     """Lets a console make all that it prints writable."""
 
-    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+    def process_renderables(
+        self, renderables: list[ConsoleRenderable]
+    ) -> list[ConsoleRenderable]:
         return [Writable(renderable) for renderable in renderables]
 
 

@@ -1,6 +1,7 @@
 """Every private name of torch, Lightning and DeepSpeed that this package reads, and what breaks without it.
 
-If a release renames one, most tests fail. ``tests/test_private.py`` asks for those whose absence would be no error.
+If a release renames one, most tests fail. ``tests/test_private.py`` asks for those
+whose absence would be no error.
 """
 
 import sys
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.modules.batchnorm import _NormBase as NormBase  # the class of norms with running statistics
+
+# the class of norms with running statistics
+from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = ["NormBase", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
@@ -21,88 +24,140 @@ __all__ = ["NormBase", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatte
 
 # Modules inside wrappers
 COMPILED = "_orig_mod"  # in torch.compile's wrapper. Without it: other names in files
-CHECKPOINTED = "_checkpoint_wrapped_module"  # in the wrapper of checkpoint_wrapper. Without it: other names in files
-FABRIC_WRAPPED = "_forward_module"  # in Fabric's wrapper, with Fabric's precision. Without it: no adapters are found
-FABRIC_OWN = "_original_module"  # in Fabric's wrapper, as the user made it. Without it: no adapters are found
+# in the wrapper of checkpoint_wrapper. Without it: other names in files
+CHECKPOINTED = "_checkpoint_wrapped_module"
+# in Fabric's wrapper, with Fabric's precision. Without it: no adapters are found
+FABRIC_WRAPPED = "_forward_module"
+# in Fabric's wrapper, as the user made it. Without it: no adapters are found
+FABRIC_OWN = "_original_module"
 
 # torch.compile
-COMPILED_CALL = "_compiled_call_impl"  # on a module compiled in place. Without it: the first batch compiles it twice
-COMPILED_FUNCTION = "_torchdynamo_orig_callable"  # the function in a compiled one. Without it: it is compiled twice
-COMPILED_RESULT = "__compiled_fn"  # how names begin that it puts into a file. Without it: its models seem compiled
+# on a module compiled in place. Without it: the first batch compiles it twice
+COMPILED_CALL = "_compiled_call_impl"
+# the function in a compiled one. Without it: it is compiled twice
+COMPILED_FUNCTION = "_torchdynamo_orig_callable"
+# how names begin that it puts into a file. Without it: its models seem compiled
+COMPILED_RESULT = "__compiled_fn"
 
 # Modules, their state and their hooks
-EXTRA_STATE = "_extra_state"  # how entries of get_extra_state end. Without it: a state dict does not match them
-STATE_NOTES = "_metadata"  # torch's notes on a state dict. Without it: a merged file is taken for a base
-NOT_STORED = "_non_persistent_buffers_set"  # buffers that a state dict leaves out. Without it: files hold them
-LOAD_HOOKS = "_load_state_dict_pre_hooks"  # of a module. Without it: those of a copy cannot be removed
-STORAGE_BYTES = "_untyped_storage"  # of a storage as torch.load builds it. Without it: the public method warns
+# how entries of get_extra_state end. Without it: a state dict does not match them
+EXTRA_STATE = "_extra_state"
+# torch's notes on a state dict. Without it: a merged file is taken for a base
+STATE_NOTES = "_metadata"
+# buffers that a state dict leaves out. Without it: files hold them
+NOT_STORED = "_non_persistent_buffers_set"
+# of a module. Without it: those of a copy cannot be removed
+LOAD_HOOKS = "_load_state_dict_pre_hooks"
+# of a storage as torch.load builds it. Without it: the public method warns
+STORAGE_BYTES = "_untyped_storage"
 
 # Layers
-CONVOLVES = "_conv_forward"  # what a convolution runs. Without it: a class that overrides it is adapted wrongly
-RECURRENT_NAMES = "_flat_weights_names"  # of a recurrent layer's weights, even computed ones. Without it: no adapters
-RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")  # of these weights. Without them: merges leave the old ones
+# what a convolution runs. Without it: a class that overrides it is adapted wrongly
+CONVOLVES = "_conv_forward"
+# of a recurrent layer's weights, even computed ones. Without it: no adapters
+RECURRENT_NAMES = "_flat_weights_names"
+# of these weights. Without them: merges leave the old ones
+RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")
 
 # Gradients
-INPUTS_OF_GRAD = "t_inputs"  # in torch.autograd.grad. Without it: an error cannot name weights of a generator
-NODE_FUNCTION = "_forward_cls"  # of an autograd node. Without it: what reentrant checkpoints use looks unused
+# in torch.autograd.grad. Without it: an error cannot name weights of a generator
+INPUTS_OF_GRAD = "t_inputs"
+# of an autograd node. Without it: what reentrant checkpoints use looks unused
+NODE_FUNCTION = "_forward_cls"
 
 # Lightning
-START_METHOD = "_start_method"  # of a strategy's processes. Without it: adapters that do not come back are not refused
-HPARAMS_NAME = "_hparams_name"  # the argument with all hyperparameters. Without it: no module is built of a file
-LOGS_HPARAMS = "_log_hyperparams"  # whether Lightning logs them. Without it: TensorBoard shows ours alone
-CLI_CLASS = "_class_path"  # LightningCLI's entry in them. Without it: load_from_checkpoint builds the wrong class
-SUMMARY_DEPTH = "_max_depth"  # of a ModelSummary, 0 for no table. Without it: we speak of a table that is not shown
-LOADER_STATE = "_iterator"  # a loader's workers that stay. Without it: a copied loader shares them
-AVERAGE = "_average_model"  # the averaged model of SWA and EMA. Without it: adapters are not averaged
-AVERAGES_WITH = "_avg_fn"  # how they average. Without it: frozen weights are averaged too
+# of a strategy's processes. Without it: adapters that do not come back are not refused
+START_METHOD = "_start_method"
+# the argument with all hyperparameters. Without it: no module is built of a file
+HPARAMS_NAME = "_hparams_name"
+# whether Lightning logs them. Without it: TensorBoard shows ours alone
+LOGS_HPARAMS = "_log_hyperparams"
+# LightningCLI's entry in them. Without it: load_from_checkpoint builds the wrong class
+CLI_CLASS = "_class_path"
+# of a ModelSummary, 0 for no table. Without it: we speak of a table that is not shown
+SUMMARY_DEPTH = "_max_depth"
+# a loader's workers that stay. Without it: a copied loader shares them
+LOADER_STATE = "_iterator"
+# the averaged model of SWA and EMA. Without it: adapters are not averaged
+AVERAGE = "_average_model"
+# how they average. Without it: frozen weights are averaged too
+AVERAGES_WITH = "_avg_fn"
 
-# Functions of torch, without a function of ours around them, because they run in each forward pass: is other code
-# looking at single operations? Explicit gradients would hide these from it.
+# Functions of torch, without a function of ours around them, because they run in each
+# forward pass: is other code looking at single operations? Explicit gradients would
+# hide these from it.
 
 tracing: Callable[[], object] = torch._C._get_tracing_state  # torch.jit.trace
-is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active  # torch.func
-count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # modes, such as one that counts operations
+# torch.func
+is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+# modes, such as one that counts operations
+count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
-is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # to ask for one device takes longer
+# to ask for one device takes longer
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def is_forward_differentiating() -> bool:
-    """Whether forward-mode differentiation runs. Without it: explicit gradients leave out its tangents."""
+    """Whether forward-mode differentiation runs.
+
+    Without it: explicit gradients leave out its tangents.
+    """
     return forward_ad._current_level >= 0
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was written in place. Without it: changes of the base can be missed."""
+    """Return how often a tensor was written in place.
+
+    Without it: changes of the base can be missed.
+    """
     return tensor._version
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
-    """Whether code has put hooks on a parameter's gradient. Without it: masks that no longer act go unnoticed."""
+    """Whether code has put hooks on a parameter's gradient.
+
+    Without it: masks that no longer act go unnoticed.
+    """
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
 
 
 def forward_hooks_of(module: Any) -> list[Any]:
-    """Return the hooks around a module's forward. Without it: PEFT runs these elsewhere, and nothing says so."""
+    """Return the hooks around a module's forward.
+
+    Without it: PEFT runs these elsewhere, and nothing says so.
+    """
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def local_offsets(tensor: Any) -> tuple[Any, Any]:
-    """Return the shape of a DTensor's local shard, and where it begins. Without it: no digests of shards."""
+    """Return the shape of a DTensor's local shard, and where it begins.
+
+    Without it: no digests of shards.
+    """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
 
 
 def convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve with another weight, and a layer's padding. Without it: each of torch's paddings is written again."""
+    """Convolve with another weight, and a layer's padding.
+
+    Without it: each of torch's paddings is written again.
+    """
     output: Tensor = layer._conv_forward(x, weight, None)
     return output
 
 
 @contextmanager
 def before_compiling(call: Callable[[], None]) -> Iterator[None]:
-    """Call this before torch.compile traces code. Without it: what is there for one batch alone is compiled in."""
-    module: Any = sys.modules.get("torch._dynamo.callback")  # not there: nothing was compiled yet
+    """Call this before torch.compile traces code.
+
+    Without it: what is there for one batch alone is compiled in.
+    """
+    # not there: nothing was compiled yet
+    module: Any = sys.modules.get("torch._dynamo.callback")
     starts = [] if module is None else module.callback_handler.start_callbacks
 
     def called(*_: Any) -> None:
@@ -120,7 +175,10 @@ def before_compiling(call: Callable[[], None]) -> Iterator[None]:
 
 
 def multiprocessing_launchers() -> Iterator[Any]:
-    """The classes that start processes. Without them: records do not come back from forked and spawned ones."""
+    """The classes that start processes.
+
+    Without them: records do not come back from forked and spawned ones.
+    """
     for package in ("lightning.pytorch", "pytorch_lightning"):
         module: Any = sys.modules.get(f"{package}.strategies.launchers.multiprocessing")
         if module is not None:
@@ -128,24 +186,38 @@ def multiprocessing_launchers() -> Iterator[Any]:
 
 
 def loader_states(fit_loop: Any) -> Any:
-    """Return the states that the loaders of a resumed run wait for. Without it: those that began too early stay so."""
+    """Return the states that the loaders of a resumed run wait for.
+
+    Without it: those that began too early stay so.
+    """
     return fit_loop._combined_loader_states_to_load
 
 
 def begin_loaders_again(fit_loop: Any, states: Any) -> None:
-    """Begin the loaders of a fit again, with their states. Without it: a resumed run has another order of batches."""
-    fit_loop._combined_loader_states_to_load = fit_loop._combined_loader_states_to_load or states
+    """Begin the loaders of a fit again, with their states.
+
+    Without it: a resumed run has another order of batches.
+    """
+    fit_loop._combined_loader_states_to_load = (
+        fit_loop._combined_loader_states_to_load or states
+    )
     fit_loop._load_combined_loader_states()
     iter(fit_loop._data_fetcher)
 
 
 def loader_of(fit_loop: Any) -> Any:
-    """Return the loader that combines all of a fit. Without it: adapters that start from data see other batches."""
+    """Return the loader that combines all of a fit.
+
+    Without it: adapters that start from data see other batches.
+    """
     return fit_loop._combined_loader
 
 
 def before_transfer(pl_module: Any, batch: Any) -> Any:
-    """Return a batch as hooks change it before it moves. Without it: adapters that start from data see other values."""
+    """Return a batch as hooks change it before it moves.
+
+    Without it: adapters that start from data see other values.
+    """
     return pl_module._on_before_batch_transfer(batch)
 
 
@@ -161,9 +233,10 @@ class OwnSpan(NamedTuple):
 
 
 def own_span(parameter: Any) -> OwnSpan:
-    """Return which elements of a parameter this process's shard holds. Without it: files lack optimizer states.
+    """Return which elements of a parameter this process's shard holds.
 
-    DeepSpeed calls the shard hp, of high precision, and the parameter lp, of low precision.
+    Without it: files lack optimizer states. DeepSpeed calls the shard hp, of high
+    precision, and the parameter lp, of low precision.
     """
     shared = parameter._hp_mapping
     if shared is None:

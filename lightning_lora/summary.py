@@ -28,7 +28,8 @@ _USUAL = (nn.Parameter, Tensor)
 class LayerGroup:
     """Layers of one kind whose names differ only in blocks, such as ``layers.*.query``.
 
-    ``parts`` says what of them is adapted: the names of matrices, or how many matrices or rows. ``r`` are the ranks.
+    ``parts`` says what of them is adapted: the names of matrices, or how many matrices
+    or rows. ``r`` are the ranks.
     """
 
     name: str
@@ -77,10 +78,19 @@ class LoRASummary:
         return self.trained / max(self.trained + self.frozen, 1)
 
     def table(
-        self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = (), rates: Sequence[str] = ()
+        self,
+        *,
+        trained_only: bool = False,
+        optimizers: Sequence[Optimizer] = (),
+        rates: Sequence[str] = (),
     ) -> Writable:
-        """Return a headline, a table and the costs, for rich. With ``trained_only``, of the 15 rows that train most."""
-        return table_of(self, trained_only=trained_only, optimizers=optimizers, rates=rates)
+        """Return a headline, a table and the costs, for rich.
+
+        With ``trained_only``, of the 15 rows that train most.
+        """
+        return table_of(
+            self, trained_only=trained_only, optimizers=optimizers, rates=rates
+        )
 
     __rich__ = table  # for rich's print
 
@@ -96,7 +106,8 @@ def summarize(model: nn.Module) -> LoRASummary:
     """Count the trained parameters of ``model``, and their costs beside those of full fine-tuning.
 
     Args:
-        model: Any module, with or without adapters. Print the summary of a plain model to see the names of its layers.
+        model: Any module, with or without adapters. Print the summary of a plain model
+            to see the names of its layers.
 
     Returns:
         The summary. ``print`` shows it as a table.
@@ -135,7 +146,9 @@ def summarize(model: nn.Module) -> LoRASummary:
 def _groups(view: View) -> tuple[LayerGroup, ...]:
     """The rows of the table: layers of one kind, whose names differ only in blocks."""
     groups = list[LayerGroup]()
-    for pattern, layers in grouped_by_name(_single_layers(view), attrgetter("kind", "r", "parts")):
+    for pattern, layers in grouped_by_name(
+        _single_layers(view), attrgetter("kind", "r", "parts")
+    ):
         groups.append(_joined(pattern, list(layers.values())))
     return tuple(groups)
 
@@ -143,11 +156,16 @@ def _groups(view: View) -> tuple[LayerGroup, ...]:
 def _joined(pattern: str, layers: Sequence[LayerGroup]) -> LayerGroup:
     """Several layers in one group, whose name stands for all of theirs."""
     trained, frozen = total_counts(layers)
-    return replace(layers[0], name=pattern, layers=len(layers), trained=trained, frozen=frozen)
+    return replace(
+        layers[0], name=pattern, layers=len(layers), trained=trained, frozen=frozen
+    )
 
 
 def _single_layers(view: View) -> dict[str, LayerGroup]:
-    """Each layer with parameters, as a group of one. A shared parameter counts in the first of its layers."""
+    """Each layer with parameters, as a group of one.
+
+    A shared parameter counts in the first of its layers.
+    """
     layers: dict[str, LayerGroup] = {}
     seen: set[nn.Parameter] = set()
     for name, module in view.modules.items():
@@ -158,7 +176,9 @@ def _single_layers(view: View) -> dict[str, LayerGroup]:
     return layers
 
 
-def _single_layer(name: str, module: nn.Module, parameters: Sequence[nn.Parameter]) -> LayerGroup:
+def _single_layer(
+    name: str, module: nn.Module, parameters: Sequence[nn.Parameter]
+) -> LayerGroup:
     trained, frozen = _trained_and_frozen(parameters)
     return LayerGroup(
         name=name,
@@ -192,7 +212,10 @@ def _ranks(module: nn.Module) -> str:
 
 
 def _parts(module: nn.Module) -> tuple[str, ...]:
-    """The names of a layer's matrices, or their number if the names are long. Of an embedding, how many rows train."""
+    """The names of a layer's matrices, or their number if the names are long.
+
+    Of an embedding, how many rows train.
+    """
     if not isinstance(module, LoRALayer):
         return ()
     rows = _token_rows(module)
@@ -220,9 +243,11 @@ def _checkpoint_entries(view: View) -> Mapping[str, Any]:
 
 def _random_in_files(view: View) -> tuple[str, ...]:
     """The frozen weights that files hold because they look untrained."""
-    if view.is_sharded:  # to look for them needs every process, and this one alone may ask for a summary
+    # to look for them needs every process, and this one alone may ask for a summary
+    if view.is_sharded:
         return view.adapter.known_random_weights
-    return random_weights_now(view)  # which notes nothing: the base may change until a fit begins
+    # which notes nothing: the base may change until a fit begins
+    return random_weights_now(view)
 
 
 # The named adapters
@@ -237,7 +262,12 @@ def _named_adapters(view: View) -> NamedAdapters | None:
         return None
     has_layers = bool(view.layers)
     is_new = has_layers and not view.adapter.may_have_learned and view.is_fresh()
-    return NamedAdapters(record.adapter.name, is_new, tuple(record.inactive_adapters), record.state.shows_base)
+    return NamedAdapters(
+        record.adapter.name,
+        is_new,
+        tuple(record.inactive_adapters),
+        record.state.shows_base,
+    )
 
 
 # Values and bytes
@@ -258,7 +288,10 @@ def _count_values(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _bytes(values: Iterable[Any]) -> int:
-    """The size of tensors in a file or in memory. Tensors that share their memory count once."""
+    """The size of tensors in a file or in memory.
+
+    Tensors that share their memory count once.
+    """
     sizes: dict[tuple[int, int], int] = {}
     for value in values:
         if isinstance(value, Tensor) and value.layout is torch.strided:

@@ -16,11 +16,16 @@ from lightning_lora.tables import LayerName, layer_table
 if TYPE_CHECKING:
     from lightning_lora.summary import LayerGroup, LoRASummary, NamedAdapters
 
-_LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)  # they keep two tensors for each trained parameter
+# they keep two tensors for each trained parameter
+_LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)
 
 
 def table_of(
-    summary: "LoRASummary", *, trained_only: bool, optimizers: Sequence[Optimizer], rates: Sequence[str]
+    summary: "LoRASummary",
+    *,
+    trained_only: bool,
+    optimizers: Sequence[Optimizer],
+    rates: Sequence[str],
 ) -> Writable:
     """Return a headline, a table and the costs, as :meth:`LoRASummary.table` does."""
     shown = _groups_that_train_most(summary) if trained_only else summary.groups
@@ -38,7 +43,10 @@ def _headline(summary: "LoRASummary") -> str:
     """What a model is: one with adapters, or a plain one, perhaps with adapters merged into it."""
     title = summary.title
     if not summary.plain:
-        return f"LoRA{summary.active}: {title} trains {summary.share:.2%} of its parameters"
+        return (
+            f"LoRA{summary.active}: {title} trains {summary.share:.2%} of its "
+            "parameters"
+        )
     if not summary.adapters:
         return f"{title} is a plain model"
     adapters = counted(summary.adapters, "adapter")
@@ -62,7 +70,9 @@ def _groups_that_train_most(summary: "LoRASummary") -> list["LayerGroup"]:
     """The groups of the 15 rows that train most, in the order of all groups."""
     most_first = sorted(summary.groups, key=attrgetter("trained"), reverse=True)
     first_15 = most_first[:15]
-    return [group for group in summary.groups if group.trained > 0 and group in first_15]
+    return [
+        group for group in summary.groups if group.trained > 0 and group in first_15
+    ]
 
 
 # The layers
@@ -80,7 +90,13 @@ def _layers(summary: "LoRASummary", shown: Sequence["LayerGroup"]) -> Table:
         name = _name_of_others(others, trains=trained > 0)
         table.add_row(LayerName(name), "", "–", *_cells_of_numbers(trained, frozen))
     table.add_section()
-    table.add_row("Total", "", "", *_cells_of_numbers(summary.trained, summary.frozen), style="bold")
+    table.add_row(
+        "Total",
+        "",
+        "",
+        *_cells_of_numbers(summary.trained, summary.frozen),
+        style="bold",
+    )
     return table
 
 
@@ -95,7 +111,10 @@ def _shown_name(group: "LayerGroup") -> str:
 
 
 def _name_of_others(groups: Iterable["LayerGroup"], *, trains: bool) -> str:
-    """What stands for groups that a table leaves out. If something in them trains, it says how to see them."""
+    """What stands for groups that a table leaves out.
+
+    If something in them trains, it says how to see them.
+    """
     layers = sum(group.layers for group in groups)
     name = counted(layers, "other layer")
     if trains:
@@ -103,7 +122,9 @@ def _name_of_others(groups: Iterable["LayerGroup"], *, trains: bool) -> str:
     return name
 
 
-def _left_out_of(shown: Iterable["LayerGroup"], groups: Iterable["LayerGroup"]) -> list["LayerGroup"]:
+def _left_out_of(
+    shown: Iterable["LayerGroup"], groups: Iterable["LayerGroup"]
+) -> list["LayerGroup"]:
     """The groups that are not shown."""
     shown = set(shown)
     return [group for group in groups if group not in shown]
@@ -131,7 +152,12 @@ def _costs(summary: "LoRASummary", optimizers: Sequence[Optimizer]) -> Table:
     if are_like_adam:
         state = f"State of {_classes_of(optimizers)}"
         _add_cost(costs, state, summary.optimizer_bytes, summary.full_optimizer_bytes)
-    _add_cost(costs, "Weights in a checkpoint", summary.checkpoint_bytes, summary.full_checkpoint_bytes)
+    _add_cost(
+        costs,
+        "Weights in a checkpoint",
+        summary.checkpoint_bytes,
+        summary.full_checkpoint_bytes,
+    )
     return costs
 
 

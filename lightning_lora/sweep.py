@@ -1,6 +1,7 @@
 """LoRASweep: several adapters, each in fits of its own, of which the better ones go on.
 
-In this file, a run is what ``LoRASweep.run`` does: all fits of all adapters. Each adapter is a :class:`.SweptAdapter`.
+In this file, a run is what ``LoRASweep.run`` does: all fits of all adapters. Each
+adapter is a :class:`.SweptAdapter`.
 """
 
 import itertools
@@ -18,28 +19,37 @@ from lightning_lora.errors import ConfigError, listed
 from lightning_lora.printing import fitting_console
 from lightning_lora.sweep_run import FitFunction, SweptAdapter, TrainsUntil
 
-_LISTS = {"target_modules", "target_parameters", "exclude_modules", "modules_to_save", "trainable_token_indices"}
+_LISTS = {
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "trainable_token_indices",
+}
 """Arguments of which one value may be a list itself."""
 
 
 class LoRASweep:
     """Train several adapters, and keep the best.
 
-    After each epoch with a validation, the better ones go on, from their files (successive halving). Each trains
-    exactly as alone, to the bit, and at the end the module is merged as after a fit of the best one alone.
+    After each epoch with a validation, the better ones go on, from their files
+    (successive halving). Each trains exactly as alone, to the bit, and at the end the
+    module is merged as after a fit of the best one alone.
 
     Args:
         monitor: The metric that decides, logged in validation.
         mode: Whether ``"min"`` or ``"max"`` is best. It may be left out for a loss.
         keep: The share of the adapters that goes on. 1 keeps all to the end.
         directory: The folder for the file of each adapter. It is made.
-        arguments: LoRACallback's, as values or lists of values (of lists, for ``target_modules`` and the like).
+        arguments: LoRACallback's, as values or lists of values (of lists, for
+            ``target_modules`` and the like).
 
     Raises:
         ConfigError: an argument has an invalid value.
 
     Source:
-        Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", figure 1.
+        Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and
+        Hyperparameter Optimization", figure 1.
 
     Example:
         >>> sweep = LoRASweep(r=[8, 16], alpha=[16, 32], dropout=0.1)
@@ -50,7 +60,8 @@ class LoRASweep:
     """
 
     runs: dict[str, dict[str, Any]]  # the arguments of each adapter, by its name
-    results: list[dict[str, Any]]  # of each adapter, the best first: name, arguments, metrics, and when it was dropped
+    # of each adapter, the best first: name, arguments, metrics, and when it was dropped
+    results: list[dict[str, Any]]
 
     def __init__(
         self,
@@ -64,7 +75,10 @@ class LoRASweep:
         if mode is None and "loss" in monitor:
             mode = "min"
         if mode not in ("min", "max") or not 0 < keep <= 1:
-            raise ConfigError(f"mode={mode!r}, keep={keep!r}: {monitor} needs 'min' or 'max', keep a share in (0, 1].")
+            raise ConfigError(
+                f"mode={mode!r}, keep={keep!r}: {monitor} needs 'min' or 'max', keep a "
+                "share in (0, 1]."
+            )
         self.monitor = monitor
         self.mode = mode
         self.keep = keep
@@ -72,15 +86,18 @@ class LoRASweep:
         self.runs = {}
         self.results = []
         self._arguments = arguments
-        values_of = {name: _values_to_try(name, value) for name, value in arguments.items()}
+        values_of = {
+            name: _values_to_try(name, value) for name, value in arguments.items()
+        }
         self._varied = [name for name, values in values_of.items() if len(values) > 1]
         combinations = list(itertools.product(*values_of.values()))
         for combination in combinations:
             self._add(dict(zip(arguments, combination, strict=True)))
         if len(self.runs) < max(2, len(combinations)):
             raise ConfigError(
-                f"LoRASweep got these adapters: {listed(self.runs)}. Expected several, and none twice: lists "
-                "such as r=[8, 16], and a list of lists for target_modules and its like."
+                f"LoRASweep got these adapters: {listed(self.runs)}. Expected several, "
+                "and none twice: lists such as r=[8, 16], and a list of lists for "
+                "target_modules and its like."
             )
 
     def _add(self, arguments: dict[str, Any]) -> None:
@@ -105,14 +122,15 @@ class LoRASweep:
         """Train all adapters, merge the best one, show a table, and return ``results``.
 
         Args:
-            fit: A function of a callback, which has the adapter's name as its attribute ``run``, and of a
-                ``ckpt_path`` or None. It makes a Trainer with the callback, and fits with the ``ckpt_path``: all
-                epochs, as if it were alone. It is called several times for each adapter. The module may be the same
-                in all calls, or a new one with the same weights.
+            fit: A function of a callback, which has the adapter's name as its attribute
+                ``run``, and of a ``ckpt_path`` or None. It makes a Trainer with the
+                callback, and fits with the ``ckpt_path``: all epochs, as if it were
+                alone. It is called several times for each adapter. The module may be
+                the same in all calls, or a new one with the same weights.
 
         Raises:
-            ConfigError: ``fit`` does not use what it gets, ``monitor`` is not logged, or is NaN for all adapters. No
-                adapter is on the module then.
+            ConfigError: ``fit`` does not use what it gets, ``monitor`` is not logged,
+                or is NaN for all adapters. No adapter is on the module then.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         adapters = list[SweptAdapter]()
@@ -130,7 +148,8 @@ class LoRASweep:
     def _train(self, adapters: Sequence[SweptAdapter], fit: FitFunction) -> None:
         """Train all adapters in turns, until each was trained to the end or dropped.
 
-        A turn is a fit of each: to the next validation while some will be dropped, and otherwise to the end.
+        A turn is a fit of each: to the next validation while some will be dropped, and
+        otherwise to the end.
         """
         while adapters:
             will_drop_some = len(adapters) > 1 and self.keep < 1
@@ -147,7 +166,9 @@ class LoRASweep:
         best = ranked[0]
         count = math.ceil(len(ranked) * self.keep)
         going_on = f"{count} of {len(ranked)} go on"
-        rank_zero_info(f"LoRASweep, epoch {best.epochs}: {best.name} is best; {going_on}.")
+        rank_zero_info(
+            f"LoRASweep, epoch {best.epochs}: {best.name} is best; {going_on}."
+        )
         for adapter in ranked[count:]:
             adapter.dropped = adapter.epochs
         return ranked[:count]
@@ -163,18 +184,25 @@ class LoRASweep:
         """Merge the best adapter, in a fit that ends at once."""
         if math.isnan(best.metrics[-1]):
             raise ConfigError(
-                f"{self.monitor} is NaN for all adapters: none is best, and none is merged. Their files are in "
-                f"{self.directory}. Try a lower learning rate."
+                f"{self.monitor} is NaN for all adapters: none is best, and none is "
+                f"merged. Their files are in {self.directory}. Try a lower learning "
+                "rate."
             )
         if not best.merge(fit):
             raise ConfigError(
-                "LoRASweep expects that fit fits in each call: the last one merges the best adapter, and did "
-                f"not. Its file is {best.file}."
+                "LoRASweep expects that fit fits in each call: the last one merges the "
+                f"best adapter, and did not. Its file is {best.file}."
             )
 
     def table(self) -> Table:
         """Return a table of the adapters of the last run."""
-        table = Table("Adapter", *self._varied, self.monitor, "Dropped after epoch", title="LoRASweep")
+        table = Table(
+            "Adapter",
+            *self._varied,
+            self.monitor,
+            "Dropped after epoch",
+            title="LoRASweep",
+        )
         for result in self.results:
             values = [str(result[name]) for name in self._varied]
             metrics = [f"{value:.4g}" for value in result["metrics"]]

@@ -22,7 +22,10 @@ FitFunction = Callable[[Any, str | None], object]
 class TrainsUntil(Enum):
     """How far one fit trains its adapter."""
 
-    NEXT_VALIDATION = "the end of the next epoch with a validation, after which the sweep compares adapters"
+    NEXT_VALIDATION = (
+        "the end of the next epoch with a validation, after which the sweep compares "
+        "adapters"
+    )
     END = "the user's max_epochs"
     NOW = "no further: the fit only merges what is in the adapter's file"
 
@@ -30,33 +33,43 @@ class TrainsUntil(Enum):
 class SweptAdapter:
     """One adapter of a sweep, through all its fits."""
 
-    def __init__(self, name: str, arguments: dict[str, Any], directory: Path, monitor: str) -> None:
+    def __init__(
+        self, name: str, arguments: dict[str, Any], directory: Path, monitor: str
+    ) -> None:
         self.name = name
         self.arguments = arguments
         self.monitor = monitor
-        self.file = directory / f"{name}.ckpt"  # where a fit ends, and the next one goes on
+        # where a fit ends, and the next one goes on
+        self.file = directory / f"{name}.ckpt"
         self.metrics: list[float] = []  # the monitored value of each validation
-        self.dropped: int | None = None  # the epoch after which it was worse than others
+        # the epoch after which it was worse than others
+        self.dropped: int | None = None
         self.has_ended = False  # whether it was trained to the end
         self.epochs = 0  # that it has trained
 
     def result(self, varied: Iterable[str]) -> dict[str, Any]:
         """Return what the sweep says of it."""
         arguments = {name: self.arguments[name] for name in varied}
-        return {"name": self.name, **arguments, "metrics": self.metrics, "dropped": self.dropped}
+        return {
+            "name": self.name,
+            **arguments,
+            "metrics": self.metrics,
+            "dropped": self.dropped,
+        }
 
     def go_on(self, fit: FitFunction, until: TrainsUntil) -> None:
         """Train it further, in one fit. Leave no adapter on the module."""
         callback = _Callback(self, {**self.arguments, "merge": False}, until)
-        with isolate_rng():  # so each adapter begins with the same random numbers, or with those in its file
+        # so each adapter begins with the same random numbers, or with those in its file
+        with isolate_rng():
             try:
                 fit(callback, self._path_to_resume())
             finally:
                 callback.leave_no_adapter()
         if not self.metrics or not (callback.has_validated() or self.has_ended):
             raise ConfigError(
-                "LoRASweep expects that fit makes a Trainer with the callback that it gets, and that it validates. No "
-                "validation has run."
+                "LoRASweep expects that fit makes a Trainer with the callback that it "
+                "gets, and that it validates. No validation has run."
             )
 
     def _path_to_resume(self) -> str | None:
@@ -64,7 +77,10 @@ class SweptAdapter:
         return str(self.file) if self.epochs else None
 
     def merge(self, fit: FitFunction) -> bool:
-        """Merge what is in its file into the module. Return False if ``fit`` has run no fit."""
+        """Merge what is in its file into the module.
+
+        Return False if ``fit`` has run no fit.
+        """
         callback = _Callback(self, self.arguments, TrainsUntil.NOW)
         fit(callback, str(self.file))
         return callback.module is not None
@@ -73,12 +89,15 @@ class SweptAdapter:
 class _Callback(LoRACallback):
     """LoRACallback for one fit of one adapter: it writes the adapter's file, or merges what is in it.
 
-    It ends the fit where it should by a lower ``max_epochs`` of the Trainer: before the first epoch (``NOW``), or after
-    the first epoch with a validation (``NEXT_VALIDATION``). At the end, ``max_epochs`` is the user's again, before the
+    It ends the fit where it should by a lower ``max_epochs`` of the Trainer: before the
+    first epoch (``NOW``), or after the first epoch with a validation
+    (``NEXT_VALIDATION``). At the end, ``max_epochs`` is the user's again, before the
     file is written, which holds it.
     """
 
-    def __init__(self, adapter: SweptAdapter, arguments: dict[str, Any], until: TrainsUntil) -> None:
+    def __init__(
+        self, adapter: SweptAdapter, arguments: dict[str, Any], until: TrainsUntil
+    ) -> None:
         super().__init__(**arguments)
         self.run = adapter.name  # a name for the user's ``fit``
         self.adapter = adapter
@@ -115,7 +134,8 @@ class _Callback(LoRACallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.adapter.epochs and not trainer.global_step:
             raise ConfigError(
-                "LoRASweep.run expects that fit passes its second argument on: Trainer.fit(ckpt_path=...)."
+                "LoRASweep.run expects that fit passes its second argument on: "
+                "Trainer.fit(ckpt_path=...)."
             )
         super().on_train_start(trainer, pl_module)
 
@@ -126,8 +146,9 @@ class _Callback(LoRACallback):
         monitor = self.adapter.monitor
         if monitor not in metrics:
             raise ConfigError(
-                f"monitor={monitor!r} is not logged in validation. Found: {listed(metrics)}. "
-                f"Log it in validation_step: self.log({monitor!r}, ...)."
+                f"monitor={monitor!r} is not logged in validation. Found: "
+                f"{listed(metrics)}. Log it in validation_step: self.log({monitor!r}, "
+                "...)."
             )
         value = float(metrics[monitor])
         self.adapter.metrics.append(trainer.strategy.broadcast(value))
@@ -140,8 +161,12 @@ class _Callback(LoRACallback):
         super().on_train_end(trainer, pl_module)
         adapter = self.adapter
         adapter.epochs = trainer.current_epoch
-        ended_early = self.until is TrainsUntil.NEXT_VALIDATION and adapter.epochs != self.max_epochs
-        adapter.has_ended = trainer.should_stop or not ended_early  # EarlyStopping ends it for good
+        ended_early = (
+            self.until is TrainsUntil.NEXT_VALIDATION
+            and adapter.epochs != self.max_epochs
+        )
+        # EarlyStopping ends it for good
+        adapter.has_ended = trainer.should_stop or not ended_early
         _end_after(trainer, self.max_epochs)
         trainer.save_checkpoint(adapter.file, weights_only=False)
 
@@ -154,14 +179,17 @@ def _end_after(trainer: Trainer, epochs: int | None) -> None:
 def _check_works_in_sweep(trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse what does not work with a sweep."""
     averages = kinds_of(trainer) & {"WeightAveraging", "StochasticWeightAveraging"}
+    reloads_data = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
     refused = {
-        "strategies that fork or spawn their processes (use 'ddp')": returns_state_only(trainer),
+        "strategies that fork or spawn their processes (use 'ddp')": returns_state_only(
+            trainer
+        ),
         "a module with adapters (if merged, call unmerge_adapters(model); then remove_adapters(model))": (
             find_record(pl_module) is not None
         ),
         "callbacks that average weights": bool(averages),
         "max_steps (use max_epochs)": trainer.max_steps != -1,
-        "reload_dataloaders_every_n_epochs": bool(trainer.reload_dataloaders_every_n_epochs),  # type: ignore[attr-defined]
+        "reload_dataloaders_every_n_epochs": bool(reloads_data),
     }
     found = [what for what, is_there in refused.items() if is_there]
     if found:

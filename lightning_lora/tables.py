@@ -40,7 +40,10 @@ def _lines_of(name: str, width: int) -> list[str]:
 
 
 def layer_table(*numbers: str, title: str = "") -> Table:
-    """Return a table without rows, of layers, their types and numbers. Names may take several lines, numbers one."""
+    """Return a table without rows, of layers, their types and numbers.
+
+    Names may take several lines, numbers one.
+    """
     table = Table(title=Text(printable(title)))
     table.add_column("Layers", overflow="fold")
     table.add_column("Type", overflow="fold")
@@ -54,7 +57,8 @@ def shown_range(least: str, greatest: str, sign: str = "–") -> str:
     return least if least == greatest else f"{least}{sign}{greatest}"
 
 
-_BLOCK = re.compile(r"\d+(?=\.)")  # the number of a block in a layer's name; one at its end says which layer it is
+# the number of a block in a layer's name; one at its end says which layer it is
+_BLOCK = re.compile(r"\d+(?=\.)")
 
 
 def split_at_blocks(name: str) -> tuple[tuple[int, ...], str]:
@@ -69,9 +73,10 @@ def split_at_blocks(name: str) -> tuple[tuple[int, ...], str]:
 def grouped_by_name(
     layers: Mapping[str, Layer], kind_of: Callable[[Layer], Hashable]
 ) -> Iterator[tuple[str, dict[str, Layer]]]:
-    """Group layers of one kind whose names differ only in blocks. Yield each group's name, and its layers by name.
+    """Group layers of one kind whose names differ only in blocks.
 
-    ``encoder.0.query`` and ``encoder.1.query`` are ``encoder.*.query``.
+    Yield each group's name, and its layers by name. ``encoder.0.query`` and
+    ``encoder.1.query`` are ``encoder.*.query``.
     """
     groups = dict[tuple[str, Hashable], dict[str, Layer]]()
     for name, layer in layers.items():
@@ -87,7 +92,8 @@ def grouped_by_name(
 def _name_of_group(names: Sequence[str], *, is_only_group: bool) -> str:
     """The name of a group: of ``layers.0.query`` and ``layers.2.query``, ``layers.*.query`` or ``layers.0,2.query``.
 
-    A star stands for all blocks, so a group has it only if no other one has the same names.
+    A star stands for all blocks, so a group has it only if no other one has the same
+    names.
     """
     blocks_of_names = [_BLOCK.findall(name) for name in names]  # [["0"], ["2"]]
     first_text, *texts = _BLOCK.split(names[0])  # "layers.", [".query"]

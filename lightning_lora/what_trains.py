@@ -16,19 +16,31 @@ def show_what_trains(trainer: Trainer, pl_module: LightningModule) -> None:
     if not trainer.is_global_zero or not shows_summary(trainer):
         return
     rates = shown_rates(pl_module, trainer.optimizers)
-    table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers, rates=rates)
+    table = summarize(pl_module).table(
+        trained_only=True, optimizers=trainer.optimizers, rates=rates
+    )
     fitting_console().print(table, *about_lightnings_table(trainer))
 
 
-def log_what_trains(trainer: Trainer, pl_module: LightningModule, own_arguments: dict[str, Any]) -> None:
+def log_what_trains(
+    trainer: Trainer, pl_module: LightningModule, own_arguments: dict[str, Any]
+) -> None:
     """Log the arguments of the adapters and those of the callback, and the share of parameters that train."""
     if trainer.is_global_zero and trainer.loggers:
-        log_arguments(trainer, pl_module, **own_arguments, trained_share=summarize(pl_module).share)
+        log_arguments(
+            trainer,
+            pl_module,
+            **own_arguments,
+            trained_share=summarize(pl_module).share,
+        )
 
 
 def tell_that_fewer_train(trainer: Trainer, pl_module: LightningModule) -> None:
     """Say and log the share of parameters that train now: the first step has shown that fewer should."""
     if trainer.is_global_zero:
         share = summarize(pl_module).share
-        rank_zero_info(f"Now {share:.2%} of its parameters train, which is less than the first table shows.")
+        rank_zero_info(
+            f"Now {share:.2%} of its parameters train, which is less than the first "
+            "table shows."
+        )
         log_values(trainer, {"lora/trained_share": share})

@@ -25,7 +25,19 @@ from tests.support.cases import At, StopError, stop, tensors
 from tests.support.compared import assert_all_have_moved
 from tests.support.faults import unchanged
 from tests.support.fits import beside, either_order
-from tests.support.models import ADAPTERS, TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
+from tests.support.models import (
+    ADAPTERS,
+    TRAINED,
+    LitTiny,
+    X,
+    best,
+    data,
+    is_plain,
+    lora,
+    same,
+    state,
+    trainer,
+)
 from tests.support.parameters import (
     attributes_of_adapters,
     flags_of,
@@ -36,7 +48,9 @@ from tests.support.parameters import (
 )
 
 
-def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path, caplog: Any) -> None:
+def test_after_fit_the_module_is_plain_and_computes_as_adapted(
+    tmp_path: Path, caplog: Any
+) -> None:
     caplog.set_level("INFO")
     adapted = LitTiny()
     merged = LitTiny()
@@ -53,16 +67,21 @@ def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path, c
     torch.testing.assert_close(merged(X), adapted(X))
     assert not torch.equal(merged(X), LitTiny()(X))
     assert_all_have_moved(adapted, ADAPTERS)
-    assert names_that_differ(state(LitTiny()), state(adapted)) == ["head.weight", "head.bias"]
+    assert names_that_differ(state(LitTiny()), state(adapted)) == [
+        "head.weight",
+        "head.bias",
+    ]
 
 
-def test_after_fit_no_gradient_is_left(tmp_path: Path) -> None:  # a step by hand would add to it
+# a step by hand would add to it
+def test_after_fit_no_gradient_is_left(tmp_path: Path) -> None:
     model = LitTiny()
     trainer(tmp_path, [lora(merge=False)], max_epochs=1).fit(model, data())
     assert set(grads_of(model.parameters())) == {None}
 
 
-def test_after_fit_the_callback_keeps_no_method_of_the_module(tmp_path: Path) -> None:  # Lightning gives it some
+# Lightning gives it some
+def test_after_fit_the_callback_keeps_no_method_of_the_module(tmp_path: Path) -> None:
     callback = lora()
     trainer(tmp_path, [callback], max_epochs=1).fit(LitTiny(), data())
     assert vars(callback).keys().isdisjoint(["log", "log_dict"])
@@ -73,10 +92,14 @@ def set_rate(t: L.Trainer, _: Any) -> None:
     t.optimizers[0].param_groups[0]["lr"] = 0.003
 
 
-def test_the_table_shows_ten_times_the_rate_that_a_tuner_has_written(tmp_path: Path, capsys: Any) -> None:
+def test_the_table_shows_ten_times_the_rate_that_a_tuner_has_written(
+    tmp_path: Path, capsys: Any
+) -> None:
     tuner = LambdaCallback(on_fit_start=set_rate)
     callbacks = [tuner, lora(lr_scale=10)]
-    trainer(tmp_path, callbacks, max_epochs=1, enable_model_summary=True).fit(LitTiny(), data())
+    trainer(tmp_path, callbacks, max_epochs=1, enable_model_summary=True).fit(
+        LitTiny(), data()
+    )
     assert "0.03" in capsys.readouterr().out
 
 
@@ -104,7 +127,9 @@ class Lines:
         return [shown for line, shown in self.lines if text in line]
 
 
-def test_the_last_line_of_a_fit_comes_below_the_bar(tmp_path: Path, caplog: Any) -> None:
+def test_the_last_line_of_a_fit_comes_below_the_bar(
+    tmp_path: Path, caplog: Any
+) -> None:
     bar = RichProgressBar()
     lines = Lines(bar)
     caplog.handler.addFilter(lines)
@@ -114,13 +139,17 @@ def test_the_last_line_of_a_fit_comes_below_the_bar(tmp_path: Path, caplog: Any)
     assert True in lines.shown_at("")
 
 
-def test_the_last_line_of_an_interrupted_fit_comes_below_the_bar(tmp_path: Path, caplog: Any) -> None:
+def test_the_last_line_of_an_interrupted_fit_comes_below_the_bar(
+    tmp_path: Path, caplog: Any
+) -> None:
     bar = RichProgressBar()
     lines = Lines(bar)
     caplog.handler.addFilter(lines)
     stops = LambdaCallback(on_train_batch_end=interrupt)
     with pytest.raises(SystemExit):
-        trainer(tmp_path, [lora(), bar, stops], enable_progress_bar=True).fit(LitTiny(), data())
+        trainer(tmp_path, [lora(), bar, stops], enable_progress_bar=True).fit(
+            LitTiny(), data()
+        )
     assert lines.shown_at("Interrupted after") == [False]
     assert lines.shown_at("merged the last") == []
 
@@ -140,7 +169,10 @@ def test_an_evaluation_without_adapters_says_so(tmp_path: Path, caplog: Any) -> 
 
 def test_an_evaluation_that_merges_a_file_says_so(tmp_path: Path, caplog: Any) -> None:
     model = LitTiny()
-    said = "LoRA: merged the checkpoint's adapters. LitTiny is plain again, and keeps these weights."
+    said = (
+        "LoRA: merged the checkpoint's adapters. LitTiny is plain again, and keeps "
+        "these weights."
+    )
     t = trainer(tmp_path, [lora(), best(tmp_path)])
     t.fit(model, data(), data())
     t.test(model, data(), verbose=False)
@@ -149,9 +181,12 @@ def test_an_evaluation_that_merges_a_file_says_so(tmp_path: Path, caplog: Any) -
     assert said in caplog.text
     assert is_plain(model)
     caplog.clear()
-    trainer(tmp_path / "y", [lora(name="y")]).fit(model, data(), data())  # which is merged then
+    # which is merged then
+    trainer(tmp_path / "y", [lora(name="y")]).fit(model, data(), data())
     file = t.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-    trainer(tmp_path, [lora(name="default")]).test(model, data(), ckpt_path=file, verbose=False)
+    trainer(tmp_path, [lora(name="default")]).test(
+        model, data(), ckpt_path=file, verbose=False
+    )
     assert said not in caplog.text
     assert is_plain(model)
 
@@ -161,51 +196,80 @@ def test_a_second_fit_says_that_it_goes_on(tmp_path: Path, caplog: Any) -> None:
     said = "LoRACallback goes on with the adapters of LitTiny."
     t = trainer(tmp_path, [lora(), best(tmp_path)])
     t.fit(model, data(), data())
-    trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=t.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+    trainer(tmp_path, [lora()]).fit(
+        LitTiny(), data(), ckpt_path=t.checkpoint_callback.best_model_path
+    )  # type: ignore[union-attr]
     assert said not in caplog.text
     trainer(tmp_path, [lora()]).fit(model, data())
     assert said in caplog.text
 
 
-def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path) -> None:
+def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(
+    tmp_path: Path,
+) -> None:
     model = LitTiny()
     model.q_proj = model.v_proj = model.head = nn.Identity()  # type: ignore[assignment]
     with unchanged(model), pytest.raises(ll.TargetError, match="LitTiny"):
         trainer(tmp_path, [ll.LoRACallback(r=1)]).fit(model, data())
     with pytest.raises(ll.TargetError, match="'q_proj'"):
-        trainer(tmp_path, [ll.LoRACallback(r=1, target_modules=["q_porj"])]).fit(LitTiny(), data())
+        trainer(tmp_path, [ll.LoRACallback(r=1, target_modules=["q_porj"])]).fit(
+            LitTiny(), data()
+        )
 
 
-@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_batch_start", "on_train_epoch_end"])
-def test_a_callback_that_comes_when_a_fit_has_begun_is_refused(tmp_path: Path, hook: str) -> None:
+@pytest.mark.parametrize(
+    "hook",
+    ["on_fit_start", "on_train_start", "on_train_batch_start", "on_train_epoch_end"],
+)
+def test_a_callback_that_comes_when_a_fit_has_begun_is_refused(
+    tmp_path: Path, hook: str
+) -> None:
     model = LitTiny()
-    late = LambdaCallback(**{hook: lambda trainer, *_: trainer.callbacks.append(lora())})  # type: ignore[arg-type]
+    late = LambdaCallback(
+        **{hook: lambda trainer, *_: trainer.callbacks.append(lora())}
+    )  # type: ignore[arg-type]
     with pytest.raises(ll.ConfigError, match="whose fit had begun"):
         trainer(tmp_path, [late], max_epochs=1).fit(model, data())
     assert is_plain(model)
     assert hook == "on_train_epoch_end" or same(state(model), state(LitTiny()))
 
 
-@pytest.mark.parametrize("kinds", [[ll.LoRACallback], [ll.LoRACallback(), ll.LoRAMonitor]])
+@pytest.mark.parametrize(
+    "kinds", [[ll.LoRACallback], [ll.LoRACallback(), ll.LoRAMonitor]]
+)
 @pytest.mark.parametrize("stage", ["fit", "test"])
-def test_a_class_among_the_callbacks_is_named_with_what_to_write(tmp_path: Path, kinds: Any, stage: str) -> None:
+def test_a_class_among_the_callbacks_is_named_with_what_to_write(
+    tmp_path: Path, kinds: Any, stage: str
+) -> None:
     t = trainer(tmp_path, kinds)
-    with pytest.raises(ll.ConfigError, match=r"has the class (\w+) among its callbacks.* Write \1\(\), with"):
+    with pytest.raises(
+        ll.ConfigError,
+        match=r"has the class (\w+) among its callbacks.* Write \1\(\), with",
+    ):
         getattr(t, stage)(LitTiny(), data())
 
 
 def test_a_configuration_in_place_of_the_arguments_is_told_to_pass_these() -> None:
-    with pytest.raises(ll.ConfigError, match="config: pass its arguments themselves, such as r=8"):
+    with pytest.raises(
+        ll.ConfigError, match="config: pass its arguments themselves, such as r=8"
+    ):
         ll.LoRACallback(config=ll.LoRAConfig())  # type: ignore[call-arg]
 
 
-def test_a_file_of_another_run_is_named_where_lightning_has_found_it(tmp_path: Path) -> None:
+def test_a_file_of_another_run_is_named_where_lightning_has_found_it(
+    tmp_path: Path,
+) -> None:
     def fit(**arguments: Any) -> None:
         saves = ModelCheckpoint(tmp_path / "runs", save_last=True)
-        trainer(tmp_path, [ll.LoRACallback(r=2, **arguments), saves]).fit(LitTiny(), data(), ckpt_path="last")
+        trainer(tmp_path, [ll.LoRACallback(r=2, **arguments), saves]).fit(
+            LitTiny(), data(), ckpt_path="last"
+        )
 
     fit()
-    with pytest.raises(ll.AdapterMismatchError, match=r"last\.ckpt: .* Or did another run write this file\?"):
+    with pytest.raises(
+        ll.AdapterMismatchError,
+        match=r"last\.ckpt: .* Or did another run write this file\?",
+    ):
         fit(modules_to_save=["head"])
 
 
@@ -214,25 +278,35 @@ def test_two_callbacks_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, [lora(), lora()]).fit(LitTiny(), data())
 
 
-def test_merge_best_without_a_file_merges_the_last_adapters_and_says_so(tmp_path: Path) -> None:
+def test_merge_best_without_a_file_merges_the_last_adapters_and_says_so(
+    tmp_path: Path,
+) -> None:
     model = LitTiny()
     with pytest.warns(ll.BestCheckpointWarning):
-        trainer(tmp_path, [lora(merge="best"), best(tmp_path, save_top_k=0)]).fit(model, data(), data())
+        trainer(tmp_path, [lora(merge="best"), best(tmp_path, save_top_k=0)]).fit(
+            model, data(), data()
+        )
     assert is_plain(model)
 
 
-def test_merge_best_whose_file_was_removed_merges_the_last_adapters_and_says_so(tmp_path: Path) -> None:
+def test_merge_best_whose_file_was_removed_merges_the_last_adapters_and_says_so(
+    tmp_path: Path,
+) -> None:
     def remove_files(*_: Any) -> None:
         for path in tmp_path.glob("*.ckpt"):
             path.unlink()
 
     model = LitTiny(lr=0)  # so that no later file is better
     with pytest.warns(ll.BestCheckpointWarning):
-        trainer(tmp_path, [lora(merge="best"), best(tmp_path), At(7, remove_files)]).fit(model, data(), data())
+        trainer(
+            tmp_path, [lora(merge="best"), best(tmp_path), At(7, remove_files)]
+        ).fit(model, data(), data())
     assert is_plain(model)
 
 
-def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(tmp_path: Path) -> None:
+def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(
+    tmp_path: Path,
+) -> None:
     trial = {"fast_dev_run": 2}
     assert_is_not_merged(fitted([lora()], tmp_path, trial))
     assert_is_not_merged(fitted([lora(merge="best"), best(tmp_path)], tmp_path, trial))
@@ -240,7 +314,9 @@ def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(tmp_path
     assert_is_not_merged(fitted([lora(), At(2, stop)], tmp_path, {}))
 
 
-def fitted(callbacks: list[L.Callback], folder: Path, options: dict[str, Any]) -> LitTiny:
+def fitted(
+    callbacks: list[L.Callback], folder: Path, options: dict[str, Any]
+) -> LitTiny:
     model = LitTiny()
     with suppress(StopError):
         trainer(folder, callbacks, **options).fit(model, data(), data())
@@ -253,7 +329,9 @@ def assert_is_not_merged(model: LitTiny) -> None:
     assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
 
 
-def test_an_embedding_that_rescales_itself_does_not_count_as_changed(tmp_path: Path) -> None:
+def test_an_embedding_that_rescales_itself_does_not_count_as_changed(
+    tmp_path: Path,
+) -> None:
     model = LitTiny()
     again = LitTiny()
     checkpoint = best(tmp_path)
@@ -263,7 +341,9 @@ def test_an_embedding_that_rescales_itself_does_not_count_as_changed(tmp_path: P
     torch.testing.assert_close(again(X), model(X))
 
 
-def test_another_configuration_on_a_merged_model_is_refused_and_leaves_it_merged(tmp_path: Path) -> None:
+def test_another_configuration_on_a_merged_model_is_refused_and_leaves_it_merged(
+    tmp_path: Path,
+) -> None:
     model = LitTiny()
     trainer(tmp_path, [lora()]).fit(model, data())
     output = model(X)
@@ -279,7 +359,9 @@ def test_another_configuration_on_a_merged_model_is_refused_and_leaves_it_merged
     assert not torch.equal(model(X), output)
 
 
-def test_the_callback_can_be_saved_in_the_middle_of_fit_and_is_its_arguments_alone(tmp_path: Path) -> None:
+def test_the_callback_can_be_saved_in_the_middle_of_fit_and_is_its_arguments_alone(
+    tmp_path: Path,
+) -> None:
     """As a module saves it that has its callbacks among its hyperparameters."""
     callback = lora(merge=False, alpha=3)
     file = tmp_path / "callback.pt"
@@ -288,13 +370,19 @@ def test_the_callback_can_be_saved_in_the_middle_of_fit_and_is_its_arguments_alo
     assert file.stat().st_size < 3000
     with torch.serialization.safe_globals([ll.LoRACallback]):
         (loaded,) = torch.load(file, weights_only=True)["callbacks"]
-    assert (loaded.config, loaded.merge, loaded.given) == (callback.config, False, callback.given)
+    assert (loaded.config, loaded.merge, loaded.given) == (
+        callback.config,
+        False,
+        callback.given,
+    )
     model = LitTiny()
     trainer(tmp_path, [loaded], max_epochs=1).fit(model, data())
     assert model.q_proj.lora_B.any()
 
 
-def test_a_callback_that_an_earlier_version_pickled_has_the_default_of_each_later_argument() -> None:
+def test_a_callback_that_an_earlier_version_pickled_has_the_default_of_each_later_argument() -> (
+    None
+):
     state = lora(merge=False, lr_scale=10).__getstate__()
     del state["lr_scale"]
     loaded = ll.LoRACallback.__new__(ll.LoRACallback)
@@ -305,7 +393,9 @@ def test_a_callback_that_an_earlier_version_pickled_has_the_default_of_each_late
 
 def test_module_can_be_copied_and_pickled_in_the_middle_of_fit(tmp_path: Path) -> None:
     copies: list[nn.Module] = []
-    take = At(2, lambda t, m: copies.extend([copy.deepcopy(m), pickle.loads(pickle.dumps(m))]))
+    take = At(
+        2, lambda t, m: copies.extend([copy.deepcopy(m), pickle.loads(pickle.dumps(m))])
+    )
     trainer(tmp_path, [lora(), take]).fit(LitTiny(), data())
     copy_in_memory, unpickled = copies
     assert isinstance(copy_in_memory.q_proj, LoRALayer)
@@ -316,7 +406,11 @@ def in_the_other_package() -> Any:
     """LitTiny, as a LightningModule of pytorch_lightning."""
     import pytorch_lightning as pl
 
-    methods = {name: value for name, value in vars(LitTiny).items() if callable(value) and name != "__init__"}
+    methods = {
+        name: value
+        for name, value in vars(LitTiny).items()
+        if callable(value) and name != "__init__"
+    }
     model: Any = type("Other", (pl.LightningModule,), methods)()
     for name, layer in LitTiny().named_children():
         model.add_module(name, layer)
@@ -346,16 +440,24 @@ def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trial", [False, 2])
-def test_a_fast_dev_run_refuses_a_best_file_that_a_fit_would_not_find(tmp_path: Path, trial: Any) -> None:
+def test_a_fast_dev_run_refuses_a_best_file_that_a_fit_would_not_find(
+    tmp_path: Path, trial: Any
+) -> None:
     for others in ([], [ModelCheckpoint(tmp_path)]):
         model = LitTiny()
         with unchanged(model), pytest.raises(ll.ConfigError, match="with a monitor"):
-            trainer(tmp_path, [lora(merge="best"), *others], fast_dev_run=trial).fit(model, data(), data())
+            trainer(tmp_path, [lora(merge="best"), *others], fast_dev_run=trial).fit(
+                model, data(), data()
+            )
 
 
-@pytest.mark.parametrize("make", [lambda: BackboneFinetuning(1), lambda: ModelPruning("l1_unstructured")])
+@pytest.mark.parametrize(
+    "make", [lambda: BackboneFinetuning(1), lambda: ModelPruning("l1_unstructured")]
+)
 @either_order
-def test_callbacks_that_change_the_base_are_refused(tmp_path: Path, make: Any, first: bool) -> None:
+def test_callbacks_that_change_the_base_are_refused(
+    tmp_path: Path, make: Any, first: bool
+) -> None:
     model = LitTiny()
     model.backbone = model.q_proj
     before = state(model)

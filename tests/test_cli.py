@@ -12,7 +12,8 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_lora import LoRACallback
 from tests.support.models import LitTiny, data, trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
+# jsonargparse's, about LightningCLI
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 QUIET = [
     "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.logger=false",
@@ -20,27 +21,39 @@ QUIET = [
 ]  # fmt: skip
 
 
-class CLIModule(LitTiny):  # LitTiny with its own data, and with the optimizer left to the CLI
+# LitTiny with its own data, and with the optimizer left to the CLI
+class CLIModule(LitTiny):
     def train_dataloader(self) -> Any:
         return data()
 
     test_dataloader = train_dataloader
-    configure_optimizers = LitTiny.__mro__[1].configure_optimizers  # LightningModule's: not overridden
+    # LightningModule's: not overridden
+    configure_optimizers = LitTiny.__mro__[1].configure_optimizers
 
 
 @pytest.fixture(autouse=True)
 def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["main.py"])  # LightningCLI warns if it finds pytest's
+    # LightningCLI warns if it finds pytest's
+    monkeypatch.setattr(sys, "argv", ["main.py"])
 
 
-def run(tmp_path: Path, *arguments: str, cls: type[LightningCLI] = LightningCLI) -> LightningCLI:
+def run(
+    tmp_path: Path, *arguments: str, cls: type[LightningCLI] = LightningCLI
+) -> LightningCLI:
     """LightningCLI with these arguments. Without a command, it runs none."""
     args = [*arguments, *QUIET, f"--trainer.default_root_dir={tmp_path}"]
-    return cls(CLIModule, args=args, run=not arguments[0].startswith("-"), save_config_callback=None)
+    return cls(
+        CLIModule,
+        args=args,
+        run=not arguments[0].startswith("-"),
+        save_config_callback=None,
+    )
 
 
 def callback_of(cli: LightningCLI) -> LoRACallback:
-    (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, LoRACallback)]
+    (callback,) = [
+        each for each in cli.trainer.callbacks if isinstance(each, LoRACallback)
+    ]
     return callback
 
 
@@ -50,25 +63,53 @@ OPTIMIZER = [
 
 
 def flags(**arguments: str) -> list[str]:
-    values = [f"--trainer.callbacks.{name}={value}" for name, value in arguments.items()]
+    values = [
+        f"--trainer.callbacks.{name}={value}" for name, value in arguments.items()
+    ]
     return [*OPTIMIZER, "--trainer.callbacks+=lightning_lora.LoRACallback", *values]
 
 
 def test_yaml_fits_resumes_and_tests(tmp_path: Path) -> None:
-    options = {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["head"], "merge": "last"}
-    save = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "filename": "end"}}
-    monitor = {"class_path": "lightning_lora.LoRAMonitor", "init_args": {"every_n_steps": 2, "per_layer": True}}
-    callbacks = [{"class_path": "lightning_lora.LoRACallback", "init_args": options}, monitor, save]
+    options = {
+        "r": 2,
+        "alpha": 4,
+        "target_modules": ["q_proj", "v_proj"],
+        "modules_to_save": ["head"],
+        "merge": "last",
+    }
+    save = {
+        "class_path": "ModelCheckpoint",
+        "init_args": {"dirpath": str(tmp_path), "filename": "end"},
+    }
+    monitor = {
+        "class_path": "lightning_lora.LoRAMonitor",
+        "init_args": {"every_n_steps": 2, "per_layer": True},
+    }
+    callbacks = [
+        {"class_path": "lightning_lora.LoRACallback", "init_args": options},
+        monitor,
+        save,
+    ]
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}}
     config = {"trainer": {"callbacks": callbacks}, "optimizer": optimizer}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     fit = run(tmp_path, "fit", f"--config={tmp_path / 'config.yaml'}")
     assert callback_of(fit).config.scaling("q_proj") == 2.0
     assert "lora/update_norm/q_proj" in fit.trainer.callback_metrics
-    test = run(tmp_path, "test", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={tmp_path / 'end.ckpt'}")
+    test = run(
+        tmp_path,
+        "test",
+        f"--config={tmp_path / 'config.yaml'}",
+        f"--ckpt_path={tmp_path / 'end.ckpt'}",
+    )
     expected = trainer(tmp_path).test(fit.model, data(), verbose=False)[0]["test_loss"]
     assert float(test.trainer.callback_metrics["test_loss"]) == pytest.approx(expected)
-    resume = run(tmp_path, "fit", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={tmp_path / 'end.ckpt'}")
+    resume = run(
+        tmp_path,
+        "fit",
+        f"--config={tmp_path / 'config.yaml'}",
+        f"--ckpt_path={tmp_path / 'end.ckpt'}",
+    )
     assert resume.trainer.global_step == 4
 
 
@@ -80,11 +121,20 @@ def test_a_scale_of_rates_is_a_flag_and_in_yaml(tmp_path: Path, scale: Any) -> N
         assert callback_of(cli).lr_scale == scale
     cli.trainer.fit(cli.model)
     rates = [group["lr"] / 0.045 for group in cli.trainer.optimizers[0].param_groups]
-    assert rates == pytest.approx([1, *(scale.values() if isinstance(scale, dict) else [scale])])
+    assert rates == pytest.approx(
+        [1, *(scale.values() if isinstance(scale, dict) else [scale])]
+    )
 
 
-def test_flags_and_an_optimizer_that_the_cli_builds_train_in_two_fits(tmp_path: Path) -> None:
-    cli = run(tmp_path, *flags(r="2", modules_to_save="[head]", merge="false", rank_pattern="{v_proj: 1}"))
+def test_flags_and_an_optimizer_that_the_cli_builds_train_in_two_fits(
+    tmp_path: Path,
+) -> None:
+    cli = run(
+        tmp_path,
+        *flags(
+            r="2", modules_to_save="[head]", merge="false", rank_pattern="{v_proj: 1}"
+        ),
+    )
     assert callback_of(cli).config.rank("v_proj") == 1
     assert callback_of(cli).merge is False
     x = torch.arange(20)
@@ -94,12 +144,16 @@ def test_flags_and_an_optimizer_that_the_cli_builds_train_in_two_fits(tmp_path: 
         cli.trainer.fit(cli.model)
         outputs.append(cli.model(x))
         assert not torch.equal(outputs[-1], outputs[-2])
-    assert all(p.any() for name, p in cli.model.named_parameters() if name.endswith("lora_B"))
+    assert all(
+        p.any() for name, p in cli.model.named_parameters() if name.endswith("lora_B")
+    )
     assert len(cli.trainer.optimizers[0].param_groups[0]["params"]) == 6
 
 
 @pytest.mark.parametrize("bad", [{"r": "0"}, {"r": "two"}, {"rank": "2"}])
-def test_bad_flag_is_refused_by_name(tmp_path: Path, bad: dict[str, str], capsys: Any) -> None:
+def test_bad_flag_is_refused_by_name(
+    tmp_path: Path, bad: dict[str, str], capsys: Any
+) -> None:
     with pytest.raises((SystemExit, ValueError)) as error:
         run(tmp_path, "fit", *flags(**bad))
     assert next(iter(bad)) in capsys.readouterr().err + str(error.value)
@@ -113,11 +167,19 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_a_mistyped_choice_is_refused_with_the_choices(tmp_path: Path, name: str, capsys: Any) -> None:
+def test_a_mistyped_choice_is_refused_with_the_choices(
+    tmp_path: Path, name: str, capsys: Any
+) -> None:
     listed = {"class_path": "lightning_lora.LoRACallback", "init_args": {name: "bset"}}
-    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [listed]}}))
+    (tmp_path / "list.yaml").write_text(
+        yaml.safe_dump({"trainer": {"callbacks": [listed]}})
+    )
     (tmp_path / "section.yaml").write_text(yaml.safe_dump({"lora": {name: "bset"}}))
-    for wrong in (f"--config={tmp_path}/list.yaml", f"--config={tmp_path}/section.yaml", f"--lora.{name}=bset"):
+    for wrong in (
+        f"--config={tmp_path}/list.yaml",
+        f"--config={tmp_path}/section.yaml",
+        f"--lora.{name}=bset",
+    ):
         with pytest.raises(SystemExit):
             run(tmp_path, "fit", *OPTIMIZER, wrong, cls=LoRACLI)
         said = capsys.readouterr().err.partition("error: ")[2]
@@ -128,16 +190,24 @@ def test_a_mistyped_choice_is_refused_with_the_choices(tmp_path: Path, name: str
 
 def test_help_explains_every_option(capsys: Any) -> None:
     with pytest.raises(SystemExit):
-        LightningCLI(CLIModule, args=["fit", "--trainer.callbacks.help=lightning_lora.LoRACallback"])
+        LightningCLI(
+            CLIModule,
+            args=["fit", "--trainer.callbacks.help=lightning_lora.LoRACallback"],
+        )
     shown = capsys.readouterr().out
     for option in LoRACallback.__init__.__annotations__.keys() - {"return"}:
         assert f".{option} " in shown
-    assert not [option for option in ("loraplus", "args", "kwargs", "lora_alpha") if f"callbacks.{option}" in shown]
+    assert not [
+        option
+        for option in ("loraplus", "args", "kwargs", "lora_alpha")
+        if f"callbacks.{option}" in shown
+    ]
     assert "Rank of the update" in shown
     assert "ModelCheckpoint's best file" in " ".join(shown.split())
 
 
-class LoRACLI(LightningCLI):  # the callback's arguments as flags of their own, as the guide shows it
+# the callback's arguments as flags of their own, as the guide shows it
+class LoRACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_lightning_class_args(Noted, "lora")
         parser.set_defaults({"lora.modules_to_save": ["head"]})

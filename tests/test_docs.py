@@ -30,7 +30,10 @@ from tests.support.ranks import has_shards, run_ranks
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
 README = (ROOT / "README.md").read_text()
-QUIET = "accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, "
+QUIET = (
+    "accelerator='cpu', logger=False, enable_progress_bar=False, "
+    "enable_model_summary=False, "
+)
 
 
 def blocks(page: str, language: str = "python") -> list[str]:
@@ -42,7 +45,10 @@ def blocks_in(text: str, language: str = "python") -> list[str]:
 
 
 def commands_of(program: str) -> list[str]:
-    """The lines of the page on the command line that call a program. A backslash joins a line and the next one."""
+    """The lines of the page on the command line that call a program.
+
+    A backslash joins a line and the next one.
+    """
     lines = "".join(blocks("command-line", "sh")).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.startswith(program)]
 
@@ -63,7 +69,10 @@ WITH_CODE = {page for page in PAGES if blocks(page)}
 STARTED = ("command-line", "strategies", "privacy", "sharded")
 """Pages with a program that is started in another way, or in another file of tests."""
 BY_HAND = ("frameworks",)
-"""Pages with code for packages that are no dependencies. It was run by hand, and the page says when."""
+"""Pages with code for packages that are no dependencies.
+
+It was run by hand, and the page says when.
+"""
 
 
 def program(folder: Path, page: str) -> Path:
@@ -90,7 +99,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
-@pytest.mark.filterwarnings("ignore:.*are layers of nn.TransformerEncoder:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*are layers of nn.TransformerEncoder:lightning_lora.LoRAWarning"
+)
 @pytest.mark.parametrize("page", sorted(WITH_CODE.difference(STARTED, BY_HAND)))
 def test_code_of_a_page_runs(page: str, here: Path) -> None:
     if page == "targets":
@@ -100,11 +111,15 @@ def test_code_of_a_page_runs(page: str, here: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("section", [each for each in sections("strategies") if each != "DDP"])
+@pytest.mark.parametrize(
+    "section", [each for each in sections("strategies") if each != "DDP"]
+)
 def test_code_that_starts_processes_runs(section: str, here: Path) -> None:
     if section == "Ray Train":
         pytest.importorskip("ray.train.lightning")
-    runpy.run_path(str(written(here, [blocks("strategies")[0], *sections("strategies")[section]])))
+    runpy.run_path(
+        str(written(here, [blocks("strategies")[0], *sections("strategies")[section]]))
+    )
 
 
 def run(path: Path) -> int:
@@ -117,18 +132,26 @@ def run(path: Path) -> int:
 
 @pytest.mark.processes
 def test_code_of_ddp_runs_in_two_processes(tmp_path: Path) -> None:
-    assert run_ranks(run, written(tmp_path, [blocks("strategies")[0], *sections("strategies")["DDP"]])) == [2, 2]
+    assert run_ranks(
+        run,
+        written(tmp_path, [blocks("strategies")[0], *sections("strategies")["DDP"]]),
+    ) == [2, 2]
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
+@pytest.mark.skipif(
+    not has_shards, reason="models are sharded with torch 2.7 and later"
+)
 def test_code_of_a_sharded_model_runs_in_two_processes(tmp_path: Path) -> None:
     assert run_ranks(run, program(tmp_path, "sharded")) == [2, 2]
     assert (tmp_path / "adapter.safetensors").exists()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
-def test_program_with_a_command_line_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# jsonargparse's, about LightningCLI
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_program_with_a_command_line_runs(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (line,) = commands_of("python")
     flags = [
         "--trainer.accelerator=cpu",
@@ -153,7 +176,9 @@ def test_settings_of_the_command_line_are_the_callbacks() -> None:
     assert LoRACallback(**entry["init_args"])
 
 
-def test_commands_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_of_the_page_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     *_, makes_the_files = blocks("command-line")
     runpy.run_path(str(written(here, [makes_the_files])))
     lines = commands_of("lightning-lora")
@@ -169,21 +194,29 @@ def undefined_names(code: str) -> set[str]:
     names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
     read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
     written_names = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-    imported = set(re.findall(r"(\w+)(?:,|$)", "\n".join(re.findall(r"import (.*)", code)), re.MULTILINE))
+    imported = set(
+        re.findall(
+            r"(\w+)(?:,|$)", "\n".join(re.findall(r"import (.*)", code)), re.MULTILINE
+        )
+    )
     arguments = set(re.findall(r"(\w+)[,)]", "".join(re.findall(r"def .*", code))))
     classes = set(re.findall(r"class (\w+)", code))
     return read - written_names - imported - arguments - classes - set(dir(builtins))
 
 
 @pytest.mark.parametrize("code", blocks("frameworks"))
-def test_a_block_for_another_package_begins_with_what_is_the_readers_own(code: str) -> None:
+def test_a_block_for_another_package_begins_with_what_is_the_readers_own(
+    code: str,
+) -> None:
     first = code.partition("\n")[0]
     assert first.startswith("# yours: ")
     assert undefined_names(code) <= set(re.findall(r"\w+", first))
 
 
 @pytest.mark.parametrize("page", BY_HAND)
-def test_code_that_was_run_by_hand_is_python_and_its_callbacks_can_be_made(page: str) -> None:
+def test_code_that_was_run_by_hand_is_python_and_its_callbacks_can_be_made(
+    page: str,
+) -> None:
     code = "\n".join(blocks(page))
     ast.parse(code)
     calls = re.findall(r"LoRACallback\((?:[^()]|\([^()]*\))+\)", code)
@@ -221,8 +254,12 @@ def test_reference_has_every_public_name_once() -> None:
 
 
 @pytest.mark.parametrize("page", REFERENCE)
-def test_overview_of_the_reference_has_the_first_sentence_of_each_name(page: str) -> None:
-    for path in re.findall(r"^::: (lightning_lora\.[\w.]+)$", PAGES[page], re.MULTILINE):
+def test_overview_of_the_reference_has_the_first_sentence_of_each_name(
+    page: str,
+) -> None:
+    for path in re.findall(
+        r"^::: (lightning_lora\.[\w.]+)$", PAGES[page], re.MULTILINE
+    ):
         text = inspect.getdoc(pkgutil.resolve_name(path)) or ""
         first = " ".join(text.partition("\n\n")[0].split())
         first = re.sub(r":\w+:`\.?([^`]*)`", r"`\1`", first).replace("``", "`")
@@ -262,7 +299,11 @@ def test_links_lead_to_files(page: str) -> None:
 
 def test_rooms_that_the_house_has_are_all_there_are() -> None:
     package = ROOT / "lightning_lora"
-    (house,) = re.findall(r"^## How the code is organised\n(.*?)^## ", PAGES["contributing"], re.DOTALL | re.MULTILINE)
+    (house,) = re.findall(
+        r"^## How the code is organised\n(.*?)^## ",
+        PAGES["contributing"],
+        re.DOTALL | re.MULTILINE,
+    )
     listed = set(re.findall(r"`(\w+\.py|\w+/)`", house))
     there = set()
     for path in package.iterdir():
@@ -276,7 +317,9 @@ def test_rooms_that_the_house_has_are_all_there_are() -> None:
 def hazards_of_the_page() -> dict[str, list[str]]:
     """The hazards of each section of the page, in its order."""
     found = {}
-    for heading, text in re.findall(r"^### ([^\n]*)\n(.*?)(?=^##|\Z)", PAGES["hazards"], re.DOTALL | re.MULTILINE):
+    for heading, text in re.findall(
+        r"^### ([^\n]*)\n(.*?)(?=^##|\Z)", PAGES["hazards"], re.DOTALL | re.MULTILINE
+    ):
         rows = re.findall(r"^\| (.*?) \| .* \| .* \|$", text, re.MULTILINE)
         if rows[0] == "hazard":
             found[heading] = rows[1:]
@@ -287,7 +330,9 @@ def test_every_hazard_has_a_test() -> None:
     """The page has no names of tests: these are in tests/hazards.yaml."""
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     test_of = yaml.safe_load((ROOT / "tests" / "hazards.yaml").read_text())
-    assert {heading: list(rows) for heading, rows in test_of.items()} == hazards_of_the_page()
+    assert {
+        heading: list(rows) for heading, rows in test_of.items()
+    } == hazards_of_the_page()
     for rows in test_of.values():
         assert len(rows) > 5
         for test in rows.values():
@@ -322,20 +367,31 @@ def run_block(code: str, known: dict[str, Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*no last checkpoint:UserWarning")
-@pytest.mark.parametrize("code", [code for code in RECIPES if "export_peft(" not in code])
-def test_each_recipe_runs_after_the_first_program(code: str, fitted: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "code", [code for code in RECIPES if "export_peft(" not in code]
+)
+def test_each_recipe_runs_after_the_first_program(
+    code: str, fitted: dict[str, Any]
+) -> None:
     run_block(code, fitted)
 
 
-@pytest.mark.filterwarnings("ignore:.*are layers of nn.TransformerEncoder:lightning_lora.LoRAWarning")
-def test_the_recipe_for_peft_runs_after_a_training_that_leaves_the_projection_out(here: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:.*are layers of nn.TransformerEncoder:lightning_lora.LoRAWarning"
+)
+def test_the_recipe_for_peft_runs_after_a_training_that_leaves_the_projection_out(
+    here: Path,
+) -> None:
     assert f"lora = {FOR_PEFT}" in PAGES["sharing"]
     (to_peft,) = [code for code in RECIPES if "export_peft(" in code]
     run_block(to_peft, fitted_by(FIRST.replace("LoRACallback(r=8)", FOR_PEFT)))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
-def test_the_recipe_of_a_command_line_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# jsonargparse's, about LightningCLI
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_recipe_of_a_command_line_runs(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (main_file,) = [code for code in RECIPES if "LightningCLI" in code]
     (settings,) = blocks_in(README, "yaml")
     Path("config.yaml").write_text(settings)
@@ -354,14 +410,18 @@ def test_files_of_the_recipe_hold_what_was_learned(fitted: dict[str, Any]) -> No
     (shares,) = [code for code in RECIPES if "save_merged(" in code]
     run_block(shares, fitted)
     made = (fitted["plain"], MyModule.load_from_checkpoint("merged.ckpt"), MyModule())
-    fitted_too, merged, base = [module.eval()(torch.arange(16)[None]) for module in made]
+    fitted_too, merged, base = [
+        module.eval()(torch.arange(16)[None]) for module in made
+    ]
     learned = fitted["model"].eval()(torch.arange(16)[None])
     assert torch.equal(fitted_too, learned)
     assert torch.equal(merged, learned)
     assert not torch.equal(base, learned)
 
 
-def test_the_last_recipe_of_a_fitted_module_gives_its_base_back(fitted: dict[str, Any]) -> None:
+def test_the_last_recipe_of_a_fitted_module_gives_its_base_back(
+    fitted: dict[str, Any],
+) -> None:
     (after,) = [code for code in RECIPES if "remove_adapters(" in code]
     run_block(after, fitted)
     assert same(state(fitted["model"]), state(MyModule()))
@@ -411,7 +471,9 @@ def text_of(part: ast.expr) -> str:
 TEXTS = texts()
 
 
-@pytest.mark.parametrize("heading", [heading for heading in HEADINGS if not heading.startswith(OTHERS)])
+@pytest.mark.parametrize(
+    "heading", [heading for heading in HEADINGS if not heading.startswith(OTHERS)]
+)
 def test_a_message_on_the_page_is_one_of_the_code(heading: str) -> None:
     kind, _, text = heading.partition(": ")
     text = text if kind in lightning_lora.__all__ else heading
@@ -420,7 +482,9 @@ def test_a_message_on_the_page_is_one_of_the_code(heading: str) -> None:
 
 
 def test_every_error_and_warning_is_on_the_page() -> None:
-    kinds = {name for name in lightning_lora.__all__ if name.endswith(("Error", "Warning"))}
+    kinds = {
+        name for name in lightning_lora.__all__ if name.endswith(("Error", "Warning"))
+    }
     on_the_page = {heading.partition(": ")[0] for heading in HEADINGS}
     assert kinds - {"LoRAError"} == on_the_page & kinds
 

@@ -13,7 +13,17 @@ from lightning_lora.model.own_loop import early_optimizers
 from lightning_lora.model.view import View
 from tests.support.faults import unchanged
 from tests.support.fits import adapted
-from tests.support.models import TRAINED, LitTiny, X, data, is_plain, lora, same, state, trainer
+from tests.support.models import (
+    TRAINED,
+    LitTiny,
+    X,
+    data,
+    is_plain,
+    lora,
+    same,
+    state,
+    trainer,
+)
 from tests.support.parameters import base_parameters, trainable
 from tests.support.ranks import run_ranks
 
@@ -24,7 +34,9 @@ def fabric(**kwargs: Any) -> L.Fabric:
 
 def fit(fabric: L.Fabric, model: nn.Module) -> tuple[Any, Any]:
     """Train as Fabric's pages do; return the model and the optimizer as Fabric wraps them."""
-    wrapped, optimizer = fabric.setup(model, torch.optim.Adam(trainable(model), lr=0.01))
+    wrapped, optimizer = fabric.setup(
+        model, torch.optim.Adam(trainable(model), lr=0.01)
+    )
     for index, labels in fabric.setup_dataloaders(data()):
         optimizer.zero_grad()
         fabric.backward(nn.functional.cross_entropy(wrapped(index), labels))
@@ -56,7 +68,10 @@ def test_every_call_sees_the_model_inside(tmp_path: Path) -> None:
     ll.save_merged(wrapped, tmp_path / "merged.ckpt")
     ll.merge_adapters(wrapped)
     assert is_plain(model)
-    assert same(LitTiny.load_from_checkpoint(tmp_path / "merged.ckpt").state_dict(), state(model))
+    assert same(
+        LitTiny.load_from_checkpoint(tmp_path / "merged.ckpt").state_dict(),
+        state(model),
+    )
     ll.unmerge_adapters(wrapped)
     assert same(state(model), trained)
     ll.remove_adapters(wrapped)
@@ -68,7 +83,9 @@ def test_every_call_sees_the_model_inside(tmp_path: Path) -> None:
 # Files
 
 
-def test_a_whole_model_in_a_file_of_fabric_is_loaded_onto_an_adapted_model(tmp_path: Path) -> None:
+def test_a_whole_model_in_a_file_of_fabric_is_loaded_onto_an_adapted_model(
+    tmp_path: Path,
+) -> None:
     f = fabric()
     model = adapted()
     wrapped, adam = fit(f, model)
@@ -81,7 +98,9 @@ def test_a_whole_model_in_a_file_of_fabric_is_loaded_onto_an_adapted_model(tmp_p
     assert_refused_as_a_file_of_adapters(path)
 
 
-def test_adapters_in_a_file_of_fabric_are_loaded_onto_an_adapted_model(tmp_path: Path) -> None:
+def test_adapters_in_a_file_of_fabric_are_loaded_onto_an_adapted_model(
+    tmp_path: Path,
+) -> None:
     f = fabric()
     model = adapted()
     wrapped, adam = fit(f, model)
@@ -96,7 +115,10 @@ def test_adapters_in_a_file_of_fabric_are_loaded_onto_an_adapted_model(tmp_path:
 
 def assert_refused_as_a_file_of_adapters(path: Path) -> None:
     plain = LitTiny()
-    with unchanged(plain), pytest.raises(ll.AdapterFileError, match="load_adapter_state_dict"):
+    with (
+        unchanged(plain),
+        pytest.raises(ll.AdapterFileError, match="load_adapter_state_dict"),
+    ):
         ll.load_adapter(plain, path)
 
 
@@ -113,7 +135,9 @@ def train_in_two(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.processes
-def test_two_processes_train_the_same_adapters_and_write_one_file(tmp_path: Path) -> None:
+def test_two_processes_train_the_same_adapters_and_write_one_file(
+    tmp_path: Path,
+) -> None:
     first, second = run_ranks(train_in_two, tmp_path)
     assert same(first, second)
     assert first["q_proj.lora_B"].any()
@@ -130,7 +154,9 @@ def adapt_late() -> None:
         ll.inject_adapters(model, lora().config)
     assert is_plain(model)
     with pytest.raises(ll.AdapterStateError, match="before DistributedDataParallel"):
-        ll.inject_adapters(nn.parallel.DistributedDataParallel(LitTiny()), ll.LoRAConfig(r=2))
+        ll.inject_adapters(
+            nn.parallel.DistributedDataParallel(LitTiny()), ll.LoRAConfig(r=2)
+        )
     ll.inject_adapters(f.setup(adapted()), lora().config)  # which has them already
 
 
@@ -157,7 +183,9 @@ def test_an_optimizer_that_was_made_before_the_adapters_takes_no_step() -> None:
     before.step()
 
 
-def test_an_optimizer_is_looked_at_once_in_several_processes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimizer_is_looked_at_once_in_several_processes_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = adapted()
     optimizer = torch.optim.Adam(trainable(model))
     looks: list[nn.Module] = []
@@ -179,26 +207,35 @@ def test_an_early_optimizer_takes_no_step_although_a_head_would_train() -> None:
     ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
     before = state(model)
     model.loss(next(iter(data()))).backward()
-    with pytest.raises(ll.OptimizerError, match=r"Adam holds 'q_proj.weight'.* and no adapter"):
+    with pytest.raises(
+        ll.OptimizerError, match=r"Adam holds 'q_proj.weight'.* and no adapter"
+    ):
         early.step()
     assert same(state(model), before)
 
 
-def test_a_second_optimizer_for_what_trains_beside_the_adapters_takes_its_steps() -> None:
+def test_a_second_optimizer_for_what_trains_beside_the_adapters_takes_its_steps() -> (
+    None
+):
     model = LitTiny()
     others = torch.optim.SGD(model.parameters(), lr=0.01)
     ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
-    adapters = torch.optim.Adam(View(model).adapter_parameters.values())  # not stepped yet
+    # not stepped yet
+    adapters = torch.optim.Adam(View(model).adapter_parameters.values())
     others.step()
     adapters.step()
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]), name="second")
+    ll.inject_adapters(
+        model, ll.LoRAConfig(r=2, modules_to_save=["head"]), name="second"
+    )
     others.step()
     adapters.step()  # of the adapter that is inactive now: its gradients may wait
 
 
 @pytest.mark.parametrize("has_stepped", [False, True])
 @pytest.mark.parametrize("saved", [None, ["head"]])
-def test_an_optimizer_of_an_adapter_that_rests_takes_no_step_for_another_one(saved: Any, has_stepped: bool) -> None:
+def test_an_optimizer_of_an_adapter_that_rests_takes_no_step_for_another_one(
+    saved: Any, has_stepped: bool
+) -> None:
     model = LitTiny()
     config = ll.LoRAConfig(r=2, modules_to_save=saved)
     ll.inject_adapters(model, config, name="first")
@@ -209,7 +246,9 @@ def test_an_optimizer_of_an_adapter_that_rests_takes_no_step_for_another_one(sav
         optimizer.zero_grad()
     ll.inject_adapters(model, config, name="second")
     model.loss(next(iter(data()))).backward()
-    with pytest.raises(ll.OptimizerError, match=r"Adam holds adapters of LitTiny that rest.*'second'"):
+    with pytest.raises(
+        ll.OptimizerError, match=r"Adam holds adapters of LitTiny that rest.*'second'"
+    ):
         optimizer.step()
     of_the_second = torch.optim.Adam(trainable(model), lr=0.01)
     for each in (optimizer, of_the_second):  # a loop over both is no mistake
@@ -218,10 +257,16 @@ def test_an_optimizer_of_an_adapter_that_rests_takes_no_step_for_another_one(sav
 
 @pytest.mark.parametrize(
     "take_off",
-    [ll.merge_adapters, ll.remove_adapters, lambda model: ll.merge_adapters(model, keep_base=False)],
+    [
+        ll.merge_adapters,
+        ll.remove_adapters,
+        lambda model: ll.merge_adapters(model, keep_base=False),
+    ],
     ids=["merged", "removed", "merged for good"],
 )
-def test_an_optimizer_of_adapters_that_were_taken_off_takes_no_step(take_off: Any) -> None:
+def test_an_optimizer_of_adapters_that_were_taken_off_takes_no_step(
+    take_off: Any,
+) -> None:
     model = LitTiny()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
     optimizer = torch.optim.Adam(trainable(model), lr=0.01)
@@ -229,11 +274,16 @@ def test_an_optimizer_of_adapters_that_were_taken_off_takes_no_step(take_off: An
     take_off(model)
     weights = state(model)
     model.loss(next(iter(data()))).backward()
-    with pytest.raises(ll.OptimizerError, match=r"Adam holds adapters that were merged or removed.*'q_proj.weight'"):
+    with pytest.raises(
+        ll.OptimizerError,
+        match=r"Adam holds adapters that were merged or removed.*'q_proj.weight'",
+    ):
         optimizer.step()
     assert same(state(model), weights)
     torch.optim.Adam(model.parameters(), lr=0.01).step()
-    optimizer.add_param_group({"params": [p for p in model.parameters() if p not in set(held(optimizer))]})
+    optimizer.add_param_group(
+        {"params": [p for p in model.parameters() if p not in set(held(optimizer))]}
+    )
     optimizer.step()
 
 
@@ -241,7 +291,9 @@ def held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def test_an_optimizer_of_merged_adapters_takes_its_steps_when_they_are_back_or_their_weights_are_frozen() -> None:
+def test_an_optimizer_of_merged_adapters_takes_its_steps_when_they_are_back_or_their_weights_are_frozen() -> (
+    None
+):
     model = LitTiny().requires_grad_(False)
     ll.inject_adapters(model, ll.LoRAConfig(r=2))
     optimizer = torch.optim.Adam(trainable(model), lr=0.01)
@@ -262,10 +314,14 @@ class KeepsItsOptimizer(LitTiny):
         return self.optimizer
 
 
-def test_a_plain_fit_with_the_optimizer_of_an_adapted_one_is_refused(tmp_path: Path) -> None:
+def test_a_plain_fit_with_the_optimizer_of_an_adapted_one_is_refused(
+    tmp_path: Path,
+) -> None:
     model = KeepsItsOptimizer()
     trainer(tmp_path, [lora(r=2)]).fit(model, data())
-    with pytest.raises(ll.OptimizerError, match=r"in configure_optimizers, not in __init__"):
+    with pytest.raises(
+        ll.OptimizerError, match=r"in configure_optimizers, not in __init__"
+    ):
         trainer(tmp_path).fit(model, data())
     trainer(tmp_path, [lora(r=2)]).fit(model, data())
 

@@ -40,7 +40,11 @@ class Plain(Case):
         return super().lora(target_modules=["net.0", "net.2"], **options)
 
     def data(self) -> Any:
-        return DataLoader(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), batch_size=4, shuffle=True)
+        return DataLoader(
+            torch.randn(16, 16, generator=torch.Generator().manual_seed(0)),
+            batch_size=4,
+            shuffle=True,
+        )
 
     def predict(self, model: Any) -> Tensor:
         return model.still(model.net(torch.ones(1, 16)))
@@ -55,13 +59,21 @@ def test_page_has_the_facts_of_the_files() -> None:
 
 
 def test_each_framework_has_a_file_of_its_own() -> None:
-    cases = {path.stem for path in (HERE / "cases").glob("*.py")} - {"__init__", "conftest"}
+    cases = {path.stem for path in (HERE / "cases").glob("*.py")} - {
+        "__init__",
+        "conftest",
+    }
     assert {name.replace("-", "_") for name in FRAMEWORKS} == cases
     assert {path.stem for path in RESULTS.iterdir()} <= FRAMEWORKS.keys()
 
 
-@pytest.mark.parametrize(("arguments", "named"), [(["drats"], "unknown framework drats"), ([], "name frameworks")])
-def test_a_wrong_command_says_what_is_expected(arguments: list[str], named: str, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["drats"], "unknown framework drats"), ([], "name frameworks")],
+)
+def test_a_wrong_command_says_what_is_expected(
+    arguments: list[str], named: str, capsys: Any
+) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
     assert named in capsys.readouterr().err
@@ -71,7 +83,9 @@ def test_a_wrong_command_says_what_is_expected(arguments: list[str], named: str,
 def test_all_is_right_in_a_plain_module(tmp_path: Path) -> None:
     facts = measure(Plain(), tmp_path)
     names = ("fit", "resume", "load_adapter", "predictions")
-    assert {fact for what, fact in facts.items() if what.partition(",")[0] in names} == {"yes"}
+    assert {
+        fact for what, fact in facts.items() if what.partition(",")[0] in names
+    } == {"yes"}
     assert facts["base in the file"] == []
     assert facts["moves"] == {"only with": [], "only without": [], "both": 2}
     assert facts["own"].keys() == {"load_from_checkpoint", "load_state_dict"}
@@ -96,7 +110,8 @@ class Forgets(Plain):
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_wrong_without_an_error_is_seen(tmp_path: Path) -> None:
     facts = measure(Forgets(), tmp_path)
-    assert facts["own"]["base"]["plain"] == "no: the base's numbers"  # not counted: it is not LoRA's fault
+    # not counted: it is not LoRA's fault
+    assert facts["own"]["base"]["plain"] == "no: the base's numbers"
     lines = list(unexpected({"plain": {"models": {"Plain": facts}}}))
     assert [line.partition(", off by")[0] for line in lines] == [
         "- plain: Plain, resume, adapters: other numbers",

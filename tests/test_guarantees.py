@@ -1,7 +1,8 @@
 """What the package promises: one short test for each promise.
 
-``pytest tests/test_guarantees.py`` takes less than a minute. It is the place to begin reading, and to look after a
-change. The other tests ask the same of every kind of layer, strategy, file and callback.
+``pytest tests/test_guarantees.py`` takes less than a minute. It is the place to begin
+reading, and to look after a change. The other tests ask the same of every kind of
+layer, strategy, file and callback.
 """
 
 import copy
@@ -24,10 +25,16 @@ from tests.support.models import ADAPTERS, LitTiny, X, data, lora, trainer
 
 
 def fitted(
-    folder: Path, model: L.LightningModule, *, epochs: int = 2, ckpt_path: Path | None = None, **arguments: Any
+    folder: Path,
+    model: L.LightningModule,
+    *,
+    epochs: int = 2,
+    ckpt_path: Path | None = None,
+    **arguments: Any,
 ) -> L.Trainer:
     """Fit a module with a LoRACallback of these arguments. The Trainer is returned."""
-    torch.manual_seed(0 if ckpt_path is None else 1)  # a run that goes on does not find its numbers by chance
+    # a run that goes on does not find its numbers by chance
+    torch.manual_seed(0 if ckpt_path is None else 1)
     ours = trainer(folder, [ll.LoRACallback(r=2, **arguments)], max_epochs=epochs)
     ours.fit(model, data(), ckpt_path=ckpt_path)
     return ours
@@ -88,7 +95,11 @@ def test_a_fresh_adapter_changes_no_bit() -> None:
 
 
 def test_train_eval_and_inference_mode_compute_the_same() -> None:
-    model = adapted(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)))
+    model = adapted(
+        nn.Sequential(
+            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        )
+    )
     x = torch.randn(2, 3, 8)
     in_training = model(x)
     model.eval()
@@ -102,7 +113,8 @@ def test_a_merge_computes_the_same_and_leaves_a_plain_model() -> None:
     model = adapted(LitTiny())
     before = model(X)
     ll.merge_adapters(model)
-    torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-4)  # the sums are in another order
+    # the sums are in another order
+    torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-4)
     assert type(model.q_proj) is plain_type
     assert list(model.state_dict()) == list(LitTiny().state_dict())
 
@@ -129,9 +141,17 @@ def test_training_changes_the_adapters_and_nothing_else(tmp_path: Path) -> None:
 
 def test_the_optimizer_holds_what_trains_and_nothing_else(tmp_path: Path) -> None:
     model = LitTiny()
-    optimizer = fitted(tmp_path, model, merge=False, modules_to_save=["head"]).optimizers[0]
-    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = fitted(
+        tmp_path, model, merge=False, modules_to_save=["head"]
+    ).optimizers[0]
+    held = [
+        id(parameter)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    trained = [
+        id(parameter) for parameter in model.parameters() if parameter.requires_grad
+    ]
     assert sorted(held) == sorted(trained)
 
 
@@ -164,7 +184,9 @@ def test_what_the_user_set_in_a_parameter_group_is_kept(tmp_path: Path) -> None:
             return torch.optim.SGD([slow, fast])
 
     model = Groups()
-    optimizer = fitted(tmp_path, model, merge=False, target_modules=["q_proj", "v_proj"]).optimizers[0]
+    optimizer = fitted(
+        tmp_path, model, merge=False, target_modules=["q_proj", "v_proj"]
+    ).optimizers[0]
     slow, fast = optimizer.param_groups
     assert slow["lr"] == 0.01
     assert slow["params"] == [model.q_proj.lora_A, model.q_proj.lora_B]
@@ -179,7 +201,8 @@ def test_a_new_head_that_would_stay_frozen_is_named(tmp_path: Path) -> None:
     class Big(LitTiny):
         def __init__(self) -> None:
             super().__init__(width=64)
-            pretrained = torch.randn(64, 64) * torch.rand(64, 1)  # rows of different sizes, as training leaves them
+            # rows of different sizes, as training leaves them
+            pretrained = torch.randn(64, 64) * torch.rand(64, 1)
             self.q_proj.weight.data = pretrained
             self.v_proj.weight.data = pretrained.clone()
 
@@ -188,7 +211,9 @@ def test_a_new_head_that_would_stay_frozen_is_named(tmp_path: Path) -> None:
 
 
 def test_adapters_without_a_gradient_are_named(tmp_path: Path) -> None:
-    with pytest.warns(ll.DeadAdapterWarning, match="The adapters of 'q_proj' received no gradient"):
+    with pytest.warns(
+        ll.DeadAdapterWarning, match="The adapters of 'q_proj' received no gradient"
+    ):
         fitted(tmp_path, Detaches())
 
 
@@ -205,7 +230,8 @@ def test_a_checkpoint_holds_the_adapters_alone(tmp_path: Path) -> None:
     ours.save_checkpoint(tmp_path / "fit.ckpt")
     state = torch.load(tmp_path / "fit.ckpt", weights_only=True)["state_dict"]
     note, *names = state
-    assert state[note].numel() == 0  # a sentence for whoever loads the file as a full one
+    # a sentence for whoever loads the file as a full one
+    assert state[note].numel() == 0
     assert sorted(names) == sorted(ADAPTERS)
 
 
@@ -240,7 +266,12 @@ def begun() -> LitTiny:
 def fit_in(processes: int, path: Path) -> None:
     """Fit in processes that share each batch of four, and save the weights."""
     model = begun()
-    ours = trainer(path.parent, [ll.LoRACallback(merge=False)], strategy="ddp_fork", devices=processes)
+    ours = trainer(
+        path.parent,
+        [ll.LoRACallback(merge=False)],
+        strategy="ddp_fork",
+        devices=processes,
+    )
     ours.fit(model, data(batch_size=4 // processes))
     torch.save(model.state_dict(), path)
 
@@ -249,10 +280,14 @@ def fit_in(processes: int, path: Path) -> None:
 def test_two_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
     assert fork(lambda: fit_in(1, tmp_path / "one.pt")) == 0
     assert fork(lambda: fit_in(2, tmp_path / "two.pt")) == 0
-    torch.testing.assert_close(torch.load(tmp_path / "two.pt"), torch.load(tmp_path / "one.pt"))
+    torch.testing.assert_close(
+        torch.load(tmp_path / "two.pt"), torch.load(tmp_path / "one.pt")
+    )
 
 
-def test_a_file_is_loaded_onto_its_base_and_gives_the_same_outputs(tmp_path: Path) -> None:
+def test_a_file_is_loaded_onto_its_base_and_gives_the_same_outputs(
+    tmp_path: Path,
+) -> None:
     model = adapted(LitTiny())
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     loaded = LitTiny()
@@ -312,7 +347,11 @@ def test_a_state_that_other_code_saves_loads_to_what_the_model_computes() -> Non
 
 def test_importing_the_package_changes_nothing_of_the_process() -> None:
     before = (
-        "import torch, lightning.pytorch as L; import warnings; state = (torch.autograd.grad, list(warnings.filters))"
+        "import torch, lightning.pytorch as L; import warnings; state = "
+        "(torch.autograd.grad, list(warnings.filters))"
     )
-    after = "import lightning_lora; assert state == (torch.autograd.grad, list(warnings.filters))"
+    after = (
+        "import lightning_lora; assert state == (torch.autograd.grad, "
+        "list(warnings.filters))"
+    )
     subprocess.run([sys.executable, "-c", f"{before}; {after}"], check=True)

@@ -20,38 +20,64 @@ def lines_of(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
-def test_no_prefix_of_a_name_is_without_its_dot() -> None:  # the module "enc" is not around "encoder"
+# the module "enc" is not around "encoder"
+def test_no_prefix_of_a_name_is_without_its_dot() -> None:
     texts = [path.read_text() for path in HOUSE.rglob("*.py")]
     assert not [text for text in texts if re.search(r'startswith\(f"[^"]*\}"\)', text)]
 
 
-def test_messages_are_ascii_and_other_signs_are_printed_as_such() -> None:  # a log may hold nothing else
+# a log may hold nothing else
+def test_messages_are_ascii_and_other_signs_are_printed_as_such() -> None:
     for path in HOUSE.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        strings = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
         docs = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
         for node in strings:
-            assert node in docs or as_writable(node.value, "ascii").count("\\") == node.value.count("\\"), node.value
+            assert node in docs or as_writable(node.value, "ascii").count(
+                "\\"
+            ) == node.value.count("\\"), node.value
 
 
 def test_each_file_has_a_name_of_its_own() -> None:
     commands = HOUSE / "cli"  # where a file has the name of a command
-    names = [path.name for path in HOUSE.rglob("*.py") if path.name != "__init__.py" and path.parent != commands]
+    names = [
+        path.name
+        for path in HOUSE.rglob("*.py")
+        if path.name != "__init__.py" and path.parent != commands
+    ]
     assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize(
     "floor",
-    ["storage", "storage/formats", "storage/offline", "model", "targets", "layers", "layers/each_kind", "training"],
+    [
+        "storage",
+        "storage/formats",
+        "storage/offline",
+        "model",
+        "targets",
+        "layers",
+        "layers/each_kind",
+        "training",
+    ],
 )
 def test_a_folder_has_at_most_sixteen_rooms(floor: str) -> None:
-    rooms = [path for path in (HOUSE / floor).glob("*.py") if path.name != "__init__.py"]
+    rooms = [
+        path for path in (HOUSE / floor).glob("*.py") if path.name != "__init__.py"
+    ]
     assert 0 < len(rooms) <= 16
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How densely code may be written. A change may lower these numbers, and does not raise them."""
+    """How densely code may be written.
+
+    A change may lower these numbers, and does not raise them.
+    """
 
     branches_in_100_lines: float
     comprehensions_in_1000_lines: float
@@ -61,9 +87,9 @@ class Limits:
 
 
 LIMITS = {
-    HOUSE: Limits(22, 27.2, 0.029, 2.63, 0),
-    TESTS: Limits(10.1, 19.4, 0.053, 2.49, 0),
-    EXAMPLES: Limits(18.7, 34, 0.046, 2.79, 0),
+    HOUSE: Limits(18, 22.3, 0.0099, 2.14, 0),
+    TESTS: Limits(7.8, 15.3, 0.025, 1.94, 0),
+    EXAMPLES: Limits(14.6, 26, 0.026, 2.26, 0),
 }
 
 

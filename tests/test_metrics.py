@@ -17,7 +17,12 @@ from torchmetrics.utilities import plot as torchmetrics_plot
 import lightning_lora as ll
 from lightning_lora import metrics
 from lightning_lora.measured import measured_matrices
-from lightning_lora.metrics import Amplification, EffectiveRank, SubspaceSimilarity, UpdateNorm
+from lightning_lora.metrics import (
+    Amplification,
+    EffectiveRank,
+    SubspaceSimilarity,
+    UpdateNorm,
+)
 from tests.support.layers import LAYERS, Model, config, train
 from tests.support.models import LitTiny, data, lora, randomise, trainer
 from tests.support.parameters import values_of
@@ -90,7 +95,10 @@ def check(model: nn.Module, r: int = 2) -> None:
         size_in_directions = projected(delta, w, r).norm()
         assert_near(norms[name], size / w.norm())
         assert_near(ranks[name], entropy_rank(delta))
-        assert_near(torch.stack(factors.norms[name]), torch.stack([size, size_in_directions, w.norm()]))
+        assert_near(
+            torch.stack(factors.norms[name]),
+            torch.stack([size, size_in_directions, w.norm()]),
+        )
         assert_near(amplification[name], size / size_in_directions)
         assert_near(top.norms[name][1], projected(w, w, r).norm())
 
@@ -119,7 +127,9 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "kwargs"), KINDS, ids=str)
-def test_each_kind_of_update_is_measured_as_its_plain_matrices(kind: str, kwargs: dict[str, Any]) -> None:
+def test_each_kind_of_update_is_measured_as_its_plain_matrices(
+    kind: str, kwargs: dict[str, Any]
+) -> None:
     model = Model(LAYERS[kind][0]()).double()
     ll.inject_adapters(model, config(model, **kwargs))
     train(model)
@@ -140,14 +150,18 @@ def test_half_precision_is_measured_in_float32_also_under_autocast() -> None:
 def test_a_quantised_weight_has_the_values_that_the_layer_computes_with() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
-    layer.weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(
+        torch.randn(64, 64), requires_grad=False, quant_type="nf4"
+    )
     model = nn.Sequential(layer.to("cpu"))
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules="all"))
     randomise(model)
     with ll.disable_adapters(model):
         w = layer(torch.eye(64)).mT
     delta = layer.lora_B @ layer.lora_A * layer.lora_settings.scaling
-    torch.testing.assert_close(UpdateNorm()(model)["0"], delta.norm() / w.norm(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        UpdateNorm()(model)["0"], delta.norm() / w.norm(), rtol=1e-2, atol=0
+    )
 
 
 def test_a_fresh_update_is_zero_in_all() -> None:
@@ -157,7 +171,9 @@ def test_a_fresh_update_is_zero_in_all() -> None:
     assert SubspaceSimilarity(2, side="B")(model, model) == {"0": 0}
 
 
-def test_each_adapter_of_a_model_is_measured_by_its_name_also_above_a_merged_one() -> None:
+def test_each_adapter_of_a_model_is_measured_by_its_name_also_above_a_merged_one() -> (
+    None
+):
     model = two(name="de")
     alone = two(seed=1, r=2)
     expected = of_each_update(model)
@@ -168,7 +184,9 @@ def test_each_adapter_of_a_model_is_measured_by_its_name_also_above_a_merged_one
         assert of_each_update((model, "de")) == expected
         assert UpdateNorm()((model, "fr")) == UpdateNorm()(model) == UpdateNorm()(alone)
         metric = SubspaceSimilarity()
-        torch.testing.assert_close(metric((model, "de"), (model, "fr")), metric(two(), alone))
+        torch.testing.assert_close(
+            metric((model, "de"), (model, "fr")), metric(two(), alone)
+        )
 
     check_both()
     ll.merge_adapters(model)
@@ -212,8 +230,11 @@ def test_similarity_of_stacks_is_the_mean_over_their_matrices() -> None:
     other = experts()
     u = SVD(one[0].lora_A_stack.detach().double()).Vh[:, :2]
     v = SVD(other[0].lora_A_stack.detach().double()).Vh[:, :2]
-    similarities = (u @ v.mT).square().sum((1, 2)) / 2  # one for each matrix of the stack
-    torch.testing.assert_close(SubspaceSimilarity(2)(one, other)["0.stack"], similarities.mean().float())
+    # one for each matrix of the stack
+    similarities = (u @ v.mT).square().sum((1, 2)) / 2
+    torch.testing.assert_close(
+        SubspaceSimilarity(2)(one, other)["0.stack"], similarities.mean().float()
+    )
 
 
 def test_similarity_is_read_from_files_as_from_models(tmp_path: Path) -> None:
@@ -221,8 +242,12 @@ def test_similarity_is_read_from_files_as_from_models(tmp_path: Path) -> None:
     other = two(4, seed=1)
     ll.save_adapter(one, tmp_path / "one.safetensors")
     metric = SubspaceSimilarity()
-    torch.testing.assert_close(metric(tmp_path / "one.safetensors", other), metric(one, other))
-    torch.testing.assert_close(EffectiveRank()(str(tmp_path / "one.safetensors")), EffectiveRank()(one))
+    torch.testing.assert_close(
+        metric(tmp_path / "one.safetensors", other), metric(one, other)
+    )
+    torch.testing.assert_close(
+        EffectiveRank()(str(tmp_path / "one.safetensors")), EffectiveRank()(one)
+    )
     with pytest.raises(ll.AdapterStateError, match="no weights"):
         UpdateNorm().update(tmp_path / "one.safetensors")
 
@@ -241,7 +266,10 @@ def test_grids_are_pooled_as_far_as_all_matrices_go_and_i_stops_there_too() -> N
     assert [grids["0"].shape, grids["1"].shape] == [(4, 4), (2, 3)]
     pooled = SubspaceSimilarity(reduction="mean")(one, other)
     torch.testing.assert_close(pooled, (grids["0"][:2, :3] + grids["1"]) / 2)
-    assert SubspaceSimilarity(4)(one, other) == {"0": grids["0"][3, 3], "1": grids["1"][1, 2]}
+    assert SubspaceSimilarity(4)(one, other) == {
+        "0": grids["0"][3, 3],
+        "1": grids["1"][1, 2],
+    }
 
 
 # Metrics of torchmetrics
@@ -254,7 +282,9 @@ def test_one_number_is_pooled(reduction: Any) -> None:
     assert UpdateNorm(reduction=reduction)(model) == getattr(each, reduction)()
 
 
-def test_the_last_update_counts_until_a_reset_and_forward_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_update_counts_until_a_reset_and_forward_measures_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     looked: list[Any] = []
 
     def look(model: Any) -> Any:
@@ -269,7 +299,12 @@ def test_the_last_update_counts_until_a_reset_and_forward_measures_once(monkeypa
     assert metric.compute() == metric(model)
     assert len(looked) == 3
     metric.reset()
-    for ask in (metric.compute, metric.plot, SubspaceSimilarity().plot, UpdateNorm(reduction="mean").plot):
+    for ask in (
+        metric.compute,
+        metric.plot,
+        SubspaceSimilarity().plot,
+        UpdateNorm(reduction="mean").plot,
+    ):
         refused = pytest.raises(ll.AdapterStateError, match="Nothing was measured")
         with pytest.warns(UserWarning, match="before the ``update``"), refused:
             ask()
@@ -284,7 +319,10 @@ def test_metrics_stay_apart_in_a_collection() -> None:
         nn.init.zeros_(layer.lora_B)
     collection.update(fresh)
     collection.update(model)
-    assert collection.compute() == {**UpdateNorm()(model), "EffectiveRank": EffectiveRank(reduction="mean")(model)}
+    assert collection.compute() == {
+        **UpdateNorm()(model),
+        "EffectiveRank": EffectiveRank(reduction="mean")(model),
+    }
 
 
 def test_random_directions_hold_a_random_part_of_the_weight() -> None:
@@ -293,7 +331,8 @@ def test_random_directions_hold_a_random_part_of_the_weight() -> None:
     metric = Amplification("random")
     metric.update(model)
     _, part, whole = metric.norms["0"]
-    assert part / whole == pytest.approx(16 / 64, rel=0.1)  # a share r / n of the rows, and of the columns
+    # a share r / n of the rows, and of the columns
+    assert part / whole == pytest.approx(16 / 64, rel=0.1)
     first = metric.norms
     metric.update(model)
     assert metric.norms == first
@@ -304,7 +343,12 @@ def test_random_directions_hold_a_random_part_of_the_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "name"), [(UpdateNorm, "reduction"), (Amplification, "directions"), (SubspaceSimilarity, "side")]
+    ("metric", "name"),
+    [
+        (UpdateNorm, "reduction"),
+        (Amplification, "directions"),
+        (SubspaceSimilarity, "side"),
+    ],
 )
 def test_an_unknown_word_is_refused(metric: Any, name: str) -> None:
     with pytest.raises(ll.ConfigError, match=f"^{name}='sum'. Expected '"):
@@ -313,7 +357,9 @@ def test_an_unknown_word_is_refused(metric: Any, name: str) -> None:
 
 @pytest.mark.parametrize("number", [{"i": 0}, {"i": 2, "j": -1}, {"j": 2}])
 def test_a_number_of_directions_begins_at_one(number: Any) -> None:
-    with pytest.raises(ll.ConfigError, match="Expected numbers from 1 on, and j only with i"):
+    with pytest.raises(
+        ll.ConfigError, match="Expected numbers from 1 on, and j only with i"
+    ):
         SubspaceSimilarity(**number)
 
 
@@ -339,13 +385,22 @@ class Logs(LitTiny):
 class Keeps(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         logged = trainer.callback_metrics
-        found = [logged["norm_step"], logged["norm_epoch"], logged["rank"], EffectiveRank(reduction="max")(pl_module)]
+        found = [
+            logged["norm_step"],
+            logged["norm_epoch"],
+            logged["rank"],
+            EffectiveRank(reduction="max")(pl_module),
+        ]
         torch.save(found, f"{trainer.default_root_dir}/{trainer.global_rank}.pt")
 
 
 @pytest.mark.processes
 def test_a_trainer_logs_them_and_each_process_has_the_same(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": False}
+    options: dict[str, Any] = {
+        "strategy": "ddp_fork",
+        "devices": 2,
+        "enable_checkpointing": False,
+    }
     trainer(tmp_path, [lora(), Keeps()], **options).fit(Logs(), data())
     first = torch.load(tmp_path / "0.pt", weights_only=True)
     second = torch.load(tmp_path / "1.pt", weights_only=True)
@@ -368,7 +423,9 @@ def shards() -> Any:
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
+@pytest.mark.skipif(
+    not has_shards, reason="models are sharded with torch 2.7 and later"
+)
 def test_a_sharded_model_has_the_numbers_of_a_whole_one() -> None:
     whole = of_each_update(two(use_dora=True))
     assert run_ranks(shards) == [whole, whole]
@@ -384,7 +441,9 @@ def test_plots_name_the_matrices_and_figure_3_has_a_panel_for_each() -> None:
     grids = grid(two(), two(seed=1))
     _, axes = metric.plot()
     assert axes.get_ylabel() == "UpdateNorm"
-    for name, line, label in zip(("0", "1"), axes.lines, axes.get_xticklabels(), strict=True):
+    for name, line, label in zip(
+        ("0", "1"), axes.lines, axes.get_xticklabels(), strict=True
+    ):
         assert label.get_text() == name
         assert line.get_ydata().item() == norms[name].item()
     figure, axes = grid.plot()

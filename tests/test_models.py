@@ -28,7 +28,12 @@ IDS = torch.arange(12).view(2, 6) % 11 + 3
 IMAGES = torch.linspace(-300, 300, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
 WAVE = torch.linspace(0, 40, 2 * 400).sin().view(2, 400)
 
-TEXT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TEXT = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 TEXT |= {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -47,7 +52,9 @@ class Case(NamedTuple):
 WORDS = {"input_ids": IDS, "labels": IDS}
 
 
-def hub(name: str, sizes: dict[str, Any], inputs: dict[str, Any] = WORDS, **case: Any) -> Case:
+def hub(
+    name: str, sizes: dict[str, Any], inputs: dict[str, Any] = WORDS, **case: Any
+) -> Case:
     """One of transformers' models."""
     cls = getattr(transformers, name)
     return Case(lambda: cls(cls.config_class(**sizes)), inputs, "all-linear", **case)
@@ -55,17 +62,47 @@ def hub(name: str, sizes: dict[str, Any], inputs: dict[str, Any] = WORDS, **case
 
 def vision(build: Callable[[Any], nn.Module], **case: Any) -> Case:
     """One of torchvision's models."""
-    return Case(lambda: build(importlib.import_module("torchvision.models")), {"x": IMAGES}, **case)
+    return Case(
+        lambda: build(importlib.import_module("torchvision.models")),
+        {"x": IMAGES},
+        **case,
+    )
 
 
-T5 = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
-WAV2VEC: dict[str, Any] = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "layerdrop": 0.0}
-WAV2VEC |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-MAMBA = {"vocab_size": 20, "hidden_size": 8, "state_size": 4, "num_hidden_layers": 1, "time_step_rank": 4}
+T5 = {
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
+WAV2VEC: dict[str, Any] = {
+    "conv_dim": (8, 8),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "layerdrop": 0.0,
+}
+WAV2VEC |= {
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+MAMBA = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "state_size": 4,
+    "num_hidden_layers": 1,
+    "time_step_rank": 4,
+}
 CASES = {
     "gpt2": hub("GPT2LMHeadModel", TEXT | {"n_embd": 8, "n_layer": 1, "n_head": 2}),
     "t5": hub("T5ForConditionalGeneration", {"vocab_size": 20} | T5),
-    "wav2vec2": hub("Wav2Vec2ForCTC", TEXT | WAV2VEC | {"mask_time_prob": 0.0}, {"input_values": WAVE, "labels": IDS}),
+    "wav2vec2": hub(
+        "Wav2Vec2ForCTC",
+        TEXT | WAV2VEC | {"mask_time_prob": 0.0},
+        {"input_values": WAVE, "labels": IDS},
+    ),
     # the grouped products of its experts are not for float64
     "mixtral": hub(
         "MixtralForCausalLM",
@@ -75,8 +112,11 @@ CASES = {
     ),
     # its mixer multiplies by the weight of dt_proj itself, and never calls that layer
     "mamba": hub("MambaForCausalLM", MAMBA, parameters=["dt_proj.weight"]),
-    "torchvision mobilenet": vision(lambda v: v.mobilenet_v3_small(num_classes=4, width_mult=0.5)),
-    # its attention multiplies by the weights of qkv and proj itself, and never calls these layers
+    "torchvision mobilenet": vision(
+        lambda v: v.mobilenet_v3_small(num_classes=4, width_mult=0.5)
+    ),
+    # its attention multiplies by the weights of qkv and proj itself, and never calls
+    # these layers
     "torchvision swin": vision(
         lambda v: v.SwinTransformer([4, 4], 8, [2, 1], [1, 2], [4, 4], num_classes=4),
         parameters=["attn.qkv.weight", "attn.proj.weight"],
@@ -156,7 +196,8 @@ def config(name: str) -> ll.LoRAConfig:
 def test_adapters_change_nothing_are_merged_and_kept_in_a_file_and_come_off(
     name: str, config: ll.LoRAConfig, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(FAST, False)  # which rounds in its own way, as torch's products with weights that train
+    # which rounds in its own way, as torch's products with weights that train
+    monkeypatch.setattr(FAST, False)
     model = Lit(name).to(CASES[name].dtype).requires_grad_(False)
     other = copy.deepcopy(model)
     before = state(model)
@@ -180,7 +221,8 @@ def test_adapters_change_nothing_are_merged_and_kept_in_a_file_and_come_off(
     assert torch.equal(run(model), adapted)
     ll.load_adapter(other, tmp_path / "adapter.safetensors")
     assert same(ll.adapter_state_dict(other), ll.adapter_state_dict(model))
-    torch.testing.assert_close(run(other), adapted)  # processors round other copies of a weight in other ways
+    # processors round other copies of a weight in other ways
+    torch.testing.assert_close(run(other), adapted)
     ll.remove_adapters(model)
     assert same(state(model), before)
     assert classes(model) == classes_before
@@ -188,27 +230,39 @@ def test_adapters_change_nothing_are_merged_and_kept_in_a_file_and_come_off(
     assert trainable(model) == []
 
 
-@pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")  # they are random on purpose
-@pytest.mark.filterwarnings("ignore:.*leaves .* of the weights:lightning_lora.LoRAWarning")  # of so small a ViT
+# they are random on purpose
+@pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
+# of so small a ViT
+@pytest.mark.filterwarnings(
+    "ignore:.*leaves .* of the weights:lightning_lora.LoRAWarning"
+)
 def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
     model = Lit(name)
     before = state(model)
     output = run(model)
     callback = ll.LoRACallback(r=2, merge=False, **CASES[name].config)
-    trainer(tmp_path, [callback], max_steps=3, enable_checkpointing=False).fit(model.train(), DataLoader(range(6)))
+    trainer(tmp_path, [callback], max_steps=3, enable_checkpointing=False).fit(
+        model.train(), DataLoader(range(6))
+    )
     assert_same_tensors(base_of(state(model)), before)
     assert_all_have_moved(model, View(model).adapter_parameters)
     assert not torch.equal(run(model), output)
 
 
 @pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
-@pytest.mark.parametrize("name", ["gpt2", "wav2vec2", "mixtral", "mamba"], indirect=True)
-def test_save_pretrained_gives_a_model_that_computes_the_same(name: str, config: ll.LoRAConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["gpt2", "wav2vec2", "mixtral", "mamba"], indirect=True
+)
+def test_save_pretrained_gives_a_model_that_computes_the_same(
+    name: str, config: ll.LoRAConfig, tmp_path: Path
+) -> None:
     model = Lit(name)
     again = Lit(name)
     ll.inject_adapters(model, config)
     randomise(model)
     model.net.save_pretrained(tmp_path)
-    again.net, about = type(model.net).from_pretrained(tmp_path, output_loading_info=True)
+    again.net, about = type(model.net).from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(about.values())
     torch.testing.assert_close(run(again), run(model))

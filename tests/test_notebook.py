@@ -12,19 +12,33 @@ from tests.support.notebook import NOTEBOOK, PICTURES, cells, pictures_of
 ROOT = Path(__file__).parent.parent
 CODE = cells("code")
 TEXTS = cells("markdown")
-PUBLIC = {"lightning_lora": lightning_lora.__all__, "lightning_lora.plots": ["plot_layers", "plot_losses"]}
+PUBLIC = {
+    "lightning_lora": lightning_lora.__all__,
+    "lightning_lora.plots": ["plot_layers", "plot_losses"],
+}
 
 
 def test_code_has_only_public_names_of_this_package() -> None:
     imported = set[str]()
     for cell in CODE:
         for node in ast.walk(ast.parse(cell["source"])):
-            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lightning_lora"):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith(
+                "lightning_lora"
+            ):
                 names = {each.name for each in node.names}
                 assert names <= set(PUBLIC[str(node.module)])
                 imported |= names
-            assert not isinstance(node, ast.Import) or "lightning_lora" not in ast.unparse(node)
-    assert imported >= {"LoRACallback", "LoRASweep", "merge_adapters", "save_adapter", "plot_losses", "plot_layers"}
+            assert not isinstance(
+                node, ast.Import
+            ) or "lightning_lora" not in ast.unparse(node)
+    assert imported >= {
+        "LoRACallback",
+        "LoRASweep",
+        "merge_adapters",
+        "save_adapter",
+        "plot_losses",
+        "plot_layers",
+    }
     code = "".join(cell["source"] for cell in CODE)
     for name in imported:
         assert len(re.findall(rf"\b{name}\b", code)) > 1, "it is imported for nothing"
@@ -52,7 +66,9 @@ def test_texts_are_short_and_outputs_small() -> None:
 def test_pages_show_the_pictures_that_it_drew(name: str) -> None:
     (cell,) = [cell for cell in CODE if cell["id"] == name]
     file = PICTURES[name]
-    assert pictures_of(cell) == [(ROOT / "docs" / "pictures" / file).read_bytes()], "python -m tests.support.notebook"
+    assert pictures_of(cell) == [(ROOT / "docs" / "pictures" / file).read_bytes()], (
+        "python -m tests.support.notebook"
+    )
     assert f"(pictures/{file})" in (ROOT / "docs" / "metrics.md").read_text()
 
 

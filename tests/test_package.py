@@ -17,7 +17,8 @@ from lightning_lora.errors import warn
 ROOT = Path(__file__).parent.parent
 
 
-def test_public_names_are_in_order_and_explained() -> None:  # which they are, test_stability says
+# which they are, test_stability says
+def test_public_names_are_in_order_and_explained() -> None:
     assert list(lightning_lora.__all__) == sorted(lightning_lora.__all__)
     assert all(getattr(lightning_lora, name).__doc__ for name in lightning_lora.__all__)
 
@@ -27,34 +28,67 @@ def test_completion_shows_the_public_names_alone() -> None:
 
 
 def test_version_is_the_projects() -> None:
-    assert f'version = "{lightning_lora.__version__}"' in (ROOT / "pyproject.toml").read_text()
-    assert f"\nversion: {lightning_lora.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-    section = "Unreleased" if ".dev" in lightning_lora.__version__ else lightning_lora.__version__
+    assert (
+        f'version = "{lightning_lora.__version__}"'
+        in (ROOT / "pyproject.toml").read_text()
+    )
+    assert (
+        f"\nversion: {lightning_lora.__version__}\n"
+        in (ROOT / "CITATION.cff").read_text()
+    )
+    section = (
+        "Unreleased"
+        if ".dev" in lightning_lora.__version__
+        else lightning_lora.__version__
+    )
     assert f"## [{section}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_only_who_changes_the_code_installs_a_link_to_it() -> None:  # the others run what they installed
+# the others run what they installed
+def test_only_who_changes_the_code_installs_a_link_to_it() -> None:
     texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.*")]
-    found = [re.findall(r"pip install -e '\.\[(\w+)\]'", text.read_text(errors="ignore")) for text in texts]
+    found = [
+        re.findall(r"pip install -e '\.\[(\w+)\]'", text.read_text(errors="ignore"))
+        for text in texts
+    ]
     assert {extra for extras in found for extra in extras} == {"dev", "docs"}
 
 
 @pytest.mark.processes
 def test_a_clone_beside_a_script_hides_nothing_of_a_link_to_it(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", "70.1")
-    (tmp_path / "lightning_lora").mkdir()  # the folder of the clone has the name of the package
+    # the folder of the clone has the name of the package
+    (tmp_path / "lightning_lora").mkdir()
     (tmp_path / "script.py").write_text("from lightning_lora import LoRACallback")
-    setup = f"from setuptools import setup; setup(script_args=['-q', 'editable_wheel', '-d', {str(tmp_path)!r}])"
+    setup = (
+        "from setuptools import setup; setup(script_args=['-q', 'editable_wheel', "
+        f"'-d', {str(tmp_path)!r}])"
+    )
     shutil.copytree(ROOT / "lightning_lora", tmp_path / "clone" / "lightning_lora")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / "clone")
-    subprocess.run([sys.executable, "-c", setup], cwd=tmp_path / "clone", check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", setup],
+        cwd=tmp_path / "clone",
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
-        (link,) = [file.read(name).decode() for name in file.namelist() if name.endswith(".pth")]
-    assert link.strip() == str(tmp_path / "clone")  # a finder of setuptools would come after the folder
+        (link,) = [
+            file.read(name).decode()
+            for name in file.namelist()
+            if name.endswith(".pth")
+        ]
+    # a finder of setuptools would come after the folder
+    assert link.strip() == str(tmp_path / "clone")
     path = {"PYTHONPATH": link.strip()}
-    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env={**os.environ, **path}, check=True)
+    subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, **path},
+        check=True,
+    )
 
 
 UNCHANGED = """
@@ -87,7 +121,9 @@ def test_a_filter_of_warnings_by_module_means_the_users() -> None:
 
 
 def test_nothing_of_the_process_changes_at_import() -> None:
-    done = subprocess.run([sys.executable, "-c", UNCHANGED], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", UNCHANGED], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -95,4 +131,5 @@ def test_nothing_of_the_process_changes_at_import() -> None:
 def test_import_needs_no_optional_package(module: str) -> None:
     package = ROOT / "lightning_lora"
     sources = "\n".join(path.read_text() for path in package.rglob("*.py"))
-    assert not re.search(rf"^(from|import) {module}\b", sources, re.MULTILINE)  # inside of functions, it may be asked
+    # inside of functions, it may be asked
+    assert not re.search(rf"^(from|import) {module}\b", sources, re.MULTILINE)

@@ -45,12 +45,17 @@ def cells(page: str, table: str) -> dict[str, list[str]]:
     return rows
 
 
-def test_the_study_runs_from_end_to_end_and_its_tables_have_the_numbers_of_its_files(tmp_path: Path) -> None:
+def test_the_study_runs_from_end_to_end_and_its_tables_have_the_numbers_of_its_files(
+    tmp_path: Path,
+) -> None:
     main(["--fast", "--only", "table6", "--output", str(tmp_path)])
     page = (tmp_path / "fast-tables.md").read_text(encoding="utf-8")
     for table in ("table6", "table6-pairs", "table6-rates", "table7"):
         assert len(cells(page, table)) >= 3, table  # a header, a line, and rows
-    files = [json.loads(path.read_text()) for path in (tmp_path / "fast-results").glob("reviews_*.json")]
+    files = [
+        json.loads(path.read_text())
+        for path in (tmp_path / "fast-results").glob("reviews_*.json")
+    ]
     losses = {tuple(each["test"]["nll"]) for each in files}
     assert len(losses) == len(files) > 10  # each job is another
     by_job = {(each["method"], each["lr"], each["seed"]): each for each in files}
@@ -72,7 +77,9 @@ def accuracy_of(result: dict[str, Any]) -> float:
 
 
 def test_costs_are_measured(tmp_path: Path) -> None:
-    found = costs("reviews", ["full", "probe"], Folders(tmp_path, tmp_path, tmp_path), fast=True)
+    found = costs(
+        "reviews", ["full", "probe"], Folders(tmp_path, tmp_path, tmp_path), fast=True
+    )
     full = found["full"]
     probe = found["probe"]
     assert full["optimizer_bytes"] > 100 * probe["optimizer_bytes"] > 0
@@ -94,7 +101,9 @@ def test_pages_have_the_numbers_of_the_files(path: Path) -> None:
 def test_each_table_is_on_a_page() -> None:
     found = set()
     for page in PAGES:
-        found |= set(re.findall(r"<!-- ([\w-]+) -->\n\n\|", page.read_text(encoding="utf-8")))
+        found |= set(
+            re.findall(r"<!-- ([\w-]+) -->\n\n\|", page.read_text(encoding="utf-8"))
+        )
     assert set(TABLES) == found
 
 
@@ -103,13 +112,23 @@ def test_each_file_is_of_the_study() -> None:
     planned = set()
     for part in PARTS.values():
         planned |= {job.name for job in part(results)}
-    assert results.found.keys() - planned == {"costs-reviews", "costs-e2e", "references", "subspaces"}
+    assert results.found.keys() - planned == {
+        "costs-reviews",
+        "costs-e2e",
+        "references",
+        "subspaces",
+    }
 
 
 @pytest.mark.parametrize("page", ["paper.md", "paper-tables.md", "choosing.md"])
 def test_text_has_the_numbers_of_the_tables(page: str) -> None:
     text = (PAGES[0].parent / page).read_text(encoding="utf-8")
-    text = re.sub(r"```.*?```|`[^`]+`|<!-- ([\w-]+) -->.*?<!-- end -->|\]\(.*?\)", "", text, flags=re.DOTALL)
+    text = re.sub(
+        r"```.*?```|`[^`]+`|<!-- ([\w-]+) -->.*?<!-- end -->|\]\(.*?\)",
+        "",
+        text,
+        flags=re.DOTALL,
+    )
     numbers = numbers_in(text)
     assert len(numbers) > 10
     in_tables = set()
@@ -129,7 +148,9 @@ def test_an_interval_holds_the_truth_less_often_where_seeds_are_far_apart() -> N
     assert far < 0.85 < near < 1
 
 
-def test_a_preconditioned_step_of_the_product_does_not_depend_on_how_its_factors_share_their_size() -> None:
+def test_a_preconditioned_step_of_the_product_does_not_depend_on_how_its_factors_share_their_size() -> (
+    None
+):
     steps = [step_of_the_product(share) for share in (1.0, 10.0)]
     torch.testing.assert_close(*steps, rtol=1e-3, atol=1e-4)
 
@@ -155,9 +176,12 @@ OTHERS = {"22.6", "35.4", "0.9", "0.03"}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"), [(["--fast"], "--output"), (["--e2e", "nowhere"], "nowhere has no valid.txt")]
+    ("arguments", "named"),
+    [(["--fast"], "--output"), (["--e2e", "nowhere"], "nowhere has no valid.txt")],
 )
-def test_mistakes_end_before_anything_is_run(arguments: list[str], named: str, capsys: Capture) -> None:
+def test_mistakes_end_before_anything_is_run(
+    arguments: list[str], named: str, capsys: Capture
+) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
     assert named in capsys.readouterr().err

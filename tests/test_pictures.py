@@ -9,21 +9,40 @@ from docs.pictures.draw import PICTURES
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "pictures"
-PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+}
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_file_is_what_the_script_draws(name: str) -> None:
     found = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
-    assert found == PICTURES[name](), "the table or the script changed: python -m docs.pictures.draw"
+    assert found == PICTURES[name](), (
+        "the table or the script changed: python -m docs.pictures.draw"
+    )
 
 
-def test_each_picture_is_on_a_page_or_the_mark_of_the_site_and_no_other_is_there() -> None:
-    shown = {name for page in PAGES.values() for name in re.findall(r"\]\((?:docs/)?pictures/(\w+)\.svg\)", page)}
-    assert shown | {"mark"} == set(PICTURES) == {path.stem for path in FOLDER.glob("*.svg")}
+def test_each_picture_is_on_a_page_or_the_mark_of_the_site_and_no_other_is_there() -> (
+    None
+):
+    shown = {
+        name
+        for page in PAGES.values()
+        for name in re.findall(r"\]\((?:docs/)?pictures/(\w+)\.svg\)", page)
+    }
+    assert (
+        shown | {"mark"}
+        == set(PICTURES)
+        == {path.stem for path in FOLDER.glob("*.svg")}
+    )
 
 
 def test_each_picture_says_in_words_what_it_shows() -> None:
-    said = [words for page in PAGES.values() for words in re.findall(r"!\[([^\]]*)\]\(\S*pictures/", page)]
+    said = [
+        words
+        for page in PAGES.values()
+        for words in re.findall(r"!\[([^\]]*)\]\(\S*pictures/", page)
+    ]
     assert len(said) > 10
     assert all(words == "lightning_lora" or len(words.split()) > 10 for words in said)

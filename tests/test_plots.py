@@ -30,7 +30,9 @@ def run(tmp_path: Path) -> CSVLogger:
     """A run with a monitor."""
     logger = CSVLogger(tmp_path, name="run")
     callbacks = [lora(merge=False), LoRAMonitor(2, per_layer=True)]
-    trainer(tmp_path, callbacks, logger=logger, log_every_n_steps=1, max_steps=6).fit(LitTiny(), data())
+    trainer(tmp_path, callbacks, logger=logger, log_every_n_steps=1, max_steps=6).fit(
+        LitTiny(), data()
+    )
     return logger
 
 
@@ -74,7 +76,9 @@ def test_a_line_has_the_steps_and_values_that_were_logged(run: CSVLogger) -> Non
     (line,) = ax.lines
     logged = logged_by(run, "lora/update_norm")
     assert len(logged) > 3
-    for row, step, value in zip(logged, line.get_xdata(), line.get_ydata(), strict=True):
+    for row, step, value in zip(
+        logged, line.get_xdata(), line.get_ydata(), strict=True
+    ):
         assert step == int(row["step"])
         assert value == float(row["lora/update_norm"])
     assert ax.get_ylabel() == "lora/update_norm"
@@ -103,7 +107,8 @@ def test_a_window_gives_means_up_to_each_value(tmp_path: Path) -> None:
 
 
 def test_the_newest_version_of_a_folder_counts(tmp_path: Path) -> None:
-    for version in (10, 9):  # which is written last says nothing: a copied folder has other times
+    # which is written last says nothing: a copied folder has other times
+    for version in (10, 9):
         written(tmp_path / f"version_{version}", step=[0], val_loss=[version])
     _, ax = plot_losses({"a": tmp_path})
     assert list(ax.lines[0].get_ydata()) == [10]
@@ -127,14 +132,20 @@ def test_each_layer_has_its_last_numbers(run: CSVLogger) -> None:
     assert figure.get_suptitle().endswith(f"step {last['step']}")
 
 
-def test_rows_are_blocks_in_their_order_and_columns_are_matrices(tmp_path: Path) -> None:
+def test_rows_are_blocks_in_their_order_and_columns_are_matrices(
+    tmp_path: Path,
+) -> None:
     columns: dict[str, list[Any]] = {"step": [5]}
     logged = {"0.mlp.up": 1, "0.q": 2, "2.q": 3, "10.q": 4, "10.mlp.up": 5}
     for name, value in logged.items():
         columns[f"lora/update_norm/model.layers.{name}"] = [value]
         columns[f"lora/effective_rank/model.layers.{name}"] = [value + 1]
     _, (norms, ranks) = plot_layers(written(tmp_path / "a", **columns))
-    assert texts_of(norms.get_xticklabels()) == texts_of(ranks.get_xticklabels()) == ["mlp.up", "q"]
+    assert (
+        texts_of(norms.get_xticklabels())
+        == texts_of(ranks.get_xticklabels())
+        == ["mlp.up", "q"]
+    )
     assert texts_of(norms.get_yticklabels()) == ["0", "2", "10"]
     assert numbers_in(norms) == [[1, 2], [-1, 3], [5, 4]]
     assert numbers_in(ranks) == [[2, 3], [-1, 4], [6, 5]]
@@ -151,7 +162,9 @@ def test_rows_are_blocks_in_their_order_and_columns_are_matrices(tmp_path: Path)
         ([0.5, "inf"], ["0.500", "inf"]),
     ],
 )
-def test_all_norms_have_as_many_decimals(tmp_path: Path, norms: list[Any], shown: list[str]) -> None:
+def test_all_norms_have_as_many_decimals(
+    tmp_path: Path, norms: list[Any], shown: list[str]
+) -> None:
     columns: dict[str, list[Any]] = {"step": [5]}
     for block, norm in enumerate(norms):
         columns[f"lora/update_norm/layers.{block}.q"] = [norm]
@@ -161,7 +174,9 @@ def test_all_norms_have_as_many_decimals(tmp_path: Path, norms: list[Any], shown
     assert ax.get_title() == "Norm of the update (absolute)"
 
 
-def test_columns_are_in_the_order_of_the_model_also_if_it_is_merged(tmp_path: Path) -> None:
+def test_columns_are_in_the_order_of_the_model_also_if_it_is_merged(
+    tmp_path: Path,
+) -> None:
     model = nn.ModuleDict()
     for name in ("query", "key", "out"):
         model[name] = nn.Linear(4, 4)
@@ -183,12 +198,21 @@ def test_columns_are_in_the_order_of_the_model_also_if_it_is_merged(tmp_path: Pa
 
 def test_no_two_labels_overlap(tmp_path: Path) -> None:
     columns: dict[str, list[Any]] = {"step": [5]}
-    for matrix in ("q", "attention.output.dense", "mixture_of_experts.gate_projection", "v"):
+    for matrix in (
+        "q",
+        "attention.output.dense",
+        "mixture_of_experts.gate_projection",
+        "v",
+    ):
         columns[f"lora/update_norm/layers.0.{matrix}"] = [1]
         columns[f"lora/effective_rank/layers.0.{matrix}"] = [1]
     figure, axes = plot_layers(written(tmp_path / "a", **columns))
     figure.canvas.draw()
-    labels = [label for ax in axes for label in (*ax.get_xticklabels(), *ax.get_yticklabels(), ax.title)]
+    labels = [
+        label
+        for ax in axes
+        for label in (*ax.get_xticklabels(), *ax.get_yticklabels(), ax.title)
+    ]
     boxes = [label.get_window_extent() for label in labels]
     for place, box in enumerate(boxes):
         assert not box.count_overlaps(boxes[place + 1 :])
@@ -207,11 +231,17 @@ def test_a_large_model_has_colours_without_numbers(tmp_path: Path) -> None:
 # What cannot be drawn
 
 
-def test_a_metric_that_was_not_logged_is_named_beside_those_that_were(tmp_path: Path) -> None:
+def test_a_metric_that_was_not_logged_is_named_beside_those_that_were(
+    tmp_path: Path,
+) -> None:
     run = written(tmp_path / "a", step=[1], epoch=[0], val_acc=[1], train_loss=[2])
-    with pytest.raises(ll.ConfigError, match=r"'val_loss' is not in .*It has 'train_loss', 'val_acc'\."):
+    with pytest.raises(
+        ll.ConfigError, match=r"'val_loss' is not in .*It has 'train_loss', 'val_acc'\."
+    ):
         plot_losses({"a": run})
-    with pytest.raises(ll.ConfigError, match="LoRAMonitor\\(per_layer=True\\) logs them"):
+    with pytest.raises(
+        ll.ConfigError, match="LoRAMonitor\\(per_layer=True\\) logs them"
+    ):
         plot_layers(run)
     with pytest.raises(ll.ConfigError, match="window=0"):
         plot_losses({"a": run}, "val_acc", window=0)
@@ -226,10 +256,14 @@ def test_a_folder_without_a_run_or_with_two_is_refused(tmp_path: Path) -> None:
         plot_losses({"both": tmp_path})
 
 
-def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = written(tmp_path / "a", step=[1], val_loss=[1])
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ModuleNotFoundError, match=r"extra 'plots': pip install '\.\[plots\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"extra 'plots': pip install '\.\[plots\]'"
+    ):
         plot_losses({"a": run})
 
 
@@ -243,7 +277,9 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatc
     ],
     ids=["no step", "no steps", "a word", "more cells"],
 )
-def test_a_file_that_is_not_of_csvlogger_is_refused(tmp_path: Path, text: str, says: str) -> None:
+def test_a_file_that_is_not_of_csvlogger_is_refused(
+    tmp_path: Path, text: str, says: str
+) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text(text)
     with pytest.raises(ll.ConfigError, match=says):

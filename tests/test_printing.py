@@ -25,7 +25,9 @@ class Blocks(LitTiny):
     def __init__(self) -> None:
         super().__init__()
         self.lstm = nn.ModuleDict({"größe": nn.LSTM(1, 8, bidirectional=True)})
-        self.chain = nn.ModuleList(nn.ModuleDict({"part": nn.Linear(8, 8)}) for _ in range(3))
+        self.chain = nn.ModuleList(
+            nn.ModuleDict({"part": nn.Linear(8, 8)}) for _ in range(3)
+        )
 
     def forward(self, index: Tensor) -> Tensor:
         x = super().forward(index)
@@ -50,7 +52,9 @@ class Tee:
 class Written:
     """Standard output in an encoding, and its text."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, encoding: str, tee: bool = False) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, encoding: str, tee: bool = False
+    ) -> None:
         self.bytes = io.BytesIO()
         self.encoding = encoding
         stream = io.TextIOWrapper(self.bytes, encoding=encoding, write_through=True)
@@ -62,10 +66,18 @@ class Written:
 
 @pytest.mark.parametrize("tee", [False, True])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_no_encoding_ends_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, tee: bool) -> None:
+def test_no_encoding_ends_a_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, tee: bool
+) -> None:
     written = Written(monkeypatch, encoding, tee)
-    callbacks = [lora(r=4, target_modules="all", exclude_modules=["embed"]), ModelSummary()]  # rich's own would fail
-    trainer(tmp_path, callbacks, max_epochs=1, enable_model_summary=True).fit(Blocks(), data())
+    # rich's own would fail
+    callbacks = [
+        lora(r=4, target_modules="all", exclude_modules=["embed"]),
+        ModelSummary(),
+    ]
+    trainer(tmp_path, callbacks, max_epochs=1, enable_model_summary=True).fit(
+        Blocks(), data()
+    )
     shown = written.text()
     assert "LoRA: Blocks trains" in shown
     assert "Total" in shown
@@ -80,7 +92,9 @@ def test_no_encoding_ends_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_summary_prints_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+def test_a_summary_prints_in_any_encoding(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
     written = Written(monkeypatch, encoding)
     model = Blocks()
     ll.inject_adapters(model, ll.LoRAConfig(r=4, target_modules="all"))
@@ -93,30 +107,51 @@ def test_a_summary_prints_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encod
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_no_encoding_ends_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+def test_no_encoding_ends_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
     file = tmp_path / "größe.safetensors"
     saved(file, Blocks(), target_modules="all")
     written = Written(monkeypatch, encoding)
     assert main(["inspect", str(file)]) == 0
     assert main(["inspect", str(file), "--json"]) == 0
-    assert main(["combine", str(file), str(file), "--out", str(tmp_path / "größer.safetensors")]) == 0
+    assert (
+        main(
+            [
+                "combine",
+                str(file),
+                str(file),
+                "--out",
+                str(tmp_path / "größer.safetensors"),
+            ]
+        )
+        == 0
+    )
     shown = written.text()
     assert "Combined 2 files" in shown
     assert ("of ΔW" in shown) is (encoding in ("utf-8", "cp932", "cp1253"))
 
 
-def test_no_encoding_ends_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_encoding_ends_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = Written(monkeypatch, "ascii")
 
     def fit(callback: Any, ckpt_path: Any) -> None:
         model = LitTiny()
-        trainer(tmp_path, [callback], max_epochs=1).fit(model, data(), data(), ckpt_path=ckpt_path)
+        trainer(tmp_path, [callback], max_epochs=1).fit(
+            model, data(), data(), ckpt_path=ckpt_path
+        )
 
-    ll.LoRASweep(name=["größe", "klein"], modules_to_save=["head"], directory=tmp_path / "files").run(fit)
+    ll.LoRASweep(
+        name=["größe", "klein"], modules_to_save=["head"], directory=tmp_path / "files"
+    ).run(fit)
     assert r"gr\xf6\xdfe" in written.text()
 
 
-def test_a_reader_that_has_seen_enough_ends_no_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_has_seen_enough_ends_no_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader, writer = os.pipe()
     os.close(reader)  # as head does
     with os.fdopen(writer, "w") as stdout:

@@ -50,13 +50,16 @@ def test_each_private_name_that_no_other_test_would_miss_is_there() -> None:
 # They are read in one place
 
 
-OF_MODULES = {"_parameters", "_modules", "_buffers"}  # of nn.Module, which every release has
+# of nn.Module, which every release has
+OF_MODULES = {"_parameters", "_modules", "_buffers"}
 OTHERS = {  # of other packages, each in the one place that deals with it
-    "metrics.py": {"_plot", "_error_on_missing_matplotlib", "_get_col_row_split"},  # torchmetrics
+    # torchmetrics
+    "metrics.py": {"_plot", "_error_on_missing_matplotlib", "_get_col_row_split"},
     "storage/stored_modules.py": {"_name_or_path"},  # transformers
     "storage/formats/peft/naming/when_loaded.py": {"_check_lora_target_modules_mamba"},
 }  # fmt: skip
-OURS = {"_lora", "_lora_edited", "_lora_switched", "_whole"}  # entries that this package writes
+# entries that this package writes
+OURS = {"_lora", "_lora_edited", "_lora_switched", "_whole"}
 
 
 PRIVATE = re.compile(r"_[^\W_]\w*")
@@ -92,7 +95,11 @@ def read_in(tree: ast.Module) -> Iterator[str]:
 
 
 def test_no_other_file_reads_a_private_name() -> None:
-    files = {path: ast.parse(path.read_text()) for path in ROOM.parent.rglob("*.py") if path != ROOM}
+    files = {
+        path: ast.parse(path.read_text())
+        for path in ROOM.parent.rglob("*.py")
+        if path != ROOM
+    }
     ours = OURS | OF_MODULES
     for tree in files.values():
         ours |= set(defined_in(tree))

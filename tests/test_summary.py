@@ -11,7 +11,14 @@ from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
 from rich.console import Console
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters, summarize
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    inject_adapters,
+    merge_adapters,
+    summarize,
+)
 from lightning_lora.summary import LoRASummary
 from lightning_lora.training.compatibility import about_lightnings_table
 from tests.support.messages import assert_in_text
@@ -38,22 +45,30 @@ COUNTED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "plain": (three_layers, {"modules_to_save": ["2"]}),
     "tied": (TinyLM, {"target_modules": ["q_proj"]}),
     "not tied": (not_tied, {"target_modules": ["q_proj"]}),
-    "tied, and trained whole": (TinyLM, {"target_modules": ["q_proj"], "modules_to_save": ["embed"]}),
+    "tied, and trained whole": (
+        TinyLM,
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed"]},
+    ),
     "buffers": (normed, {}),
 }
 
 
 @pytest.mark.parametrize(("build", "config"), COUNTED.values(), ids=COUNTED)
-def test_summary_counts_what_trains_and_what_it_costs(build: Callable[[], nn.Module], config: dict[str, Any]) -> None:
+def test_summary_counts_what_trains_and_what_it_costs(
+    build: Callable[[], nn.Module], config: dict[str, Any]
+) -> None:
     model = build()
-    stored = {value.data_ptr(): value.nbytes for value in model.state_dict().values()}  # a tied weight once
+    # a tied weight once
+    stored = {value.data_ptr(): value.nbytes for value in model.state_dict().values()}
     parameters = count_of(model.parameters())
     inject_adapters(model, LoRAConfig(r=2, **config))
     summary = summarize(model)
     assert summary.trained == count_of(trainable(model))
     assert summary.frozen == count_of(model.parameters()) - summary.trained
-    assert summary.optimizer_bytes == 2 * 4 * summary.trained  # Adam's two moments, fp32
-    assert summary.checkpoint_bytes == 4 * summary.trained  # buffers as the base has them are not stored
+    # Adam's two moments, fp32
+    assert summary.optimizer_bytes == 2 * 4 * summary.trained
+    # buffers as the base has them are not stored
+    assert summary.checkpoint_bytes == 4 * summary.trained
     assert summary.full_optimizer_bytes == 2 * 4 * parameters
     assert summary.full_checkpoint_bytes == sum(stored.values())
 
@@ -65,16 +80,25 @@ def test_summary_prints_every_layer_of_a_plain_model_too() -> None:
     model = TinyLM()
     inject_adapters(model, LoRAConfig(r=2))
     merge_adapters(model)
-    assert "TinyLM is a plain model, with 2 adapters merged into it" in str(summarize(model))
+    assert "TinyLM is a plain model, with 2 adapters merged into it" in str(
+        summarize(model)
+    )
 
 
-def test_what_looks_untrained_counts_in_a_checkpoint_and_is_judged_anew_in_a_fit() -> None:
+def test_what_looks_untrained_counts_in_a_checkpoint_and_is_judged_anew_in_a_fit() -> (
+    None
+):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 16))
     inject_adapters(model, LoRAConfig(r=2, target_modules=["0"]))
-    assert summarize(model).checkpoint_bytes == 4 * 2 * 2 * 64  # of most layers, it is no sign
+    # of most layers, it is no sign
+    assert summarize(model).checkpoint_bytes == 4 * 2 * 2 * 64
     aged(model[:2])
     size = summarize(model).checkpoint_bytes
-    assert size == bytes_of(adapter_state_dict(model).values()) == 4 * (2 * 2 * 64 + 65 * 16)
+    assert (
+        size
+        == bytes_of(adapter_state_dict(model).values())
+        == 4 * (2 * 2 * 64 + 65 * 16)
+    )
 
 
 class Block(nn.Module):
@@ -137,10 +161,13 @@ def test_blocks_are_one_row_and_different_layers_are_several() -> None:
     assert groups["fc1"].kind == "Linear"
 
 
-def test_rows_fit_a_terminal_and_hold_whole_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_fit_a_terminal_and_hold_whole_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = nn.ModuleDict({"network": Stacks(), "norm": nn.LayerNorm(8)})
     inject_adapters(model, LoRAConfig(r=2))
-    assert "network.blocks.encoder_layer_*.self_attention " in str(summarize(model))  # as in logs, which are wide
+    # as in logs, which are wide
+    assert "network.blocks.encoder_layer_*.self_attention " in str(summarize(model))
     monkeypatch.setenv("COLUMNS", "44")
     assert_fits(str(summarize(model)), 44)
     of_a_fit = printed(summarize(model), 44, trained_only=True)
@@ -152,7 +179,10 @@ def test_rows_fit_a_terminal_and_hold_whole_names(monkeypatch: pytest.MonkeyPatc
 def assert_fits(table: str, width: int) -> None:
     longest = max(len(line) for line in table.splitlines())
     assert longest <= width
-    assert "network.blocks.encoder_layer_*.self_attention[q,k,v,out](×12)network.blocks" in names_in(table)
+    assert (
+        "network.blocks.encoder_layer_*.self_attention[q,k,v,out](×12)network.blocks"
+        in names_in(table)
+    )
 
 
 def names_in(table: str) -> str:
@@ -180,7 +210,13 @@ def test_a_fit_shows_the_fifteen_rows_that_train_most_and_counts_the_others() ->
     widths = (4, 5, 6, 7, 8)  # of the five that are not shown
     trained = sum(2 * (8 + width) for width in widths)
     frozen = sum(9 * width for width in widths) + 16  # with biases, and with the norm
-    assert rows[15] == ["6 other layers: lightning_lora.summarize(model)", "", "–", f"{trained}", f"{frozen}"]
+    assert rows[15] == [
+        "6 other layers: lightning_lora.summarize(model)",
+        "",
+        "–",
+        f"{trained}",
+        f"{frozen}",
+    ]
     assert rows[16][0] == "Total"
     assert_in_text([*names, "norm"], str(summarize(model)))
 
@@ -190,9 +226,13 @@ class WithSGD(LitTiny):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def shown_by_a_fit(model: LitTiny, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def shown_by_a_fit(
+    model: LitTiny, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
     """What a fit prints before it begins."""
-    trainer(folder, [LoRACallback(r=6)], max_epochs=1, enable_model_summary=True).fit(model, data())
+    trainer(folder, [LoRACallback(r=6)], max_epochs=1, enable_model_summary=True).fit(
+        model, data()
+    )
     shown = capsys.readouterr().out
     assert "q_proj" in shown
     assert f"LoRA: {type(model).__name__} trains" in shown
@@ -202,7 +242,9 @@ def shown_by_a_fit(model: LitTiny, folder: Path, capsys: pytest.CaptureFixture[s
     return shown
 
 
-def test_a_fit_names_its_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fit_names_its_optimizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "State of AdamW" in shown_by_a_fit(LitTiny(), tmp_path, capsys)
 
 
@@ -214,7 +256,9 @@ def test_a_fit_with_an_optimizer_without_state_says_nothing_of_it(
     assert "moments" not in shown
 
 
-def test_a_fit_without_a_summary_shows_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fit_without_a_summary_shows_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer(tmp_path, [LoRACallback(r=6)], max_epochs=1).fit(LitTiny(), data())
     assert "LoRA" not in capsys.readouterr().out
 
@@ -223,9 +267,21 @@ def test_a_fit_says_what_lightnings_own_table_is_where_it_shows_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    note = "In Lightning's own table (ModelSummary(0) hides it), LoRALinear is a Linear with its adapter."
-    for callbacks, is_said in (([], True), ([RichModelSummary(2)], True), ([ModelSummary(0)], False)):
-        run = trainer(tmp_path, [LoRACallback(r=6), *callbacks], max_epochs=1, enable_model_summary=True)
+    note = (
+        "In Lightning's own table (ModelSummary(0) hides it), LoRALinear is a Linear "
+        "with its adapter."
+    )
+    for callbacks, is_said in (
+        ([], True),
+        ([RichModelSummary(2)], True),
+        ([ModelSummary(0)], False),
+    ):
+        run = trainer(
+            tmp_path,
+            [LoRACallback(r=6), *callbacks],
+            max_epochs=1,
+            enable_model_summary=True,
+        )
         run.fit(LitTiny(), data())
         shown = " ".join(capsys.readouterr().out.split())
         assert "Weights in a checkpoint" in shown
@@ -234,24 +290,41 @@ def test_a_fit_says_what_lightnings_own_table_is_where_it_shows_one(
 
 
 @pytest.mark.parametrize(("depth", "notes"), [(1, 0), (2, 1), (-1, 1)])
-def test_only_classes_that_lightnings_table_has_are_explained(depth: int, notes: int) -> None:
+def test_only_classes_that_lightnings_table_has_are_explained(
+    depth: int, notes: int
+) -> None:
     inside = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     model = LitTiny()
     model.inside = inside
     for name in ("q_proj", "v_proj", "head"):
         delattr(model, name)
     inject_adapters(model, LoRAConfig(r=2))
-    run = L.Trainer(accelerator="cpu", logger=False, callbacks=[ModelSummary(depth)], enable_checkpointing=False)
+    run = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[ModelSummary(depth)],
+        enable_checkpointing=False,
+    )
     run.strategy.connect(model)
     said = list(map(str, about_lightnings_table(run)))
     assert len(said) == notes
     if said:
-        assert "LoRALinear is a Linear with its adapter, and FrozenBatchNorm1d is a BatchNorm1d that keeps" in said[0]
+        assert (
+            "LoRALinear is a Linear with its adapter, and FrozenBatchNorm1d is a "
+            "BatchNorm1d that keeps" in said[0]
+        )
 
 
 def test_the_table_shows_the_ranks_that_a_layer_has() -> None:
-    model = nn.ModuleDict({"lstm": nn.LSTM(1, 16, bidirectional=True), "attention": nn.MultiheadAttention(2, 1)})
-    model.update({"body": nn.Linear(16, 16), "heads": nn.ModuleList([nn.Linear(16, 1)])})
+    model = nn.ModuleDict(
+        {
+            "lstm": nn.LSTM(1, 16, bidirectional=True),
+            "attention": nn.MultiheadAttention(2, 1),
+        }
+    )
+    model.update(
+        {"body": nn.Linear(16, 16), "heads": nn.ModuleList([nn.Linear(16, 1)])}
+    )
     inject_adapters(model, LoRAConfig(r=4, target_modules="all"))
     ranks = {group.name: group.r for group in summarize(model).groups}
     assert ranks == {"lstm": "1–4", "attention": "2", "body": "4", "heads.0": "1"}
@@ -261,6 +334,8 @@ def test_the_table_shows_the_ranks_that_a_layer_has() -> None:
 
 def test_integers_would_train_as_float32() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
-    model.register_parameter("codes", nn.Parameter(torch.zeros(10, dtype=torch.int8), requires_grad=False))
+    model.register_parameter(
+        "codes", nn.Parameter(torch.zeros(10, dtype=torch.int8), requires_grad=False)
+    )
     full_bytes = 4 * (16 + 10)
     assert summarize(model).full_optimizer_bytes == 2 * full_bytes

@@ -7,12 +7,23 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_lora import ConfigError, LoRACallback, LoRASweep, TargetError, adapters, inject_adapters
+from lightning_lora import (
+    ConfigError,
+    LoRACallback,
+    LoRASweep,
+    TargetError,
+    adapters,
+    inject_adapters,
+)
 from tests.support.cases import StopError, same_parts
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, data, is_plain, same, state, trainer
@@ -56,7 +67,10 @@ class Rich(LitTiny):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
         return [optimizer], [
-            {"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9), "interval": "step"}
+            {
+                "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9),
+                "interval": "step",
+            }
         ]
 
 
@@ -64,7 +78,9 @@ def loaders(**options: Any) -> Any:
     return DataLoader(data().dataset, 4, shuffle=True, **options), data()
 
 
-def fitting(folder: Path, build: Callable[[], Any] = Rich, *others: Any, **options: Any) -> Any:
+def fitting(
+    folder: Path, build: Callable[[], Any] = Rich, *others: Any, **options: Any
+) -> Any:
     """A function that fits once, and the list of all Trainers that it made."""
     made: list[Any] = []
     given = options.pop("loaders", loaders)
@@ -80,7 +96,9 @@ def fitting(folder: Path, build: Callable[[], Any] = Rich, *others: Any, **optio
     return fit, made
 
 
-def check_as_alone(sweep: LoRASweep, name: str, fit: Any, made: list[Any], file: Path) -> Any:
+def check_as_alone(
+    sweep: LoRASweep, name: str, fit: Any, made: list[Any], file: Path
+) -> Any:
     """The file of a run that reached the end is that of a fit alone: all states but random numbers, which go on."""
     L.seed_everything(3, verbose=False)
     fit(LoRACallback(**{**sweep.runs[name], "merge": False}))
@@ -102,14 +120,24 @@ class StopsEarly(L.Callback):
 @pytest.mark.parametrize(
     ("build", "varied", "options"),
     [
-        (Rich, {"r": [1, 2]}, {"accumulate_grad_batches": 2, "loaders": lambda: loaders(num_workers=1)}),
+        (
+            Rich,
+            {"r": [1, 2]},
+            {"accumulate_grad_batches": 2, "loaders": lambda: loaders(num_workers=1)},
+        ),
         (lambda: Rich(manual=True), {"init": ["kaiming", "pissa"]}, {}),
-        (Rich, {"lr_scale": [1, 10], "dropout": [0.0, 0.1]}, {"val_check_interval": 2, "gradient_clip_val": 0.1}),
+        (
+            Rich,
+            {"lr_scale": [1, 10], "dropout": [0.0, 0.1]},
+            {"val_check_interval": 2, "gradient_clip_val": 0.1},
+        ),
         (Rich, {"r": [1, 2], "keep": 1}, {"others": [StopsEarly]}),
     ],
     ids=["accumulated, workers", "manual", "validated often", "stops by itself"],
 )
-def test_the_best_is_as_in_a_fit_alone_to_the_bit(tmp_path: Path, build: Any, varied: Any, options: Any) -> None:
+def test_the_best_is_as_in_a_fit_alone_to_the_bit(
+    tmp_path: Path, build: Any, varied: Any, options: Any
+) -> None:
     others = options.pop("others", [])
     fit, made = fitting(tmp_path, build, *others, **options)
     sweep = LoRASweep(**varied, **HEAD, directory=tmp_path / "sweep")
@@ -125,7 +153,9 @@ def test_the_best_is_as_in_a_fit_alone_to_the_bit(tmp_path: Path, build: Any, va
     assert not is_plain(alone)
 
 
-def test_one_module_may_be_used_for_all_and_be_evaluated_in_between(tmp_path: Path) -> None:
+def test_one_module_may_be_used_for_all_and_be_evaluated_in_between(
+    tmp_path: Path,
+) -> None:
     model = Rich()
     fit, made = fitting(tmp_path, lambda: model)
 
@@ -145,7 +175,9 @@ def test_one_module_may_be_used_for_all_and_be_evaluated_in_between(tmp_path: Pa
         check_as_alone(sweep, name, fit, made, tmp_path / "alone.ckpt")
 
 
-def test_the_better_half_goes_on_after_each_epoch(tmp_path: Path, capsys: Any, caplog: Any) -> None:
+def test_the_better_half_goes_on_after_each_epoch(
+    tmp_path: Path, capsys: Any, caplog: Any
+) -> None:
     fit, made = fitting(tmp_path, LitTiny)
     sweep = LoRASweep(r=[1, 2], alpha=[1, 16], directory=tmp_path / "sweep")
     with caplog.at_level("INFO"):
@@ -155,13 +187,23 @@ def test_the_better_half_goes_on_after_each_epoch(tmp_path: Path, capsys: Any, c
     assert len(made) == 4 + 2 + 1 + 1
     assert results is sweep.results
     assert results[2]["metrics"] < results[3]["metrics"]
-    assert f"LoRASweep, epoch 2: {results[0]['name']} is best; 1 of 2 go on." in caplog.text
+    assert (
+        f"LoRASweep, epoch 2: {results[0]['name']} is best; 1 of 2 go on."
+        in caplog.text
+    )
     shown = capsys.readouterr().out
-    assert all(f"{name} " in shown for name in ("Adapter", "val_loss", "Dropped after", *sweep.runs))
-    assert {each.name for each in sweep.directory.iterdir()} == {f"{name}.ckpt" for name in sweep.runs}
+    assert all(
+        f"{name} " in shown
+        for name in ("Adapter", "val_loss", "Dropped after", *sweep.runs)
+    )
+    assert {each.name for each in sweep.directory.iterdir()} == {
+        f"{name}.ckpt" for name in sweep.runs
+    }
 
 
-def test_dropped_after_says_how_many_epochs_an_adapter_has_trained(tmp_path: Path, caplog: Any) -> None:
+def test_dropped_after_says_how_many_epochs_an_adapter_has_trained(
+    tmp_path: Path, caplog: Any
+) -> None:
     fit, _ = fitting(tmp_path, LitTiny, max_epochs=9, check_val_every_n_epoch=3)
     sweep = LoRASweep(r=[1, 2, 4, 8], **HEAD, directory=tmp_path / "sweep")
     with caplog.at_level("INFO"):
@@ -169,7 +211,12 @@ def test_dropped_after_says_how_many_epochs_an_adapter_has_trained(tmp_path: Pat
     assert [each["dropped"] for each in results] == [None, 6, 3, 3]
     assert "LoRASweep, epoch 3: " in caplog.text
     assert "LoRASweep, epoch 6: " in caplog.text
-    trained = [torch.load(tmp_path / "sweep" / f"{each['name']}.ckpt", weights_only=True)["epoch"] for each in results]
+    trained = [
+        torch.load(tmp_path / "sweep" / f"{each['name']}.ckpt", weights_only=True)[
+            "epoch"
+        ]
+        for each in results
+    ]
     assert trained[1:] == [6, 3, 3]
 
 
@@ -177,11 +224,19 @@ def test_merge_best_is_that_of_a_fit_of_the_best_alone(tmp_path: Path) -> None:
     made: list[Any] = []
 
     def fit(callback: Any, ckpt_path: Any = None) -> None:
-        files = ModelCheckpoint(tmp_path / getattr(callback, "run", "alone"), monitor="val_acc", mode="max")
+        files = ModelCheckpoint(
+            tmp_path / getattr(callback, "run", "alone"), monitor="val_acc", mode="max"
+        )
         made.append(trainer(tmp_path, [callback, files], max_epochs=3))
         made[-1].fit(Rich(), *loaders(), ckpt_path=ckpt_path)
 
-    sweep = LoRASweep(r=[1, 2], merge="best", monitor="val_acc", mode="max", directory=tmp_path / "sweep")
+    sweep = LoRASweep(
+        r=[1, 2],
+        merge="best",
+        monitor="val_acc",
+        mode="max",
+        directory=tmp_path / "sweep",
+    )
     L.seed_everything(3, verbose=False)
     best = sweep.run(fit)[0]
     L.seed_everything(3, verbose=False)
@@ -199,7 +254,11 @@ def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path) ->
     fit, _ = fitting(tmp_path, LitTiny, Stop, lambda: EarlyStopping("val_loss"))
     sweep = LoRASweep(r=[1, 2, 3], keep=0.9, directory=tmp_path / "sweep")
     sweep.run(fit)
-    assert {each["r"]: len(each["metrics"]) for each in sweep.results} == {1: 1, 2: 3, 3: 3}
+    assert {each["r"]: len(each["metrics"]) for each in sweep.results} == {
+        1: 1,
+        2: 3,
+        3: 3,
+    }
     assert all(each["dropped"] is None for each in sweep.results)
 
 
@@ -219,10 +278,14 @@ class Diverges(LitTiny):  # adapters of rank 1 have no loss
 
 
 @pytest.mark.parametrize("stops", [False, True])
-def test_an_adapter_without_a_number_is_last_also_if_it_stopped_by_itself(tmp_path: Path, stops: bool) -> None:
+def test_an_adapter_without_a_number_is_last_also_if_it_stopped_by_itself(
+    tmp_path: Path, stops: bool
+) -> None:
     others = [lambda: EarlyStopping("val_loss")] * stops
     fit, _ = fitting(tmp_path, Diverges, *others)
-    assert [each["r"] for each in LoRASweep(r=[1, 2], directory=tmp_path).run(fit)][-1] == 1
+    assert [each["r"] for each in LoRASweep(r=[1, 2], directory=tmp_path).run(fit)][
+        -1
+    ] == 1
 
 
 class DivergesLater(LitTiny):
@@ -231,7 +294,9 @@ class DivergesLater(LitTiny):
         self.log("val_loss", self.loss(batch) * factor)
 
 
-def test_a_dropped_adapter_that_is_the_best_one_trains_no_further(tmp_path: Path) -> None:
+def test_a_dropped_adapter_that_is_the_best_one_trains_no_further(
+    tmp_path: Path,
+) -> None:
     fit, made = fitting(tmp_path, DivergesLater)
     best = LoRASweep(r=[1, 2], merge=False, directory=tmp_path / "sweep").run(fit)[0]
     assert len(best["metrics"]) == 1
@@ -242,8 +307,13 @@ def test_a_dropped_adapter_that_is_the_best_one_trains_no_further(tmp_path: Path
 
 def test_if_no_adapter_has_a_number_none_is_merged(tmp_path: Path) -> None:
     model = Diverges()
-    with unchanged(model), pytest.raises(ConfigError, match="val_loss is NaN for all adapters"):
-        LoRASweep(r=1, alpha=[1, 2], directory=tmp_path).run(fitting(tmp_path, lambda: model)[0])
+    with (
+        unchanged(model),
+        pytest.raises(ConfigError, match="val_loss is NaN for all adapters"),
+    ):
+        LoRASweep(r=1, alpha=[1, 2], directory=tmp_path).run(
+            fitting(tmp_path, lambda: model)[0]
+        )
     assert adapters(model) == ()
 
 
@@ -263,21 +333,55 @@ def all_but(number: int, fit: Any) -> Any:
     ("build", "arguments", "message"),
     [
         # the path, or the callback, is forgotten
-        (lambda folder: lambda callback, _: fitting(folder, LitTiny)[0](callback), {}, r"Trainer.fit\(ckpt_path=...\)"),
         (
-            lambda folder: lambda _, path: fitting(folder, LitTiny)[0](LoRACallback(r=1), path),
+            lambda folder: lambda callback, _: fitting(folder, LitTiny)[0](callback),
+            {},
+            r"Trainer.fit\(ckpt_path=...\)",
+        ),
+        (
+            lambda folder: (
+                lambda _, path: fitting(folder, LitTiny)[0](LoRACallback(r=1), path)
+            ),
             {},
             "makes a Trainer with the callback that it gets",
         ),
-        (lambda folder: all_but(4, fitting(folder, LitTiny)[0]), {}, r"fits in each call: the last .*r\d\.ckpt"),
-        (lambda folder: fitting(folder, LitTiny, limit_val_batches=0)[0], {}, "No validation has run"),
-        (lambda folder: fitting(folder, max_steps=9)[0], {}, "does not work with max_steps"),
-        (lambda folder: fitting(folder, Rich, lambda: StochasticWeightAveraging(0.1))[0], {}, "that average weights"),
-        (lambda folder: fitting(folder, reload_dataloaders_every_n_epochs=1)[0], {}, "with reload_dataloaders"),
-        (lambda folder: fitting(folder)[0], {"monitor": "val_los_"}, "'val_los_' is not logged .* Found: .*'val_loss'"),
+        (
+            lambda folder: all_but(4, fitting(folder, LitTiny)[0]),
+            {},
+            r"fits in each call: the last .*r\d\.ckpt",
+        ),
+        (
+            lambda folder: fitting(folder, LitTiny, limit_val_batches=0)[0],
+            {},
+            "No validation has run",
+        ),
+        (
+            lambda folder: fitting(folder, max_steps=9)[0],
+            {},
+            "does not work with max_steps",
+        ),
+        (
+            lambda folder: fitting(
+                folder, Rich, lambda: StochasticWeightAveraging(0.1)
+            )[0],
+            {},
+            "that average weights",
+        ),
+        (
+            lambda folder: fitting(folder, reload_dataloaders_every_n_epochs=1)[0],
+            {},
+            "with reload_dataloaders",
+        ),
+        (
+            lambda folder: fitting(folder)[0],
+            {"monitor": "val_los_"},
+            "'val_los_' is not logged .* Found: .*'val_loss'",
+        ),
     ],
 )
-def test_what_does_not_work_is_named(tmp_path: Path, build: Any, arguments: Any, message: str) -> None:
+def test_what_does_not_work_is_named(
+    tmp_path: Path, build: Any, arguments: Any, message: str
+) -> None:
     sweep = LoRASweep(r=[1, 2], mode="min", directory=tmp_path / "sweep", **arguments)
     with pytest.raises(ConfigError, match=message):
         sweep.run(build(tmp_path))
@@ -285,36 +389,54 @@ def test_what_does_not_work_is_named(tmp_path: Path, build: Any, arguments: Any,
 
 def test_other_processes_are_refused(tmp_path: Path) -> None:
     fit, _ = fitting(tmp_path, LitTiny, strategy="ddp_fork", devices=2)
-    with pytest.raises(Exception, match="does not work with strategies that fork or spawn"):  # wrapped by torch
+    # wrapped by torch
+    with pytest.raises(
+        Exception, match="does not work with strategies that fork or spawn"
+    ):
         LoRASweep(r=[1, 2], directory=tmp_path / "sweep").run(fit)
 
 
 def test_an_error_in_a_fit_ends_all_and_leaves_the_base(tmp_path: Path) -> None:
     class Stops(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: L.Trainer, pl_module: Any, *_: Any
+        ) -> None:
             if trainer.global_step == 3 and len(pl_module.q_proj.lora_A) == 2:
                 raise StopError
 
     model = LitTiny()
     with unchanged(model), pytest.raises(StopError):
-        LoRASweep(r=[1, 2], directory=tmp_path).run(fitting(tmp_path, lambda: model, Stops)[0])
+        LoRASweep(r=[1, 2], directory=tmp_path).run(
+            fitting(tmp_path, lambda: model, Stops)[0]
+        )
     assert adapters(model) == ()
     with pytest.raises(TargetError, match="q_porj"):
-        LoRASweep(target_modules=[["q_porj"], ["q_proj"]], directory=tmp_path).run(fitting(tmp_path)[0])
+        LoRASweep(target_modules=[["q_porj"], ["q_proj"]], directory=tmp_path).run(
+            fitting(tmp_path)[0]
+        )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"r": 8}, "these adapters: ''. Expected several"),
-        ({"r": [8, 16, 16]}, "these adapters: 'r8', 'r16'. Expected several, and none twice"),
+        (
+            {"r": [8, 16, 16]},
+            "these adapters: 'r8', 'r16'. Expected several, and none twice",
+        ),
         ({"r": [8, 16], "keep": 0}, "keep=0: val_loss needs"),
         ({"r": [8, 16], "mode": "least"}, "mode='least'"),
-        ({"r": [8, 16], "monitor": "val_acc"}, "mode=None, keep=0.5: val_acc needs 'min' or 'max'"),
+        (
+            {"r": [8, 16], "monitor": "val_acc"},
+            "mode=None, keep=0.5: val_acc needs 'min' or 'max'",
+        ),
         ({"r": [8, 0]}, "r=0"),
         ({"ranks": [8, 16]}, "it is r here"),
         ({"loraplus_lr_ratio": [1, 16]}, "lr_scale={'A': 1, 'B': 16}"),
-        ({"target_modules": ["q_proj", "v_proj"]}, "a list of lists for target_modules"),
+        (
+            {"target_modules": ["q_proj", "v_proj"]},
+            "a list of lists for target_modules",
+        ),
     ],
 )
 def test_arguments_are_checked_at_once(arguments: Any, message: str) -> None:
@@ -323,15 +445,34 @@ def test_arguments_are_checked_at_once(arguments: Any, message: str) -> None:
 
 
 def test_names_have_what_differs() -> None:
-    sweep = LoRASweep(lr_scale=[1.0, {"A": 10, "B": 160}], dropout=[0.0, 0.1], modules_to_save=[["head"]], r=[4])
-    scales = {name: LoRACallback(**arguments).lr_scale for name, arguments in sweep.runs.items()}
+    sweep = LoRASweep(
+        lr_scale=[1.0, {"A": 10, "B": 160}],
+        dropout=[0.0, 0.1],
+        modules_to_save=[["head"]],
+        r=[4],
+    )
+    scales = {
+        name: LoRACallback(**arguments).lr_scale
+        for name, arguments in sweep.runs.items()
+    }
     assert scales["lr_scale_A_10_B_160-dropout0.1"] == {"A": 10, "B": 160}
     assert len(scales) == 4
-    assert all((each["r"], each["modules_to_save"]) == (4, ["head"]) for each in sweep.runs.values())
-    sweep = LoRASweep(target_modules=["q_proj|v_proj", ["q_proj", "v_proj"]])  # whose names would be the same
-    assert list(sweep.runs) == ["target_modules_q_proj_v_proj", "target_modules_q_proj_v_proj_2"]
+    assert all(
+        (each["r"], each["modules_to_save"]) == (4, ["head"])
+        for each in sweep.runs.values()
+    )
+    # whose names would be the same
+    sweep = LoRASweep(target_modules=["q_proj|v_proj", ["q_proj", "v_proj"]])
+    assert list(sweep.runs) == [
+        "target_modules_q_proj_v_proj",
+        "target_modules_q_proj_v_proj_2",
+    ]
     names = [f"encoder.layers.{number}.attention" for number in range(12)]
     long = [names[:11], names]
     assert all("-r" in name for name in LoRASweep(target_modules=long, r=[1, 2]).runs)
-    lists = dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "target_parameters"), long)
-    assert max(map(len, LoRASweep(**lists).runs)) < 220  # the name of a file may have 255
+    lists = dict.fromkeys(
+        ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"),
+        long,
+    )
+    # the name of a file may have 255
+    assert max(map(len, LoRASweep(**lists).runs)) < 220

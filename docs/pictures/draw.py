@@ -1,14 +1,9 @@
-"""Draws the pictures of the pages: python -m docs.pictures.draw does it.
+"""Draws the pictures of the pages: python -m docs.pictures.draw does it."""
 
-The charts are drawn from the tables of docs/paper-tables.md.
-"""
-
-import math
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
+from .charts import behind, parameters, rates
 from .shapes import WIDTH, arrow, box, dot, line, path, picture, text
 
 HERE = Path(__file__).parent
@@ -59,7 +54,9 @@ def update() -> str:
         arrow((385, 146), (408, 146)),
         text(415, 153, "h", "ink large"),
         text(256, 250, f"A and B: {2 * n * r:,} trained", "ink small"),
-        text(256, 268, f"({100 * 2 * r / n:.1f} % of {n * n / 1e6:.1f} M)", "quiet small"),
+        text(
+            256, 268, f"({100 * 2 * r / n:.1f} % of {n * n / 1e6:.1f} M)", "quiet small"
+        ),
     )
 
 
@@ -67,7 +64,13 @@ def steps() -> str:
     """What a fit does to a model."""
     shapes: list[str] = []
     notes = ("the weights", "A and B", "only these", "only these", "into weights")
-    names = {"freeze": frozen, "inject": injected, "train": trained, "save": saved, "merge": merged}
+    names = {
+        "freeze": frozen,
+        "inject": injected,
+        "train": trained,
+        "save": saved,
+        "merge": merged,
+    }
     for place, (name, draw) in enumerate(names.items()):
         middle = 44 + 88 * place
         shapes += [*draw(middle), text(middle, 116, name, "ink bold middle")]
@@ -84,7 +87,11 @@ LAYERS = (28, 46, 64)
 def frozen(x: float) -> list[str]:
     """Return three layers, with a lock."""
     layers = [box(x - 24, y, 48, 13, "frozen") for y in LAYERS]
-    return [*layers, box(x - 7, 11, 14, 11, "ink"), path(f"M{x - 4:g} 11v-3a4 4 0 0 1 8 0v3", "ink-line")]
+    return [
+        *layers,
+        box(x - 7, 11, 14, 11, "ink"),
+        path(f"M{x - 4:g} 11v-3a4 4 0 0 1 8 0v3", "ink-line"),
+    ]
 
 
 def injected(x: float, kind: str = "-line hollow") -> list[str]:
@@ -95,7 +102,10 @@ def injected(x: float, kind: str = "-line hollow") -> list[str]:
 
 def adapter(x: float, y: float, kind: str = "") -> list[str]:
     """Return a small B and A."""
-    return [box(x, y, 5, 13, f"blue{kind}", 1), box(x + 8, y + 4, 13, 5, f"orange{kind}", 1)]
+    return [
+        box(x, y, 5, 13, f"blue{kind}", 1),
+        box(x + 8, y + 4, 13, 5, f"orange{kind}", 1),
+    ]
 
 
 def trained(x: float) -> list[str]:
@@ -133,8 +143,14 @@ def halving() -> str:
                 shapes.append(box(x, y, 76, 16, "orange" if epoch == 4 else "blue"))
             else:
                 shapes.append(line(x + 4, y + 8, x + 72, y + 8))
-    shapes += [text(0, 64 + 22 * place, f"run {place + 1}", "ink small") for place in range(len(last))]
-    shapes += [text(382, 153, "best", "orange bold"), text(0, 250, "15 epochs are trained, of 32", "ink small")]
+    shapes += [
+        text(0, 64 + 22 * place, f"run {place + 1}", "ink small")
+        for place in range(len(last))
+    ]
+    shapes += [
+        text(382, 153, "best", "orange bold"),
+        text(0, 250, "15 epochs are trained, of 32", "ink small"),
+    ]
     return picture("Eight runs, four, two, one", 258, *shapes)
 
 
@@ -152,168 +168,33 @@ FILES = {
 
 def readers() -> str:
     """Who reads which file."""
-    shapes = [text(8, 16, "file", "quiet small"), text(176, 16, "read by", "quiet small")]
+    shapes = [
+        text(8, 16, "file", "quiet small"),
+        text(176, 16, "read by", "quiet small"),
+    ]
     y = 26
     for (name, writer), found in FILES.items():
-        shapes += [line(0, y, WIDTH, y, "frozen-line"), text(8, y + 20, name, "ink code")]
+        shapes += [
+            line(0, y, WIDTH, y, "frozen-line"),
+            text(8, y + 20, name, "ink code"),
+        ]
         shapes.append(text(8, y + 38, writer, "quiet small"))
         for reader in found:
             is_own = reader == "lightning_lora"
             x, width = (176, 106) if is_own else (290, 142)
-            shapes.append(box(x, y + 11, width, 24, f"{'blue' if is_own else 'orange'}-line hollow", 12))
+            shapes.append(
+                box(
+                    x,
+                    y + 11,
+                    width,
+                    24,
+                    f"{'blue' if is_own else 'orange'}-line hollow",
+                    12,
+                )
+            )
             shapes.append(text(x + width / 2, y + 27.5, reader, "ink small middle"))
         y += 48
     return picture("Who reads which file", y + 2, *shapes)
-
-
-# Charts, from the tables of the study
-
-
-class Found(NamedTuple):
-    """A difference to full fine-tuning, with the ends of its interval."""
-
-    value: float
-    low: float
-    high: float
-    is_clear: bool
-
-
-FULL = Found(0, 0, 0, False)
-
-
-def table(name: str) -> list[dict[str, str]]:
-    """Return the rows of a table of docs/paper-tables.md. Of two columns with one name, the first counts."""
-    page = (HERE.parent / "paper-tables.md").read_text(encoding="utf-8")
-    _, _, after = page.partition(f"<!-- {name} -->")
-    lines = after.partition("<!-- end -->")[0].strip().splitlines()
-    header, _, *rows = [[" ".join(cell.split()) for cell in each.strip("|").split("|")] for each in lines]
-    return [dict(zip(reversed(header), reversed(row), strict=True)) for row in rows]
-
-
-def difference(cell: str) -> Found:
-    """Read a cell such as ``**-1.2 [-2.5, -0.1]**``, bold if it is clear. An empty one is full fine-tuning's."""
-    if not cell:
-        return FULL
-    value, low, high = (float(number) for number in re.findall(r"[-+][\d.]+", cell))
-    return Found(value, low, high, cell.startswith("**"))
-
-
-def colour_of(method: str) -> str:
-    """Return blue for LoRA, and other colours for others."""
-    return "quiet" if method == "full" else "blue" if method.startswith("LoRA") else "orange"
-
-
-def interval(x: float, y: float, method: str, ends: list[tuple[float, float]], found: Found) -> list[str]:
-    """Return a dot on its interval. It is hollow if the interval holds zero. That of full fine-tuning has none."""
-    colour = colour_of(method)
-    if found == FULL:
-        return [dot(x, y, colour)]
-    shapes = [dot(x, y, colour if found.is_clear else f"{colour}-line hollow")]
-    for x2, y2 in ends:
-        share = min(1, 5 / math.hypot(x2 - x, y2 - y))  # of the way is inside of the dot
-        shapes.append(line(x + share * (x2 - x), y + share * (y2 - y), x2, y2, f"{colour}-line hollow"))
-    return shapes
-
-
-def legend(found: Iterable[Found]) -> str:
-    """Say what the signs mean that a chart has."""
-    has_hollow = any(not each.is_clear for each in found if each != FULL)
-    return f"Lines: 95 % intervals{'. Hollow: no clear difference' if has_hollow else ''}"
-
-
-def behind(name: str, title: str) -> str:
-    """Draw the differences of one table to full fine-tuning: a row for each method."""
-    found = {}
-    for row in table(name):
-        if row["minus full"] != "–":
-            found[row["method"]] = difference(row["minus full"])
-    low, high = min(each.low for each in found.values()), max(1, *(each.high for each in found.values()))
-    step = next(step for step in (1, 2, 5, 10) if (high - low) / step < 8)
-    bottom = 58 + 28 * len(found)
-
-    def across(value: float) -> float:
-        return 126 + 304 * (value - low) / (high - low)
-
-    shapes = [text(0, 16, title, "ink bold"), text(0, 36, legend(found.values()), "quiet small")]
-    for tick in range(math.ceil(low / step), math.floor(high / step) + 1):
-        x = across(tick * step)
-        shapes.append(line(x, 50, x, bottom, "frozen-line" if tick else "quiet-line"))
-        shapes.append(text(round(x), bottom + 18, f"{tick * step:+d}" if tick else "0", "quiet small middle"))
-    for place, (method, each) in enumerate(found.items()):
-        y = 68.0 + 28 * place
-        ends = [(across(each.low), y), (across(each.high), y)]
-        shapes += [text(0, y + 5, method), *interval(across(each.value), y, method, ends, each)]
-    return picture(title, bottom + 24, *shapes)
-
-
-PLACES = {
-    "full": (0, -12, "middle"),
-    "LoRA all, r=16": (-4, -10, ""),
-    "LoRA all, r=8": (6, -10, "end"),
-    "LoRA q v, r=8": (-12, 18, ""),
-    "BitFit": (4, 18, "end"),
-}
-"""Where a name is, from the nearest end of its interval. Others are at the right of their dots."""
-
-
-def parameters() -> str:
-    """Accuracy against trained parameters."""
-    rows = {row["method"]: row for row in table("table2")}
-    found = {method: difference(row["minus full"]) for method, row in rows.items()}
-    shapes = [
-        text(0, 16, "Test accuracy after two epochs, minus full, in points", "ink bold"),
-        text(0, 36, f"Film reviews. {legend(found.values())}", "quiet small"),
-        text(235, 346, "trained parameters", "quiet small middle"),
-    ]
-
-    def down(value: float) -> float:
-        return 80 - 19 * value
-
-    for tick in range(-10, 1, 2):
-        shapes.append(line(36, down(tick), 436, down(tick), "frozen-line" if tick else "quiet-line"))
-        shapes.append(text(28, down(tick) + 5, f"{tick}", "quiet small end"))
-    for power, label in enumerate(("1,000", "10,000", "100,000", "1 M", "10 M"), 3):
-        shapes.append(text(56 + 80 * (power - 2.7), 324, label, "quiet small middle"))
-    for method, each in found.items():
-        x = 56 + 80 * (math.log10(int(rows[method]["trained"].replace(",", ""))) - 2.7)
-        ends = [(x, down(each.low)), (x, down(each.high))]
-        shapes += interval(x, down(each.value), method, ends, each)
-        right, below, anchor = PLACES.get(method, (10, 5, ""))
-        nearest = each.value if method not in PLACES else each.low if below > 0 else each.high
-        shapes.append(text(round(x + right), round(down(nearest) + below), method, f"ink small {anchor}".strip()))
-    return picture("Accuracy against trained parameters", 354, *shapes)
-
-
-def rates() -> str:
-    """Loss against learning rate."""
-    shapes = [
-        text(0, 16, "Validation loss at each learning rate", "ink bold"),
-        text(0, 36, "Film reviews, two epochs, one seed", "quiet small"),
-        text(240, 306, "learning rate", "quiet small middle"),
-    ]
-    labels = {"full": (128, 196), "LoRA q v, r=8": (380, 62), "LoRA all, r=8": (352, 196)}
-
-    def down(loss: float) -> float:
-        return 262 - 3500 * (loss - 0.295)
-
-    for hundredth in range(30, 36):
-        y = down(hundredth / 100)
-        shapes += [line(42, y, 436, y, "frozen-line"), text(36, y + 5, f"{hundredth / 100:.2f}", "quiet small end")]
-    ticks: dict[str, float] = {}
-    for row in table("table2-rates"):
-        method = row[""]
-        if method not in labels:
-            continue
-        (x, y), colour = labels[method], colour_of(method)
-        shapes.append(text(x, y, method, f"{colour} small middle"))
-        tried = [each.strip("*").split(": ") for each in row["rate: loss"].split(", ")]
-        points = [(70 + 53 * math.log2(float(lr) / 5e-5), down(float(loss))) for lr, loss in tried]
-        ticks |= {lr: x for (lr, _), (x, _) in zip(tried, points, strict=True)}
-        shapes.append(path("M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in points), f"{colour}-line thick"))
-        best = max(points, key=lambda point: point[1])
-        shapes += [dot(*point, colour, 6 if point == best else 3.5) for point in points]
-    shapes += [text(round(x), 284, lr, "quiet small middle") for lr, x in ticks.items()]
-    return picture("Validation loss against learning rate", 314, *shapes)
 
 
 PICTURES: dict[str, Callable[[], str]] = {

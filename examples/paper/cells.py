@@ -67,12 +67,19 @@ def trained(results: Results, jobs: list[Job]) -> str:
     return f"{results[jobs[0]]['trained']:,}"
 
 
-def differences(results: Results, jobs: list[Job], others: list[Job], *sets: str) -> list[str]:
+def differences(
+    results: Results, jobs: list[Job], others: list[Job], *sets: str
+) -> list[str]:
     """Return the differences of accuracy, in points, and of loss, on the test part or on these parts together."""
-    return [difference(results, jobs, others, measure, *sets) for measure in (ACCURACY, LOSS)]
+    return [
+        difference(results, jobs, others, measure, *sets)
+        for measure in (ACCURACY, LOSS)
+    ]
 
 
-def difference(results: Results, jobs: list[Job], others: list[Job], measure: Measure, *sets: str) -> str:
+def difference(
+    results: Results, jobs: list[Job], others: list[Job], measure: Measure, *sets: str
+) -> str:
     """Return a difference with its interval, bold if that leaves out zero; rounding decides nothing."""
     if jobs == others:
         return ""
@@ -82,12 +89,16 @@ def difference(results: Results, jobs: list[Job], others: list[Job], measure: Me
         other = of_seeds(results, others, measure, sets)
         results.compared[known] = stats.interval(one, other, measure.statistic)
     exact = results.compared[known]
-    found, low, high = (signed(measure.factor * value, measure.digits) for value in exact[:3])
+    found, low, high = (
+        signed(measure.factor * value, measure.digits) for value in exact[:3]
+    )
     text = f"{found} [{low},{WHOLE}{high}]"
     return f"**{text}**" if exact.is_resolved else text
 
 
-def of_seeds(results: Results, jobs: list[Job], measure: Measure, sets: Iterable[str]) -> stats.Values:
+def of_seeds(
+    results: Results, jobs: list[Job], measure: Measure, sets: Iterable[str]
+) -> stats.Values:
     """Return what a measure needs of each job, one for each seed."""
     return np.stack([items(results[job], *measure.keys, sets=sets) for job in jobs])
 

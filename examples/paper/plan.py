@@ -45,7 +45,8 @@ MOST_MORE_WITH_FEW = 4
 def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
     """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins.
 
-    With four epochs, the search begins with the best rate of two, and half of it. With images, it may go on further.
+    With four epochs, the search begins with the best rate of two, and half of it. With
+    images, it may go on further.
     """
     rates = METHODS[name].rates
     if epochs == 4:
@@ -82,10 +83,13 @@ def ranked(results: Results, jobs: list[Job], by: Choice = nll) -> list[Job]:
     return sorted(jobs, key=lambda job: by(results[job]))
 
 
-def finalists(results: Results, task: str, name: str, epochs: int = 2) -> list[list[Job]]:
+def finalists(
+    results: Results, task: str, name: str, epochs: int = 2
+) -> list[list[Job]]:
     """Return the jobs of all seeds at the best learning rate; none while it is not known.
 
-    On E2E, at the two best ones: its validation part is too small to choose by one seed.
+    On E2E, at the two best ones: its validation part is too small to choose by one
+    seed.
     """
     searched = search(results, task, name, epochs)
     if not are_finished(searched, results):
@@ -115,7 +119,9 @@ def loss(results: Results, jobs: list[Job]) -> float:
     return mean(nll(results[job]) for job in jobs)
 
 
-def compared(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> list[Job]:
+def compared(
+    results: Results, task: str, names: Iterable[str], epochs: int = 2
+) -> list[Job]:
     """Return the jobs of some methods: those that search, then those of all seeds."""
     jobs = []
     for name in names:
@@ -124,7 +130,9 @@ def compared(results: Results, task: str, names: Iterable[str], epochs: int = 2)
     return jobs
 
 
-def searches(results: Results, task: str, names: Iterable[str], epochs: int) -> list[Job]:
+def searches(
+    results: Results, task: str, names: Iterable[str], epochs: int
+) -> list[Job]:
     """Return the jobs of one seed alone that search the rates of some methods."""
     jobs = []
     for name in names:
@@ -138,12 +146,18 @@ def by_epochs(results: Results, task: str, name: str, most: int = 2) -> list[Job
     Each has a search. Three seeds decide between those whose loss is near the lowest.
     """
     jobs = among_epochs(results, task, name, (1, 2))
-    if most == 4 and are_finished(jobs, results) and best_among(results, task, name, (1, 2))[0].epochs == 2:
+    if (
+        most == 4
+        and are_finished(jobs, results)
+        and best_among(results, task, name, (1, 2))[0].epochs == 2
+    ):
         return among_epochs(results, task, name, (1, 2, 4))
     return jobs
 
 
-def among_epochs(results: Results, task: str, name: str, tried: Iterable[int]) -> list[Job]:
+def among_epochs(
+    results: Results, task: str, name: str, tried: Iterable[int]
+) -> list[Job]:
     """Return the jobs that choose between these numbers of epochs: those that search, then those of all seeds."""
     jobs = []
     for epochs in tried:
@@ -156,7 +170,9 @@ def among_epochs(results: Results, task: str, name: str, tried: Iterable[int]) -
     return jobs
 
 
-def near_best(results: Results, task: str, name: str, tried: Iterable[int]) -> list[int]:
+def near_best(
+    results: Results, task: str, name: str, tried: Iterable[int]
+) -> list[int]:
     """Return the numbers of epochs whose loss of one seed is near the lowest."""
     losses = {}
     for epochs in tried:
@@ -167,10 +183,14 @@ def near_best(results: Results, task: str, name: str, tried: Iterable[int]) -> l
     return [epochs for epochs, found in losses.items() if found < limit]
 
 
-def best_among(results: Results, task: str, name: str, tried: Iterable[int]) -> list[Job]:
+def best_among(
+    results: Results, task: str, name: str, tried: Iterable[int]
+) -> list[Job]:
     """Return the jobs of three seeds whose mean loss is the lowest, with one of these numbers of epochs."""
     near = near_best(results, task, name, tried)
-    return with_lowest_loss(results, [seeds(results, task, name, epochs) for epochs in near])
+    return with_lowest_loss(
+        results, [seeds(results, task, name, epochs) for epochs in near]
+    )
 
 
 def by_all_epochs(results: Results, most: int) -> list[Job]:
@@ -205,13 +225,15 @@ def at_one_rate(results: Results, name: str) -> list[Job]:
 
 def unsearched(results: Results, names: Iterable[str]) -> list[Job]:
     """Return the jobs of table 5 or 6, and of a full fine-tuning that is as short."""
-    jobs = compared(results, "reviews", ["full", "LoRA q v, r=8"], 1)  # the latter chose RATE
+    # the latter chose RATE
+    jobs = compared(results, "reviews", ["full", "LoRA q v, r=8"], 1)
     for name in names:
         jobs += at_one_rate(results, name)
     return jobs
 
 
-PROMPT_JOBS = [Job("prompts", name, 0.0) for name in PROMPTS]  # by their loss of one seed, a prompt is chosen
+# by their loss of one seed, a prompt is chosen
+PROMPT_JOBS = [Job("prompts", name, 0.0) for name in PROMPTS]
 
 
 def best_prompt(results: Results) -> list[Job]:
@@ -244,7 +266,8 @@ def of_few(results: Results) -> list[Job]:
 def search_with_few(results: Results, task: str, name: str) -> list[Job]:
     """Return the jobs of one seed that choose a rate twice: by the loss, and by the mistakes.
 
-    With few texts, the two prefer other rates. So the search goes on where the edge wins by one of them.
+    With few texts, the two prefer other rates. So the search goes on where the edge
+    wins by one of them.
     """
     jobs = [Job(task, name, lr, epochs=FEW_EPOCHS[task]) for lr in METHODS[name].rates]
     if results.fast:
@@ -310,7 +333,9 @@ def at_best_momentum(results: Results, task: str, name: str) -> list[Job]:
 def with_momentum_of_package(results: Results, task: str, name: str) -> list[Job]:
     """Return the jobs at the momentum that the network's package has, one for each seed."""
     first = at_each_momentum(results, task, name)[0]
-    return of_all_seeds(results, replace(first, method=with_momentum(name, MOMENTUM_OF_PACKAGE)))
+    return of_all_seeds(
+        results, replace(first, method=with_momentum(name, MOMENTUM_OF_PACKAGE))
+    )
 
 
 def of_grid(results: Results) -> list[Job]:
@@ -334,15 +359,23 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "table3": of_e2e,
     "table5": partial(unsearched, names=WHICH),
     "table6": partial(unsearched, names=RANKS),
-    "beyond": partial(compared, task="reviews", names=["full", "LoRA all, r=8", *BEYOND]),
+    "beyond": partial(
+        compared, task="reviews", names=["full", "LoRA all, r=8", *BEYOND]
+    ),
     "definitions": partial(compared, task="definitions", names=DEFINITIONS),
     "epochs": partial(by_all_epochs, most=2),
     "longer": partial(by_all_epochs, most=4),
     "prefix": partial(compared, task="reviews", names=["full", *PREFIX]),
     "few": of_few,
     "digits": of_digits,
-    "variants": partial(compared, task="reviews", names=["LoRA all, r=8", *VARIANTS], epochs=1),
-    "embedding": partial(compared, task="reviews", names=["full", *EMBEDDING, *LARGER], epochs=1),
+    "variants": partial(
+        compared, task="reviews", names=["LoRA all, r=8", *VARIANTS], epochs=1
+    ),
+    "embedding": partial(
+        compared, task="reviews", names=["full", *EMBEDDING, *LARGER], epochs=1
+    ),
     "once": partial(searches, task="reviews", names=ONE_SEED, epochs=1),
-    "whole": partial(compared, task="reviews", names=["full", *EVERYTHING, *WHOLE], epochs=1),
+    "whole": partial(
+        compared, task="reviews", names=["full", *EVERYTHING, *WHOLE], epochs=1
+    ),
 }

@@ -14,8 +14,9 @@ def precondition(model: nn.Module) -> None:
     """Precondition the gradients of all adapters, before the optimizer takes its step.
 
     Source:
-        Zhang and Pilanci 2024, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models", algorithm 1. The
-        betas and the number on the diagonal are those of its code for GPT-2.
+        Zhang and Pilanci 2024, "Riemannian Preconditioned LoRA for Fine-Tuning
+        Foundation Models", algorithm 1. The betas and the number on the diagonal are
+        those of its code for GPT-2.
     """
     layers: Iterator[Any] = model.modules()
     for layer in layers:
@@ -35,5 +36,8 @@ def precondition_pair(a: nn.Parameter, b: nn.Parameter) -> None:
 
 @torch.no_grad()
 def products(rows: Tensor) -> Tensor:
-    """Return the product of each row with each other one. It can be inverted, also if all are zero."""
+    """Return the product of each row with each other one.
+
+    It can be inverted, also if all are zero.
+    """
     return rows @ rows.T + 1e-6 * torch.eye(len(rows))

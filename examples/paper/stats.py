@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 Values = np.ndarray  # of shape (seeds, items, numbers of each item)
-Statistic = Callable[[np.ndarray], np.ndarray]  # of means over items: its last dimension is the numbers
+# of means over items: its last dimension is the numbers
+Statistic = Callable[[np.ndarray], np.ndarray]
 
 RESAMPLES = 10_000
 SIMULATIONS = 400
@@ -28,16 +29,21 @@ class Difference(NamedTuple):
         return not self.low <= 0 <= self.high
 
 
-def interval(one: Values, other: Values, statistic: Statistic, resamples: int = RESAMPLES) -> Difference:
+def interval(
+    one: Values, other: Values, statistic: Statistic, resamples: int = RESAMPLES
+) -> Difference:
     """Return the difference of two methods.
 
     Items are drawn with replacement, the same ones for both methods, and so are seeds.
 
     Source:
-        Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation", section 4.
+        Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation",
+        section 4.
     """
     found = over_seeds(one, statistic) - over_seeds(other, statistic)
-    redrawn = resampled(one, statistic, resamples) - resampled(other, statistic, resamples)
+    redrawn = resampled(one, statistic, resamples) - resampled(
+        other, statistic, resamples
+    )
     low, high = np.percentile(redrawn, [2.5, 97.5])
     across_zero = min((redrawn <= 0).mean(), (redrawn >= 0).mean())
     p = max(2 * float(across_zero), 2 / resamples)
@@ -68,7 +74,8 @@ def survivors(p: list[float], level: float = 0.05) -> list[bool]:
 def resampled(values: Values, statistic: Statistic, resamples: int) -> np.ndarray:
     """Return the mean over seeds of a statistic, for each resample."""
     shares, seeds = drawn(*values.shape[:2], resamples)
-    means = np.stack([shares @ of_seed for of_seed in values], axis=1)  # (resamples, seeds, numbers)
+    # (resamples, seeds, numbers)
+    means = np.stack([shares @ of_seed for of_seed in values], axis=1)
     redrawn_seeds = np.take_along_axis(statistic(means), seeds, axis=1)
     found: np.ndarray = redrawn_seeds.mean(1)
     return found
@@ -89,11 +96,13 @@ def drawn(seeds: int, items: int, resamples: int) -> tuple[np.ndarray, np.ndarra
 def coverage(one: Values, other: Values, statistic: Statistic) -> float:
     """Return in which share of studies the interval holds the true difference of two methods.
 
-    What was found is taken for the truth. Each simulated study draws its seeds and its items from it, and makes an
-    interval of them. A new training has another seed for each method, so the seeds of the two are drawn apart.
+    What was found is taken for the truth. Each simulated study draws its seeds and its
+    items from it, and makes an interval of them. A new training has another seed for
+    each method, so the seeds of the two are drawn apart.
 
     Source:
-        Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 18.3 (calibration).
+        Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 18.3
+        (calibration).
     """
     truth = over_seeds(one, statistic) - over_seeds(other, statistic)
     seeds, items = one.shape[:2]
@@ -105,7 +114,9 @@ def coverage(one: Values, other: Values, statistic: Statistic) -> float:
         seeds_of_other = draw.integers(seeds, size=seeds)
         simulated_one = one[seeds_of_one][:, of_items]
         simulated_other = other[seeds_of_other][:, of_items]
-        found = interval(simulated_one, simulated_other, statistic, RESAMPLES_OF_A_SIMULATION)
+        found = interval(
+            simulated_one, simulated_other, statistic, RESAMPLES_OF_A_SIMULATION
+        )
         holds.append(found.low <= truth <= found.high)
     return float(np.mean(holds))
 
@@ -118,7 +129,8 @@ def average(means: np.ndarray) -> np.ndarray:
 def bleu(means: np.ndarray) -> np.ndarray:
     """Return corpus BLEU from the counts of each item."""
     counts, totals, lengths = np.split(means, [4, 8], axis=-1)
-    with np.errstate(divide="ignore"):  # no match or no text: a logarithm is minus infinity, and BLEU is 0
+    # no match or no text: a logarithm is minus infinity, and BLEU is 0
+    with np.errstate(divide="ignore"):
         precisions = counts / np.where(counts, totals, 1)
         precision = np.exp(np.log(precisions).mean(-1))
         brevity = np.minimum(0, 1 - lengths[..., 1] / lengths[..., 0])

@@ -16,7 +16,8 @@ class Student(LightningModule):
     """A pretrained model that learns a task.
 
     Args:
-        lr: Highest learning rate. It rises during a tenth of the steps, then falls to zero.
+        lr: Highest learning rate. It rises during a tenth of the steps, then falls to
+            zero.
     """
 
     pretrained: Any
@@ -51,5 +52,10 @@ class Student(LightningModule):
         betas = SHORT_MEMORY if self.preconditioned else (0.9, 0.999)
         optimizer = torch.optim.AdamW(trained, self.lr, betas, weight_decay=0.01)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        schedule = OneCycleLR(
+            optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }

@@ -23,7 +23,8 @@ def subspaces(small: Job, large: Job, other_seed: Job, adapters: Path) -> Result
 
     Args:
         small: Trained with a low rank.
-        large: With a high rank, and with another seed: with the same one, the first rows of A would begin alike.
+        large: With a high rank, and with another seed: with the same one, the first
+            rows of A would begin alike.
         other_seed: As ``large``, with another seed.
         adapters: The folder of their adapters.
     """
@@ -34,7 +35,10 @@ def subspaces(small: Job, large: Job, other_seed: Job, adapters: Path) -> Result
         "ranks": similarity(of_small, of_large),
         "seeds": similarity(of_large, of_other_seed),
         "random": similarity(fresh(0), fresh(1)),
-        "amplification": [amplification(small, of_small), amplification(large, of_large)],
+        "amplification": [
+            amplification(small, of_small),
+            amplification(large, of_large),
+        ],
     }
 
 
@@ -73,7 +77,9 @@ def amplification(job: Job, path: Path) -> Result:
     for directions in ("update", "weight", "random"):
         metric = Amplification(directions)
         metric.update(model)
-        of_layers = [norms for name, norms in metric.norms.items() if name.endswith("query")]
+        of_layers = [
+            norms for name, norms in metric.norms.items() if name.endswith("query")
+        ]
         found[directions] = rounded(torch.tensor(of_layers).mean(0))
     return found
 
@@ -84,7 +90,10 @@ def draw(result: Result, folder: Path) -> None:
 
     folder.mkdir(exist_ok=True)
     gray: Any = dict.fromkeys(INKS, "gray")  # readable on light and on dark pages
-    for name, rows, columns in (("ranks", "r=8", "r=64"), ("seeds", "one seed", "another seed")):
+    for name, rows, columns in (
+        ("ranks", "r=8", "r=64"),
+        ("seeds", "one seed", "another seed"),
+    ):
         panels = dict(result[name])
         if name == "seeds":
             panels["random"] = result["random"]["query"]
@@ -103,8 +112,13 @@ def draw_grids(panels: dict[str, list[list[float]]], rows: str, columns: str) ->
     for axis, (title, grid) in zip(axes, panels.items(), strict=True):
         height, width = len(grid), len(grid[0])
         ends = (0.5, width + 0.5, height + 0.5, 0.5)
-        image = axis.imshow(grid, vmin=0, vmax=1, extent=ends, aspect="auto", interpolation="nearest")
+        image = axis.imshow(
+            grid, vmin=0, vmax=1, extent=ends, aspect="auto", interpolation="nearest"
+        )
         axis.set_title(title)
-        axis.set(xlabel=f"first j directions, {columns}", ylabel=f"first i directions, {rows}")
+        axis.set(
+            xlabel=f"first j directions, {columns}",
+            ylabel=f"first i directions, {rows}",
+        )
     figure.colorbar(image, ax=axes)
     return figure

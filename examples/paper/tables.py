@@ -5,13 +5,37 @@ from functools import partial
 
 from . import classifying, methods, reading, stats, writing
 from .cells import accuracy, differences, markdown, trained
-from .classifying import after_one_epoch, on_definitions, on_reviews, pairs, rates, searched, unsearched
+from .classifying import (
+    after_one_epoch,
+    on_definitions,
+    on_reviews,
+    pairs,
+    rates,
+    searched,
+    unsearched,
+)
 from .coverage import coverages
 from .jobs import Results, mistakes, nll
-from .methods import BEYOND, DEFINITIONS, E2E, EMBEDDING, EVERYTHING, LARGER, MAIN, ONE_SEED, PREFIX, RANKS, WHICH
+from .methods import (
+    BEYOND,
+    DEFINITIONS,
+    E2E,
+    EMBEDDING,
+    EVERYTHING,
+    LARGER,
+    MAIN,
+    ONE_SEED,
+    PREFIX,
+    RANKS,
+    WHICH,
+)
 from .plan import at_one_rate, seeds
 
-SIZES = {"optimizer_bytes": "optimizer state", "checkpoint_bytes": "checkpoint", "memory_bytes": "memory added"}
+SIZES = {
+    "optimizer_bytes": "optimizer state",
+    "checkpoint_bytes": "checkpoint",
+    "memory_bytes": "memory added",
+}
 
 
 def sizes(cost: dict[str, float]) -> list[str]:
@@ -30,7 +54,15 @@ def costs(results: Results, task: str) -> str:
     for name, cost in found.items():
         seconds = cost["step_seconds"]
         of_full = seconds / found["full"]["step_seconds"]
-        rows.append([name, trained_by.get(name, "–"), *sizes(cost), f"{seconds:.2f} s", f"{of_full:.2f}"])
+        rows.append(
+            [
+                name,
+                trained_by.get(name, "–"),
+                *sizes(cost),
+                f"{seconds:.2f} s",
+                f"{of_full:.2f}",
+            ]
+        )
     return markdown(["method", "trained", *SIZES.values(), "a step", "over full"], rows)
 
 
@@ -52,7 +84,10 @@ def overview(results: Results) -> str:
         _, checkpoint, memory = sizes(results.found["costs-reviews"][name])
         found = [f"{accuracy(results, jobs)} %", behind, trained(results, jobs)]
         rows.append([title, *found, checkpoint, memory])
-    return markdown(["", "test accuracy", "minus full", "trained", "checkpoint", "memory added"], rows)
+    return markdown(
+        ["", "test accuracy", "minus full", "trained", "checkpoint", "memory added"],
+        rows,
+    )
 
 
 def amplification(results: Results) -> str:
@@ -62,9 +97,27 @@ def amplification(results: Results) -> str:
         update, along_update, whole = found["update"]
         _, along_itself, _ = found["weight"]
         _, along_random, _ = found["random"]
-        numbers = [whole, update, along_update, along_itself, along_random, update / along_update]
+        numbers = [
+            whole,
+            update,
+            along_update,
+            along_itself,
+            along_random,
+            update / along_update,
+        ]
         rows.append([found["method"], *map("{:.1f}".format, numbers)])
-    return markdown(["method", "W", "ΔW", "W along ΔW", "W along itself", "W along random", "ΔW over W along ΔW"], rows)
+    return markdown(
+        [
+            "method",
+            "W",
+            "ΔW",
+            "W along ΔW",
+            "W along itself",
+            "W along random",
+            "ΔW over W along ΔW",
+        ],
+        rows,
+    )
 
 
 GPT3 = 175_255_800_000  # parameters, by table 4 of the paper
@@ -76,7 +129,9 @@ def gpt3(_: Results) -> str:
     for r in (1, 4):
         trained = 96 * 2 * r * (12288 + 12288)
         megabytes = 2 * trained / 1e6
-        rows.append([r, f"{trained:,}", f"{GPT3 / trained:,.0f}", f"{megabytes:.1f} MB"])
+        rows.append(
+            [r, f"{trained:,}", f"{GPT3 / trained:,.0f}", f"{megabytes:.1f} MB"]
+        )
     return markdown(["r", "trained", "times fewer", "checkpoint"], rows)
 
 
@@ -84,10 +139,14 @@ def verdicts(results: Results) -> str:
     """How many differences are resolved, one by one and all together."""
     for table in COMPARING:
         TABLES[table](results)
-    found = [each for key, each in results.compared.items() if len(key) == 3]  # of the test part
+    # of the test part
+    found = [each for key, each in results.compared.items() if len(key) == 3]
     one_by_one = sum(each.is_resolved for each in found)
     all_together = sum(stats.survivors([each.p for each in found]))
-    return markdown(["differences", "clear one by one", "clear all together"], [[len(found), one_by_one, all_together]])
+    return markdown(
+        ["differences", "clear one by one", "clear all together"],
+        [[len(found), one_by_one, all_together]],
+    )
 
 
 TARGETS = [("LoRA all, r=8", "LoRA q v, r=8")]
@@ -104,13 +163,17 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "table2-pairs": partial(pairs, jobs_of=on_reviews, compared=PAIRS),
     "table2-rates": partial(rates, task="reviews", names=MAIN),
     "table3": writing.written,
-    "table3-rates": partial(rates, task="e2e", names=[name for name in E2E if name != "5-shot"]),
+    "table3-rates": partial(
+        rates, task="e2e", names=[name for name in E2E if name != "5-shot"]
+    ),
     "table3-prompts": writing.prompted,
     "table5": partial(unsearched, names=WHICH),
     "table5-pairs": partial(pairs, jobs_of=at_one_rate, compared=WHICH_PAIRS),
     "table6": partial(unsearched, names=RANKS),
     "table6-pairs": partial(pairs, jobs_of=at_one_rate, compared=RANK_PAIRS),
-    "table6-rates": partial(rates, task="reviews", names=["full", "LoRA q v, r=8"], epochs=1),
+    "table6-rates": partial(
+        rates, task="reviews", names=["full", "LoRA q v, r=8"], epochs=1
+    ),
     "table7": amplification,
     "beyond": partial(searched, task="reviews", names=["LoRA all, r=8", *BEYOND]),
     "beyond-pairs": partial(pairs, jobs_of=on_reviews, compared=BEYOND_PAIRS),
@@ -122,12 +185,22 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "epochs-reviews": partial(classifying.own_epochs, task="reviews"),
     "epochs-definitions": partial(classifying.own_epochs, task="definitions"),
     "epochs-losses": classifying.epoch_losses,
-    "variants": partial(classifying.one_epoch, names=["LoRA all, r=8", *methods.VARIANTS]),
-    "embedding": partial(searched, task="reviews", names=["full", *EMBEDDING, *LARGER], epochs=1),
-    "embedding-pairs": partial(pairs, jobs_of=after_one_epoch, compared=EMBEDDING_PAIRS),
-    "embedding-rates": partial(rates, task="reviews", names=[*EMBEDDING, *LARGER], epochs=1),
+    "variants": partial(
+        classifying.one_epoch, names=["LoRA all, r=8", *methods.VARIANTS]
+    ),
+    "embedding": partial(
+        searched, task="reviews", names=["full", *EMBEDDING, *LARGER], epochs=1
+    ),
+    "embedding-pairs": partial(
+        pairs, jobs_of=after_one_epoch, compared=EMBEDDING_PAIRS
+    ),
+    "embedding-rates": partial(
+        rates, task="reviews", names=[*EMBEDDING, *LARGER], epochs=1
+    ),
     "once": partial(rates, task="reviews", names=ONE_SEED, epochs=1),
-    "whole": partial(classifying.one_epoch, names=["full", *EVERYTHING, *methods.WHOLE]),
+    "whole": partial(
+        classifying.one_epoch, names=["full", *EVERYTHING, *methods.WHOLE]
+    ),
     "fresh": classifying.fresh,
     "forgotten": classifying.forgotten,
     "few": partial(classifying.few, by=nll),
@@ -146,8 +219,25 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "coverage": coverages,
 }
 COMPARING: tuple[str, ...] = (
-    *("table2", "table2-pairs", "together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
+    *(
+        "table2",
+        "table2-pairs",
+        "together",
+        "table3",
+        "table5",
+        "table5-pairs",
+        "table6",
+        "table6-pairs",
+    ),
     *("beyond", "beyond-pairs", "definitions", "definitions-pairs"),
-    *("epochs", "few", "few-by-accuracy", "prefix", "digits", "embedding", "embedding-pairs"),
+    *(
+        "epochs",
+        "few",
+        "few-by-accuracy",
+        "prefix",
+        "digits",
+        "embedding",
+        "embedding-pairs",
+    ),
 )
 """Those with differences."""

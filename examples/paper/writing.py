@@ -5,7 +5,16 @@ from typing import Any
 import numpy as np
 
 from . import stats
-from .cells import BLEU, WRONG_SLOTS, difference, items, markdown, mean_of, rate, trained
+from .cells import (
+    BLEU,
+    WRONG_SLOTS,
+    difference,
+    items,
+    markdown,
+    mean_of,
+    rate,
+    trained,
+)
 from .jobs import Job, Results, nll
 from .methods import E2E
 from .plan import PROMPT_JOBS, best_prompt, seeds
@@ -19,7 +28,17 @@ def written(results: Results) -> str:
     people = results.found["references"]
     wrong = 100 * people["wrong_slots"] / people["slots"]
     rows.append(["people", *"–" * 6, f"{wrong:.1f}", *"–" * 3])
-    measured = ["BLEU", "seeds", "minus full", "NIST", "ROUGE-L", "slots wrong, %", "minus full", "trained", "own task"]
+    measured = [
+        "BLEU",
+        "seeds",
+        "minus full",
+        "NIST",
+        "ROUGE-L",
+        "slots wrong, %",
+        "minus full",
+        "trained",
+        "own task",
+    ]
     return markdown(["method", "rate", *measured], rows)
 
 

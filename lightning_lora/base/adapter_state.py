@@ -1,4 +1,7 @@
-"""What a model remembers of one adapter. Another adapter on the same base is another object."""
+"""What a model remembers of one adapter.
+
+Another adapter on the same base is another object.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,13 +27,17 @@ class AdapterState:
     """The layers that have it, or had it."""
 
     networks: StillNetworks = field(default_factory=StillNetworks)
-    """The networks that no optimizer trained when it was added, or when a fit began. Some have no adapters."""
+    """The networks that no optimizer trained when it was added, or when a fit began.
+
+    Some have no adapters.
+    """
 
     originals: dict[str, Tensor] = field(default_factory=dict)
     """The base's values of what changes while it trains, besides the adapter itself.
 
-    These are modules trained in full, biases and persistent buffers, and frozen weights for which a file had other
-    values. Each adapter has its own: hooks of the module may load other values before the fit of the next adapter.
+    These are modules trained in full, biases and persistent buffers, and frozen weights
+    for which a file had other values. Each adapter has its own: hooks of the module may
+    load other values before the fit of the next adapter.
     """
 
     extra_state_digests: dict[str, int] = field(default_factory=dict)
@@ -40,7 +47,10 @@ class AdapterState:
     """
 
     random_weights: tuple[str, ...] | None = None
-    """Frozen weights that look random, not pretrained. Files hold them. None: they have not been looked for."""
+    """Frozen weights that look random, not pretrained.
+
+    Files hold them. None: they have not been looked for.
+    """
 
     may_have_learned: bool = False
     """Whether its values may differ from fresh ones: its training has begun, or a file was loaded."""
@@ -55,7 +65,10 @@ class AdapterState:
     """While another adapter is active: this one's trained tensors, with the names of :attr:`originals`."""
 
     sum_of: dict[str, float] | None = None
-    """The names and weights of the adapters that it adds up. None: it is no sum. A sum cannot be trained."""
+    """The names and weights of the adapters that it adds up.
+
+    None: it is no sum. A sum cannot be trained.
+    """
 
     def __post_init__(self) -> None:
         check_adapter_name(self.name)
@@ -70,8 +83,9 @@ class AdapterState:
     def snapshot(self) -> "AdapterState":
         """Return a copy that later notes do not change.
 
-        After an error, it takes this object's place. It has dicts and lists of its own, and the same tensors and
-        adapters of layers: who changes values in these must undo that too.
+        After an error, it takes this object's place. It has dicts and lists of its own,
+        and the same tensors and adapters of layers: who changes values in these must
+        undo that too.
         """
         return replace(
             self,
@@ -86,15 +100,19 @@ class AdapterState:
         """Make this inactive adapter a sum of others, with these weights: it never trains."""
         self.sum_of = dict(weights)
         for adapter in self.inactive_layer_adapters.values():
-            adapter.settings = replace(adapter.settings, trains=False)  # others decide its values
+            # others decide its values
+            adapter.settings = replace(adapter.settings, trains=False)
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)
 
-    def keep_originals(self, values: Mapping[str, Tensor], extra_state_digests: dict[str, int]) -> None:
+    def keep_originals(
+        self, values: Mapping[str, Tensor], extra_state_digests: dict[str, int]
+    ) -> None:
         """Make :attr:`originals` hold exactly these names, in CPU memory.
 
-        A name that is known keeps its first copy: its values may be trained by now. For the same reason, digests are
-        only taken over by an adapter that has learned nothing yet.
+        A name that is known keeps its first copy: its values may be trained by now. For
+        the same reason, digests are only taken over by an adapter that has learned
+        nothing yet.
         """
         if not self.may_have_learned:
             self.extra_state_digests = extra_state_digests

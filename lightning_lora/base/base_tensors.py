@@ -34,16 +34,21 @@ class AfterMerge:
 
     By these, a later call notices what other code has changed.
 
-    An example of a tied weight: an adapted ``embedding`` and a ``head`` without adapter share a parameter P. The merge
-    leaves P to ``head``, and gives ``embedding`` a new parameter, P + ΔW. Then ``seen`` has both, and the base's values
-    in ``bases["embedding.weight"]`` are P itself, without a copy. ``seen_tied["embedding.weight"]`` says how P looked.
+    An example of a tied weight: an adapted ``embedding`` and a ``head`` without adapter
+    share a parameter P. The merge leaves P to ``head``, and gives ``embedding`` a new
+    parameter, P + ΔW. Then ``seen`` has both, and the base's values in
+    ``bases["embedding.weight"]`` are P itself, without a copy.
+    ``seen_tied["embedding.weight"]`` says how P looked.
     """
 
     seen: dict[str, Seen] = field(default_factory=dict)
     """How each parameter of the model looked."""
 
     bases: dict[str, Tensor] = field(default_factory=dict)
-    """The base's values of each weight with an update. Of a tied weight, the parameter of its other uses."""
+    """The base's values of each weight with an update.
+
+    Of a tied weight, the parameter of its other uses.
+    """
 
     seen_tied: dict[str, Seen] = field(default_factory=dict)
     """Of each tied weight with an update: how the parameter of its other uses looked."""
@@ -62,8 +67,9 @@ class AfterMerge:
 class Base:
     """What is known of the base's tensors: parameters, buffers, and entries of quantised layers.
 
-    There is one dict, or set, for each fact, because only one or two facts are known of most tensors. All names are
-    those of ``parameters_by_name``. Only methods of this class change a fact.
+    There is one dict, or set, for each fact, because only one or two facts are known of
+    most tensors. All names are those of ``parameters_by_name``. Only methods of this
+    class change a fact.
     """
 
     trained_before: dict[str, bool] = field(default_factory=dict)
@@ -73,15 +79,22 @@ class Base:
     """The parameters that the user has frozen since their adapters learned."""
 
     filled: set[str] = field(default_factory=set)
-    """The buffers that the module's own hooks filled, perhaps from data. No base is compared with them."""
+    """The buffers that the module's own hooks filled, perhaps from data.
+
+    No base is compared with them.
+    """
 
     changes: dict[str, Change] = field(default_factory=dict)
-    """Frozen tensors that code other than an optimizer has changed. Files hold their values."""
+    """Frozen tensors that code other than an optimizer has changed.
+
+    Files hold their values.
+    """
 
     computed_back: dict[str, Change] = field(default_factory=dict)
     """Weights that were computed as merged weight minus update, which rounds.
 
-    Files do not hold them: the base is the same. If code changes one later, it is in both dicts.
+    Files do not hold them: the base is the same. If code changes one later, it is in
+    both dicts.
     """
 
     readings: Readings = field(default_factory=Readings)
@@ -96,7 +109,8 @@ class Base:
     def snapshot(self) -> "Base":
         """Return a copy that later notes do not change.
 
-        After an error, it takes this object's place. It has dicts and sets of its own, and the same tensors.
+        After an error, it takes this object's place. It has dicts and sets of its own,
+        and the same tensors.
         """
         copies = {name: copy(known) for name, known in vars(self).items()}
         copies["readings"] = self.readings.snapshot()
@@ -105,9 +119,10 @@ class Base:
     def absorb(self, prefix: str, inner: "Base", *, is_merged: bool) -> None:
         """Add what is known of an inner module that was adapted on its own.
 
-        ``prefix`` is its name in the model. Only two facts still matter: which parameters trained before, and which
-        tensors code has changed. If the module is merged, its values as they are now are the model's base, so nothing
-        of it counts as changed. What the model itself knows of a tensor stays.
+        ``prefix`` is its name in the model. Only two facts still matter: which
+        parameters trained before, and which tensors code has changed. If the module is
+        merged, its values as they are now are the model's base, so nothing of it counts
+        as changed. What the model itself knows of a tensor stays.
         """
         for name, did_train in inner.trained_before.items():
             self.trained_before.setdefault(join(prefix, name), did_train)
@@ -174,12 +189,16 @@ class Base:
 
     def digests_before_changes(self, digests_now: Mapping[str, int]) -> list[int]:
         """Return the digests that tensors had in the base, given those they have now."""
-        return [self._digest_before_changes(name, digest_now) for name, digest_now in digests_now.items()]
+        return [
+            self._digest_before_changes(name, digest_now)
+            for name, digest_now in digests_now.items()
+        ]
 
     def _digest_before_changes(self, name: str, digest_now: int) -> int:
         """The digest of the base's values of a tensor: before the last change, and before the rounding below that.
 
-        A merge has rounded W to W', and code has changed this to W'': from W'' back to W', and then to W.
+        A merge has rounded W to W', and code has changed this to W'': from W'' back to
+        W', and then to W.
         """
         found = digest_now
         for changes in (self.changes, self.computed_back):
@@ -197,8 +216,8 @@ class Base:
     def note_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note that the updates are out of the weights.
 
-        While they were merged, the model was a plain one, and its parameters trained as before the adapters. What the
-        user has frozen or thawed there is noted.
+        While they were merged, the model was a plain one, and its parameters trained as
+        before the adapters. What the user has frozen or thawed there is noted.
         """
         for name, parameter in parameters.items():
             trains_now = parameter.requires_grad

@@ -33,10 +33,12 @@ def is_in_block(module: nn.Module) -> bool:
 def refuse_in_block(model: nn.Module, call: str) -> None:
     """Refuse a call that changes adapters in a block.
 
-    That is, while a block runs layers of ``model``. A copy of the model has no open block.
+    That is, while a block runs layers of ``model``. A copy of the model has no open
+    block.
     """
     if _OPEN and not _OPEN.isdisjoint(modules_by_name(model).values()):
         raise AdapterStateError(
-            f"{call} is not possible in a block of adapter_names: each row of {type(plain_module(model)).__name__} has "
-            "its own adapter there. Do it before the block, or after it."
+            f"{call} is not possible in a block of adapter_names: each row of "
+            f"{type(plain_module(model)).__name__} has its own adapter there. Do it "
+            "before the block, or after it."
         )

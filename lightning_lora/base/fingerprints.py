@@ -6,8 +6,9 @@ from typing import TypedDict
 HalfDigests = dict[str, Sequence[int] | None]
 """The half digests of each tensor by its name: those of its values after conversion to bfloat16, and to float16.
 
-By these, a base that was converted is recognised. An empty list: the tensor is of integers, or a run has changed it,
-and the base's values are no longer known. None: it is quantised.
+By these, a base that was converted is recognised. An empty list: the tensor is of
+integers, or a run has changed it, and the base's values are no longer known. None: it
+is quantised.
 """
 
 
@@ -24,18 +25,24 @@ class Form(TypedDict):
 class Fingerprint(Form):
     """What tells a base from others: as a model remembers it."""
 
-    digests: list[int]  # of each tensor's bits, in the order of the names; 0 on the meta device
+    # of each tensor's bits, in the order of the names; 0 on the meta device
+    digests: list[int]
 
 
 class StoredFingerprint(Fingerprint, total=False):
     """What a file says of a base."""
 
-    rounded: HalfDigests  # of all tensors. Absent: the base had other names when the file was written
+    # of all tensors. Absent: the base had other names when the file was written
+    rounded: HalfDigests
 
 
 def without_half_digests(stored: StoredFingerprint) -> Fingerprint:
     """Return the fingerprint of a file as a model remembers it."""
-    return {"layout": stored["layout"], "dtypes": stored["dtypes"], "digests": stored["digests"]}
+    return {
+        "layout": stored["layout"],
+        "dtypes": stored["dtypes"],
+        "digests": stored["digests"],
+    }
 
 
 def names_in(stored: StoredFingerprint) -> Iterable[str]:
@@ -53,7 +60,9 @@ def have_same_form(one: Form, other: Form) -> bool:
     return (one["layout"], one["dtypes"]) == (other["layout"], other["dtypes"])
 
 
-def find_same_form(fingerprints: Iterable[Fingerprint], other: Form) -> Fingerprint | None:
+def find_same_form(
+    fingerprints: Iterable[Fingerprint], other: Form
+) -> Fingerprint | None:
     """Return the first fingerprint that has the same form as another one, or None."""
     for each in fingerprints:
         if have_same_form(each, other):

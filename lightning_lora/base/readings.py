@@ -1,4 +1,7 @@
-"""The digests of a base's tensors. A tensor is read in full only if it may have changed since."""
+"""The digests of a base's tensors.
+
+A tensor is read in full only if it may have changed since.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -35,7 +38,8 @@ class Readings:
     half_digests: dict[int, list[int]] = field(default_factory=dict)
     """The half digests of each tensor, by its own digest: ``{digest: [of bfloat16, of float16]}``.
 
-    So tied tensors share theirs, and a base that was converted since keeps those of both forms.
+    So tied tensors share theirs, and a base that was converted since keeps those of
+    both forms.
     """
 
     def snapshot(self) -> "Readings":
@@ -45,7 +49,10 @@ class Readings:
     # Digests in a tensor's own dtype
 
     def digests_now(self, tensors: Tensors) -> dict[str, int]:
-        """Return digests by name, and read only what may have changed. Collective for shards."""
+        """Return digests by name, and read only what may have changed.
+
+        Collective for shards.
+        """
         self._read(self._to_be_read(tensors))
         return self._known_digests(tensors)
 
@@ -79,7 +86,8 @@ class Readings:
             self._note(name, tensor, digest)
 
     def _note(self, name: str, tensor: Tensor, digest: int) -> None:
-        digest_of_local_values = None if is_dtensor(tensor) else digest  # that of a shard alone is another one
+        # that of a shard alone is another one
+        digest_of_local_values = None if is_dtensor(tensor) else digest
         self.by_name[name] = Reading(Seen(tensor, digest_of_local_values), digest)
 
     def _known_digests(self, tensors: Tensors) -> dict[str, int]:
@@ -87,13 +95,18 @@ class Readings:
         return {name: self.by_name[name].digest for name in tensors}
 
     def _to_be_read(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Those that have changed since they were read, in any process, or were not read. Collective for shards."""
+        """Those that have changed since they were read, in any process, or were not read.
+
+        Collective for shards.
+        """
         are_new = list[bool]()
         for name, tensor in tensors.items():
             are_new.append(self.known_digest(name, tensor) is None)
         are_new_anywhere = true_anywhere(are_new, list(tensors.values()))
         to_be_read = dict[str, Tensor]()
-        for (name, tensor), is_new in zip(tensors.items(), are_new_anywhere, strict=True):
+        for (name, tensor), is_new in zip(
+            tensors.items(), are_new_anywhere, strict=True
+        ):
             if is_new:
                 to_be_read[name] = tensor
         return to_be_read
@@ -105,7 +118,10 @@ class Readings:
         return self.half_digests.get(digest, [])
 
     def half_digests_of(self, digest: int, tensor: Tensor) -> list[int]:
-        """Return the half digests of a tensor with this digest. They are computed once."""
+        """Return the half digests of a tensor with this digest.
+
+        They are computed once.
+        """
         if digest not in self.half_digests:
             self.half_digests[digest] = digests_as(tensor, HALF_DTYPES)
         return self.half_digests[digest]
@@ -113,8 +129,8 @@ class Readings:
     def compute_half_digests_of_dtensors(self, by_digest: Mapping[int, Tensor]) -> None:
         """Compute the half digests of DTensors now, all together.
 
-        Processes exchange one message for each dtype and layout. :meth:`half_digests_of` alone would need one for each
-        tensor.
+        Processes exchange one message for each dtype and layout.
+        :meth:`half_digests_of` alone would need one for each tensor.
         """
         distributed = dict[int, Tensor]()
         for digest, tensor in by_digest.items():

@@ -1,4 +1,7 @@
-"""The record: all that an adapted model remembers. ``model/records.py`` puts it on the model."""
+"""The record: all that an adapted model remembers.
+
+``model/records.py`` puts it on the model.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -55,7 +58,9 @@ class Record:
         assert state in FOLLOWING[self.state], (self.state, state)
         self.state = state
 
-    def note_merged(self, adapters: dict[str, LayerAdapter], after_merge: AfterMerge) -> None:
+    def note_merged(
+        self, adapters: dict[str, LayerAdapter], after_merge: AfterMerge
+    ) -> None:
         """Note that the updates are in the weights now."""
         self._become(State.MERGED)
         self.merged_layer_adapters = adapters
@@ -69,7 +74,9 @@ class Record:
 
     def note_base_shown(self) -> None:
         """Note that the active adapter, or the merged updates, have no effect now."""
-        self._become(State.MERGED_BASE_SHOWN if self.state.is_merged else State.BASE_SHOWN)
+        self._become(
+            State.MERGED_BASE_SHOWN if self.state.is_merged else State.BASE_SHOWN
+        )
 
     def note_adapter_shown(self) -> None:
         """Note that the active adapter, or the merged updates, have their effect again."""
@@ -84,7 +91,10 @@ class Record:
         inactive_tensors: dict[str, Tensor],
         coming: AdapterState,
     ) -> None:
-        """Note that the active adapter was taken off, and keeps these tensors. Another one is active."""
+        """Note that the active adapter was taken off, and keeps these tensors.
+
+        Another one is active.
+        """
         leaving = self.adapter
         leaving.inactive_layer_adapters = inactive_layer_adapters
         leaving.inactive_tensors = inactive_tensors
@@ -94,17 +104,23 @@ class Record:
         coming.inactive_layer_adapters = {}
         coming.inactive_tensors = {}
 
-    def note_base_loaded(self, names: Collection[str], values: Mapping[str, Tensor]) -> None:
-        """Note that other code loads these tensors of a new base. Adapters have copies of the base's ``values``."""
+    def note_base_loaded(
+        self, names: Collection[str], values: Mapping[str, Tensor]
+    ) -> None:
+        """Note that other code loads these tensors of a new base.
+
+        Adapters have copies of the base's ``values``.
+        """
         self.base.forget_changes(names)
         for adapter in self.adapter_states.values():
             adapter.note_base_loaded(values)
 
     def note_fingerprint(self, fingerprint: Fingerprint) -> None:
-        """Note the base's fingerprint, as read before a fit. A new one is that of a new base.
+        """Note the base's fingerprint, as read before a fit.
 
-        What was known of changes to the earlier base is dropped then. An adapter without fingerprints is new, and the
-        base may be the same as before: changes that other adapters left are still known.
+        A new one is that of a new base. What was known of changes to the earlier base
+        is dropped then. An adapter without fingerprints is new, and the base may be the
+        same as before: changes that other adapters left are still known.
         """
         fingerprints = self.adapter.fingerprints
         if fingerprint in fingerprints:

@@ -26,9 +26,11 @@ class State(Enum):
 
 FOLLOWING = {
     State.PLAIN: {State.ADAPTED},  # inject_adapters, load_adapter
-    State.ADAPTED: {State.MERGED, State.BASE_SHOWN},  # merge_adapters; set_adapter(model, None), disable_adapters
+    # merge_adapters; set_adapter(model, None), disable_adapters
+    State.ADAPTED: {State.MERGED, State.BASE_SHOWN},
     State.BASE_SHOWN: {State.ADAPTED},  # set_adapter
-    State.MERGED: {State.ADAPTED, State.MERGED_BASE_SHOWN},  # unmerge_adapters; set_adapter(model, None)
+    # unmerge_adapters; set_adapter(model, None)
+    State.MERGED: {State.ADAPTED, State.MERGED_BASE_SHOWN},
     State.MERGED_BASE_SHOWN: {State.MERGED},  # set_adapter
 }
 """The states that follow each state: ``record.py`` asserts it. From each one, remove_adapters and whatever loses
@@ -42,8 +44,10 @@ _HAS_ADAPTERS = frozenset(State) - {State.PLAIN}
 _MAY_BE_PLAIN = _SHOWS_ADAPTERS | {State.PLAIN}
 
 # Two rules have no function of their name, and no message names them:
-USE = "use adapters"  # for all that reads or writes adapters besides: files, checkpoints, a Trainer's hooks
-SWITCH = "switch"  # for what puts another adapter on the layers, also for some rows of a batch
+# for all that reads or writes adapters besides: files, checkpoints, a Trainer's hooks
+USE = "use adapters"
+# for what puts another adapter on the layers, also for some rows of a batch
+SWITCH = "switch"
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,17 @@ class Rule:
     states: frozenset[State]
 
     in_block: bool = True
-    """Whether it may start in a block of ``adapter_names``. What changes adapters may not."""
+    """Whether it may start in a block of ``adapter_names``.
+
+    What changes adapters may not.
+    """
 
 
-# Each key is also how messages name the call: most are functions, others begin a sentence.
+# Each key is also how messages name the call: most are functions, others begin a
+# sentence.
 CALLS = {
-    "inject_adapters": Rule(_MAY_BE_PLAIN),  # in a block, if it finds nothing to do: it checks that itself
+    # in a block, if it finds nothing to do: it checks that itself
+    "inject_adapters": Rule(_MAY_BE_PLAIN),
     "load_adapter": Rule(_MAY_BE_PLAIN, in_block=False),
     "load_adapter_state_dict": Rule(_SHOWS_ADAPTERS, in_block=False),
     "load_state_dict": Rule(_SHOWS_ADAPTERS, in_block=False),
@@ -66,7 +75,8 @@ CALLS = {
     "merge_adapters": Rule(_SHOWS_ADAPTERS, in_block=False),
     "unmerge_adapters": Rule(_SHOWS_ADAPTERS),  # a block runs no merged model
     "remove_adapters": Rule(_HAS_ADAPTERS, in_block=False),
-    "set_adapter": Rule(_HAS_ADAPTERS),  # rows have their own adapters, whichever is active
+    # rows have their own adapters, whichever is active
+    "set_adapter": Rule(_HAS_ADAPTERS),
     "adapter_names": Rule(_SHOWS_ADAPTERS),
     "combine_adapters": Rule(_HAS_ADAPTERS, in_block=False),
     "A sum of adapters": Rule(_HAS_ADAPTERS, in_block=False),
@@ -80,17 +90,19 @@ def refusal(call: str, state: State, title: str, adapter: str) -> str:
     """Return why a call may not start from a state of the model ``title``, whose active adapter is ``adapter``."""
     if state is State.PLAIN:
         return (
-            f"{title} has no adapters. Call inject_adapters, or load_adapter. If it is part of a model that was "
-            "trained, pass that model (after a fit: trainer.lightning_module). If they were merged for good "
-            "(load_from_checkpoint with merge=True, or remove_adapters on a merged model), load their file again."
+            f"{title} has no adapters. Call inject_adapters, or load_adapter. If it is "
+            "part of a model that was trained, pass that model (after a fit: "
+            "trainer.lightning_module). If they were merged for good "
+            "(load_from_checkpoint with merge=True, or remove_adapters on a merged "
+            "model), load their file again."
         )
     if state.is_merged and State.MERGED not in CALLS[call].states:
         return (
-            f"The adapter {adapter!r} is merged into the weights of {title}. Call unmerge_adapters(model) "
-            "before another one is used."
+            f"The adapter {adapter!r} is merged into the weights of {title}. Call "
+            "unmerge_adapters(model) before another one is used."
         )
     # In all states that are left, the base is shown
     return (
-        f"{title} shows its base now. Call set_adapter(model, {adapter!r}) first. (In a block of "
-        "disable_adapters: do this after it.)"
+        f"{title} shows its base now. Call set_adapter(model, {adapter!r}) first. (In "
+        "a block of disable_adapters: do this after it.)"
     )

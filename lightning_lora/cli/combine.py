@@ -19,8 +19,17 @@ def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
     parser.add_argument("files", nargs="+", help="two or more files with adapters")
     parser.add_argument("--out", required=True, help="the new .safetensors file")
-    parser.add_argument("--weights", type=float, nargs="+", help="one for each file; by default, equal shares of 1")
-    parser.add_argument("--rank", type=int, help="the rank of the result; by default, that of the exact sum")
+    parser.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        help="one for each file; by default, equal shares of 1",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        help="the rank of the result; by default, that of the exact sum",
+    )
 
 
 def run(arguments: Any) -> str:

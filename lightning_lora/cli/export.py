@@ -28,10 +28,22 @@ def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
     parser.add_argument("file", help="a file with adapters")
     parser.add_argument("folder", help="the folder to write the files into")
-    parser.add_argument("--root", help="the module that the reader has; by default, the one model inside")
-    parser.add_argument("--base-name", help="the repository or folder of that model; by default, what the file says")
-    parser.add_argument("--format", choices=tuple(WRITTEN), default="peft", help="whose files to write")
-    parser.add_argument("--uniform", action="store_true", help="write one rank and one alpha for all layers")
+    parser.add_argument(
+        "--root",
+        help="the module that the reader has; by default, the one model inside",
+    )
+    parser.add_argument(
+        "--base-name",
+        help="the repository or folder of that model; by default, what the file says",
+    )
+    parser.add_argument(
+        "--format", choices=tuple(WRITTEN), default="peft", help="whose files to write"
+    )
+    parser.add_argument(
+        "--uniform",
+        action="store_true",
+        help="write one rank and one alpha for all layers",
+    )
 
 
 def run(arguments: Any) -> str:
@@ -56,4 +68,7 @@ def _about_local_base(folder: Path) -> str:
     base = config["base_model_name_or_path"] or ""
     if not base or is_repository(base):
         return ""
-    return f" They name the base {base!r}, a folder of this machine. For another name, give --base-name."
+    return (
+        f" They name the base {base!r}, a folder of this machine. For another name, "
+        "give --base-name."
+    )

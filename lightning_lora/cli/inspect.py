@@ -19,7 +19,11 @@ from torch import Tensor
 from lightning_lora.cli.shown import Plain, show
 from lightning_lora.functional.subspace import directions, effective_rank
 from lightning_lora.storage.checksum import FORMAT
-from lightning_lora.storage.offline.without_model import read_without_model, tensors_beside_adapters, updates_of_layer
+from lightning_lora.storage.offline.without_model import (
+    read_without_model,
+    tensors_beside_adapters,
+    updates_of_layer,
+)
 from lightning_lora.storage.on_disk.places import opened
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_modules import UNKNOWN
@@ -29,7 +33,9 @@ from lightning_lora.tensors.dicts import of_type
 def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
     parser.add_argument("file", help="a .safetensors or .ckpt file with adapters")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with every layer")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, with every layer"
+    )
 
 
 def run(arguments: Any) -> None:
@@ -56,7 +62,11 @@ def inspect(stored: StoredAdapters) -> Plain:
         "bytes": _size_of(stored.source),
         "format": FORMAT,
         "root": stored.root,
-        "base": {"tensors": len(base["digests"]), "dtypes": base["dtypes"], "name": _name_of_base(stored)},
+        "base": {
+            "tensors": len(base["digests"]),
+            "dtypes": base["dtypes"],
+            "name": _name_of_base(stored),
+        },
         "config": stored.config.to_dict(),
         "layers": layers,
         "tokens": rows,
@@ -66,7 +76,10 @@ def inspect(stored: StoredAdapters) -> Plain:
 
 
 def _name_of_base(stored: StoredAdapters) -> str:
-    """The repository or folder that the one model inside came from. Empty: the file does not say it."""
+    """The repository or folder that the one model inside came from.
+
+    Empty: the file does not say it.
+    """
     return stored.modules.get(stored.root, UNKNOWN).pretrained
 
 

@@ -34,14 +34,18 @@ _COMMANDS: tuple[_Command, ...] = (inspect, merge, export, readers, combine)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Return 0, or 1 after an error. Arguments that are not known end Python with 2."""
+    """Run one command.
+
+    Return 0, or 1 after an error. Arguments that are not known end Python with 2.
+    """
     return _run_and_report(_parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     about = "Work with files of LoRA adapters, without the model."
-    version = f"%(prog)s {sys.modules['lightning_lora'].__version__}"  # no room imports the package itself
+    # no room imports the package itself
+    version = f"%(prog)s {sys.modules['lightning_lora'].__version__}"
     parser = argparse.ArgumentParser(prog="lightning-lora", description=about)
     parser.add_argument("--version", action="version", version=version)
 
@@ -62,14 +66,19 @@ def _add_command(commands: Any, module: _Command) -> None:
     first_line, _, _ = text.partition("\n")
     description = text.replace("::\n", ":\n").strip()
     keep_lines = argparse.RawDescriptionHelpFormatter
-    command = commands.add_parser(name, help=first_line, description=description, formatter_class=keep_lines)
+    command = commands.add_parser(
+        name, help=first_line, description=description, formatter_class=keep_lines
+    )
     module.add_arguments(command)
     usage = command.format_usage().strip().removeprefix("usage: ")
     command.set_defaults(run=module.run, usage=usage)
 
 
 def _run_and_report(command: argparse.Namespace) -> int:
-    """Run a command, then print its warnings and why it failed. Return the exit code."""
+    """Run a command, then print its warnings and why it failed.
+
+    Return the exit code.
+    """
     try:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("ignore")
@@ -101,7 +110,9 @@ def _run_command(command: argparse.Namespace) -> _Failure | None:
     try:
         result: str | None = command.run(command)
         if result:
-            fitting_console().print(printable(result), markup=False, highlight=False, soft_wrap=True)
+            fitting_console().print(
+                printable(result), markup=False, highlight=False, soft_wrap=True
+            )
         sys.stdout.flush()
     except BrokenPipeError:  # an OSError too, but no failure
         raise

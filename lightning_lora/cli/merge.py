@@ -21,15 +21,21 @@ from lightning_lora.storage.offline.merge_files import merge_files
 
 def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("base", help="a .safetensors file, a folder with such files, or a checkpoint")
+    parser.add_argument(
+        "base", help="a .safetensors file, a folder with such files, or a checkpoint"
+    )
     parser.add_argument("adapter", help="a file with adapters")
-    parser.add_argument("out", help="the merged model, of the same kind as the base, or .safetensors")
+    parser.add_argument(
+        "out", help="the merged model, of the same kind as the base, or .safetensors"
+    )
 
 
 def run(arguments: Any) -> str:
     """Merge, with a progress bar on the standard error."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("Merging", total=None)
 
         def step(total: int) -> None:
@@ -40,5 +46,8 @@ def run(arguments: Any) -> str:
     text = f"Merged {weights} into {arguments.out}."
     if merged.replaced:
         tensors = counted(len(merged.replaced), "tensor")
-        text += f" It also has {tensors} as {arguments.adapter} holds them, whole: {listed(merged.replaced)}."
+        text += (
+            f" It also has {tensors} as {arguments.adapter} holds them, whole: "
+            f"{listed(merged.replaced)}."
+        )
     return text

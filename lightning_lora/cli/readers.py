@@ -20,8 +20,16 @@ from rich.table import Table
 
 from lightning_lora.printing import fitting_console, printable
 from lightning_lora.storage.formats.contents import read_contents
-from lightning_lora.storage.formats.peft.readers.folder_readers import lines_of_readers, no_adapters_of_peft
-from lightning_lora.storage.formats.peft.readers.reader_table import MEANINGS, PARTS, READERS, SCALINGS
+from lightning_lora.storage.formats.peft.readers.folder_readers import (
+    lines_of_readers,
+    no_adapters_of_peft,
+)
+from lightning_lora.storage.formats.peft.readers.reader_table import (
+    MEANINGS,
+    PARTS,
+    READERS,
+    SCALINGS,
+)
 from lightning_lora.storage.formats.peft_names import PEFT_WEIGHTS
 from lightning_lora.storage.formats.registry import adapter_file_at, file_in
 
@@ -30,7 +38,11 @@ _ENDINGS = {Path(name).suffix for name in PEFT_WEIGHTS}
 
 def add_arguments(parser: Any) -> None:
     """Add the argument of this command."""
-    parser.add_argument("folder", nargs="?", help="a folder of PEFT's format; without it, the whole table is shown")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        help="a folder of PEFT's format; without it, the whole table is shown",
+    )
 
 
 def run(arguments: Any) -> None:
@@ -48,7 +60,12 @@ def _show_lines(folder: Path) -> None:
         raise no_adapters_of_peft(folder)
     file = adapter_file_at(folder)
     for reader, line in lines_of_readers(read_contents(file), file).items():
-        console.print(printable(f"{reader}: {line}"), markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            printable(f"{reader}: {line}"),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _is_without_adapters(path: Path) -> bool:

@@ -1,1 +1,4 @@
-"""The mathematics of LoRA, as functions of tensors. Nothing here depends on layers or models."""
+"""The mathematics of LoRA, as functions of tensors.
+
+Nothing here depends on layers or models.
+"""

@@ -13,22 +13,31 @@ from lightning_lora.functional.explicit import can_be_explicit, is_autocast_enab
 from lightning_lora.private import tracing
 
 
-def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def low_rank_update(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
     """Return s B A x, the update of a linear layer's output."""
     hidden = F.linear(x, lora_A.to(x.dtype))
     return F.linear(hidden * scaling, lora_B.to(hidden.dtype))
 
 
 def adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     r"""Return the output of a linear layer with its update.
 
     It is :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
-    Separate torch operations would need new memory for each product and each sum, a dropout mask and copies of ``x``.
-    So the gradients are written out. Let :math:`\partial` be the gradient of the loss, and take two thin matrices,
-    :math:`h = \mathrm{dropout}(x) A^T` and :math:`g = \partial y \, B`:
+    Separate torch operations would need new memory for each product and each sum, a
+    dropout mask and copies of ``x``. So the gradients are written out. Let
+    :math:`\partial` be the gradient of the loss, and take two thin matrices, :math:`h =
+    \mathrm{dropout}(x) A^T` and :math:`g = \partial y \, B`:
 
     .. math::
         y &= (x W^T + b) + s \, h B^T \qquad
@@ -36,27 +45,37 @@ def adapted_linear(
         \partial A &= s \, g^T \, \mathrm{dropout}(x) \qquad
         &\partial B &= s \, \partial y^T h .
 
-    The backward pass needs only ``x``, which other operations keep too, and ``h``. The dropped elements are drawn again
-    from a seed (:mod:`.dropout`). ``h`` and ``g`` have the shape (r, tokens), because products with it are several
-    times faster than with (tokens, r). With many more tokens than features, both passes multiply by the sum
-    :math:`W + s B A` instead, unless this would round small updates away (:func:`_pays_to_update`).
+    The backward pass needs only ``x``, which other operations keep too, and ``h``. The
+    dropped elements are drawn again from a seed (:mod:`.dropout`). ``h`` and ``g`` have
+    the shape (r, tokens), because products with it are several times faster than with
+    (tokens, r). With many more tokens than features, both passes multiply by the sum
+    :math:`W + s B A` instead, unless this would round small updates away
+    (:func:`_pays_to_update`).
 
-    Where other code must see the single operations (:func:`.can_be_explicit`), and for second derivatives, torch's
-    autograd takes over.
+    Where other code must see the single operations (:func:`.can_be_explicit`), and for
+    second derivatives, torch's autograd takes over.
 
     Shape:
-        ``x``: (\*, in), ``weight``: (out, in), ``bias``: (out), ``lora_A``: (r, in), ``lora_B``: (out, r).
-        Returns (\*, out), in the dtype of ``x``, or of autocast.
+        ``x``: (\*, in), ``weight``: (out, in), ``bias``: (out), ``lora_A``: (r, in),
+        ``lora_B``: (out, r). Returns (\*, out), in the dtype of ``x``, or of autocast.
 
     Source:
-        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3.
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section
+        4.1, equation 3.
     """
     differentiates = torch.is_grad_enabled()
-    is_short_inference = not (dropout or differentiates or tracing()) and x.numel() <= lora_A.numel()
-    if is_short_inference:  # it needs none of the checks below, which would take longer than the update
-        return _add_for_few_tokens(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
+    is_short_inference = (
+        not (dropout or differentiates or tracing()) and x.numel() <= lora_A.numel()
+    )
+    # it needs none of the checks below, which would take longer than the update
+    if is_short_inference:
+        return _add_for_few_tokens(
+            F.linear(x, weight, bias), x, lora_A, lora_B, scaling
+        )
     if not can_be_explicit(x, weight, bias, lora_A, lora_B):
-        return _composed(x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling)
+        return _composed(
+            x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling
+        )
     if is_autocast_enabled(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
@@ -69,14 +88,25 @@ def adapted_linear(
 
 
 def _composed(
-    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    x: Tensor,
+    dropped: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
 ) -> Tensor:
     """Y in operations that torch differentiates."""
     return F.linear(x, weight, bias) + low_rank_update(dropped, lora_A, lora_B, scaling)
 
 
-def _add_for_few_tokens(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Add the update in the wider dtype. The tokens are smaller than the factors, and so cheaper to convert."""
+def _add_for_few_tokens(
+    output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """Add the update in the wider dtype.
+
+    The tokens are smaller than the factors, and so cheaper to convert.
+    """
     if not x.dtype is lora_A.dtype is lora_B.dtype:
         dtype = torch.promote_types(x.dtype, lora_A.dtype)
         x = as_dtype(x, dtype)
@@ -87,17 +117,20 @@ def _add_for_few_tokens(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tenso
 
 
 def _pays_to_update(tokens: Tensor, weight: Tensor, dropout: float) -> bool:
-    r"""Whether it is faster to multiply by the sum :math:`W + \Delta W`. Each pass computes the sum again.
+    r"""Whether it is faster to multiply by the sum :math:`W + \Delta W`.
 
-    The sum costs r · in · out multiplications twice, once in each pass. Adding the update separately costs r (in + out)
-    for each token instead. The sum pays off from twice the number of tokens at which both costs are equal, whatever r
-    (Cherniuk et al. 2023, "Run LoRA Run"). It must also keep small updates: half precision would round them away, and
-    so would float32 products whose factors torch rounds.
+    Each pass computes the sum again. The sum costs r · in · out multiplications twice,
+    once in each pass. Adding the update separately costs r (in + out) for each token
+    instead. The sum pays off from twice the number of tokens at which both costs are
+    equal, whatever r (Cherniuk et al. 2023, "Run LoRA Run"). It must also keep small
+    updates: half precision would round them away, and so would float32 products whose
+    factors torch rounds.
     """
     writes, reads = weight.shape
     if dropout or tokens.shape[0] * (writes + reads) < 4 * writes * reads:
         return False
-    if not (weight.is_contiguous() or weight.T.is_contiguous()):  # the sum would have another memory layout
+    # the sum would have another memory layout
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
         return False
     return _keeps_small_updates(weight.dtype)
 
@@ -114,7 +147,9 @@ def _keeps_small_updates(dtype: torch.dtype) -> bool:
 
 def _updated(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """W + ΔW in the memory layout of W. So a product with it uses the same kernel."""
-    return torch.addmm(weight, lora_B, lora_A, alpha=scaling, out=torch.empty_like(weight))
+    return torch.addmm(
+        weight, lora_B, lora_A, alpha=scaling, out=torch.empty_like(weight)
+    )
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -122,7 +157,13 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def run(
-        x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout: float,
     ) -> tuple[Tensor, Tensor | None, int]:
         """Return y, h (None if unused) and the seed."""
         tokens = x.reshape(-1, x.shape[-1])
@@ -137,7 +178,8 @@ class _AdaptedLinear(torch.autograd.Function):
             h = _dropped_product(a, tokens, dropout, seed)
         else:
             h = a @ tokens.T
-        y = F.linear(x, weight, bias).contiguous()  # here x is still in the cache, and then y is for addmm_
+        # here x is still in the cache, and then y is for addmm_
+        y = F.linear(x, weight, bias).contiguous()
         y_tokens = y.view(-1, y.shape[-1])
         y_tokens.addmm_(h.T, b.T, alpha=scaling / (1 - dropout))
         return y, h, seed
@@ -147,8 +189,10 @@ class _AdaptedLinear(torch.autograd.Function):
         """Compute y."""
         x, weight, bias, lora_A, lora_B, scaling, ctx.dropout = args
         y, h, ctx.seed = _AdaptedLinear.run(*args)
-        ctx.scaling_of_kept = scaling / (1 - ctx.dropout)  # the elements that dropout keeps are scaled up
-        weight_for_x = weight if ctx.needs_input_grad[0] else None  # only the gradient of x depends on it
+        # the elements that dropout keeps are scaled up
+        ctx.scaling_of_kept = scaling / (1 - ctx.dropout)
+        # only the gradient of x depends on it
+        weight_for_x = weight if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x, weight_for_x, bias, lora_A, lora_B, h)
         return y.data  # no view: an activation may change it in place
 
@@ -164,7 +208,9 @@ class _AdaptedLinear(torch.autograd.Function):
         return _AdaptedLinear.gradients(ctx, grad, inputs, h)
 
     @staticmethod
-    def gradients(ctx: Any, grad: Tensor, inputs: Sequence[Any], h: Tensor | None) -> tuple[Tensor | None, ...]:
+    def gradients(
+        ctx: Any, grad: Tensor, inputs: Sequence[Any], h: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Compute the gradients as written out."""
         x, weight, _, lora_A, lora_B = inputs
         for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
@@ -184,12 +230,16 @@ class _AdaptedLinear(torch.autograd.Function):
         if for_x and has_multiplied_by_sum:
             grad_x = grad_y.view(grad.shape) @ _updated(weight, a, b, scaling)
         elif for_x:
-            grad_x = grad_y.view(grad.shape) @ weight  # no view: torch may add to it in place
-            grad_tokens = grad_x.view(tokens.shape)  # a view, to which the update's part is added below
+            # no view: torch may add to it in place
+            grad_x = grad_y.view(grad.shape) @ weight
+            # a view, to which the update's part is added below
+            grad_tokens = grad_x.view(tokens.shape)
         grad_A = None
         if ctx.dropout:
             g.mul_(scaling)  # not g A, which could overflow in half precision
-            grad_A = _add_gradients_with_dropout(g, a, tokens, grad_tokens, ctx.dropout, ctx.seed)
+            grad_A = _add_gradients_with_dropout(
+                g, a, tokens, grad_tokens, ctx.dropout, ctx.seed
+            )
         else:
             if grad_tokens is not None:
                 grad_tokens.addmm_(g.T, a, alpha=scaling)
@@ -197,14 +247,22 @@ class _AdaptedLinear(torch.autograd.Function):
                 grad_A = torch.addmm(a, g, tokens, beta=0, alpha=scaling)
         grad_weight = grad_y.T @ tokens if for_weight else None
         grad_bias = grad_y.sum(0) if for_bias else None
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None  # torch converts to dtypes of A and B
+        # torch converts to dtypes of A and B
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None
 
     @staticmethod
-    def differentiable(ctx: Any, grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
-        """Let torch differentiate the separate operations, for second derivatives. Inputs count as independent."""
-        inputs = [None if t is None else t.view_as(t) for t in inputs]  # x may depend on A if a layer is used twice
+    def differentiable(
+        ctx: Any, grad: Tensor, inputs: Sequence[Any]
+    ) -> tuple[Tensor | None, ...]:
+        """Let torch differentiate the separate operations, for second derivatives.
+
+        Inputs count as independent.
+        """
+        # x may depend on A if a layer is used twice
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
         x, weight, bias, lora_A, lora_B = inputs
-        if weight is None:  # it was not saved, because no gradient depends on its values
+        # it was not saved, because no gradient depends on its values
+        if weight is None:
             for_weight = ctx.needs_input_grad[1]
             weight = x.new_zeros(len(lora_B), x.shape[-1], requires_grad=for_weight)
             inputs[1] = weight
@@ -214,9 +272,13 @@ class _AdaptedLinear(torch.autograd.Function):
             for block, drop in drops(tokens, ctx.dropout, ctx.seed):
                 drop(tokens[block])
         y = _composed(x, x * mask, weight, bias, lora_A, lora_B, ctx.scaling_of_kept)
-        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+        wanted = [
+            t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed
+        ]
         gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-        return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
+        return tuple(
+            next(gradients) if needed else None for needed in ctx.needs_input_grad
+        )
 
 
 def _dropped_product(a: Tensor, tokens: Tensor, dropout: float, seed: int) -> Tensor:
@@ -229,11 +291,17 @@ def _dropped_product(a: Tensor, tokens: Tensor, dropout: float, seed: int) -> Te
 
 
 def _add_gradients_with_dropout(
-    g: Tensor, a: Tensor, tokens: Tensor, grad_tokens: Tensor | None, dropout: float, seed: int
+    g: Tensor,
+    a: Tensor,
+    tokens: Tensor,
+    grad_tokens: Tensor | None,
+    dropout: float,
+    seed: int,
 ) -> Tensor:
     """Return the gradient of A, and add the update's part to ``grad_tokens`` in place, if these are wanted.
 
-    Both in one pass, for which the seed draws the elements of the forward pass again. ``g`` is scaled already.
+    Both in one pass, for which the seed draws the elements of the forward pass again.
+    ``g`` is scaled already.
     """
     grad_A = torch.zeros_like(a)
     for block, drop in drops(tokens, dropout, seed):

@@ -15,7 +15,8 @@ def stacked(updates: Sequence[Factors]) -> Factors:
     """Return n updates in two tensors.
 
     Shape:
-        Each A: (r, in) and B: (out, r). Together A: (n, r, in), B: (n, out, r). Smaller ranks get zeros.
+        Each A: (r, in) and B: (out, r). Together A: (n, r, in), B: (n, out, r). Smaller
+        ranks get zeros.
     """
     factors_a = [a for a, _ in updates]
     factors_b = [b.mT for _, b in updates]
@@ -30,7 +31,8 @@ def add_to_rows(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Te
     An update of zero changes nothing.
 
     Shape:
-        ``output``: (n, \*, out), ``x``: (n, \*, in), ``lora_A``: (n, r, in), ``lora_B``: (n, out, r), with scaling.
+        ``output``: (n, \*, out), ``x``: (n, \*, in), ``lora_A``: (n, r, in),
+        ``lora_B``: (n, out, r), with scaling.
     """
     a = as_dtype(lora_A, x.dtype)
     b = as_dtype(lora_B, x.dtype)

@@ -19,15 +19,29 @@ class _Moment(NamedTuple):
     variance: float
 
 
-_OF_UNIFORM = (_Moment(1, 0, 1 / 3), _Moment(2, 1 / 3, 4 / 45), _Moment(3, 0, 1 / 7), _Moment(4, 1 / 5, 16 / 225))
+_OF_UNIFORM = (
+    _Moment(1, 0, 1 / 3),
+    _Moment(2, 1 / 3, 4 / 45),
+    _Moment(3, 0, 1 / 7),
+    _Moment(4, 1 / 5, 16 / 225),
+)
 """Of a value drawn uniformly from [-1, 1]."""
 
-_OF_NORMAL = (_Moment(1, 0, 1), _Moment(2, 1, 2), _Moment(3, 0, 15), _Moment(4, 3, 96), _Moment(6, 15, 10170))
+_OF_NORMAL = (
+    _Moment(1, 0, 1),
+    _Moment(2, 1, 2),
+    _Moment(3, 0, 15),
+    _Moment(4, 3, 96),
+    _Moment(6, 15, 10170),
+)
 """Of a value drawn normally, with mean 0 and standard deviation 1."""
 
 
 def block_of(weight: Tensor) -> Tensor:
-    """Return evenly spaced rows and columns of a weight, without zero rows (padding). These are about 10,000 values."""
+    """Return evenly spaced rows and columns of a weight, without zero rows (padding).
+
+    These are about 10,000 values.
+    """
     rows, columns = weight.shape[0], weight[0].numel()
     rows_taken = min(rows, max(100, _TESTED // columns))
     columns_taken = min(columns, _TESTED // rows_taken)
@@ -44,7 +58,8 @@ def _spaced(length: int, count: int, device: torch.device) -> Tensor:
 def is_uniform(block: Tensor, bound: float) -> bool:
     """Whether the values look drawn uniformly from [-bound, bound]."""
     largest = block.abs().max().item() / bound
-    expected = 1 - 10 / block.numel()  # or more: the largest of so many values is hardly ever below
+    # or more: the largest of so many values is hardly ever below
+    expected = 1 - 10 / block.numel()
     reaches_bound = expected - _ROUNDING <= largest <= 1 + _ROUNDING
     return reaches_bound and _has_moments(block / bound, _OF_UNIFORM)
 
@@ -66,7 +81,10 @@ def _has_moments(scaled: Tensor, moments: tuple[_Moment, ...]) -> bool:
 
 
 def _is_even(block: Tensor) -> bool:
-    """Whether rows, and columns, differ in size only by chance. Those of a trained weight differ more."""
+    """Whether rows, and columns, differ in size only by chance.
+
+    Those of a trained weight differ more.
+    """
     squares = block.square()
     return _are_even(squares, dim=1) and _are_even(squares, dim=0)
 
@@ -78,6 +96,7 @@ def _are_even(squares: Tensor, dim: int) -> bool:
         return True
     expected = squares.shape[dim] * squares.var()
     ratio = (sums.var() / expected).item()  # NaN if all are equal
-    variance = 2 / (9 * (len(sums) - 1))  # a chi-squared value's cube root is nearly normal (Wilson, Hilferty)
+    # a chi-squared value's cube root is nearly normal (Wilson, Hilferty)
+    variance = 2 / (9 * (len(sums) - 1))
     largest = (1 - variance + _SPREAD * math.sqrt(variance)) ** 3
     return not ratio > largest  # NaN is even

@@ -15,17 +15,22 @@ def new_seed() -> int:
     return int(torch.randint(1 << 62, (), device="cpu"))
 
 
-def drops(rows: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
-    r"""Yield blocks of rows, each with a function that drops elements in place. It takes contiguous matrices.
+def drops(
+    rows: Tensor, p: float, seed: int
+) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
+    r"""Yield blocks of rows, each with a function that drops elements in place.
 
-    Each element is dropped with probability ``p`` in (0, 1), and always the same ones for the same seed.
+    It takes contiguous matrices. Each element is dropped with probability ``p`` in (0,
+    1), and always the same ones for the same seed.
 
-    On a CPU, drawing random numbers is the main cost of dropout. The number of kept elements between two dropped ones
-    has a geometric distribution, :math:`P(k) = (1 - p)^k p`. Drawing these gaps takes only ``p`` random numbers per
-    element. The distribution has no memory, so each block can start with a new gap.
+    On a CPU, drawing random numbers is the main cost of dropout. The number of kept
+    elements between two dropped ones has a geometric distribution, :math:`P(k) = (1 -
+    p)^k p`. Drawing these gaps takes only ``p`` random numbers per element. The
+    distribution has no memory, so each block can start with a new gap.
 
     Source:
-        Batagelj and Brandes 2005, "Efficient Generation of Large Random Networks", section II (the geometric gaps).
+        Batagelj and Brandes 2005, "Efficient Generation of Large Random Networks",
+        section II (the geometric gaps).
     """
     generator = torch.Generator(rows.device).manual_seed(seed)
     for block in row_blocks(rows):
@@ -34,7 +39,12 @@ def drops(rows: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Callable[[
             places = _by_gaps(shape.numel(), p, generator)
             yield block, partial(_zero_places, places=places)
         else:
-            mask = torch.rand(shape, dtype=torch.float32, device=rows.device, generator=generator) < p
+            mask = (
+                torch.rand(
+                    shape, dtype=torch.float32, device=rows.device, generator=generator
+                )
+                < p
+            )
             yield block, partial(Tensor.masked_fill_, mask=mask, value=0)
 
 
@@ -49,8 +59,11 @@ def _by_gaps(size: int, p: float, generator: torch.Generator) -> Tensor:
     last = -1
     while last < size:
         expected = (size - last) * p
-        draws = int(expected + 5 * math.sqrt(expected) + 8)  # so many that one round is nearly always enough
-        uniform = torch.empty(draws, dtype=torch.float32, device="cpu").uniform_(generator=generator)
+        # so many that one round is nearly always enough
+        draws = int(expected + 5 * math.sqrt(expected) + 8)
+        uniform = torch.empty(draws, dtype=torch.float32, device="cpu").uniform_(
+            generator=generator
+        )
         gaps = uniform.neg_().log1p_().mul_(1 / math.log1p(-p)).long()
         steps = gaps.add_(1)  # from one dropped element to the next
         steps[0] += last

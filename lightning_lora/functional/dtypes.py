@@ -5,7 +5,10 @@ from torch import Tensor
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype, or float32 if that is wider. A narrower dtype would lose small updates."""
+    """Return the dtype, or float32 if that is wider.
+
+    A narrower dtype would lose small updates.
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -14,7 +17,9 @@ def precise(tensor: Tensor) -> Tensor:
 
     MPS has no float64: they are on the CPU then.
     """
-    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+    return tensor.detach().to(
+        "cpu" if tensor.device.type == "mps" else tensor.device, torch.float64
+    )
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from lightning_lora import private
 
-# These checks run in every call. After a product of large matrices the caches are cold, so every torch function that is
-# not called saves some microseconds.
+# These checks run in every call. After a product of large matrices the caches are cold,
+# so every torch function that is not called saves some microseconds.
 
 _WITHOUT_OWN_OPERATIONS = {Tensor, nn.Parameter, type(None)}
 
@@ -14,8 +14,8 @@ _WITHOUT_OWN_OPERATIONS = {Tensor, nn.Parameter, type(None)}
 def can_be_explicit(x: Tensor, *others: Tensor | None) -> bool:
     """Whether no other code needs to see the single operations.
 
-    What compiles, traces, counts or transforms operations does, and so do classes of tensors with operations of their
-    own.
+    What compiles, traces, counts or transforms operations does, and so do classes of
+    tensors with operations of their own.
     """
     return (
         not torch.compiler.is_compiling()
@@ -28,10 +28,13 @@ def can_be_explicit(x: Tensor, *others: Tensor | None) -> bool:
         and not private.count_modes()  # modes that count, trace or store operations
         and not private.is_forward_differentiating()
         and not private.tracing()
-        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay would use the same seed again
+        # a replay would use the same seed again
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
 def is_autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is enabled for a tensor's device."""
-    return private.is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
+    return private.is_any_autocast_enabled() and torch.is_autocast_enabled(
+        tensor.device.type
+    )

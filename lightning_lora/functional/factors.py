@@ -13,7 +13,8 @@ def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
     r"""Return the exact weighted sum of updates.
 
     Shape:
-        Each A: (\*, r, in) and B: (\*, out, r). Returns the same, where r is the sum of all r.
+        Each A: (\*, r, in) and B: (\*, out, r). Returns the same, where r is the sum of
+        all r.
     """
     factors_a, factors_b = [], []
     for (a, b), weight in zip(updates, weights, strict=True):
@@ -25,7 +26,8 @@ def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
 def difference(update: Factors, other: Factors) -> Factors:
     """Return the difference of two updates, B A - B0 A0.
 
-    It is (B - B0) A + B0 (A - A0): a small difference of large products would be rounded away.
+    It is (B - B0) A + B0 (A - A0): a small difference of large products would be
+    rounded away.
     """
     a, b = update
     a0, b0 = other
@@ -33,11 +35,13 @@ def difference(update: Factors, other: Factors) -> Factors:
 
 
 def joined_rows(updates: list[Factors], first_rows: list[int], rows: int) -> Factors:
-    """Return one update of a whole weight from updates of some of its rows each. Other rows get none.
+    """Return one update of a whole weight from updates of some of its rows each.
+
+    Other rows get none.
 
     Shape:
-        Each A: (r, in) and B: (its rows, r), for the weight's rows from its first one on. Returns (sum of all r, in)
-        and (rows, sum of all r).
+        Each A: (r, in) and B: (its rows, r), for the weight's rows from its first one
+        on. Returns (sum of all r, in) and (rows, sum of all r).
     """
     factors_a, factors_b = [], []
     for (a, b), rows_above in zip(updates, first_rows, strict=True):
@@ -53,8 +57,9 @@ def with_rank(update: Factors, r: int) -> Factors:
     Shape:
         A: (\*, R, in) and B: (\*, out, R). Returns (\*, r, in) and (\*, out, r).
 
-    If r is larger than R, zeros are added. If it is smaller, it must be in or out: a matrix has no larger rank than the
-    smaller of these. Then one factor is B A, and the other the identity.
+    If r is larger than R, zeros are added. If it is smaller, it must be in or out: a
+    matrix has no larger rank than the smaller of these. Then one factor is B A, and the
+    other the identity.
     """
     a = update[0].to(wide(update[0].dtype))
     b = update[1].to(wide(update[1].dtype))
@@ -64,7 +69,9 @@ def with_rank(update: Factors, r: int) -> Factors:
     if missing > 0:
         return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
     product = (b.double() @ a.double()).to(a.dtype)
-    identity = torch.eye(r, dtype=a.dtype, device=a.device).expand(*product.shape[:-2], r, r)
+    identity = torch.eye(r, dtype=a.dtype, device=a.device).expand(
+        *product.shape[:-2], r, r
+    )
     has_r_rows = product.shape[-2] == r
     return (product, identity) if has_r_rows else (identity, product)
 
@@ -73,10 +80,12 @@ def truncated(update: Factors, r: int) -> Factors:
     r"""Return the best approximation of an update with rank r, without forming B A.
 
     Shape:
-        A: (\*, R, in), B: (\*, out, R). Returns the same with r, or with fewer if no more are needed.
+        A: (\*, R, in), B: (\*, out, R). Returns the same with r, or with fewer if no
+        more are needed.
 
     Source:
-        Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
+        Eckart and Young 1936, "The approximation of one matrix by another of lower
+        rank".
     """
     a, b = update
     qr_of_a = torch.linalg.qr(a.double().mT)

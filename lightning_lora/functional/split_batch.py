@@ -1,8 +1,9 @@
 """Split a batch between adapters: take some of its rows out of a module's arguments, and put outputs together again.
 
-Arguments and outputs are values in containers of any depth: tensors, and others such as numbers. A tensor has rows if
-it is as long as the batch. The first value has them in dimension 0, and all others have them in dimension
-``states_dim``: the states of a recurrent layer, behind its sequence, have them in dimension 1.
+Arguments and outputs are values in containers of any depth: tensors, and others such as
+numbers. A tensor has rows if it is as long as the batch. The first value has them in
+dimension 0, and all others have them in dimension ``states_dim``: the states of a
+recurrent layer, behind its sequence, have them in dimension 1.
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,19 @@ from lightning_lora.private import tree_flatten, tree_unflatten
 
 
 class NoRowsError(ValueError):
-    """Outputs of parts of a batch have a value that cannot be put together. Its type is the argument."""
+    """Outputs of parts of a batch have a value that cannot be put together.
+
+    Its type is the argument.
+    """
 
 
-def take_rows(values: Any, rows: Tensor, n: int, states_dim: int = 0, mask: Tensor | None = None) -> Any:
+def take_rows(
+    values: Any, rows: Tensor, n: int, states_dim: int = 0, mask: Tensor | None = None
+) -> Any:
     """Return arguments or outputs with some of the batch's n rows.
 
-    What has no rows stays as it is, and so does a ``mask`` that all rows share, though it may be as long.
+    What has no rows stays as it is, and so does a ``mask`` that all rows share, though
+    it may be as long.
     """
     leaves, spec = tree_flatten(values)
     dim = 0
@@ -32,11 +39,16 @@ def take_rows(values: Any, rows: Tensor, n: int, states_dim: int = 0, mask: Tens
     return tree_unflatten(leaves, spec)
 
 
-def put_together(outputs: Sequence[Any], rows: Sequence[Tensor], states_dim: int = 0) -> Any:
-    """Return the output of a whole batch from those of its parts. ``rows`` are the rows of each part.
+def put_together(
+    outputs: Sequence[Any], rows: Sequence[Tensor], states_dim: int = 0
+) -> Any:
+    """Return the output of a whole batch from those of its parts.
+
+    ``rows`` are the rows of each part.
 
     Raises:
-        NoRowsError: a tensor in them has no rows, or another value differs between them.
+        NoRowsError: a tensor in them has no rows, or another value differs between
+            them.
     """
     leaves_by_output = []
     for output in outputs:
@@ -51,12 +63,17 @@ def put_together(outputs: Sequence[Any], rows: Sequence[Tensor], states_dim: int
     return tree_unflatten(together, spec)
 
 
-def _put_parts_together(parts: Sequence[Any], rows: Sequence[Tensor], order: Tensor, dim: int) -> Any:
+def _put_parts_together(
+    parts: Sequence[Any], rows: Sequence[Tensor], order: Tensor, dim: int
+) -> Any:
     """One tensor from those of the parts, or the value that is the same in all of them.
 
-    A tensor without rows, such as a mean over the batch, is refused, even if it is the same in all.
+    A tensor without rows, such as a mean over the batch, is refused, even if it is the
+    same in all.
     """
-    have_rows = [_has_rows(part, dim, len(row)) for part, row in zip(parts, rows, strict=True)]
+    have_rows = [
+        _has_rows(part, dim, len(row)) for part, row in zip(parts, rows, strict=True)
+    ]
     first = parts[0]
     if all(have_rows):
         return torch.cat(list(parts), dim).index_select(dim, order.to(first.device))

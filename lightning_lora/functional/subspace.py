@@ -32,10 +32,13 @@ def _directions_of_matrix(matrix: Tensor) -> Directions:
 
 
 def effective_rank(sizes: Tensor) -> Tensor:
-    r"""Return how many singular values (\*, r) count: :math:`\exp` of their entropy. It is 0 for an update of zeros.
+    r"""Return how many singular values (\*, r) count: :math:`\exp` of their entropy.
+
+    It is 0 for an update of zeros.
 
     Source:
-        Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.
+        Roy and Vetterli 2007, "The effective rank: a measure of effective
+        dimensionality", section 2.
     """
     total = sizes.sum(-1, keepdim=True)
     shares = sizes / total.clamp_min(torch.finfo(sizes.dtype).tiny)
@@ -46,11 +49,13 @@ def effective_rank(sizes: Tensor) -> Tensor:
 def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
     r"""Return how similar the directions are that two matrices read: the top i and the top j, for all i and j.
 
-    It is :math:`\phi(i, j) = \lVert U_1^{i\,T} U_2^j \rVert_F^2 / \min(i, j)`, from 0 (orthogonal) to 1 (one contains
-    the other), where the columns of :math:`U^i` are the right singular vectors of the i largest singular values.
+    It is :math:`\phi(i, j) = \lVert U_1^{i\,T} U_2^j \rVert_F^2 / \min(i, j)`, from 0
+    (orthogonal) to 1 (one contains the other), where the columns of :math:`U^i` are the
+    right singular vectors of the i largest singular values.
 
     Shape:
-        (\*, r1, n) and (\*, r2, n). Returns (\*, r1, r2): the entry for i and j is at [i - 1, j - 1].
+        (\*, r1, n) and (\*, r2, n). Returns (\*, r1, r2): the entry for i and j is at
+        [i - 1, j - 1].
 
     Source:
         Hu et al. 2021, section 7.2, equation 4, and appendix G.
@@ -64,7 +69,10 @@ def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
 
 
 def norm(update: Factors | Tensor) -> Tensor:
-    r"""Return the Frobenius norm, (\*), of B A or of a whole matrix. For B A, products of r x r are enough."""
+    r"""Return the Frobenius norm, (\*), of B A or of a whole matrix.
+
+    For B A, products of r x r are enough.
+    """
     if isinstance(update, Tensor):
         return update.square().sum((-2, -1)).sqrt()
     a = precise(update[0])

@@ -16,17 +16,24 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 def added(weight: Tensor, delta: Tensor) -> Tensor:
-    r"""Return the sum :math:`W + \Delta W` in the wider of the two dtypes. So it is rounded only once, later."""
+    r"""Return the sum :math:`W + \Delta W` in the wider of the two dtypes.
+
+    So it is rounded only once, later.
+    """
     return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
 
 
-def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
+def merged(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, float]:
     r"""Return :math:`W + s \, B A` and the share lost to rounding (:func:`lost_share`).
 
-    The sum is computed in float32 or wider, a few rows at a time, and rounded once, to the dtype of :math:`W`.
+    The sum is computed in float32 or wider, a few rows at a time, and rounded once, to
+    the dtype of :math:`W`.
 
     Shape:
-        ``weight``: (out, in), ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in), and a number.
+        ``weight``: (out, in), ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out,
+        in), and a number.
     """
     values = torch.empty_like(weight)
     norms: list[Tensor] = []
@@ -36,7 +43,9 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tu
             torch.add(weight[rows], delta, out=values[rows])
             continue
         size_of_update = delta.norm()
-        effective = delta.to(torch.promote_types(weight.dtype, delta.dtype)).add_(weight[rows])
+        effective = delta.to(torch.promote_types(weight.dtype, delta.dtype)).add_(
+            weight[rows]
+        )
         values[rows] = effective
         rounding_error = effective.sub_(values[rows]).norm()
         norms.append(torch.stack([rounding_error, size_of_update]))
@@ -46,8 +55,8 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tu
 def lost_share(weight: Tensor, effective: Tensor, rounded: Tensor) -> float:
     """Return the norm of the rounding error over that of the update.
 
-    It is 1 if nothing of the update is left. ``effective`` is the weight with its update, and ``rounded`` is that in
-    the weight's dtype.
+    It is 1 if nothing of the update is left. ``effective`` is the weight with its
+    update, and ``rounded`` is that in the weight's dtype.
     """
     if weight.dtype == effective.dtype:
         return 0.0
@@ -70,7 +79,8 @@ def row_norms(matrix: Tensor) -> Tensor:
     """Return the norm of each row of a matrix, in float32 or wider: DoRA's first magnitudes.
 
     Source:
-        Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.1, read as in the authors' code.
+        Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.1,
+        read as in the authors' code.
     """
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1, dtype=wide(matrix.dtype))
     return norms
@@ -79,8 +89,9 @@ def row_norms(matrix: Tensor) -> Tensor:
 def magnitude_scale(magnitude: Tensor, matrix: Tensor) -> Tensor:
     r"""Return DoRA's scale for each row of :math:`V = W + \Delta W`: :math:`m / \lVert V \rVert`.
 
-    The norm counts as a constant: no gradient flows through it. A row that starts as zeros has no direction and a
-    magnitude of zero. Its scale is 1, so that it trains as without DoRA.
+    The norm counts as a constant: no gradient flows through it. A row that starts as
+    zeros has no direction and a magnitude of zero. Its scale is 1, so that it trains as
+    without DoRA.
 
     Shape:
         ``magnitude``: (out), ``matrix``: (out, in). Returns (out).

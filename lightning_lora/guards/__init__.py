@@ -1,13 +1,16 @@
 """One file for each hazard that is only said: its rule, its message, and its moments, of those in ``moments.py``.
 
-Nothing else of the package knows a guard. To take one out, delete its file, its import and its line here.
+Nothing else of the package knows a guard. To take one out, delete its file, its import
+and its line here.
 
 How a guard speaks:
 
-- ``rank_zero_info``, in the log of a fit: what may be meant so, and how networks and files are treated.
-- ``warn``: what is probably wrong. Python shows the same text once for each line of the user's code. A call has no log,
-  so it warns of what a fit would only log.
-- ``warn_in_each_fit``: the same, of arguments, the model or the length of a fit. A cell that runs again says it again.
+- ``rank_zero_info``, in the log of a fit: what may be meant so, and how networks and
+  files are treated.
+- ``warn``: what is probably wrong. Python shows the same text once for each line of the
+  user's code. A call has no log, so it warns of what a fit would only log.
+- ``warn_in_each_fit``: the same, of arguments, the model or the length of a fit. A cell
+  that runs again says it again.
 """
 
 from lightning_lora import moments
@@ -72,9 +75,10 @@ moments.GUARDS[:] = [
 
 - ``injected_by_call``: NetworksStandingStill, HookedWeights.
 - ``optimizers_built``: LearningRates, ScaledForSGD.
-- ``training_begins``: NetworksStandingStill, FrozenInModulesToSave, LargeHyperparameters, AveragesByName,
-  RunningStatistics.
-- ``new_adapters_begin``: LooksUntrained, UnfrozenButNotTrained, Tied, TokenHeads, RefusedExports, Untargeted.
+- ``training_begins``: NetworksStandingStill, FrozenInModulesToSave,
+  LargeHyperparameters, AveragesByName, RunningStatistics.
+- ``new_adapters_begin``: LooksUntrained, UnfrozenButNotTrained, Tied, TokenHeads,
+  RefusedExports, Untargeted.
 - ``first_step_begins``: ReadByHand, WrittenWeights, CopiesWithoutUpdates.
 - ``base_compared``: WrittenWeights, CopiesWithoutUpdates.
 - ``fit_ended``: NothingLearned, RunningStatistics.

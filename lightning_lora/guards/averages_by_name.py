@@ -20,7 +20,8 @@ _Shapes = dict[Any, set[tuple[int, ...]]]  # by the ending of a parameter's name
 class AveragesByName(Guard):
     """Names a dict of tensors that has the names of frozen weights when training begins.
 
-    Adapted weights never move, so an average of them stays as it is, and so does a distance to them.
+    Adapted weights never move, so an average of them stays as it is, and so does a
+    distance to them.
     """
 
     def training_begins(self, view: View) -> None:
@@ -35,10 +36,12 @@ class AveragesByName(Guard):
 
 def _warn_of(view: View, found: "_Dict") -> None:
     warn_in_each_fit(
-        f"{view.title}.{found.place} is a dict of tensors with the names of weights, which are frozen "
-        "here, and without adapters. An average there stays as the base is, and a distance to it stays zero. "
-        "For an average, use EMAWeightAveraging or a copy of the network, or make the dict in on_train_start. "
-        "For full training of these weights, name their modules in modules_to_save."
+        f"{view.title}.{found.place} is a dict of tensors with the names of weights, "
+        "which are frozen here, and without adapters. An average there stays as the "
+        "base is, and a distance to it stays zero. For an average, use "
+        "EMAWeightAveraging or a copy of the network, or make the dict in "
+        "on_train_start. For full training of these weights, name their modules in "
+        "modules_to_save."
     )
 
 
@@ -85,7 +88,11 @@ def _shapes_by_ending(parameters: Mapping[str, nn.Parameter]) -> _Shapes:
 
 def _named_as(shapes: _Shapes, tensors: Mapping[Any, Tensor]) -> list[Any]:
     """The names of those tensors that have an ending of a parameter's name, and its shape."""
-    return [name for name, tensor in tensors.items() if tuple(tensor.shape) in shapes.get(name, ())]
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tuple(tensor.shape) in shapes.get(name, ())
+    ]
 
 
 def _endings(name: str) -> Iterator[str]:

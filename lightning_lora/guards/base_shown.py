@@ -13,7 +13,7 @@ class BaseShown(Guard):
         trained = view.trainable_base
         if trained:
             warn(
-                f"A backward pass in a block of disable_adapters: {listed(trained)} of {view.title} hold the "
-                "base's values there, and get no gradient. Call it after the block, in which only the base's outputs "
-                "are computed."
+                f"A backward pass in a block of disable_adapters: {listed(trained)} of "
+                f"{view.title} hold the base's values there, and get no gradient. Call "
+                "it after the block, in which only the base's outputs are computed."
             )

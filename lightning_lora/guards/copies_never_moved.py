@@ -20,7 +20,8 @@ class CopiesNeverMoved(Guard):
         unmoved = without(copies_of_moved, moved)
         if unmoved:
             rank_zero_info(
-                f"Copies in {view.title} that no code has moved: {pairs_of(unmoved)}. They compute what they did "
-                "before. If one is an average that has begun, its code may look for parameters by the names they had "
-                "before the fit, as ema_pytorch does: make it in on_fit_start."
+                f"Copies in {view.title} that no code has moved: {pairs_of(unmoved)}. "
+                "They compute what they did before. If one is an average that has "
+                "begun, its code may look for parameters by the names they had before "
+                "the fit, as ema_pytorch does: make it in on_fit_start."
             )

@@ -16,7 +16,8 @@ class CopiesWithoutUpdates(Guard):
 
     def __init__(self) -> None:
         self.copies = FrozenCopies()
-        self.versions: dict[str, int | None] = {}  # how often each weight was written in place
+        # how often each weight was written in place
+        self.versions: dict[str, int | None] = {}
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
         """Note which weights were written before."""
@@ -32,15 +33,18 @@ class CopiesWithoutUpdates(Guard):
         if moved:
             self.copies = FrozenCopies()  # that is said once
             warn(
-                f"Code moves copies in {view.title} that have no adapters: {pairs_of(moved)}. They do not follow what "
-                "the originals learn, unless your code adds the updates. Let them have adapters too, which then "
+                f"Code moves copies in {view.title} that have no adapters: "
+                f"{pairs_of(moved)}. They do not follow what "
+                "the originals learn, unless your code adds the updates. Let them have "
+                "adapters too, which then "
                 "follow: take them out of exclude_modules, or into target_modules."
             )
 
     def _is_written(self, view: View, copy: str) -> bool:
         """Whether code has written into a copy, and not into its original too.
 
-        A load of the whole model writes into both. An average may write the same values again, as they are frozen.
+        A load of the whole model writes into both. An average may write the same values
+        again, as they are frozen.
         """
         written = self._written_since(view)
         for name in names_inside(written, [copy]):
@@ -52,7 +56,9 @@ class CopiesWithoutUpdates(Guard):
     def _written_since(self, view: View) -> set[str]:
         """The weights that were written in place since the first step began."""
         now = _versions_of(view)
-        return {name for name, version in self.versions.items() if now.get(name) != version}
+        return {
+            name for name, version in self.versions.items() if now.get(name) != version
+        }
 
 
 def _versions_of(view: View) -> dict[str, int | None]:

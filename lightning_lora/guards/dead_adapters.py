@@ -14,14 +14,19 @@ class DeadAdapters(Guard):
     def optimizer_begins(self, view: View, unreached: Sequence[str]) -> None:
         """Name them, and those that look untrained too."""
         message = (
-            f"The adapters of {listed(unreached)} received no gradient before the first optimizer step. Do they run "
-            "under no_grad() or detach()? Do only other batches use them (as with experts)? Does other code freeze "
-            "them (requires_grad), or read weights without calling the layers (name these in target_parameters)? "
-            "If the loss does not depend on them, leave them out with exclude_modules."
+            f"The adapters of {listed(unreached)} received no gradient before the "
+            "first optimizer step. Do they run under no_grad() or detach()? Do only "
+            "other batches use them (as with experts)? Does other code freeze them "
+            "(requires_grad), or read weights without calling the layers (name these "
+            "in target_parameters)? If the loss does not depend on them, leave them "
+            "out with exclude_modules."
         )
         fresh = _fresh_among(view, unreached)
         if fresh:
-            message += f" {listed(fresh)} look untrained too: leave them out then, whatever FreshLayerWarning says."
+            message += (
+                f" {listed(fresh)} look untrained too: leave them out then, whatever "
+                "FreshLayerWarning says."
+            )
         warn(message, DeadAdapterWarning)
 
 

@@ -20,10 +20,14 @@ class Diverged(Guard):
             return
         remedy = "train with a lower learning rate"
         if any(p.dtype == torch.float16 for p in broken.values()):
-            remedy = "train without autocast_adapter_dtype=False: these are in float16, in which Adam ends in NaN"
+            remedy = (
+                "train without autocast_adapter_dtype=False: these are in float16, in "
+                "which Adam ends in NaN"
+            )
         warn(
-            f"{listed(broken)} of {view.title} hold NaN or infinite values, and the merged weights too: the training "
-            f"has diverged. Call unmerge_adapters(model) for the base, and {remedy}."
+            f"{listed(broken)} of {view.title} hold NaN or infinite values, and the "
+            "merged weights too: the training has diverged. Call "
+            f"unmerge_adapters(model) for the base, and {remedy}."
         )
 
 

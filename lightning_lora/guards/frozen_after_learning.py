@@ -13,7 +13,9 @@ from lightning_lora.tensors.names import names_joined
 class FrozenAfterLearning(Guard):
     """Names such layers, unless all are frozen: then somebody means the base."""
 
-    def networks_settled(self, view: View, paused: Collection[str], frozen_since: Set[str]) -> None:
+    def networks_settled(
+        self, view: View, paused: Collection[str], frozen_since: Set[str]
+    ) -> None:
         """Look at the layers that train on."""
         frozen = []
         for name, layer in without(layers_that_have_learned(view), paused).items():
@@ -21,7 +23,8 @@ class FrozenAfterLearning(Guard):
                 frozen.append(name)
         if frozen and len(frozen) < len(view.layers):
             warn(
-                f"{listed(frozen)} of {view.title} were frozen (requires_grad) after their adapters had learned: these "
-                "train on. To keep what they learned: merge_adapters(model), remove_adapters(model), then freeze and "
-                "fit."
+                f"{listed(frozen)} of {view.title} were frozen (requires_grad) after "
+                "their adapters had learned: these train on. To keep what they "
+                "learned: merge_adapters(model), remove_adapters(model), then freeze "
+                "and fit."
             )

@@ -28,8 +28,9 @@ def _look_at(view: View, name: str, module: nn.Module) -> None:
     frozen_by_user = [each for each in trained if flags_of_user.get(each) is False]
     if 0 < len(frozen_by_user) < len(trained):
         warn_in_each_fit(
-            f"modules_to_save trains all of {name!r}, also {listed(frozen_by_user)}, which {view.title} has frozen "
-            "(requires_grad). To keep these frozen, name the modules beside them in place of it."
+            f"modules_to_save trains all of {name!r}, also {listed(frozen_by_user)}, "
+            f"which {view.title} has frozen (requires_grad). To keep these frozen, "
+            "name the modules beside them in place of it."
         )
 
 

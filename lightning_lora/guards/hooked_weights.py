@@ -1,7 +1,7 @@
 """Gradient hooks on weights that have adapters.
 
-Such a hook masks or scales what a weight learns. A frozen weight has no gradient, so the hook never runs, and the
-update moves what the hook protects.
+Such a hook masks or scales what a weight learns. A frozen weight has no gradient, so
+the hook never runs, and the update moves what the hook protects.
 """
 
 from weakref import WeakKeyDictionary
@@ -51,8 +51,9 @@ def _about_hooks(title: str, names: list[str]) -> str:
     """What is said of gradient hooks on these layers' weights."""
     entries = as_entries(names)
     return (
-        f"The weights of {listed(names, MOST_NAMES)} of {title} have gradient hooks, which never run now: "
-        "the weights are frozen, and what the hooks mask or scale is no part of the updates. Train these layers in "
-        f"full: modules_to_save={entries}. Or leave them out: exclude_modules={entries}. If the hooks only watch, "
-        "nothing else is missing."
+        f"The weights of {listed(names, MOST_NAMES)} of {title} have gradient hooks, "
+        "which never run now: the weights are frozen, and what the hooks mask or scale "
+        "is no part of the updates. Train these layers in full: "
+        f"modules_to_save={entries}. Or leave them out: exclude_modules={entries}. If "
+        "the hooks only watch, nothing else is missing."
     )

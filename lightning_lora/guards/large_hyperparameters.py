@@ -40,9 +40,10 @@ def _about_large(title: str, large: Mapping[str, int]) -> str:
         sizes.append(f"{name!r} ({size / 1e6:,.1f} MB)")
         arguments.append(f"{name}=...")
     return (
-        f"Hyperparameters of {title} hold weights: {', '.join(sizes)}. Every checkpoint stores them whole, beside the "
-        f"adapters. Leave them out: self.save_hyperparameters(ignore={list(large)}). Then pass them when you load: "
-        f"load_from_checkpoint({title}, path, {', '.join(arguments)})."
+        f"Hyperparameters of {title} hold weights: {', '.join(sizes)}. Every "
+        "checkpoint stores them whole, beside the adapters. Leave them out: "
+        f"self.save_hyperparameters(ignore={list(large)}). Then pass them when you "
+        f"load: load_from_checkpoint({title}, path, {', '.join(arguments)})."
     )
 
 
@@ -63,7 +64,10 @@ def _bytes_in(value: object) -> int:
 
 
 def _parts_of(value: object) -> Iterable[object]:
-    """The tensors of a network, or what a container holds. Anything else has no parts."""
+    """The tensors of a network, or what a container holds.
+
+    Anything else has no parts.
+    """
     if isinstance(value, nn.Module):
         return (*value.parameters(), *value.buffers())
     if isinstance(value, Mapping):

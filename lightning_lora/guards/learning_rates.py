@@ -31,13 +31,16 @@ _RATES_OF_LARGE_MODELS = _Rates(usual=2e-4, low=2e-5)  # as in the paper of QLoR
 _WEIGHTS_OF_LARGE_MODELS = 1e9
 
 _HIGH_RATE = 0.0101  # more than 0.01, up to rounding
-_NO_RATE = 0.5  # from here on, it is a factor of a scheduler that computes the rate: LambdaLR with lr=1
+# from here on, it is a factor of a scheduler that computes the rate: LambdaLR with lr=1
+_NO_RATE = 0.5
 
 
 class LearningRates(Guard):
     """Tells of a learning rate that is unusual for adapters."""
 
-    def optimizers_built(self, view: View, optimizers: Sequence[Optimizer], *, is_scaled: bool) -> None:
+    def optimizers_built(
+        self, view: View, optimizers: Sequence[Optimizer], *, is_scaled: bool
+    ) -> None:
         """Look at the rates. Who has set ``lr_scale`` means low ones."""
         like_adam = list(filter(_is_like_adam, optimizers))
         others = list(filterfalse(_is_like_adam, optimizers))
@@ -52,7 +55,9 @@ def _is_like_adam(optimizer: Optimizer) -> bool:
     return "Adam" in " ".join(class_names(optimizer))
 
 
-def _tell_of_high_rate(view: View, optimizers: Iterable[Optimizer], *, is_scaled: bool) -> None:
+def _tell_of_high_rate(
+    view: View, optimizers: Iterable[Optimizer], *, is_scaled: bool
+) -> None:
     """Tell of a rate that is high for adapters."""
     rates = peak_rates(view, optimizers).of_adapters
     if not rates:
@@ -61,11 +66,14 @@ def _tell_of_high_rate(view: View, optimizers: Iterable[Optimizer], *, is_scaled
     if not _HIGH_RATE < lowest < _NO_RATE:
         return
     message = (
-        f"The adapters' learning rate is {lowest:g}, which is high: {_rates_of(view).usual:g} is usual. If the loss "
-        "grows, lower it."
+        f"The adapters' learning rate is {lowest:g}, which is high: "
+        f"{_rates_of(view).usual:g} is usual. If the loss grows, lower it."
     )
     if is_scaled:
-        message += " Or is the rate of configure_optimizers one for LoRA? Then leave lr_scale out."
+        message += (
+            " Or is the rate of configure_optimizers one for LoRA? Then leave lr_scale "
+            "out."
+        )
     rank_zero_info(message)
 
 
@@ -75,10 +83,12 @@ def _tell_of_low_rates(view: View, optimizers: Iterable[Optimizer]) -> None:
     if low:
         highest = max(low.values())
         rank_zero_info(
-            f"The adapters' learning rate is {highest:g} at most{_in_layers(view, low)}, as in full fine-tuning. "
-            f"LoRA usually needs about ten times as much: begin with {_rates_of(view).usual:g} in "
-            "configure_optimizers. If this rate was tuned, keep it and write LoRACallback(lr_scale=10); a head in "
-            "modules_to_save keeps it. With lr_scale=1, this line is not shown."
+            f"The adapters' learning rate is {highest:g} at "
+            f"most{_in_layers(view, low)}, as in full fine-tuning. LoRA usually needs "
+            f"about ten times as much: begin with {_rates_of(view).usual:g} in "
+            "configure_optimizers. If this rate was tuned, keep it and write "
+            "LoRACallback(lr_scale=10); a head in modules_to_save keeps it. With "
+            "lr_scale=1, this line is not shown."
         )
 
 
@@ -89,14 +99,19 @@ def _tell_of_rates_low_for_adam(view: View, optimizers: list[Optimizer]) -> None
         highest = max(low.values())
         kinds = dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)
         rank_zero_info(
-            f"The adapters' learning rate is {highest:g} at most{_in_layers(view, low)}. Whether that is low for "
-            f"LoRA is known of Adam and AdamW, and not of {' and '.join(kinds)}. If the loss hardly falls: "
-            "LoRACallback(lr_scale=10), or AdamW. With lr_scale=1, this line is not shown."
+            f"The adapters' learning rate is {highest:g} at "
+            f"most{_in_layers(view, low)}. Whether that is low for LoRA is known of "
+            f"Adam and AdamW, and not of {' and '.join(kinds)}. If the loss hardly "
+            "falls: LoRACallback(lr_scale=10), or AdamW. With lr_scale=1, this line is "
+            "not shown."
         )
 
 
 def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
-    """The layers whose adapters have a low learning rate, as in full fine-tuning. One of zero is meant."""
+    """The layers whose adapters have a low learning rate, as in full fine-tuning.
+
+    One of zero is meant.
+    """
     highest_low = _rates_of(view).low
     low = dict[str, float]()
     for name, rate in rates_by_layer(view, optimizers).items():
@@ -108,7 +123,8 @@ def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
 def _rates_of(view: View) -> _Rates:
     """What is known for a model of this size."""
     weights = set(view.base_parameters.values())  # tied ones once
-    if sum(map(number_of_values, weights)) < _WEIGHTS_OF_LARGE_MODELS:  # also where they are packed in 4 bits
+    # also where they are packed in 4 bits
+    if sum(map(number_of_values, weights)) < _WEIGHTS_OF_LARGE_MODELS:
         return _RATES
     return _RATES_OF_LARGE_MODELS
 

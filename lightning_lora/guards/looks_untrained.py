@@ -18,7 +18,8 @@ from lightning_lora.tensors.names import names_outside, owner_of
 class LooksUntrained(Guard):
     """Tells of a model that looks untrained, or names the layers that do.
 
-    Of ``untrained``, ``modules`` are layers that surely do, and ``unsure`` those with too few weights to tell.
+    Of ``untrained``, ``modules`` are layers that surely do, and ``unsure`` those with
+    too few weights to tell.
     """
 
     def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
@@ -39,7 +40,10 @@ class LooksUntrained(Guard):
 
 
 def _perhaps_new(view: View, untrained: Untrained) -> list[str]:
-    """The layers that may be new. None, if the user left them out, or no layer was large enough to judge."""
+    """The layers that may be new.
+
+    None, if the user left them out, or no layer was large enough to judge.
+    """
     if not untrained.was_judged:
         return []
     left_out = {*excluded_names(view), *view.adapter.networks.copies}
@@ -72,47 +76,61 @@ def _are_excluded(view: View, weights: Iterable[str]) -> bool:
 
 def _about_model(view: View, untrained: Untrained) -> str:
     return (
-        f"{untrained.share:.0%} of the weights of {view.title} look untrained. If they are, adapters "
-        "learn little: load pretrained weights first, or train without LoRACallback."
-        + _about_convolutions(view, untrained.modules)
+        f"{untrained.share:.0%} of the weights of {view.title} look untrained. If they "
+        "are, adapters learn little: load pretrained weights first, or train without "
+        "LoRACallback." + _about_convolutions(view, untrained.modules)
     )
 
 
 def _about_untrained(view: View, untrained: Untrained) -> str:
     message = (
-        f"Layers of {view.title} that look untrained: {listed(untrained.modules)}. Their frozen weights have the "
-        f"values of an initialisation. Train them in full: {to_save(view, untrained.modules)}. (If they are random on "
-        "purpose, or the loss does not depend on them, ignore this: the files hold them as they are.)"
+        f"Layers of {view.title} that look untrained: {listed(untrained.modules)}. "
+        "Their frozen weights have the values of an initialisation. Train them in "
+        f"full: {to_save(view, untrained.modules)}. (If they are random on purpose, or "
+        "the loss does not depend on them, ignore this: the files hold them as they "
+        "are.)"
     )
     message += _about_convolutions(view, untrained.modules)
     if not names_outside(view.layers, untrained.modules):
-        message += ' No other layer is adapted: adapt others too, for example with target_modules="all-linear".'
+        message += (
+            " No other layer is adapted: adapt others too, for example with "
+            'target_modules="all-linear".'
+        )
     return message
 
 
-def _about_perhaps_new_too(view: View, untrained: Untrained, perhaps_new: list[str]) -> str:
+def _about_perhaps_new_too(
+    view: View, untrained: Untrained, perhaps_new: list[str]
+) -> str:
     """What is said of layers beside these that may be new: one list names all."""
     return (
-        f" Perhaps new too: {listed(perhaps_new)} (too few weights to tell). If so, name all: "
-        f"{to_save(view, [*untrained.modules, *perhaps_new])}."
+        f" Perhaps new too: {listed(perhaps_new)} (too few weights to tell). If so, "
+        f"name all: {to_save(view, [*untrained.modules, *perhaps_new])}."
     )
 
 
 def _about_perhaps_new(view: View, perhaps_new: list[str]) -> str:
     its, it_is = ("Its", "it is") if len(perhaps_new) == 1 else ("Their", "they are")
     return (
-        f"Perhaps new: {listed(perhaps_new)} of {view.title} (too few weights to tell). {its} own weights are frozen: "
-        f"if {it_is} new, they stay random. Then train in full: {to_save(view, perhaps_new)}. If {its.lower()} "
-        "weights were loaded, all is well."
+        f"Perhaps new: {listed(perhaps_new)} of {view.title} (too few weights to "
+        f"tell). {its} own weights are frozen: if {it_is} new, they stay random. Then "
+        f"train in full: {to_save(view, perhaps_new)}. If {its.lower()} weights were "
+        "loaded, all is well."
     )
 
 
 def _about_convolutions(view: View, names: Iterable[str]) -> str:
     """What is said if convolutions are among these modules: small ones look untrained for long."""
     if any(_holds_convolution(view.modules[name]) for name in names):
-        return " They may be trained all the same: small convolutions keep the looks of their initialisation."
+        return (
+            " They may be trained all the same: small convolutions keep the looks of "
+            "their initialisation."
+        )
     return ""
 
 
 def _holds_convolution(module: nn.Module) -> bool:
-    return any(isinstance(inner, nn.Conv1d | nn.Conv2d | nn.Conv3d) for inner in module.modules())
+    return any(
+        isinstance(inner, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        for inner in module.modules()
+    )

@@ -1,4 +1,7 @@
-"""Networks without adapters: they stand still beside others that train. And copies, which other code moves."""
+"""Networks without adapters: they stand still beside others that train.
+
+And copies, which other code moves.
+"""
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -22,14 +25,17 @@ class NetworksStandingStill(Guard):
         """Name those that stand still, and copies."""
         networks = view.adapter.networks
         if networks.beside_training:
-            rank_zero_info(about_networks_left_out(networks.beside_training, view.title))
+            rank_zero_info(
+                about_networks_left_out(networks.beside_training, view.title)
+            )
         if networks.copies:
             rank_zero_info(_about_copies(view))
 
 
 def _about_copies(view: View) -> str:
     return (
-        f"Copies in {view.title}: {pairs_of(view.adapter.networks.copies)}. A copy gets the same adapters, for other "
-        "code to move. If that uses lerp_, frozen weights stay as they are; other formulas round them, and files hold "
-        "them whole."
+        f"Copies in {view.title}: {pairs_of(view.adapter.networks.copies)}. A copy "
+        "gets the same adapters, for other code to move. If that uses lerp_, frozen "
+        "weights stay as they are; other formulas round them, and files hold them "
+        "whole."
     )

@@ -28,4 +28,7 @@ class RefusedExports(Guard):
         stored = StoredAdapters(view.config, {}, layers, root=root)
         refused = refused_layers(ModelExport(stored, view.model))
         for why, names in refused.items():
-            rank_zero_info(f"export_peft refuses {listed(names)} once trained: {why} For PEFT, exclude them now.")
+            rank_zero_info(
+                f"export_peft refuses {listed(names)} once trained: {why} For PEFT, "
+                "exclude them now."
+            )

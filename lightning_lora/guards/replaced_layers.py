@@ -17,6 +17,6 @@ class ReplacedLayers(Guard):
         lost = [name for name in view.adapter.layers if name in new]
         if lost:
             warn(
-                f"New adapters for {listed(lost)} of {view.title}: the layers were replaced, and had adapters that "
-                "learned."
+                f"New adapters for {listed(lost)} of {view.title}: the layers were "
+                "replaced, and had adapters that learned."
             )

@@ -11,7 +11,8 @@ from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 
-_MUCH_OF_THE_BASE = 0.1  # a warning is shown if a larger share of the statistics is still the base's
+# a warning is shown if a larger share of the statistics is still the base's
+_MUCH_OF_THE_BASE = 0.1
 _LEAST_BATCHES = 20  # a fit of fewer ones is a trial
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
@@ -27,13 +28,19 @@ class RunningStatistics(Guard):
         """Note how many batches the norms had seen."""
         self.batches_before = _batches_seen(_norms_that_train(view))
 
-    def fit_ended(self, view: View, optimizers: Sequence[Optimizer], steps: int) -> None:
-        """Look at how much of the statistics is old. A resumed run counts all its steps."""
+    def fit_ended(
+        self, view: View, optimizers: Sequence[Optimizer], steps: int
+    ) -> None:
+        """Look at how much of the statistics is old.
+
+        A resumed run counts all its steps.
+        """
         norms = _norms_that_train(view)
         old = dict[str, float]()
         for name, seen in _batches_seen(norms).items():
             batches = seen - self.batches_before.get(name, seen)
-            if batches < _LEAST_BATCHES:  # or it was in eval mode all along, and trained as it evaluates
+            # or it was in eval mode all along, and trained as it evaluates
+            if batches < _LEAST_BATCHES:
                 continue
             share = _share_of_the_base(norms[name], max(batches, steps))
             if share > _MUCH_OF_THE_BASE:
@@ -69,7 +76,10 @@ def _batches_seen(norms: dict[str, BatchNorm]) -> dict[str, int]:
 
 
 def _share_of_the_base(norm: BatchNorm, batches: int) -> float:
-    """How much of a norm's running statistics is older than so many batches. Without a momentum, all count alike."""
+    """How much of a norm's running statistics is older than so many batches.
+
+    Without a momentum, all count alike.
+    """
     if norm.momentum is None:
         return 0
     return float((1 - norm.momentum) ** batches)
@@ -78,7 +88,8 @@ def _share_of_the_base(norm: BatchNorm, batches: int) -> float:
 def _about_old(view: View, old: dict[str, float]) -> str:
     """What is said of norms whose statistics are old."""
     return (
-        f"{listed(old)} of {view.title} trained in full, and up to {max(old.values()):.0%} of their running statistics "
-        "are still those of the base. In eval mode the model may be much worse than in training. Leave these norms out "
-        "of modules_to_save, or train longer."
+        f"{listed(old)} of {view.title} trained in full, and up to "
+        f"{max(old.values()):.0%} of their running statistics are still those of the "
+        "base. In eval mode the model may be much worse than in training. Leave these "
+        "norms out of modules_to_save, or train longer."
     )

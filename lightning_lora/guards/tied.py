@@ -16,15 +16,20 @@ class Tied(Guard):
         for names in _layers_of_each_weight(view):
             if len(names) > 1:
                 warn_in_each_fit(
-                    f"{listed(names)} of {view.title} have one weight, and each gets an update of its own, so that "
-                    "they will differ. To keep them one, use one layer in both places, or leave them out "
+                    f"{listed(names)} of {view.title} have one weight, and each gets "
+                    "an update of its own, so that "
+                    "they will differ. To keep them one, use one layer in both places, "
+                    "or leave them out "
                     "(exclude_modules)."
                 )
                 return
 
 
 def _layers_of_each_weight(view: View) -> list[list[str]]:
-    """The layers in which each weight has an update. Layers of another class compute something else with it."""
+    """The layers in which each weight has an update.
+
+    Layers of another class compute something else with it.
+    """
     layers: dict[tuple[int, type], list[str]] = {}
     for name, layer in leading_layers(view).items():
         adapter_class, _ = layer.overlaid  # and the class of the layer

@@ -19,7 +19,8 @@ class TokenHeads(Guard):
 
     def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name each, with the argument that trains its rows too."""
-        weights_with_rows = rows_of(view).keys()  # of embeddings, and of what is tied to them
+        # of embeddings, and of what is tied to them
+        weights_with_rows = rows_of(view).keys()
         owners = map(owner_of, weights_with_rows)
         embeddings = [owner for owner in owners if owner in view.matrices]
         for head in _heads_beside(view, weights_with_rows):
@@ -29,7 +30,9 @@ class TokenHeads(Guard):
 def _heads_beside(view: View, weights_with_rows: Set[str]) -> Iterator[str]:
     """Linear layers without updates, with as many rows as one of these weights."""
     lengths = set(map(len, only(view.base_parameters, weights_with_rows).values()))
-    without_updates = without(view.frozen_base, {*weights_with_rows, *view.adapted_weights})
+    without_updates = without(
+        view.frozen_base, {*weights_with_rows, *view.adapted_weights}
+    )
     for name, weight in without_updates.items():
         head = owner_of(name)
         rows = weight.shape[:-1].numel()  # of a bias: one
@@ -40,7 +43,9 @@ def _heads_beside(view: View, weights_with_rows: Set[str]) -> Iterator[str]:
 def _about_head(head: str, embeddings: list[str]) -> str:
     entries = [f"{name!r}: [...]" for name in (*embeddings, head)]
     return (
-        f"Single rows of {listed(embeddings)} train, but not of the output head {head!r}: it is not tied. Rows of "
-        "new tokens stay random there, and files fit no model that is resized again. Name both, with the same "
+        f"Single rows of {listed(embeddings)} train, but not of the output head "
+        f"{head!r}: it is not tied. Rows of "
+        "new tokens stay random there, and files fit no model that is resized again. "
+        "Name both, with the same "
         f"rows: trainable_token_indices={{{', '.join(entries)}}}."
     )

@@ -6,24 +6,39 @@ from lightning_lora.model.untrained.find_untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.dicts import only, where
-from lightning_lora.tensors.names import largest_free_of, modules_around, names_not_in, names_outside, owner_of
+from lightning_lora.tensors.names import (
+    largest_free_of,
+    modules_around,
+    names_not_in,
+    names_outside,
+    owner_of,
+)
 
 
 class UnfrozenButNotTrained(Guard):
-    """Names modules that the user left trainable in a mostly frozen model. They are frozen now."""
+    """Names modules that the user left trainable in a mostly frozen model.
+
+    They are frozen now.
+    """
 
     def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name those that do not look untrained: another guard names these."""
-        unfrozen = names_not_in(modules_unfrozen_but_not_trained(view), untrained.modules)
+        unfrozen = names_not_in(
+            modules_unfrozen_but_not_trained(view), untrained.modules
+        )
         if unfrozen:
             warn_in_each_fit(
-                f"You have frozen most of {view.title}, but not {listed(unfrozen)}. Now these are frozen too, "
-                f"because no adapter is inside them. To train them in full: {to_save(view, unfrozen)}."
+                f"You have frozen most of {view.title}, but not {listed(unfrozen)}. "
+                "Now these are frozen too, because no adapter is inside them. To train "
+                f"them in full: {to_save(view, unfrozen)}."
             )
 
 
 def modules_unfrozen_but_not_trained(view: View) -> list[str]:
-    """Return modules that nothing trains. The user froze most of the model, but not them."""
+    """Return modules that nothing trains.
+
+    The user froze most of the model, but not them.
+    """
     frozen_by_user = _frozen_by_user(view)
     if 2 * view.size_of(frozen_by_user) <= view.size_of(view.base_parameters):
         return []
@@ -31,7 +46,8 @@ def modules_unfrozen_but_not_trained(view: View) -> list[str]:
     around_frozen = modules_around(frozen_by_user)
     found: dict[str, None] = {}  # each once
     for name in _unfrozen_weights(view):
-        largest_unfrozen = largest_free_of(around_frozen, name)  # a module without frozen weights, or this weight alone
+        # a module without frozen weights, or this weight alone
+        largest_unfrozen = largest_free_of(around_frozen, name)
         module = _module_of(largest_unfrozen, view)
         if module not in around_trained:
             found[largest_unfrozen] = None
@@ -46,7 +62,9 @@ def _module_of(name: str, view: View) -> str:
 def _frozen_by_user(view: View) -> list[str]:
     """What the user froze, but for networks that stand still or follow."""
     networks = view.adapter.networks
-    return names_outside(view.frozen_by_user, (*networks.beside_training, *networks.copies))
+    return names_outside(
+        view.frozen_by_user, (*networks.beside_training, *networks.copies)
+    )
 
 
 def _unfrozen_weights(view: View) -> list[str]:

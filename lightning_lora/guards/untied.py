@@ -9,11 +9,14 @@ from lightning_lora.moments import Guard
 class Untied(Guard):
     """Names layers whose weight was tied."""
 
-    def merged(self, title: str, lost: Mapping[str, float], untied: Sequence[str]) -> None:
+    def merged(
+        self, title: str, lost: Mapping[str, float], untied: Sequence[str]
+    ) -> None:
         """Name them."""
         if untied:
             warn(
-                f"The weight of {listed(untied)} in {title} was tied to another layer's: they are two weights now. "
-                "Load the state dict into a model where they are not tied (in transformers, "
+                f"The weight of {listed(untied)} in {title} was tied to another "
+                "layer's: they are two weights now. Load the state dict into a model "
+                "where they are not tied (in transformers, "
                 "config.tie_word_embeddings=False)."
             )

@@ -1,7 +1,8 @@
 """Frozen weights of adapted layers that other code writes into: what it does reaches the base, and not the update.
 
-SwAV normalises its prototypes, a masked layer sets weights to zero, WGAN clamps them. The base then holds what was
-written, and so do files. But the layer computes with the sum of base and update.
+SwAV normalises its prototypes, a masked layer sets weights to zero, WGAN clamps them.
+The base then holds what was written, and so do files. But the layer computes with the
+sum of base and update.
 """
 
 from typing import NamedTuple
@@ -26,7 +27,8 @@ class WrittenWeights(Guard):
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
         """Note the weights of adapted layers: what hooks load before is the base, and what changes later is written."""
-        for name, layer in leading_layers(view).items():  # a copy is moved by other code
+        # a copy is moved by other code
+        for name, layer in leading_layers(view).items():
             for weight in _weights_inside(view, name, layer):
                 self.before[weight] = _note(view, weight)
 
@@ -34,7 +36,10 @@ class WrittenWeights(Guard):
         """Compare the weights with what was noted."""
         written = []
         for name, layer in view.layers.items():
-            if any(self._is_written(view, weight) for weight in _weights_inside(view, name, layer)):
+            if any(
+                self._is_written(view, weight)
+                for weight in _weights_inside(view, name, layer)
+            ):
                 written.append(name)
         if written:
             self.before = {}  # that is said once
@@ -64,7 +69,10 @@ def _note(view: View, name: str) -> _Noted:
 
 
 def _weights_inside(view: View, name: str, layer: LoRALayer) -> list[str]:
-    """The weights of an adapted layer. A quantised one may change the layout of its own."""
+    """The weights of an adapted layer.
+
+    A quantised one may change the layout of its own.
+    """
     if layer.lora_is_quantised(layer):
         return []
     return list(only(view.base_parameters, names_joined(name, layer.lora_weights())))
@@ -73,8 +81,9 @@ def _weights_inside(view: View, name: str, layer: LoRALayer) -> list[str]:
 def _about_written(title: str, names: list[str]) -> str:
     entries = as_entries(names)
     return (
-        f"Code has written into the weight of {listed(names, MOST_NAMES)} of {title} in training (a "
-        "norm, a mask, a clamp). That reaches the frozen weight, and not the update that the layer adds to it. "
-        f"If the sum must be so, train these layers in full: modules_to_save={entries}. Or leave them out: "
+        f"Code has written into the weight of {listed(names, MOST_NAMES)} of {title} "
+        "in training (a norm, a mask, a clamp). That reaches the frozen weight, and "
+        "not the update that the layer adds to it. If the sum must be so, train these "
+        f"layers in full: modules_to_save={entries}. Or leave them out: "
         f"exclude_modules={entries}."
     )

@@ -1,6 +1,7 @@
-"""The layer types that can be adapted, each in its own file in ``each_kind``. Nothing here depends on models.
+"""The layer types that can be adapted, each in its own file in ``each_kind``.
 
-What all of them have is in the classes below ``LoRALayer`` in ``base``, whose docstring lists them.
+Nothing here depends on models. What all of them have is in the classes below
+``LoRALayer`` in ``base``, whose docstring lists them.
 """
 
 from lightning_lora.layers.adapter import LayerAdapter, Step
@@ -12,7 +13,12 @@ from lightning_lora.layers.each_kind.read_parameters import LoRAParameters
 from lightning_lora.layers.each_kind.tokens import LoRATokens, tie_layers, tied_to
 from lightning_lora.layers.initialise import new_adapter
 from lightning_lora.layers.inits import INITIALISATIONS
-from lightning_lora.layers.kinds import ADAPTERS, adapter_for, name_of_kind, register_adapter
+from lightning_lora.layers.kinds import (
+    ADAPTERS,
+    adapter_for,
+    name_of_kind,
+    register_adapter,
+)
 from lightning_lora.layers.matrices import (
     AdaptedMatrix,
     Role,
@@ -23,7 +29,14 @@ from lightning_lora.layers.matrices import (
     weights_of,
 )
 from lightning_lora.layers.on_layer import attributes_of, is_resized, put_on
-from lightning_lora.layers.packed import is_quantised, number_of_values, quantised_entries, repacks, unpack
+from lightning_lora.layers.packed import (
+    is_quantised,
+    number_of_values,
+    quantised_entries,
+    repacks,
+    unpack,
+)
 from lightning_lora.layers.round_trip import why_merge_is_wrong
 
-__all__ = ["LoRALayer", "register_adapter"]  # for users; the other names are for this package
+# for users; the other names are for this package
+__all__ = ["LoRALayer", "register_adapter"]

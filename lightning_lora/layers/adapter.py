@@ -5,15 +5,22 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_lora.layers.contract import LayerKind
-from lightning_lora.layers.matrices import AdaptedMatrix, Settings, Specs, parameter_specs, weights_of
+from lightning_lora.layers.matrices import (
+    AdaptedMatrix,
+    Settings,
+    Specs,
+    parameter_specs,
+    weights_of,
+)
 
 
 class Step:
     """Whether a Trainer's training step runs: then dropout acts, whatever the mode.
 
-    The Trainer's side sets it, because a module may be in eval mode in its step. A call of ``train`` or ``eval`` in the
-    step ends it: what the module says then counts. Each adapter keeps one for life, also off its layer: so two objects
-    of ``LayerAdapter`` with the same step are one adapter.
+    The Trainer's side sets it, because a module may be in eval mode in its step. A call
+    of ``train`` or ``eval`` in the step ends it: what the module says then counts. Each
+    adapter keeps one for life, also off its layer: so two objects of ``LayerAdapter``
+    with the same step are one adapter.
     """
 
     runs = False
@@ -25,9 +32,11 @@ class Step:
 
 @dataclass
 class LayerAdapter:
-    """What an adapter has on one layer. :func:`.put_on` puts it there, and it exists off the layer too.
+    """What an adapter has on one layer.
 
-    A layer makes a new object of this class at each call of ``lora_adapter()``, with the same parameters and ``step``.
+    :func:`.put_on` puts it there, and it exists off the layer too. A layer makes a new
+    object of this class at each call of ``lora_adapter()``, with the same parameters
+    and ``step``.
     """
 
     kind: type[LayerKind]
@@ -37,10 +46,16 @@ class LayerAdapter:
     """Its parameters, by name in the layer."""
 
     base_digests: dict[str, int] = field(default_factory=dict)
-    """The digests of the weights that it was initialised from, if any. With other weights, it starts again."""
+    """The digests of the weights that it was initialised from, if any.
+
+    With other weights, it starts again.
+    """
 
     start_digests: dict[str, int] = field(default_factory=dict)
-    """The digests of its magnitudes and rows, as they started. While they are the same, they have not learned."""
+    """The digests of its magnitudes and rows, as they started.
+
+    While they are the same, they have not learned.
+    """
 
     step: Step = field(default_factory=Step)
 

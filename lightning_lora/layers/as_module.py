@@ -17,8 +17,9 @@ HAS_UPDATE = "has_lora_update"
 
 
 _UPDATES_MAY_COUNT_TWICE = (  # always the same words, so that Python warns once
-    "A state of the base was loaded below trained adapters. If it holds merged updates, these count twice "
-    "now. Call remove_adapters(model) before; or for a file of adapters, load_adapter(model, path)."
+    "A state of the base was loaded below trained adapters. If it holds merged "
+    "updates, these count twice now. Call remove_adapters(model) before; or for a file "
+    "of adapters, load_adapter(model, path)."
 )
 
 
@@ -36,14 +37,17 @@ class LayerAsModule(AdapterOnLayer):
     def train(self, mode: bool = True) -> Any:
         """Set the mode, which ends a training step.
 
-        In a step of a Trainer, dropout acts in any mode. Code that sets the mode there wants it to count: so it does,
-        until the next step begins.
+        In a step of a Trainer, dropout acts in any mode. Code that sets the mode there
+        wants it to count: so it does, until the next step begins.
         """
         self.lora_step.runs = False
         return super().train(mode)
 
     def reset_parameters(self) -> None:
-        """Initialise the base's parameters and the adapter again. It is usually called after ``to_empty``."""
+        """Initialise the base's parameters and the adapter again.
+
+        It is usually called after ``to_empty``.
+        """
         if hasattr(self.lora_plain_class, "reset_parameters"):
             super().reset_parameters()  # type: ignore[misc]  # checked above
         self.lora_initialise()
@@ -64,7 +68,8 @@ class LayerAsModule(AdapterOnLayer):
         """Give parameters that were converted the dtype that they should have, with the values from before."""
         for name, spec in self.lora_specs().items():
             p = own_parameter(self, name)
-            dtype = spec.dtype(p.dtype, self.lora_settings)  # it has been converted as the weight was
+            # it has been converted as the weight was
+            dtype = spec.dtype(p.dtype, self.lora_settings)
             if p.dtype == dtype:
                 continue
             p.grad = None
@@ -91,17 +96,30 @@ class LayerAsModule(AdapterOnLayer):
         """Load as nn.Module does. A state of the base alone is complete too.
 
         - It holds the adapter: all is loaded.
-        - It holds an update that is merged into its weights: the adapter begins anew, or the update would count twice.
-        - It gives values to a layer on the meta device: the adapter gets memory, and begins.
-        - It holds the plain base: the adapter stays. If it is trained, a warning says that updates may count twice.
+        - It holds an update that is merged into its weights: the adapter begins anew,
+          or the update would count twice.
+        - It gives values to a layer on the meta device: the adapter gets memory, and
+          begins.
+        - It holds the plain base: the adapter stays. If it is trained, a warning says
+          that updates may count twice.
         """
         adapter_keys = {prefix + name for name in self.lora_specs()}
         holds_adapter = not adapter_keys.isdisjoint(state_dict)
         is_merged = local_metadata.get(HAS_UPDATE)
-        if not holds_adapter and not is_merged and self._lora_may_count_twice(state_dict, prefix):
+        if (
+            not holds_adapter
+            and not is_merged
+            and self._lora_may_count_twice(state_dict, prefix)
+        ):
             warn(_UPDATES_MAY_COUNT_TWICE)
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
         )
         if holds_adapter:
             return
@@ -112,7 +130,10 @@ class LayerAsModule(AdapterOnLayer):
         missing_keys[:] = [key for key in missing_keys if key not in adapter_keys]
 
     def _lora_leave_meta(self) -> bool:
-        """Give the adapter memory if its weight has some: the base was loaded with ``assign=True``. Return whether."""
+        """Give the adapter memory if its weight has some: the base was loaded with ``assign=True``.
+
+        Return whether.
+        """
         weight = own_parameter(self, self.lora_matrices[0].weight)
         if weight.is_meta or not self._lora_is_on_meta():
             return False

@@ -16,7 +16,8 @@ from lightning_lora.layers.functional_call import functional_call
 class LoRALayer(LayerAsText):
     """Base class of all adapted layers.
 
-    Each class above it adds one thing, from what a kind declares to how a layer computes::
+    Each class above it adds one thing, from what a kind declares to how a layer
+    computes::
 
         LayerKind         contract.py    what differs from kind to kind, and the class of a layer
         UpdatedWeights    weights.py     the weights with their updates
@@ -29,7 +30,8 @@ class LoRALayer(LayerAsText):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with its update."""
-        if not isinstance(self, LoRALayer):  # a bound forward that other code has kept longer than the adapter
+        # a bound forward that other code has kept longer than the adapter
+        if not isinstance(self, LoRALayer):
             return type(self).forward(self, *args, **kwargs)
         if not self.lora_enabled:
             return super().forward(*args, **kwargs)
@@ -62,9 +64,10 @@ class LoRALayer(LayerAsText):
         return args, {**kwargs, self.lora_input: F.dropout(first, dropout)}
 
     def _lora_dora_output(self, output: Tensor, update: Tensor) -> Tensor:
-        """DoRA: add the update and scale each feature to its magnitude. The bias is not scaled.
+        """DoRA: add the update and scale each feature to its magnitude.
 
-        The change is added to the output, so that a scale of one changes no bit of it.
+        The bias is not scaled. The change is added to the output, so that a scale of
+        one changes no bit of it.
         """
         dims_after_features = self.weight.dim() - 2  # type: ignore[operator]
         one_per_feature = (-1, *[1] * dims_after_features)
@@ -94,6 +97,15 @@ class LoRALayer(LayerAsText):
             weights[name] = effective.to(self.lora_dtype(self, weight))
         return self.lora_run_on(weights, *args, **kwargs)
 
-    def lora_run_on(self, weights: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
+    def lora_run_on(
+        self, weights: Mapping[str, Tensor | None], *args: Any, **kwargs: Any
+    ) -> Any:
         """Run the layer's own forward on other weights."""
-        return functional_call(self, self.lora_plain_class, weights, self.lora_from_weights, *args, **kwargs)
+        return functional_call(
+            self,
+            self.lora_plain_class,
+            weights,
+            self.lora_from_weights,
+            *args,
+            **kwargs,
+        )

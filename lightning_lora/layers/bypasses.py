@@ -11,15 +11,21 @@ from torch import nn
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.packed import repacks, unpack
 
-_SWITCH_BEFORE = "_lora_switched"  # on a module whose path is off: the value of its switch before
+# on a module whose path is off: the value of its switch before
+_SWITCH_BEFORE = "_lora_switched"
 
 
 class _SavePretrained:
-    """``save_pretrained`` of one model, which writes merged weights. A copy or a pickle of the model gets its own."""
+    """``save_pretrained`` of one model, which writes merged weights.
+
+    A copy or a pickle of the model gets its own.
+    """
 
     def __init__(self, model: Any) -> None:
-        self.model = ref(model)  # no cycle: a model that nothing uses frees its memory at once
-        self.__signature__ = signature(model.save_pretrained)  # pipelines look for options in it
+        # no cycle: a model that nothing uses frees its memory at once
+        self.model = ref(model)
+        # pipelines look for options in it
+        self.__signature__ = signature(model.save_pretrained)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # It lies above this room: so it is imported by its name, and when it is called.
@@ -38,14 +44,19 @@ class InferencePath(NamedTuple):
 
 
 def update_bypasses(modules: Mapping[str, nn.Module]) -> None:
-    """Turn off what would bypass adapted layers. Turn it on again if no layer is adapted any more."""
+    """Turn off what would bypass adapted layers.
+
+    Turn it on again if no layer is adapted any more.
+    """
     any_adapted = _is_any_adapted(modules.values())
     for module in modules.values():
         if hasattr(type(module), "save_pretrained"):
             _update_save_pretrained(module)
         path = inference_path(module)
         if path is not None:
-            is_off = _is_any_adapted(module.modules()) or (any_adapted and repacks(module))
+            is_off = _is_any_adapted(module.modules()) or (
+                any_adapted and repacks(module)
+            )
             _update_path(module, path, is_off=is_off)
 
 
@@ -55,7 +66,10 @@ def _is_any_adapted(modules: Iterable[nn.Module]) -> bool:
 
 
 def _update_save_pretrained(module: nn.Module) -> None:
-    """Let a model with adapters save the weights that it computes with. Without adapters, its own method is back."""
+    """Let a model with adapters save the weights that it computes with.
+
+    Without adapters, its own method is back.
+    """
     attributes = vars(module)
     if _is_any_adapted(module.modules()):
         attributes.setdefault("save_pretrained", _SavePretrained(module))
@@ -68,7 +82,8 @@ def _update_path(module: nn.Module, path: InferencePath, *, is_off: bool) -> Non
     attributes = vars(module)
     if is_off:
         unpack(module)
-        attributes.setdefault(_SWITCH_BEFORE, getattr(module, path.switch))  # the first time: later, it is off already
+        # the first time: later, it is off already
+        attributes.setdefault(_SWITCH_BEFORE, getattr(module, path.switch))
         setattr(module, path.switch, path.off)
     elif _SWITCH_BEFORE in attributes:
         setattr(module, path.switch, attributes.pop(_SWITCH_BEFORE))
@@ -76,10 +91,14 @@ def _update_path(module: nn.Module, path: InferencePath, *, is_off: bool) -> Non
 
 def inference_path(module: nn.Module) -> InferencePath | None:
     """Return a module's inference path, which would bypass adapted layers."""
-    if isinstance(module, nn.TransformerEncoderLayer):  # in eval mode, it reads the weights of its layers itself
+    # in eval mode, it reads the weights of its layers itself
+    if isinstance(module, nn.TransformerEncoderLayer):
         return InferencePath("activation_relu_or_gelu", 0)
-    if isinstance(module, nn.TransformerEncoder):  # it packs padded batches, which layers without that path cannot read
+    # it packs padded batches, which layers without that path cannot read
+    if isinstance(module, nn.TransformerEncoder):
         return InferencePath("use_nested_tensor", off=False)
-    if repacks(module):  # bitsandbytes repacks weights for some processors, and passes no gradient through them
+    # bitsandbytes repacks weights for some processors, and passes no gradient through
+    # them
+    if repacks(module):
         return InferencePath("support_avx512bf16_for_cpu", off=False)
     return None

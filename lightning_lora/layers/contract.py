@@ -15,7 +15,10 @@ from lightning_lora.tensors.names import find_parameter, own_parameter
 Entry = TypeVar("Entry")
 
 LayerTypes = tuple[type[nn.Module] | str, ...]
-"""Layer classes. A class that this package does not import is given by its full name."""
+"""Layer classes.
+
+A class that this package does not import is given by its full name.
+"""
 
 
 def full_name(cls: type) -> str:
@@ -26,7 +29,10 @@ def full_name(cls: type) -> str:
 def of_nearest_class(table: Mapping[Any, Entry], module: nn.Module) -> Entry | None:
     """Return what a table has for a module's class, or the nearest base class, itself or by its full name."""
     for ancestor in type(module).__mro__:
-        entry = table.get(ancestor) or table.get(f"{ancestor.__module__}.{ancestor.__qualname__}")  # full_name, faster
+        # full_name, faster
+        entry = table.get(ancestor) or table.get(
+            f"{ancestor.__module__}.{ancestor.__qualname__}"
+        )
         if entry is not None:
             return entry
     return None
@@ -40,17 +46,21 @@ def dequantises(weight: Tensor) -> bool:
 class LayerKind(InPlace, nn.Module):
     """What an adapter class declares about its layers.
 
-    A subclass lists the layer types that it adapts (:attr:`lora_layer_types`) and may define which matrices of a layer
-    are adapted (:meth:`lora_matrices_of`). By default an adapted layer runs on ``W + ΔW``. A subclass can also compute
-    the update from the two factors, which is cheaper (:meth:`lora_update`). All names begin with ``lora_``, because the
-    layer's own class may use any other name. What takes a ``layer`` is static, because it is asked of plain layers too,
-    before they have an adapter.
+    A subclass lists the layer types that it adapts (:attr:`lora_layer_types`) and may
+    define which matrices of a layer are adapted (:meth:`lora_matrices_of`). By default
+    an adapted layer runs on ``W + ΔW``. A subclass can also compute the update from the
+    two factors, which is cheaper (:meth:`lora_update`). All names begin with ``lora_``,
+    because the layer's own class may use any other name. What takes a ``layer`` is
+    static, because it is asked of plain layers too, before they have an adapter.
     """
 
     lora_layer_types: ClassVar[LayerTypes] = ()
     """The layer classes that it adapts."""
     lora_methods: ClassVar[tuple[str, ...]] = ("forward",)
-    """The methods that compute the output. If a subclass of the layer overrides one, the layer runs on ``W + ΔW``."""
+    """The methods that compute the output.
+
+    If a subclass of the layer overrides one, the layer runs on ``W + ΔW``.
+    """
     lora_is_linear: ClassVar[bool] = False
     """Whether ``"all-linear"`` includes it."""
     lora_fits_dora: ClassVar[bool] = False
@@ -63,20 +73,29 @@ class LayerKind(InPlace, nn.Module):
     lora_input: ClassVar[str]
     """The name of the first argument of ``forward``."""
     lora_reads_rows: ClassVar[bool] = False
-    """Whether it multiplies each row of its one input by the weight, as nn.Linear does. EVA looks at these rows."""
+    """Whether it multiplies each row of its one input by the weight, as nn.Linear does.
+
+    EVA looks at these rows.
+    """
     lora_drops_input: ClassVar[bool] = True
-    """Whether the input has features, which dropout can drop. An embedding's has none: it is indices of tokens."""
+    """Whether the input has features, which dropout can drop.
+
+    An embedding's has none: it is indices of tokens.
+    """
     lora_output_is_new: ClassVar[bool] = False
     """Whether the output is a new tensor that nothing else uses, so that the update is added in place."""
     lora_zero: ClassVar[Role] = Role.B
     """The factor that is zero at first."""
     lora_options: ClassVar[tuple[str, ...]] = ()
-    """Attributes of the layer that decide, beside the weights, what the update computes. Files hold them.
+    """Attributes of the layer that decide, beside the weights, what the update computes.
 
-    Such as ``is_transposed`` of transformers' experts.
+    Files hold them. Such as ``is_transposed`` of transformers' experts.
     """
     lora_from_weights: ClassVar[tuple[str, ...]] = ()
-    """Attributes that ``forward`` itself derives from the weights. After a call on other weights, they are dropped."""
+    """Attributes that ``forward`` itself derives from the weights.
+
+    After a call on other weights, they are dropped.
+    """
 
     # Noted when a layer gets an adapter
 
@@ -85,15 +104,19 @@ class LayerKind(InPlace, nn.Module):
     lora_plain_class: ClassVar[Any]
     """The class that the layer had before."""
     _lora_is_additive: ClassVar[bool]
-    """Whether the update is added to the output. Otherwise, the layer runs on ``W + ΔW``."""
+    """Whether the update is added to the output.
+
+    Otherwise, the layer runs on ``W + ΔW``.
+    """
 
     @classmethod
     def note_overlaid(cls, mixin: Any, original: Any) -> None:
         """Decide how the layers of one class compute, when the first of them gets an adapter.
 
-        A layer gets an adapter by a change of its class (:func:`.overlay`): that of an nn.Linear becomes a subclass of
-        LoRALinear and nn.Linear, in this order. This is called on that combined class, with LoRALinear as the ``mixin``
-        and nn.Linear as the ``original`` class.
+        A layer gets an adapter by a change of its class (:func:`.overlay`): that of an
+        nn.Linear becomes a subclass of LoRALinear and nn.Linear, in this order. This is
+        called on that combined class, with LoRALinear as the ``mixin`` and nn.Linear as
+        the ``original`` class.
         """
         has_update = cls.lora_update is not LayerKind.lora_update
         cls.lora_kind = mixin
@@ -106,7 +129,9 @@ class LayerKind(InPlace, nn.Module):
         """Whether a class of layers computes otherwise than the class that this adapter is for."""
         known_class = cls._lora_known_class(layer_class)
         for method in cls.lora_methods:
-            if getattr(layer_class, method, None) is not getattr(known_class, method, None):
+            if getattr(layer_class, method, None) is not getattr(
+                known_class, method, None
+            ):
                 return True
         return False
 
@@ -121,13 +146,17 @@ class LayerKind(InPlace, nn.Module):
     @classmethod
     def lora_adapts(cls, layer_class: type) -> bool:
         """Whether ``layer_class`` is in :attr:`lora_layer_types`."""
-        return layer_class in cls.lora_layer_types or full_name(layer_class) in cls.lora_layer_types
+        return (
+            layer_class in cls.lora_layer_types
+            or full_name(layer_class) in cls.lora_layer_types
+        )
 
     @classmethod
     def lora_may_start_from_weight(cls) -> bool:
         """Whether both factors may differ from zero at first.
 
-        Not where the input is indices: a token that training never sees keeps the zero column that it starts with.
+        Not where the input is indices: a token that training never sees keeps the zero
+        column that it starts with.
         """
         return cls.lora_drops_input  # it has features then, and no indices
 
@@ -138,9 +167,11 @@ class LayerKind(InPlace, nn.Module):
         matrix = cls.lora_as_matrix(weight)
         if matrix.dim() != 2:
             raise TargetError(
-                f"{cls.__name__} adapts a {type(layer).__name__} whose weight has the shape {tuple(weight.shape)}, and "
-                f"its lora_as_matrix returns {tuple(matrix.shape)}. Expected a matrix (out, in). Define lora_as_matrix "
-                f"and lora_as_weight in {cls.__name__}, or lora_matrices_of for several matrices."
+                f"{cls.__name__} adapts a {type(layer).__name__} whose weight has the "
+                f"shape {tuple(weight.shape)}, and its lora_as_matrix returns "
+                f"{tuple(matrix.shape)}. Expected a matrix (out, in). Define "
+                f"lora_as_matrix and lora_as_weight in {cls.__name__}, or "
+                "lora_matrices_of for several matrices."
             )
         rows, columns = matrix.shape
         return (AdaptedMatrix("weight", columns, rows, rows=rows),)
@@ -176,10 +207,13 @@ class LayerKind(InPlace, nn.Module):
         """Return a matrix (out, in) in the shape of ``weight``."""
         return matrix.reshape(weight.shape)
 
-    def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def lora_update(
+        self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Compute the update of the output.
 
-        It gets the arguments of ``forward``, after dropout. Optional: without it, the layer runs on W + ΔW.
+        It gets the arguments of ``forward``, after dropout. Optional: without it, the
+        layer runs on W + ΔW.
         """
         raise NotImplementedError
 

@@ -36,28 +36,39 @@ def functional_call(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run the forward of ``cls`` on a copy of ``module`` with other weights. Modules inside it may hold some of them.
+    """Run the forward of ``cls`` on a copy of ``module`` with other weights.
 
-    ``module`` itself does not change meanwhile, so other threads may run it too. Attributes that forward sets are
-    copied back at the end, but for those in ``derived``, which it sets from the weights.
+    Modules inside it may hold some of them. ``module`` itself does not change
+    meanwhile, so other threads may run it too. Attributes that forward sets are copied
+    back at the end, but for those in ``derived``, which it sets from the weights.
     """
     copied: list[_Copied] = []
     copy = _with_weights(module, cls, weights, copied)
-    output = cls.forward(copy, *args, **kwargs)  # not the instance's, where other code may wrap that of ``module``
+    # not the instance's, where other code may wrap that of ``module``
+    output = cls.forward(copy, *args, **kwargs)
     for each in copied:
         each.copy_back(derived)
     return output
 
 
-def _with_weights(module: nn.Module, cls: type, weights: Mapping[str, Tensor | None], copied: list[_Copied]) -> Any:
-    """A copy that shares everything with ``module`` but some weights. ``copied`` gets it, and copies inside it."""
+def _with_weights(
+    module: nn.Module,
+    cls: type,
+    weights: Mapping[str, Tensor | None],
+    copied: list[_Copied],
+) -> Any:
+    """A copy that shares everything with ``module`` but some weights.
+
+    ``copied`` gets it, and copies inside it.
+    """
     copy: Any = object.__new__(cls)
     attributes = vars(copy)
     attributes.update(vars(module))
     for name, value in vars(module).items():
         if isinstance(value, MethodType) and value.__self__ is module:
             attributes[name] = MethodType(value.__func__, copy)
-    weights_inside: dict[str, dict[str, Tensor | None]] = {}  # by the child that holds them: "out_proj" -> "weight"
+    # by the child that holds them: "out_proj" -> "weight"
+    weights_inside: dict[str, dict[str, Tensor | None]] = {}
     for name, weight in weights.items():
         child, _, name_in_child = name.partition(".")
         if name_in_child:

@@ -14,12 +14,20 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings
 from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, sharded_as
+from lightning_lora.tensors.shards import (
+    distributed_as,
+    full_tensor,
+    is_dtensor,
+    sharded_as,
+)
 from lightning_lora.tensors.values import replace_values
 
 
 def new_adapter(
-    kind: type[LayerKind], layer: nn.Module, matrices: tuple[AdaptedMatrix, ...], settings: Settings
+    kind: type[LayerKind],
+    layer: nn.Module,
+    matrices: tuple[AdaptedMatrix, ...],
+    settings: Settings,
 ) -> LayerAdapter:
     """Create an adapter with an update of zero, on the device of the layer's weights."""
     adapter = LayerAdapter(kind, settings, matrices, {})
@@ -43,7 +51,10 @@ def _split_as_weights(layer: nn.Module, adapter: LayerAdapter) -> None:
 
 
 def initialise(layer: nn.Module, adapter: LayerAdapter) -> None:
-    """Initialise an adapter for a layer. If it depends on the layer's weights, it remembers their digests."""
+    """Initialise an adapter for a layer.
+
+    If it depends on the layer's weights, it remembers their digests.
+    """
     adapter.base_digests = {}
     adapter.start_digests = {}
     full_values = _full_values(adapter)
@@ -61,7 +72,10 @@ def initialise(layer: nn.Module, adapter: LayerAdapter) -> None:
 def _full_values(adapter: LayerAdapter) -> dict[str, Tensor]:
     """Full tensors to initialise in place of DTensors: each process draws full factors, and keeps its shard."""
     distributed = where(adapter.parameters, is_dtensor)
-    return {name: torch.empty(p.shape, dtype=p.dtype, device=p.device) for name, p in distributed.items()}
+    return {
+        name: torch.empty(p.shape, dtype=p.dtype, device=p.device)
+        for name, p in distributed.items()
+    }
 
 
 @dataclass
@@ -70,7 +84,9 @@ class _Initialiser:
 
     layer: nn.Module
     adapter: LayerAdapter
-    values: dict[str, Tensor]  # written in place, by name in the layer: parameters, or full copies of distributed ones
+    # written in place, by name in the layer: parameters, or full copies of distributed
+    # ones
+    values: dict[str, Tensor]
 
     def initialise_factors(self, matrix: AdaptedMatrix) -> None:
         """Initialise the factors of a matrix, and DoRA's magnitudes."""
@@ -81,7 +97,9 @@ class _Initialiser:
         else:
             self.take_from_weight(matrix, how.from_weight)
         if settings.use_dora:
-            self.set_from_base(matrix, Role.MAGNITUDE, row_norms(self.read_base(matrix)))
+            self.set_from_base(
+                matrix, Role.MAGNITUDE, row_norms(self.read_base(matrix))
+            )
             self.note_base(matrix)
         if how.is_difference:
             keep_start(matrix, self.values)
@@ -89,7 +107,8 @@ class _Initialiser:
     @torch.no_grad()
     def initialise_rows(self, matrix: AdaptedMatrix) -> None:
         """Let the rows of an embedding start as those of the weight."""
-        embeddings = self.read_base(matrix).T  # (in, out) again, with a row for each token
+        # (in, out) again, with a row for each token
+        embeddings = self.read_base(matrix).T
         self.set_from_base(matrix, Role.ROWS, embeddings[list(matrix.tokens)])
         self.note_base(matrix)
 
@@ -110,9 +129,12 @@ class _Initialiser:
         """Compute both factors from the rows of the weight that they update."""
         settings = self.adapter.settings
         rows = self.read_base(matrix).narrow(-2, matrix.first, matrix.writes)
-        if rows.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
+        # uninitialised memory has arbitrary values
+        if rows.is_meta or not rows.isfinite().all():
             rows = torch.zeros_like(rows)
-        factors = from_weight(rows, matrix.rank_for(settings.r), matrix.scaling_for(settings.scaling))
+        factors = from_weight(
+            rows, matrix.rank_for(settings.r), matrix.scaling_for(settings.scaling)
+        )
         for name, factor in matrix.named(factors).items():
             self.values[name].copy_(factor)
         self.note_base(matrix)
@@ -127,7 +149,10 @@ class _Initialiser:
 
     @torch.no_grad()
     def note_base(self, matrix: AdaptedMatrix) -> None:
-        """Note the digest of a weight: with other values, the adapter starts again. Collective if it is distributed."""
+        """Note the digest of a weight: with other values, the adapter starts again.
+
+        Collective if it is distributed.
+        """
         weight = own_parameter(self.layer, matrix.weight)
         if not weight.is_meta:
             self.adapter.base_digests[matrix.weight] = digest(weight)

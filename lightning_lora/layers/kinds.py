@@ -30,7 +30,10 @@ ADAPTER_CLASSES: tuple[type[LoRALayer], ...] = (
 )
 
 ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {}
-"""Maps a layer type to the adapter class for it and its subclasses. Types of optional packages are given by name."""
+"""Maps a layer type to the adapter class for it and its subclasses.
+
+Types of optional packages are given by name.
+"""
 
 for _adapter_class in ADAPTER_CLASSES:
     ADAPTERS.update(dict.fromkeys(_adapter_class.lora_layer_types, _adapter_class))
@@ -46,18 +49,22 @@ def name_of_kind(kind: type) -> str:
     return full_name(kind).replace("__mp_main__", "__main__")
 
 
-def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer]) -> None:
+def register_adapter(
+    layer_class: type[nn.Module], adapter_class: type[LoRALayer]
+) -> None:
     """Register your own adapter class for a layer class.
 
     It also applies to subclasses of the layer class. An adapter class is a subclass of
-    ``lightning_lora.layers.LoRALayer``. By default it runs the layer on ``W + ΔW``, with the layer's
-    ``weight`` as a matrix (out, in). Override ``lora_update`` for a cheaper way to compute the update,
-    ``lora_as_matrix`` and ``lora_as_weight`` (always both) for a weight of another shape, and ``lora_matrices_of``
-    for several weights. ``"all"`` includes these layers. ``"all-linear"`` includes them too if ``lora_is_linear`` is
-    True.
+    ``lightning_lora.layers.LoRALayer``. By default it runs the layer on ``W + ΔW``,
+    with the layer's ``weight`` as a matrix (out, in). Override ``lora_update`` for a
+    cheaper way to compute the update, ``lora_as_matrix`` and ``lora_as_weight`` (always
+    both) for a weight of another shape, and ``lora_matrices_of`` for several weights.
+    ``"all"`` includes these layers. ``"all-linear"`` includes them too if
+    ``lora_is_linear`` is True.
 
     Args:
-        layer_class: The class of the layers. An adapter class that was registered for it before is replaced.
+        layer_class: The class of the layers. An adapter class that was registered for
+            it before is replaced.
         adapter_class: The adapter class for them.
 
     Raises:
@@ -80,10 +87,11 @@ def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer
     """
     if not (isinstance(layer_class, type) and _is_adapter_class(adapter_class)):
         raise ConfigError(
-            f"register_adapter got ({layer_class!r}, {adapter_class!r}). Expected a class of layers, and a subclass of "
-            "lightning_lora.layers.LoRALayer."
+            f"register_adapter got ({layer_class!r}, {adapter_class!r}). Expected a "
+            "class of layers, and a subclass of lightning_lora.layers.LoRALayer."
         )
-    types_of_its_own = vars(adapter_class).get("lora_layer_types", ())  # not those of the class that it extends
+    # not those of the class that it extends
+    types_of_its_own = vars(adapter_class).get("lora_layer_types", ())
     if layer_class not in types_of_its_own:
         adapter_class.lora_layer_types = (*types_of_its_own, layer_class)
     ADAPTERS[layer_class] = adapter_class

@@ -15,11 +15,15 @@ from lightning_lora.layers.inits import INITIALISATIONS, Initialisation
 
 
 class Role(Enum):
-    """The role of an adapter's parameter. Its name has the value: ``lora_A``, ``lora_A_q``."""
+    """The role of an adapter's parameter.
+
+    Its name has the value: ``lora_A``, ``lora_A_q``.
+    """
 
     A = "A"  # the factor that reads the input
     B = "B"  # the factor that writes the output
-    A0 = "A0"  # the initial values of A and B, if the update is the difference from them
+    # the initial values of A and B, if the update is the difference from them
+    A0 = "A0"
     B0 = "B0"
     MAGNITUDE = "magnitude"  # DoRA's: one for each output feature of the layer
     ROWS = "rows"  # single rows of an embedding, in place of A and B
@@ -39,13 +43,17 @@ class Role(Enum):
 class Settings:
     """The settings of one layer's adapter."""
 
-    r: int  # the rank of its matrices. One that is smaller than r has its largest rank (AdaptedMatrix.rank_for)
+    # the rank of its matrices. One that is smaller than r has its largest rank
+    # (AdaptedMatrix.rank_for)
+    r: int
     scaling: float  # the factor of B @ A
     dropout: float = 0.0  # the probability of dropping an input of A in training
     init: str = "kaiming"
     use_dora: bool = False  # whether to train a magnitude for each row of W + ΔW
-    autocast_dtype: bool = True  # whether the adapter stays in float32 if the weight is in half precision
-    trains: bool = True  # not while it is paused, follows that of another layer, or is a sum of others
+    # whether the adapter stays in float32 if the weight is in half precision
+    autocast_dtype: bool = True
+    # not while it is paused, follows that of another layer, or is a sum of others
+    trains: bool = True
 
     @property
     def initialisation(self) -> Initialisation:
@@ -72,20 +80,27 @@ class Settings:
 class AdaptedMatrix:
     """A weight as a matrix (writes, reads), or some of its rows, with one update.
 
-    The names of the fields are in files. Of a fused projection with 12 rows, the part k is
-    ``AdaptedMatrix("weight", reads=4, writes=4, first=4, rows=12, name="k")``.
+    The names of the fields are in files. Of a fused projection with 12 rows, the part k
+    is ``AdaptedMatrix("weight", reads=4, writes=4, first=4, rows=12, name="k")``.
     """
 
-    weight: str  # the parameter's name in the layer, such as "weight" or "out_proj.weight"
+    # the parameter's name in the layer, such as "weight" or "out_proj.weight"
+    weight: str
     reads: int  # its columns: input features
     writes: int  # its own rows: output features
     first: int = 0  # the index of its first row in the weight
-    rows: int = 0  # those of the whole weight. A few kinds leave it at 0 if it is the whole (see ``weight_rows``)
-    name: str = ""  # the end of its factors' names, after lora_A_ and lora_B_; empty if the layer has only one matrix
-    stack: tuple[int, ...] = ()  # the leading dimensions of a stacked weight, such as the number of experts
+    # those of the whole weight. A few kinds leave it at 0 if it is the whole (see
+    # ``weight_rows``)
+    rows: int = 0
+    # the end of its factors' names, after lora_A_ and lora_B_; empty if the layer has
+    # only one matrix
+    name: str = ""
+    # the leading dimensions of a stacked weight, such as the number of experts
+    stack: tuple[int, ...] = ()
     r: int | None = None  # its own rank, if it is not the one in the layer's settings
     scaling: float | None = None  # likewise
-    tokens: tuple[int, ...] = ()  # the rows of an embedding that train by themselves, in place of A and B
+    # the rows of an embedding that train by themselves, in place of A and B
+    tokens: tuple[int, ...] = ()
 
     @property
     def has_all_rows(self) -> bool:
@@ -141,17 +156,21 @@ class ParameterSpec(NamedTuple):
         return (*matrix.stack, matrix.writes, rank)
 
     def dtype(self, weight: torch.dtype, settings: Settings) -> torch.dtype:
-        """Return its dtype beside a weight of another dtype. A magnitude in half precision would lose small steps."""
+        """Return its dtype beside a weight of another dtype.
+
+        A magnitude in half precision would lose small steps.
+        """
         if settings.autocast_dtype or self.role is Role.MAGNITUDE:
             return wide(weight)
         return weight
 
     @property
     def split_dim(self) -> int | None:
-        """Its dimension that tensor parallelism splits. None: each process keeps it whole.
+        """Its dimension that tensor parallelism splits.
 
-        It splits a weight by its inputs, which are the last dimension of A, or by its outputs, which are the first one
-        of B and of the magnitudes.
+        None: each process keeps it whole. It splits a weight by its inputs, which are
+        the last dimension of A, or by its outputs, which are the first one of B and of
+        the magnitudes.
         """
         if self.role.reads_input:
             return -1
@@ -167,7 +186,9 @@ def weights_of(matrices: Iterable[AdaptedMatrix]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([matrix.weight for matrix in matrices]))
 
 
-def matrices_of_weight(weight: str, matrices: Iterable[AdaptedMatrix]) -> list[AdaptedMatrix]:
+def matrices_of_weight(
+    weight: str, matrices: Iterable[AdaptedMatrix]
+) -> list[AdaptedMatrix]:
     """Return those of the matrices that are this weight, or some rows of it."""
     return [matrix for matrix in matrices if matrix.weight == weight]
 
@@ -182,17 +203,31 @@ def parameter_specs(matrices: Iterable[AdaptedMatrix], settings: Settings) -> Sp
     return specs
 
 
-def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]) -> Factors:
-    """Return A and B of a matrix's update, from parameters by name. It may be the difference from initial values."""
-    factors = tensor(matrix.parameter_name(Role.A)), tensor(matrix.parameter_name(Role.B))
+def matrix_factors(
+    matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]
+) -> Factors:
+    """Return A and B of a matrix's update, from parameters by name.
+
+    It may be the difference from initial values.
+    """
+    factors = (
+        tensor(matrix.parameter_name(Role.A)),
+        tensor(matrix.parameter_name(Role.B)),
+    )
     if not settings.is_difference:
         return factors
-    initial = tensor(matrix.parameter_name(Role.A0)), tensor(matrix.parameter_name(Role.B0))
+    initial = (
+        tensor(matrix.parameter_name(Role.A0)),
+        tensor(matrix.parameter_name(Role.B0)),
+    )
     return difference(factors, initial)
 
 
 def weight_factors(
-    weight: str, matrices: Iterable[AdaptedMatrix], settings: Settings, tensor: Callable[[str], Tensor]
+    weight: str,
+    matrices: Iterable[AdaptedMatrix],
+    settings: Settings,
+    tensor: Callable[[str], Tensor],
 ) -> Factors:
     r"""Return A: (\*, r', in) and B: (\*, out, r') of a weight's update: those of its matrices, stacked."""
     its_matrices = matrices_of_weight(weight, matrices)

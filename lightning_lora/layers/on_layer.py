@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.adapter import LayerAdapter
 from lightning_lora.layers.initialise import initialise
-from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, Specs, parameter_specs
+from lightning_lora.layers.matrices import (
+    AdaptedMatrix,
+    Role,
+    Settings,
+    Specs,
+    parameter_specs,
+)
 from lightning_lora.layers.weights import UpdatedWeights
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
@@ -42,12 +48,15 @@ class AdapterOnLayer(UpdatedWeights):
         if not self.lora_settings.trains:
             return []
         own = self._lora_own_parameters()
-        return [own[name] for name, spec in self.lora_specs().items() if spec.role.trains]
+        return [
+            own[name] for name, spec in self.lora_specs().items() if spec.role.trains
+        ]
 
     def _lora_own_parameters(self) -> dict[str, Any]:
         """The layer's own parameters, its weight and those of the adapter.
 
-        They are not read as attributes: an attribute of that name may be what other code computes from a parameter.
+        They are not read as attributes: an attribute of that name may be what other
+        code computes from a parameter.
         """
         return self._parameters
 
@@ -92,7 +101,8 @@ class AdapterOnLayer(UpdatedWeights):
         if not (self.lora_is_fresh() and original.lora_is_fresh()):
             return
         for name, spec in self.lora_specs().items():
-            if spec.role in (Role.MAGNITUDE, Role.ROWS):  # these are values of its own weights
+            # these are values of its own weights
+            if spec.role in (Role.MAGNITUDE, Role.ROWS):
                 continue
             p = own_parameter(self, name)
             values = own_parameter(original, name).data
@@ -111,19 +121,31 @@ class AdapterOnLayer(UpdatedWeights):
     def lora_initialise_if_base_changed(self) -> None:
         """Initialise an untrained adapter again, if it starts from weights that have other values now."""
         first_weight = self.lora_matrices[0].weight
-        starts_from_weights = bool(self.lora_base_digests) and not self._lora_weight(first_weight).is_meta
-        if starts_from_weights and self.lora_is_fresh() and self._lora_base_has_changed():
+        starts_from_weights = (
+            bool(self.lora_base_digests) and not self._lora_weight(first_weight).is_meta
+        )
+        if (
+            starts_from_weights
+            and self.lora_is_fresh()
+            and self._lora_base_has_changed()
+        ):
             self.lora_initialise()
 
     def _lora_base_has_changed(self) -> bool:
-        """Whether a weight that the adapter starts from has other values since. Collective if it is distributed."""
+        """Whether a weight that the adapter starts from has other values since.
+
+        Collective if it is distributed.
+        """
         known = self.lora_base_digests
         return known != {name: digest(own_parameter(self, name)) for name in known}
 
     # Coming off
 
     def lora_detach(self) -> LayerAdapter:
-        """Remove the adapter. The layer gets its earlier class and state dict keys back."""
+        """Remove the adapter.
+
+        The layer gets its earlier class and state dict keys back.
+        """
         adapter = self.lora_adapter()
         for name in (*adapter.parameters, *attributes_of(adapter)):
             delattr(self, name)
@@ -143,11 +165,16 @@ class AdapterOnLayer(UpdatedWeights):
         )
 
     def lora_is_resized(self) -> bool:
-        """Whether a weight has another shape than at the injection. Packed weights never have."""
+        """Whether a weight has another shape than at the injection.
+
+        Packed weights never have.
+        """
         return is_resized(self, self.lora_kind, self.lora_matrices)
 
 
-def _is_zero(matrix: AdaptedMatrix, settings: Settings, values: Mapping[str, Tensor]) -> bool:
+def _is_zero(
+    matrix: AdaptedMatrix, settings: Settings, values: Mapping[str, Tensor]
+) -> bool:
     """Whether the update of a matrix is zero. On the meta device, it counts as zero."""
     a = values[matrix.parameter_name(Role.A)]
     b = values[matrix.parameter_name(Role.B)]
@@ -168,7 +195,10 @@ def put_on(layer: nn.Module, adapter: LayerAdapter) -> None:
 
 
 def is_resized(layer: nn.Module, kind: Any, matrices: Iterable[AdaptedMatrix]) -> bool:
-    """Whether a weight of a layer no longer fits an adapter of this kind. Packed weights always do."""
+    """Whether a weight of a layer no longer fits an adapter of this kind.
+
+    Packed weights always do.
+    """
     if kind.lora_is_quantised(layer):
         return False
     for matrix in matrices:

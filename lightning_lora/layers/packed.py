@@ -5,7 +5,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.layers.contract import dequantises, of_nearest_class
-from lightning_lora.layers.each_kind.quantized import LINEAR_4BIT, LINEAR_8BIT, LoRALinear4bit, LoRALinear8bit
+from lightning_lora.layers.each_kind.quantized import (
+    LINEAR_4BIT,
+    LINEAR_8BIT,
+    LoRALinear4bit,
+    LoRALinear8bit,
+)
 from lightning_lora.tensors.names import find_parameter
 
 _KINDS: dict[str, type[LoRALinear4bit]] = {  # by the names of the layers' classes
@@ -15,7 +20,10 @@ _KINDS: dict[str, type[LoRALinear4bit]] = {  # by the names of the layers' class
 
 
 def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
-    """Return the extra state dict entries of a quantised layer, such as its scales. They belong to the base."""
+    """Return the extra state dict entries of a quantised layer, such as its scales.
+
+    They belong to the base.
+    """
     kind = _kind_of(module)
     return {} if kind is None else kind.lora_entries(module)
 
@@ -40,7 +48,10 @@ def number_of_values(parameter: Any) -> int:
 
 def repacks(module: nn.Module) -> bool:
     """Whether a 4-bit layer may repack its weight in eval mode, as on some CPUs: then it passes no gradient."""
-    return "support_avx512bf16_for_cpu" in vars(module) and _kind_of(module) is LoRALinear4bit
+    return (
+        "support_avx512bf16_for_cpu" in vars(module)
+        and _kind_of(module) is LoRALinear4bit
+    )
 
 
 def unpack(module: Any) -> None:
@@ -49,12 +60,15 @@ def unpack(module: Any) -> None:
         return
     module.state_dict()
     state = module.weight.quant_state
-    if state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves the scales as they were packed
+    # bitsandbytes 0.50 leaves the scales as they were packed
+    if state.absmax.dim() == 2:
         state.absmax = state.absmax.T.reshape(-1).float()
 
 
 def _is_repacked(module: Any) -> bool:
-    is_packed: bool = getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+    is_packed: bool = getattr(
+        module.weight.quant_state, "packing_format_for_cpu", False
+    )
     return is_packed
 
 

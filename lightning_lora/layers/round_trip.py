@@ -14,17 +14,21 @@ AsMatrix = Callable[[Tensor], Tensor]
 AsWeight = Callable[[Tensor, Tensor], Tensor]
 
 
-def why_merge_is_wrong(kind: type[LayerKind], layer: nn.Module, matrices: Iterable[AdaptedMatrix]) -> str | None:
+def why_merge_is_wrong(
+    kind: type[LayerKind], layer: nn.Module, matrices: Iterable[AdaptedMatrix]
+) -> str | None:
     """Return why an update would be merged wrongly, or None.
 
-    ``lora_as_weight`` must undo ``lora_as_matrix``. Whoever defines one of them for a kind of one's own may forget the
-    other, and no shape tells if the weight is square. So both are tried on random values.
+    ``lora_as_weight`` must undo ``lora_as_matrix``. Whoever defines one of them for a
+    kind of one's own may forget the other, and no shape tells if the weight is square.
+    So both are tried on random values.
     """
     as_matrix = kind.lora_as_matrix
     as_weight = kind.lora_as_weight
     if _is_ours(as_matrix) and _is_ours(as_weight):
         return None
-    if kind.lora_is_quantised(layer):  # its weight is packed, and nothing is merged into it
+    # its weight is packed, and nothing is merged into it
+    if kind.lora_is_quantised(layer):
         return None
     for matrix in matrices:
         shape = tuple(own_parameter(layer, matrix.weight).shape)
@@ -39,7 +43,9 @@ def _is_ours(method: Callable[..., Tensor]) -> bool:
 
 
 @functools.cache  # once for each kind and shape
-def _why_not_the_same(as_matrix: AsMatrix, as_weight: AsWeight, shape: tuple[int, ...]) -> str | None:
+def _why_not_the_same(
+    as_matrix: AsMatrix, as_weight: AsWeight, shape: tuple[int, ...]
+) -> str | None:
     """Say what a weight becomes as a matrix and back, if it is not the same weight."""
     weight = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     tried = "lora_as_weight(lora_as_matrix(W), W)"

@@ -9,12 +9,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.functional.factors import Factors
-from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged
+from lightning_lora.functional.update import (
+    added,
+    delta_weight,
+    lost_share,
+    magnitude_scale,
+    merged,
+)
 from lightning_lora.layers.adapter import Step
 from lightning_lora.layers.contract import LayerKind
-from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings, matrices_of_weight, weight_factors, weights_of
+from lightning_lora.layers.matrices import (
+    AdaptedMatrix,
+    Role,
+    Settings,
+    matrices_of_weight,
+    weight_factors,
+    weights_of,
+)
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, without_dtensor
+from lightning_lora.tensors.shards import (
+    distributed_as,
+    full_tensor,
+    is_dtensor,
+    without_dtensor,
+)
 
 
 class UpdatedWeights(LayerKind):
@@ -22,9 +40,10 @@ class UpdatedWeights(LayerKind):
 
     - ``lora_factors``: A and B of one weight's update, whatever its matrices are.
     - ``_lora_delta``: the update itself, after dropout.
-    - ``lora_effective_weight``: W + ΔW, with DoRA's magnitudes, in float32 or wider. ``_lora_with_update`` computes it,
-      for given values of W and with dropout.
-    - ``lora_merged_weight``: the same in the dtype of W, which a merge writes. Where it can, a few rows at a time.
+    - ``lora_effective_weight``: W + ΔW, with DoRA's magnitudes, in float32 or wider.
+      ``_lora_with_update`` computes it, for given values of W and with dropout.
+    - ``lora_merged_weight``: the same in the dtype of W, which a merge writes. Where it
+      can, a few rows at a time.
     """
 
     lora_matrices: tuple[AdaptedMatrix, ...]
@@ -45,13 +64,17 @@ class UpdatedWeights(LayerKind):
 
     def lora_factors(self, name: str) -> Factors:
         """Return A and B of a weight's update, as :func:`.weight_factors` does."""
-        return weight_factors(name, self.lora_matrices, self.lora_settings, self._lora_reader(name))
+        return weight_factors(
+            name, self.lora_matrices, self.lora_settings, self._lora_reader(name)
+        )
 
     def lora_effective_weight(self, name: str) -> Tensor:
         """Return a weight with its update, in float32 or wider."""
         return self._lora_with_update(name, self._lora_weight(name))
 
-    def _lora_with_update(self, name: str, weight: Tensor, dropout: float = 0.0) -> Tensor:
+    def _lora_with_update(
+        self, name: str, weight: Tensor, dropout: float = 0.0
+    ) -> Tensor:
         """Return these values of a weight with its update, in float32 or wider."""
         weight = self.lora_values(self, weight)
         with torch.autocast(weight.device.type, enabled=False):
@@ -77,12 +100,19 @@ class UpdatedWeights(LayerKind):
         is_read_as_it_is = self.lora_as_matrix is LayerKind.lora_as_matrix
         is_matrix = weight.dim() == 2
         is_plain = type(weight.data) is Tensor
-        return is_read_as_it_is and is_matrix and is_plain and not self.lora_settings.use_dora
+        return (
+            is_read_as_it_is
+            and is_matrix
+            and is_plain
+            and not self.lora_settings.use_dora
+        )
 
     def _lora_merged_by_rows(self, name: str, weight: Tensor) -> tuple[Tensor, float]:
         with torch.autocast(weight.device.type, enabled=False):
             a, b = self.lora_factors(name)
-            return merged(weight, full_tensor(a), full_tensor(b), self._lora_scaling(name))
+            return merged(
+                weight, full_tensor(a), full_tensor(b), self._lora_scaling(name)
+            )
 
     def _lora_delta(self, name: str, weight: Tensor, dropout: float = 0.0) -> Tensor:
         """The update of a weight, in its shape, in float32 or wider."""
@@ -116,12 +146,18 @@ class UpdatedWeights(LayerKind):
         return lambda name: without_dtensor(getattr(self, name))
 
     def _lora_scaling(self, name: str) -> float:
-        """The scaling of a weight. All matrices in one have the same: patterns mean layers, and whole parameters."""
+        """The scaling of a weight.
+
+        All matrices in one have the same: patterns mean layers, and whole parameters.
+        """
         first, *_ = matrices_of_weight(name, self.lora_matrices)
         return first.scaling_for(self.lora_settings.scaling)
 
     def _lora_weight(self, name: str) -> Tensor:
-        """A weight without its update. Read as an attribute, because nn.DataParallel's replicas hold no parameters."""
+        """A weight without its update.
+
+        Read as an attribute, because nn.DataParallel's replicas hold no parameters.
+        """
         weight: Tensor = attrgetter(name)(self)
         return weight
 

@@ -26,15 +26,21 @@ def frozen_values(view: View) -> dict[str, Tensor]:
     """Return the values of the frozen parameters without updates."""
     bases = dict[nn.Parameter, Tensor]()
     for merged in view.merged_weights:
-        bases[merged.parameter] = merged.base_value.to(merged.parameter.dtype)  # it may have been converted since
-    return {name: bases.get(parameter, parameter) for name, parameter in view.frozen_base.items()}
+        # it may have been converted since
+        bases[merged.parameter] = merged.base_value.to(merged.parameter.dtype)
+    return {
+        name: bases.get(parameter, parameter)
+        for name, parameter in view.frozen_base.items()
+    }
 
 
 def base_values(view: View) -> dict[str, Tensor]:
     """Return the values of what does not train: frozen weights without updates, and buffers as they were before."""
     values = frozen_values(view)
     originals = view.adapter.originals
-    for name, tensor in without(tensors_with_originals(view), view.trainable_base).items():
+    for name, tensor in without(
+        tensors_with_originals(view), view.trainable_base
+    ).items():
         values[name] = originals[name].to(tensor.dtype)
     return {**values, **view.entries}
 
@@ -42,7 +48,8 @@ def base_values(view: View) -> dict[str, Tensor]:
 def kept_or_present_value(view: View, name: str) -> Tensor:
     """Return the base's value of a tensor that the adapter keeps, otherwise the value that is there.
 
-    Of a merged weight, that holds the update: callers ask for what trains in full, and for buffers.
+    Of a merged weight, that holds the update: callers ask for what trains in full, and
+    for buffers.
     """
     if view.is_adapted and name in view.adapter.originals:
         return view.adapter.originals[name]
@@ -50,14 +57,19 @@ def kept_or_present_value(view: View, name: str) -> Tensor:
 
 
 def digests_of_extra_state(view: View) -> dict[str, int]:
-    """Return the digests of what modules keep besides tensors (``get_extra_state``). Names are as in a state dict."""
+    """Return the digests of what modules keep besides tensors (``get_extra_state``).
+
+    Names are as in a state dict.
+    """
     found = {}
     for name, module in view.modules.items():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             with suppress(Exception):  # of code for any objects: these are not compared
                 file = BytesIO()
                 torch.save(module.get_extra_state(), file)
-                found[join(name, EXTRA_STATE)] = digest(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
+                found[join(name, EXTRA_STATE)] = digest(
+                    torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+                )
     return found
 
 
@@ -65,20 +77,30 @@ def digests_of_extra_state(view: View) -> dict[str, int]:
 
 
 def keep_originals(view: View) -> None:
-    """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
+    """Copy to CPU memory the values that training may change.
+
+    Values that were copied before are kept.
+    """
     changing = {**view.trainable_base, **view.buffers}
-    changing.update(only(view.base_parameters, view.adapter.originals))  # replaced by a file's
+    # replaced by a file's
+    changing.update(only(view.base_parameters, view.adapter.originals))
     view.adapter.keep_originals(changing, digests_of_extra_state(view))
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
-    """Copy frozen weights to CPU memory before they change. Skip those whose base values are already copied or lost."""
+    """Copy frozen weights to CPU memory before they change.
+
+    Skip those whose base values are already copied or lost.
+    """
     are_known = {*view.adapter.originals, *view.record.base.changes}
     view.adapter.set_originals(only(view.base_parameters, set(names) - are_known))
 
 
 def restore_originals(view: View, names: Iterable[str], undo: Undo) -> None:
-    """Write the base's original values of ``names`` back. ``undo`` gets callbacks that write the current values."""
+    """Write the base's original values of ``names`` back.
+
+    ``undo`` gets callbacks that write the current values.
+    """
     present = tensors_with_originals(view)
     originals = view.adapter.originals
     for name in names:

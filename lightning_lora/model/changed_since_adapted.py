@@ -7,7 +7,13 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, listed
-from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRATokens, Settings, tied_to
+from lightning_lora.layers import (
+    AdaptedMatrix,
+    LoRALayer,
+    LoRATokens,
+    Settings,
+    tied_to,
+)
 from lightning_lora.model.records import records_in
 from lightning_lora.model.view import View
 from lightning_lora.targets.choice import Choice
@@ -21,10 +27,11 @@ def refuse_computed_weights(view: View) -> None:
     computed = where(view.layers, _was_replaced)
     if computed:
         raise AdapterStateError(
-            f"Since it was adapted, the weight of {listed(computed)} of {view.title} is computed, so no update can be "
-            "stored, merged or removed. Undo that (prune.remove, remove_parametrizations), and do it before the "
-            "adapters come: before inject_adapters, or in the module's __init__. Or leave the layer out: "
-            "exclude_modules."
+            f"Since it was adapted, the weight of {listed(computed)} of {view.title} "
+            "is computed, so no update can be stored, merged or removed. Undo that "
+            "(prune.remove, remove_parametrizations), and do it before the adapters "
+            "come: before inject_adapters, or in the module's __init__. Or leave the "
+            "layer out: exclude_modules."
         )
 
 
@@ -38,21 +45,27 @@ def _was_replaced(layer: LoRALayer) -> bool:
 def refuse_resized_or_tied(view: View) -> None:
     """Refuse layers that were resized, tied or untied since they were adapted."""
     resized = where(view.layers, LoRALayer.lora_is_resized)
-    embeddings: dict[object, nn.Module] = {layer.weight: layer for layer in of_type(view.layers, LoRATokens).values()}
+    embeddings: dict[object, nn.Module] = {
+        layer.weight: layer for layer in of_type(view.layers, LoRATokens).values()
+    }
     for name, module in view.modules.items():
         if name in resized:
             raise _changed_since(view, name, "resized")
-        # what has the weight of an embedding whose rows train was tied to it when the adapters came
+        # what has the weight of an embedding whose rows train was tied to it when the
+        # adapters came
         embedding_of_weight = embeddings.get(find_parameter(module, "weight"), module)
         if tied_to(module) is not embedding_of_weight:
-            raise _changed_since(view, name, "tied to an embedding whose rows train, or untied,")
+            raise _changed_since(
+                view, name, "tied to an embedding whose rows train, or untied,"
+            )
 
 
 def _changed_since(view: View, layer: str, what: str) -> AdapterStateError:
     """What is said of a layer that was changed since it was adapted."""
     return AdapterStateError(
-        f"{layer!r} of {view.title} was {what} after inject_adapters. Call inject_adapters(model, "
-        "config) again, which follows that; before it for a resized layer that has trained, remove_adapters."
+        f"{layer!r} of {view.title} was {what} after inject_adapters. Call "
+        "inject_adapters(model, config) again, which follows that; before it for a "
+        "resized layer that has trained, remove_adapters."
     )
 
 
@@ -61,8 +74,8 @@ def refuse_other_configuration(view: View, choices: Mapping[str, Choice]) -> Non
     for name, layer in view.layers.items():
         if name not in choices:
             raise AdapterMismatchError(
-                f"Layer {name!r} of {view.title} is adapted already, but this configuration does not target it. "
-                f"Target it too. {_instead(view)}"
+                f"Layer {name!r} of {view.title} is adapted already, but this "
+                f"configuration does not target it. Target it too. {_instead(view)}"
             )
         if layer.lora_is_resized():
             raise _changed_since(view, name, "resized")
@@ -77,8 +90,8 @@ def _instead(view: View) -> str:
     """What to do in place of adapting layers in another way."""
     name = f", {view.adapter.name!r}" if view.is_adapted else ""
     return (
-        f"To begin anew, build the model again, or call unmerge_adapters(model) and remove_adapters(model{name}). "
-        "For an adapter beside it, give another name=..."
+        "To begin anew, build the model again, or call unmerge_adapters(model) and "
+        f"remove_adapters(model{name}). For an adapter beside it, give another name=..."
     )
 
 
@@ -90,8 +103,9 @@ def _check_same_layer(view: View, name: str, choice: Choice) -> None:
     different = [key for key in {**here, **wanted} if here.get(key) != wanted.get(key)]
     if different:
         raise AdapterMismatchError(
-            f"Layer {name!r} of {view.title} is adapted already (or was, in the fit that it remembers), with "
-            f"{_named(here, different)}, not {_named(wanted, different)}. Use the same. {_instead(view)}"
+            f"Layer {name!r} of {view.title} is adapted already (or was, in the fit "
+            f"that it remembers), with {_named(here, different)}, not "
+            f"{_named(wanted, different)}. Use the same. {_instead(view)}"
         )
 
 
@@ -102,13 +116,16 @@ def _named(values: Mapping[str, Any], keys: Collection[str]) -> str:
 
 def _check_same_trained(view: View, prefix: str) -> None:
     """Refuse if the module ``prefix`` trains other biases or whole modules than this configuration."""
-    trained_there = set(names_joined(prefix, View(submodule(view.model, prefix)).trainable_base))
+    trained_there = set(
+        names_joined(prefix, View(submodule(view.model, prefix)).trainable_base)
+    )
     trained_here = {name for name in view.trainable_base if is_in(name, prefix)}
     if trained_there != trained_here:
         raise AdapterMismatchError(
-            f"{view.title} is adapted already, and trains {_listed_or_nothing(trained_there)} beside its adapters, "
-            f"not {_listed_or_nothing(trained_here)}. Use the same modules_to_save and bias, another name=..., or "
-            "remove_adapters."
+            f"{view.title} is adapted already, and trains "
+            f"{_listed_or_nothing(trained_there)} beside its adapters, not "
+            f"{_listed_or_nothing(trained_here)}. Use the same modules_to_save and "
+            "bias, another name=..., or remove_adapters."
         )
 
 

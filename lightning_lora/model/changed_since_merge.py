@@ -21,18 +21,24 @@ def refuse_changed_since_merge(view: View) -> None:
     """Raise an error if a merged model's weights have changed."""
     if not is_as_merged(view):
         raise AdapterStateError(
-            f"The weights of {view.title} were changed since its adapters were merged into them, so neither these nor "
-            "its base can be restored. Load both again, or keep the weights as they are: remove_adapters(model)."
+            f"The weights of {view.title} were changed since its adapters were merged "
+            "into them, so neither these nor its base can be restored. Load both "
+            "again, or keep the weights as they are: remove_adapters(model)."
         )
 
 
 def is_as_merged(view: View) -> bool:
-    """Whether a model has its merged weights, perhaps converted, or is not merged. Collective for a sharded one."""
+    """Whether a model has its merged weights, perhaps converted, or is not merged.
+
+    Collective for a sharded one.
+    """
     if not view.is_merged:
         return True
     refuse_layers_of_another_model(view)
     has_changed_here = not _is_as_merged_here(view)
-    (has_changed_anywhere,) = true_anywhere([has_changed_here], list(view.parameters.values()))
+    (has_changed_anywhere,) = true_anywhere(
+        [has_changed_here], list(view.parameters.values())
+    )
     return not has_changed_anywhere
 
 
@@ -42,18 +48,22 @@ def refuse_layers_of_another_model(view: View) -> None:
     taken = only(adapted, view.record.merged_layer_adapters)
     if taken:
         raise AdapterStateError(
-            f"{listed(taken)} of {view.title} have the adapters of another model that shares them, and "
-            "cannot get their own back. Call remove_adapters on that model first, or give each model layers of its own."
+            f"{listed(taken)} of {view.title} have the adapters of another model that "
+            "shares them, and cannot get their own back. Call remove_adapters on that "
+            "model first, or give each model layers of its own."
         )
 
 
 def _is_as_merged_here(view: View) -> bool:
     """Whether the weights are as merged. Of spread ones, those of this process are."""
     for name, seen in view.record.base.after_merge.seen_without_update.items():
-        if name not in view.parameters or not seen.may_have_same_values(view.parameters[name]):
+        if name not in view.parameters or not seen.may_have_same_values(
+            view.parameters[name]
+        ):
             return False
     return all(
-        _is_layer_as_merged(view, layer, adapter) for layer, adapter in view.record.merged_layer_adapters.items()
+        _is_layer_as_merged(view, layer, adapter)
+        for layer, adapter in view.record.merged_layer_adapters.items()
     )
 
 
@@ -67,7 +77,9 @@ def _is_layer_as_merged(view: View, layer: str, adapter: LayerAdapter) -> bool:
     if not all(_is_tie_present(view, name) for name in tied):
         return False
     seen = view.record.base.after_merge.seen
-    has_same_values = all(seen[name].has_same_values(view.parameters[name]) for name in names)
+    has_same_values = all(
+        seen[name].has_same_values(view.parameters[name]) for name in names
+    )
     return has_same_values or _merge_again_and_compare(view, layer, adapter)
 
 
@@ -82,7 +94,8 @@ def _is_tie_present(view: View, name: str) -> bool:
 def _merge_again_and_compare(view: View, layer: str, adapter: LayerAdapter) -> bool:
     """Merge a layer again. Return whether this gives its weights, perhaps converted.
 
-    The weights and the class are as before afterwards. The adapter stays on the layer's device.
+    The weights and the class are as before afterwards. The adapter stays on the layer's
+    device.
     """
     module: Any = view.modules[layer]
     weights = {name: own_parameter(module, name) for name in adapter.weights}
@@ -103,7 +116,9 @@ def _merge_again_and_compare(view: View, layer: str, adapter: LayerAdapter) -> b
     return True
 
 
-def _show_base_as_merged(view: View, layer: str, adapter: LayerAdapter, weights: Mapping[str, nn.Parameter]) -> None:
+def _show_base_as_merged(
+    view: View, layer: str, adapter: LayerAdapter, weights: Mapping[str, nn.Parameter]
+) -> None:
     """Give weights the base's values in the dtypes of the merge, and bring the adapter to their device."""
     device = next(iter(weights.values())).device
     for parameter in adapter.parameters.values():

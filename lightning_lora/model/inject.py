@@ -15,11 +15,20 @@ from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LayerAdapter, new_adapter
 from lightning_lora.model.base_values import keep_originals
 from lightning_lora.model.changed_since_adapted import refuse_other_configuration
-from lightning_lora.model.changes.attach import attach_adapters, detach_from, reinitialise_if_base_changed
+from lightning_lora.model.changes.attach import (
+    attach_adapters,
+    detach_from,
+    reinitialise_if_base_changed,
+)
 from lightning_lora.model.changes.freeze import freeze
 from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.own_loop.trainer_only import refuse_trainer_only
-from lightning_lora.model.plan_adapters import Plan, not_adapted_yet, plan_adapters, plan_as_in_file
+from lightning_lora.model.plan_adapters import (
+    Plan,
+    not_adapted_yet,
+    plan_adapters,
+    plan_as_in_file,
+)
 from lightning_lora.model.records import begin_record, find_record, state_of
 from lightning_lora.model.start_call import refusal_to_start, start_call
 from lightning_lora.model.still.follow import follow_originals
@@ -34,18 +43,24 @@ from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.names import modules_by_name
 
 
-def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
+def inject_adapters(
+    model: nn.Module, config: LoRAConfig, *, name: str = "default"
+) -> tuple[str, ...]:
     """Adapt a model in place and freeze its base.
 
-    From now on, only the adapters train, and the modules and biases that ``config`` selects. The layers stay the same
-    objects and keep their state dict keys. Each adapted layer gets ``lora_A`` and ``lora_B`` and computes with
-    ``W + s·BA``. You can call it again after layers were added, or resized before they trained: it adapts these and
-    does not change the others. A merged model counts as a plain model, so it becomes a new base.
+    From now on, only the adapters train, and the modules and biases that ``config``
+    selects. The layers stay the same objects and keep their state dict keys. Each
+    adapted layer gets ``lora_A`` and ``lora_B`` and computes with ``W + s·BA``. You can
+    call it again after layers were added, or resized before they trained: it adapts
+    these and does not change the others. A merged model counts as a plain model, so it
+    becomes a new base.
 
     Args:
-        model: Any module. Load its pretrained weights first, or later into the adapted model, before training.
+        model: Any module. Load its pretrained weights first, or later into the adapted
+            model, before training.
         config: The layers to adapt, and the settings.
-        name: The adapter's name. If ``model`` has others, they rest from now on, and this one is active, new or not.
+        name: The adapter's name. If ``model`` has others, they rest from now on, and
+            this one is active, new or not.
 
     Returns:
         The names of all adapted layers.
@@ -54,12 +69,14 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
         TargetError: a pattern matches nothing, or a layer that cannot be adapted.
         ConfigError: ``init`` or ``init_batches`` needs a Trainer's data.
         AdapterMismatchError: ``model`` is already adapted, with another configuration.
-        AdapterStateError: DistributedDataParallel or PEFT has wrapped ``model`` before, or trained layers were resized.
+        AdapterStateError: DistributedDataParallel or PEFT has wrapped ``model`` before,
+            or trained layers were resized.
 
     After an error, the model is unchanged.
 
     Source:
-        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section
+        4.1.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -80,34 +97,50 @@ def _check_arguments(model: object, config: object) -> None:
     """Refuse what is no model or no configuration, and one that only a Trainer can serve."""
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
         about = (
-            f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
+            f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). "
+            "Expected (nn.Module, LoRAConfig)."
         )
         if _is_pefts(config):
-            about += " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)."
+            about += (
+                " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., "
+                "alpha=..., dropout=...)."
+            )
         raise ConfigError(about)
     record = find_record(model)
     if record is None or not record.adapter.may_have_learned:
         refuse_trainer_only(config)
 
 
-def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
+def inject(
+    model: nn.Module, config: LoRAConfig, *, name: str = "default"
+) -> tuple[str, ...]:
     """Adapt a model as :func:`inject_adapters` does."""
     return _inject(model, config, name, plan_adapters, Guards())
 
 
-def inject_from_file(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
+def inject_from_file(
+    model: nn.Module, config: LoRAConfig, *, name: str = "default"
+) -> tuple[str, ...]:
     """Adapt a model as a file's ``config`` says.
 
-    No network that stands still is looked for, and no guard speaks: the file names what its training has found.
+    No network that stands still is looked for, and no guard speaks: the file names what
+    its training has found.
     """
     config = _without_lost_exclusions(model, config)
     return _inject(model, config, name, plan_as_in_file, NO_GUARDS)
 
 
 def _inject(
-    model: nn.Module, config: LoRAConfig, name: str, plan_for: Callable[[View], Plan], guards: Guard
+    model: nn.Module,
+    config: LoRAConfig,
+    name: str,
+    plan_for: Callable[[View], Plan],
+    guards: Guard,
 ) -> tuple[str, ...]:
-    """Adapt a model as planned, and return the names of all adapted layers. After an error, the model is as before."""
+    """Adapt a model as planned, and return the names of all adapted layers.
+
+    After an error, the model is as before.
+    """
     _refuse_start(model, name)
     with _name_active(model, config, name):
         view = View(model, config)
@@ -129,7 +162,8 @@ def _refuse_start(model: nn.Module, name: str) -> None:
     """Refuse a model that cannot get the adapter ``name`` now."""
     start_call(model, "inject_adapters")
     names = adapters(model)
-    if name not in names:  # a new adapter is a change; a known one may need none, which a block allows
+    # a new adapter is a change; a known one may need none, which a block allows
+    if name not in names:
         refuse_in_block(model, "inject_adapters")
     is_new_base = state_of(model) is not State.ADAPTED
     if is_new_base and len(names) > 1:  # those that are not merged would be lost
@@ -138,9 +172,10 @@ def _refuse_start(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def _name_active(model: nn.Module, config: LoRAConfig, name: str) -> Iterator[None]:
-    """Make the adapter ``name`` the active one of an adapted model. After an error, the former one is so again.
+    """Make the adapter ``name`` the active one of an adapted model.
 
-    A plain or merged model has no active adapter: it gets a new record later.
+    After an error, the former one is so again. A plain or merged model has no active
+    adapter: it gets a new record later.
     """
     if state_of(model) is not State.ADAPTED:
         yield
@@ -164,16 +199,20 @@ def _attach_and_freeze(model: nn.Module, plan: Plan, asked: View, name: str) -> 
     follow_originals(view)
     freeze(view)
     view.adapter.layers = tuple(view.layers)
-    begins_now = new_adapters or view.is_fresh()  # later, trained values would be taken for the base's
+    # later, trained values would be taken for the base's
+    begins_now = new_adapters or view.is_fresh()
     if begins_now:
         keep_originals(view)  # those that are kept already stay
 
 
 def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, LayerAdapter]:
     new = {}
-    with torch.inference_mode(False):  # parameters created in inference mode cannot train
+    # parameters created in inference mode cannot train
+    with torch.inference_mode(False):
         for name, choice in choices.items():
-            new[name] = new_adapter(choice.kind, choice.layer, choice.matrices, choice.settings)
+            new[name] = new_adapter(
+                choice.kind, choice.layer, choice.matrices, choice.settings
+            )
     return new
 
 
@@ -192,7 +231,8 @@ def _refuse_pefts(view: View) -> None:
     pefts = where(view.modules, _is_pefts)
     if pefts:
         raise AdapterStateError(
-            f"{view.title} has PEFT's adapters: {listed(pefts)}. Call PEFT's merge_and_unload() first."
+            f"{view.title} has PEFT's adapters: {listed(pefts)}. Call PEFT's "
+            "merge_and_unload() first."
         )
 
 
@@ -201,8 +241,9 @@ def _check_not_parallel(model: nn.Module) -> None:
     wrapped = model._modules.get(FABRIC_WRAPPED, model)  # which Fabric's wrapper holds
     if isinstance(wrapped, DistributedDataParallel):
         raise AdapterStateError(
-            "The model is wrapped by DistributedDataParallel already: new adapters would train apart in each process. "
-            "Call inject_adapters or load_adapter before fabric.setup, or before DistributedDataParallel(model)."
+            "The model is wrapped by DistributedDataParallel already: new adapters "
+            "would train apart in each process. Call inject_adapters or load_adapter "
+            "before fabric.setup, or before DistributedDataParallel(model)."
         )
 
 
@@ -211,6 +252,7 @@ def refuse_targets_without_adapters(view: View) -> None:
     missing = not_adapted_yet(select(view.model, view.config))
     if missing:
         raise AdapterStateError(
-            f"{listed(missing)} of {view.title} would not train: the layers were added or replaced later. "
-            "Make all layers in __init__, setup (a callback's too) or configure_model. Or set exclude_modules."
+            f"{listed(missing)} of {view.title} would not train: the layers were added "
+            "or replaced later. Make all layers in __init__, setup (a callback's too) "
+            "or configure_model. Or set exclude_modules."
         )

@@ -1,4 +1,7 @@
-"""Merge the updates into the weights. The record keeps the adapters and the base's values, for ``unmerge.py``."""
+"""Merge the updates into the weights.
+
+The record keeps the adapters and the base's values, for ``unmerge.py``.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -9,15 +12,28 @@ from torch import Tensor, nn
 from lightning_lora.base.base_tensors import AfterMerge
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
-from lightning_lora.model.changes.attach import detach_adapters, update_for_changed_layers, update_for_changed_weights
+from lightning_lora.model.changes.attach import (
+    detach_adapters,
+    update_for_changed_layers,
+    update_for_changed_weights,
+)
 from lightning_lora.model.changes.freeze import freeze, unfreeze
-from lightning_lora.model.mergeable import layers_with_tied_weights, refuse_unmergeable, tied_weights
+from lightning_lora.model.mergeable import (
+    layers_with_tied_weights,
+    refuse_unmergeable,
+    tied_weights,
+)
 from lightning_lora.model.own_loop.early_optimizers import note_detached_adapter
 from lightning_lora.model.records import forget_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guards
 from lightning_lora.tensors.dicts import with_values
-from lightning_lora.tensors.names import join, names_not_in, own_parameter, set_parameter
+from lightning_lora.tensors.names import (
+    join,
+    names_not_in,
+    own_parameter,
+    set_parameter,
+)
 from lightning_lora.tensors.seen import Seen
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.undo import Undo
@@ -27,32 +43,34 @@ from lightning_lora.tensors.values import put_back, replace_values, set_aside
 def merge_adapters(model: nn.Module, *, keep_base: bool = True) -> None:
     """Merge the updates into the weights of a model.
 
-    ``model`` becomes a plain model with its own classes and keys. ``model.state_dict()`` contains the merged weights,
-    and the model runs at the base model's speed. The model also remembers its base: ``unmerge_adapters`` restores the
-    adapters and the exact base, and ``remove_adapters`` makes the merge final. A second merge changes nothing.
+    ``model`` becomes a plain model with its own classes and keys.
+    ``model.state_dict()`` contains the merged weights, and the model runs at the base
+    model's speed. The model also remembers its base: ``unmerge_adapters`` restores the
+    adapters and the exact base, and ``remove_adapters`` makes the merge final. A second
+    merge changes nothing.
 
-    The sum ``W + ΔW`` is computed in float32 or wider and rounded once. If a weight is tied (for example, an
-    embedding and an output head), only the adapted layer's weight changes. The base's own values are kept in CPU
-    memory.
+    The sum ``W + ΔW`` is computed in float32 or wider and rounded once. If a weight is
+    tied (for example, an embedding and an output head), only the adapted layer's weight
+    changes. The base's own values are kept in CPU memory.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
-        keep_base: Remember the adapters and the base. If False, the merge is final and takes no memory beyond that of
-            the largest layer. An error midway leaves every layer either adapted or merged, so the model still computes
-            the same.
+        keep_base: Remember the adapters and the base. If False, the merge is final and
+            takes no memory beyond that of the largest layer. An error midway leaves
+            every layer either adapted or merged, so the model still computes the same.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or has weights that no update can be merged into. Nothing is
-            merged then.
+        AdapterStateError: ``model`` has no adapters, or has weights that no update can
+            be merged into. Nothing is merged then.
 
     Warns:
-        MergePrecisionWarning: the weights are in half precision, and rounding lost much of an update, or values
-            overflowed.
+        MergePrecisionWarning: the weights are in half precision, and rounding lost much
+            of an update, or values overflowed.
         LoRAWarning: a tied weight is no longer tied.
 
     Source:
-        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, "No Additional Inference
-        Latency".
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section
+        4.1, "No Additional Inference Latency".
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject_adapters
@@ -87,7 +105,8 @@ def merge(model: nn.Module) -> MergeReport:
     report = MergeReport(untied=layers_with_tied_weights(view))
     bases: dict[str, Tensor] = {}
     with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
-        # after an error: all weights get back what they had, and then the base is frozen again
+        # after an error: all weights get back what they had, and then the base is
+        # frozen again
         undo.callback(freeze, view)
         undo.callback(view.look_again)
         for layer_name, layer in view.layers.items():
@@ -172,8 +191,13 @@ def _put_in_place(view: View, name: str, merged: Tensor, undo: Undo) -> Tensor:
     return base
 
 
-def _put_beside_tied(layer: LoRALayer, weight: str, merged: Tensor, undo: Undo) -> nn.Parameter:
-    """Give a layer a new parameter with the update. Return the tied one, which its other uses keep."""
+def _put_beside_tied(
+    layer: LoRALayer, weight: str, merged: Tensor, undo: Undo
+) -> nn.Parameter:
+    """Give a layer a new parameter with the update.
+
+    Return the tied one, which its other uses keep.
+    """
     base = own_parameter(layer, weight)
     undo.callback(set_parameter, layer, weight, base)
     _set_new_parameter(layer, weight, merged)
@@ -190,21 +214,29 @@ def _set_new_parameter(layer: LoRALayer, weight: str, values: Tensor) -> None:
 
 
 def _look_at_parameters(view: View, bases: dict[str, Tensor]) -> AfterMerge:
-    """Look at all parameters after a merge. ``bases`` are the base's values of the merged ones."""
+    """Look at all parameters after a merge.
+
+    ``bases`` are the base's values of the merged ones.
+    """
     seen = dict[str, Seen]()
     merged = {view.parameters[name] for name in bases}
     for name, parameter in view.base_parameters.items():
         if parameter not in merged:  # a shared layer has several names
             seen[name] = Seen(parameter, _known_digest(view, name, parameter))
     for name in bases:
-        seen[name] = Seen(view.parameters[name])  # its digest is computed only if it is asked for
-    were_tied = with_values(bases, set(view.parameters.values()))  # another layer still has them
+        # its digest is computed only if it is asked for
+        seen[name] = Seen(view.parameters[name])
+    # another layer still has them
+    were_tied = with_values(bases, set(view.parameters.values()))
     seen_tied = {name: Seen(parameter) for name, parameter in were_tied.items()}
     return AfterMerge(seen, bases, seen_tied)
 
 
 def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
-    """The digest of a parameter of the base, read again only if it has changed. None: of spread or absent values."""
+    """The digest of a parameter of the base, read again only if it has changed.
+
+    None: of spread or absent values.
+    """
     if parameter.is_meta or is_dtensor(parameter):
         return None
     return view.record.base.readings.digests_now({name: parameter})[name]

@@ -9,7 +9,13 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import LoRATokens
 from lightning_lora.model.changed_since_adapted import refuse_resized_or_tied
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import direct_parameters, first_names, join, names_joined, own_parameter
+from lightning_lora.tensors.names import (
+    direct_parameters,
+    first_names,
+    join,
+    names_joined,
+    own_parameter,
+)
 from lightning_lora.tensors.shards import is_dtensor
 
 
@@ -19,8 +25,9 @@ def refuse_unmergeable(view: View) -> None:
     _refuse_layers(
         view,
         quantised_layers(view),
-        "are quantised: no update can be merged into them. Keep the adapters; or inject_adapters(full, config), "
-        "load_adapter_state_dict(full, adapter_state_dict(quantised)), merge_adapters(full) in full precision.",
+        "are quantised: no update can be merged into them. Keep the adapters; or "
+        "inject_adapters(full, config), load_adapter_state_dict(full, "
+        "adapter_state_dict(quantised)), merge_adapters(full) in full precision.",
     )
     _refuse_layers(
         view,
@@ -30,8 +37,9 @@ def refuse_unmergeable(view: View) -> None:
     _refuse_layers(
         view,
         _layers_with_weights(view, layers_with_tied_weights(view), is_dtensor),
-        "are tied to other layers, and FSDP2 keeps them one weight. Leave them out with exclude_modules; or save "
-        "the adapters, and merge them into the model on one device.",
+        "are tied to other layers, and FSDP2 keeps them one weight. Leave them out "
+        "with exclude_modules; or save the adapters, and merge them into the model on "
+        "one device.",
     )
 
 
@@ -39,19 +47,29 @@ def _is_without_values(weight: Tensor) -> bool:
     return weight.is_meta
 
 
-def _layers_with_weights(view: View, layers: Iterable[str], holds: Callable[[Tensor], bool]) -> list[str]:
+def _layers_with_weights(
+    view: View, layers: Iterable[str], holds: Callable[[Tensor], bool]
+) -> list[str]:
     """Those of these layers that have a weight of which a condition holds."""
-    return [name for name in layers if any(holds(weight) for weight in view.base_weights_of(name))]
+    return [
+        name
+        for name in layers
+        if any(holds(weight) for weight in view.base_weights_of(name))
+    ]
 
 
 def _refuse_layers(view: View, layers: Collection[str], why: str) -> None:
     if layers:
-        raise AdapterStateError(f"The weights of {listed(layers)} in {view.title} {why}")
+        raise AdapterStateError(
+            f"The weights of {listed(layers)} in {view.title} {why}"
+        )
 
 
 def quantised_layers(view: View) -> list[str]:
     """Return the names of adapted layers with quantised weights."""
-    return [name for name, layer in view.layers.items() if layer.lora_is_quantised(layer)]
+    return [
+        name for name, layer in view.layers.items() if layer.lora_is_quantised(layer)
+    ]
 
 
 def tied_weights(view: View) -> set[str]:
@@ -59,7 +77,8 @@ def tied_weights(view: View) -> set[str]:
     uses = Counter(direct_parameters(first_names(view.modules)).values())
     tied = set[str]()
     for name, layer in view.layers.items():
-        if isinstance(layer, LoRATokens):  # the other use reads the same rows, and so has the update too
+        # the other use reads the same rows, and so has the update too
+        if isinstance(layer, LoRATokens):
             continue
         for weight in layer.lora_weights():
             if uses[own_parameter(layer, weight)] > 1:
@@ -70,4 +89,8 @@ def tied_weights(view: View) -> set[str]:
 def layers_with_tied_weights(view: View) -> list[str]:
     """Return the adapted layers of which another layer uses a weight too."""
     tied = tied_weights(view)
-    return [name for name, layer in view.layers.items() if tied.intersection(names_joined(name, layer.lora_weights()))]
+    return [
+        name
+        for name, layer in view.layers.items()
+        if tied.intersection(names_joined(name, layer.lora_weights()))
+    ]

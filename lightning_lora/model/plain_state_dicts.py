@@ -15,8 +15,13 @@ from lightning_lora.tensors.names import owner_of, plain_name
 from lightning_lora.tensors.values import same_bits
 
 
-def note_plain_state(model: nn.Module, state: Mapping[str, Any], prefix: str, notes: Mapping[str, Any]) -> None:
-    """Note what torch is about to load: the values of a new base, or a merged model. ``notes`` are torch's."""
+def note_plain_state(
+    model: nn.Module, state: Mapping[str, Any], prefix: str, notes: Mapping[str, Any]
+) -> None:
+    """Note what torch is about to load: the values of a new base, or a merged model.
+
+    ``notes`` are torch's.
+    """
     record = record_of(model)  # an error while the base is shown
     view = View(model)
     by_plain_names = renamed(state, plain_name)
@@ -47,16 +52,18 @@ def _refuse_adapters(view: View, given_adapters: Collection[str]) -> None:
     """Refuse adapters for a merged model."""
     if given_adapters:
         raise AdapterStateError(
-            f"This state holds adapters ({listed(given_adapters)}), and those of {view.title} are merged "
-            "into its weights. Call load_adapter(model, path) with the file, or unmerge_adapters(model) first."
+            f"This state holds adapters ({listed(given_adapters)}), and those of "
+            f"{view.title} are merged into its weights. Call load_adapter(model, path) "
+            "with the file, or unmerge_adapters(model) first."
         )
 
 
 def _begin_on_merged_weights(view: View) -> None:
     """Let the adapters begin anew: their updates are in the weights already."""
     warn(
-        f"The weights loaded into {view.title} hold merged updates. They are its base now, and its "
-        "adapters begin anew. To go on with the adapters of the file, call load_adapter(model, path) instead."
+        f"The weights loaded into {view.title} hold merged updates. They are its base "
+        "now, and its adapters begin anew. To go on with the adapters of the file, "
+        "call load_adapter(model, path) instead."
     )
     for layer in view.layers.values():
         layer.lora_initialise()
@@ -82,12 +89,19 @@ def _is_given(weight: Tensor, value: object) -> bool:
 def _take_statistics(view: View, given: Mapping[str, Any]) -> None:
     """Take the statistics of frozen norms as the base's: training cannot have changed them."""
     norms = of_type(view.modules, FrozenNorm)
-    statistics = {name: buffer for name, buffer in view.buffers.items() if owner_of(name) in norms}
+    statistics = {
+        name: buffer for name, buffer in view.buffers.items() if owner_of(name) in norms
+    }
     view.adapter.set_originals(_loaded(view, given, statistics))
 
 
-def _loaded(view: View, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is loaded for these tensors, as the model will hold it. A shared tensor may have another name there."""
+def _loaded(
+    view: View, given: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What is loaded for these tensors, as the model will hold it.
+
+    A shared tensor may have another name there.
+    """
     present = view.base_tensors
     values = {present[name]: given[name] for name in only(present, given)}
     loaded = {}

@@ -1,4 +1,7 @@
-"""What an injection will do to a model: which layers get adapters, and which lose theirs. Nothing changes here."""
+"""What an injection will do to a model: which layers get adapters, and which lose theirs.
+
+Nothing changes here.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +22,13 @@ from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.select import select
 from lightning_lora.tensors.dicts import names_of_each, only, where, without
-from lightning_lora.tensors.names import direct_parameters, first_names, names_inside, names_outside, owner_of
+from lightning_lora.tensors.names import (
+    direct_parameters,
+    first_names,
+    names_inside,
+    names_outside,
+    owner_of,
+)
 
 
 @dataclass(frozen=True)
@@ -45,16 +54,26 @@ class Plan:
 
 
 def plan_adapters(view: View) -> Plan:
-    """Plan what the view's configuration asks for. Networks that stand still are looked for."""
+    """Plan what the view's configuration asks for.
+
+    Networks that stand still are looked for.
+    """
     targeted = select(view.model, view.config)
-    networks = find_still_networks(view, _kinds(targeted), parameters_frozen_by_user(view))
+    networks = find_still_networks(
+        view, _kinds(targeted), parameters_frozen_by_user(view)
+    )
     return _plan(view, targeted, networks)
 
 
 def plan_as_in_file(view: View) -> Plan:
-    """Plan what a file's configuration says. It names the networks that stand still, so none is looked for."""
+    """Plan what a file's configuration says.
+
+    It names the networks that stand still, so none is looked for.
+    """
     targeted = select(view.model, view.config)
-    networks = known_still_networks(view, _kinds(targeted), parameters_frozen_by_user(view))
+    networks = known_still_networks(
+        view, _kinds(targeted), parameters_frozen_by_user(view)
+    )
     return _plan(view, targeted, networks)
 
 
@@ -67,11 +86,16 @@ def _plan(view: View, targeted: Mapping[str, Choice], networks: StillNetworks) -
     choices = only(targeted, names_outside(targeted, networks.without_adapters))
     if not choices:
         raise TargetError(
-            f"{about_networks_left_out(networks.beside_training, view.title)} Nothing else is targeted by "
-            f"{view.config.target_modules!r}: what trains has no layers of that kind."
+            f"{about_networks_left_out(networks.beside_training, view.title)} Nothing "
+            f"else is targeted by {view.config.target_modules!r}: what trains has no "
+            "layers of that kind."
         )
     copied_or_left_out = _copied_or_left_out(view, choices, networks)
-    to_detach = [*_resized_before_training(view), *copied_or_left_out, *_tied_since(view, choices)]
+    to_detach = [
+        *_resized_before_training(view),
+        *copied_or_left_out,
+        *_tied_since(view, choices),
+    ]
     to_attach = {**not_adapted_yet(choices), **only(choices, to_detach)}
     in_order_of_layers = only(choices, to_attach)
     return Plan(choices, networks, to_detach, in_order_of_layers)
@@ -79,7 +103,11 @@ def _plan(view: View, targeted: Mapping[str, Choice], networks: StillNetworks) -
 
 def not_adapted_yet(choices: Mapping[str, Choice]) -> dict[str, Choice]:
     """Return those of the chosen layers that have no adapters."""
-    return {name: choice for name, choice in choices.items() if not isinstance(choice.layer, LoRALayer)}
+    return {
+        name: choice
+        for name, choice in choices.items()
+        if not isinstance(choice.layer, LoRALayer)
+    }
 
 
 # Adapters to detach
@@ -91,7 +119,9 @@ def _resized_before_training(view: View) -> dict[str, LoRALayer]:
     return where(resized, LoRALayer.lora_is_fresh)
 
 
-def _copied_or_left_out(view: View, choices: Mapping[str, Choice], networks: StillNetworks) -> set[str]:
+def _copied_or_left_out(
+    view: View, choices: Mapping[str, Choice], networks: StillNetworks
+) -> set[str]:
     """Adapted layers that nobody chose: other code copied them with their adapters, or their network gets none."""
     copied = without(view.layers, view.recorded)
     left_out = names_inside(view.layers, networks.without_adapters)
@@ -101,11 +131,15 @@ def _copied_or_left_out(view: View, choices: Mapping[str, Choice], networks: Sti
 def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
     """Layers that the same word chose before they were tied. None has learned.
 
-    ``"all-linear"`` leaves out a head that is tied to an embedding. A module's own ``setup`` may tie it only after
-    the adapters came.
+    ``"all-linear"`` leaves out a head that is tied to an embedding. A module's own
+    ``setup`` may tie it only after the adapters came.
     """
     word = view.config.target_modules
-    if not view.is_adapted or view.adapter.config.target_modules != word or word not in AUTOMATIC:
+    if (
+        not view.is_adapted
+        or view.adapter.config.target_modules != word
+        or word not in AUTOMATIC
+    ):
         return []
     tied = _tied_parameters(view)
     fresh = where(without(view.layers, choices), LoRALayer.lora_is_fresh)
@@ -115,4 +149,8 @@ def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
 def _tied_parameters(view: View) -> set[nn.Parameter]:
     """The parameters that several modules hold."""
     names_by_parameter = names_of_each(direct_parameters(first_names(view.modules)))
-    return {parameter for parameter, names in names_by_parameter.items() if len(set(map(owner_of, names))) > 1}
+    return {
+        parameter
+        for parameter, names in names_by_parameter.items()
+        if len(set(map(owner_of, names))) > 1
+    }

@@ -30,11 +30,15 @@ def state_of(model: nn.Module) -> State:
 
 
 def records_in(modules: Mapping[str, nn.Module]) -> dict[str, Record]:
-    """Return the records of these modules by name. A module inside a model has one if it was adapted on its own."""
+    """Return the records of these modules by name.
+
+    A module inside a model has one if it was adapted on its own.
+    """
     found: dict[str, Record] = {}
     for name, module in modules.items():
         record = vars(module).get(_ATTRIBUTE)
-        if record is not None and record not in found.values():  # a shared module has several names
+        # a shared module has several names
+        if record is not None and record not in found.values():
             found[name] = record
     return found
 
@@ -49,10 +53,17 @@ def inner_records(model: nn.Module) -> dict[str, Record]:
 # Set and deleted
 
 
-def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
+def _before_load(
+    model: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    notes: Mapping[str, Any],
+    *_: Any,
+) -> None:
     """Look at a state dict before torch loads it: a hook of the model, which is copied and pickled with it."""
     if find_record(model) is not None:
-        load = import_module("lightning_lora.storage.load.from_state_dicts")  # it lies above: by name, when called
+        # it lies above: by name, when called
+        load = import_module("lightning_lora.storage.load.from_state_dicts")
         load.before_load(model, state, prefix, notes)
 
 
@@ -68,7 +79,8 @@ def forget_record(model: nn.Module) -> None:
     """Delete the record of ``model``, if it has one."""
     model = plain_module(model)
     vars(model).pop(_ATTRIBUTE, None)
-    hooks = getattr(model, LOAD_HOOKS)  # found without handles: a copy has the hooks, but no handles
+    # found without handles: a copy has the hooks, but no handles
+    hooks = getattr(model, LOAD_HOOKS)
     for key, hook in list(hooks.items()):
         if getattr(hook, "hook", None) is _before_load:
             del hooks[key]
@@ -89,7 +101,10 @@ def begin_record(model: nn.Module, config: LoRAConfig, name: str = "default") ->
 
 
 def absorb_inner_records(model: nn.Module, record: Record) -> None:
-    """Move the records of modules inside ``model`` into ``record``. It keeps the values that it has already."""
+    """Move the records of modules inside ``model`` into ``record``.
+
+    It keeps the values that it has already.
+    """
     records = inner_records(model)
     _refuse_several_adapters(model, records)
     for prefix, inner in records.items():
@@ -109,6 +124,7 @@ def _refuse_several_adapters(model: nn.Module, records: Mapping[str, Record]) ->
             several.append(f"{name}: {listed(inner.inactive_adapters)}")
     if several:
         raise AdapterStateError(
-            f"Modules inside {type(plain_module(model)).__name__} have several adapters: it can take only the active "
-            f"ones ({'; '.join(several)} rest). Call remove_adapters(module, name) for the others."
+            f"Modules inside {type(plain_module(model)).__name__} have several "
+            f"adapters: it can take only the active ones ({'; '.join(several)} rest). "
+            "Call remove_adapters(module, name) for the others."
         )

@@ -18,17 +18,19 @@ from lightning_lora.tensors.undo import Undo
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """Remove the adapters: ``model`` is a plain model again.
 
-    It has its own classes and state dict keys, and the same parameters are trainable as before. If the updates are not
-    merged, all values are the base's again. If they are merged, the updates stay in the weights. The biases and modules
-    that were trained in full also keep their trained values then.
+    It has its own classes and state dict keys, and the same parameters are trainable as
+    before. If the updates are not merged, all values are the base's again. If they are
+    merged, the updates stay in the weights. The biases and modules that were trained in
+    full also keep their trained values then.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
-        name: Remove only the adapter of this name. If it is the active one, the others rest on, and the model shows
-            its base until ``set_adapter``.
+        name: Remove only the adapter of this name. If it is the active one, the others
+            rest on, and the model shows its base until ``set_adapter``.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or none of this name; or the active one of several is merged.
+        AdapterStateError: ``model`` has no adapters, or none of this name; or the
+            active one of several is merged.
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject_adapters
@@ -45,7 +47,8 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     if name is not None and record.inactive_adapters:
         _remove_one(model, record, name)
         return
-    switch_to(model, record.adapter.name)  # the base may be shown: then its values are not the adapter's
+    # the base may be shown: then its values are not the adapter's
+    switch_to(model, record.adapter.name)
     view_of(model)  # refuses a model in which layers have lost their adapters
     absorb_inner_records(model, record)
     if not record.state.is_merged:
@@ -54,7 +57,10 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
 
 
 def _remove_one(model: nn.Module, record: Record, name: str) -> None:
-    """Remove one of several adapters. Without the active one, the model shows its base."""
+    """Remove one of several adapters.
+
+    Without the active one, the model shows its base.
+    """
     if name == record.adapter.name:
         with activate(model, next(iter(record.inactive_adapters))) as undo:
             switch_to(model, None)

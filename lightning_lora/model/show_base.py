@@ -11,16 +11,23 @@ from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
-@torch.inference_mode(False)  # where a parameter would become an inference tensor, which never trains again
+# where a parameter would become an inference tensor, which never trains again
+@torch.inference_mode(False)
 def show_base(view: View) -> None:
-    """Turn the updates off. Merged weights and what was trained beside them get the base's values."""
+    """Turn the updates off.
+
+    Merged weights and what was trained beside them get the base's values.
+    """
     values = _values_to_show(view)
     _read_merged_digests(view)
-    present = first_names(view.tensors)  # not what was tied, and is in no module until it is unmerged
+    # not what was tied, and is in no module until it is unmerged
+    present = first_names(view.tensors)
     for name, tensor in with_values(present, values).items():
-        hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data  # the memory of a spread one is written into
+        # the memory of a spread one is written into
+        hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data
         view.record.base.note_hidden(name, hidden, requires_grad=tensor.requires_grad)
-        set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
+        # a gradient at the base's values would move what was trained
+        set_requires_grad(tensor, False)
         replace_values(tensor, values[tensor])
     _enable(view, has_effect=False)
     view.record.note_base_shown()
@@ -32,11 +39,13 @@ def _values_to_show(view: View) -> dict[Tensor, Tensor]:
     record = view.record
     for name, tensor in tensors_with_originals(view).items():
         original = record.adapter.originals[name]
-        has_base_value = not original.is_meta  # otherwise the model was adapted before it had values
+        # otherwise the model was adapted before it had values
+        has_base_value = not original.is_meta
         if has_base_value and name not in record.base.filled:
             values[tensor] = original.to(tensor, copy=True)
     for merged in view.merged_weights:
-        base = values.get(merged.base_value, merged.base_value)  # a tied weight's other use may have trained
+        # a tied weight's other use may have trained
+        base = values.get(merged.base_value, merged.base_value)
         values[merged.parameter] = base.detach().to(merged.parameter)
     return values
 
@@ -53,9 +62,11 @@ def show_adapter(view: View) -> None:
     """Give the active adapter, or the merged weights, their effect back."""
     reshard(view.model)  # so that the next forward pass gathers what is put back
     hidden_tensors = only(view.record.base.hidden, view.tensors)
-    converted = dict[str, Tensor]()  # all, before any is written: an error changes nothing
+    # all, before any is written: an error changes nothing
+    converted = dict[str, Tensor]()
     for name, hidden in hidden_tensors.items():
-        converted[name] = hidden.values.to(view.tensors[name])  # which may have been moved or converted since
+        # which may have been moved or converted since
+        converted[name] = hidden.values.to(view.tensors[name])
     for name, hidden in hidden_tensors.items():
         replace_values(view.tensors[name], converted[name])
         set_requires_grad(view.tensors[name], hidden.requires_grad)

@@ -19,7 +19,9 @@ def start_call(model: nn.Module, call: str) -> Record | None:
     rule = CALLS[call]
     if not rule.in_block:
         refuse_in_block(model, call)
-    reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
+    # FSDP2 may show full weights after an evaluation, and the caller wants the model's
+    # own
+    reshard(model)
     if state_of(model) not in rule.states:
         raise refusal_to_start(model, call)
     return find_record(model)
@@ -34,12 +36,17 @@ def refusal_to_start(model: nn.Module, call: str) -> AdapterStateError:
         return AdapterStateError(refusal(call, state, title, record.adapter.name))
     inner = next(iter(inner_records(model)), None)
     if inner is not None:
-        return AdapterStateError(f"{title} has no adapters. They are in its {inner!r}: pass that module.")
+        return AdapterStateError(
+            f"{title} has no adapters. They are in its {inner!r}: pass that module."
+        )
     return AdapterStateError(refusal(call, state, title, ""))
 
 
 def record_of(model: nn.Module, call: str = USE) -> Record:
-    """Return the record of an adapted model from which a call may start. Otherwise, raise an error."""
+    """Return the record of an adapted model from which a call may start.
+
+    Otherwise, raise an error.
+    """
     record = start_call(model, call)
     assert record is not None
     return record

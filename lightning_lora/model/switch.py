@@ -18,14 +18,23 @@ from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model.base_values import tensors_with_originals
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.changed_since_merge import refuse_changed_since_merge
-from lightning_lora.model.changes.attach import attach_adapters, detach_adapters, update_for_changed_weights
+from lightning_lora.model.changes.attach import (
+    attach_adapters,
+    detach_adapters,
+    update_for_changed_weights,
+)
 from lightning_lora.model.changes.off_layers import convert_to_layer, move_to
 from lightning_lora.model.records import find_record, state_of
 from lightning_lora.model.show_base import show_adapter, show_base
 from lightning_lora.model.start_call import record_of, start_call
 from lightning_lora.model.view import View, refuse_lost_adapters, view_of
 from lightning_lora.tensors.dicts import without
-from lightning_lora.tensors.names import names_joined, names_not_in, plain_module, set_parameter
+from lightning_lora.tensors.names import (
+    names_joined,
+    names_not_in,
+    plain_module,
+    set_parameter,
+)
 from lightning_lora.tensors.undo import Undo
 
 
@@ -36,7 +45,12 @@ def switch_to(model: nn.Module, name: str | None) -> "SwitchBlock":
     """
     record = record_of(model, "set_adapter")
     check_known(record, name, model)
-    block = SwitchBlock(model, name, shown_before=record.name_in_effect, active_before=record.adapter.name)
+    block = SwitchBlock(
+        model,
+        name,
+        shown_before=record.name_in_effect,
+        active_before=record.adapter.name,
+    )
     if name == block.shown_before:
         return block
     if name is None:
@@ -54,7 +68,8 @@ def switch_to(model: nn.Module, name: str | None) -> "SwitchBlock":
 class SwitchBlock(AbstractContextManager[None]):
     """What a switch returns: a ``with`` block, at whose end the model shows what it did before the call.
 
-    The call has switched already. The block switches again, as it may begin later, or a second time.
+    The call has switched already. The block switches again, as it may begin later, or a
+    second time.
     """
 
     model: nn.Module
@@ -76,7 +91,8 @@ class SwitchBlock(AbstractContextManager[None]):
         if record is None:  # all were removed in the block
             return
         if self.shown_before is None and self.active_before in record.inactive_adapters:
-            switch_to(self.model, self.active_before)  # the base was shown over this one
+            # the base was shown over this one
+            switch_to(self.model, self.active_before)
         switch_to(self.model, self.shown_before)
 
     def __repr__(self) -> str:
@@ -88,7 +104,8 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
     """Return the names of a model's adapters, the active one first.
 
     Args:
-        model: Any module. While it shows its base, the first one is on its layers without effect.
+        model: Any module. While it shows its base, the first one is on its layers
+            without effect.
     """
     record = find_record(model)
     return tuple(record.adapter_states) if record else ()
@@ -97,13 +114,15 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
 def disable_adapters(model: nn.Module) -> AbstractContextManager[object]:
     """Show the base, as ``set_adapter(model, None)`` does: in a ``with`` block, or from now on.
 
-    The updates are off. Everything else that was trained has the base's own values, and gets no gradient.
+    The updates are off. Everything else that was trained has the base's own values, and
+    gets no gradient.
 
     Args:
         model: The model that ``inject_adapters`` was called on, adapted or merged.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or its merged weights were changed.
+        AdapterStateError: ``model`` has no adapters, or its merged weights were
+            changed.
 
     Example:
         >>> import torch
@@ -122,7 +141,10 @@ def disable_adapters(model: nn.Module) -> AbstractContextManager[object]:
 
 
 def layer_adapters_of(model: nn.Module, name: str) -> dict[str, LayerAdapter]:
-    """Return the adapters of this name by layer: active, merged or inactive. They share its parameters."""
+    """Return the adapters of this name by layer: active, merged or inactive.
+
+    They share its parameters.
+    """
     record = record_of(model)
     check_known(record, name, model)
     if name in record.inactive_adapters:
@@ -132,10 +154,12 @@ def layer_adapters_of(model: nn.Module, name: str) -> dict[str, LayerAdapter]:
 
 def check_known(record: Record, name: str | None, model: nn.Module) -> None:
     """Refuse a name that no adapter has. None is the base's."""
-    if name is not None and name not in list(record.adapter_states):  # it may be of any type
+    # it may be of any type
+    if name is not None and name not in list(record.adapter_states):
         title = type(plain_module(model)).__name__
         raise AdapterStateError(
-            f"{title} has no adapter {name!r}. It has {listed(record.adapter_states)}.{_hint(name, record)}"
+            f"{title} has no adapter {name!r}. It has "
+            f"{listed(record.adapter_states)}.{_hint(name, record)}"
         )
 
 
@@ -155,13 +179,16 @@ def check_switchable(view: View) -> None:
     start_call(view.model, SWITCH)
     if view.is_sharded:
         raise AdapterStateError(
-            f"The parameters of {view.title} are sharded over processes, where only set_adapter(model, None) is "
-            "possible. Switch before the model is sharded."
+            f"The parameters of {view.title} are sharded over processes, where only "
+            "set_adapter(model, None) is possible. Switch before the model is sharded."
         )
 
 
 def prepare_for_model(view: View, state: AdapterState) -> None:
-    """Fit an inactive adapter to its layers: kinds, devices and dtypes. Refuse layers that are not as it left them."""
+    """Fit an inactive adapter to its layers: kinds, devices and dtypes.
+
+    Refuse layers that are not as it left them.
+    """
     check_switchable(view)
     refuse_computed_weights(view)
     _check_still_there(view, state)
@@ -183,8 +210,9 @@ def _check_still_there(view: View, state: AdapterState) -> None:
     absent = names_not_in(dict.fromkeys(needed), view.tensors)
     if absent:
         raise AdapterStateError(
-            f"{view.title} no longer has {listed(absent)}, for which the adapter {state.name!r} is. Give the model its "
-            f"layers back, or call remove_adapters(model, {state.name!r})."
+            f"{view.title} no longer has {listed(absent)}, for which the adapter "
+            f"{state.name!r} is. Give the model its layers back, or call "
+            f"remove_adapters(model, {state.name!r})."
         )
 
 
@@ -203,8 +231,9 @@ def _check_not_resized(view: View, state: AdapterState) -> None:
             resized.append(name)
     if resized:
         raise AdapterStateError(
-            f"{listed(resized)} of {view.title} were resized since they got the adapter {state.name!r}. Give them "
-            f"their size back, or call remove_adapters(model, {state.name!r})."
+            f"{listed(resized)} of {view.title} were resized since they got the "
+            f"adapter {state.name!r}. Give them their size back, or call "
+            f"remove_adapters(model, {state.name!r})."
         )
 
 
@@ -252,13 +281,18 @@ def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
     if original.is_meta:  # the model was adapted before it had values
         return tensor
     value = original.to(tensor, copy=True)
-    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+    return (
+        nn.Parameter(value, requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else value
+    )
 
 
 def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> Undo:
     """Make an adapter active, with ``config`` perhaps a new one without layers.
 
-    Use it as a ``with`` block: at its end the former adapter is active again, unless ``keep`` was called.
+    Use it as a ``with`` block: at its end the former adapter is active again, unless
+    ``keep`` was called.
     """
     names = adapters(model)
     undo = Undo()

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import warn
 from lightning_lora.layers import LayerAdapter
-from lightning_lora.model.changed_since_merge import is_as_merged, refuse_changed_since_merge
+from lightning_lora.model.changed_since_merge import (
+    is_as_merged,
+    refuse_changed_since_merge,
+)
 from lightning_lora.model.changes.attach import (
     attach_adapters,
     reinitialise_if_base_changed,
@@ -24,21 +27,27 @@ from lightning_lora.model.view import View
 from lightning_lora.model.views.tensors_view import was_tied
 from lightning_lora.tensors.names import join, own_parameter, set_parameter
 from lightning_lora.tensors.undo import Undo
-from lightning_lora.tensors.values import put_back, replace_values, set_aside, set_requires_grad
+from lightning_lora.tensors.values import (
+    put_back,
+    replace_values,
+    set_aside,
+    set_requires_grad,
+)
 
 
 def unmerge_adapters(model: nn.Module) -> None:
     """Undo a merge: restore the adapters and the exact base.
 
-    Every bit of the base is restored, on the model's current device. If the model was converted to another dtype since
-    the merge, the base is converted too.
+    Every bit of the base is restored, on the model's current device. If the model was
+    converted to another dtype since the merge, the base is converted too.
 
     Args:
-        model: A model that was merged by ``merge_adapters``, or by a Trainer with a ``LoRACallback``. An adapted
-            model that is not merged does not change.
+        model: A model that was merged by ``merge_adapters``, or by a Trainer with a
+            ``LoRACallback``. An adapted model that is not merged does not change.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
+        AdapterStateError: ``model`` has no adapters, or its merged weights have
+            changed.
     """
     start_call(model, "unmerge_adapters")
     _unmerge(View(model))
@@ -46,7 +55,10 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
-    """Unmerge a model inside a ``with`` block. At the end it is merged again, if it was merged before."""
+    """Unmerge a model inside a ``with`` block.
+
+    At the end it is merged again, if it was merged before.
+    """
     was_merged = record_of(model).state.is_merged
     _unmerge(View(model))
     try:
@@ -57,7 +69,10 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 
 def unmerge_or_forget(model: nn.Module) -> bool:
-    """Undo a merge, and return whether there was one. Weights that were replaced since are a new base: that warns."""
+    """Undo a merge, and return whether there was one.
+
+    Weights that were replaced since are a new base: that warns.
+    """
     if not state_of(model).is_merged:
         return False
     start_call(model, "unmerge_adapters")
@@ -65,8 +80,9 @@ def unmerge_or_forget(model: nn.Module) -> bool:
     if not is_as_merged(view):
         forget_record(model)
         warn(
-            f"The weights of {view.title} were replaced after its adapters were merged into them: they are taken as a "
-            "new base, and the adapters of the earlier fine-tune are dropped."
+            f"The weights of {view.title} were replaced after its adapters were merged "
+            "into them: they are taken as a new base, and the adapters of the earlier "
+            "fine-tune are dropped."
         )
         return False
     _unmerge(view)
@@ -80,10 +96,17 @@ def _unmerge(view: View) -> None:
     refuse_changed_since_merge(view)
     record = view.record
     adapters = record.merged_layer_adapters
-    with undone_on_error(view), torch.inference_mode(False), torch.no_grad(), Undo() as undo:
+    with (
+        undone_on_error(view),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        Undo() as undo,
+    ):
         for layer, adapter in adapters.items():
             _move_to_layer(view, layer, adapter, undo)
-            for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
+            for weight, base in record.base.after_merge.bases_of(
+                layer, adapter.weights
+            ).items():
                 _write_base(view, layer, weight, base, undo)
         record.note_unmerged(view.parameters)
         attach_adapters(view, adapters)
@@ -96,7 +119,9 @@ def _unmerge(view: View) -> None:
 def _move_to_layer(view: View, layer: str, adapter: LayerAdapter, undo: Undo) -> None:
     """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
     name = join(layer, adapter.weights[0])
-    is_converted = view.parameters[name].dtype != view.record.base.after_merge.seen[name].dtype
+    is_converted = (
+        view.parameters[name].dtype != view.record.base.after_merge.seen[name].dtype
+    )
     if is_converted:
         convert_to_layer(view.modules[layer], adapter, undo)
     else:
@@ -104,14 +129,18 @@ def _move_to_layer(view: View, layer: str, adapter: LayerAdapter, undo: Undo) ->
 
 
 def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: Undo) -> None:
-    """Set a layer's weight to the base's values again. It keeps its current device and dtype."""
+    """Set a layer's weight to the base's values again.
+
+    It keeps its current device and dtype.
+    """
     module = view.modules[layer]
     shown = own_parameter(module, weight)
     undo.callback(put_back, shown, set_aside(shown), shown.device)
     if was_tied(base):  # restore the shared parameter
         undo.callback(set_parameter, module, weight, shown)
         undo.callback(replace_values, base, base.data)
-        replace_values(base, base.data.to(shown))  # if all its layers are merged, none held it: it was not moved
+        # if all its layers are merged, none held it: it was not moved
+        replace_values(base, base.data.to(shown))
         set_requires_grad(base, shown.requires_grad)
         set_parameter(module, weight, base)
     else:

@@ -1,6 +1,7 @@
 """Which weights the user froze or thawed since the adapters came.
 
-Who freezes an adapter means the weight below it, which the adapter had frozen already: so the record notes the weight.
+Who freezes an adapter means the weight below it, which the adapter had frozen already:
+so the record notes the weight.
 """
 
 from torch import nn
@@ -33,11 +34,13 @@ def _refuse_frozen_networks(view: View) -> None:
     trainable = where(view.layers, _has_trainable_parameters)
     networks = without(records_in(view.modules), [""])
     for network, record in networks.items():
-        has_adapters = not record.state.is_merged and names_inside(view.layers, [network])
+        has_adapters = not record.state.is_merged and names_inside(
+            view.layers, [network]
+        )
         if has_adapters and not names_inside(trainable, [network]):
             raise AdapterStateError(
-                f"{network!r} of {view.title} has adapters of its own, and is frozen. Merge them first: "
-                f"merge_adapters(model.get_submodule({network!r}))."
+                f"{network!r} of {view.title} has adapters of its own, and is frozen. "
+                f"Merge them first: merge_adapters(model.get_submodule({network!r}))."
             )
 
 
@@ -47,7 +50,9 @@ def _requires_grad(parameter: nn.Parameter) -> bool:
 
 def _has_trainable_parameters(layer: LoRALayer) -> bool:
     """Whether any parameter of a layer's adapter requires a gradient."""
-    return any(parameter.requires_grad for parameter in layer.lora_parameters().values())
+    return any(
+        parameter.requires_grad for parameter in layer.lora_parameters().values()
+    )
 
 
 def _note_thawed(view: View) -> None:
@@ -98,4 +103,6 @@ def _frozen_layers(view: View) -> dict[str, LoRALayer]:
 
 def _is_frozen(layer: LoRALayer) -> bool:
     trainable = layer.lora_trainable()
-    return bool(trainable) and not any(parameter.requires_grad for parameter in trainable)
+    return bool(trainable) and not any(
+        parameter.requires_grad for parameter in trainable
+    )

@@ -17,14 +17,15 @@ from lightning_lora.tensors.shards import is_dtensor
 
 
 class View(TensorsView):
-    """The layers, adapters, parameters and buffers of a model, by name. A shared one has several names.
+    """The layers, adapters, parameters and buffers of a model, by name.
 
-    A call makes one view, and looks again after classes or parameters have changed. Where modules were replaced, a new
-    one is needed. With ``config``, it shows what a new configuration selects, before the record has it.
+    A shared one has several names. A call makes one view, and looks again after classes
+    or parameters have changed. Where modules were replaced, a new one is needed. With
+    ``config``, it shows what a new configuration selects, before the record has it.
 
-    It is built in three steps, each a base class: layers (:class:`.LayersView`), tensors (:class:`.TensorsView`), and
-    here, which of ``base_parameters`` train beside the adapters (``trainable_base``), and which do not
-    (``frozen_base``).
+    It is built in three steps, each a base class: layers (:class:`.LayersView`),
+    tensors (:class:`.TensorsView`), and here, which of ``base_parameters`` train beside
+    the adapters (``trainable_base``), and which do not (``frozen_base``).
     """
 
     def as_recorded(self) -> "View":
@@ -60,7 +61,10 @@ class View(TensorsView):
         return saved
 
     def _trained_biases(self) -> set[nn.Parameter]:
-        """The biases that train. ``"lora_only"``: those of adapted layers, also inside an attention."""
+        """The biases that train.
+
+        ``"lora_only"``: those of adapted layers, also inside an attention.
+        """
         modules_with_trained_biases = {
             "none": set[str](),
             "lora_only": {owner_of(weight) for weight in self.adapted_weights},
@@ -68,7 +72,9 @@ class View(TensorsView):
         }
         modules = modules_with_trained_biases[self.config.bias]
         return {
-            parameter for name, parameter in self.base_parameters.items() if is_bias(name) and owner_of(name) in modules
+            parameter
+            for name, parameter in self.base_parameters.items()
+            if is_bias(name) and owner_of(name) in modules
         }
 
     @cached_property
@@ -78,7 +84,10 @@ class View(TensorsView):
 
     @cached_property
     def frozen_by_user(self) -> set[str]:
-        """The parameters that the user froze. If all are frozen, that says nothing about a single one: none."""
+        """The parameters that the user froze.
+
+        If all are frozen, that says nothing about a single one: none.
+        """
         flags_before = self._flags_before()
         can_train = where(self.base_parameters, _is_plain_float)
         frozen = set[str]()
@@ -88,9 +97,13 @@ class View(TensorsView):
         return frozen if frozen != can_train.keys() else set()
 
     def _flags_before(self) -> dict[str, bool]:
-        """Whether parameters required a gradient before the adapters came. Where records differ, the model's counts."""
+        """Whether parameters required a gradient before the adapters came.
+
+        Where records differ, the model's counts.
+        """
         flags = dict[str, bool]()
-        for prefix, record in reversed(records_in(self.modules).items()):  # the model's own is the first of them
+        # the model's own is the first of them
+        for prefix, record in reversed(records_in(self.modules).items()):
             if not record.state.is_merged:
                 flags.update(prefixed(prefix, record.base.trained_before))
         return flags
@@ -103,7 +116,10 @@ def _is_plain_float(parameter: nn.Parameter) -> bool:
 
 
 def view_of(model: nn.Module, call: str = USE) -> View:
-    """Return a :class:`View` of an adapted model. Refuse one without adapters, or with disabled or lost ones."""
+    """Return a :class:`View` of an adapted model.
+
+    Refuse one without adapters, or with disabled or lost ones.
+    """
     record_of(model, call)
     view = View(model)
     refuse_lost_adapters(view)
@@ -114,9 +130,14 @@ def refuse_lost_adapters(view: View) -> None:
     """Refuse a model in which layers have lost their adapters."""
     record = view.record
     adapted = {**view.layers_by_all_names, **record.merged_layer_adapters}
-    lost = [name for name in names_not_in(record.adapter.layers, adapted) if name in view.modules]
+    lost = [
+        name
+        for name in names_not_in(record.adapter.layers, adapted)
+        if name in view.modules
+    ]
     if lost:
         raise AdapterStateError(
-            f"{listed(lost)} of {view.title} no longer have their adapters: replaced, or merged by a call on a "
-            "module that shares them. Call unmerge_adapters on that one, or inject_adapters for new adapters."
+            f"{listed(lost)} of {view.title} no longer have their adapters: replaced, "
+            "or merged by a call on a module that shares them. Call unmerge_adapters "
+            "on that one, or inject_adapters for new adapters."
         )

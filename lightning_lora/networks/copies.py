@@ -20,18 +20,26 @@ from lightning_lora.tensors.names import (
 from lightning_lora.tensors.shards import to_local
 
 _LEAST_COSINE = 0.9
-"""That between a copy's weights and the original's. An average lags behind; other networks have about 0."""
+"""That between a copy's weights and the original's.
+
+An average lags behind; other networks have about 0.
+"""
 
 _SAMPLES = 10_000  # values of a weight that are compared
 
 
 def find_copies(
-    modules: Modules, base: Parameters, layers: Set[str], still_parameters: Set[nn.Parameter], *, may_lack: bool = False
+    modules: Modules,
+    base: Parameters,
+    layers: Set[str],
+    still_parameters: Set[nn.Parameter],
+    *,
+    may_lack: bool = False,
 ) -> dict[str, str]:
     """Return the copies among networks that stand still, with their originals.
 
-    An original trains. If several are alike, the copies are shared out among them. With ``may_lack``, a copy may have
-    fewer parameters: a teacher may lack a mask.
+    An original trains. If several are alike, the copies are shared out among them. With
+    ``may_lack``, a copy may have fewer parameters: a teacher may lack a mask.
     """
     if not still_parameters:
         return {}
@@ -48,11 +56,20 @@ class _Search:
     """One search for copies: what is asked of each network is computed once."""
 
     def __init__(
-        self, modules: Modules, base: Parameters, layers: Set[str], still_parameters: Set[nn.Parameter], may_lack: bool
+        self,
+        modules: Modules,
+        base: Parameters,
+        layers: Set[str],
+        still_parameters: Set[nn.Parameter],
+        may_lack: bool,
     ) -> None:
         self.modules = modules
         self.may_lack = may_lack
-        owners_of_training = [owner_of(name) for name, parameter in base.items() if parameter not in still_parameters]
+        owners_of_training = [
+            owner_of(name)
+            for name, parameter in base.items()
+            if parameter not in still_parameters
+        ]
         self.around_training = modules_around(owners_of_training)
         self.parameters_in = _parameters_by_module(base)
         adapted = names_inside(base, layers)
@@ -81,8 +98,8 @@ class _Search:
     def _may_be_copy(self, name: str) -> bool:
         """Whether nothing in a module trains, and it is a network of its own.
 
-        Inside a larger network that stands still, many single layers are alike. So one layer counts only beside what
-        trains: as a teacher that is one layer.
+        Inside a larger network that stands still, many single layers are alike. So one
+        layer counts only beside what trains: as a teacher that is one layer.
         """
         if name in self.around_training:
             return False
@@ -94,7 +111,9 @@ class _Search:
         """The network that trains and is like this one: of several, one with the fewest copies."""
         originals = self.originals_by_class.get(self._class_of(name), [])
         for original in sorted(originals, key=self.copies_of.__getitem__):
-            if self._share_an_adapted_weight(name, original) and self._have_nearly_same_weights(name, original):
+            if self._share_an_adapted_weight(
+                name, original
+            ) and self._have_nearly_same_weights(name, original):
                 return original
         return None
 
@@ -151,7 +170,8 @@ class _Sample:
 class _Samples:
     """Some values of weights. Each weight is sampled once.
 
-    They are more than those of :func:`.seen.samples`: a cosine needs more than a look for changes.
+    They are more than those of :func:`.seen.samples`: a cosine needs more than a look
+    for changes.
     """
 
     def __init__(self) -> None:

@@ -21,8 +21,9 @@ HEAD_LAYERS = 2
 HEAD_SHARE = 0.25
 """What trains is a head if it has no more layers, or no larger share of the weights.
 
-So have most heads of torchvision's and transformers' classifiers, but not VGG's and AlexNet's, nor those of detection
-and segmentation. The last blocks of some are as small, but have names like those of earlier blocks.
+So have most heads of torchvision's and transformers' classifiers, but not VGG's and
+AlexNet's, nor those of detection and segmentation. The last blocks of some are as
+small, but have names like those of earlier blocks.
 """
 
 _LATER_BLOCK_SHARE = 0.5
@@ -43,48 +44,64 @@ def find_networks(
 ) -> StillNetworks:
     """Return the largest modules around the layers that stand still.
 
-    A student trains beside its teacher, which stands still and gets no adapters. A new head trains over an encoder,
-    which stands still and gets adapters. If nothing trains, there is no network to be told from another one.
+    A student trains beside its teacher, which stands still and gets no adapters. A new
+    head trains over an encoder, which stands still and gets adapters. If nothing
+    trains, there is no network to be told from another one.
 
     Args:
         modules: The modules of the model.
         base: Its parameters, without those of adapters.
         layers: The layers that would get adapters.
         still_parameters: Those that stand still: frozen, or in no optimizer.
-        named_by_user: Modules and parameters that the user trains in full, or leaves out.
+        named_by_user: Modules and parameters that the user trains in full, or leaves
+            out.
         copies: The copies that were found: they are no other networks.
-        find_untrained: Returns what looks untrained, as a new head. It takes long, and is only asked where it decides.
+        find_untrained: Returns what looks untrained, as a new head. It takes long, and
+            is only asked where it decides.
     """
     matrices = _matrices_of(base, named_by_user)
     still_layers = _still_layers(only(matrices, layers), still_parameters, copies)
     training = _training_modules(modules, matrices, still_parameters)
     something_trains = training or named_by_user
-    if not still_layers or not something_trains:  # all layers train; or the model is only evaluated
+    # all layers train; or the model is only evaluated
+    if not still_layers or not something_trains:
         return StillNetworks(copies=copies)
-    other_layers = layers - set(still_layers)  # they train, and get adapters in any case
+    # they train, and get adapters in any case
+    other_layers = layers - set(still_layers)
     largest = _largest_modules(still_layers, {*training, *other_layers, *named_by_user})
     if training and other_layers:
         pretrained = names_outside(training, find_untrained())
         if pretrained and not _is_head(pretrained, still_layers, matrices):
-            return StillNetworks(beside_training=largest, copies=copies)  # they are a teacher beside its student
-    return StillNetworks(under_head=largest, copies=copies)  # they are an encoder under a head
+            # they are a teacher beside its student
+            return StillNetworks(beside_training=largest, copies=copies)
+    # they are an encoder under a head
+    return StillNetworks(under_head=largest, copies=copies)
 
 
-def _matrices_of(base: Parameters, named_by_user: Collection[str]) -> dict[str, list[nn.Parameter]]:
+def _matrices_of(
+    base: Parameters, named_by_user: Collection[str]
+) -> dict[str, list[nn.Parameter]]:
     """The matrices of each module, without those that the user names."""
     matrices = where(base, _is_matrix)
     not_named = names_outside(matrices, named_by_user)
     return by_owner(only(matrices, set(not_named)))
 
 
-def _still_layers(layers: _Matrices, still_parameters: Set[nn.Parameter], copies: Collection[str]) -> list[str]:
+def _still_layers(
+    layers: _Matrices, still_parameters: Set[nn.Parameter], copies: Collection[str]
+) -> list[str]:
     """The layers all of whose matrices stand still, and which are in no copy."""
     entirely_still = where(layers, set(still_parameters).issuperset)
     return names_outside(entirely_still, copies)
 
 
-def _training_modules(modules: Modules, matrices: _Matrices, still_parameters: Set[nn.Parameter]) -> list[str]:
-    """The modules all of whose matrices train. An embedding that trains, as with new tokens, is no network."""
+def _training_modules(
+    modules: Modules, matrices: _Matrices, still_parameters: Set[nn.Parameter]
+) -> list[str]:
+    """The modules all of whose matrices train.
+
+    An embedding that trains, as with new tokens, is no network.
+    """
     entirely_training = where(matrices, still_parameters.isdisjoint)
     embeddings = where(modules, _is_embedding)
     return names_not_in(entirely_training, embeddings)
@@ -112,7 +129,9 @@ def _is_head(training: list[str], still_layers: list[str], matrices: _Matrices) 
     if _size(earlier_blocks, matrices) >= _LATER_BLOCK_SHARE * still_size:
         return False
     training_size = _size(training, matrices)
-    return len(training) <= HEAD_LAYERS or training_size <= HEAD_SHARE * (training_size + still_size)
+    return len(training) <= HEAD_LAYERS or training_size <= HEAD_SHARE * (
+        training_size + still_size
+    )
 
 
 def _alike_but_for_numbers(names: Iterable[str], others: Iterable[str]) -> list[str]:

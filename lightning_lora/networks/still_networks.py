@@ -10,17 +10,26 @@ from lightning_lora.tensors.names import names_inside, names_outside
 class StillNetworks:
     """Networks that stand still, by name.
 
-    No optimizer of the module trains their weights: these are frozen, or no optimizer holds them.
+    No optimizer of the module trains their weights: these are frozen, or no optimizer
+    holds them.
     """
 
     beside_training: tuple[str, ...] = ()
-    """Other networks train beside them, as a student beside its teacher. They get no adapters."""
+    """Other networks train beside them, as a student beside its teacher.
+
+    They get no adapters.
+    """
 
     under_head: tuple[str, ...] = ()
-    """No network with adapters trains beside them, but perhaps a head, as over a frozen encoder. They get adapters."""
+    """No network with adapters trains beside them, but perhaps a head, as over a frozen encoder.
+
+    They get adapters.
+    """
 
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Copies, each with its original. Other code moves their weights, and their adapters follow those of the original.
+    """Copies, each with its original.
+
+    Other code moves their weights, and their adapters follow those of the original.
     """
 
     bare_layers: tuple[str, ...] = ()
@@ -34,12 +43,14 @@ class StillNetworks:
     def with_bare_layers(self, layers: Set[str]) -> "StillNetworks":
         """Return these networks, and the bare layers of their copies.
 
-        ``layers`` are those that the user's arguments choose, in copies too. A layer of a copy is bare if its original
-        is not among them.
+        ``layers`` are those that the user's arguments choose, in copies too. A layer of
+        a copy is bare if its original is not among them.
         """
         adapted = set(names_outside(layers, self.beside_training))
         originals = self.originals_of(sorted(adapted))
-        bare_layers = [layer for layer, original in originals.items() if original not in adapted]
+        bare_layers = [
+            layer for layer, original in originals.items() if original not in adapted
+        ]
         return replace(self, bare_layers=tuple(sorted(bare_layers)))
 
     def originals_of(self, layers: Iterable[str]) -> dict[str, str]:

@@ -9,14 +9,18 @@ from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.dicts import dict_or_empty, without
 from lightning_lora.tensors.plain_states import state_dict
 
-ADAPTERS = "adapters"  # the item of this package's entry that holds what training changed, beside a merged model
-_SHOWN = "shown"  # the item that names the tensors of the base that are in the state for a hook
+# the item of this package's entry that holds what training changed, beside a merged
+# model
+ADAPTERS = "adapters"
+# the item that names the tensors of the base that are in the state for a hook
+_SHOWN = "shown"
 
 
 def show_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Add the base's own tensors to a checkpoint's state, until :func:`reduce_to_adapters`.
 
-    A user's ``on_load_checkpoint`` reads or edits the whole state, as it does without adapters.
+    A user's ``on_load_checkpoint`` reads or edits the whole state, as it does without
+    adapters.
     """
     adapters = checkpoint["state_dict"]
     state = {**state_dict(model), **adapters}
@@ -27,8 +31,9 @@ def show_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:
 def reduce_to_adapters(checkpoint: object) -> dict[str, Any]:
     """Take all but adapters out of a checkpoint's state, in place.
 
-    Whoever reads a file begins with this, and again after :func:`show_base`. Returned is the merged model that the file
-    has for readers without this package, if it has one.
+    Whoever reads a file begins with this, and again after :func:`show_base`. Returned
+    is the merged model that the file has for readers without this package, if it has
+    one.
     """
     if not isinstance(checkpoint, dict):
         return {}
@@ -42,11 +47,16 @@ def reduce_to_adapters(checkpoint: object) -> dict[str, Any]:
 
 
 def _dict_in(checkpoint: dict[str, Any], key: str) -> dict[str, Any]:
-    """An entry of a checkpoint. Other files may have something else there, or nothing: that is as an empty one."""
+    """An entry of a checkpoint.
+
+    Other files may have something else there, or nothing: that is as an empty one.
+    """
     return dict_or_empty(checkpoint.get(key))
 
 
-def _take_merged_model(checkpoint: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+def _take_merged_model(
+    checkpoint: dict[str, Any], description: dict[str, Any]
+) -> dict[str, Any]:
     """Put the adapters in the place of the merged model, if a checkpoint holds both, and return that."""
     if ADAPTERS not in description:
         return {}

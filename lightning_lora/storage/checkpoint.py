@@ -17,7 +17,10 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.beside_adapters import ADAPTERS
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
-from lightning_lora.storage.load.from_state_dicts import note_adapters, note_adapters_beside
+from lightning_lora.storage.load.from_state_dicts import (
+    note_adapters,
+    note_adapters_beside,
+)
 from lightning_lora.storage.load.full_states import load_base
 from lightning_lora.storage.load.put import put
 from lightning_lora.storage.merged_state import merged_state
@@ -41,7 +44,11 @@ _CALL = "To load a checkpoint"  # in errors
 
 
 def adapter_only(
-    model: nn.Module, checkpoint: Checkpoint, metrics: dict[str, float], *, written_later: bool = False
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    metrics: dict[str, float],
+    *,
+    written_later: bool = False,
 ) -> Checkpoint:
     """Return a checkpoint to be written: of the model, it holds only what training changed, and a description.
 
@@ -49,7 +56,8 @@ def adapter_only(
         model: The model.
         checkpoint: All that a Trainer would write.
         metrics: What the run has logged, for the description.
-        written_later: Whether training may go on before the file is written. Then it gets copies.
+        written_later: Whether training may go on before the file is written. Then it
+            gets copies.
     """
     view = view_of(model)
     fingerprints = note_changes(view, anew=False)
@@ -58,7 +66,9 @@ def adapter_only(
         small = full_tensors(small)
     if written_later:
         small = _copy(small)
-    stored = StoredAdapters.from_view(view, small["state_dict"], with_half_digests(view, fingerprints))
+    stored = StoredAdapters.from_view(
+        view, small["state_dict"], with_half_digests(view, fingerprints)
+    )
     description = replace(stored, metrics=metrics).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **small["state_dict"]})
     note_adapters(state, description)
@@ -68,9 +78,10 @@ def adapter_only(
 def with_merged_model(
     model: nn.Module, checkpoint: Checkpoint, *, written_later: bool = False
 ) -> tuple[Checkpoint, dict[str, float]]:
-    """Return a checkpoint with the whole merged model, for any code. The adapters are in the entry of this package.
+    """Return a checkpoint with the whole merged model, for any code.
 
-    Also return the share of each layer's update that is lost to rounding.
+    The adapters are in the entry of this package. Also return the share of each layer's
+    update that is lost to rounding.
     """
     adapters = without_notes(checkpoint["state_dict"])
     description = checkpoint[KEY]
@@ -78,7 +89,11 @@ def with_merged_model(
     if written_later:
         merged = deepcopy(merged)
     note_adapters_beside(merged, description, adapters)
-    whole = {**checkpoint, "state_dict": merged, KEY: {**description, ADAPTERS: adapters}}
+    whole = {
+        **checkpoint,
+        "state_dict": merged,
+        KEY: {**description, ADAPTERS: adapters},
+    }
     return whole, lost
 
 
@@ -89,7 +104,10 @@ def _with_small_states(view: View, checkpoint: Checkpoint) -> Checkpoint:
         small[key] = _small_state(view, state)
     for callback, state in _callbacks_with_average(checkpoint).items():
         small_average = _small_state(view, state[AVERAGE])
-        small["callbacks"] = {**small["callbacks"], callback: {**state, AVERAGE: small_average}}
+        small["callbacks"] = {
+            **small["callbacks"],
+            callback: {**state, AVERAGE: small_average},
+        }
     return small
 
 
@@ -111,7 +129,11 @@ def _has_average(state: object) -> bool:
 
 def _alone(value: Any) -> Any:
     """Copy a tensor that shares a larger memory: torch would write all of that memory into the file."""
-    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+    if (
+        not isinstance(value, Tensor)
+        or value.is_meta
+        or value.layout is not torch.strided
+    ):
         return value
     if value.untyped_storage().nbytes() == value.numel() * value.element_size():
         return value
@@ -140,18 +162,23 @@ def naming_the_file(path: object) -> Iterator[None]:
         yield
     except (AdapterMismatchError, BaseMismatchError) as error:
         raise type(error)(
-            f"{path}: {error} Or did another run write this file? Then pass the path of this run's "
-            "own file (ckpt_path), or none to begin anew."
+            f"{path}: {error} Or did another run write this file? Then pass the path "
+            "of this run's own file (ckpt_path), or none to begin anew."
         ) from error
 
 
-def load_checkpoint_state(model: nn.Module, checkpoint: Checkpoint, *, completes_states: bool = False) -> None:
-    """Load a Trainer checkpoint into an adapted model. The weights of a full checkpoint become the base.
+def load_checkpoint_state(
+    model: nn.Module, checkpoint: Checkpoint, *, completes_states: bool = False
+) -> None:
+    """Load a Trainer checkpoint into an adapted model.
+
+    The weights of a full checkpoint become the base.
 
     Args:
         model: The model.
         checkpoint: The checkpoint, whose state holds adapters alone, or a full model.
-        completes_states: Whether callbacks read the states in it: these get the base's values too.
+        completes_states: Whether callbacks read the states in it: these get the base's
+            values too.
     """
     state = checkpoint["state_dict"]
     if KEY not in checkpoint:
@@ -174,7 +201,9 @@ def _add_base_to_states(model: nn.Module, checkpoint: Checkpoint) -> None:
         checkpoint[key] = _with_base(model, state, base)
 
 
-def _with_base(model: nn.Module, state: StateDict, base: Mapping[str, Tensor]) -> dict[str, Any]:
+def _with_base(
+    model: nn.Module, state: StateDict, base: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """Add the base's values to a state, and use the model's own names and order: callbacks may rely on them."""
     values = {**base, **renamed(where(state, _is_not_none), plain_name)}
     completed = dict[str, Any]()

@@ -41,11 +41,17 @@ def check_as_written(state: StateDict, description: object, path: object) -> Non
     about = dict_or_empty(description)
     if about.get("format") != FORMAT:
         raise AdapterFileError(
-            f"The file has format {about.get('format')}; expected {FORMAT}. For a later one, update the package; the "
-            "changelog of 0.2.0 says how to move a file of 0.1.0."
+            f"The file has format {about.get('format')}; expected {FORMAT}. For a "
+            "later one, update the package; the changelog of 0.2.0 says how to move a "
+            "file of 0.1.0."
         )
     damaged = "The file is damaged or was changed."
     if len(state) != about.get("entries"):
-        raise AdapterFileError(f"{path} has {len(state)} entries, and {about.get('entries')} were written. {damaged}")
+        raise AdapterFileError(
+            f"{path} has {len(state)} entries, and {about.get('entries')} were "
+            f"written. {damaged}"
+        )
     if checksum(state, about) != about.get("checksum"):
-        raise AdapterFileError(f"The adapters in {path} are not as they were written. {damaged}")
+        raise AdapterFileError(
+            f"The adapters in {path} are not as they were written. {damaged}"
+        )

@@ -15,18 +15,30 @@ from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.formats import own
-from lightning_lora.storage.formats.contents import check_computable, read_checkpoint, read_contents
+from lightning_lora.storage.formats.contents import (
+    check_computable,
+    read_checkpoint,
+    read_contents,
+)
 from lightning_lora.storage.formats.export import Export, ModelExport, for_reader
 from lightning_lora.storage.formats.format import LoadArguments
 from lightning_lora.storage.formats.lightning import check_is_lightning
-from lightning_lora.storage.formats.registry import WRITTEN, adapter_file_at, find_format
+from lightning_lora.storage.formats.registry import (
+    WRITTEN,
+    adapter_file_at,
+    find_format,
+)
 from lightning_lora.storage.load.built_modules import built_by_lightning
 from lightning_lora.storage.load.other_names import with_names_of
 from lightning_lora.storage.load.put import adapt_and_put
 from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.on_disk.places import check_output, local_path, path_here
 from lightning_lora.storage.same_base.stored_fingerprints import fingerprints_to_store
-from lightning_lora.storage.state import adapter_state, check_not_diverged, without_unchanged_extra
+from lightning_lora.storage.state import (
+    adapter_state,
+    check_not_diverged,
+    without_unchanged_extra,
+)
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.plain_states import StateDict
@@ -41,22 +53,27 @@ if TYPE_CHECKING:
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write everything that training changed into one ``.safetensors`` file.
 
-    If the model is spread over processes (FSDP2), each process must call it. The first one writes.
+    If the model is spread over processes (FSDP2), each process must call it. The first
+    one writes.
 
     Args:
-        model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
-        path: The file, with a name that ends in ``.safetensors``, or a URL that fsspec can write, such as
-            ``"s3://..."``. A file on this machine is written under another name and then moved, so it is never
-            incomplete.
+        model: A model with adapters: on its layers, or merged by ``merge_adapters`` or
+            a finished fit.
+        path: The file, with a name that ends in ``.safetensors``, or a URL that fsspec
+            can write, such as ``"s3://..."``. A file on this machine is written under
+            another name and then moved, so it is never incomplete.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or they are on the meta device, or hold NaN or infinite values, or
-            come from another model with another rank or scaling.
-        AdapterFileError: ``path`` has another ending, or the file cannot be written (the disk is full, for example).
+        AdapterStateError: ``model`` has no adapters, or they are on the meta device, or
+            hold NaN or infinite values, or come from another model with another rank or
+            scaling.
+        AdapterFileError: ``path`` has another ending, or the file cannot be written
+            (the disk is full, for example).
         FileNotFoundError: the folder does not exist.
 
     Warns:
-        LoRAWarning: training changed what modules keep besides tensors (``get_extra_state``): no file has a place.
+        LoRAWarning: training changed what modules keep besides tensors
+            (``get_extra_state``): no file has a place.
     """
     own.check_place(path)
     view = view_of(model)
@@ -75,8 +92,9 @@ def _tensors_in_state(state: StateDict, title: str) -> dict[str, Tensor]:
     odd = state.keys() - tensors.keys()
     if odd:
         warn(
-            f"{listed(sorted(odd))} of {title} changed in training (get_extra_state) and are not "
-            "tensors, which is all that safetensors holds: the file is without them. A Trainer's checkpoint holds them."
+            f"{listed(sorted(odd))} of {title} changed in training (get_extra_state) "
+            "and are not tensors, which is all that safetensors holds: the file is "
+            "without them. A Trainer's checkpoint holds them."
         )
     return tensors
 
@@ -105,40 +123,53 @@ def export_peft(
 ) -> None:
     """Write adapters in PEFT's format, or in that of diffusers or kohya, into a directory.
 
-    ``peft``, ``transformers`` and, with ``uniform=True``, vLLM and llama.cpp read it unchanged, and compute what the
-    adapted model computes here. What they would compute otherwise is refused, and nothing is written.
+    ``peft``, ``transformers`` and, with ``uniform=True``, vLLM and llama.cpp read it
+    unchanged, and compute what the adapted model computes here. What they would compute
+    otherwise is refused, and nothing is written.
 
     Args:
-        model_or_file: A model with adapters (on its layers, or merged), or a file that ``save_adapter`` or a Trainer
-            with ``LoRACallback`` wrote.
-        directory: The directory for PEFT's two files, for ``pytorch_lora_weights.safetensors`` of diffusers, or for
-            ``kohya_lora.safetensors``. It is made if only the last folder is missing. Other files in it stay. The
-            first two get a ``README.md``, a model card, unless there is one that this package did not write, or that
-            was changed since. That of a Trainer's checkpoint shows the metrics that were logged last before it.
-        root: The name of the module that the reader has, such as ``"model"`` for the model inside a LightningModule;
-            ``""`` is the whole module. By default it is the one model inside, if there is one.
-        uniform: Write one rank and one alpha for all layers, without rsLoRA, for readers that know no others: vLLM,
-            llama.cpp, and PEFT's hotswap (all files). The factors are padded with zeros.
-        format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads: a pipeline's adapted models in
-            the module. Each name begins with the model: by its own name if a pipeline knows it (``text_encoder_2``),
-            else ``unet``, ``transformer`` or ``text_encoder``, by the class of the model. ``"kohya"`` writes one file
-            that ComfyUI, A1111, kohya's sd-scripts and diffusers read: for Stable Diffusion, SDXL and Flux.
-        base_name: The repository or folder of the reader's model, such as ``"HuggingFaceTB/SmolLM2-135M"``. By default
-            it is the one that the model came from, by ``from_pretrained``; ``""`` leaves the name out.
+        model_or_file: A model with adapters (on its layers, or merged), or a file that
+            ``save_adapter`` or a Trainer with ``LoRACallback`` wrote.
+        directory: The directory for PEFT's two files, for
+            ``pytorch_lora_weights.safetensors`` of diffusers, or for
+            ``kohya_lora.safetensors``. It is made if only the last folder is missing.
+            Other files in it stay. The first two get a ``README.md``, a model card,
+            unless there is one that this package did not write, or that was changed
+            since. That of a Trainer's checkpoint shows the metrics that were logged
+            last before it.
+        root: The name of the module that the reader has, such as ``"model"`` for the
+            model inside a LightningModule; ``""`` is the whole module. By default it is
+            the one model inside, if there is one.
+        uniform: Write one rank and one alpha for all layers, without rsLoRA, for
+            readers that know no others: vLLM, llama.cpp, and PEFT's hotswap (all
+            files). The factors are padded with zeros.
+        format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads:
+            a pipeline's adapted models in the module. Each name begins with the model:
+            by its own name if a pipeline knows it (``text_encoder_2``), else ``unet``,
+            ``transformer`` or ``text_encoder``, by the class of the model. ``"kohya"``
+            writes one file that ComfyUI, A1111, kohya's sd-scripts and diffusers read:
+            for Stable Diffusion, SDXL and Flux.
+        base_name: The repository or folder of the reader's model, such as
+            ``"HuggingFaceTB/SmolLM2-135M"``. By default it is the one that the model
+            came from, by ``from_pretrained``; ``""`` leaves the name out.
 
     Raises:
-        ExportError: PEFT has no counterpart for a layer, or would compute something else, or something was trained
-            outside of ``root``, or the pipeline would refuse it.
-        AdapterStateError: the model has no adapters, or they have no values, or come from another model with another
-            rank or scaling.
-        AdapterFileError: the file cannot be read or does not say enough, or the directory cannot be written.
+        ExportError: PEFT has no counterpart for a layer, or would compute something
+            else, or something was trained outside of ``root``, or the pipeline would
+            refuse it.
+        AdapterStateError: the model has no adapters, or they have no values, or come
+            from another model with another rank or scaling.
+        AdapterFileError: the file cannot be read or does not say enough, or the
+            directory cannot be written.
         ConfigError: ``root`` holds no adapted layer, or ``format`` is another word.
         FileNotFoundError: the file, or the folder of ``directory``, does not exist.
 
     Warns:
-        LoRAWarning: a PeftModel, or its merge, would compute otherwise (an nn.TransformerEncoder in eval mode, a tied
-            weight); or frozen layers look untrained, which the format cannot hold; or servers of language models would
-            scale the adapters otherwise, or drop modules that train whole; or a changed ``README.md`` stays.
+        LoRAWarning: a PeftModel, or its merge, would compute otherwise (an
+            nn.TransformerEncoder in eval mode, a tied weight); or frozen layers look
+            untrained, which the format cannot hold; or servers of language models would
+            scale the adapters otherwise, or drop modules that train whole; or a changed
+            ``README.md`` stays.
 
     Example:
         >>> import json, tempfile
@@ -154,11 +185,16 @@ def export_peft(
     if isinstance(base_name, Path):
         base_name = str(base_name)
     if format not in WRITTEN:
-        raise ConfigError(f"format={format!r} is not known. Expected {' or '.join(map(repr, WRITTEN))}.")
+        raise ConfigError(
+            f"format={format!r} is not known. Expected "
+            f"{' or '.join(map(repr, WRITTEN))}."
+        )
     if isinstance(model_or_file, nn.Module):
         view = view_of(model_or_file)
         stored = StoredAdapters.from_view(view, _state_of(view), [])
-        export = for_reader(ModelExport(stored, model_or_file, base_name=base_name), root)
+        export = for_reader(
+            ModelExport(stored, model_or_file, base_name=base_name), root
+        )
     else:
         stored = own.read_adapter_file(model_or_file)
         export = for_reader(Export(stored, base_name=base_name), root)
@@ -174,8 +210,9 @@ def _state_of(view: View) -> dict[str, Any]:
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise AdapterStateError(
-            f"{listed(empty)} of {view.title} are on the meta device and have no values. Load the base, which moves "
-            "them, or call model.to_empty(device=...) and initialise them first."
+            f"{listed(empty)} of {view.title} are on the meta device and have no "
+            "values. Load the base, which moves them, or call "
+            "model.to_empty(device=...) and initialise them first."
         )
     return state
 
@@ -191,39 +228,52 @@ def load_adapter(
 ) -> None:
     """Load the adapters of a file into ``model``.
 
-    Files of other libraries do not say which base they were trained on, so it cannot be checked: load the right weights
-    first. After an error, the model is as it was before. Only tensors are read, and no code in a file is run.
+    Files of other libraries do not say which base they were trained on, so it cannot be
+    checked: load the right weights first. After an error, the model is as it was
+    before. Only tensors are read, and no code in a file is run.
 
     Args:
-        model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
-            says. A model that a finished fit has merged gets its base back first. It may also be the model inside the
-            module that was saved, or a module around the model that was saved, if that module has no other weights.
-        path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
-            can read, or the open file, in binary mode. Or PEFT's folder, or its file, with ``adapter_config.json``
-            beside it. Or a folder or file of diffusers: a model gets those of its place in the pipeline, a module
-            around several gets all. Likewise a file of kohya's sd-scripts, for Stable Diffusion and
-            SDXL. Or a repository of the Hugging Face hub, if it is in the cache. Or what
-            loralib's ``lora_state_dict`` returned, saved with ``torch.save``.
-        name: The adapter's name. If ``model`` has others, this one is loaded beside them, or into the one of this name,
-            and the active one stays active.
-        check_base: Refuse another base than the one that the adapters were trained on. The same weights in another
-            precision are accepted. If False, names and shapes of what was trained must fit, and a warning counts the
-            frozen tensors that differ.
-        alpha: Only for a file of loralib: the ``lora_alpha`` that it was trained with. It is in no file.
-        target_slices: Only for a file of loralib with ``MergedLinear`` layers: the parts that they adapted
-            (``enable_lora``), as in ``LoRAConfig``: ``{"c_attn": ["q", "v"]}``.
+        model: The base model that the adapters were trained on. If it has no adapters
+            yet, it is adapted as the file says. A model that a finished fit has merged
+            gets its base back first. It may also be the model inside the module that
+            was saved, or a module around the model that was saved, if that module has
+            no other weights.
+        path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its
+            path, a URL that fsspec can read, or the open file, in binary mode. Or
+            PEFT's folder, or its file, with ``adapter_config.json`` beside it. Or a
+            folder or file of diffusers: a model gets those of its place in the
+            pipeline, a module around several gets all. Likewise a file of kohya's
+            sd-scripts, for Stable Diffusion and SDXL. Or a repository of the Hugging
+            Face hub, if it is in the cache. Or what loralib's ``lora_state_dict``
+            returned, saved with ``torch.save``.
+        name: The adapter's name. If ``model`` has others, this one is loaded beside
+            them, or into the one of this name, and the active one stays active.
+        check_base: Refuse another base than the one that the adapters were trained on.
+            The same weights in another precision are accepted. If False, names and
+            shapes of what was trained must fit, and a warning counts the frozen tensors
+            that differ.
+        alpha: Only for a file of loralib: the ``lora_alpha`` that it was trained with.
+            It is in no file.
+        target_slices: Only for a file of loralib with ``MergedLinear`` layers: the
+            parts that they adapted (``enable_lora``), as in ``LoRAConfig``:
+            ``{"c_attn": ["q", "v"]}``.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        AdapterFileError: the file is truncated, was changed, or holds what this package does not have.
+        AdapterFileError: the file is truncated, was changed, or holds what this package
+            does not have.
         BaseMismatchError: the adapters were trained on another base.
-        AdapterMismatchError: the adapters do not fit ``model``, or it is already adapted in another way.
+        AdapterMismatchError: the adapters do not fit ``model``, or it is already
+            adapted in another way.
         TargetError: layers that were adapted cannot be adapted in ``model``.
-        AdapterStateError: ``model`` has no adapters, and the file does not say which ones it needs.
-        ConfigError: ``alpha`` is missing for a file of loralib, or given for another file.
+        AdapterStateError: ``model`` has no adapters, and the file does not say which
+            ones it needs.
+        ConfigError: ``alpha`` is missing for a file of loralib, or given for another
+            file.
 
     Warns:
-        LoRAWarning: the base has another precision, or is another one with ``check_base=False``.
+        LoRAWarning: the base has another precision, or is another one with
+            ``check_base=False``.
 
     Example:
         >>> import copy, tempfile
@@ -261,8 +311,8 @@ def _refuse_arguments(arguments: LoadArguments, path: Any) -> None:
     """Refuse arguments for loralib's files beside a file that says these things itself."""
     if arguments != LoadArguments():
         raise ConfigError(
-            f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
-            "Leave them out."
+            f"alpha and target_slices are for files of loralib, and {path} is none: it "
+            "says itself how it was trained. Leave them out."
         )
 
 
@@ -281,28 +331,38 @@ def load_from_checkpoint(
     A Trainer with ``LoRACallback`` writes such checkpoints.
 
     Args:
-        cls: The LightningModule's class. It is built from the stored hyperparameters, so its own code must load the
-            pretrained weights.
-        path: The ``.ckpt`` file: its path, a URL that fsspec can read, or the open file, in binary mode.
-        merge: Return a plain model with the updates merged, instead of an adapted model.
+        cls: The LightningModule's class. It is built from the stored hyperparameters,
+            so its own code must load the pretrained weights.
+        path: The ``.ckpt`` file: its path, a URL that fsspec can read, or the open
+            file, in binary mode.
+        merge: Return a plain model with the updates merged, instead of an adapted
+            model.
         check_base: Refuse another base, as in ``load_adapter``.
         map_location: The device of the model, as in Lightning's method.
-        weights_only: Set this to False for a file that you trust, if its hyperparameters are not plain types.
-        **kwargs: Hyperparameters to override, as in Lightning's method. Loading is always strict.
+        weights_only: Set this to False for a file that you trust, if its
+            hyperparameters are not plain types.
+        **kwargs: Hyperparameters to override, as in Lightning's method. Loading is
+            always strict.
 
     Raises:
         AdapterFileError: the file is truncated, was changed, or is of another kind.
-        BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
+        BaseMismatchError: the model that ``cls`` builds is not the base that the
+            adapters were trained on.
     """
     if not isinstance(cls, type):
-        raise ConfigError(f"Pass the class {type(cls).__name__}. For a module of it, call load_adapter(model, path).")
+        raise ConfigError(
+            f"Pass the class {type(cls).__name__}. For a module of it, call "
+            "load_adapter(model, path)."
+        )
     checkpoint = read_checkpoint(path, weights_only=weights_only)
     stored = own.stored_adapters(checkpoint, path)
     check_is_lightning(checkpoint, path)
     kwargs.pop("strict", None)
     if not weights_only:
         kwargs["weights_only"] = False
-    model, state = built_by_lightning(cls, {**checkpoint, "state_dict": stored.state}, kwargs)
+    model, state = built_by_lightning(
+        cls, {**checkpoint, "state_dict": stored.state}, kwargs
+    )
     rebuild_modules(model, state, stored.layers)
     reader = partial(with_names_of, stored=replace(stored, state=state))
     adapt_and_put(model, reader, refuses_other_base=check_base)

@@ -6,7 +6,8 @@ from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import modules_by_name, plain_module, starts_of
 
-_MODELS = {"PreTrainedModel", "ModelMixin"}  # the base classes of transformers' and diffusers' models
+# the base classes of transformers' and diffusers' models
+_MODELS = {"PreTrainedModel", "ModelMixin"}
 
 
 def root_of(model: nn.Module) -> str:
@@ -18,9 +19,14 @@ def root_of(model: nn.Module) -> str:
 
 
 def _parts_of_lightning_module(model: nn.Module) -> list[str]:
-    """The children of a LightningModule that hold all of its parameters. Of another module, none."""
+    """The children of a LightningModule that hold all of its parameters.
+
+    Of another module, none.
+    """
     module = plain_module(model)
-    if "LightningModule" not in class_names(module) or _has_parameters(module, recurse=False):
+    if "LightningModule" not in class_names(module) or _has_parameters(
+        module, recurse=False
+    ):
         return []
     return [name for name, child in module.named_children() if _has_parameters(child)]
 

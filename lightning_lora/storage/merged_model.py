@@ -32,20 +32,25 @@ from lightning_lora.tensors.undo import set_own_attribute
 def save_merged(model: nn.Module, path: str | Path) -> None:
     """Write the whole model with merged weights.
 
-    The file has nothing of this package: whoever reads it does not need it. ``model`` does not change: its adapters
-    stay on their layers, or merged, as they are. The weights are those of ``merge_adapters``. Only the merged weights
-    are held in memory a second time.
+    The file has nothing of this package: whoever reads it does not need it. ``model``
+    does not change: its adapters stay on their layers, or merged, as they are. The
+    weights are those of ``merge_adapters``. Only the merged weights are held in memory
+    a second time.
 
     Args:
-        model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
-        path: The name says what is written. ``.ckpt``: a Lightning checkpoint for ``MyModule.load_from_checkpoint``,
-            with the hyperparameters. ``.safetensors``: all tensors, for ``safetensors.torch.load_model``. A name
-            without ending: a new folder, by the ``save_pretrained`` of the model or of the one model inside, for
-            ``from_pretrained``. All are written under another name and then moved, so they are never incomplete.
+        model: A model with adapters: on its layers, or merged by ``merge_adapters`` or
+            a finished fit.
+        path: The name says what is written. ``.ckpt``: a Lightning checkpoint for
+            ``MyModule.load_from_checkpoint``, with the hyperparameters.
+            ``.safetensors``: all tensors, for ``safetensors.torch.load_model``. A name
+            without ending: a new folder, by the ``save_pretrained`` of the model or of
+            the one model inside, for ``from_pretrained``. All are written under another
+            name and then moved, so they are never incomplete.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or they are disabled or hold NaN or infinite values, or its
-            weights are quantised, have no values, or cannot hold the sum.
+        AdapterStateError: ``model`` has no adapters, or they are disabled or hold NaN
+            or infinite values, or its weights are quantised, have no values, or cannot
+            hold the sum.
         AdapterFileError: ``model`` cannot be written so, or the file cannot be written.
         FileNotFoundError: the folder of the file does not exist.
 
@@ -74,17 +79,21 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
         _write_checkpoint(view_of(model), path)
     elif path.suffix == ".safetensors":
         _write_safetensors(view_of(model), path)
-    elif path.suffix[1:].isalpha():  # a folder may have dots in its name, as in "llama-3.1"
+    elif path.suffix[1:].isalpha():
+        # a folder may have dots in its name, as in "llama-3.1"
         raise AdapterFileError(
-            f"{path} has an unknown ending. Use .ckpt for a Lightning checkpoint, .safetensors for all tensors, or a "
-            "name without ending for a folder by save_pretrained."
+            f"{path} has an unknown ending. Use .ckpt for a Lightning checkpoint, "
+            ".safetensors for all tensors, or a name without ending for a folder by "
+            "save_pretrained."
         )
     else:
         _write_folder(view_of(model), path)
 
 
 def checked_merged_state(view: View, changed: StateDict) -> dict[str, Any]:
-    """Return the merged state, to be written. What no file should hold is refused, and lost updates are said.
+    """Return the merged state, to be written.
+
+    What no file should hold is refused, and lost updates are said.
 
     Args:
         view: The model.
@@ -110,8 +119,9 @@ def refuse_to_tie_again(view: View) -> None:
     config = getattr(inner, "config", None)
     if untied and getattr(config, "tie_word_embeddings", False):
         raise AdapterFileError(
-            f"The weight of {listed(untied)} in {view.title} is tied to another layer's and has its own "
-            "update, and from_pretrained would tie it again. Set config.tie_word_embeddings = False before saving."
+            f"The weight of {listed(untied)} in {view.title} is tied to another "
+            "layer's and has its own update, and from_pretrained would tie it again. "
+            "Set config.tie_word_embeddings = False before saving."
         )
 
 
@@ -121,8 +131,8 @@ def _refuse_overflow(view: View, state: StateDict) -> None:
     for name, value in weights.items():
         if not value.isfinite().all():
             raise AdapterStateError(
-                f"Merged, {name!r} would hold values that {value.dtype} cannot. Convert the model first: "
-                "model.to(torch.float32)."
+                f"Merged, {name!r} would hold values that {value.dtype} cannot. "
+                "Convert the model first: model.to(torch.float32)."
             )
 
 
@@ -135,8 +145,9 @@ def _write_checkpoint(view: View, path: Path) -> None:
     package = _package_of_lightning(model)
     if package is None:
         raise AdapterFileError(
-            f"{type(model).__name__} is not a LightningModule, so there is no checkpoint of it. Use a name that ends "
-            "in .safetensors, or, if it has save_pretrained, one without ending."
+            f"{type(model).__name__} is not a LightningModule, so there is no "
+            "checkpoint of it. Use a name that ends in .safetensors, or, if it has "
+            "save_pretrained, one without ending."
         )
     hyperparameters, kind_of_them = _hyperparameters_in_checkpoint(model)
     checkpoint = {
@@ -161,7 +172,10 @@ def _hyperparameters_in_checkpoint(model: Any) -> tuple[Any, type | None]:
 
 
 def _package_of_lightning(model: nn.Module) -> str | None:
-    """The package that a LightningModule comes from: ``lightning`` or ``pytorch_lightning``. None: it is none."""
+    """The package that a LightningModule comes from: ``lightning`` or ``pytorch_lightning``.
+
+    None: it is none.
+    """
     for kind in type(model).__mro__:
         if kind.__name__ == "LightningModule":
             package, _, _ = kind.__module__.partition(".")
@@ -175,13 +189,14 @@ def _write_safetensors(view: View, path: Path) -> None:
     odd = without(state, of_type(state, Tensor))
     if odd:
         raise AdapterFileError(
-            f"{listed(odd)} are not tensors, which is all that safetensors holds. Use a name that ends in .ckpt, or "
-            "one without ending."
+            f"{listed(odd)} are not tensors, which is all that safetensors holds. Use "
+            "a name that ends in .ckpt, or one without ending."
         )
     with writing(path) as part:
         part.touch()
         mode = part.stat().st_mode
-        model: Any = SimpleNamespace(state_dict=lambda: dict(state))  # all that it asks of a model
+        # all that it asks of a model
+        model: Any = SimpleNamespace(state_dict=lambda: dict(state))
         save_model(model, str(part), metadata={"format": "pt"})
         part.chmod(mode)  # as any file: safetensors lets nobody else read its own
 
@@ -195,8 +210,8 @@ def _write_folder(view: View, path: Path) -> None:
     inner: Any = submodule(view.model, root)
     if getattr(inner, "save_pretrained", None) is None:
         raise AdapterFileError(
-            f"{view.title} has no save_pretrained, nor has one model inside it. Use a name that ends in .ckpt for a "
-            "LightningModule, or in .safetensors."
+            f"{view.title} has no save_pretrained, nor has one model inside it. Use a "
+            "name that ends in .ckpt for a LightningModule, or in .safetensors."
         )
     _refuse_trained_outside(view, root)
     refuse_to_tie_again(view)
@@ -213,8 +228,9 @@ def _refuse_trained_outside(view: View, root: str) -> None:
     outside = names_outside(root, trained_tensors(view))
     if outside:
         raise AdapterFileError(
-            f"save_pretrained writes {root!r} of {view.title} alone, and {listed(outside)} were trained outside of it. "
-            "Use a name that ends in .ckpt or .safetensors."
+            f"save_pretrained writes {root!r} of {view.title} alone, and "
+            f"{listed(outside)} were trained outside of it. Use a name that ends in "
+            ".ckpt or .safetensors."
         )
 
 
@@ -224,12 +240,12 @@ def _refused_by(model: nn.Module, error: ValueError) -> AdapterFileError:
     quantization = getattr(model, "quantization_method", None)
     if quantization == "gguf":  # its weights are plain tensors now
         remedy = (
-            "It was read from a GGUF file. To save it as a plain model, set model.hf_quantizer = None and del "
-            "model.config.quantization_config first."
+            "It was read from a GGUF file. To save it as a plain model, set "
+            "model.hf_quantizer = None and del model.config.quantization_config first."
         )
     return AdapterFileError(
-        f"save_pretrained of {type(model).__name__} refuses ({error}). Nothing was written, and the model is as it "
-        f"was. {remedy}"
+        f"save_pretrained of {type(model).__name__} refuses ({error}). Nothing was "
+        f"written, and the model is as it was. {remedy}"
     )
 
 
@@ -238,7 +254,9 @@ def answering(model: nn.Module, state: StateDict) -> Iterator[None]:
     """Let the ``state_dict`` methods of a model, and of the modules in it, answer with these values."""
     with ExitStack() as undo:
         for name, module in model.named_modules():
-            set_own_attribute(module, "state_dict", partial(_part_of_state, state, name), undo)
+            set_own_attribute(
+                module, "state_dict", partial(_part_of_state, state, name), undo
+            )
         yield
 
 

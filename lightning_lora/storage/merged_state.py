@@ -17,18 +17,29 @@ from lightning_lora.model.view import View
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.state import own_adapters_in
 from lightning_lora.tensors.dicts import names_of_each, only, renamed, without
-from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter
+from lightning_lora.tensors.names import (
+    join,
+    own_parameter,
+    plain_module,
+    plain_name,
+    set_parameter,
+)
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import detached
 
 
-def merged_state(view: View, changed: StateDict) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the state dict that a model has after ``merge_adapters``. Merged weights are in the host's memory.
+def merged_state(
+    view: View, changed: StateDict
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the state dict that a model has after ``merge_adapters``.
+
+    Merged weights are in the host's memory.
 
     Args:
         view: The model.
-        changed: Values to take in place of the model's own, by name: of adapters too. It may be empty.
+        changed: Values to take in place of the model's own, by name: of adapters too.
+            It may be empty.
 
     Returns:
         The state, and the share of each layer's update that is lost to rounding.
@@ -52,8 +63,9 @@ def _refuse_spread_weights(view: View, changed: StateDict) -> None:
     if any(is_dtensor(value) for value in parameters.values()):
         title = type(plain_module(view.model)).__name__
         raise AdapterStateError(
-            f"{title} is spread over processes. Call save_adapter(model, path) in each, then "
-            "lightning-lora merge BASE FILE OUT. Or gather its state for save_pretrained(folder, state_dict=state)."
+            f"{title} is spread over processes. Call save_adapter(model, path) in "
+            "each, then lightning-lora merge BASE FILE OUT. Or gather its state for "
+            "save_pretrained(folder, state_dict=state)."
         )
 
 
@@ -74,13 +86,16 @@ def _state_with(view: View, changed: StateDict, merged: Mapping[str, Tensor]) ->
     return state
 
 
-def _refuse_without_place(merged: Mapping[str, Tensor], state: StateDict, title: str) -> None:
+def _refuse_without_place(
+    merged: Mapping[str, Tensor], state: StateDict, title: str
+) -> None:
     """Refuse a state dict that a model's own code has changed: without the names of merged weights."""
     absent = merged.keys() - set(map(plain_name, state))
     if absent:
         raise AdapterStateError(
-            f"The state dict of {title} does not hold {listed(sorted(absent))} under their own names, so that no "
-            "update can be put there. Call merge_adapters(model) and save its state dict."
+            f"The state dict of {title} does not hold {listed(sorted(absent))} under "
+            "their own names, so that no update can be put there. Call "
+            "merge_adapters(model) and save its state dict."
         )
 
 
@@ -105,20 +120,30 @@ def replaced_values(view: View, values: StateDict) -> Iterator[None]:
         yield
 
 
-def _replace_values_of_layer(name: str, layer: LoRALayer, values: StateDict, undo: ExitStack) -> None:
-    """Give one adapter and its weights other values, where these are. All go to the device of the first weight."""
+def _replace_values_of_layer(
+    name: str, layer: LoRALayer, values: StateDict, undo: ExitStack
+) -> None:
+    """Give one adapter and its weights other values, where these are.
+
+    All go to the device of the first weight.
+    """
     leaves = (*layer.lora_weights(), *layer.lora_specs())
     first_weight = values.get(join(name, leaves[0]), own_parameter(layer, leaves[0]))
     for leaf in leaves:
         parameter = own_parameter(layer, leaf)
-        value = values.get(join(name, leaf), parameter).to(first_weight.device, parameter.dtype)
+        value = values.get(join(name, leaf), parameter).to(
+            first_weight.device, parameter.dtype
+        )
         if value is not parameter:
             undo.callback(set_parameter, layer, leaf, parameter)
             set_parameter(layer, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _merged_weights_on_host(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The merged weights under all of their names. Also the share of each layer's update that is lost to rounding."""
+    """The merged weights under all of their names.
+
+    Also the share of each layer's update that is lost to rounding.
+    """
     merged = dict[str, Tensor]()
     lost = dict[str, float]()
     names = _names_of_weights(view)

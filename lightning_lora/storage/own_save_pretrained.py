@@ -8,7 +8,11 @@ from torch import Tensor
 
 from lightning_lora.errors import warn
 from lightning_lora.model.view import View
-from lightning_lora.storage.merged_model import answering, checked_merged_state, refuse_to_tie_again
+from lightning_lora.storage.merged_model import (
+    answering,
+    checked_merged_state,
+    refuse_to_tie_again,
+)
 from lightning_lora.tensors.names import plain_name
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import reshard
@@ -30,8 +34,9 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     state = checked_merged_state(view, given or {})
     if view.layers:
         warn(
-            f"save_pretrained of {type(model).__name__} writes merged weights, which are what the model computes. For "
-            "the adapters alone, call save_adapter(model, path), or export_peft(model, folder)."
+            f"save_pretrained of {type(model).__name__} writes merged weights, which "
+            "are what the model computes. For the adapters alone, call "
+            "save_adapter(model, path), or export_peft(model, folder)."
         )
     if given:
         kwargs = {**kwargs, "state_dict": state}
@@ -42,9 +47,12 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
 def _leave_out_disabled_layers(view: View) -> None:
     """Leave out layers that compute without updates, while the model shows its base: none is merged.
 
-    The view must have looked at the parameters of all adapters before. So none of these is written either.
+    The view must have looked at the parameters of all adapters before. So none of these
+    is written either.
     """
-    view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}
+    view.layers = {
+        name: layer for name, layer in view.layers.items() if layer.lora_enabled
+    }
 
 
 def _is_plain_state(given: StateDict | None, adapters: Mapping[str, Tensor]) -> bool:
@@ -55,11 +63,17 @@ def _is_plain_state(given: StateDict | None, adapters: Mapping[str, Tensor]) -> 
 def _by_name(
     save: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with their names, but for the folder. One given by its position may be a state."""
+    """The arguments of a call with their names, but for the folder.
+
+    One given by its position may be a state.
+    """
     parameters = signature(save).parameters.values()
-    names = [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    names = [
+        each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD
+    ]
     by_position = args[1:]  # after the folder
-    named = dict(zip(names[2:], by_position, strict=False))  # the first two are self and the folder
+    # the first two are self and the folder
+    named = dict(zip(names[2:], by_position, strict=False))
     has_too_many = len(named) < len(by_position)
     if has_too_many or not named.keys().isdisjoint(kwargs):  # an error of the caller's
         return args, kwargs

@@ -16,7 +16,8 @@ Value = TypeVar("Value")
 class Renaming:
     """How names in a file become names in a model: one prefix takes the place of another.
 
-    ``Renaming(there="model", here="net.bert")``: the file's ``model.q.weight`` is the model's ``net.bert.q.weight``.
+    ``Renaming(there="model", here="net.bert")``: the file's ``model.q.weight`` is the
+    model's ``net.bert.q.weight``.
     """
 
     there: str = ""  # the prefix of all names in the file
@@ -39,9 +40,15 @@ class Renaming:
         return renamed(named, self.name_here)
 
     def told(self, title: str) -> str:
-        """Return a message that names both prefixes. ``title`` is the model, or the other file."""
+        """Return a message that names both prefixes.
+
+        ``title`` is the model, or the other file.
+        """
         there, here = _beginning_of_names(self.there), _beginning_of_names(self.here)
-        return f"The names in the file {there}; in {title} they {here}. They are taken for the same model."
+        return (
+            f"The names in the file {there}; in {title} they {here}. They are taken "
+            "for the same model."
+        )
 
 
 def _exchange(name: str, old_prefix: str, new_prefix: str) -> str:
@@ -79,14 +86,20 @@ SAME_NAMES = Renaming()
 
 
 def find_renamings(
-    names: Sequence[str], known: Collection[str], *, root_there: str = "", root_here: str = ""
+    names: Sequence[str],
+    known: Collection[str],
+    *,
+    root_there: str = "",
+    root_here: str = "",
 ) -> list[Renaming]:
     """Return the ways to exchange one prefix so that all names of a file are known.
 
-    The same names come first, then those below each side's root. Only if neither fits, other prefixes are tried.
+    The same names come first, then those below each side's root. Only if neither fits,
+    other prefixes are tried.
 
-    For ``model.q`` in a file, and a model with ``net.bert.q`` and ``net.head``, it is the one from ``model`` to
-    ``net.bert``, if ``model`` is the file's root. A model with ``net.gpt.q`` too has two places, and so two ways.
+    For ``model.q`` in a file, and a model with ``net.bert.q`` and ``net.head``, it is
+    the one from ``model`` to ``net.bert``, if ``model`` is the file's root. A model
+    with ``net.gpt.q`` too has two places, and so two ways.
     """
     for renaming in (SAME_NAMES, Renaming(root_there, root_here)):
         if _all_known(names, known, renaming):
@@ -94,11 +107,14 @@ def find_renamings(
     fitting: dict[str, Renaming] = {}
     for renaming in _other_renamings(names, known, root_there, root_here):
         if _all_known(names, known, renaming):
-            fitting.setdefault(renaming.name_here(names[0]), renaming)  # one for each place in the model
+            # one for each place in the model
+            fitting.setdefault(renaming.name_here(names[0]), renaming)
     return list(fitting.values())
 
 
-def _all_known(names: Iterable[str], known: Collection[str], renaming: Renaming) -> bool:
+def _all_known(
+    names: Iterable[str], known: Collection[str], renaming: Renaming
+) -> bool:
     return all(renaming.name_here(name) in known for name in names)
 
 
@@ -115,7 +131,9 @@ def _other_renamings(
         yield from _into_other_modules(names[0], known, root_there)
 
 
-def _into_other_modules(first: str, known: Collection[str], there: str) -> Iterator[Renaming]:
+def _into_other_modules(
+    first: str, known: Collection[str], there: str
+) -> Iterator[Renaming]:
     """The prefix of each known name that ends as the first name does after its own prefix ``there``."""
     end = "." + first.removeprefix(f"{there}.")
     for name in known:

@@ -28,25 +28,30 @@ def set_adapter(
 ) -> AbstractContextManager[object]:
     """Switch to another adapter, to a sum of several, or to the base.
 
-    The layers get the other adapter's parameters, and the model its own trained modules, biases and buffers. These are
-    the same objects as before, so that an optimizer keeps what it trains: no value is written or copied. A switch walks
+    The layers get the other adapter's parameters, and the model its own trained
+    modules, biases and buffers. These are the same objects as before, so that an
+    optimizer keeps what it trains: no value is written or copied. A switch walks
     through the model, and takes about as long as peft's.
 
-    Several names show the sum of their updates, as ``combine_adapters`` makes it: in forward, ``merge_adapters``,
-    ``save_merged`` and ``export_peft``. It is made anew by each call, and cannot be trained.
+    Several names show the sum of their updates, as ``combine_adapters`` makes it: in
+    forward, ``merge_adapters``, ``save_merged`` and ``export_peft``. It is made anew by
+    each call, and cannot be trained.
 
     Args:
         model: A model with adapters, which are not merged.
-        name: The adapter's name; or several, each perhaps with its weight: ``["style", "subject"]`` or
-            ``{"style": 0.7, "subject": 1.0}``. ``None`` shows the base, as ``disable_adapters`` does. The active
-            adapter then stays on its layers without effect.
+        name: The adapter's name; or several, each perhaps with its weight: ``["style",
+            "subject"]`` or ``{"style": 0.7, "subject": 1.0}``. ``None`` shows the base,
+            as ``disable_adapters`` does. The active adapter then stays on its layers
+            without effect.
 
     Returns:
-        A context manager: at the end of a ``with`` block, the model shows what it did before. Else the switch stays.
+        A context manager: at the end of a ``with`` block, the model shows what it did
+        before. Else the switch stays.
 
     Raises:
-        AdapterStateError: there is no adapter of this name, or the model is merged, sharded (FSDP2), or has lost
-            or resized layers that the adapter is for. Nothing has changed then.
+        AdapterStateError: there is no adapter of this name, or the model is merged,
+            sharded (FSDP2), or has lost or resized layers that the adapter is for.
+            Nothing has changed then.
         AdapterMismatchError: the updates of these adapters cannot be added up.
         ConfigError: a weight is no finite number.
 
@@ -70,7 +75,10 @@ def set_adapter(
 
 
 def _weights_of_sum(record: Record, name: object) -> Mapping[str, float] | None:
-    """The weights of the adapters whose sum is meant. None: one adapter is, or the base."""
+    """The weights of the adapters whose sum is meant.
+
+    None: one adapter is, or the base.
+    """
     if isinstance(name, str):
         return _sums_in(record).get(name)
     if isinstance(name, Mapping):
@@ -80,24 +88,42 @@ def _weights_of_sum(record: Record, name: object) -> Mapping[str, float] | None:
 
 def _sums_in(record: Record) -> dict[str, dict[str, float]]:
     """The sums among a model's adapters: the weights of the adapters in each."""
-    return {name: state.sum_of for name, state in record.adapter_states.items() if state.sum_of}
+    return {
+        name: state.sum_of
+        for name, state in record.adapter_states.items()
+        if state.sum_of
+    }
 
 
-def _show_sum(model: nn.Module, weights: Mapping[str, float]) -> AbstractContextManager[object]:
+def _show_sum(
+    model: nn.Module, weights: Mapping[str, float]
+) -> AbstractContextManager[object]:
     """Make the sum of several adapters, and switch to it."""
     record = record_of(model, "A sum of adapters")
     summed = _sum(model, weights, None)
     title = _title(weights)
     if title in record.adapter_states and title not in _sums_in(record):
-        raise AdapterStateError(f"An adapter has the name of this sum, {title!r}. Load it under another name.")
-    shown = switch.SwitchBlock(model, title, shown_before=record.name_in_effect, active_before=record.adapter.name)
+        raise AdapterStateError(
+            f"An adapter has the name of this sum, {title!r}. Load it under another "
+            "name."
+        )
+    shown = switch.SwitchBlock(
+        model,
+        title,
+        shown_before=record.name_in_effect,
+        active_before=record.adapter.name,
+    )
     _put_sum(model, record, title, summed, weights)
     switch.switch_to(model, title)
     return shown
 
 
 def _put_sum(
-    model: nn.Module, record: Record, title: str, summed: StoredAdapters, weights: Mapping[str, float]
+    model: nn.Module,
+    record: Record,
+    title: str,
+    summed: StoredAdapters,
+    weights: Mapping[str, float],
 ) -> None:
     """Put a sum beside the active adapter. It replaces an earlier one of its name."""
     if title == record.adapter.name:  # only an inactive adapter can be replaced
@@ -120,7 +146,9 @@ def _title(weights: Mapping[str, float]) -> str:
 def _drop_sums(record: Record, title: str) -> None:
     """Drop the inactive sum of this name, which is made anew, or else the oldest ones."""
     inactive_sums = names_not_in(_sums_in(record), [record.adapter.name])
-    dropped = [title] if title in inactive_sums else inactive_sums[:-_MOST_INACTIVE_SUMS]
+    dropped = (
+        [title] if title in inactive_sums else inactive_sums[:-_MOST_INACTIVE_SUMS]
+    )
     for name in dropped:
         del record.inactive_adapters[name]
 
@@ -128,23 +156,26 @@ def _drop_sums(record: Record, title: str) -> None:
 _MOST_INACTIVE_SUMS = 8  # some are shown again after a block
 
 
-def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: str, r: int | None = None) -> None:
+def combine_adapters(
+    model: nn.Module, weights: Mapping[str, float], *, name: str, r: int | None = None
+) -> None:
     """Add an adapter whose update is the weighted sum of others' updates.
 
-    It rests beside the active one, until ``set_adapter(model, name)``, and can be trained. ``lightning-lora combine``
-    does the same with files.
+    It rests beside the active one, until ``set_adapter(model, name)``, and can be
+    trained. ``lightning-lora combine`` does the same with files.
 
     Args:
         model: A model with adapters, which are not merged.
         weights: The names of the adapters, and the factor of each one's update.
         name: The name of the new adapter.
-        r: Its rank: the sum's best approximation is taken. By default the sum is exact, with the ranks added up.
+        r: Its rank: the sum's best approximation is taken. By default the sum is exact,
+            with the ranks added up.
 
     Raises:
-        AdapterMismatchError: an adapter uses DoRA, trains modules, biases or rows beside its updates, or adapts other
-            parts of a layer than another.
-        AdapterStateError: there is no adapter of such a name, or one of the new name; or the model is merged or
-            sharded.
+        AdapterMismatchError: an adapter uses DoRA, trains modules, biases or rows
+            beside its updates, or adapts other parts of a layer than another.
+        AdapterStateError: there is no adapter of such a name, or one of the new name;
+            or the model is merged or sharded.
         ConfigError: a weight or ``r`` is not valid.
 
     Example:
@@ -160,16 +191,20 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: st
     AdapterState(record.adapter.config, name)  # checks the name
     if name in record.adapter_states:
         raise AdapterStateError(
-            f"{type(plain_module(model)).__name__} has an adapter {name!r} already. Give another name, or call "
-            f"remove_adapters(model, {name!r}) first."
+            f"{type(plain_module(model)).__name__} has an adapter {name!r} already. "
+            f"Give another name, or call remove_adapters(model, {name!r}) first."
         )
     _add(model, _sum(model, weights, r), name)
 
 
-def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> StoredAdapters:
+def _sum(
+    model: nn.Module, weights: Mapping[str, float], r: int | None
+) -> StoredAdapters:
     """The weighted sum of a model's adapters."""
     if not weights or not _are_numbers(weights):
-        raise ConfigError(f"Got the weights {weights}. Expected numbers by the names of adapters.")
+        raise ConfigError(
+            f"Got the weights {weights}. Expected numbers by the names of adapters."
+        )
     terms = [_stored(model, name) for name in weights]
     return weighted_sum(terms, list(weights.values()), r, modules_by_name(model))
 
@@ -199,7 +234,13 @@ def _stored(model: nn.Module, name: str) -> StoredAdapters:
         stored = StoredAdapters.from_view(view, adapter_state(view), [])
     trained = without(stored.state, set(stored.of_no_base))
     state = {key: _as_summand(value) for key, value in trained.items()}
-    return replace(stored, state=state, untrained=[], filled=[], source=f"the adapter {name!r} of {stored.source}")
+    return replace(
+        stored,
+        state=state,
+        untrained=[],
+        filled=[],
+        source=f"the adapter {name!r} of {stored.source}",
+    )
 
 
 def _as_summand(value: Any) -> Any:

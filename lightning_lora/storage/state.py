@@ -20,22 +20,30 @@ from lightning_lora.tensors.values import same_bits
 _NOTE_START = "this file holds only adapters"
 
 NOTE = (
-    f"{_NOTE_START}: build the model as before its training, and call lightning_lora.load_adapter(model, path); or "
-    "lightning_lora.load_from_checkpoint(cls, path), which builds it; or give the Trainer a LoRACallback(); or write "
-    "files that any code loads: LoRACallback(save='model')"
+    f"{_NOTE_START}: build the model as before its training, and call "
+    "lightning_lora.load_adapter(model, path); or "
+    "lightning_lora.load_from_checkpoint(cls, path), which builds it; or give the "
+    "Trainer a LoRACallback(); or write files that any code loads: "
+    "LoRACallback(save='model')"
 )
-"""An entry of a checkpoint's state, without values. Whoever loads the file as a full one is told this name."""
+"""An entry of a checkpoint's state, without values.
+
+Whoever loads the file as a full one is told this name.
+"""
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return everything that training changed, and nothing else.
 
-    These are the adapters, and the biases and modules that train in addition to them. Buffers and frozen weights are
-    included if they no longer have the base's values. Everything that a module's own code adds to its state dict is
-    included too. Of a model that is spread over processes, each process must call it, and gets whole tensors.
+    These are the adapters, and the biases and modules that train in addition to them.
+    Buffers and frozen weights are included if they no longer have the base's values.
+    Everything that a module's own code adds to its state dict is included too. Of a
+    model that is spread over processes, each process must call it, and gets whole
+    tensors.
 
     Args:
-        model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
+        model: A model with adapters: on its layers, or merged by ``merge_adapters`` or
+            a finished fit.
 
     Returns:
         Tensors by the names they have in the state dict of the adapted model.
@@ -62,7 +70,9 @@ def adapter_state(view: View) -> dict[str, Any]:
 
 def without_unchanged_extra(view: View, state: StateDict) -> dict[str, Any]:
     """Return a state without what modules keep besides tensors (``get_extra_state``), if training did not change it."""
-    unchanged = view.adapter.extra_state_digests.items() & digests_of_extra_state(view).items()
+    unchanged = (
+        view.adapter.extra_state_digests.items() & digests_of_extra_state(view).items()
+    )
     return without(state, dict(unchanged))
 
 
@@ -76,11 +86,15 @@ def is_note(name: object) -> bool:
     return isinstance(name, str) and name.startswith(_NOTE_START)
 
 
-def values_to_store(view: View, state: StateDict, random: Collection[str] = ()) -> dict[str, Any]:
+def values_to_store(
+    view: View, state: StateDict, random: Collection[str] = ()
+) -> dict[str, Any]:
     """Return what files hold of a state of the model, which may be an average of it.
 
-    1. All that trains. The model's own values stand in for what user code has dropped from the state.
-    2. Frozen weights and buffers whose values are not the base's, or that look untrained (``random``).
+    1. All that trains. The model's own values stand in for what user code has dropped
+       from the state.
+    2. Frozen weights and buffers whose values are not the base's, or that look
+       untrained (``random``).
     3. What else is in the state, such as entries of modules' own code.
 
     Of 2 and 3, what still has the value that is kept of the base is left out.
@@ -88,7 +102,9 @@ def values_to_store(view: View, state: StateDict, random: Collection[str] = ()) 
     trained = _without_graphs(trained_tensors(view))
     noted = {*view.record.base.changes, *random}
     frozen = _frozen_that_may_differ(view, noted)
-    in_state = without(_besides_frozen(view, state), _tied_names_with_merged_values(view))
+    in_state = without(
+        _besides_frozen(view, state), _tied_names_with_merged_values(view)
+    )
     originals = without(view.adapter.originals, {*view.trainable_base, *noted})
     return {**trained, **_without_originals({**frozen, **in_state}, originals)}
 
@@ -101,12 +117,21 @@ def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Ten
 
 
 def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
-    """What a state of the model holds besides frozen weights. An adapter is in it under its own name alone."""
-    other_names = own_adapters_in(view, view.parameters).keys() - view.adapter_parameters.keys()
-    return without(renamed(state, plain_name), {*view.frozen_base, *view.entries, *other_names})
+    """What a state of the model holds besides frozen weights.
+
+    An adapter is in it under its own name alone.
+    """
+    other_names = (
+        own_adapters_in(view, view.parameters).keys() - view.adapter_parameters.keys()
+    )
+    return without(
+        renamed(state, plain_name), {*view.frozen_base, *view.entries, *other_names}
+    )
 
 
-def _without_originals(values: StateDict, originals: Mapping[str, Tensor]) -> dict[str, Any]:
+def _without_originals(
+    values: StateDict, originals: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """Leave out what still has the value that is kept of the base."""
     unchanged = set[str]()
     for name, original in only(originals, values).items():
@@ -124,7 +149,11 @@ def _is_original(value: object, original: Tensor) -> bool:
 
 def _tied_names_with_merged_values(view: View) -> set[str]:
     """The names of trained weights that are merged ones in the model now: an embedding's, whose tied head is merged."""
-    return {name for name, parameter in view.trainable_base.items() if parameter is not view.parameters[name]}
+    return {
+        name
+        for name, parameter in view.trainable_base.items()
+        if parameter is not view.parameters[name]
+    }
 
 
 def _without_graphs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,8 +176,9 @@ def check_not_diverged(view: View) -> None:
     broken = diverged(view, view.tensors)
     if broken:
         raise AdapterStateError(
-            f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "
-            "Train again with a lower learning rate, or use an earlier checkpoint."
+            f"{listed(broken)} of {view.title} hold NaN or infinite values: the "
+            "training has diverged. Train again with a lower learning rate, or use an "
+            "earlier checkpoint."
         )
 
 
@@ -167,10 +197,15 @@ def diverged(view: View, values: StateDict) -> list[str]:
 
 
 def _statistics(view: View) -> list[str]:
-    """The running statistics of norms. A step that is skipped for its overflow, as in 16-mixed, spoils them alone."""
+    """The running statistics of norms.
+
+    A step that is skipped for its overflow, as in 16-mixed, spoils them alone.
+    """
     names = list[str]()
     for name, norm in of_type(view.modules, NormBase).items():
-        names += names_joined(name, only(norm._buffers, ("running_mean", "running_var")))
+        names += names_joined(
+            name, only(norm._buffers, ("running_mean", "running_var"))
+        )
     return names
 
 

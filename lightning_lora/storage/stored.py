@@ -6,32 +6,48 @@ from typing import Any
 
 from lightning_lora.base.fingerprints import StoredFingerprint
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
+from lightning_lora.errors import (
+    AdapterFileError,
+    AdapterStateError,
+    ConfigError,
+    listed,
+)
 from lightning_lora.layers import LoRAParameters, LoRATokens
-from lightning_lora.model.changed_since_adapted import refuse_computed_weights, refuse_resized_or_tied
+from lightning_lora.model.changed_since_adapted import (
+    refuse_computed_weights,
+    refuse_resized_or_tied,
+)
 from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.checksum import FORMAT, Description, checksum
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of, wanted_of
-from lightning_lora.storage.stored_modules import StoredModule, modules_of, modules_to_store, plain_modules
+from lightning_lora.storage.stored_modules import (
+    StoredModule,
+    modules_of,
+    modules_to_store,
+    plain_modules,
+)
 from lightning_lora.targets.lookup import OUTPUT_HEAD
 from lightning_lora.tensors.dicts import dict_or_empty, only, where
 from lightning_lora.tensors.names import is_in_any, names_inside, owner_of
 from lightning_lora.tensors.values import is_computable
 
-KEY = "lightning_lora"  # the entry of a checkpoint, or of a file's metadata, that describes the adapters
+# the entry of a checkpoint, or of a file's metadata, that describes the adapters
+KEY = "lightning_lora"
 
 DIVERGED = (
-    "the training that wrote them had diverged. Use an earlier checkpoint, or train again with a lower learning rate"
+    "the training that wrote them had diverged. Use an earlier checkpoint, or train "
+    "again with a lower learning rate"
 )
 """What is said of NaN and infinite values in a file."""
 
 _SAID_SINCE_0_2_0 = "copies"
 """The entry of a description that has what versions after 0.2.0 say in addition.
 
-0.2.0 refuses an entry that it does not know. The list of this name it knows, and takes whatever is in it.
+0.2.0 refuses an entry that it does not know. The list of this name it knows, and takes
+whatever is in it.
 """
 
 
@@ -39,31 +55,46 @@ _SAID_SINCE_0_2_0 = "copies"
 class StoredAdapters:
     """Adapters outside of a model: every file format reads into this or writes from it.
 
-    ``state`` has the values. Beside adapters and what trains in full, it has values that are not the base's own, in two
-    groups: ``changed`` weights, which are frozen (some look ``untrained``, as a new head), and ``filled`` buffers.
+    ``state`` has the values. Beside adapters and what trains in full, it has values
+    that are not the base's own, in two groups: ``changed`` weights, which are frozen
+    (some look ``untrained``, as a new head), and ``filled`` buffers.
 
-    All names are those of the model that was saved; after :meth:`with_names_of_model`, those of the model at hand. Only
-    ``base`` keeps the file's names, because its layout is a hash of them: ``renaming`` leads from one to the other.
+    All names are those of the model that was saved; after :meth:`with_names_of_model`,
+    those of the model at hand. Only ``base`` keeps the file's names, because its layout
+    is a hash of them: ``renaming`` leads from one to the other.
 
-    Another library's file says less. It has the defaults here, and so no :meth:`adapter_names` or :meth:`description`.
+    Another library's file says less. It has the defaults here, and so no
+    :meth:`adapter_names` or :meth:`description`.
     """
 
     config: LoRAConfig  # which adapts a model in the same way
-    state: dict[str, Any]  # everything that training changed, by its name in the adapted model
-    layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; another library's: only single rows
-    base: list[StoredFingerprint] = field(default_factory=list)  # its fingerprints; empty if nothing says its base
-    changed: Sequence[str] = field(default_factory=list)  # frozen weights whose values are in the state
-    untrained: Sequence[str] = field(default_factory=list)  # those of them that look untrained: of no base
-    filled: Sequence[str] = field(default_factory=list)  # buffers that hooks filled, perhaps from data: of no base
-    saved: dict[str, list[str]] = field(default_factory=dict)  # all entries of each module in modules_to_save
+    # everything that training changed, by its name in the adapted model
+    state: dict[str, Any]
+    # by name; another library's: only single rows
+    layers: dict[str, StoredLayer] = field(default_factory=dict)
+    # its fingerprints; empty if nothing says its base
+    base: list[StoredFingerprint] = field(default_factory=list)
+    # frozen weights whose values are in the state
+    changed: Sequence[str] = field(default_factory=list)
+    # those of them that look untrained: of no base
+    untrained: Sequence[str] = field(default_factory=list)
+    # buffers that hooks filled, perhaps from data: of no base
+    filled: Sequence[str] = field(default_factory=list)
+    # all entries of each module in modules_to_save
+    saved: dict[str, list[str]] = field(default_factory=dict)
     root: str = ""  # the path of the one model inside
-    modules: dict[str, StoredModule] = field(default_factory=dict)  # by name; empty if the file does not say
-    metrics: dict[str, float] = field(default_factory=dict)  # that a run logged last before it wrote the file
+    # by name; empty if the file does not say
+    modules: dict[str, StoredModule] = field(default_factory=dict)
+    # that a run logged last before it wrote the file
+    metrics: dict[str, float] = field(default_factory=dict)
     source: str = ""  # for messages: a file, or the class of a model
-    renaming: Renaming = field(default_factory=Renaming)  # from the names in ``base`` to all others
+    # from the names in ``base`` to all others
+    renaming: Renaming = field(default_factory=Renaming)
 
     @classmethod
-    def from_view(cls, view: View, state: dict[str, Any], base: list[StoredFingerprint]) -> "StoredAdapters":
+    def from_view(
+        cls, view: View, state: dict[str, Any], base: list[StoredFingerprint]
+    ) -> "StoredAdapters":
         """Return ``state`` of an adapted model, and what a file says of it."""
         refuse_computed_weights(view)
         refuse_resized_or_tied(view)
@@ -83,13 +114,20 @@ class StoredAdapters:
             filled=filled,
             saved=saved,
             root=root_of(view.model),
-            modules=modules_to_store(view.modules, layers, [*saved, *_tied_to_rows(layers.values())]),
+            modules=modules_to_store(
+                view.modules, layers, [*saved, *_tied_to_rows(layers.values())]
+            ),
             source=view.title,
         )
 
     @classmethod
-    def from_description(cls, state: dict[str, Any], description: Description, source: object) -> "StoredAdapters":
-        """Return adapters as a file describes them. ``source``: the file, for messages."""
+    def from_description(
+        cls, state: dict[str, Any], description: Description, source: object
+    ) -> "StoredAdapters":
+        """Return adapters as a file describes them.
+
+        ``source``: the file, for messages.
+        """
         layers = dict[str, StoredLayer]()
         for about in description["layers"]:
             layers[about["name"]] = StoredLayer.from_dict(about)
@@ -124,11 +162,15 @@ class StoredAdapters:
             "config": self.config.to_stored(),
             "entries": len(self.state),
             "layers": [layer.to_dict() for layer in self.layers.values()],
-            _SAID_SINCE_0_2_0: [{"modules": plain_modules(self.modules), "metrics": self.metrics}],
+            _SAID_SINCE_0_2_0: [
+                {"modules": plain_modules(self.modules), "metrics": self.metrics}
+            ],
         }
         return {**about, "checksum": checksum(self.state, about)}
 
-    def with_names_of_model(self, renaming: Renaming, config: LoRAConfig) -> "StoredAdapters":
+    def with_names_of_model(
+        self, renaming: Renaming, config: LoRAConfig
+    ) -> "StoredAdapters":
         """Return the same by a model's names. ``config`` is for that model already."""
         layers = dict[str, StoredLayer]()
         for layer in self.layers.values():
@@ -155,7 +197,8 @@ class StoredAdapters:
     def names_its_base(self) -> bool:
         """Whether it says on which base it was trained.
 
-        Files of this package do. Those of other libraries do not, nor do sums of the adapters in a model.
+        Files of this package do. Those of other libraries do not, nor do sums of the
+        adapters in a model.
         """
         return bool(self.base)
 
@@ -182,9 +225,14 @@ class StoredAdapters:
     def check_finite(self) -> None:
         """Refuse NaN and infinite values, for whoever has no model to compare them with."""
         tensors = where(self.state, is_computable)
-        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        broken = [
+            name for name, tensor in tensors.items() if not tensor.isfinite().all()
+        ]
         if broken:
-            raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
+            raise AdapterFileError(
+                f"{listed(broken)} in {self.source} hold NaN or infinite values: "
+                f"{DIVERGED}."
+            )
 
 
 ReadFor = Callable[[View], StoredAdapters]
@@ -211,7 +259,9 @@ def _tied_to_rows(layers: Iterable[StoredLayer]) -> list[str]:
     return names
 
 
-def _check_as_configured(view: View, config: LoRAConfig, layers: Iterable[StoredLayer]) -> None:
+def _check_as_configured(
+    view: View, config: LoRAConfig, layers: Iterable[StoredLayer]
+) -> None:
     """Refuse layers with another rank or scaling than the configuration says, by which a reader adapts its model."""
     wrong = dict[str, None]()
     for layer in layers:
@@ -221,13 +271,16 @@ def _check_as_configured(view: View, config: LoRAConfig, layers: Iterable[Stored
                 wrong[wanted.target] = None
     if wrong:
         raise AdapterStateError(
-            f"{listed(wrong)} of {view.title} have another rank or scaling than its configuration says, so a file of "
-            "them would give other outputs. They come from another model. Adapt this one with their r and alpha "
-            "(rank_pattern, alpha_pattern), and copy lora_A and lora_B."
+            f"{listed(wrong)} of {view.title} have another rank or scaling than its "
+            "configuration says, so a file of them would give other outputs. They come "
+            "from another model. Adapt this one with their r and alpha (rank_pattern, "
+            "alpha_pattern), and copy lora_A and lora_B."
         )
 
 
-def _split(of_no_base: Iterable[str], changed: Collection[str]) -> tuple[list[str], list[str]]:
+def _split(
+    of_no_base: Iterable[str], changed: Collection[str]
+) -> tuple[list[str], list[str]]:
     """Split what belongs to no base: into frozen weights that look untrained, and buffers that hooks filled."""
     untrained = list[str]()
     filled = list[str]()
@@ -241,7 +294,10 @@ def _split(of_no_base: Iterable[str], changed: Collection[str]) -> tuple[list[st
 
 
 def _said_since_0_2_0(description: Description) -> dict[str, Any]:
-    """Return what a description says that 0.2.0 does not know. Its own files do not say it."""
+    """Return what a description says that 0.2.0 does not know.
+
+    Its own files do not say it.
+    """
     entries = description.get(_SAID_SINCE_0_2_0)
     return dict_or_empty(entries[0]) if entries else {}
 
@@ -251,11 +307,18 @@ def stored_config(description: Description) -> LoRAConfig:
     try:
         config = LoRAConfig.from_dict(description["config"])
     except ConfigError as error:
-        raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
+        raise AdapterFileError(
+            f"The file's configuration cannot be used: {error}"
+        ) from error
     if config.target_modules != "all-linear":
         return config
-    names = [layer["name"] for layer in description["layers"] if layer["kind"] not in _NAMED_OTHERWISE]
-    if any(_is_named_as_head(name) for name in names):  # 0.2.0 adapted heads that only their names and sizes tell
+    names = [
+        layer["name"]
+        for layer in description["layers"]
+        if layer["kind"] not in _NAMED_OTHERWISE
+    ]
+    # 0.2.0 adapted heads that only their names and sizes tell
+    if any(_is_named_as_head(name) for name in names):
         return replace(config, target_modules=names)
     return config
 
@@ -265,4 +328,5 @@ def _is_named_as_head(layer: str) -> bool:
     return layer.rpartition(".")[2] == OUTPUT_HEAD
 
 
-_NAMED_OTHERWISE = (LoRAParameters.__name__, LoRATokens.__name__)  # kinds of layers that target_modules does not mean
+# kinds of layers that target_modules does not mean
+_NAMED_OTHERWISE = (LoRAParameters.__name__, LoRATokens.__name__)

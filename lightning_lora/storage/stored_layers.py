@@ -1,4 +1,7 @@
-"""What a file says of each adapted layer. So it can be merged, exported and inspected without the model's code."""
+"""What a file says of each adapted layer.
+
+So it can be merged, exported and inspected without the model's code.
+"""
 
 import json
 import math
@@ -33,7 +36,8 @@ Shape = tuple[int, ...]
 
 _ALSO = "also"  # the entry of a layer's options in files that holds its other names
 _HOOKED = "hooked"  # the entry that says that code has put hooks around its forward
-_HOOKS_THAT_LOOK = ("torch.", "lightning", "pytorch_lightning.", "transformers.")  # whose hooks change no output
+# whose hooks change no output
+_HOOKS_THAT_LOOK = ("torch.", "lightning", "pytorch_lightning.", "transformers.")
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,10 @@ class StoredLayer:
     matrices: Matrices
     shapes: dict[str, Shape]  # of the weights, by their names in the layer
     tied: dict[str, tuple[str, ...]]  # other names of these weights in the model
-    options: dict[str, Any]  # what the update depends on beside the weights, such as the groups of a convolution
-    is_additive: bool  # whether it adds the update to its output; otherwise it computes on W + ΔW
+    # what the update depends on beside the weights, such as the groups of a convolution
+    options: dict[str, Any]
+    # whether it adds the update to its output; otherwise it computes on W + ΔW
+    is_additive: bool
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -67,7 +73,10 @@ class StoredLayer:
 
     @property
     def other_names(self) -> Sequence[str]:
-        """Its other names, if the model uses the layer in several places. Files hold them among the options."""
+        """Its other names, if the model uses the layer in several places.
+
+        Files hold them among the options.
+        """
         names: Sequence[str] = self.options.get(_ALSO, ())
         return names
 
@@ -83,7 +92,9 @@ class StoredLayer:
 
     def renamed(self, name_of: Callable[[str], str]) -> "StoredLayer":
         """Return the layer as another model has it, with the names there."""
-        tied = {weight: tuple(map(name_of, names)) for weight, names in self.tied.items()}
+        tied = {
+            weight: tuple(map(name_of, names)) for weight, names in self.tied.items()
+        }
         options = dict(self.options)
         if _ALSO in options:
             options[_ALSO] = list(map(name_of, options[_ALSO]))
@@ -91,7 +102,9 @@ class StoredLayer:
 
     def settings(self, config: LoRAConfig) -> Settings:
         """Return the settings of its adapter."""
-        return Settings(self.r, self.scaling, init=config.init, use_dora=config.use_dora)
+        return Settings(
+            self.r, self.scaling, init=config.init, use_dora=config.use_dora
+        )
 
     def parameters(self, config: LoRAConfig) -> dict[str, str]:
         """Return its adapter's names of parameters in the file, by those in the layer."""
@@ -110,7 +123,9 @@ class StoredLayer:
         about = _fields_in(stored, cls, besides="parts")
         about["matrices"] = tuple(map(_matrix_from_dict, stored["parts"]))
         for name in ("shapes", "tied"):
-            about[name] = {weight: tuple(values) for weight, values in stored[name].items()}
+            about[name] = {
+                weight: tuple(values) for weight, values in stored[name].items()
+            }
         return cls(**about)
 
 
@@ -123,17 +138,26 @@ def _matrix_from_dict(stored: dict[str, Any]) -> AdaptedMatrix:
 
 
 def _fields_in(stored: dict[str, Any], kind: type, besides: str = "") -> dict[str, Any]:
-    """The fields of a class in what a file says. Others may be None alone: the update may depend on them."""
+    """The fields of a class in what a file says.
+
+    Others may be None alone: the update may depend on them.
+    """
     names = {field.name for field in fields(kind)}
     others = without(stored, {*names, besides})
     later = [name for name, value in others.items() if value is not None]
     if later:
-        raise AdapterFileError(f"The file says {listed(later)} of a layer, as later versions do. Update the package.")
+        raise AdapterFileError(
+            f"The file says {listed(later)} of a layer, as later versions do. Update "
+            "the package."
+        )
     return only(stored, names)
 
 
 def bare(matrix: AdaptedMatrix) -> AdaptedMatrix:
-    """Return a matrix without a rank and a scaling of its own. Files may differ in these."""
+    """Return a matrix without a rank and a scaling of its own.
+
+    Files may differ in these.
+    """
     return replace(matrix, r=None, scaling=None)
 
 
@@ -147,10 +171,14 @@ class Wanted:
 
     def is_met(self, matrix: AdaptedMatrix, r: int, scaling: float) -> bool:
         """Whether a matrix has this rank and scaling, in a layer with these."""
-        return self.r == matrix.rank_for(r) and math.isclose(self.scaling, matrix.scaling_for(scaling))
+        return self.r == matrix.rank_for(r) and math.isclose(
+            self.scaling, matrix.scaling_for(scaling)
+        )
 
 
-def wanted_of(config: LoRAConfig, name: str, matrix: AdaptedMatrix, kind: str) -> Wanted:
+def wanted_of(
+    config: LoRAConfig, name: str, matrix: AdaptedMatrix, kind: str
+) -> Wanted:
     """Return what a configuration says of a matrix of the layer ``name``."""
     parameter = ""
     if kind == LoRAParameters.__name__:
@@ -171,7 +199,9 @@ def layers_of(view: View) -> dict[str, StoredLayer]:
     for name, adapter in adapters.items():
         kind = cast(Kind, adapter.kind)
         settings = adapter.settings
-        stored = described(view, name, kind, adapter.matrices, settings.r, float(settings.scaling))
+        stored = described(
+            view, name, kind, adapter.matrices, settings.r, float(settings.scaling)
+        )
         layers[name] = replace(stored, tied=_other_names(view, stored, names_by_weight))
     return layers
 
@@ -189,10 +219,22 @@ def _other_names(
     return tied
 
 
-def described(view: View, name: str, kind: Kind, matrices: Matrices, r: int = 1, scaling: float = 1.0) -> StoredLayer:
-    """Describe a layer with its adapter. It has it, had it before a merge, or will get it."""
+def described(
+    view: View,
+    name: str,
+    kind: Kind,
+    matrices: Matrices,
+    r: int = 1,
+    scaling: float = 1.0,
+) -> StoredLayer:
+    """Describe a layer with its adapter.
+
+    It has it, had it before a merge, or will get it.
+    """
     layer = view.modules[name]
-    layer_class = layer.lora_plain_class if isinstance(layer, LoRALayer) else type(layer)
+    layer_class = (
+        layer.lora_plain_class if isinstance(layer, LoRALayer) else type(layer)
+    )
     return StoredLayer(
         name=name,
         layer_class=f"{layer_class.__module__}.{layer_class.__qualname__}",
@@ -208,22 +250,37 @@ def described(view: View, name: str, kind: Kind, matrices: Matrices, r: int = 1,
 
 
 def _is_additive(kind: Kind, layer_class: type[nn.Module]) -> bool:
-    """Whether such an adapter adds its update to the output of such a layer. Only the class of both decides that."""
+    """Whether such an adapter adds its update to the output of such a layer.
+
+    Only the class of both decides that.
+    """
     adapted_class = cast(Kind, combined(kind, layer_class))
     return adapted_class._lora_is_additive
 
 
-def _shapes_of_weights(layer: nn.Module, kind: Kind, matrices: Matrices) -> dict[str, Shape]:
-    """The shapes of a layer's adapted weights. Those of quantised ones say nothing of their values."""
+def _shapes_of_weights(
+    layer: nn.Module, kind: Kind, matrices: Matrices
+) -> dict[str, Shape]:
+    """The shapes of a layer's adapted weights.
+
+    Those of quantised ones say nothing of their values.
+    """
     if kind.lora_is_quantised(layer):
         return {matrix.weight: (matrix.writes, matrix.reads) for matrix in matrices}
-    return {weight: tuple(own_parameter(layer, weight).shape) for weight in weights_of(matrices)}
+    return {
+        weight: tuple(own_parameter(layer, weight).shape)
+        for weight in weights_of(matrices)
+    }
 
 
 def _options(view: View, name: str, kind: Kind) -> dict[str, Any]:
     """What a layer's update depends on beside its weights, the other names that the layer has, and hooks."""
     layer = view.modules[name]
-    options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
+    options = {
+        option: getattr(layer, option)
+        for option in kind.lora_options
+        if hasattr(layer, option)
+    }
     names = with_values(view.modules, {layer})
     also = names_not_in(names, [name])
     if also:

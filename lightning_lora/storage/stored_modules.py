@@ -1,7 +1,8 @@
-"""What a file says of modules. So it is exported as its model is, without the model's code.
+"""What a file says of modules.
 
-It says this of adapted layers, of all modules around them, any of which a reader may have, and of modules with names
-like those of layers.
+So it is exported as its model is, without the model's code. It says this of adapted
+layers, of all modules around them, any of which a reader may have, and of modules with
+names like those of layers.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -21,12 +22,16 @@ from lightning_lora.tensors.names import find_parameter, modules_around, modules
 class StoredModule:
     """One module, as a file describes it."""
 
-    classes: tuple[str, ...] = ()  # the full names of its class, and of those that this inherits from
+    # the full names of its class, and of those that this inherits from
+    classes: tuple[str, ...] = ()
     pretrained: str = ""  # the folder or the repository that its weights came from
     has_bias: bool = False
-    says_tied: bool = False  # whether its configuration says that embeddings are tied to other layers
-    model_type: str = ""  # what its configuration calls the architecture: one class may serve several
-    input_embedding: str = ""  # the name in it of the embedding of its inputs, if it is a model and says which
+    # whether its configuration says that embeddings are tied to other layers
+    says_tied: bool = False
+    # what its configuration calls the architecture: one class may serve several
+    model_type: str = ""
+    # the name in it of the embedding of its inputs, if it is a model and says which
+    input_embedding: str = ""
 
     @property
     def class_name(self) -> str:
@@ -71,7 +76,10 @@ def _last_name(name: str) -> str:
 
 
 def _is_of_fsdp(cls: type) -> bool:
-    """Whether a class came with the sharding of a model. FSDP2 changes the class of each module that it shards."""
+    """Whether a class came with the sharding of a model.
+
+    FSDP2 changes the class of each module that it shards.
+    """
     return "FSDPModule" in {ancestor.__name__ for ancestor in cls.__mro__}
 
 
@@ -95,7 +103,10 @@ def _described(module: nn.Module) -> StoredModule:
 
 
 def input_embedding_in(module: nn.Module) -> str:
-    """Return the name in a model of another library of the embedding of its inputs. Empty: it does not say which."""
+    """Return the name in a model of another library of the embedding of its inputs.
+
+    Empty: it does not say which.
+    """
     if not is_model_of_other_library(module):
         return ""
     with suppress(AttributeError, NotImplementedError):  # of models that have none
@@ -113,7 +124,10 @@ def _text(config: Any, name: str) -> str:
 
 
 def _configuration(module: nn.Module) -> Any:
-    """The configuration of a module, as models of transformers and diffusers have one. None: it has none."""
+    """The configuration of a module, as models of transformers and diffusers have one.
+
+    None: it has none.
+    """
     if is_model_of_other_library(module):
         return getattr(module, "config", None)
     return vars(module).get("config")  # no code of the user's runs
@@ -131,12 +145,17 @@ def plain_modules(modules: Mapping[str, StoredModule]) -> list[dict[str, Any]]:
     """Return modules in plain types, which every file format can hold."""
     entries = list[dict[str, Any]]()
     for module, names in grouped(modules, modules.__getitem__).items():
-        entries.append({**vars(module), "classes": list(module.classes), "names": names})
+        entries.append(
+            {**vars(module), "classes": list(module.classes), "names": names}
+        )
     return entries
 
 
 def modules_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, StoredModule]:
-    """Return by name what :func:`plain_modules` has made plain. A later version may say more."""
+    """Return by name what :func:`plain_modules` has made plain.
+
+    A later version may say more.
+    """
     known = {field.name for field in fields(StoredModule)}
     modules = dict[str, StoredModule]()
     for entry in entries:

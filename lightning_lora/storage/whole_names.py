@@ -13,10 +13,12 @@ from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join
 
 
-def by_whole_names(layers: Iterable[StoredLayer], settings: LoRAConfig, present: Collection[str]) -> LoRAConfig:
-    """Return a configuration that names each layer in full. Each has its own rank and scaling.
+def by_whole_names(
+    layers: Iterable[StoredLayer], settings: LoRAConfig, present: Collection[str]
+) -> LoRAConfig:
+    """Return a configuration that names each layer in full.
 
-    ``present`` has the names of all modules.
+    Each has its own rank and scaling. ``present`` has the names of all modules.
     """
     targets = _Targets(use_rslora=settings.use_rslora)
     for layer in layers:
@@ -79,7 +81,10 @@ class _Targets:
         self.parameters.append(name)
 
     def _set_numbers(self, name: str, r: int, scaling: float) -> None:
-        """Set the rank and alpha of one name. Alpha is as a user would give it, if that makes the same scaling."""
+        """Set the rank and alpha of one name.
+
+        Alpha is as a user would give it, if that makes the same scaling.
+        """
         divisor = r**0.5 if self.use_rslora else r  # scaling = alpha / divisor
         alpha = scaling * divisor
         as_given = round(alpha, 9)
@@ -89,11 +94,16 @@ class _Targets:
 
 def _others_than(usual: float, numbers: Mapping[str, float]) -> dict[str, float]:
     """A pattern for the names with another number."""
-    return {_exactly(name): number for name, number in numbers.items() if number != usual}
+    return {
+        _exactly(name): number for name, number in numbers.items() if number != usual
+    }
 
 
 def _exactly(name: str) -> str:
-    """An expression for one name alone. Patterns match the ends of names, so the beginning is what is left to fix."""
+    """An expression for one name alone.
+
+    Patterns match the ends of names, so the beginning is what is left to fix.
+    """
     return f"^{re.escape(name)}"
 
 
@@ -109,7 +119,10 @@ def _slices(layer: StoredLayer) -> Any:
 
 
 def list_or_expression(names: list[str], present: Collection[str]) -> list[str] | str:
-    """Return a list of names, or an expression if a list would match more. ``present``: the names of all modules."""
+    """Return a list of names, or an expression if a list would match more.
+
+    ``present``: the names of all modules.
+    """
     if _match_no_other(names, present):
         return names
     return expression_of(names)

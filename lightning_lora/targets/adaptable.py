@@ -8,9 +8,21 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.errors import listed
-from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, adapter_for, name_of_kind
+from lightning_lora.layers import (
+    ADAPTERS,
+    AdaptedMatrix,
+    LoRALayer,
+    adapter_for,
+    name_of_kind,
+)
 from lightning_lora.tensors.dicts import prefixed, where, without
-from lightning_lora.tensors.names import Modules, direct_parameters, modules_by_name, own_parameter, owner_of
+from lightning_lora.tensors.names import (
+    Modules,
+    direct_parameters,
+    modules_by_name,
+    own_parameter,
+    owner_of,
+)
 
 COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 
@@ -19,22 +31,34 @@ COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 
 
 def why_not_adaptable(modules: Modules, name: str, layer: nn.Module) -> str:
-    """Return why ``layer`` cannot be adapted, or nothing. The ``modules`` are those of its model, by name."""
+    """Return why ``layer`` cannot be adapted, or nothing.
+
+    The ``modules`` are those of its model, by name.
+    """
     kind = adapter_for(layer)
     if kind is None:
         return _about_unsupported(modules, name, layer)
     if isinstance(layer, LoRALayer):
         return ""
-    return _why_not_called(modules, name, layer, kind) or kind.lora_refusal(layer) or _why_not_weight(layer, kind)
+    return (
+        _why_not_called(modules, name, layer, kind)
+        or kind.lora_refusal(layer)
+        or _why_not_weight(layer, kind)
+    )
 
 
 def _about_unsupported(modules: Modules, name: str, layer: nn.Module) -> str:
     """What of a layer of no supported kind can be adapted."""
     if isinstance(layer, LoRALayer):
-        return "only its parameters can be adapted, and some are"  # a LoRAParameters, put on the module before
+        # a LoRAParameters, put on the module before
+        return "only its parameters can be adapted, and some are"
     modules_inside = prefixed(name, without(modules_by_name(layer), [""]))
     layers = where(modules_inside, adapter_for)
-    adaptable = [inner for inner, module in layers.items() if not why_not_adaptable(modules, inner, module)]
+    adaptable = [
+        inner
+        for inner, module in layers.items()
+        if not why_not_adaptable(modules, inner, module)
+    ]
     said = f"a {class_name_of(layer)} is not supported"
     if adaptable:
         said += f" (layers inside it are: {listed(adaptable)})"
@@ -44,17 +68,24 @@ def _about_unsupported(modules: Modules, name: str, layer: nn.Module) -> str:
     return said
 
 
-def _why_not_called(modules: Modules, name: str, layer: nn.Module, kind: type[LoRALayer]) -> str:
+def _why_not_called(
+    modules: Modules, name: str, layer: nn.Module, kind: type[LoRALayer]
+) -> str:
     """Why the adapter's methods would not be called, or not be the adapter's."""
     outer = owner_of(name)
     if isinstance(modules.get(outer), nn.MultiheadAttention):
         return (
-            f"its nn.MultiheadAttention reads the weight and never calls the layer: name {outer!r}, with "
-            f"target_slices={{{outer!r}: ['out']}} if nothing else of it is to be adapted"
+            "its nn.MultiheadAttention reads the weight and never calls the layer: "
+            f"name {outer!r}, with "
+            f"target_slices={{{outer!r}: ['out']}} if nothing else of it is to be "
+            "adapted"
         )
     replaced = [method for method in kind.lora_methods if method in vars(layer)]
     if replaced:
-        return f"its {replaced[0]} is replaced on the instance, which would bypass the adapter"
+        return (
+            f"its {replaced[0]} is replaced on the instance, which would bypass the "
+            "adapter"
+        )
     if hasattr(layer, "lora_A"):
         return "it has a lora_A of another library"
     return ""
@@ -77,9 +108,10 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str:
 
 
 def has_computed_weight(layer: nn.Module) -> bool:
-    """Whether a weight of a layer is computed from other parameters. In a parametrized one, a list holds these.
+    """Whether a weight of a layer is computed from other parameters.
 
-    That list counts too: its parameters are no weights of their own.
+    In a parametrized one, a list holds these. That list counts too: its parameters are
+    no weights of their own.
     """
     kind = adapter_for(layer)
     if kind is None:
@@ -113,7 +145,12 @@ def _matrices_of(layer: nn.Module, kind: type[LoRALayer]) -> tuple[AdaptedMatrix
 def adaptable_parameters(name: str, layer: nn.Module) -> list[str]:
     """Return the names of what ``target_parameters`` can adapt in a module of no supported kind."""
     is_model = not name
-    if is_model or adapter_for(layer) or has_computed_weight(layer) or not has_forward(layer):
+    if (
+        is_model
+        or adapter_for(layer)
+        or has_computed_weight(layer)
+        or not has_forward(layer)
+    ):
         return []
     return list(where(direct_parameters({name: layer}), _is_matrix_or_stack))
 
@@ -125,7 +162,10 @@ def _is_matrix_or_stack(parameter: nn.Parameter) -> bool:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether a module's own Python code reads its parameters: not a container's, nor a scripted module's."""
-    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
+    return (
+        not isinstance(module, torch.jit.ScriptModule)
+        and type(module).forward is not nn.Module.forward
+    )
 
 
 # Names of kinds

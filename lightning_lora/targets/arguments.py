@@ -13,7 +13,8 @@ from lightning_lora.tensors.names import owner_of
 if TYPE_CHECKING:
     from lightning_lora.targets.lookup import Lookup
 
-AUTOMATIC = ("all-linear", "all")  # the keywords that ``target_modules`` accepts, besides regular expressions and lists
+# the keywords that ``target_modules`` accepts, besides regular expressions and lists
+AUTOMATIC = ("all-linear", "all")
 
 _MOST_NAMES = 20  # that are written in place of an expression
 
@@ -23,7 +24,10 @@ class UnmatchedEntries:
     """Entries of an argument that match nothing, such as ``["q_porj", "layers.*.v_proj"]``."""
 
     given: str | Sequence[str]
-    """The whole argument as the user wrote it, if it is one expression or a list. Nothing, if it has keys."""
+    """The whole argument as the user wrote it, if it is one expression or a list.
+
+    Nothing, if it has keys.
+    """
 
     missing: Sequence[str]
     """Its entries that match nothing."""
@@ -57,13 +61,21 @@ class Argument:
         """Return several names in the form of this argument."""
         return f"a list: {self.name}={found}. In YAML: [{', '.join(found)}]"
 
-    def rewritten(self, entries: UnmatchedEntries, expressions: Mapping[str, str]) -> str:
+    def rewritten(
+        self, entries: UnmatchedEntries, expressions: Mapping[str, str]
+    ) -> str:
         r"""Say how to write a list, or keys, some of which were meant as expressions.
 
-        ``expressions`` has these by entry: ``{"layers.*.v_proj": r"layers\..*\.v_proj"}``.
+        ``expressions`` has these by entry: ``{"layers.*.v_proj":
+        r"layers\..*\.v_proj"}``.
         """
-        alternatives = [expressions.get(entry, as_end(escaped(entry))) for entry in entries.given]
-        return f'Write one regular expression, and no list: {self.name}=r"{"|".join(alternatives)}".'
+        alternatives = [
+            expressions.get(entry, as_end(escaped(entry))) for entry in entries.given
+        ]
+        return (
+            "Write one regular expression, and no list: "
+            f'{self.name}=r"{"|".join(alternatives)}".'
+        )
 
     # What is said of its names
 
@@ -87,7 +99,9 @@ class _ListOfNames(Argument):
 
     wildcard = "[^.]*"
 
-    def rewritten(self, entries: UnmatchedEntries, expressions: Mapping[str, str]) -> str:
+    def rewritten(
+        self, entries: UnmatchedEntries, expressions: Mapping[str, str]
+    ) -> str:
         """Say which names the expressions match."""
         matching: dict[str, None] = {}  # each name once
         for expression in expressions.values():
@@ -103,7 +117,9 @@ class _Keys(Argument):
     def written(self, found: list[str]) -> str:
         return f"a key for each: {', '.join(map(repr, found))}"
 
-    def rewritten(self, entries: UnmatchedEntries, expressions: Mapping[str, str]) -> str:
+    def rewritten(
+        self, entries: UnmatchedEntries, expressions: Mapping[str, str]
+    ) -> str:
         """Say that each expression can be a key."""
         keys = [f'r"{expression}"' for expression in expressions.values()]
         return f"Write a regular expression as the key: {', '.join(keys)}."
@@ -120,7 +136,9 @@ class _TargetModules(Argument):
         advice = super().about_similar(lookup, entries)
         parameters = ending_in(lookup.parameters, entries.missing)
         if parameters:
-            advice += f" {parameters[0]!r} is a parameter: name it in target_parameters."
+            advice += (
+                f" {parameters[0]!r} is a parameter: name it in target_parameters."
+            )
         for entry in entries.missing:
             for word in difflib.get_close_matches(entry, AUTOMATIC, n=1):
                 return f"{advice} Or did you mean the word {word!r}?"
@@ -163,7 +181,11 @@ class _TokenIndices(_Keys):
 
     def about_suggested(self, lookup: "Lookup") -> str:
         embeddings = lookup.embeddings()
-        return f"Its embeddings are {listed(embeddings)}." if embeddings else "It has no nn.Embedding."
+        return (
+            f"Its embeddings are {listed(embeddings)}."
+            if embeddings
+            else "It has no nn.Embedding."
+        )
 
 
 _ALL: tuple[Argument, ...] = (

@@ -17,7 +17,13 @@ from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.pattern_keys import check_pattern_keys
 from lightning_lora.targets.resolve import ResolvedArguments
 from lightning_lora.targets.unmatched import SEE_ALL
-from lightning_lora.tensors.dicts import names_of_each, where, where_not, with_values, without
+from lightning_lora.tensors.dicts import (
+    names_of_each,
+    where,
+    where_not,
+    with_values,
+    without,
+)
 from lightning_lora.tensors.names import Modules, join, names_inside, starts_of
 
 _SHOWN = 5  # the number of layers that an error names
@@ -33,12 +39,17 @@ def check_not_lazy(lookup: Lookup) -> None:
         for name, buffer in module._buffers.items():
             if _is_lazy(buffer):
                 lazy.append(join(prefix, name))
-        if isinstance(module, LazyModuleMixin) and not module.has_uninitialized_params():  # a file gave its shapes
+        # a file gave its shapes
+        if (
+            isinstance(module, LazyModuleMixin)
+            and not module.has_uninitialized_params()
+        ):
             lazy.append(prefix)
     if lazy:
         raise ConfigError(
-            f"{listed(lazy)} of {lookup.title} are lazy: they get their shape and class from the first batch. Run one "
-            "batch through the model before it is adapted."
+            f"{listed(lazy)} of {lookup.title} are lazy: they get their shape and "
+            "class from the first batch. Run one batch through the model before it is "
+            "adapted."
         )
 
 
@@ -49,14 +60,18 @@ def _is_lazy(tensor: object) -> bool:
 # Layers that cannot be adapted
 
 
-def check_supported(lookup: Lookup, config: LoRAConfig, layers: Modules, targets: Collection[nn.Module]) -> None:
+def check_supported(
+    lookup: Lookup, config: LoRAConfig, layers: Modules, targets: Collection[nn.Module]
+) -> None:
     """Refuse targets that cannot be adapted."""
     refused = lookup.refused(with_values(layers, targets))
     if refused:
         raise TargetError(_about_refused_layers(lookup, config, layers, refused))
 
 
-def _about_refused_layers(lookup: Lookup, config: LoRAConfig, layers: Modules, refused: Mapping[str, str]) -> str:
+def _about_refused_layers(
+    lookup: Lookup, config: LoRAConfig, layers: Modules, refused: Mapping[str, str]
+) -> str:
     """Why some of the targeted layers cannot be adapted, and what to name instead."""
     reasons = [f"{name!r}: {why}" for name, why in refused.items()]
     if len(reasons) > _SHOWN:
@@ -64,7 +79,8 @@ def _about_refused_layers(lookup: Lookup, config: LoRAConfig, layers: Modules, r
     adaptable = names_inside(lookup.adaptable(), refused)
     said_reasons = "; ".join(reasons)
     found = (
-        f"target_modules {_as_given(config)!r} match layers of {lookup.title} that cannot be adapted ({said_reasons})."
+        f"target_modules {_as_given(config)!r} match layers of {lookup.title} that "
+        f"cannot be adapted ({said_reasons})."
     )
     remedy = "Name other layers"
     if adaptable:
@@ -84,34 +100,45 @@ def _as_given(config: LoRAConfig) -> object:
 # No layer at all
 
 
-def no_layer_selected(lookup: Lookup, config: LoRAConfig, resolved: ResolvedArguments) -> TargetError:
+def no_layer_selected(
+    lookup: Lookup, config: LoRAConfig, resolved: ResolvedArguments
+) -> TargetError:
     """Return the error for a selection of no layer."""
     targets_left_out = lookup.first_names(resolved.targets_left_out())
     if targets_left_out and config.target_modules not in AUTOMATIC:
         return TargetError(_about_targets_left_out(lookup, config, targets_left_out))
-    others = lookup.first_names(set(lookup.modules.values()).difference(resolved.left_out_modules))
+    others = lookup.first_names(
+        set(lookup.modules.values()).difference(resolved.left_out_modules)
+    )
     by_class = _adaptable_by_class(lookup, others)
     if by_class and config.target_modules == "all-linear":
         hint = _hint_of_all(by_class)
     else:
         hint = _hint_of_what_there_is(lookup, others)
     return TargetError(
-        f"target_modules {_as_given(config)!r} select no layer of {lookup.title} beyond those in exclude_modules and "
-        f"modules_to_save. {hint} ({SEE_ALL}.)"
+        f"target_modules {_as_given(config)!r} select no layer of {lookup.title} "
+        f"beyond those in exclude_modules and modules_to_save. {hint} ({SEE_ALL}.)"
     )
 
 
-def _about_targets_left_out(lookup: Lookup, config: LoRAConfig, targets: Collection[str]) -> str:
+def _about_targets_left_out(
+    lookup: Lookup, config: LoRAConfig, targets: Collection[str]
+) -> str:
     """What a selection is of which each layer is in another argument too."""
     saved = [name for name in targets if _is_in_saved_module(config, name)]
     if saved:
-        layers, argument, why = saved, "modules_to_save", "trains in full, and so without an adapter"
+        layers, argument, why = (
+            saved,
+            "modules_to_save",
+            "trains in full, and so without an adapter",
+        )
     else:
         layers, argument, why = list(targets), "exclude_modules", "gets none"
     return (
-        f"target_modules and {argument} both mean {listed(layers)} of {lookup.title}, and nothing else is "
-        f"targeted: no layer would get an adapter. What {argument} names {why}. Name other layers in target_modules, "
-        f"or leave these out of {argument}."
+        f"target_modules and {argument} both mean {listed(layers)} of {lookup.title}, "
+        f"and nothing else is targeted: no layer would get an adapter. What {argument} "
+        f"names {why}. Name other layers in target_modules, or leave these out of "
+        f"{argument}."
     )
 
 
@@ -128,9 +155,13 @@ def _adaptable_by_class(lookup: Lookup, layers: Modules) -> dict[str, list[str]]
 def _hint_of_all(by_class: Mapping[str, list[str]]) -> str:
     """What ``"all"`` would adapt."""
     number = sum(map(len, by_class.values()))
-    kinds = [f"{len(layers)} {kind} ({listed(layers, most=1)})" for kind, layers in by_class.items()]
+    kinds = [
+        f"{len(layers)} {kind} ({listed(layers, most=1)})"
+        for kind, layers in by_class.items()
+    ]
     return (
-        f'"all" would adapt {counted(number, "layer")}: {", ".join(kinds[:_SHOWN])}. Set '
+        f'"all" would adapt {counted(number, "layer")}: {", ".join(kinds[:_SHOWN])}. '
+        "Set "
         'target_modules="all", or name some of them.'
     )
 
@@ -143,7 +174,8 @@ def _hint_of_what_there_is(lookup: Lookup, layers: Modules) -> str:
         matrices += adaptable_parameters(name, layer)
     if matrices:
         hint += (
-            f" Or adapt matrices of other kinds of layers: target_parameters={lookup.as_target_parameters(matrices)}."
+            " Or adapt matrices of other kinds of layers: "
+            f"target_parameters={lookup.as_target_parameters(matrices)}."
         )
     return hint
 
@@ -151,7 +183,9 @@ def _hint_of_what_there_is(lookup: Lookup, layers: Modules) -> str:
 # The layers that are chosen
 
 
-def check_choices(lookup: Lookup, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+def check_choices(
+    lookup: Lookup, config: LoRAConfig, choices: Mapping[str, Choice]
+) -> None:
     """Refuse what their adapters cannot do, and keys of patterns that mean none of them."""
     check_pattern_keys(lookup, config, choices)
     _check_factor_names(choices)
@@ -163,11 +197,14 @@ def _check_factor_names(choices: Mapping[str, Choice]) -> None:
     """Refuse matrices of a layer whose factors would have the same name: only one of them would get its own."""
     for name, choice in choices.items():
         endings = Counter(matrix.name for matrix in choice.matrices)
-        alike = [matrix.weight for matrix in choice.matrices if endings[matrix.name] > 1]
+        alike = [
+            matrix.weight for matrix in choice.matrices if endings[matrix.name] > 1
+        ]
         if alike:
             raise TargetError(
-                f"{listed(alike)} of {name!r} cannot be adapted together: their factors would have the same name. Name "
-                "one of them in target_parameters, or rename one in the module."
+                f"{listed(alike)} of {name!r} cannot be adapted together: their "
+                "factors would have the same name. Name one of them in "
+                "target_parameters, or rename one in the module."
             )
 
 
@@ -175,11 +212,19 @@ def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse layers that do not support DoRA, or a start from their weights."""
     if config.use_dora:
         unfit = where_not(choices, _fits_dora)
-        _refuse_unfit("use_dora=True", "linear, embedding and convolution layers without target_slices", unfit)
+        _refuse_unfit(
+            "use_dora=True",
+            "linear, embedding and convolution layers without target_slices",
+            unfit,
+        )
     if INITIALISATIONS[config.init].from_weight:
         unfit = where_not(choices, _can_start_from_weight)
         what = f"init={config.init!r}"
-        _refuse_unfit(what, "layers other than embeddings, where it would change unseen tokens", unfit)
+        _refuse_unfit(
+            what,
+            "layers other than embeddings, where it would change unseen tokens",
+            unfit,
+        )
 
 
 def _fits_dora(choice: Choice) -> bool:
@@ -187,17 +232,23 @@ def _fits_dora(choice: Choice) -> bool:
 
 
 def _can_start_from_weight(choice: Choice) -> bool:
-    """Whether ``init`` may take the factors from the weight. Rows that train by themselves start as they are."""
+    """Whether ``init`` may take the factors from the weight.
+
+    Rows that train by themselves start as they are.
+    """
     trains_rows = bool(choice.matrices[0].tokens)
     return trains_rows or choice.kind.lora_may_start_from_weight()
 
 
 def _refuse_unfit(what: str, fitting: str, unfit: Mapping[str, Choice]) -> None:
     if unfit:
-        layers = [f"{name!r} ({type(choice.layer).__name__})" for name, choice in unfit.items()]
+        layers = [
+            f"{name!r} ({type(choice.layer).__name__})"
+            for name, choice in unfit.items()
+        ]
         raise TargetError(
-            f"{what} is for {fitting}; targeted too: {shortened(layers)}. Leave {what} out, or exclude these: "
-            f"exclude_modules={list(unfit)[:_SHOWN]}."
+            f"{what} is for {fitting}; targeted too: {shortened(layers)}. Leave {what} "
+            f"out, or exclude these: exclude_modules={list(unfit)[:_SHOWN]}."
         )
 
 
@@ -208,7 +259,9 @@ def _check_merges(choices: Mapping[str, Choice]) -> None:
         if why is not None:
             kind = choice.kind.__name__
             raise TargetError(
-                f"{kind}, the adapter class of {name!r} ({type(choice.layer).__name__}), would merge a wrong update: "
-                f"{why}. Expected W itself: lora_as_weight must undo lora_as_matrix. Define both in {kind}; for a "
-                "weight (in, out), one returns weight.T, and the other matrix.T."
+                f"{kind}, the adapter class of {name!r} "
+                f"({type(choice.layer).__name__}), would merge a wrong update: {why}. "
+                "Expected W itself: lora_as_weight must undo lora_as_matrix. Define "
+                f"both in {kind}; for a weight (in, out), one returns weight.T, and "
+                "the other matrix.T."
             )

@@ -20,12 +20,18 @@ class Choice:
 
 
 def choose(
-    config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]
+    config: LoRAConfig,
+    name: str,
+    layer: nn.Module,
+    kind: type[LoRALayer],
+    matrices: tuple[AdaptedMatrix, ...],
 ) -> Choice:
-    """Return the adapter for these matrices. Patterns may give each parameter its own rank and scaling.
+    """Return the adapter for these matrices.
 
-    The settings hold the largest rank, and the scaling of the first matrix. A matrix with others holds its own: of two
-    matrices with the ranks 8 and 4, the settings hold ``r=8``, and the second matrix holds ``r=4``.
+    Patterns may give each parameter its own rank and scaling. The settings hold the
+    largest rank, and the scaling of the first matrix. A matrix with others holds its
+    own: of two matrices with the ranks 8 and 4, the settings hold ``r=8``, and the
+    second matrix holds ``r=4``.
     """
     ranks = []
     scalings = []
@@ -35,10 +41,19 @@ def choose(
         ranks.append(matrix.rank_for(config.rank(name, meant_as)))
         scalings.append(config.scaling(name, meant_as))
     settings = Settings(
-        max(ranks), scalings[0], config.dropout, config.init, config.use_dora, config.autocast_adapter_dtype
+        max(ranks),
+        scalings[0],
+        config.dropout,
+        config.init,
+        config.use_dora,
+        config.autocast_adapter_dtype,
     )
     chosen = []
     for matrix, r, scaling in zip(matrices, ranks, scalings, strict=True):
-        is_as_in_settings = matrix.rank_for(settings.r) == r and scaling == settings.scaling
-        chosen.append(matrix if is_as_in_settings else replace(matrix, r=r, scaling=scaling))
+        is_as_in_settings = (
+            matrix.rank_for(settings.r) == r and scaling == settings.scaling
+        )
+        chosen.append(
+            matrix if is_as_in_settings else replace(matrix, r=r, scaling=scaling)
+        )
     return Choice(layer, kind, tuple(chosen), settings)

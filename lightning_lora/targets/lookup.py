@@ -11,7 +11,13 @@ from lightning_lora.targets.arguments import ARGUMENTS
 from lightning_lora.targets.matching import ending_in, ends_of, last_two, matched_whole
 from lightning_lora.targets.unmatched import unmatched
 from lightning_lora.tensors.dicts import of_type, where, with_values, without
-from lightning_lora.tensors.names import Modules, direct_parameters, first_names, modules_by_all_names, names_not_in
+from lightning_lora.tensors.names import (
+    Modules,
+    direct_parameters,
+    first_names,
+    modules_by_all_names,
+    names_not_in,
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -19,12 +25,16 @@ OUTPUT_HEAD = "lm_head"  # the name that language models of many packages have f
 
 
 class Lookup:
-    """The modules and parameters of a model by name. A shared module appears under each of its names."""
+    """The modules and parameters of a model by name.
+
+    A shared module appears under each of its names.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.title = type(model).__name__
-        self.all_modules = modules_by_all_names(model)  # with the model itself, whose name is empty
+        # with the model itself, whose name is empty
+        self.all_modules = modules_by_all_names(model)
         self.modules = without(self.all_modules, [""])
         self.parameters = direct_parameters(self.all_modules)
 
@@ -49,10 +59,13 @@ class Lookup:
         ends = matched_whole(expression, ends_of(candidates))
         if ends:
             raise TargetError(
-                f"{argument_name}={expression!r} is an expression, which must match the whole name of a module of "
-                f"{self.title}, and matches none. To match ends of names, give a list: {argument_name}={ends}."
+                f"{argument_name}={expression!r} is an expression, which must match "
+                f"the whole name of a module of {self.title}, and matches none. To "
+                f"match ends of names, give a list: {argument_name}={ends}."
             )
-        raise unmatched(self, argument, [expression], argument.suggested(self), given=expression)
+        raise unmatched(
+            self, argument, [expression], argument.suggested(self), given=expression
+        )
 
     def _find_by_list(self, argument_name: str, entries: tuple[str, ...]) -> list[str]:
         """The names that are an entry, or end in one."""
@@ -61,7 +74,9 @@ class Lookup:
         matched = set(ends_of(found))
         missing = names_not_in(entries, matched)
         if missing:
-            raise unmatched(self, argument, missing, argument.suggested(self), given=entries)
+            raise unmatched(
+                self, argument, missing, argument.suggested(self), given=entries
+            )
         return found
 
     # What there is
@@ -81,7 +96,10 @@ class Lookup:
 
     def refused(self, layers: Modules) -> dict[str, str]:
         """Return why some of these layers cannot be adapted."""
-        reasons = {name: why_not_adaptable(self.modules, name, layer) for name, layer in layers.items()}
+        reasons = {
+            name: why_not_adaptable(self.modules, name, layer)
+            for name, layer in layers.items()
+        }
         return where(reasons, bool)
 
     def of_type(self, kind: type[Module]) -> dict[str, Module]:

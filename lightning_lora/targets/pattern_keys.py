@@ -15,7 +15,9 @@ from lightning_lora.targets.unmatched import unmatched
 from lightning_lora.tensors.names import join
 
 
-def check_pattern_keys(lookup: Lookup, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+def check_pattern_keys(
+    lookup: Lookup, config: LoRAConfig, choices: Mapping[str, Choice]
+) -> None:
     """Refuse a pattern's key without effect: it matches no adapted layer, or earlier keys match all of its layers."""
     layers = []
     parameters = []
@@ -27,7 +29,8 @@ def check_pattern_keys(lookup: Lookup, config: LoRAConfig, choices: Mapping[str,
             layers.append(_Adapted(name, name))
     _check_keys(lookup, "rank_pattern", config.rank_pattern, layers + parameters)
     _check_keys(lookup, "alpha_pattern", config.alpha_pattern, layers + parameters)
-    _check_keys(lookup, "target_slices", config.target_slices, layers)  # parameters have no slices
+    # parameters have no slices
+    _check_keys(lookup, "target_slices", config.target_slices, layers)
 
 
 class _Adapted(NamedTuple):
@@ -41,17 +44,33 @@ class _Adapted(NamedTuple):
         return fits(key, self.name) or fits(key, self.module)
 
 
-def _check_keys(lookup: Lookup, argument: str, keys: Iterable[str] | None, all_adapted: Sequence[_Adapted]) -> None:
+def _check_keys(
+    lookup: Lookup,
+    argument: str,
+    keys: Iterable[str] | None,
+    all_adapted: Sequence[_Adapted],
+) -> None:
     """Refuse keys of a pattern that mean nothing that is adapted, or nothing that earlier keys leave."""
     if keys is None:
         return
     matched: dict[str, set[str]] = {}
     for key in keys:
-        matched[key] = {adapted.name for adapted in all_adapted if adapted.is_meant_by(key)}
+        matched[key] = {
+            adapted.name for adapted in all_adapted if adapted.is_meant_by(key)
+        }
     missing = [key for key, found in matched.items() if not found]
     if missing:
-        _refuse_keys_of_unadapted(lookup, argument, missing, lookup.modules, "layers", "target_modules")
-        _refuse_keys_of_unadapted(lookup, argument, missing, lookup.parameters, "parameters", "target_parameters")
+        _refuse_keys_of_unadapted(
+            lookup, argument, missing, lookup.modules, "layers", "target_modules"
+        )
+        _refuse_keys_of_unadapted(
+            lookup,
+            argument,
+            missing,
+            lookup.parameters,
+            "parameters",
+            "target_parameters",
+        )
         own_names = [adapted.name for adapted in all_adapted]
         modules = [adapted.module for adapted in all_adapted]
         raise unmatched(lookup, ARGUMENTS[argument], missing, own_names + modules)
@@ -59,7 +78,12 @@ def _check_keys(lookup: Lookup, argument: str, keys: Iterable[str] | None, all_a
 
 
 def _refuse_keys_of_unadapted(
-    lookup: Lookup, argument: str, keys: Sequence[str], candidates: Iterable[str], what: str, other_argument: str
+    lookup: Lookup,
+    argument: str,
+    keys: Sequence[str],
+    candidates: Iterable[str],
+    what: str,
+    other_argument: str,
 ) -> None:
     """Refuse those of the keys that match a candidate: it is there, but ``other_argument`` does not adapt it."""
     without_effect = []
@@ -68,20 +92,24 @@ def _refuse_keys_of_unadapted(
             without_effect.append(key)
     if without_effect:
         raise TargetError(
-            f"{argument} {without_effect} match {what} of {lookup.title} that are not adapted. Name them in "
-            f"{other_argument} too, or remove them from {argument}."
+            f"{argument} {without_effect} match {what} of {lookup.title} that are not "
+            f"adapted. Name them in {other_argument} too, or remove them from "
+            f"{argument}."
         )
 
 
-def _check_order(lookup: Lookup, argument: str, matched: Mapping[str, set[str]]) -> None:
+def _check_order(
+    lookup: Lookup, argument: str, matched: Mapping[str, set[str]]
+) -> None:
     """Refuse a key whose layers all match earlier keys: the first match decides."""
     decided: set[str] = set()  # the layers that earlier keys match
     for key, layers in matched.items():
         if layers <= decided:
             deciding = _keys_before(key, matched)
             raise TargetError(
-                f"{argument} {key!r} has no effect on {lookup.title}: {listed(deciding)} before it match all its "
-                "layers, and the first key that matches decides. Put it first."
+                f"{argument} {key!r} has no effect on {lookup.title}: "
+                f"{listed(deciding)} before it match all its layers, and the first key "
+                "that matches decides. Put it first."
             )
         decided |= layers
 

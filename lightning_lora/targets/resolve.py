@@ -44,13 +44,19 @@ class ResolvedArguments:
         return self.named_targets & self.left_out_modules
 
     def layers_to_adapt(self) -> set[nn.Module]:
-        """Return the modules that get an adapter. One in which rows train gets no other."""
+        """Return the modules that get an adapter.
+
+        One in which rows train gets no other.
+        """
         targets = self.remaining_targets - self.token_rows.layers
         return targets.union(self.parameters, self.token_rows.matrices)
 
 
 def resolve_arguments(lookup: Lookup, config: LoRAConfig) -> ResolvedArguments:
-    """Find the modules and parameters that the arguments mean. A name that matches nothing is an error."""
+    """Find the modules and parameters that the arguments mean.
+
+    A name that matches nothing is an error.
+    """
     saved = lookup.find("modules_to_save", config.modules_to_save)
     left_out_names = {*saved, *lookup.find("exclude_modules", config.exclude_modules)}
     left_out_modules = _modules_of(lookup, left_out_names)
@@ -61,16 +67,25 @@ def resolve_arguments(lookup: Lookup, config: LoRAConfig) -> ResolvedArguments:
 
     # no single rows train in what is named elsewhere
     named_elsewhere = holders | _modules_of(lookup, saved)
-    if config.target_modules not in AUTOMATIC:  # "all" leaves these embeddings to their rows
+    # "all" leaves these embeddings to their rows
+    if config.target_modules not in AUTOMATIC:
         named_elsewhere |= remaining_targets
     token_rows = find_token_rows(lookup, config, named_elsewhere)
-    return ResolvedArguments(left_out_names, left_out_modules, parameters, named_targets, remaining_targets, token_rows)
+    return ResolvedArguments(
+        left_out_names,
+        left_out_modules,
+        parameters,
+        named_targets,
+        remaining_targets,
+        token_rows,
+    )
 
 
 def _modules_of(lookup: Lookup, named: Collection[str]) -> set[nn.Module]:
     """The named modules, or the layers of named weights, and all modules inside them.
 
-    Of a layer with several weights, one that is named takes out its own matrix alone: ``_is_adapted`` in ``select``.
+    Of a layer with several weights, one that is named takes out its own matrix alone:
+    ``_is_adapted`` in ``select``.
     """
     modules = {name.removesuffix(".weight") for name in named}
     return with_all_inside(only(lookup.modules, modules).values())
@@ -84,10 +99,12 @@ def _named_by_target_modules(lookup: Lookup, config: LoRAConfig) -> set[nn.Modul
     targets = config.target_modules
     if targets in AUTOMATIC:
         found = automatic_targets(lookup, str(targets))
-        fitting = where(found, has_matrices)  # a word does not mean weights that are computed or empty
+        # a word does not mean weights that are computed or empty
+        fitting = where(found, has_matrices)
     else:
         found = only(lookup.modules, set(lookup.find("target_modules", targets)))
-        fitting = where(found, adapter_for)  # an expression does not mean containers and norms
+        # an expression does not mean containers and norms
+        fitting = where(found, adapter_for)
     is_list = not isinstance(targets, str)  # a list means each of its names
     if is_list or not fitting:  # an error says why what is found does not fit
         return set(found.values())
@@ -115,7 +132,10 @@ def _parameters_by_reader(
 
 
 def _holders_of(parameters: Mapping[nn.Module, Iterable[str]]) -> set[nn.Module]:
-    """The modules that hold these parameters: they get no other adapter. A reader may be around them."""
+    """The modules that hold these parameters: they get no other adapter.
+
+    A reader may be around them.
+    """
     holders: set[nn.Module] = set()
     for reader, inner_names in parameters.items():
         for name in inner_names:
@@ -124,14 +144,17 @@ def _holders_of(parameters: Mapping[nn.Module, Iterable[str]]) -> set[nn.Module]
 
 
 def _reader_of(lookup: Lookup, parameter: str) -> str:
-    """The module that gets the adapter of a parameter: the one whose code reads it. The model has no name.
+    """The module that gets the adapter of a parameter: the one whose code reads it.
 
-    That is the module which holds it. If this is a layer, such as the ``gate`` of ``gate.weight``, it is the module
-    around it: for the layer itself, there is ``target_modules``.
+    The model has no name. That is the module which holds it. If this is a layer, such
+    as the ``gate`` of ``gate.weight``, it is the module around it: for the layer
+    itself, there is ``target_modules``.
     """
     owner = owner_of(parameter)
     module = lookup.all_modules[owner]
-    reads_its_own = adapter_for(module) is None or isinstance(module, nn.MultiheadAttention)
+    reads_its_own = adapter_for(module) is None or isinstance(
+        module, nn.MultiheadAttention
+    )
     return owner if reads_its_own else owner_of(owner)
 
 
@@ -139,16 +162,21 @@ def _why_not_as_parameter(lookup: Lookup, name: str, reader: str) -> str:
     """Why a parameter that a module reads cannot be adapted, or nothing."""
     if not reader:
         return (
-            f"{lookup.title} itself may read it: move it into a module, or name its layer in target_modules, with "
-            "target_slices for one of several weights"
+            f"{lookup.title} itself may read it: move it into a module, or name its "
+            "layer in target_modules, with target_slices for one of several weights"
         )
     module = lookup.modules[reader]
     class_name = type(module).__name__
     parameter = lookup.parameters[name]
     if adapter_for(module):
-        return f"its {class_name} is adapted as a layer: name {reader!r} in target_modules"
+        return (
+            f"its {class_name} is adapted as a layer: name {reader!r} in target_modules"
+        )
     if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
-        return f"it is {tuple(parameter.shape)}, {parameter.dtype}, neither a matrix nor a stack of matrices"
+        return (
+            f"it is {tuple(parameter.shape)}, {parameter.dtype}, neither a matrix nor "
+            "a stack of matrices"
+        )
     if not has_forward(module):
         return f"its {class_name} has no forward of its own, so other code reads it"
     if "forward" in vars(module) and not isinstance(module, LoRALayer):

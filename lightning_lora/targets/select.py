@@ -3,7 +3,13 @@
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRAParameters, LoRATokens, adapter_for
+from lightning_lora.layers import (
+    AdaptedMatrix,
+    LoRALayer,
+    LoRAParameters,
+    LoRATokens,
+    adapter_for,
+)
 from lightning_lora.targets import checks
 from lightning_lora.targets.choice import Choice, choose
 from lightning_lora.targets.lookup import Lookup
@@ -13,7 +19,10 @@ from lightning_lora.tensors.names import Modules, names_joined, starts_of
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
-    """Return the layers that ``config`` adapts, by name and in the model's order. A shared layer appears once."""
+    """Return the layers that ``config`` adapts, by name and in the model's order.
+
+    A shared layer appears once.
+    """
     lookup = Lookup(model)
     checks.check_not_lazy(lookup)
     resolved = resolve_arguments(lookup, config)
@@ -26,8 +35,13 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     return choices
 
 
-def _choices(lookup: Lookup, config: LoRAConfig, resolved: ResolvedArguments, layers: Modules) -> dict[str, Choice]:
-    """How each layer is adapted, by name. One of which all is left out, or empty, has no adapter."""
+def _choices(
+    lookup: Lookup, config: LoRAConfig, resolved: ResolvedArguments, layers: Modules
+) -> dict[str, Choice]:
+    """How each layer is adapted, by name.
+
+    One of which all is left out, or empty, has no adapter.
+    """
     choices = {}
     for name, layer in layers.items():
         kind, matrices = _adapter_of(lookup, config, resolved, name)
@@ -45,7 +59,10 @@ def _adapter_of(
     if layer in resolved.token_rows.matrices:
         return LoRATokens, (resolved.token_rows.matrices[layer],)
     if layer in resolved.parameters:
-        read_matrices = [LoRAParameters.lora_matrix_of(layer, inner) for inner in resolved.parameters[layer]]
+        read_matrices = [
+            LoRAParameters.lora_matrix_of(layer, inner)
+            for inner in resolved.parameters[layer]
+        ]
         return LoRAParameters, tuple(read_matrices)
     kind = adapter_for(layer)
     assert kind is not None  # others have been refused
@@ -58,5 +75,6 @@ def _adapter_of(
 
 def _is_adapted(resolved: ResolvedArguments, name: str, matrix: AdaptedMatrix) -> bool:
     """Whether a matrix of a layer has numbers, and neither its weight nor a module inside the layer is left out."""
-    names_inside = names_joined(name, starts_of(matrix.weight))  # of modules inside, and of the weight itself
+    # of modules inside, and of the weight itself
+    names_inside = names_joined(name, starts_of(matrix.weight))
     return matrix.largest_rank > 0 and resolved.left_out_names.isdisjoint(names_inside)

@@ -26,7 +26,13 @@ _INTERLEAVED = ("CodeGenAttention",)
 """Classes of attention whose projection has one of these names, but is ordered head by head."""
 
 
-def sliced(lookup: Lookup, name: str, kind: type[LoRALayer], matrices: Matrices, wanted: WantedParts) -> Matrices:
+def sliced(
+    lookup: Lookup,
+    name: str,
+    kind: type[LoRALayer],
+    matrices: Matrices,
+    wanted: WantedParts,
+) -> Matrices:
     """Return what ``target_slices`` selects of the layer ``name``, which has these matrices."""
     if len(matrices) == 1:
         parts = _ranges_of_rows(lookup, name, kind, matrices[0], wanted)
@@ -34,7 +40,9 @@ def sliced(lookup: Lookup, name: str, kind: type[LoRALayer], matrices: Matrices,
         parts = _named_matrices(name, matrices, wanted)
     unknown = names_not_in(wanted, parts)
     if unknown:
-        raise TargetError(f"{name!r} has no parts {listed(unknown)}. It has {listed(parts, most=12)}.")
+        raise TargetError(
+            f"{name!r} has no parts {listed(unknown)}. It has {listed(parts, most=12)}."
+        )
     return tuple(only(parts, wanted).values())
 
 
@@ -44,32 +52,53 @@ def _named_matrices(name: str, matrices: Matrices, wanted: WantedParts) -> Parts
     if isinstance(wanted, dict):
         part_names = ", ".join(map(repr, parts))
         raise TargetError(
-            f"target_slices give rows of {name!r}, whose parts have names: {part_names}. Give a list of these."
+            f"target_slices give rows of {name!r}, whose parts have names: "
+            f"{part_names}. Give a list of these."
         )
     return parts
 
 
 def _ranges_of_rows(
-    lookup: Lookup, name: str, kind: type[LoRALayer], matrix: AdaptedMatrix, wanted: WantedParts
+    lookup: Lookup,
+    name: str,
+    kind: type[LoRALayer],
+    matrix: AdaptedMatrix,
+    wanted: WantedParts,
 ) -> Parts:
     """Ranges of rows of a layer with one weight, by name."""
     if not kind.lora_writes_rows:
         title = type(lookup.modules[name]).__name__
-        raise TargetError(f"{name!r} is a {title}, which has no parts for target_slices.")
-    ranges = wanted if isinstance(wanted, dict) else _known_ranges(lookup, name, matrix, wanted)
+        raise TargetError(
+            f"{name!r} is a {title}, which has no parts for target_slices."
+        )
+    ranges = (
+        wanted
+        if isinstance(wanted, dict)
+        else _known_ranges(lookup, name, matrix, wanted)
+    )
     # a matrix has a row for each feature that it writes
     beyond = [part for part, (_, end) in ranges.items() if end > matrix.writes]
     if beyond:
-        raise TargetError(f"target_slices of {name!r} end beyond its {matrix.writes} rows: {listed(beyond)}.")
+        raise TargetError(
+            f"target_slices of {name!r} end beyond its {matrix.writes} rows: "
+            f"{listed(beyond)}."
+        )
     parts = {}
     for part, (first, end) in ranges.items():
         parts[part] = AdaptedMatrix(
-            matrix.weight, reads=matrix.reads, writes=end - first, first=first, rows=matrix.writes, name=part
+            matrix.weight,
+            reads=matrix.reads,
+            writes=end - first,
+            first=first,
+            rows=matrix.writes,
+            name=part,
         )
     return parts
 
 
-def _known_ranges(lookup: Lookup, name: str, matrix: AdaptedMatrix, wanted: WantedParts) -> Ranges:
+def _known_ranges(
+    lookup: Lookup, name: str, matrix: AdaptedMatrix, wanted: WantedParts
+) -> Ranges:
     """The rows of each part of a fused projection, one part after the other."""
     sizes = _known_sizes(lookup, name, matrix)
     if sum(sizes.values()) != matrix.writes:
@@ -87,8 +116,9 @@ def _about_unknown_ranges(name: str, matrix: AdaptedMatrix, wanted: WantedParts)
     first_part = next(iter(wanted))
     example = f"target_slices={{{name!r}: {{{first_part!r}: [first, end]}}}}"
     return (
-        f"The rows of {listed(wanted)} in {name!r}, which has {matrix.writes}, are not known. If each is one range "
-        f"of rows, give it: {example}. If the model writes them head by head, adapt the whole layer."
+        f"The rows of {listed(wanted)} in {name!r}, which has {matrix.writes}, are not "
+        f"known. If each is one range of rows, give it: {example}. If the model writes "
+        "them head by head, adapt the whole layer."
     )
 
 
@@ -104,7 +134,8 @@ def _known_sizes(lookup: Lookup, name: str, matrix: AdaptedMatrix) -> dict[str, 
         return {}
     for module in modules_around:
         config = getattr(module, "config", None)
-        if hasattr(config, "num_attention_heads"):  # the nearest one counts: a model may have several encoders
+        # the nearest one counts: a model may have several encoders
+        if hasattr(config, "num_attention_heads"):
             return _sizes_by_heads(config, matrix.reads)
     return dict.fromkeys("qkv", matrix.reads)
 
@@ -116,7 +147,10 @@ def _modules_around(lookup: Lookup, name: str) -> list[nn.Module]:
 
 
 def _sizes_by_heads(config: Any, reads: int) -> dict[str, int]:
-    """Sizes of q, k and v. In grouped-query and multi-query attention, k and v are smaller than q."""
+    """Sizes of q, k and v.
+
+    In grouped-query and multi-query attention, k and v are smaller than q.
+    """
     multi_query = getattr(config, "multi_query", None)
     if multi_query is False:  # then the rows are ordered head by head
         return {}
@@ -125,4 +159,8 @@ def _sizes_by_heads(config: Any, reads: int) -> dict[str, int]:
     if multi_query:
         key_heads = 1
     head_size = getattr(config, "head_dim", None) or reads // query_heads
-    return {"q": query_heads * head_size, "k": key_heads * head_size, "v": key_heads * head_size}
+    return {
+        "q": query_heads * head_size,
+        "k": key_heads * head_size,
+        "v": key_heads * head_size,
+    }

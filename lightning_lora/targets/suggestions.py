@@ -4,7 +4,12 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
-from lightning_lora.targets.matching import ends_of, last_component, last_two, matched_whole
+from lightning_lora.targets.matching import (
+    ends_of,
+    last_component,
+    last_two,
+    matched_whole,
+)
 
 _BETWEEN_COMMAS = re.compile(r"[^,\s](?:[^,]*[^,\s])?")
 """A text between commas, without the spaces around it."""
@@ -69,10 +74,13 @@ def _names_by_end(names: Iterable[str]) -> dict[str, list[str]]:
 # An expression, a name with ``*``, or a row of a table
 
 
-def expressions_meant(entries: Iterable[str], names: Sequence[str], wildcard: str) -> dict[str, str]:
+def expressions_meant(
+    entries: Iterable[str], names: Sequence[str], wildcard: str
+) -> dict[str, str]:
     """Return the expressions that entries may have been meant as, by entry: those that match a name.
 
-    An entry means whole names and ends of names. So the expression for whole names is enough if no other name ends so.
+    An entry means whole names and ends of names. So the expression for whole names is
+    enough if no other name ends so.
     """
     meant = {}
     for entry in entries:
@@ -91,7 +99,9 @@ def _guessed_expressions(entry: str, wildcard: str) -> tuple[str, str]:
     if "\\" in entry:  # likewise, with a dot for example
         return entry, as_end(entry)
     name = _BESIDE_NAME.sub("", entry)
-    components = [_guessed_component(component, wildcard) for component in name.split(".")]
+    components = [
+        _guessed_component(component, wildcard) for component in name.split(".")
+    ]
     expression = r"\.".join(components)
     return expression, as_end(expression)
 

@@ -9,19 +9,36 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError, listed
-from lightning_lora.layers import AdaptedMatrix, LoRAEmbedding, LoRALinear, LoRATokens, adapter_for
+from lightning_lora.layers import (
+    AdaptedMatrix,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRATokens,
+    adapter_for,
+)
 from lightning_lora.targets.adaptable import why_not_adaptable
 from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.matching import ending_in
-from lightning_lora.tensors.names import find_parameter, owner_of, plain_module, starts_of
+from lightning_lora.tensors.names import (
+    find_parameter,
+    owner_of,
+    plain_module,
+    starts_of,
+)
 from lightning_lora.tensors.shards import is_dtensor
 
 _ARGUMENT = "trainable_token_indices"
-_USUAL = "embed_tokens"  # the name that most language models have for their input embedding
+# the name that most language models have for their input embedding
+_USUAL = "embed_tokens"
 
 
-def find_token_rows(lookup: Lookup, config: LoRAConfig, named_elsewhere: Container[object]) -> "TokenRows":
-    """Return the embeddings whose rows train. Other arguments mean the modules that are ``named_elsewhere``."""
+def find_token_rows(
+    lookup: Lookup, config: LoRAConfig, named_elsewhere: Container[object]
+) -> "TokenRows":
+    """Return the embeddings whose rows train.
+
+    Other arguments mean the modules that are ``named_elsewhere``.
+    """
     found = TokenRows(lookup, named_elsewhere)
     for key, rows in _rows_by_key(lookup, config.trainable_token_indices).items():
         for name in _meant_by(lookup, key):
@@ -41,7 +58,10 @@ def _rows_by_key(
 
 
 def _meant_by(lookup: Lookup, key: str) -> list[str]:
-    """The names of embeddings that a key means. A whole name means no end of another."""
+    """The names of embeddings that a key means.
+
+    A whole name means no end of another.
+    """
     if key in lookup.modules:
         return [key]
     return lookup.find(_ARGUMENT, (key,))
@@ -50,14 +70,16 @@ def _meant_by(lookup: Lookup, key: str) -> list[str]:
 class TokenRows:
     """The embeddings whose rows train, and the layers that are tied to them.
 
-    Several layers may have one weight. All are in ``layers``, and the one that the argument names is in ``matrices``.
+    Several layers may have one weight. All are in ``layers``, and the one that the
+    argument names is in ``matrices``.
     """
 
     def __init__(self, lookup: Lookup, named_elsewhere: Container[object]) -> None:
         self._lookup = lookup
         self._named_elsewhere = named_elsewhere
         self._rows: dict[nn.Module, Sequence[int]] = {}
-        self.matrices: dict[nn.Module, AdaptedMatrix] = {}  # by the layer that gets the adapter: of tied layers, one
+        # by the layer that gets the adapter: of tied layers, one
+        self.matrices: dict[nn.Module, AdaptedMatrix] = {}
 
     @property
     def layers(self) -> Set[nn.Module]:
@@ -71,18 +93,28 @@ class TokenRows:
         for owner in (name, *owners):  # there are no owners if the weight is computed
             why = self._why_rows_cannot_train(owner, rows)
             if why:
-                raise TargetError(f"{_ARGUMENT} means {name!r} of {self._lookup.title}. {owner!r} does not fit: {why}.")
+                raise TargetError(
+                    f"{_ARGUMENT} means {name!r} of {self._lookup.title}. {owner!r} "
+                    f"does not fit: {why}."
+                )
         if layer not in self._rows:
             self.matrices[layer] = _matrix_of_rows(layer, rows)
             for owner in owners:
                 self._rows[self._lookup.all_modules[owner]] = rows
         elif self._rows[layer] != rows:
-            raise TargetError(f"{_ARGUMENT} has other rows for {name!r} than for a name of the same weight.")
+            raise TargetError(
+                f"{_ARGUMENT} has other rows for {name!r} than for a name of the same "
+                "weight."
+            )
 
     def _owners_of_weight(self, layer: nn.Module) -> list[str]:
         """The modules that hold a layer's weight."""
         weight = find_parameter(layer, "weight")
-        return [owner_of(name) for name, parameter in self._lookup.parameters.items() if parameter is weight]
+        return [
+            owner_of(name)
+            for name, parameter in self._lookup.parameters.items()
+            if parameter is weight
+        ]
 
     def _why_rows_cannot_train(self, name: str, rows: Iterable[int]) -> str:
         """Why rows of a module's weight cannot train, or nothing."""
@@ -90,12 +122,17 @@ class TokenRows:
         if layer in self._named_elsewhere:
             return "target_modules, target_parameters or modules_to_save name it too"
         if adapter_for(layer) not in (LoRAEmbedding, LoRALinear):
-            return f"a {type(layer).__name__} is neither an nn.Embedding nor an nn.Linear"
+            return (
+                f"a {type(layer).__name__} is neither an nn.Embedding nor an nn.Linear"
+            )
         why = why_not_adaptable(self._lookup.modules, name, layer)
         if why:
             return why
         if is_dtensor(layer.weight):
-            return "its weight is sharded (FSDP2 or tensor parallelism), where single rows cannot train"
+            return (
+                "its weight is sharded (FSDP2 or tensor parallelism), where single "
+                "rows cannot train"
+            )
         beyond = [row for row in rows if row >= len(layer.weight)]
         if beyond:
             return f"it has {len(layer.weight)} rows, and no {beyond}. Resize it first"
@@ -134,9 +171,14 @@ def _about_unknown_embedding(lookup: Lookup, rows: Sequence[int]) -> str:
     """What to do if nothing says which embedding a list of rows means."""
     embeddings = lookup.embeddings()
     if not embeddings:
-        return f"{_ARGUMENT} is for embeddings, and {lookup.title} has no nn.Embedding. Leave it out."
+        return (
+            f"{_ARGUMENT} is for embeddings, and {lookup.title} has no nn.Embedding. "
+            "Leave it out."
+        )
     return (
-        f"{_ARGUMENT}={list(rows)} names no embedding, and {lookup.title} does not say which one is meant (by "
-        f"get_input_embeddings, or the name {_USUAL!r}). It has {listed(embeddings)}. Name it: "
+        f"{_ARGUMENT}={list(rows)} names no embedding, and {lookup.title} does not say "
+        "which one is meant (by "
+        f"get_input_embeddings, or the name {_USUAL!r}). It has {listed(embeddings)}. "
+        "Name it: "
         f"{_ARGUMENT}={{{embeddings[0]!r}: {list(rows)}}}."
     )

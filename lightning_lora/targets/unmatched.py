@@ -23,11 +23,17 @@ def unmatched(
 ) -> TargetError:
     """Return the error for entries that match nothing.
 
-    ``given`` is the whole argument, if it is one expression or a list. Of keys, only those that are missing count.
+    ``given`` is the whole argument, if it is one expression or a list. Of keys, only
+    those that are missing count.
     """
-    entries = UnmatchedEntries(given, list(dict.fromkeys(missing)), list(dict.fromkeys(could_mean)))
+    entries = UnmatchedEntries(
+        given, list(dict.fromkeys(missing)), list(dict.fromkeys(could_mean))
+    )
     if isinstance(given, str):
-        found = f"{argument.name}={given!r} is an expression, and matches no whole name of a {argument.what}"
+        found = (
+            f"{argument.name}={given!r} is an expression, and matches no whole name of "
+            f"a {argument.what}"
+        )
     else:
         found = f"{argument.name} {entries.missing} match no {argument.what}"
     advice = (
@@ -35,7 +41,9 @@ def unmatched(
         or _about_expressions(argument, entries)
         or argument.about_similar(lookup, entries)
     )
-    return TargetError(f"{found} of {lookup.title}. {advice} Correct {argument.name}; {SEE_ALL}.")
+    return TargetError(
+        f"{found} of {lookup.title}. {advice} Correct {argument.name}; {SEE_ALL}."
+    )
 
 
 def _about_several_names(argument: Argument, entries: UnmatchedEntries) -> str:
@@ -48,7 +56,9 @@ def _about_several_names(argument: Argument, entries: UnmatchedEntries) -> str:
 
 def _about_expressions(argument: Argument, entries: UnmatchedEntries) -> str:
     """How to write an expression, if an entry is one, or a name with ``*``, or a row of a table."""
-    expressions = expressions_meant(entries.missing, entries.could_mean, argument.wildcard)
+    expressions = expressions_meant(
+        entries.missing, entries.could_mean, argument.wildcard
+    )
     if not expressions:
         return ""
     if isinstance(entries.given, str):

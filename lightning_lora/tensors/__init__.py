@@ -1,1 +1,4 @@
-"""Tools for torch parameters and modules: names, classes, values. Nothing here depends on LoRA."""
+"""Tools for torch parameters and modules: names, classes, values.
+
+Nothing here depends on LoRA.
+"""

@@ -1,4 +1,7 @@
-"""Dicts of things by name, as modules, parameters and layers are. Each function returns a new dict."""
+"""Dicts of things by name, as modules, parameters and layers are.
+
+Each function returns a new dict.
+"""
 
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from typing import Any, TypeVar
@@ -18,17 +21,23 @@ def dict_or_empty(value: Any) -> dict[str, Any]:
 # Some of them
 
 
-def where(named: Mapping[str, Thing], holds: Callable[[Thing], object]) -> dict[str, Thing]:
+def where(
+    named: Mapping[str, Thing], holds: Callable[[Thing], object]
+) -> dict[str, Thing]:
     """Return those of which a condition holds."""
     return {name: thing for name, thing in named.items() if holds(thing)}
 
 
-def where_not(named: Mapping[str, Thing], holds: Callable[[Thing], object]) -> dict[str, Thing]:
+def where_not(
+    named: Mapping[str, Thing], holds: Callable[[Thing], object]
+) -> dict[str, Thing]:
     """Return those of which a condition does not hold."""
     return {name: thing for name, thing in named.items() if not holds(thing)}
 
 
-def with_values(named: Mapping[str, Thing], things: Container[object]) -> dict[str, Thing]:
+def with_values(
+    named: Mapping[str, Thing], things: Container[object]
+) -> dict[str, Thing]:
     """Return those that are some of these things: of tensors, a set."""
     return {name: thing for name, thing in named.items() if thing in things}
 
@@ -50,13 +59,19 @@ def without(named: Mapping[str, Thing], names: Collection[str]) -> dict[str, Thi
 
 def beginning_with(start: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
     """Return those whose names begin so, by the rest of their names."""
-    return {name.removeprefix(start): thing for name, thing in named.items() if name.startswith(start)}
+    return {
+        name.removeprefix(start): thing
+        for name, thing in named.items()
+        if name.startswith(start)
+    }
 
 
 # Other names
 
 
-def renamed(named: Mapping[str, Thing], name_of: Callable[[str], str]) -> dict[str, Thing]:
+def renamed(
+    named: Mapping[str, Thing], name_of: Callable[[str], str]
+) -> dict[str, Thing]:
     """Return the same things by other names."""
     return {name_of(name): thing for name, thing in named.items()}
 
@@ -70,7 +85,9 @@ def prefixed(prefix: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
 # By something else than the name
 
 
-def grouped(things: Iterable[Thing], group_of: Callable[[Thing], Key]) -> dict[Key, list[Thing]]:
+def grouped(
+    things: Iterable[Thing], group_of: Callable[[Thing], Key]
+) -> dict[Key, list[Thing]]:
     """Return things, such as names, in groups, in their order."""
     groups: dict[Key, list[Thing]] = {}
     for thing in things:
@@ -81,7 +98,9 @@ def grouped(things: Iterable[Thing], group_of: Callable[[Thing], Key]) -> dict[K
 def by_owner(tensors: Mapping[str, Thing]) -> dict[str, list[Thing]]:
     """Return tensors by the names of the modules that hold them."""
     by_module = grouped(tensors, owner_of)
-    return {module: [tensors[name] for name in names] for module, names in by_module.items()}
+    return {
+        module: [tensors[name] for name in names] for module, names in by_module.items()
+    }
 
 
 def names_of_each(named: Mapping[str, Key]) -> dict[Key, list[str]]:

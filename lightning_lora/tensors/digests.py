@@ -20,20 +20,23 @@ from lightning_lora.tensors.shards import (
 _CHUNK = 1 << 18  # integers whose products stay in a cache
 _RANGE = 1 << 63  # a digest is smaller than this
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16}  # by the bytes of an element; wider ones are read as several int32
+# by the bytes of an element; wider ones are read as several int32
+_INTEGERS = {1: torch.uint8, 2: torch.int16}
 
 
 def digest(tensor: Tensor) -> int:
     """Return a 63-bit hash of the tensor's bits.
 
-    The bytes are read as integers of at most 32 bits. Each is multiplied by an odd number that depends on its position,
-    and all products are summed. A change of one element always changes the sum. Other changes go unnoticed with a
-    probability of about ``2**-63``. The cost is about one pass over the tensor. It guards against mistakes, not against
-    forged weights.
+    The bytes are read as integers of at most 32 bits. Each is multiplied by an odd
+    number that depends on its position, and all products are summed. A change of one
+    element always changes the sum. Other changes go unnoticed with a probability of
+    about ``2**-63``. The cost is about one pass over the tensor. It guards against
+    mistakes, not against forged weights.
 
-    The integers are in chunks of 2**18, and there are as many odd numbers m (:func:`_multipliers`). Integer i of chunk
-    c is multiplied by m[i] · m[-1 - c]. So the sum of a chunk's products m[i] · x[i] is multiplied once, by m[-1 - c].
-    The number of integers is added at the end.
+    The integers are in chunks of 2**18, and there are as many odd numbers m
+    (:func:`_multipliers`). Integer i of chunk c is multiplied by m[i] · m[-1 - c]. So
+    the sum of a chunk's products m[i] · x[i] is multiplied once, by m[-1 - c]. The
+    number of integers is added at the end.
 
     Collective for a DTensor: it is the hash of the full tensor.
     """
@@ -65,7 +68,8 @@ def _digest_of_inner(tensor: Tensor) -> int:
 
 
 def _digest_of_sparse(tensor: Tensor) -> int:
-    sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense tensor may be too large
+    # the dense tensor may be too large
+    sparse = tensor.detach().to_sparse_coo().coalesce()
     indices = digest(sparse.indices())
     values = digest(sparse.values())
     return (3 * indices + values) % _RANGE
@@ -76,9 +80,12 @@ def _digest_of_integers(integers: Tensor) -> int:
     count = integers.numel()
     if count > _CHUNK:
         return _total(_sums_of_chunks(integers), count)
-    # One chunk, as in every look at a tensor: to stack it would take longer than to hash it.
+    # One chunk, as in every look at a tensor: to stack it would take longer than to
+    # hash it.
     multipliers = _multipliers(integers.device)
-    total = _sum_of_products(integers, multipliers[:count]) * _multiplier_of_chunk(0, multipliers)
+    total = _sum_of_products(integers, multipliers[:count]) * _multiplier_of_chunk(
+        0, multipliers
+    )
     return (count + int(total)) % _RANGE
 
 
@@ -86,7 +93,10 @@ def _digest_of_integers(integers: Tensor) -> int:
 
 
 def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
-    """Return the digests of tensors in ``dtype``. DTensors take one message a placement, or are gathered."""
+    """Return the digests of tensors in ``dtype``.
+
+    DTensors take one message a placement, or are gathered.
+    """
     found = [0] * len(tensors)
     distributed: dict[Any, list[int]] = {}  # by placement: the indices of DTensors
     for index, tensor in enumerate(tensors):
@@ -96,7 +106,9 @@ def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list
         else:
             found[index] = digest(_converted(full_tensor(tensor), dtype))
     for (mesh, dims), indices in distributed.items():
-        sums = _sums_over_processes([tensors[index] for index in indices], dtype, mesh, dims)
+        sums = _sums_over_processes(
+            [tensors[index] for index in indices], dtype, mesh, dims
+        )
         for index, total in zip(indices, sums, strict=True):
             tensor = tensors[index]
             count = tensor.numel() * _integers_per_element(dtype or tensor.dtype)
@@ -130,8 +142,10 @@ def _sum_of_shard(tensor: Tensor) -> Tensor:
     integers = _integers(shard)
     multipliers = _multipliers(shard.device)
     total = multipliers.new_zeros(())
-    place = first_local(tensor) * _integers_per_element(shard.dtype)  # of the next integer, in the full tensor
-    missing_in_chunk = -place % _CHUNK  # a shard may begin inside a chunk of the full tensor
+    # of the next integer, in the full tensor
+    place = first_local(tensor) * _integers_per_element(shard.dtype)
+    # a shard may begin inside a chunk of the full tensor
+    missing_in_chunk = -place % _CHUNK
     end_of_chunk = integers[:missing_in_chunk]
     later_chunks = integers[missing_in_chunk:].split(_CHUNK)
     for piece in (end_of_chunk, *later_chunks):
@@ -143,7 +157,10 @@ def _sum_of_shard(tensor: Tensor) -> Tensor:
 
 
 def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
-    """Return a floating-point tensor's digests in other dtypes. It is read once, and not copied as a whole."""
+    """Return a floating-point tensor's digests in other dtypes.
+
+    It is read once, and not copied as a whole.
+    """
     is_plain = tensor.layout is torch.strided and not holds_inner_tensors(tensor)
     if not is_plain:
         return [digest(tensor.to(dtype)) for dtype in dtypes]
@@ -177,7 +194,8 @@ def _sums_of_chunks(integers: Tensor) -> list[Tensor]:
 def _total(sums: list[Tensor], count: int) -> int:
     """The hash of ``count`` integers with these sums of their chunks."""
     multipliers = _multipliers(sums[0].device)
-    multipliers_of_chunks = multipliers[-len(sums) :].flip(0)  # all of _multiplier_of_chunk at once
+    # all of _multiplier_of_chunk at once
+    multipliers_of_chunks = multipliers[-len(sums) :].flip(0)
     total = (torch.stack(sums) * multipliers_of_chunks).sum()
     return (count + int(total)) % _RANGE
 
@@ -188,7 +206,10 @@ def _multiplier_of_chunk(chunk: int, multipliers: Tensor) -> Tensor:
 
 
 def _sum_of_products(integers: Tensor, multipliers: Tensor) -> Tensor:
-    """The sum modulo 2**64. On a CPU, ``dot`` is a third faster; other devices have none for integers."""
+    """The sum modulo 2**64.
+
+    On a CPU, ``dot`` is a third faster; other devices have none for integers.
+    """
     if integers.device.type == "cpu":
         return torch.dot(integers.long(), multipliers)
     return (integers * multipliers).sum()
@@ -200,7 +221,8 @@ _MULTIPLIERS: dict[torch.device, Tensor] = {}
 def _multipliers(device: torch.device) -> Tensor:
     """Odd 64-bit numbers, as good as random, by SplitMix64's mixing function (Steele et al. 2014, section 5).
 
-    Its constants are written as negative numbers: torch's integers of 64 bits have a sign.
+    Its constants are written as negative numbers: torch's integers of 64 bits have a
+    sign.
     """
     if device in _MULTIPLIERS:
         return _MULTIPLIERS[device]

@@ -1,7 +1,9 @@
-"""Change the class of an object to a subclass of its class, and back. It stays the same object.
+"""Change the class of an object to a subclass of its class, and back.
 
-So an ``nn.Linear`` that gets an adapter becomes a ``LoRALinear``, of which ``nn.Linear`` is a base class: the combined
-class is ``type("LoRALinear", (LoRALinear, nn.Linear), ...)``, of our mixin and the original class.
+It stays the same object. So an ``nn.Linear`` that gets an adapter becomes a
+``LoRALinear``, of which ``nn.Linear`` is a base class: the combined class is
+``type("LoRALinear", (LoRALinear, nn.Linear), ...)``, of our mixin and the original
+class.
 """
 
 import copyreg
@@ -9,9 +11,10 @@ from typing import Any, ClassVar
 
 
 class InPlace:
-    """A mixin that :func:`overlay` adds to the class of an object. Its ``super()`` is the original class.
+    """A mixin that :func:`overlay` adds to the class of an object.
 
-    Copies and pickles of the object have the combined class too.
+    Its ``super()`` is the original class. Copies and pickles of the object have the
+    combined class too.
     """
 
     overlaid: ClassVar[tuple[type, type]]  # the mixin and the original class
@@ -37,8 +40,14 @@ _COMBINED: "dict[tuple[type[InPlace], type], type]" = {}
 def combined(mixin: "type[InPlace]", base: type) -> type:
     """Return the class that combines ``mixin`` and ``base``: always the same one for the same pair."""
     if (mixin, base) not in _COMBINED:
-        namespace = {"overlaid": (mixin, base), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
-        made: Any = type(f"{mixin.overlaid_prefix}{base.__name__}", (mixin, base), namespace)
+        namespace = {
+            "overlaid": (mixin, base),
+            "__module__": mixin.__module__,
+            "__doc__": mixin.__doc__,
+        }
+        made: Any = type(
+            f"{mixin.overlaid_prefix}{base.__name__}", (mixin, base), namespace
+        )
         made.note_overlaid(mixin, base)
         _COMBINED.setdefault((mixin, base), made)  # another thread may have been faster
     return _COMBINED[mixin, base]
@@ -46,7 +55,8 @@ def combined(mixin: "type[InPlace]", base: type) -> type:
 
 def overlay(instance: object, mixin: type[InPlace]) -> None:
     """Add ``mixin`` to the class of ``instance``."""
-    object.__setattr__(instance, "__class__", combined(mixin, type(instance)))  # its own __setattr__ may interfere
+    # its own __setattr__ may interfere
+    object.__setattr__(instance, "__class__", combined(mixin, type(instance)))
 
 
 def uncover(instance: InPlace) -> None:
@@ -75,5 +85,8 @@ def original_class(instance: object) -> type:
 
 
 def class_names(value: object) -> set[str]:
-    """Return the names of an object's class and its base classes. There are two Lightning packages with the same."""
+    """Return the names of an object's class and its base classes.
+
+    There are two Lightning packages with the same.
+    """
     return {ancestor.__name__ for ancestor in type(value).__mro__}

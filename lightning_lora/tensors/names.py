@@ -1,7 +1,8 @@
 """Names of modules and parameters, without wrappers, in patterns, checkpoints and errors.
 
-``torch.compile`` and torch's ``checkpoint_wrapper`` put a wrapper around a submodule, which adds ``_orig_mod.`` or
-``_checkpoint_wrapped_module.`` to every name inside it. ``Fabric.setup`` puts one around a model.
+``torch.compile`` and torch's ``checkpoint_wrapper`` put a wrapper around a submodule,
+which adds ``_orig_mod.`` or ``_checkpoint_wrapped_module.`` to every name inside it.
+``Fabric.setup`` puts one around a model.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -22,12 +23,17 @@ _WRAPPED = (COMPILED, CHECKPOINTED)
 
 def plain_name(name: str) -> str:
     """Return a dotted name without the prefixes of torch's wrappers: ``q.weight`` for ``q._orig_mod.weight``."""
-    components = [component for component in name.split(".") if component not in _WRAPPED]
+    components = [
+        component for component in name.split(".") if component not in _WRAPPED
+    ]
     return ".".join(components)
 
 
 def plain_module(module: nn.Module) -> nn.Module:
-    """Return the module inside the wrappers of torch and Fabric. Other modules are returned unchanged."""
+    """Return the module inside the wrappers of torch and Fabric.
+
+    Other modules are returned unchanged.
+    """
     children: Any = module._modules
     for wrapped in _WRAPPED:
         if wrapped in children:  # a scripted module's children have no ``get``
@@ -38,7 +44,10 @@ def plain_module(module: nn.Module) -> nn.Module:
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of ``model``, each by its first name. In place of a wrapped module, it is the one inside."""
+    """Return the modules of ``model``, each by its first name.
+
+    In place of a wrapped module, it is the one inside.
+    """
     return first_names(modules_by_all_names(model))
 
 
@@ -50,7 +59,10 @@ def modules_by_all_names(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _walk(module: nn.Module, name: str, named: dict[str, nn.Module]) -> None:
-    """Add ``module`` and all modules inside it, in torch's order. This is faster than torch's generators."""
+    """Add ``module`` and all modules inside it, in torch's order.
+
+    This is faster than torch's generators.
+    """
     module = plain_module(module)
     named[name] = module
     start = f"{name}." if name else ""
@@ -102,14 +114,18 @@ def starts_of(name: str) -> list[str]:
 
 
 def is_in(name: str, module: str) -> bool:
-    """Whether ``name`` is this module, or in it. Everything is in the model itself, ``""``."""
+    """Whether ``name`` is this module, or in it.
+
+    Everything is in the model itself, ``""``.
+    """
     return module in ("", *starts_of(name))
 
 
 def is_in_any(name: str, modules: Collection[str]) -> bool:
     """Whether ``name`` is one of these modules, or in one of them.
 
-    The model itself, ``""``, counts for nothing here: unlike in :func:`is_in`, no name is in it.
+    The model itself, ``""``, counts for nothing here: unlike in :func:`is_in`, no name
+    is in it.
     """
     for outer in starts_of(name):  # noqa: SIM110  # a generator would be entered for each of them
         if outer in modules:
@@ -188,7 +204,10 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def find_parameter(module: nn.Module, leaf: str) -> nn.Parameter | None:
-    """Return a parameter that ``module`` itself holds, or None. It is not looked for in modules inside."""
+    """Return a parameter that ``module`` itself holds, or None.
+
+    It is not looked for in modules inside.
+    """
     held = module._parameters
     return held[leaf] if leaf in held else None  # noqa: SIM401  # a scripted module has no ``get`` for it
 
@@ -196,7 +215,8 @@ def find_parameter(module: nn.Module, leaf: str) -> nn.Parameter | None:
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter of a dotted name, which must be there.
 
-    An attribute of this name may be something else: what is computed from other parameters.
+    An attribute of this name may be something else: what is computed from other
+    parameters.
     """
     owner, _, leaf = name.rpartition(".")
     held: Any = submodule(module, owner)._parameters

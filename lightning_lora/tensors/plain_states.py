@@ -11,15 +11,25 @@ from lightning_lora.tensors.dicts import of_type, where, with_values
 from lightning_lora.tensors.names import modules_by_name, names_joined, plain_name
 from lightning_lora.tensors.shards import distributed_as
 
-StateDict = Mapping[str, Any]  # values by name, as torch has them: tensors, and what else modules keep
+# values by name, as torch has them: tensors, and what else modules keep
+StateDict = Mapping[str, Any]
 
 
 def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
     """Return the state dict of ``model``, with plain names."""
-    return {plain_name(name): value for name, value in model.state_dict(keep_vars=keep_vars).items()}
+    return {
+        plain_name(name): value
+        for name, value in model.state_dict(keep_vars=keep_vars).items()
+    }
 
 
-_LOAD_AS_TORCH = ("torch.", "lightning_lora.", "bitsandbytes.", "torchao.", "transformers.")
+_LOAD_AS_TORCH = (
+    "torch.",
+    "lightning_lora.",
+    "bitsandbytes.",
+    "torchao.",
+    "transformers.",
+)
 """The packages whose modules load entry by entry, and keep their parts."""
 
 
@@ -29,20 +39,29 @@ def loads_in_own_way(module: nn.Module) -> bool:
 
 
 def load_state_dict(
-    model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False, notes: Collection[str] = ()
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    strict: bool = False,
+    notes: Collection[str] = (),
 ) -> None:
-    """Load a state dict with plain names, full tensors into DTensors too. Unlike torch, entries may be missing.
+    """Load a state dict with plain names, full tensors into DTensors too.
+
+    Unlike torch, entries may be missing.
 
     Args:
         model: The model.
         state: The state dict.
         strict: Whether all entries must be there.
-        notes: Marks for hooks of the model, which find them in the metadata of the state dict.
+        notes: Marks for hooks of the model, which find them in the metadata of the
+            state dict.
     """
     present = model.state_dict(keep_vars=True)
-    names_in_model = {plain_name(name): name for name in present}  # with the prefixes of torch's wrappers
+    # with the prefixes of torch's wrappers
+    names_in_model = {plain_name(name): name for name in present}
     loaded: dict[str, Any] = {}
-    for plain in _read_in_own_way(model):  # as they are: ``state`` may leave out entries that a user's code asks for
+    # as they are: ``state`` may leave out entries that a user's code asks for
+    for plain in _read_in_own_way(model):
         name = names_in_model.get(plain)
         if name is not None:
             loaded[name] = present[name]
@@ -58,11 +77,15 @@ def _read_in_own_way(model: nn.Module) -> list[str]:
     """The entries of modules that load in their own way: each may read any of its own."""
     names: list[str] = []
     for prefix, module in where(modules_by_name(model), loads_in_own_way).items():
-        names += names_joined(prefix, (*module._parameters.keys(), *module._buffers.keys()))
+        names += names_joined(
+            prefix, (*module._parameters.keys(), *module._buffers.keys())
+        )
     return names
 
 
-def _under_all_names(present: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
+def _under_all_names(
+    present: Mapping[str, Any], loaded: Mapping[str, Any]
+) -> dict[str, Any]:
     """The loaded values, under every name that their tensors have in the model: a tied one has several."""
     value_by_tensor: dict[Tensor, Any] = {}
     tensors = of_type(present, Tensor)

@@ -16,7 +16,10 @@ _SAMPLES = 1024
 
 @dataclass(frozen=True)
 class Look:
-    """What can be seen of a tensor quickly. Two looks differ after almost every change."""
+    """What can be seen of a tensor quickly.
+
+    Two looks differ after almost every change.
+    """
 
     address: int
     version: int  # how often it was written in place
@@ -27,7 +30,9 @@ class Look:
 
     def is_of_a_moved_tensor(self, earlier: "Look") -> bool:
         """Whether the tensor was moved to another device since, and not written to."""
-        return self.device != earlier.device and self == replace(earlier, address=self.address, device=self.device)
+        return self.device != earlier.device and self == replace(
+            earlier, address=self.address, device=self.device
+        )
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,23 @@ AnyLook = Look | LookInside | Unseen
 
 
 def _was_only_moved(earlier: AnyLook | None, now: AnyLook) -> bool:
-    """Whether a tensor is on another device, not written to. Of tensors inside one, nothing tells that."""
-    return isinstance(earlier, Look) and isinstance(now, Look) and now.is_of_a_moved_tensor(earlier)
+    """Whether a tensor is on another device, not written to.
+
+    Of tensors inside one, nothing tells that.
+    """
+    return (
+        isinstance(earlier, Look)
+        and isinstance(now, Look)
+        and now.is_of_a_moved_tensor(earlier)
+    )
 
 
 def look(tensor: Tensor) -> AnyLook:
     """Look at a tensor: address, version, device, dtype, shape and about a thousand values.
 
-    Code that writes through ``.data``, numpy or torch.distributed, and a fused optimizer, change no version: such a
-    change is missed if it also misses every sample.
+    Code that writes through ``.data``, numpy or torch.distributed, and a fused
+    optimizer, change no version: such a change is missed if it also misses every
+    sample.
     """
     if holds_inner_tensors(tensor):
         inner_looks = [look(inner) for inner in inner_tensors(tensor)]
@@ -82,7 +95,10 @@ def samples(tensor: Tensor) -> Tensor:
 
 
 def _step_between_samples(values: Tensor) -> int:
-    """How many values lie between two samples. It shares no factor with the rows: or some columns would be missed."""
+    """How many values lie between two samples.
+
+    It shares no factor with the rows: or some columns would be missed.
+    """
     step = values.numel() // _SAMPLES + 1
     columns = max(1, values.shape[-1:].numel())
     while math.gcd(step, columns) > 1:
@@ -93,8 +109,9 @@ def _step_between_samples(values: Tensor) -> int:
 class Seen:
     """A tensor, or the local shard of a DTensor, as it was at one moment.
 
-    A copy or a pickle of this knows only the values. A tensor can be compared with it in three ways. With the same
-    values, the answer for another tensor, for one on another device, and for one in another dtype is:
+    A copy or a pickle of this knows only the values. A tensor can be compared with it
+    in three ways. With the same values, the answer for another tensor, for one on
+    another device, and for one in another dtype is:
 
     =========================  =================  =================  =================  =============================
     question                   another tensor     another device     another dtype      what is looked at
@@ -108,9 +125,14 @@ class Seen:
     def __init__(self, tensor: Tensor, known_digest: int | None = None) -> None:
         local = to_local(tensor)
         self.dtype = local.dtype
-        self._tensor: Tensor | None = tensor  # no weak reference: torch refuses to swap tensors with one
+        # no weak reference: torch refuses to swap tensors with one
+        self._tensor: Tensor | None = tensor
         self._look = look(local)
-        self._samples = samples(local).to("cpu", copy=True) if isinstance(self._look, Look) else None
+        self._samples = (
+            samples(local).to("cpu", copy=True)
+            if isinstance(self._look, Look)
+            else None
+        )
         self._digest = known_digest
 
     def is_unchanged(self, tensor: Tensor) -> bool:
@@ -118,7 +140,10 @@ class Seen:
         return tensor is self._tensor and self._look == look(to_local(tensor))
 
     def has_same_values(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` has the same values in the same dtype. One on the meta device has none."""
+        """Whether ``tensor`` has the same values in the same dtype.
+
+        One on the meta device has none.
+        """
         if tensor.is_meta or tensor.dtype != self.dtype:
             return False
         if self._is_unchanged_or_moved(tensor):
@@ -132,7 +157,9 @@ class Seen:
             return True
         local = to_local(tensor)
         # has_same_values has compared the digests, if that of then is known
-        all_values_were_compared = self._digest is not None and local.dtype == self.dtype
+        all_values_were_compared = (
+            self._digest is not None and local.dtype == self.dtype
+        )
         if all_values_were_compared:
             return False
         if self._samples is None or holds_inner_tensors(local):
@@ -147,11 +174,22 @@ class Seen:
         return now == self._look or _was_only_moved(self._look, now)
 
     def digest(self) -> int | None:
-        """Return the digest of the values at that moment. None: they changed before anyone asked for it."""
-        if self._digest is None and self._tensor is not None and self._is_unchanged_or_moved(self._tensor):
+        """Return the digest of the values at that moment.
+
+        None: they changed before anyone asked for it.
+        """
+        if (
+            self._digest is None
+            and self._tensor is not None
+            and self._is_unchanged_or_moved(self._tensor)
+        ):
             self._digest = digest(to_local(self._tensor))
         return self._digest
 
     def __getstate__(self) -> dict[str, Any]:
-        known = {"dtype": self.dtype, "_samples": self._samples, "_digest": self.digest()}
+        known = {
+            "dtype": self.dtype,
+            "_samples": self._samples,
+            "_digest": self.digest(),
+        }
         return {**known, "_tensor": None, "_look": None}

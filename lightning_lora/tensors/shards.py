@@ -1,7 +1,8 @@
 """Tensors distributed over processes.
 
-A distributed tensor is a DTensor. It is sharded if each process holds only a part of it, or else replicated. A call
-marked as collective must be made by every process, in the same order.
+A distributed tensor is a DTensor. It is sharded if each process holds only a part of
+it, or else replicated. A call marked as collective must be made by every process, in
+the same order.
 """
 
 import math
@@ -20,12 +21,16 @@ from lightning_lora.private import local_offsets, tree_map
 
 def is_dtensor(tensor: object) -> TypeGuard[Any]:
     """Whether a tensor is a DTensor, sharded or replicated."""
-    kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # imported by whoever made one
+    # imported by whoever made one
+    kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     return isinstance(tensor, kind)
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor, which shares its memory. Other tensors are returned unchanged."""
+    """Return the local shard of a DTensor, which shares its memory.
+
+    Other tensors are returned unchanged.
+    """
     if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
@@ -34,7 +39,10 @@ def to_local(tensor: Tensor) -> Tensor:
 
 
 def without_dtensor(tensor: Tensor) -> Tensor:
-    """Return the local tensor of a replicated DTensor. Gradients pass. Other tensors are returned unchanged."""
+    """Return the local tensor of a replicated DTensor.
+
+    Gradients pass. Other tensors are returned unchanged.
+    """
     if not is_dtensor(tensor) or sharding_dims(tensor):
         return tensor
     local: Tensor = tensor.to_local()
@@ -45,7 +53,10 @@ _Value = TypeVar("_Value")
 
 
 def full_tensor(value: _Value) -> _Value:
-    """Return the full tensor, gathered from all processes (collective). Anything else is returned unchanged."""
+    """Return the full tensor, gathered from all processes (collective).
+
+    Anything else is returned unchanged.
+    """
     if not is_dtensor(value):
         return value
     gathered: _Value = value.detach().full_tensor()
@@ -53,7 +64,10 @@ def full_tensor(value: _Value) -> _Value:
 
 
 def full_tensors(values: _Value) -> _Value:
-    """Return containers of any depth with full tensors in them. Collective if there are DTensors."""
+    """Return containers of any depth with full tensors in them.
+
+    Collective if there are DTensors.
+    """
     gathered: _Value = tree_map(full_tensor, values)
     return gathered
 
@@ -62,24 +76,33 @@ def full_tensors(values: _Value) -> _Value:
 
 
 def distributed_as(values: Tensor, like: Tensor | None) -> Tensor:
-    """Return full values, distributed as ``like`` is, without communication. A DTensor is returned unchanged."""
+    """Return full values, distributed as ``like`` is, without communication.
+
+    A DTensor is returned unchanged.
+    """
     if not is_dtensor(like) or is_dtensor(values):
         return values
     from torch.distributed.tensor import distribute_tensor
 
     values = values.detach().to(to_local(like).device)
-    return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)  # None: nothing is sent
+    # None: nothing is sent
+    return distribute_tensor(
+        values, like.device_mesh, like.placements, src_data_rank=None
+    )
 
 
 def replicated(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
     """Return a parameter as a replicated DTensor: optimizers and gradient clipping take no mixture with others."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    values = DTensor.from_local(parameter.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    values = DTensor.from_local(
+        parameter.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False
+    )
     return nn.Parameter(values, parameter.requires_grad)
 
 
-TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for the dimension of a mesh that shards matrices
+# Lightning's name for the dimension of a mesh that shards matrices
+TENSOR_PARALLEL = "tensor_parallel"
 
 
 def sharded_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
@@ -114,7 +137,9 @@ def is_sharded_over_data(tensor: Tensor) -> bool:
 def data_processes(tensor: Any) -> int:
     """Return the number of processes with different data that a DTensor is distributed over."""
     mesh = tensor.device_mesh
-    sizes = [mesh.size(dim) for dim in range(mesh.ndim) if _has_different_data(tensor, dim)]
+    sizes = [
+        mesh.size(dim) for dim in range(mesh.ndim) if _has_different_data(tensor, dim)
+    ]
     return math.prod(sizes)
 
 
@@ -138,7 +163,10 @@ def sharding_dims(tensor: Any) -> tuple[int, ...]:
 
 def is_one_run_of_values(tensor: Any) -> bool:
     """Whether the values of the local shard lie one after the other in the full tensor."""
-    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
+    return all(
+        placement.is_replicate() or placement.is_shard(0)
+        for placement in tensor.placements
+    )
 
 
 def first_local(tensor: Any) -> int:
@@ -154,7 +182,10 @@ def first_local(tensor: Any) -> int:
 
 
 def true_anywhere(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
-    """Return which of these flags are set in any process. Collective if one of the tensors is a DTensor."""
+    """Return which of these flags are set in any process.
+
+    Collective if one of the tensors is a DTensor.
+    """
     distributed = [tensor for tensor in tensors if is_dtensor(tensor)]
     if not distributed or not flags:
         return list(flags)
@@ -165,8 +196,14 @@ def true_anywhere(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 give up gathered parameters. The outermost module still shows them after an evaluation."""
-    sharded_class: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())  # imported if one is here
+    """Let FSDP2 give up gathered parameters.
+
+    The outermost module still shows them after an evaluation.
+    """
+    # imported if one is here
+    sharded_class: Any = getattr(
+        sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ()
+    )
     for module in model.modules():
         if isinstance(module, sharded_class):
             module.reshard()

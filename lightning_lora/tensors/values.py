@@ -29,15 +29,23 @@ def detached(value: Any) -> Any:
 
 def copy_to_host(tensor: Tensor) -> Tensor:
     """Return a copy in CPU memory. A tensor without values stays on the meta device."""
-    return tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+    return (
+        tensor.detach().clone()
+        if tensor.is_meta
+        else tensor.detach().to("cpu", copy=True)
+    )
 
 
 def replace_values(tensor: Tensor, values: Tensor) -> None:
-    """Replace the values of a tensor, which stays the same object. Nothing is copied, but to a DTensor."""
+    """Replace the values of a tensor, which stays the same object.
+
+    Nothing is copied, but to a DTensor.
+    """
     if is_dtensor(tensor):
         _replace_distributed_values(tensor, values)
         return
-    if tensor.is_inference() and not values.is_inference():  # or torch would miss a version counter in every use
+    # or torch would miss a version counter in every use
+    if tensor.is_inference() and not values.is_inference():
         with torch.inference_mode():
             values = values.clone()
     tensor.data = values
@@ -53,17 +61,22 @@ def _replace_distributed_values(tensor: Tensor, values: Tensor) -> None:
 
 
 def set_aside(tensor: Tensor) -> Tensor:
-    """Return values to keep, in CPU memory, before :func:`replace_values`. They are copied only if necessary."""
+    """Return values to keep, in CPU memory, before :func:`replace_values`.
+
+    They are copied only if necessary.
+    """
     if is_dtensor(tensor):
         return copy_to_host(tensor)
     values = tensor.data.cpu()
-    is_view = values.untyped_storage().nbytes() > values.nbytes  # of a larger memory, which others may reuse
+    # of a larger memory, which others may reuse
+    is_view = values.untyped_storage().nbytes() > values.nbytes
     return values.clone() if is_view else values
 
 
 def put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
     """Give a tensor on ``device`` the values that :func:`set_aside` has returned."""
-    replace_values(tensor, values)  # frees what the tensor holds on the device, before the copy there
+    # frees what the tensor holds on the device, before the copy there
+    replace_values(tensor, values)
     replace_values(tensor, values.to(device))
 
 
@@ -74,8 +87,13 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:
 
 
 def same_bits(tensor: Tensor, original: Tensor) -> bool:
-    """Whether two tensors have the same bits in the first one's dtype. Of a DTensor, the local shard is compared."""
+    """Whether two tensors have the same bits in the first one's dtype.
+
+    Of a DTensor, the local shard is compared.
+    """
     tensor, original = to_local(tensor), to_local(original)
     if tensor.is_meta or original.is_meta:
         return tensor.is_meta == original.is_meta
-    return tensor.shape == original.shape and digest(tensor.cpu()) == digest(original.to(tensor.dtype))
+    return tensor.shape == original.shape and digest(tensor.cpu()) == digest(
+        original.to(tensor.dtype)
+    )

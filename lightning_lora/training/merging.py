@@ -15,7 +15,11 @@ from lightning_lora.errors import (
     warn,
 )
 from lightning_lora.model.merge import merge_adapters
-from lightning_lora.model.mergeable import layers_with_tied_weights, quantised_layers, refuse_unmergeable
+from lightning_lora.model.mergeable import (
+    layers_with_tied_weights,
+    quantised_layers,
+    refuse_unmergeable,
+)
 from lightning_lora.model.start_call import record_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_stored
@@ -25,22 +29,33 @@ from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.names import names_not_in
 from lightning_lora.tensors.plain_states import state_dict
 from lightning_lora.tensors.shards import is_dtensor
-from lightning_lora.training.compatibility import callbacks_of, drop_averages, end_bar, monitored_checkpoint
+from lightning_lora.training.compatibility import (
+    callbacks_of,
+    drop_averages,
+    end_bar,
+    monitored_checkpoint,
+)
 from lightning_lora.training.returned_records import returns_state_only
 
 
-def check_merge_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool) -> None:
-    """Refuse a merge that this Trainer cannot make. In other processes, it cannot switch adapters either."""
+def check_merge_arguments(
+    trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool
+) -> None:
+    """Refuse a merge that this Trainer cannot make.
+
+    In other processes, it cannot switch adapters either.
+    """
     if merge == "best" and monitored_checkpoint(trainer) is None:
         raise ConfigError(
-            "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
-            "ModelCheckpoint(monitor=...), or set merge='last'."
+            "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has "
+            "none. Add ModelCheckpoint(monitor=...), or set merge='last'."
         )
     keys_stay = _keys_stay(merge, was_adapted=was_adapted, switches=switches)
     if returns_state_only(trainer) and not keys_stay:
         raise ConfigError(
-            f"merge={merge!r} would lose the adapters: this strategy's processes send back only weights that the model "
-            "has before fit. Use strategy='ddp', or merge='last' without adapters, or merge=False with inject_adapters."
+            f"merge={merge!r} would lose the adapters: this strategy's processes send "
+            "back only weights that the model has before fit. Use strategy='ddp', or "
+            "merge='last' without adapters, or merge=False with inject_adapters."
         )
 
 
@@ -51,7 +66,9 @@ def _keys_stay(merge: object, *, was_adapted: bool, switches: bool) -> bool:
     return bool(merge)  # which leaves a plain model
 
 
-def check_merge_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:
+def check_merge_weights(
+    trainer: Trainer, pl_module: LightningModule, merge: object, save: str
+) -> None:
     """Refuse weights that no update can be merged into."""
     view = View(pl_module)
     tied = layers_with_tied_weights(view)
@@ -62,8 +79,9 @@ def check_merge_weights(trainer: Trainer, pl_module: LightningModule, merge: obj
     _check_mergeable(view, merge)
     if tied and returns_state_only(trainer):
         raise ConfigError(
-            f"merge={merge!r} is not possible: a weight of {listed(tied)} is tied, and a merge changes one use of it. "
-            "A state dict from another process cannot hold both. Use strategy='ddp', or exclude_modules."
+            f"merge={merge!r} is not possible: a weight of {listed(tied)} is tied, and "
+            "a merge changes one use of it. A state dict from another process cannot "
+            "hold both. Use strategy='ddp', or exclude_modules."
         )
 
 
@@ -72,7 +90,10 @@ def _check_mergeable(view: View, merge: object) -> None:
     try:
         refuse_unmergeable(view)
     except LoRAError as error:
-        stay = "Or set merge=False: then the adapters stay on their layers, and every checkpoint holds them."
+        stay = (
+            "Or set merge=False: then the adapters stay on their layers, and every "
+            "checkpoint holds them."
+        )
         raise ConfigError(f"merge={merge!r} is not possible. {error} {stay}") from error
 
 
@@ -82,15 +103,22 @@ def _check_whole_files(view: View, tied: list[str]) -> None:
     not_stored = names_not_in(view.adapted_weights, stored)
     _refuse_whole_files(not_stored, "the module's own state_dict does not hold {}.")
     quantised = quantised_layers(view)
-    _refuse_whole_files(quantised, "the weights of {} are quantised, so no update can be merged into them.")
+    _refuse_whole_files(
+        quantised,
+        "the weights of {} are quantised, so no update can be merged into them.",
+    )
     distributed = where(view.parameters, is_dtensor)
     _refuse_whole_files(
-        distributed, "{} are spread over processes (FSDP2), and each save would gather the whole model."
+        distributed,
+        "{} are spread over processes (FSDP2), and each save would gather the whole "
+        "model.",
     )
     _refuse_whole_files(
         tied,
-        "a weight of {} is tied to another layer's and has an update of its own. A model in which they are one "
-        "weight would load only one of the two: leave the layer out with exclude_modules.",
+        "a weight of {} is tied to another layer's and has an update of its own. A "
+        "model in which they are one "
+        "weight would load only one of the two: leave the layer out with "
+        "exclude_modules.",
     )
 
 
@@ -104,22 +132,27 @@ def _refuse_whole_files(names: Collection[str], why: str) -> None:
 
 
 def check_layers_stayed(view: View) -> None:
-    """Refuse a module that has lost all its adapters in training. Warn if it has lost some."""
+    """Refuse a module that has lost all its adapters in training.
+
+    Warn if it has lost some.
+    """
     if not view.is_on_layers:
         return
     gone = names_not_in(view.adapter.layers, view.layers)
     if not gone:
         return
     found = (
-        f"{listed(gone)} of {view.title} had adapters when the training began, and are gone: other code has deleted or "
-        "replaced these layers since, with what the adapters had learned."
+        f"{listed(gone)} of {view.title} had adapters when the training began, and are "
+        "gone: other code has deleted or replaced these layers since, with what the "
+        "adapters had learned."
     )
     if view.layers:
         warn(f"{found} The others stay as trained.")
         return
     raise AdapterStateError(
-        f"{found} So there is nothing to merge or to keep. Let the layers stay until fit has ended. Adapters from "
-        "before are in checkpoints that were written earlier: load_adapter(model, path)."
+        f"{found} So there is nothing to merge or to keep. Let the layers stay until "
+        "fit has ended. Adapters from before are in checkpoints that were written "
+        "earlier: load_adapter(model, path)."
     )
 
 
@@ -134,13 +167,19 @@ def merge_trained(trainer: Trainer, pl_module: LightningModule, merge: object) -
 
 
 def load_best(trainer: Trainer, pl_module: LightningModule) -> str:
-    """Load the best file's adapters in all processes, or none. Return a text that says which are on the model."""
-    path = trainer.strategy.broadcast(getattr(monitored_checkpoint(trainer), "best_model_path", ""))
+    """Load the best file's adapters in all processes, or none.
+
+    Return a text that says which are on the model.
+    """
+    path = trainer.strategy.broadcast(
+        getattr(monitored_checkpoint(trainer), "best_model_path", "")
+    )
     try:
         load_stored(pl_module, _read_in_all_processes(trainer, path))
     except (OSError, LoRAError) as failure:
         warn(
-            f"merge='best' could not load a best checkpoint ({failure}). The last adapters are merged instead.",
+            f"merge='best' could not load a best checkpoint ({failure}). The last "
+            "adapters are merged instead.",
             BestCheckpointWarning,
         )
         return "the last adapters"

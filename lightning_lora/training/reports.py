@@ -24,7 +24,10 @@ Values = dict[str, Any]
 
 
 def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:
-    """Return the adapters' learning rates as text. The module's are added if they are others."""
+    """Return the adapters' learning rates as text.
+
+    The module's are added if they are others.
+    """
     rates = peak_rates(view_of(model), optimizers)
     shown = [_few(rates.of_adapters)]
     if rates.of_others and rates.of_others != rates.of_adapters:
@@ -50,7 +53,10 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
     values["alpha"] = config.alpha or config.r
     if view.adapter.fingerprints:
         values["base"] = _digest_of(view.adapter.fingerprints[0])
-    named = {f"lora/{name}": _plain(value) for name, value in where(values, _is_given).items()}
+    named = {
+        f"lora/{name}": _plain(value)
+        for name, value in where(values, _is_given).items()
+    }
     _log(trainer, _Report(named, _hyperparameters(trainer, pl_module)))
 
 
@@ -101,7 +107,8 @@ class _Report:
 
 def _log(trainer: Trainer, report: _Report) -> None:
     """Log a report as hyperparameters, if the Trainer logs any."""
-    if not getattr(trainer, "enable_autolog_hparams", True):  # older versions of Lightning have no such option
+    # older versions of Lightning have no such option
+    if not getattr(trainer, "enable_autolog_hparams", True):
         return
     for logger in trainer.loggers:
         _try_to_log(logger, report)
@@ -113,18 +120,22 @@ def _try_to_log(logger: Any, report: _Report) -> None:
         _give(logger, report)
     except Exception as error:  # of any library
         warn(
-            f"{type(logger).__name__} did not take {listed(report.values)} ({type(error).__name__}: {error}). The fit "
-            "goes on without them there."
+            f"{type(logger).__name__} did not take {listed(report.values)} "
+            f"({type(error).__name__}: {error}). The fit goes on without them there."
         )
 
 
 def _give(logger: Any, report: _Report) -> None:
-    """Give a logger a report, but not for ``hparams.yaml``. From there, Lightning would pass it to a module."""
+    """Give a logger a report, but not for ``hparams.yaml``.
+
+    From there, Lightning would pass it to a module.
+    """
     kinds = class_names(logger)
     if "CSVLogger" in kinds:
         _write_beside_csv(logger, report)
     elif "TensorBoardLogger" in kinds:
-        logger.log_hyperparams({**report.hyperparameters, **report.values})  # it shows the first ones alone
+        # it shows the first ones alone
+        logger.log_hyperparams({**report.hyperparameters, **report.values})
         for name in report.values:
             logger.hparams.pop(name, None)
     else:
@@ -132,7 +143,10 @@ def _give(logger: Any, report: _Report) -> None:
 
 
 def _write_beside_csv(logger: Any, report: _Report) -> None:
-    """Write values into ``lora.json`` beside the logger's files. They may be on another machine."""
+    """Write values into ``lora.json`` beside the logger's files.
+
+    They may be on another machine.
+    """
     path = f"{logger.log_dir}/lora.json"
     values: Values = {}
     if report.adds:
@@ -149,7 +163,8 @@ def _write_beside_csv(logger: Any, report: _Report) -> None:
 def logged_metrics(model: LightningModule) -> dict[str, float]:
     """Return what the run of a module has logged last, as numbers: a checkpoint holds them.
 
-    A module that came back from spawned processes has no Trainer. Then nothing is known.
+    A module that came back from spawned processes has no Trainer. Then nothing is
+    known.
     """
     metrics = dict[str, float]()
     try:

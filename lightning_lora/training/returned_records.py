@@ -1,7 +1,7 @@
 """How a merged module's record comes back from processes that were spawned or forked.
 
-Lightning sends the main process a state dict, and what its launcher adds. Here, that is the path of a file that only
-this user can read.
+Lightning sends the main process a state dict, and what its launcher adds. Here, that is
+the path of a file that only this user can read.
 """
 
 import shutil
@@ -33,14 +33,23 @@ def returns_state_only(trainer: Trainer) -> bool:
 
 
 def extend_launchers() -> None:
-    """Let Lightning's launchers carry records. No callback's hook runs in the main process, which gets them."""
+    """Let Lightning's launchers carry records.
+
+    No callback's hook runs in the main process, which gets them.
+    """
     for launcher in multiprocessing_launchers():
         if not isinstance(vars(launcher)["get_extra_results"], partialmethod):
-            launcher.get_extra_results = partialmethod(_send, launcher.get_extra_results)
-            launcher.update_main_process_results = partialmethod(_receive, launcher.update_main_process_results)
+            launcher.get_extra_results = partialmethod(
+                _send, launcher.get_extra_results
+            )
+            launcher.update_main_process_results = partialmethod(
+                _receive, launcher.update_main_process_results
+            )
 
 
-def _send(launcher: Any, get_extra_results: Callable[..., dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
+def _send(
+    launcher: Any, get_extra_results: Callable[..., dict[str, Any]], trainer: Trainer
+) -> dict[str, Any]:
     """Add the path of a merged module's record to a launcher's results: a pipe takes no large ones."""
     results = get_extra_results(launcher, trainer)
     record = find_record(trainer.lightning_module)
@@ -50,14 +59,20 @@ def _send(launcher: Any, get_extra_results: Callable[..., dict[str, Any]], train
         return {**results, _KEY: _write(record)}
     except Exception as error:
         warn(
-            "The fit is complete, and the main process gets the merged weights, but not the adapters and the base "
-            f"({type(error).__name__}: {error}). These are in checkpoints. If space "
-            "is missing, free some, or set TMPDIR to a folder that can be written."
+            "The fit is complete, and the main process gets the merged weights, but "
+            f"not the adapters and the base ({type(error).__name__}: {error}). These "
+            "are in checkpoints. If space is missing, free some, or set TMPDIR to a "
+            "folder that can be written."
         )
         return results
 
 
-def _receive(launcher: Any, update_results: Callable[..., None], trainer: Trainer, results: dict[str, Any]) -> None:
+def _receive(
+    launcher: Any,
+    update_results: Callable[..., None],
+    trainer: Trainer,
+    results: dict[str, Any],
+) -> None:
     """Give the module the record of its merged weights."""
     update_results(launcher, trainer, results)
     if _KEY not in results:
@@ -65,8 +80,9 @@ def _receive(launcher: Any, update_results: Callable[..., None], trainer: Traine
     pl_module = trainer.lightning_module
     keep_record(pl_module, _read_and_remove(results[_KEY]))
     rank_zero_info(
-        f"{type(pl_module).__name__} has the weights that a fit in other processes merged: it gets its base and its "
-        "adapters back. (To use these weights as a new base, call remove_adapters on it first.)"
+        f"{type(pl_module).__name__} has the weights that a fit in other processes "
+        "merged: it gets its base and its adapters back. (To use these weights as a "
+        "new base, call remove_adapters on it first.)"
     )
 
 
@@ -74,8 +90,12 @@ def _receive(launcher: Any, update_results: Callable[..., None], trainer: Traine
 
 
 def _write(record: Record) -> str:
-    """Write a record into a new folder, and return its path. After an error, there is none."""
-    folder = tempfile.mkdtemp(prefix="lightning_lora_")  # which no other user may read or write
+    """Write a record into a new folder, and return its path.
+
+    After an error, there is none.
+    """
+    # which no other user may read or write
+    folder = tempfile.mkdtemp(prefix="lightning_lora_")
     try:
         file = BytesIO()
         tensors: list[Tensor] = []
@@ -89,7 +109,9 @@ def _write(record: Record) -> str:
 
 def _read_and_remove(folder: str) -> Any:
     """Read a record, and remove its folder."""
-    contents, tensors = torch.load(Path(folder) / _FILE, map_location="cpu", weights_only=True)
+    contents, tensors = torch.load(
+        Path(folder) / _FILE, map_location="cpu", weights_only=True
+    )
     shutil.rmtree(folder)
     return _Unpickler(BytesIO(contents), tensors).load()
 

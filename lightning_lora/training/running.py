@@ -10,7 +10,11 @@ from lightning_lora.model.changes.attach import reinitialise_if_base_changed
 from lightning_lora.model.still.follow import follow_new_copies
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.fingerprint import base_digests
-from lightning_lora.training.compatibility import average_what_trains, callbacks_of, late_callback_error
+from lightning_lora.training.compatibility import (
+    average_what_trains,
+    callbacks_of,
+    late_callback_error,
+)
 from lightning_lora.training.optimizers.group_checks import check_frozen
 from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
 from lightning_lora.training.stages.stage import Stage
@@ -23,7 +27,8 @@ from lightning_lora.training.untrained_at_start import tell_of_new_base
 class NoTraining:
     """What the callback's hooks call while no training runs: a user's code may take steps before and after one.
 
-    A step gives scaled groups the module's rates, a batch that ends is an error, and all else does nothing.
+    A step gives scaled groups the module's rates, a batch that ends is an error, and
+    all else does nothing.
     """
 
     def begin_batch(self) -> None:
@@ -36,7 +41,10 @@ class NoTraining:
         """Do nothing."""
 
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
-        """Let adapters follow the module's rates. As many parameters train as before."""
+        """Let adapters follow the module's rates.
+
+        As many parameters train as before.
+        """
         update_scaled_rates(optimizer)
         return False
 
@@ -46,22 +54,32 @@ class NoTraining:
 
 
 class TrainingWatch:
-    """Watches one training. The callback's hooks call it only in training steps, not in evaluations between them."""
+    """Watches one training.
+
+    The callback's hooks call it only in training steps, not in evaluations between
+    them.
+    """
 
     methods: StrategyMethods
     gradients: Gradients
     backbones: Backbones
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, stage: Stage
+    ) -> None:
         self.trainer = trainer
         self.module = pl_module
         self.stage = stage
         self._at_the_end = ExitStack()
-        self._base_at_the_start: dict[str, int] | None = None  # digests, until the first step
+        # digests, until the first step
+        self._base_at_the_start: dict[str, int] | None = None
 
-    def begin(self, methods: StrategyMethods, *, is_new: bool, base: dict[str, int]) -> None:
-        """Begin to watch. ``is_new``: no checkpoint was loaded. ``base``: the digests of the base.
+    def begin(
+        self, methods: StrategyMethods, *, is_new: bool, base: dict[str, int]
+    ) -> None:
+        """Begin to watch.
 
+        ``is_new``: no checkpoint was loaded. ``base``: the digests of the base.
         ``methods`` are ours for the Trainer's strategy.
         """
         view = view_of(self.module)
@@ -69,17 +87,25 @@ class TrainingWatch:
         average_what_trains(callbacks_of(self.trainer), view)
         self._base_at_the_start = base
         self.methods = methods
-        self.gradients = self._at_the_end.enter_context(closing(methods.gradients(is_new_fit=is_new)))
-        self.backbones = self._at_the_end.enter_context(closing(Backbones(self.trainer, view)))
-        self.stage.tools.float32 = self._at_the_end.enter_context(closing(methods.float32_steps(view)))
+        self.gradients = self._at_the_end.enter_context(
+            closing(methods.gradients(is_new_fit=is_new))
+        )
+        self.backbones = self._at_the_end.enter_context(
+            closing(Backbones(self.trainer, view))
+        )
+        self.stage.tools.float32 = self._at_the_end.enter_context(
+            closing(methods.float32_steps(view))
+        )
 
     def _prepare_layers(self, view: View) -> None:
         """Let all layers begin to train, those too that came since the set-up."""
         reinitialise_if_base_changed(view)  # hooks may have loaded the base late
-        follow_new_copies(view, view.layers.keys() - view.recorded)  # or copied networks
+        # or copied networks
+        follow_new_copies(view, view.layers.keys() - view.recorded)
         view.look_again()  # what follows another network does not train
         view.adapter.layers = tuple(view.layers)
-        view.adapter.may_have_learned = True  # so it counts from here on, before the first step
+        # so it counts from here on, before the first step
+        view.adapter.may_have_learned = True
         self.stage.tools.guards_in_first_process.adapters_ready(view)
 
     def begin_batch(self) -> None:
@@ -91,18 +117,26 @@ class TrainingWatch:
         now = base_digests(view_of(self.module))
         changed = dict(now.items() - before.items())
         if changed:
-            tell_of_new_base(self.module, self.stage.tools.guards_in_first_process, changed)
+            tell_of_new_base(
+                self.module, self.stage.tools.guards_in_first_process, changed
+            )
 
     def begin_backward(self, loss: Tensor) -> None:
         """Let the module's own checkpoints ask for gradients of frozen weights."""
         self.gradients.begin_backward(loss)
 
     def end_backward(self) -> None:
-        """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
+        """Keep frozen weights frozen.
+
+        Under DDP, give unused adapters a zero gradient.
+        """
         self.gradients.end_backward()
 
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
-        """Check that the optimizer trains adapters, and nothing frozen. Return whether fewer train from now on."""
+        """Check that the optimizer trains adapters, and nothing frozen.
+
+        Return whether fewer train from now on.
+        """
         train_fewer = False
         if self.backbones.unjudged:  # only until all networks are judged
             train_fewer = self.methods.strip_non_backbones(optimizer, self.backbones)
@@ -110,12 +144,17 @@ class TrainingWatch:
         update_scaled_rates(optimizer)
         unreached = self.gradients.begin_step(optimizer)
         if unreached:
-            self.stage.tools.guards_in_each_process.optimizer_begins(View(self.module), unreached)
+            self.stage.tools.guards_in_each_process.optimizer_begins(
+                View(self.module), unreached
+            )
         self.stage.tools.float32.begin_step(optimizer)
         return train_fewer
 
     def end_batch(self) -> None:
-        """End dropout until the next step. After the first, name weights that other code reads."""
+        """End dropout until the next step.
+
+        After the first, name weights that other code reads.
+        """
         self.stage.tools.end_batch(self.module)
 
     def close(self) -> None:

@@ -13,7 +13,10 @@ from lightning_lora.tensors.names import modules_around
 
 
 def tell_of_start(view: View, guards: Guard) -> None:
-    """Let guards say what trains too little. Collective: each process calls it, and in most, the guards do nothing."""
+    """Let guards say what trains too little.
+
+    Collective: each process calls it, and in most, the guards do nothing.
+    """
     guards.training_begins(view)
     if not view.is_fresh():  # its adapters are trained already
         return
@@ -37,7 +40,9 @@ def _those_around(untrained: Untrained, weights: Collection[str]) -> Untrained:
     """What looks untrained, and holds one of these weights."""
     around = modules_around(weights)
     return replace(
-        untrained, modules=_those_among(around, untrained.modules), unsure=_those_among(around, untrained.unsure)
+        untrained,
+        modules=_those_among(around, untrained.modules),
+        unsure=_those_among(around, untrained.unsure),
     )
 
 

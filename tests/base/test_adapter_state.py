@@ -26,7 +26,9 @@ def test_what_was_kept_for_an_error_does_not_change_with_later_events() -> None:
 
 @pytest.mark.parametrize("name", ["", None, 3])
 def test_an_adapter_has_a_name(name: Any) -> None:
-    with pytest.raises(ConfigError, match=r"name=.* is not valid. Expected a string that is not empty."):
+    with pytest.raises(
+        ConfigError, match=r"name=.* is not valid. Expected a string that is not empty."
+    ):
         AdapterState(LoRAConfig(r=2), name)
 
 
@@ -43,8 +45,12 @@ def test_an_original_is_copied_once_unless_its_shape_is_another() -> None:
     assert torch.equal(state.originals["bias"], torch.zeros(2))
 
 
-def test_what_is_not_named_again_is_let_go_and_a_trained_adapter_keeps_what_it_noted() -> None:
-    state = AdapterState(LoRAConfig(r=2), may_have_learned=True, extra_state_digests={"a": 1})
+def test_what_is_not_named_again_is_let_go_and_a_trained_adapter_keeps_what_it_noted() -> (
+    None
+):
+    state = AdapterState(
+        LoRAConfig(r=2), may_have_learned=True, extra_state_digests={"a": 1}
+    )
     state.keep_originals({"bias": torch.zeros(2)}, extra_state_digests={"a": 2})
     assert state.extra_state_digests == {"a": 1}
     state.keep_originals({}, extra_state_digests={})
@@ -52,7 +58,9 @@ def test_what_is_not_named_again_is_let_go_and_a_trained_adapter_keeps_what_it_n
 
 
 def test_a_new_base_is_looked_at_again_and_only_what_is_kept_is_taken() -> None:
-    state = AdapterState(LoRAConfig(r=2), originals={"bias": torch.zeros(2)}, random_weights=("head",))
+    state = AdapterState(
+        LoRAConfig(r=2), originals={"bias": torch.zeros(2)}, random_weights=("head",)
+    )
     assert state.known_random_weights == ("head",)
     state.note_base_loaded({"bias": torch.ones(2), "weight": torch.ones(4)})
     assert state.random_weights is None

@@ -26,7 +26,9 @@ def test_a_copy_of_the_same_dtype_is_not_read_again() -> None:
     assert base.readings.known_digest("weight", copied) == digest(weight)
 
 
-def test_changes_in_a_module_are_the_models_unless_it_was_merged_into_a_base_of_its_own() -> None:
+def test_changes_in_a_module_are_the_models_unless_it_was_merged_into_a_base_of_its_own() -> (
+    None
+):
     part = Base(changes={"weight": Change(digest_now=1, digest_before=2)})
     of_adapted = Base()
     of_merged = Base()
@@ -45,14 +47,20 @@ def test_what_the_user_froze_in_a_merged_model_was_frozen_since_it_learned() -> 
 
 
 def test_what_a_part_noted_does_not_replace_what_the_model_knows() -> None:
-    model = Base(trained_before={"part.weight": True}, changes={"part.bias": Change(3, 4)})
-    part = Base(trained_before={"weight": False, "bias": False}, changes={"bias": Change(1, 2)})
+    model = Base(
+        trained_before={"part.weight": True}, changes={"part.bias": Change(3, 4)}
+    )
+    part = Base(
+        trained_before={"weight": False, "bias": False}, changes={"bias": Change(1, 2)}
+    )
     model.absorb("part", part, is_merged=False)
     assert model.trained_before == {"part.weight": True, "part.bias": False}
     assert model.changes == {"part.bias": Change(3, 4)}
 
 
-def test_whether_a_parameter_trained_before_is_noted_once_and_can_be_corrected() -> None:
+def test_whether_a_parameter_trained_before_is_noted_once_and_can_be_corrected() -> (
+    None
+):
     parameter = nn.Parameter(torch.zeros(2))
     base = Base()
     base.note_trained_before({"weight": parameter})
@@ -74,18 +82,30 @@ def test_what_trains_again_is_not_frozen_since() -> None:
 
 def test_what_the_user_thawed_in_a_merged_model_is_not_frozen_since() -> None:
     trains = nn.Parameter(torch.zeros(2))
-    base = Base(trained_before={"weight": False}, frozen_since={"weight"}, after_merge=AfterMerge({}, {"a": trains}))
+    base = Base(
+        trained_before={"weight": False},
+        frozen_since={"weight"},
+        after_merge=AfterMerge({}, {"a": trains}),
+    )
     base.note_unmerged({"weight": trains, "new": trains})
     assert base.frozen_since == set()
     assert base.trained_before == {"weight": True, "new": True}
     assert base.after_merge == AfterMerge()
 
 
-def test_the_digest_before_is_found_through_a_change_and_the_rounding_below_it() -> None:
+def test_the_digest_before_is_found_through_a_change_and_the_rounding_below_it() -> (
+    None
+):
     base = Base()
     base.note_computed_back({"weight": Change(digest_now=2, digest_before=1)})
-    base.note_changes({"weight": Change(digest_now=3, digest_before=2), "bias": Change(5, 4)})
-    assert base.digests_before_changes({"weight": 3, "bias": 6, "other": 7}) == [1, 6, 7]
+    base.note_changes(
+        {"weight": Change(digest_now=3, digest_before=2), "bias": Change(5, 4)}
+    )
+    assert base.digests_before_changes({"weight": 3, "bias": 6, "other": 7}) == [
+        1,
+        6,
+        7,
+    ]
     base.forget_changes(["weight"])
     assert base.digests_before_changes({"weight": 2, "bias": 5}) == [1, 4]
     base.forget_all_changes()
@@ -116,7 +136,12 @@ def test_what_was_kept_for_an_error_does_not_follow_the_base() -> None:
     base.note_filled(["buffer"])
     base.note_hidden("weight", tensor, requires_grad=True)
     base.readings.digests_now({"weight": tensor})
-    assert (before.trained_before, before.changes, before.filled, before.hidden) == ({}, {}, set(), {})
+    assert (before.trained_before, before.changes, before.filled, before.hidden) == (
+        {},
+        {},
+        set(),
+        {},
+    )
     assert before.readings.known_digest("weight", tensor) is None
     base.forget_hidden()
     assert base.hidden == {}

@@ -14,7 +14,10 @@ def test_a_model_is_refused_while_a_block_runs_a_part_of_it() -> None:
         assert is_in_block(model[0])
         assert not is_in_block(model)
         refuse_in_block(other, "merge_adapters")
-        with pytest.raises(AdapterStateError, match=r"merge_adapters is not possible in a block.*row of Sequential"):
+        with pytest.raises(
+            AdapterStateError,
+            match=r"merge_adapters is not possible in a block.*row of Sequential",
+        ):
             refuse_in_block(model, "merge_adapters")
     refuse_in_block(model, "merge_adapters")
     assert not is_in_block(model[0])

@@ -45,7 +45,9 @@ def test_another_tensor_under_the_same_name_is_read() -> None:
     assert readings.digests_now({"a": other}) == {"a": digest(other)}
 
 
-def test_all_are_read_anew_on_demand_and_lost_names_are_forgotten(read: list[Tensor]) -> None:
+def test_all_are_read_anew_on_demand_and_lost_names_are_forgotten(
+    read: list[Tensor],
+) -> None:
     tensors = {"a": torch.randn(3), "b": torch.randn(3)}
     readings = Readings()
     readings.digests_now(tensors)
@@ -71,7 +73,8 @@ def test_halves_are_computed_once_for_the_same_values() -> None:
     halves = readings.half_digests_of(digest(tensor), tensor)
     assert halves == [digest(tensor.to(dtype)) for dtype in HALF_DTYPES]
     of_others = torch.zeros(3)
-    assert readings.half_digests_of(digest(tensor), of_others) == halves  # known by the digest alone
+    # known by the digest alone
+    assert readings.half_digests_of(digest(tensor), of_others) == halves
     assert readings.known_half_digests(digest(tensor)) == halves
 
 

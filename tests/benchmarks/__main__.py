@@ -60,16 +60,26 @@ def arguments() -> argparse.Namespace:
         prog="python -m tests.benchmarks",
         description=f"{__doc__}\n\ncases:\n{cases}",
         epilog="Goals are this project's own. A ✗ marks a goal that is missed. The last column shows every method\n"
-        "relative to the baseline (the frozen model, or peft if no frozen model is measured), or in the row's unit.",
+        "relative to the baseline (the frozen model, or peft if no frozen model is "
+        "measured), or in the row's unit.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("cases", nargs="*", metavar="case", help="the cases to measure (all by default)")
-    parser.add_argument("--rounds", type=int, default=9, help="runs of each method (at least 2; 9 by default)")
+    parser.add_argument(
+        "cases", nargs="*", metavar="case", help="the cases to measure (all by default)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=9,
+        help="runs of each method (at least 2; 9 by default)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     asked = parser.parse_args()
     unknown = [name for name in asked.cases if name not in CASES]
     if unknown:
-        parser.error(f"unknown case {', '.join(unknown)}: expected some of {', '.join(CASES)}")
+        parser.error(
+            f"unknown case {', '.join(unknown)}: expected some of {', '.join(CASES)}"
+        )
     return asked
 
 
@@ -84,10 +94,21 @@ def be_quiet_and_the_same_each_time() -> None:
 
 def table(title: str, rows: Iterable[Row]) -> Table:
     """Make a table for a terminal: each value, its goal, and all methods."""
-    made = Table("case", "measure", "ours", "middle half", "goal", "", "all methods", title=title)
+    made = Table(
+        "case", "measure", "ours", "middle half", "goal", "", "all methods", title=title
+    )
     for row in rows:
-        details = " · ".join(f"{name} {value:.3f}" for name, value in row.details.items())
-        made.add_row(row.case, row.measure, f"{row.value:.4g}", spread_of(row), *goal_of(row), details)
+        details = " · ".join(
+            f"{name} {value:.3f}" for name, value in row.details.items()
+        )
+        made.add_row(
+            row.case,
+            row.measure,
+            f"{row.value:.4g}",
+            spread_of(row),
+            *goal_of(row),
+            details,
+        )
     return made
 
 
@@ -112,8 +133,14 @@ def machine(bench: Bench) -> str:
     device = processor()
     if bench.device.type == "cuda":
         device = torch.cuda.get_device_name(bench.device)
-    versions = [f"{name} {version(name)}" for name in ("torch", "lightning", "transformers", "peft", "loralib")]
-    return f"{device}, {torch.get_num_threads()} threads, {bench.rounds} rounds, {', '.join(versions)}"
+    versions = [
+        f"{name} {version(name)}"
+        for name in ("torch", "lightning", "transformers", "peft", "loralib")
+    ]
+    return (
+        f"{device}, {torch.get_num_threads()} threads, {bench.rounds} rounds, "
+        f"{', '.join(versions)}"
+    )
 
 
 def processor() -> str:

@@ -66,7 +66,8 @@ def stack(layers: int, width: int) -> Task:
             network.append(nn.Linear(width, width, bias=False))
         network.append(nn.Linear(width, 4 * width, bias=False))
         network.append(nn.Linear(4 * width, width, bias=False))
-    for weight in network.parameters():  # signals keep their size: sums with denormal updates would take long
+    # signals keep their size: sums with denormal updates would take long
+    for weight in network.parameters():
         nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     return Task(network, width)
 
@@ -79,7 +80,8 @@ class Marks(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:  # before ModelCheckpoint's, which is the last
+    # before ModelCheckpoint's, which is the last
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.first_save = _seconds(lambda: trainer.save_checkpoint(self.path))
 
     def on_train_start(self, *_: Any) -> None:
@@ -98,7 +100,14 @@ def life(bench: Bench) -> Iterator[Row]:
             passes, seconds = found[0]
             most_passes, _ = found[-1]
             case = f"{moment}, base of {size}"
-            yield Row(case, "passes over the base", passes, goal, (passes, most_passes), {"s": seconds})
+            yield Row(
+                case,
+                "passes over the base",
+                passes,
+                goal,
+                (passes, most_passes),
+                {"s": seconds},
+            )
 
 
 def _moments(layers: int, width: int) -> dict[str, tuple[float, float]]:
@@ -118,7 +127,9 @@ def _seconds_of_a_pass(model: nn.Module) -> float:
     """How long one clone of all parameters takes: the shortest of three."""
     seconds = []
     for _ in range(3):
-        seconds.append(_seconds(lambda: [p.detach().clone() for p in model.parameters()]))
+        seconds.append(
+            _seconds(lambda: [p.detach().clone() for p in model.parameters()])
+        )
     return min(seconds)
 
 
@@ -126,23 +137,33 @@ def _fit(model: Task, *, adapted: bool) -> dict[str, float]:
     """Time the moments of one fit, in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         marks = Marks(Path(folder) / "first.ckpt")
-        keep = ModelCheckpoint(folder, filename="best", save_weights_only=True, every_n_train_steps=1)
+        keep = ModelCheckpoint(
+            folder, filename="best", save_weights_only=True, every_n_train_steps=1
+        )
         callbacks: list[Callback] = [marks, keep]
         if adapted:
             callbacks.insert(0, LoRACallback(r=8))
         trainer = Trainer(callbacks=callbacks, default_root_dir=folder, **QUIET)
         start = time.perf_counter()
         trainer.fit(model)
-        found = {"set-up of fit": marks.began - start, "end of fit": time.perf_counter() - marks.ended}
-        # A plain Trainer's file would hold the base: its save is not measured, and its test loads none.
+        found = {
+            "set-up of fit": marks.began - start,
+            "end of fit": time.perf_counter() - marks.ended,
+        }
+        # A plain Trainer's file would hold the base: its save is not measured, and its
+        # test loads none.
         path = None
         found["first save"] = found["save"] = 0.0
         if adapted:
             path = keep.best_model_path
             found["first save"] = marks.first_save
-            found["save"] = _seconds(lambda: trainer.save_checkpoint(Path(folder) / "a.ckpt"))
+            found["save"] = _seconds(
+                lambda: trainer.save_checkpoint(Path(folder) / "a.ckpt")
+            )
         found["validate"] = _seconds(lambda: trainer.validate(model, verbose=False))
-        found["test a file"] = _seconds(lambda: trainer.test(model, ckpt_path=path, verbose=False))
+        found["test a file"] = _seconds(
+            lambda: trainer.test(model, ckpt_path=path, verbose=False)
+        )
     return found
 
 
@@ -157,7 +178,9 @@ def checkpoints(bench: Bench) -> Iterator[Row]:
     plain = _file_size()
     ours = _file_size(LoRACallback(r=8, merge=False))
     case = "checkpoint of BERT-base, all linear"
-    yield Row(case, "bytes over adapters and their AdamW state", ours[0] / ours[1], 1.05)
+    yield Row(
+        case, "bytes over adapters and their AdamW state", ours[0] / ours[1], 1.05
+    )
     yield Row(case, "bytes over a plain Trainer's", ours[0] / plain[0])
 
 

@@ -86,21 +86,46 @@ def middle_half(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def row(case: str, times: Times, of: str, against: str, floor: str, goal: float | None = None) -> Row:
+def row(
+    case: str,
+    times: Times,
+    of: str,
+    against: str,
+    floor: str,
+    goal: float | None = None,
+) -> Row:
     """Report the median ratio of two methods, and those of all methods to a baseline."""
     values = ratios(times, of, against)
-    return Row(case, f"time over {against}", median(values), goal, middle_half(values), over(times, floor))
+    return Row(
+        case,
+        f"time over {against}",
+        median(values),
+        goal,
+        middle_half(values),
+        over(times, floor),
+    )
 
 
-def overheads(case: str, times: Times, of: str, peers: list[str], floor: str, goal: float | None = None) -> Row:
+def overheads(
+    case: str,
+    times: Times,
+    of: str,
+    peers: list[str],
+    floor: str,
+    goal: float | None = None,
+) -> Row:
     """Report an overhead over the baseline, relative to the smallest overhead of some peers."""
     details = over(times, floor)
     best = min(peers, key=details.__getitem__)
     share = (details[of] - 1) / max(details[best] - 1, 1e-9)
     shares = []
-    for ours, theirs in zip(ratios(times, of, floor), ratios(times, best, floor), strict=True):
+    for ours, theirs in zip(
+        ratios(times, of, floor), ratios(times, best, floor), strict=True
+    ):
         shares.append((ours - 1) / (theirs - 1))
-    return Row(case, f"overhead over that of {best}", share, goal, middle_half(shares), details)
+    return Row(
+        case, f"overhead over that of {best}", share, goal, middle_half(shares), details
+    )
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
@@ -122,7 +147,12 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 def in_new_process(module: str, *args: str) -> Any:
     """Run ``python -m module args`` and return the last line of its output, read as JSON."""
-    done = subprocess.run([sys.executable, "-m", module, *args], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *args],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -12,12 +12,32 @@ from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, save_adapter
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    inject_adapters,
+    merge_adapters,
+    save_adapter,
+)
 from lightning_lora.storage.offline.merge_files import merge_files
 from tests.benchmarks.life import QUIET, Task, stack
-from tests.benchmarks.measure import Bench, Row, in_new_process, peak_growth, saved_bytes
+from tests.benchmarks.measure import (
+    Bench,
+    Row,
+    in_new_process,
+    peak_growth,
+    saved_bytes,
+)
 from tests.benchmarks.models import Llama, Projections, step
-from tests.benchmarks.ways import FLOOR, OURS, PEFT, WAYS, each_way, linear_names, ways_in
+from tests.benchmarks.ways import (
+    FLOOR,
+    OURS,
+    PEFT,
+    WAYS,
+    each_way,
+    linear_names,
+    ways_in,
+)
 from tests.support.parameters import bytes_of
 
 
@@ -27,9 +47,18 @@ def memory(bench: Bench) -> Iterator[Row]:
     model = Projections(768).to(bench.device, dtype)
     x = torch.randn(2048, 768, device=bench.device, dtype=dtype, requires_grad=True)
     models = each_way(model, linear_names(model), dropout=0.1, only=ways_in(dtype))
-    kept = {name: saved_bytes(each.train(), x) / x.nbytes for name, each in models.items()}
+    kept = {
+        name: saved_bytes(each.train(), x) / x.nbytes for name, each in models.items()
+    }
     del kept[FLOOR]
-    yield Row("kept for backward beyond x, d=768, bf16, dropout 0.1", "share of x", kept[OURS], 0.02, None, kept)
+    yield Row(
+        "kept for backward beyond x, d=768, bf16, dropout 0.1",
+        "share of x",
+        kept[OURS],
+        0.02,
+        None,
+        kept,
+    )
     if sys.platform == "linux":
         yield growth_in_a_step()
         yield growth_in_a_fit()
@@ -38,7 +67,10 @@ def memory(bench: Bench) -> Iterator[Row]:
 
 def growth_in_a_step() -> Row:
     """Compare the methods, each in a process of its own."""
-    grown = {name: in_new_process("tests.benchmarks.memory", name) for name in ways_in(torch.bfloat16)}
+    grown = {
+        name: in_new_process("tests.benchmarks.memory", name)
+        for name in ways_in(torch.bfloat16)
+    }
     details = {name: growth / grown[FLOOR] for name, growth in grown.items()}
     del details[FLOOR]
     case = "Llama bf16, dropout 0.05: growth of a process in a step"
@@ -53,7 +85,10 @@ def growth_in_a_fit() -> Row:
 
 def growth_in_a_merge() -> Row:
     growth, largest = in_new_process("tests.benchmarks.memory", "merge")
-    case = f"lightning-lora merge of 2 GB, largest tensor {largest / 1e6:.0f} MB: growth of the process"
+    case = (
+        f"lightning-lora merge of 2 GB, largest tensor {largest / 1e6:.0f} MB: growth "
+        "of the process"
+    )
     return Row(case, "MB beyond the largest tensor", (growth - largest) / 1e6, 200)
 
 
@@ -63,7 +98,9 @@ def grow(way: str) -> int:
     torch.set_num_threads(1)
     model = Llama().bfloat16()
     adapted = WAYS[way](model, linear_names(model), 8, 0.05).train()
-    run = step(adapted, torch.randn(4, 256, 768, dtype=torch.bfloat16, requires_grad=True))
+    run = step(
+        adapted, torch.randn(4, 256, 768, dtype=torch.bfloat16, requires_grad=True)
+    )
 
     def two_steps() -> None:
         run()
@@ -111,6 +148,8 @@ def grow_in_merge() -> tuple[int, int]:
 
 if __name__ == "__main__":
     what = sys.argv[1]
-    measures: dict[str, Callable[[], object]] = {way: partial(grow, way) for way in WAYS}
+    measures: dict[str, Callable[[], object]] = {
+        way: partial(grow, way) for way in WAYS
+    }
     measures |= {"fit": grow_in_fit, "merge": grow_in_merge}
     print(json.dumps(measures[what]()))

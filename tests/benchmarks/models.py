@@ -28,8 +28,15 @@ class Llama(nn.Module):
 
     def __init__(self, layers: int = 12) -> None:
         super().__init__()
-        sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "vocab_size": 1000}
-        self.model = LlamaModel(LlamaConfig(num_hidden_layers=layers, use_cache=False, **sizes))
+        sizes = {
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_attention_heads": 12,
+            "vocab_size": 1000,
+        }
+        self.model = LlamaModel(
+            LlamaConfig(num_hidden_layers=layers, use_cache=False, **sizes)
+        )
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.model(inputs_embeds=embeddings).last_hidden_state
@@ -40,7 +47,9 @@ class Projections(nn.Module):
 
     def __init__(self, width: int, count: int = 1, *, bias: bool = True) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width, bias=bias) for _ in range(count))
+        self.layers = nn.ModuleList(
+            nn.Linear(width, width, bias=bias) for _ in range(count)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(layer(x) for layer in self.layers)

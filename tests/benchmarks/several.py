@@ -6,13 +6,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, adapter_names, disable_adapters, inject_adapters, set_adapter
+from lightning_lora import (
+    LoRAConfig,
+    adapter_names,
+    disable_adapters,
+    inject_adapters,
+    set_adapter,
+)
 from tests.benchmarks.measure import Bench, Row, Times, overheads, row
 from tests.benchmarks.models import Bert, Llama
-from tests.benchmarks.ways import FLOOR, OURS, PEFT, copy_of, counted, linear_names, randomise
+from tests.benchmarks.ways import (
+    FLOOR,
+    OURS,
+    PEFT,
+    copy_of,
+    counted,
+    linear_names,
+    randomise,
+)
 
 ADAPTERS, TOKENS = 8, 128
-ONE, ENTERED, SECOND = "one adapter", "lightning_lora, a block for each batch", "a second model"
+ONE, ENTERED, SECOND = (
+    "one adapter",
+    "lightning_lora, a block for each batch",
+    "a second model",
+)
 
 
 def mixed(bench: Bench) -> Iterator[Row]:
@@ -20,7 +38,9 @@ def mixed(bench: Bench) -> Iterator[Row]:
     for title, make in (("BERT-base", Bert), ("Llama, d=768", Llama)):
         base = make().to(bench.device).eval().requires_grad_(False)
         for rows in (8, 16):
-            times = _batches(bench, base, torch.randn(rows, TOKENS, 768, device=bench.device))
+            times = _batches(
+                bench, base, torch.randn(rows, TOKENS, 768, device=bench.device)
+            )
             case = f"{title}, {rows} rows of {TOKENS} tokens"
             yield row(case, times, OURS, ONE, FLOOR, 1.1)
             yield overheads(case, times, OURS, [PEFT], FLOOR, 0.5)
@@ -36,7 +56,12 @@ def _batches(bench: Bench, base: nn.Module, x: Tensor) -> Times:
 
     block = copy_of(ours)
     with torch.no_grad(), adapter_names(block, names):
-        runs = {FLOOR: lambda: base(x), ONE: lambda: ours(x), OURS: lambda: block(x), ENTERED: entered}
+        runs = {
+            FLOOR: lambda: base(x),
+            ONE: lambda: ours(x),
+            OURS: lambda: block(x),
+            ENTERED: entered,
+        }
         return bench.take_turns({**runs, PEFT: lambda: theirs(x, adapter_names=names)})
 
 
@@ -54,15 +79,33 @@ def switch(bench: Bench) -> Iterator[Row]:
         theirs.set_adapter("b")
 
     times = bench.take_turns({OURS: there_and_back, PEFT: in_peft}, 3 * bench.rounds)
-    yield row(f"switch two adapters of {len(linear_names(base))} layers", times, OURS, PEFT, PEFT, 1.2)
+    yield row(
+        f"switch two adapters of {len(linear_names(base))} layers",
+        times,
+        OURS,
+        PEFT,
+        PEFT,
+        1.2,
+    )
     for tokens in (1, 128):
-        times = _references(bench, base, ours, theirs, torch.randn(1, tokens, 768, device=bench.device))
+        times = _references(
+            bench, base, ours, theirs, torch.randn(1, tokens, 768, device=bench.device)
+        )
         goal = 1.05 if tokens > 1 else None
-        yield row(f"the base as a reference, {counted(tokens)}", times, OURS, SECOND, SECOND, goal)
+        yield row(
+            f"the base as a reference, {counted(tokens)}",
+            times,
+            OURS,
+            SECOND,
+            SECOND,
+            goal,
+        )
 
 
 @torch.no_grad()
-def _references(bench: Bench, base: nn.Module, ours: nn.Module, theirs: Any, x: Tensor) -> Times:
+def _references(
+    bench: Bench, base: nn.Module, ours: nn.Module, theirs: Any, x: Tensor
+) -> Times:
     def reference() -> None:
         with disable_adapters(ours):
             ours(x)
@@ -71,11 +114,16 @@ def _references(bench: Bench, base: nn.Module, ours: nn.Module, theirs: Any, x: 
         with theirs.disable_adapter():
             theirs(x)
 
-    return bench.take_turns({OURS: reference, PEFT: in_peft, SECOND: lambda: base(x)}, 3 * bench.rounds)
+    return bench.take_turns(
+        {OURS: reference, PEFT: in_peft, SECOND: lambda: base(x)}, 3 * bench.rounds
+    )
 
 
 def _adapted(base: nn.Module, names: Sequence[str]) -> tuple[nn.Module, Any]:
-    """The base with several adapters, in this package and in peft. All share its weights."""
+    """The base with several adapters, in this package and in peft.
+
+    All share its weights.
+    """
     from peft import LoraConfig, get_peft_model
 
     ours = copy_of(base)

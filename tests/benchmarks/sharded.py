@@ -1,6 +1,7 @@
 """Bytes that processes hold and send, for all weights and for adapters, under DDP and FSDP2.
 
-They are counted, not timed. Two processes on one CPU (gloo) send what two GPUs would: torch makes the same calls.
+They are counted, not timed. Two processes on one CPU (gloo) send what two GPUs would:
+torch makes the same calls.
 """
 
 import json
@@ -53,7 +54,9 @@ PLACES = ((8, 8), (1000, 1000), (1000, 8))
 
 def sharded(bench: Bench) -> Iterator[Row]:
     """Bytes held and sent under DDP and FSDP2 (two processes), and estimates for 7B and 70B."""
-    yield from _measured({way: in_new_process("tests.benchmarks.sharded", way) for way in SAVES})
+    yield from _measured(
+        {way: in_new_process("tests.benchmarks.sharded", way) for way in SAVES}
+    )
     for name, shape in LARGE.items():
         yield from _estimates(name, Sizes.of(shape))
 
@@ -91,13 +94,23 @@ def count(way: str, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     strategy: Strategy = DDPStrategy(process_group_backend="gloo")
     if way not in (DDP, DDP_LORA):
-        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=way == FOLDER)
+        strategy = ModelParallelStrategy(
+            2, 1, save_distributed_checkpoint=way == FOLDER
+        )
     counts = Counts(folder)
-    callbacks: list[Callback] = [LoRACallback(r=RANK, merge=False)] if "LoRA" in way else []
+    callbacks: list[Callback] = (
+        [LoRACallback(r=RANK, merge=False)] if "LoRA" in way else []
+    )
     options = {**QUIET, "max_steps": 3, "enable_checkpointing": False}
-    Trainer(callbacks=[*callbacks, counts], strategy=strategy, devices=2, **options).fit(Task())
+    Trainer(
+        callbacks=[*callbacks, counts], strategy=strategy, devices=2, **options
+    ).fit(Task())
     saved = folder / "1.ckpt"
-    files = [saved] if saved.is_file() else [file for file in saved.rglob("*") if file.is_file()]
+    files = (
+        [saved]
+        if saved.is_file()
+        else [file for file in saved.rglob("*") if file.is_file()]
+    )
     return {
         **counts.held,
         "base": counts.held["parameters"] - counts.held["adapters"],
@@ -111,11 +124,23 @@ def count(way: str, folder: Path) -> dict[str, Any]:
 def _measured(found: dict[str, dict[str, Any]]) -> Iterator[Row]:
     """Show each count of all ways."""
 
-    def row(case: str, measure: str, of: Callable[[dict[str, Any]], float], ways: Iterable[str] = WAYS) -> Row:
-        return Row(f"{CASE}, {case}", measure, of(found[FSDP2_LORA]), details={way: of(found[way]) for way in ways})
+    def row(
+        case: str,
+        measure: str,
+        of: Callable[[dict[str, Any]], float],
+        ways: Iterable[str] = WAYS,
+    ) -> Row:
+        return Row(
+            f"{CASE}, {case}",
+            measure,
+            of(found[FSDP2_LORA]),
+            details={way: of(found[way]) for way in ways},
+        )
 
     def sent(moment: str, *kinds: str) -> Callable[[dict[str, Any]], float]:
-        return lambda each: sum(size for kind, size in each[moment] if kind in kinds or not kinds) / 1e6
+        return lambda each: (
+            sum(size for kind, size in each[moment] if kind in kinds or not kinds) / 1e6
+        )
 
     for part in ("base", "adapters", "gradients", "optimizer"):
         yield row(f"held: {part}", "MB", lambda each, part=part: each[part] / 1e6)
@@ -151,15 +176,19 @@ class Sizes:
         layers = sum(p.numel() for p in model.model.layers.parameters())
         rest = sum(p.numel() for p in model.parameters()) - layers
         inject_adapters(model, LoRAConfig(r=RANK))
-        return cls(layers, rest, sum(p.numel() for p in model.parameters() if p.requires_grad))
+        return cls(
+            layers, rest, sum(p.numel() for p in model.parameters() if p.requires_grad)
+        )
 
     def card(self, cards: int, group: int, *, lora: bool) -> dict[str, float]:
         """Estimate the bytes of one card.
 
-        Each group of cards holds the whole model. LoRA: a base in bfloat16; adapters, their gradients and Adam's two
-        values in float32. Otherwise all weights train in float32, and are gathered in bfloat16: a layer for the forward
-        pass and again for the backward pass, the outermost unit once. In a ring of n, a card sends (n - 1)/n of what is
-        gathered or scattered, and twice that of what is reduced for all.
+        Each group of cards holds the whole model. LoRA: a base in bfloat16; adapters,
+        their gradients and Adam's two values in float32. Otherwise all weights train in
+        float32, and are gathered in bfloat16: a layer for the forward pass and again
+        for the backward pass, the outermost unit once. In a ring of n, a card sends (n
+        - 1)/n of what is gathered or scattered, and twice that of what is reduced for
+        all.
         """
         base = self.layers + self.rest
         in_group = (group - 1) / group
@@ -183,12 +212,27 @@ class Sizes:
 
 def _estimates(name: str, sizes: Sizes) -> Iterator[Row]:
     millions = {part: number / 1e6 for part, number in asdict(sizes).items()}
-    yield Row(f"{name}: parameters", "millions", millions["layers"] + millions["rest"], details=millions)
+    yield Row(
+        f"{name}: parameters",
+        "millions",
+        millions["layers"] + millions["rest"],
+        details=millions,
+    )
     for cards, group in PLACES:
         where = f"{cards:,} cards" + (f" in groups of {group}" if group < cards else "")
         for way in (FSDP2, FSDP2_LORA):
-            each = {part: value / 1e9 for part, value in sizes.card(cards, group, lora=way == FSDP2_LORA).items()}
-            yield Row(f"{name} on {where}, a card: {way}", "GB held", each["held"], details=each)
+            each = {
+                part: value / 1e9
+                for part, value in sizes.card(
+                    cards, group, lora=way == FSDP2_LORA
+                ).items()
+            }
+            yield Row(
+                f"{name} on {where}, a card: {way}",
+                "GB held",
+                each["held"],
+                details=each,
+            )
 
 
 if __name__ == "__main__":

@@ -44,14 +44,30 @@ def sweep(bench: Bench) -> Iterator[Row]:
         swept = LoRASweep(**LISTS, directory=folder)
         for _ in range(bench.rounds):
             seconds = _seconds(lambda: swept.run(_fit))
-            alone = _seconds(lambda: [_fit(LoRACallback(**each)) for each in swept.runs.values()])
+            alone = _seconds(
+                lambda: [_fit(LoRACallback(**each)) for each in swept.runs.values()]
+            )
             found.append(seconds / alone)
-    yield Row("8 adapters, 4 epochs", "processor time over 8 fits", median(found), 0.6, middle_half(found))
+    yield Row(
+        "8 adapters, 4 epochs",
+        "processor time over 8 fits",
+        median(found),
+        0.6,
+        middle_half(found),
+    )
 
 
 def _fit(callback: Any, ckpt_path: str | None = None) -> None:
     data = DataLoader(TensorDataset(*torch.randn(2, 64 * BATCHES, WIDTH)), 64)
-    quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    quiet: Any = dict.fromkeys(
+        (
+            "logger",
+            "enable_checkpointing",
+            "enable_progress_bar",
+            "enable_model_summary",
+        ),
+        False,
+    )
     trainer = L.Trainer(max_epochs=4, accelerator="cpu", callbacks=callback, **quiet)
     trainer.fit(Net(), data, data, ckpt_path=ckpt_path)
 

@@ -1,7 +1,8 @@
 """How far a call travels through the package: ``python -m tests.benchmarks.trips [--most N]``.
 
-For each public call on a model of three layers: how many calls it makes into this package, of how many functions, in
-how many files. A trip that grows is one that a reader has to follow further. Nothing is timed.
+For each public call on a model of three layers: how many calls it makes into this
+package, of how many functions, in how many files. A trip that grows is one that a
+reader has to follow further. Nothing is timed.
 """
 
 import argparse
@@ -76,7 +77,9 @@ def trip_of(call: Callable[[], object]) -> Trip:
 def three_layers() -> nn.Module:
     """A plain model with three layers."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    return nn.Sequential(
+        nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
 
 
 class Module(L.LightningModule):
@@ -120,14 +123,23 @@ def fit(folder: Path, steps: int, *callbacks: L.Callback) -> None:
 
 
 def trips_of_fits(folder: Path) -> dict[str, Trip]:
-    """Follow a fit of one step, and a step in the middle of a longer one. Both have run before."""
+    """Follow a fit of one step, and a step in the middle of a longer one.
+
+    Both have run before.
+    """
     fifth = FifthStep()
     fit(folder, 6, fifth)
-    return {"a fit of one step": trip_of(lambda: fit(folder, 1)), "a step in the middle": fifth.trip}
+    return {
+        "a fit of one step": trip_of(lambda: fit(folder, 1)),
+        "a step in the middle": fifth.trip,
+    }
 
 
 def trips(folder: Path) -> dict[str, Trip]:
-    """Make each call once, on a model that is as a user has it. All have run before: what is kept is warm."""
+    """Make each call once, on a model that is as a user has it.
+
+    All have run before: what is kept is warm.
+    """
     config = LoRAConfig(r=2)
     file = folder / "adapter.safetensors"
     base = three_layers()
@@ -139,7 +151,9 @@ def trips(folder: Path) -> dict[str, Trip]:
     plain = deepcopy(base)
     return {
         "load_adapter": trip_of(lambda: load_adapter(plain, file)),
-        "save_adapter": trip_of(lambda: save_adapter(adapted, folder / "again.safetensors")),
+        "save_adapter": trip_of(
+            lambda: save_adapter(adapted, folder / "again.safetensors")
+        ),
         "inject_adapters": trip_of(lambda: inject_adapters(deepcopy(base), config)),
         "merge_adapters": trip_of(lambda: merge_adapters(adapted)),
         "unmerge_adapters": trip_of(lambda: unmerge_adapters(adapted)),
@@ -148,14 +162,24 @@ def trips(folder: Path) -> dict[str, Trip]:
 
 def main() -> None:
     """Print a table of all trips, and perhaps what is called most."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.trips", description=__doc__)
-    parser.add_argument("--most", type=int, default=0, metavar="N", help="show the N most called functions of each")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.trips", description=__doc__
+    )
+    parser.add_argument(
+        "--most",
+        type=int,
+        default=0,
+        metavar="N",
+        help="show the N most called functions of each",
+    )
     most = parser.parse_args().most
     with tempfile.TemporaryDirectory() as folder:
         found = trips(Path(folder)) | trips_of_fits(Path(folder))
     table = Table("call", "calls", "functions", "files")
     for name, trip in found.items():
-        table.add_row(name, str(trip.calls.total()), str(len(trip.calls)), str(len(trip.files)))
+        table.add_row(
+            name, str(trip.calls.total()), str(len(trip.calls)), str(len(trip.files))
+        )
     console = Console()
     console.print(table)
     for name, trip in found.items():

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.layers import number_of_values
-from lightning_lora.model.untrained.judge_layers import FEWEST, layers_to_judge, looks_untrained
+from lightning_lora.model.untrained.judge_layers import (
+    FEWEST,
+    layers_to_judge,
+    looks_untrained,
+)
 from lightning_lora.model.view import View
 
 STEPS = (10, 30, 100, 300)
@@ -19,8 +23,12 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        convolutions = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2)]
-        self.layers = nn.Sequential(convolutions[0], nn.BatchNorm2d(width), nn.ReLU(), convolutions[1])
+        convolutions = [
+            nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2)
+        ]
+        self.layers = nn.Sequential(
+            convolutions[0], nn.BatchNorm2d(width), nn.ReLU(), convolutions[1]
+        )
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,14 +39,24 @@ def plain(width: int = 64) -> nn.Sequential:
     """Four convolutions with biases, and a linear layer, as torch initialises them."""
     layers: list[nn.Module] = []
     for number, inputs in enumerate((1, width, width, width)):
-        layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [
+            nn.Conv2d(inputs, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
         layers += [nn.MaxPool2d(2)] if number == 1 else []
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)
+    )
 
 
 def residual(width: int = 16) -> nn.Sequential:
     """Fifteen convolutions without biases, as torchvision initialises them."""
-    first = [nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    first = [
+        nn.Conv2d(1, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
     last = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)]
     model = nn.Sequential(*first, *(Block(width) for _ in range(7)), *last)
     for module in model.modules():
@@ -72,7 +90,9 @@ def untrained(model: nn.Module) -> tuple[int, int]:
     return sum(judged), len(judged)
 
 
-def trained(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, digits: Tensor) -> Iterator[int]:
+def trained(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, digits: Tensor
+) -> Iterator[int]:
     """Train on batches of 64, and stop after each of these numbers of steps."""
     for step in range(1, max(STEPS) + 1):
         batch = torch.randint(0, len(images), (64,))
@@ -98,7 +118,10 @@ def main() -> None:
                 with torch.no_grad():
                     accuracy = (model(images).argmax(1) == digits).float().mean().item()
                 found, judged = untrained(model)
-                shown = f"{model_name}; {optimizer_name}; {step} steps: {accuracy:.0%} right"
+                shown = (
+                    f"{model_name}; {optimizer_name}; {step} steps: {accuracy:.0%} "
+                    "right"
+                )
                 print(f"{shown}, {found} of {judged} layers look untrained")
 
 

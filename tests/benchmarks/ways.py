@@ -28,16 +28,22 @@ def frozen(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Mod
 
 
 def ours(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
-    inject_adapters(model, LoRAConfig(r=r, alpha=None, dropout=dropout, target_modules=names))
+    inject_adapters(
+        model, LoRAConfig(r=r, alpha=None, dropout=dropout, target_modules=names)
+    )
     return model
 
 
-def peft(model: nn.Module, names: list[str], r: int, dropout: float, *, autocast: bool = True) -> nn.Module:
+def peft(
+    model: nn.Module, names: list[str], r: int, dropout: float, *, autocast: bool = True
+) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout, target_modules=names)
     model.config = getattr(model, "config", {"tie_word_embeddings": False})
-    return get_peft_model(model, config, autocast_adapter_dtype=autocast).get_base_model()
+    return get_peft_model(
+        model, config, autocast_adapter_dtype=autocast
+    ).get_base_model()
 
 
 def loralib(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
@@ -45,7 +51,12 @@ def loralib(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Mo
 
     for name in names:
         old: Any = model.get_submodule(name)
-        how = {"r": r, "lora_alpha": r, "lora_dropout": dropout, "bias": old.bias is not None}
+        how = {
+            "r": r,
+            "lora_alpha": r,
+            "lora_dropout": dropout,
+            "bias": old.bias is not None,
+        }
         new = Linear(old.in_features, old.out_features, merge_weights=False, **how)
         new.to(old.weight.device, old.weight.dtype)
         new.weight = old.weight
@@ -69,11 +80,15 @@ def _products(layer: Any, x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _Products.apply(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B)  # type: ignore[no-any-return, no-untyped-call]
     if x.numel() <= layer.lora_A.numel():
-        return F.linear(x, layer.weight, layer.bias) + F.linear(F.linear(x, layer.lora_A), layer.lora_B)
+        return F.linear(x, layer.weight, layer.bias) + F.linear(
+            F.linear(x, layer.lora_A), layer.lora_B
+        )
     return _added(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B)[0]
 
 
-def _added(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _added(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
     h = a @ x.reshape(-1, x.shape[-1]).T
     y = F.linear(x, weight, bias)
     y.view(-1, y.shape[-1]).addmm_(h.T, b.T)
@@ -82,7 +97,9 @@ def _added(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor)
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+    ) -> Tensor:
         y, h = _added(x, weight, bias, a, b)
         ctx.save_for_backward(x, weight, a, b, h)
         return y
@@ -114,9 +131,17 @@ def ways_in(dtype: torch.dtype) -> list[str]:
 
 
 def each_way(
-    model: nn.Module, names: list[str], *, r: int = 8, dropout: float = 0.0, only: Collection[str] = tuple(WAYS)
+    model: nn.Module,
+    names: list[str],
+    *,
+    r: int = 8,
+    dropout: float = 0.0,
+    only: Collection[str] = tuple(WAYS),
 ) -> dict[str, nn.Module]:
-    """Adapt copies of ``model`` with every method. All factors are random, as after training: none is zero."""
+    """Adapt copies of ``model`` with every method.
+
+    All factors are random, as after training: none is zero.
+    """
     models = {name: WAYS[name](copy_of(model), names, r, dropout) for name in only}
     for each in models.values():
         randomise(each)
@@ -125,7 +150,9 @@ def each_way(
 
 def copy_of(model: nn.Module) -> nn.Module:
     """Copy all but the weights: one base for all, so that no method has it in the cache before another."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    return copy.deepcopy(
+        model, {id(t): t for t in (*model.parameters(), *model.buffers())}
+    )
 
 
 def randomise(model: nn.Module) -> None:

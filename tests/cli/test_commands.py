@@ -46,7 +46,14 @@ def update_of(layer: Any) -> Tensor:
     return layer.lora_settings.scaling * layer.lora_B @ layer.lora_A
 
 
-SHOWN = ["q_proj", "v_proj", "Linear", "head.weight [4, 8]", "4 frozen tensors", "modules_to_save=['head']"]
+SHOWN = [
+    "q_proj",
+    "v_proj",
+    "Linear",
+    "head.weight [4, 8]",
+    "4 frozen tensors",
+    "modules_to_save=['head']",
+]
 
 
 def test_inspect_shows_what_a_file_holds_as_tables(file: str, capsys: Any) -> None:
@@ -68,7 +75,9 @@ def test_inspect_shows_what_a_file_holds_as_json(file: str, capsys: Any) -> None
     assert found["format"] == 3
 
 
-def test_merge_writes_a_model_and_a_line_for_each_warning(file: str, tmp_path: Path, capsys: Any) -> None:
+def test_merge_writes_a_model_and_a_line_for_each_warning(
+    file: str, tmp_path: Path, capsys: Any
+) -> None:
     base = tmp_path / "base.safetensors"
     out = tmp_path / "merged.safetensors"
     save_file(LitTiny().state_dict(), base)
@@ -87,7 +96,9 @@ def test_merge_writes_a_model_and_a_line_for_each_warning(file: str, tmp_path: P
     assert lines[-1].startswith("error: ")
 
 
-def test_merge_names_what_the_adapters_file_holds_whole(file: str, tmp_path: Path, capsys: Any) -> None:
+def test_merge_names_what_the_adapters_file_holds_whole(
+    file: str, tmp_path: Path, capsys: Any
+) -> None:
     base = tmp_path / "base.safetensors"
     save_file(LitTiny().state_dict(), base)
     assert main(["merge", str(base), file, str(tmp_path / "merged.safetensors")]) == 0
@@ -98,7 +109,9 @@ def test_merge_names_what_the_adapters_file_holds_whole(file: str, tmp_path: Pat
     assert "whole" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "says"), [("none", "does not exist."), ("text", "is no archive of torch")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("none", "does not exist."), ("text", "is no archive of torch")]
+)
 def test_an_error_is_the_last_line_below_the_usage_and_a_code(
     tmp_path: Path, capsys: Any, name: str, says: str
 ) -> None:
@@ -117,7 +130,9 @@ def test_a_module_and_a_pipe(file: str, monkeypatch: pytest.MonkeyPatch) -> None
     with os.fdopen(writer, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         with pytest.raises(SystemExit) as done:
-            runpy.run_path(str(Path(ll.__file__).with_name("__main__.py")), run_name="__main__")
+            runpy.run_path(
+                str(Path(ll.__file__).with_name("__main__.py")), run_name="__main__"
+            )
     assert not done.value.code
 
 
@@ -131,14 +146,19 @@ def test_combine_writes_a_file_that_loads(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "one.safetensors"
     one = saved(path, LitTiny(), target_modules=["q_proj"])
     out = str(tmp_path / "sum.safetensors")
-    assert main(["combine", str(path), str(path), "--weights", "1", "-3", "--out", out]) == 0
+    assert (
+        main(["combine", str(path), str(path), "--weights", "1", "-3", "--out", out])
+        == 0
+    )
     assert "Combined 2 files, 1 layer, into" in capsys.readouterr().out
     both = LitTiny()
     ll.load_adapter(both, out)
     torch.testing.assert_close(update_of(both.q_proj), -2 * update_of(one.q_proj))
 
 
-def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_writes_what_peft_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     peft = pytest.importorskip("peft")
     model = saved(tmp_path / "a.safetensors", LitTiny(), rank_pattern={"v_proj": 1})
     folder = tmp_path / "peft"
@@ -152,9 +172,12 @@ def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*arguments, "--root", "none"]) == 1
 
 
-def test_export_names_a_base_that_is_a_folder_of_this_machine(tmp_path: Path, capsys: Any) -> None:
+def test_export_names_a_base_that_is_a_folder_of_this_machine(
+    tmp_path: Path, capsys: Any
+) -> None:
     base = LitTiny()
-    base.config = SimpleNamespace(_name_or_path=str(tmp_path))  # as models of transformers have one
+    # as models of transformers have one
+    base.config = SimpleNamespace(_name_or_path=str(tmp_path))
     saved(tmp_path / "a.safetensors", base)
     arguments = ["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft")]
     assert main(arguments) == 0
@@ -171,7 +194,9 @@ def block() -> nn.Module:
     return nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)})
 
 
-def test_layers_of_several_blocks_are_one_row_if_their_rank_is_the_same(tmp_path: Path, capsys: Any) -> None:
+def test_layers_of_several_blocks_are_one_row_if_their_rank_is_the_same(
+    tmp_path: Path, capsys: Any
+) -> None:
     path = tmp_path / "a.safetensors"
     model = nn.ModuleList([block(), block(), block(), block()])
     saved(path, model, r=4, alpha=None, rank_pattern={r"1\.query": 2})
@@ -180,27 +205,37 @@ def test_layers_of_several_blocks_are_one_row_if_their_rank_is_the_same(tmp_path
     assert_in_text(rows, capsys.readouterr().out)
 
 
-def test_inspect_shows_how_many_rows_of_an_embedding_train(tmp_path: Path, capsys: Any) -> None:
+def test_inspect_shows_how_many_rows_of_an_embedding_train(
+    tmp_path: Path, capsys: Any
+) -> None:
     path = tmp_path / "a.safetensors"
     saved(path, LitTiny(), trainable_token_indices={"embed": [1, 3]})
     assert main(["inspect", str(path)]) == 0
     assert "Rows of embed train: 2." in capsys.readouterr().out
 
 
-def test_inspect_shows_what_the_run_knew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_what_the_run_knew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = LitTiny()
-    base.config = SimpleNamespace(_name_or_path="me/tiny")  # as models of transformers have one
+    # as models of transformers have one
+    base.config = SimpleNamespace(_name_or_path="me/tiny")
     fit = trainer(tmp_path, [lora(merge=False)])
     fit.fit(base, data(), data())
     fit.save_checkpoint(tmp_path / "a.ckpt")
     loss = float(fit.callback_metrics["val_loss"])
     assert main(["inspect", str(tmp_path / "a.ckpt")]) == 0
-    assert_in_text(["They came from 'me/tiny'.", f"Logged last: val_loss {loss:.4g}"], capsys.readouterr().out)
+    assert_in_text(
+        ["They came from 'me/tiny'.", f"Logged last: val_loss {loss:.4g}"],
+        capsys.readouterr().out,
+    )
     assert main(["inspect", str(tmp_path / "a.ckpt"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"] == {"val_loss": loss}
 
 
-def test_files_may_be_named_by_urls(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_may_be_named_by_urls(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved(Path(file), LitTiny())
     save_file(LitTiny().state_dict(), tmp_path / "base.safetensors")
     (tmp_path / "out").mkdir()
@@ -209,9 +244,23 @@ def test_files_may_be_named_by_urls(file: str, tmp_path: Path, capsys: pytest.Ca
     elsewhere = f"memory://{uuid4()}"
     assert main(["inspect", url]) == 0
     assert main(["export", url, f"{here}/peft"]) == 0
-    assert main(["merge", f"file://{tmp_path}/base.safetensors", url, f"{here}/m.safetensors"]) == 0
+    assert (
+        main(
+            [
+                "merge",
+                f"file://{tmp_path}/base.safetensors",
+                url,
+                f"{here}/m.safetensors",
+            ]
+        )
+        == 0
+    )
     assert main(["combine", url, url, "--out", f"{here}/c.safetensors"]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"peft", "m.safetensors", "c.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "peft",
+        "m.safetensors",
+        "c.safetensors",
+    }
     assert main(["combine", url, url, "--out", f"{elsewhere}/c.safetensors"]) == 0
     assert main(["inspect", f"{elsewhere}/c.safetensors"]) == 0
     capsys.readouterr()
@@ -220,7 +269,9 @@ def test_files_may_be_named_by_urls(file: str, tmp_path: Path, capsys: pytest.Ca
 
 
 BROKEN: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
-    "adapted by your own class LoRAMine": lambda about, _: about["layers"][0].update(kind="LoRAMine"),
+    "adapted by your own class LoRAMine": lambda about, _: about["layers"][0].update(
+        kind="LoRAMine"
+    ),
     "'q_proj.lora_B' in ": lambda _, tensors: tensors["q_proj.lora_B"].fill_(torch.nan),
 }
 
@@ -234,13 +285,19 @@ def test_what_no_command_can_use_is_refused(
     base = str(tmp_path / "base.safetensors")
     out = str(tmp_path / "out.safetensors")
     save_file(LitTiny().state_dict(), base)
-    arguments = {"inspect": [file], "combine": [file, file, "--out", out], "merge": [base, file, out]}
+    arguments = {
+        "inspect": [file],
+        "combine": [file, file, "--out", out],
+        "merge": [base, file, out],
+    }
     assert main([command, *arguments[command]]) == 1
     assert message in says(capsys)
     assert not Path(out).exists()
 
 
-def test_commands_say_what_a_folder_of_peft_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_say_what_a_folder_of_peft_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "peft"
     ll.export_peft(adapted(), folder)
     advice = ["holds adapters of PEFT", "save_adapter(model, 'adapter.safetensors')"]
@@ -261,7 +318,9 @@ def shows_as_text(command: list[str], capsys: Any) -> None:
     assert r"\x1b[31mred\x1b]0" in re.sub(r"[\s│┃]", "", shown)
 
 
-def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_in_files_cannot_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "a.safetensors"
     of_a_layer = saved(file, nn.ModuleDict({ESCAPES: nn.Linear(4, 4)}), bias="all")
     shows_as_text(["inspect", str(file)], capsys)
@@ -272,13 +331,19 @@ def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest
     shows_as_text(["inspect", str(file)], capsys)
 
 
-def test_names_of_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_files_cannot_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = str(tmp_path / "a.safetensors")
     odd = str(tmp_path / ESCAPES)
     base = str(tmp_path / "base.safetensors")
     saved(Path(file), LitTiny())
     save_file(LitTiny().state_dict(), base)
-    for command in (["inspect", odd], ["merge", odd, file, "out.ckpt"], ["merge", base, file, f"{odd}.safetensors"]):
+    for command in (
+        ["inspect", odd],
+        ["merge", odd, file, "out.ckpt"],
+        ["merge", base, file, f"{odd}.safetensors"],
+    ):
         shows_as_text(command, capsys)
     shows_as_text(["combine", file, file, "--out", f"{odd}.safetensors"], capsys)
     shows_as_text(["inspect", f"{odd}.safetensors"], capsys)

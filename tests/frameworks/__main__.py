@@ -22,7 +22,8 @@ FRAMEWORKS = {
     "darts": ["darts[torch]"],
     "pytorch-forecasting": ["pytorch-forecasting"],
     "chemprop": ["chemprop"],
-    "pytorch-tabular": ["pytorch-tabular", "requests"],  # which it imports, and does not ask for
+    # which it imports, and does not ask for
+    "pytorch-tabular": ["pytorch-tabular", "requests"],
     "scvi-tools": ["scvi-tools"],
     "neuralforecast": ["neuralforecast"],
     "gluonts": ["gluonts[torch]"],
@@ -30,13 +31,17 @@ FRAMEWORKS = {
     "rl4co": ["rl4co"],
     "lightly": ["lightly"],
     "anomalib": ["anomalib"],
-    "pyannote-audio": ["torch==2.9.*", "torchaudio==2.9.*", "pyannote-audio"],  # a later torchaudio is not for CPUs
+    # a later torchaudio is not for CPUs
+    "pyannote-audio": ["torch==2.9.*", "torchaudio==2.9.*", "pyannote-audio"],
     "schnetpack": ["schnetpack>=2.2"],  # for Python 3.12
     "terratorch": ["terratorch"],
     "torch-geometric": ["torch-geometric"],
     "lightning-ir": ["lightning-ir", "transformers<5"],
 }
-"""What is installed of each. Its name is that of its package, and of its file in ``cases``."""
+"""What is installed of each.
+
+Its name is that of its package, and of its file in ``cases``.
+"""
 
 
 def measured(name: str, folder: Path) -> None:
@@ -46,33 +51,64 @@ def measured(name: str, folder: Path) -> None:
     try:
         if not python.exists():
             started(sys.executable, "-m", "venv", str(folder))
-            started(str(python), "-m", "pip", "install", "--quiet", *FRAMEWORKS[name], "-e", str(ROOT))
+            started(
+                str(python),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                *FRAMEWORKS[name],
+                "-e",
+                str(ROOT),
+            )
         print(started(str(python), "-m", "tests.frameworks.measure", name, str(result)))
     except subprocess.CalledProcessError as error:
         print(error.stderr)
         lines = [line for line in error.stderr.splitlines() if "error" in line.lower()]
-        why = re.sub(r"/\S*/", "", (lines or ["?"])[-1])  # without the folders of this machine
-        result.write_text(json.dumps({"date": date.today().isoformat(), "failed": why}, indent=1) + "\n")
+        # without the folders of this machine
+        why = re.sub(r"/\S*/", "", (lines or ["?"])[-1])
+        result.write_text(
+            json.dumps({"date": date.today().isoformat(), "failed": why}, indent=1)
+            + "\n"
+        )
 
 
 def started(*command: str) -> str:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": str(ROOT),
+    }
     with tempfile.TemporaryDirectory() as folder:  # some write where they are
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=True).stdout
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, env=env, check=True
+        ).stdout
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        "python -m tests.frameworks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tests.frameworks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="framework", help=", ".join(FRAMEWORKS))
+    parser.add_argument(
+        "names", nargs="*", metavar="framework", help=", ".join(FRAMEWORKS)
+    )
     parser.add_argument("--all", action="store_true", help="measure all of them")
     parser.add_argument("--table", action="store_true", help="measure nothing")
-    parser.add_argument("--keep", type=Path, help="keep the environments in this folder, and use those that are there")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="keep the environments in this folder, and use those that are there",
+    )
     asked = parser.parse_args(arguments)
     names = list(FRAMEWORKS) if asked.all else asked.names
     if unknown := set(names) - FRAMEWORKS.keys():
-        parser.error(f"unknown framework {', '.join(sorted(unknown))}: expected some of {', '.join(FRAMEWORKS)}")
+        parser.error(
+            f"unknown framework {', '.join(sorted(unknown))}: expected some of "
+            f"{', '.join(FRAMEWORKS)}"
+        )
     if bool(names) == asked.table:
         parser.error("name frameworks, or --all, or --table")
     for name in names:

@@ -22,25 +22,30 @@ class Run:
 
     @property
     def file(self) -> Path:
-        return max(self.folder.glob("epoch=*.ckpt"), key=lambda path: path.stat().st_mtime)
+        return max(
+            self.folder.glob("epoch=*.ckpt"), key=lambda path: path.stat().st_mtime
+        )
 
     @property
     def middle(self) -> Path:
         return self.folder / "epoch=0.ckpt"
 
 
-Way = Callable[[Run], Any]  # saves the model of a run, or takes its file, and returns what was loaded
+# saves the model of a run, or takes its file, and returns what was loaded
+Way = Callable[[Run], Any]
 
 
 class Case(ABC):
     """A model of a framework, and how its users fit, save, load and call it.
 
-    The methods here fit a LightningModule with a Trainer. A framework that does it for its users has its own.
+    The methods here fit a LightningModule with a Trainer. A framework that does it for
+    its users has its own.
     """
 
     lightning: ClassVar[str] = "lightning.pytorch"  # or pytorch_lightning
     resumes: ClassVar[bool] = True  # has a way of its own to go on from a file
-    within: ClassVar[str] = ""  # the attribute of a model that is its network, if the model is none
+    # the attribute of a model that is its network, if the model is none
+    within: ClassVar[str] = ""
     inner: ClassVar[str] = ""  # the module in the network that is saved and loaded
     prefix: ClassVar[str] = ""  # of the network's names in files of the Trainer
     arguments: ClassVar[dict[str, Any]] = {}  # of LoRACallback
@@ -69,7 +74,10 @@ class Case(ABC):
         return model
 
     def base(self, folder: Path) -> Any:
-        """A new model with pretrained weights. They are trained once in a folder, without LoRA."""
+        """A new model with pretrained weights.
+
+        They are trained once in a folder, without LoRA.
+        """
         path = folder / "base"
         if not path.exists():
             self.save(self.train(self.new(), [], folder), path)
@@ -83,9 +91,13 @@ class Case(ABC):
         """Go on from a file of the Trainer. Return the trained model."""
         return self.train(self.base(folder.parent), callbacks, folder, ckpt_path=file)
 
-    def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Any:
+    def train(
+        self, model: Any, callbacks: list[Any], folder: Path, **options: Any
+    ) -> Any:
         """Fit with a Trainer, or with what the framework has in its place."""
-        trainer = import_module(self.lightning).Trainer(callbacks=callbacks, **quiet(callbacks, folder))
+        trainer = import_module(self.lightning).Trainer(
+            callbacks=callbacks, **quiet(callbacks, folder)
+        )
         trainer.fit(model, self.data(), weights_only=False, **options)
         return model
 
@@ -99,7 +111,10 @@ class Case(ABC):
 
     def ways(self) -> dict[str, Way]:
         """The framework's own ways to save and load."""
-        return {"load_from_checkpoint": self.from_checkpoint, "load_state_dict": self.from_state}
+        return {
+            "load_from_checkpoint": self.from_checkpoint,
+            "load_state_dict": self.from_state,
+        }
 
     def saved(self, run: Run) -> Any:
         self.save(run.model, run.folder / "tuned")
@@ -112,7 +127,9 @@ class Case(ABC):
         """What a file's own ``state_dict`` gives to a model."""
         model = self.base(run.folder.parent)
         state = torch.load(run.file, weights_only=False)["state_dict"]
-        self.network(model).load_state_dict({name.removeprefix(self.prefix): value for name, value in state.items()})
+        self.network(model).load_state_dict(
+            {name.removeprefix(self.prefix): value for name, value in state.items()}
+        )
         return model
 
 
@@ -122,6 +139,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 def quiet(callbacks: list[Any], folder: Path) -> dict[str, Any]:
     """Arguments of a Trainer. Without callbacks, it writes no files."""
-    hidden = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    hidden = dict.fromkeys(
+        ("logger", "enable_progress_bar", "enable_model_summary"), False
+    )
     where = {"accelerator": "cpu", "default_root_dir": folder}
     return {"max_epochs": 2, "enable_checkpointing": bool(callbacks), **where, **hidden}

@@ -39,7 +39,10 @@ class Before:
 
 
 def measure(case: Case, folder: Path) -> Facts:
-    """Fit without LoRA and with both kinds of files. Return what works: "yes", or what came instead."""
+    """Fit without LoRA and with both kinds of files.
+
+    Return what works: "yes", or what came instead.
+    """
     seed_everything(0, verbose=False)
     base = case.base(folder)
     before = Before(predicted(case, base), state(case, base))
@@ -82,30 +85,42 @@ def resume_all(case: Case, runs: dict[str, Run], before: Before) -> Facts:
     facts = {}
     for save in SAVES:
         if save in runs:
-            facts[f"resume, {save}"] = attempt(partial(resume, case, runs[save], save, before.numbers))
+            facts[f"resume, {save}"] = attempt(
+                partial(resume, case, runs[save], save, before.numbers)
+            )
     return facts
 
 
-def try_own_ways(case: Case, runs: dict[str, Run], before: Before) -> dict[str, dict[str, str]]:
+def try_own_ways(
+    case: Case, runs: dict[str, Run], before: Before
+) -> dict[str, dict[str, str]]:
     """Save and load each run in each of the framework's own ways."""
     facts: dict[str, dict[str, str]] = {name: {} for name in case.ways()}
     for kind, run in runs.items():
         trained = predicted(case, run.model)
         for name, way in case.ways().items():
-            facts[name][kind] = attempt(partial(try_own_way, case, way, run, trained, before.numbers))
+            facts[name][kind] = attempt(
+                partial(try_own_way, case, way, run, trained, before.numbers)
+            )
     return facts
 
 
-def try_own_way(case: Case, way: Way, run: Run, trained: Tensor, numbers: Tensor) -> str:
+def try_own_way(
+    case: Case, way: Way, run: Run, trained: Tensor, numbers: Tensor
+) -> str:
     """Compare what a way gives with the trained model."""
     return compare(predicted(case, way(run)), trained, numbers)
 
 
-def look_at_adapters(case: Case, runs: dict[str, Run], before: Before, folder: Path) -> Facts:
+def look_at_adapters(
+    case: Case, runs: dict[str, Run], before: Before, folder: Path
+) -> Facts:
     """Look at the fit with the default kind of file: what moved, what the file has, and whether it loads."""
     run = runs["adapters"]
     return {
-        "moves": moves(before.state, state(case, run.model), state(case, runs["plain"].model)),
+        "moves": moves(
+            before.state, state(case, run.model), state(case, runs["plain"].model)
+        ),
         "base in the file": look(case, run, before.state),
         "bytes": {kind: each.file.stat().st_size for kind, each in runs.items()},
         "load_adapter": attempt(lambda: adapt(case, run, folder, before.numbers)),
@@ -113,15 +128,21 @@ def look_at_adapters(case: Case, runs: dict[str, Run], before: Before, folder: P
     }
 
 
-def fit(case: Case, folder: Path, seed: int = 1, file: Path | None = None, **lora: Any) -> Run:
+def fit(
+    case: Case, folder: Path, seed: int = 1, file: Path | None = None, **lora: Any
+) -> Run:
     """Fit a model that has the base's weights, or go on from a file."""
     seed_everything(seed, verbose=False)
     saves = import_module(f"{case.lightning}.callbacks").ModelCheckpoint
-    callbacks = [saves(folder, "{epoch}", save_top_k=-1, mode="max")]  # the mode tells it from a framework's own
+    # the mode tells it from a framework's own
+    callbacks = [saves(folder, "{epoch}", save_top_k=-1, mode="max")]
     if lora:
         callbacks.append(case.lora(**lora))
     folder.mkdir()
-    return Run(case.resume(file, callbacks, folder) if file else case.fit(callbacks, folder), folder)
+    return Run(
+        case.resume(file, callbacks, folder) if file else case.fit(callbacks, folder),
+        folder,
+    )
 
 
 def attempt(act: Callable[[], Any]) -> str:
@@ -144,7 +165,11 @@ def beginning_of(message: str) -> str:
 def state(case: Case, model: Any) -> State:
     """Copy the tensors of a model's state."""
     found = case.network(model).state_dict()
-    return {name: value.clone() for name, value in found.items() if isinstance(value, Tensor)}
+    return {
+        name: value.clone()
+        for name, value in found.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def compare(found: Tensor, expected: Tensor, base: Tensor) -> str:
@@ -168,14 +193,22 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 def resume(case: Case, through: Run, save: str, numbers: Tensor) -> str:
     """Compare the bits of a run that goes on from the middle with one that never stopped."""
-    again = fit(case, through.folder.with_name(f"resumed-{save}"), seed=2, file=through.middle, save=save)
+    again = fit(
+        case,
+        through.folder.with_name(f"resumed-{save}"),
+        seed=2,
+        file=through.middle,
+        save=save,
+    )
     once = state(case, through.model)
     twice = state(case, again.model)
     if once.keys() != twice.keys():
         return f"no: other names, such as {min(once.keys() ^ twice.keys())}"
     if not changed(once, twice, once):
         return "yes"
-    found = compare(predicted(case, again.model), predicted(case, through.model), numbers)
+    found = compare(
+        predicted(case, again.model), predicted(case, through.model), numbers
+    )
     return "to rounding" if found == "yes" else found
 
 
@@ -184,7 +217,11 @@ def moves(start: State, with_lora: State, plain: State) -> dict[str, Any]:
     names = [name for name in matrices(start) if name in with_lora and name in plain]
     lora = changed(start, with_lora, names)
     full = changed(start, plain, names)
-    return {"only with": sorted(lora - full), "only without": sorted(full - lora), "both": len(lora & full)}
+    return {
+        "only with": sorted(lora - full),
+        "only without": sorted(full - lora),
+        "both": len(lora & full),
+    }
 
 
 def changed(one: State, other: State, names: Iterable[str]) -> set[str]:
@@ -198,7 +235,10 @@ def matrices(start: State) -> list[str]:
 
 
 def look(case: Case, run: Run, start: State) -> list[str]:
-    """Name the matrices of the base in the file. Those that changed, or look untrained, belong there."""
+    """Name the matrices of the base in the file.
+
+    Those that changed, or look untrained, belong there.
+    """
     saved = torch.load(run.file, weights_only=False, map_location="cpu")["state_dict"]
     trained_whole = tuple(case.lora().config.modules_to_save or ())
     names = []
@@ -234,9 +274,14 @@ def predict(case: Case, run: Run, numbers: Tensor) -> str:
 
 def versions(name: str) -> dict[str, str]:
     """The versions of Python, of the framework and of what it stands on."""
-    installed = {each.metadata["Name"].replace("_", "-"): each.version for each in distributions()}
+    installed = {
+        each.metadata["Name"].replace("_", "-"): each.version
+        for each in distributions()
+    }
     packages = (name, "torch", "lightning", "pytorch-lightning", "lightning-lora")
-    found = {package: installed[package] for package in packages if package in installed}
+    found = {
+        package: installed[package] for package in packages if package in installed
+    }
     return {"python": platform.python_version(), **found}
 
 
@@ -251,7 +296,11 @@ def main(name: str, path: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             models[title] = measure(case(), Path(folder))
         print(f"{name}, {title}: {json.dumps(models[title], indent=1)}")
-    found = {"date": date.today().isoformat(), "versions": versions(name), "models": models}
+    found = {
+        "date": date.today().isoformat(),
+        "versions": versions(name),
+        "models": models,
+    }
     Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -51,7 +51,10 @@ def replace_version(page: str, name: str, version: str) -> str:
 
 
 def table(results: Results, sections: list[str]) -> str:
-    """Return a row for each model. A framework that was not installed has one, with its error."""
+    """Return a row for each model.
+
+    A framework that was not installed has one, with its error.
+    """
     lines = [line_of("", *COLUMNS), line_of("---", *["---"] * len(COLUMNS))]
     for name, result in results.items():
         title = f"[{name}](#{name})" if name in sections else name

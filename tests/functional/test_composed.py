@@ -13,7 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.functional.adapted_linear import adapted_linear
-from tests.functional.test_linear import assert_same_gradients, composed, detached, goes_by_hand, inputs
+from tests.functional.test_linear import (
+    assert_same_gradients,
+    composed,
+    detached,
+    goes_by_hand,
+    inputs,
+)
 from tests.support.models import randomise
 
 Compute = Callable[..., Tensor]
@@ -51,7 +57,9 @@ def batch_of_gradients(layer: Compute, x: Tensor, a: Tensor) -> Tensor:
     tracked = [x.clone().requires_grad_(), a.clone().requires_grad_()]
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(7, 3, 4, 5, dtype=x.dtype, generator=generator)
-    of_x, of_a = torch.autograd.grad(layer(*tracked), tracked, batch, is_grads_batched=True)
+    of_x, of_a = torch.autograd.grad(
+        layer(*tracked), tracked, batch, is_grads_batched=True
+    )
     return torch.cat([of_x.flatten(), of_a.flatten()])
 
 
@@ -61,7 +69,8 @@ def forward_mode(compute: Compute, a: Tensor, tangent: Tensor) -> Tensor:
         return torch.autograd.forward_ad.unpack_dual(compute(dual)).tangent
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # which torch's own rules for second derivatives use
+# which torch's own rules for second derivatives use
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
 def test_functional_transforms_and_forward_mode_derive_the_same() -> None:
     torch.testing.assert_close(derived(adapted_linear), derived(composed))
 
@@ -93,14 +102,17 @@ def traced_layer(tokens: int, differentiates: bool) -> tuple[Any, list[Tensor]]:
     layer: Any = model[0]
     x = torch.randn(tokens, 8).double()
     with torch.set_grad_enabled(differentiates):
-        traced = torch.jit.trace(model, x)  # and compared with a trace without gradients
+        # and compared with a trace without gradients
+        traced = torch.jit.trace(model, x)
     return traced, [layer.weight, layer.bias, layer.lora_A, layer.lora_B]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize(("tokens", "differentiates"), [(1, False), (40, True)])
 @pytest.mark.parametrize("rows", [1, 3, 400])
-def test_a_traced_layer_computes_any_number_of_tokens(tokens: int, differentiates: bool, rows: int) -> None:
+def test_a_traced_layer_computes_any_number_of_tokens(
+    tokens: int, differentiates: bool, rows: int
+) -> None:
     traced, tensors = traced_layer(tokens, differentiates)
     _, _, a, b = tensors
     x = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)

@@ -68,9 +68,15 @@ def test_no_value_is_none_of_them() -> None:
     assert not is_normal(weight, 0.02)
 
 
-@pytest.mark.parametrize("shape", [(30, 20), (4000, 5), (3, 50_000), (2000, 2000), (8, 4, 3, 3)], ids=str)
-def test_a_block_has_about_ten_thousand_values_of_all_parts(shape: tuple[int, ...]) -> None:
-    weight = torch.arange(1.0, 1 + torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+@pytest.mark.parametrize(
+    "shape", [(30, 20), (4000, 5), (3, 50_000), (2000, 2000), (8, 4, 3, 3)], ids=str
+)
+def test_a_block_has_about_ten_thousand_values_of_all_parts(
+    shape: tuple[int, ...],
+) -> None:
+    weight = torch.arange(
+        1.0, 1 + torch.Size(shape).numel(), dtype=torch.float64
+    ).reshape(shape)
     block = block_of(weight)
     assert block.dtype == torch.float32
     assert min(weight.numel(), 9_000) <= block.numel() <= 10_000

@@ -6,8 +6,11 @@ import torch
 from lightning_lora.functional import dropout
 
 
-def test_gaps_are_drawn_until_the_end_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    def drawing_half(expected: float) -> float:  # in place of the square root that adds a margin
+def test_gaps_are_drawn_until_the_end_is_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # in place of the square root that adds a margin
+    def drawing_half(expected: float) -> float:
         return -expected / 10
 
     monkeypatch.setattr("math.sqrt", drawing_half)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora.functional.factors import Factors, concatenated, difference, joined_rows, truncated, with_rank
+from lightning_lora.functional.factors import (
+    Factors,
+    concatenated,
+    difference,
+    joined_rows,
+    truncated,
+    with_rank,
+)
 
 IN, OUT = 6, 5
 
@@ -83,7 +90,9 @@ def test_the_largest_rank_of_a_matrix_holds_every_update(r: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_best_approximation_is_that_of_the_singular_values(dtype: torch.dtype) -> None:
+def test_the_best_approximation_is_that_of_the_singular_values(
+    dtype: torch.dtype,
+) -> None:
     update = factors(4, dtype=dtype)
     u, s, v = torch.linalg.svd(product(update).double())
     best = (u[:, :2] * s[:2]) @ v[:2]
@@ -91,7 +100,8 @@ def test_the_best_approximation_is_that_of_the_singular_values(dtype: torch.dtyp
     assert (a.dtype, b.dtype) == (dtype, dtype)
     assert (a.shape, b.shape) == ((2, IN), (OUT, 2))
     torch.testing.assert_close((b @ a).double(), best, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))  # each factor has the root of a singular value
+    # each factor has the root of a singular value
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
 
 
 def test_no_more_rank_than_is_needed() -> None:

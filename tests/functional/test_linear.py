@@ -20,11 +20,15 @@ from tests.benchmarks.measure import saved_bytes
 from tests.support.models import as_trained
 
 
-def composed(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def composed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> Tensor:
     return F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, a), b)
 
 
-def inputs(*shape: int, out: int = 5, r: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def inputs(
+    *shape: int, out: int = 5, r: int = 2, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     """An input, and the weight, bias, lora_A and lora_B of a layer that reads it; all need gradients."""
     reads = shape[-1]
     sizes = (shape, (out, reads), (out,), (r, reads), (out, r))
@@ -55,8 +59,12 @@ def laid_out(layout: str, out: int) -> list[Tensor]:
     return [layouts(x.detach())[layout].requires_grad_(), *others]
 
 
-@pytest.mark.parametrize(("layout", "dropout"), [("transposed", 0.0), ("every second", 0.4)])
-def test_gradients_pass_torchs_check_to_the_second_order(layout: str, dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("layout", "dropout"), [("transposed", 0.0), ("every second", 0.4)]
+)
+def test_gradients_pass_torchs_check_to_the_second_order(
+    layout: str, dropout: float
+) -> None:
     tensors = laid_out(layout, out=3)
 
     def compute(*args: Any) -> Tensor:
@@ -71,7 +79,9 @@ def test_gradients_with_gradients_drop_what_those_without_drop() -> None:
     tensors = laid_out("expanded", out=4)
     output = adapted_linear(*tensors, 1.0, 0.4).square().sum()
     first = torch.autograd.grad(output, tensors, retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(output, tensors, create_graph=True), first)
+    torch.testing.assert_close(
+        torch.autograd.grad(output, tensors, create_graph=True), first
+    )
 
 
 def test_second_derivatives_of_a_layer_that_runs_twice_count_each_path_once() -> None:
@@ -97,7 +107,9 @@ def as_leaves(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
 
 
-def assert_same_gradients(ours: Tensor, theirs: Tensor, of: Sequence[Tensor], grad: Tensor | None = None) -> None:
+def assert_same_gradients(
+    ours: Tensor, theirs: Tensor, of: Sequence[Tensor], grad: Tensor | None = None
+) -> None:
     """Expect both outputs to have these gradients, nearly."""
     found = torch.autograd.grad(ours, of, grad, retain_graph=True)
     expected = torch.autograd.grad(theirs, of, grad, retain_graph=True)
@@ -118,11 +130,19 @@ SHAPES = st.tuples(st.lists(st.integers(0, 4), max_size=4), st.integers(1, 6))
 )
 @settings(max_examples=60)
 def test_gradients_are_those_of_the_composition(
-    shape: tuple[list[int], int], out: int, r: int, scaling: float, layout: str, trained: set[str], with_bias: bool
+    shape: tuple[list[int], int],
+    out: int,
+    r: int,
+    scaling: float,
+    layout: str,
+    trained: set[str],
+    with_bias: bool,
 ) -> None:
     batch, reads = shape
     x, *others = detached(inputs(*batch, reads, out=out, r=r))
-    tensors: dict[str, Any] = dict(zip(NAMES, [layouts(x)[layout], *others], strict=True))
+    tensors: dict[str, Any] = dict(
+        zip(NAMES, [layouts(x)[layout], *others], strict=True)
+    )
     if not with_bias:
         tensors["bias"] = None
         trained = trained - {"bias"}
@@ -161,7 +181,12 @@ def matmul_precision(precision: str) -> Iterator[None]:
     ],
 )
 def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
-    tokens: int, dtype: Any, precision: str, dropout: float, is_updated: bool, monkeypatch: pytest.MonkeyPatch
+    tokens: int,
+    dtype: Any,
+    precision: str,
+    dropout: float,
+    is_updated: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = []
 
@@ -170,7 +195,8 @@ def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
         return weight + scaling * b @ a
 
     monkeypatch.setattr(linear, "_updated", updated)
-    tensors = inputs(tokens, 2, out=3, r=1, dtype=dtype)  # 4.8 tokens are twice the mean of 2 and 3
+    # 4.8 tokens are twice the mean of 2 and 3
+    tensors = inputs(tokens, 2, out=3, r=1, dtype=dtype)
     with matmul_precision(precision):
         adapted_linear(*tensors, 1.0, dropout)
     assert bool(made) is is_updated
@@ -185,7 +211,9 @@ def weight_layouts(weight: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("writes", [4, 18, 39])
 @pytest.mark.parametrize("reads", [4, 19, 34])
 @pytest.mark.parametrize("tokens", [3, 400])
-def test_a_fresh_update_changes_nothing_whatever_the_form_and_the_layout(tokens: int, reads: int, writes: int) -> None:
+def test_a_fresh_update_changes_nothing_whatever_the_form_and_the_layout(
+    tokens: int, reads: int, writes: int
+) -> None:
     torch.manual_seed(0)
     x, weight, bias, a, _ = inputs(tokens, reads, out=writes)
     fresh = torch.zeros(writes, 2, dtype=x.dtype, requires_grad=True)
@@ -209,9 +237,15 @@ def with_gradients(tensors: list[Tensor], dropout: float, grad: Tensor) -> Tenso
 
 @pytest.mark.parametrize(
     ("dtype", "adapters", "dropout"),
-    [(torch.bfloat16, torch.float32, 0.0), (torch.bfloat16, torch.bfloat16, 0.3), (torch.float16, torch.float32, 0.3)],
+    [
+        (torch.bfloat16, torch.float32, 0.0),
+        (torch.bfloat16, torch.bfloat16, 0.3),
+        (torch.float16, torch.float32, 0.3),
+    ],
 )
-def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters: Any, dropout: float) -> None:
+def test_gradients_are_as_exact_as_the_dtype_allows(
+    dtype: torch.dtype, adapters: Any, dropout: float
+) -> None:
     torch.manual_seed(0)
     wide = inputs(3, 17, 32, out=24, r=4)
     narrow = as_leaves(wide[:3], dtype) + as_leaves(wide[3:], adapters)
@@ -226,8 +260,13 @@ def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters
         assert one.grad.dtype == one.dtype
 
 
-@pytest.mark.parametrize(("dtype", "dropout"), [(torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float16, 0.05)])
-def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch.dtype, dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "dropout"),
+    [(torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float16, 0.05)],
+)
+def test_scaling_is_exact_and_keeps_half_precision_within_its_range(
+    dtype: torch.dtype, dropout: float
+) -> None:
     torch.manual_seed(0)
     x, weight, _, a, b = detached(inputs(256, 64))
     rounded = as_leaves([x, weight * 0, a * 20, b * 200], dtype)
@@ -240,15 +279,20 @@ def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch
         output.backward(grad.to(x.dtype))
     for wide, narrow in zip(exact, rounded, strict=True):
         size = (narrow.grad.double() * wide.grad).sum() / wide.grad.square().sum()
-        bound = torch.finfo(dtype).eps / narrow.numel() ** 0.2  # of many values, errors even out
+        # of many values, errors even out
+        bound = torch.finfo(dtype).eps / narrow.numel() ** 0.2
         assert abs(size - 1) < bound
 
 
 # Memory
 
 
-@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.1), (torch.bfloat16, 0.0)])
-def test_little_is_kept_for_the_backward_pass_beside_the_input(dropout: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "dropout"), [(torch.float32, 0.1), (torch.bfloat16, 0.0)]
+)
+def test_little_is_kept_for_the_backward_pass_beside_the_input(
+    dropout: float, dtype: torch.dtype
+) -> None:
     model = nn.Sequential(nn.Linear(768, 768)).to(dtype)
     x = torch.randn(256, 768, dtype=dtype, requires_grad=True)
     as_trained(model, r=8, dropout=dropout)
@@ -262,7 +306,9 @@ def test_little_is_kept_for_the_backward_pass_beside_the_input(dropout: float, d
 @pytest.mark.parametrize("narrow_a", [True, False])
 @pytest.mark.parametrize("narrow_b", [True, False])
 @torch.no_grad()
-def test_a_few_tokens_are_not_rounded_to_narrower_adapters(narrow_a: bool, narrow_b: bool) -> None:
+def test_a_few_tokens_are_not_rounded_to_narrower_adapters(
+    narrow_a: bool, narrow_b: bool
+) -> None:
     x, weight, bias, a, b = detached(inputs(2, 64, out=32, r=4))
     if narrow_a:
         a = a.bfloat16()
@@ -273,7 +319,9 @@ def test_a_few_tokens_are_not_rounded_to_narrower_adapters(narrow_a: bool, narro
     torch.testing.assert_close(found, expected)
 
 
-def with_activation(activation: Callable[[Tensor], Tensor], tensors: list[Tensor], dropout: float) -> list[Tensor]:
+def with_activation(
+    activation: Callable[[Tensor], Tensor], tensors: list[Tensor], dropout: float
+) -> list[Tensor]:
     """The output of a layer with this activation, and the gradients."""
     torch.manual_seed(0)
     output = activation(adapted_linear(*tensors, 1.0, dropout))
@@ -281,8 +329,12 @@ def with_activation(activation: Callable[[Tensor], Tensor], tensors: list[Tensor
     return [output, *torch.autograd.grad(loss, tensors)]
 
 
-@pytest.mark.parametrize(("shape", "dropout"), [((6,), 0.0), ((2, 3, 6), 0.4), ((2, 400, 6), 0.0)])
-def test_an_activation_may_change_the_output_in_place(shape: tuple[int, ...], dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dropout"), [((6,), 0.0), ((2, 3, 6), 0.4), ((2, 400, 6), 0.0)]
+)
+def test_an_activation_may_change_the_output_in_place(
+    shape: tuple[int, ...], dropout: float
+) -> None:
     tensors = inputs(*shape, out=5)
     expected = with_activation(F.relu, tensors, dropout)
     found = with_activation(F.relu_, tensors, dropout)
@@ -305,7 +357,8 @@ def test_each_element_is_dropped_by_itself_at_the_asked_rate(p: float) -> None:
     dropped = (ones == 0).double()
     number = dropped.numel()
     assert abs(dropped.mean() - p) < 4 * deviation(p, number)
-    for place in (0, 1, 499):  # whatever the column, the first and the last of a block too
+    # whatever the column, the first and the last of a block too
+    for place in (0, 1, 499):
         assert abs(dropped[:, place].mean() - p) < 5 * deviation(p, 2_000)
     flat = dropped.flatten() - p
     for lag in (1, 2, 3, 499, 500, 1000):  # and whatever its neighbours do
@@ -327,7 +380,9 @@ def test_defaults_of_device_and_dtype_do_not_reach_dropout() -> None:
     assert torch.equal(found, expected)
 
 
-def test_no_gradient_is_computed_that_nobody_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gradient_is_computed_that_nobody_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, weight, _, a, b = inputs(8, 6, out=5)
     x.requires_grad_(False)
     weight.requires_grad_(False)

@@ -5,7 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora.functional.subspace import directions, effective_rank, norm, subspace_similarity
+from lightning_lora.functional.subspace import (
+    directions,
+    effective_rank,
+    norm,
+    subspace_similarity,
+)
 
 FACTORS = (torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0]]), torch.ones(2, 2))
 MATRIX = torch.tensor([[1.0, 0.0, 2.0], [2.0, 0.0, 4.0]])
@@ -22,11 +27,15 @@ def test_directions_that_an_update_lacks_are_zeros(update: Any) -> None:
 
 def test_directions_that_two_updates_lack_are_not_alike() -> None:
     found = subspace_similarity(MATRIX, MATRIX)
-    torch.testing.assert_close(found, torch.tensor([[1.0, 1.0], [1.0, 0.5]], dtype=torch.float64))
+    torch.testing.assert_close(
+        found, torch.tensor([[1.0, 1.0], [1.0, 0.5]], dtype=torch.float64)
+    )
 
 
 def test_the_effective_rank_is_the_number_of_equal_values() -> None:
-    values = torch.tensor([[2.0, 2.0, 2.0, 0.0], [3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    values = torch.tensor(
+        [[2.0, 2.0, 2.0, 0.0], [3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    )
     torch.testing.assert_close(effective_rank(values), torch.tensor([3.0, 1.0, 0.0]))
 
 

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_lora import LoRAConfig, MergePrecisionWarning, inject_adapters, merge_adapters, unmerge_adapters
+from lightning_lora import (
+    LoRAConfig,
+    MergePrecisionWarning,
+    inject_adapters,
+    merge_adapters,
+    unmerge_adapters,
+)
 from lightning_lora.functional import update
 from lightning_lora.functional.factors import with_rank
 from tests.support.compared import assert_state
@@ -20,7 +26,9 @@ from tests.support.models import randomise, state
 class Apple(TorchDispatchMode):
     """A device without float64."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             assert not is_wide_on_meta(leaf), func
@@ -78,8 +86,12 @@ def rounding_of(exact: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tens
     return half_a_step + of_the_sum + torch.finfo(dtype).tiny
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_merge_is_rounded_once_and_unmerge_exact_in_every_dtype(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_merge_is_rounded_once_and_unmerge_exact_in_every_dtype(
+    dtype: torch.dtype,
+) -> None:
     model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
     inject_adapters(model, LoRAConfig(r=2, alpha=None))
     randomise(model, scale=1.0)

@@ -60,7 +60,9 @@ def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> Non
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=None)
     assert "LitTiny that look untrained: 'head'. Their frozen weights have" in said
     (listed,) = re.findall(r"modules_to_save=(\['head'\])", said)
-    assert fit(tmp_path, new_head(), **TARGETS, modules_to_save=literal_eval(listed)) == []
+    assert (
+        fit(tmp_path, new_head(), **TARGETS, modules_to_save=literal_eval(listed)) == []
+    )
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=["embed"])
     assert "modules_to_save=['embed', 'head']" in said
 
@@ -71,17 +73,30 @@ def test_it_is_named_in_every_fit_at_the_line_that_fits(tmp_path: Path) -> None:
         for _ in range(2):
             t = trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=1)
             t.fit(new_head(), data())
-    ours = [warning for warning in caught if issubclass(warning.category, ll.LoRAWarning)]
+    ours = [
+        warning for warning in caught if issubclass(warning.category, ll.LoRAWarning)
+    ]
     categories = [warning.category for warning in ours]
     assert categories.count(ll.FreshLayerWarning) == 2
     assert {warning.filename for warning in ours} == {__file__}
 
 
-def test_a_new_head_that_alone_is_adapted_is_told_to_adapt_others_too(tmp_path: Path) -> None:
+def test_a_new_head_that_alone_is_adapted_is_told_to_adapt_others_too(
+    tmp_path: Path,
+) -> None:
     (said,) = fit(tmp_path, new_head(), r=2, target_modules=["head"])
     assert "modules_to_save=['head']" in said
     assert said.endswith('for example with target_modules="all-linear".')
-    assert fit(tmp_path, new_head(), r=2, target_modules="all-linear", modules_to_save=["head"]) == []
+    assert (
+        fit(
+            tmp_path,
+            new_head(),
+            r=2,
+            target_modules="all-linear",
+            modules_to_save=["head"],
+        )
+        == []
+    )
 
 
 class Encodes(LitTiny):
@@ -90,22 +105,31 @@ class Encodes(LitTiny):
     def __init__(self) -> None:
         super().__init__(width=64)
         aged(self)
-        self.sizes = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 32))
+        self.sizes = nn.Sequential(
+            nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 32)
+        )
 
 
-def test_layers_that_look_untrained_and_train_nothing_get_one_advice(tmp_path: Path) -> None:
+def test_layers_that_look_untrained_and_train_nothing_get_one_advice(
+    tmp_path: Path,
+) -> None:
     fresh, dead = fit(tmp_path, Encodes(), r=2)
-    assert fresh.startswith("FreshLayerWarning: Layers of Encodes that look untrained: 'sizes'.")
+    assert fresh.startswith(
+        "FreshLayerWarning: Layers of Encodes that look untrained: 'sizes'."
+    )
     assert "or the loss does not depend on them, ignore this" in fresh
     assert dead.startswith("DeadAdapterWarning")
     assert "'sizes.0', 'sizes.2' look untrained too: leave them out then" in dead
 
 
-def test_layers_that_look_untrained_and_are_excluded_are_no_reason_to_warn(tmp_path: Path, caplog: Any) -> None:
+def test_layers_that_look_untrained_and_are_excluded_are_no_reason_to_warn(
+    tmp_path: Path, caplog: Any
+) -> None:
     for excluded in (["sizes"], ["sizes.0", "sizes.2"]):
         caplog.clear()
         assert fit(tmp_path, Encodes(), r=2, exclude_modules=excluded) == []
-        assert "that look untrained: 'sizes'. Their frozen weights have" in caplog.text  # and nothing is quiet
+        # and nothing is quiet
+        assert "that look untrained: 'sizes'. Their frozen weights have" in caplog.text
     model = new_head()
     model.sizes = nn.Linear(64, 64)
     (said,) = fit(tmp_path, model, **TARGETS, exclude_modules=["sizes"])
@@ -143,7 +167,9 @@ def test_a_small_head_that_is_not_new_or_meant_so_is_not_named(tmp_path: Path) -
     assert fit(tmp_path, new_head(48), **TARGETS, exclude_modules=["head"]) == []
 
 
-def test_a_model_whose_pretrained_part_trains_in_full_is_not_called_untrained(tmp_path: Path) -> None:
+def test_a_model_whose_pretrained_part_trains_in_full_is_not_called_untrained(
+    tmp_path: Path,
+) -> None:
     """The wrong names are in ``modules_to_save``: the head is forgotten."""
     saved = ["embed", "q_proj", "v_proj"]
     (said,) = fit(tmp_path, new_head(), target_modules=["head"], modules_to_save=saved)
@@ -182,8 +208,13 @@ class Resets(LitTiny):
         self.reset_in("on_train_epoch_start")
 
 
-@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
-@pytest.mark.parametrize(("width", "found"), [(64, "that look untrained: 'head'"), (48, "Perhaps new: 'head'")])
+@pytest.mark.parametrize(
+    "hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"]
+)
+@pytest.mark.parametrize(
+    ("width", "found"),
+    [(64, "that look untrained: 'head'"), (48, "Perhaps new: 'head'")],
+)
 @pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
 def test_a_head_that_the_modules_own_hook_resets_is_named_and_in_files(
     tmp_path: Path, hook: str, width: int, found: str, name: str
@@ -199,12 +230,16 @@ def test_a_head_that_the_modules_own_hook_resets_is_named_and_in_files(
     assert torch.equal(fresh(X), model(X))
 
 
-def test_a_model_that_is_random_as_a_whole_is_told_so_without_a_warning(tmp_path: Path, caplog: Any) -> None:
+def test_a_model_that_is_random_as_a_whole_is_told_so_without_a_warning(
+    tmp_path: Path, caplog: Any
+) -> None:
     assert fit(tmp_path, LitTiny(width=64), **TARGETS) == []
     assert "100% of the weights of LitTiny look untrained" in caplog.text
 
 
-def test_a_model_that_is_too_small_to_judge_is_told_nothing(tmp_path: Path, caplog: Any) -> None:
+def test_a_model_that_is_too_small_to_judge_is_told_nothing(
+    tmp_path: Path, caplog: Any
+) -> None:
     assert fit(tmp_path, LitTiny(), **TARGETS) == []
     assert "untrained" not in caplog.text
 
@@ -225,7 +260,9 @@ class Convolves(LitTiny):
             optimizer.step()
 
 
-def test_small_convolutions_that_look_untrained_are_said_to_be_perhaps_trained(tmp_path: Path, caplog: Any) -> None:
+def test_small_convolutions_that_look_untrained_are_said_to_be_perhaps_trained(
+    tmp_path: Path, caplog: Any
+) -> None:
     fit(tmp_path, Convolves(), target_modules="all", modules_to_save=["head"])
     assert "of the weights of Convolves look untrained" in caplog.text
     assert "They may be trained all the same: small convolutions" in caplog.text
@@ -240,7 +277,9 @@ def test_what_the_user_left_trainable_is_named_once(tmp_path: Path) -> None:
     model = pretrained()
     freeze_all_but_the_head(model)
     (said,) = fit(tmp_path, model, **TARGETS)
-    assert said.startswith("LoRAWarning: You have frozen most of LitTiny, but not 'head'.")
+    assert said.startswith(
+        "LoRAWarning: You have frozen most of LitTiny, but not 'head'."
+    )
     assert "modules_to_save=['head']" in said
     untrained = new_head()
     freeze_all_but_the_head(untrained)
@@ -282,7 +321,11 @@ class Grid(LitTiny):
         (
             Convolved,
             r"Conv1d layers: 'conv'\. Use target_modules=\"all\" to",
-            [{"target_modules": "all"}, {"modules_to_save": ["conv"]}, {"target_modules": ["q_proj"]}],
+            [
+                {"target_modules": "all"},
+                {"modules_to_save": ["conv"]},
+                {"target_modules": ["q_proj"]},
+            ],
         ),
         (
             Grid,
@@ -295,7 +338,9 @@ def test_most_weights_left_alone_by_the_default_targets_are_named(
     tmp_path: Path, kind: Any, says: str, enough: list[dict[str, Any]]
 ) -> None:
     (said,) = fit(tmp_path, kind(), r=2)
-    assert re.match(rf'LoRAWarning: target_modules="all-linear" leaves \d\d% .* in .*{says}', said)
+    assert re.match(
+        rf'LoRAWarning: target_modules="all-linear" leaves \d\d% .* in .*{says}', said
+    )
     for options in enough:
         assert fit(tmp_path, kind(), r=2, **options) == []
 
@@ -336,14 +381,20 @@ class GraphAlike(Graph):
 
 @pytest.mark.parametrize(
     ("word", "kind", "parameters"),
-    [("all-linear", Graph, ["lin.weight"]), ("all", GraphAlike, [f"convs.{number}.lin.weight" for number in range(6)])],
+    [
+        ("all-linear", Graph, ["lin.weight"]),
+        ("all", GraphAlike, [f"convs.{number}.lin.weight" for number in range(6)]),
+    ],
 )
 def test_layers_of_no_supported_kind_are_named_with_the_parameters_that_adapt_them(
     tmp_path: Path, word: str, kind: Any, parameters: list[str]
 ) -> None:
     options = {"r": 2, "target_modules": word, "exclude_modules": ["embed"]}
     (said,) = fit(tmp_path, kind(), **options)
-    assert re.match(rf'LoRAWarning: target_modules="{word}" leaves \d\d% of the weights of {kind.__name__} ', said)
+    assert re.match(
+        rf'LoRAWarning: target_modules="{word}" leaves \d\d% of the weights of {kind.__name__} ',
+        said,
+    )
     assert "tests.support.layers.Linear layers: 'convs.0.lin', 'convs.1.lin'" in said
     assert "and 1 more. Use" in said
     (listed,) = re.findall(r"target_parameters=(\[.*?\])", said)
@@ -367,13 +418,34 @@ class Normed(Convolved):
 
 def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
     (said,) = fit(tmp_path, Normed(), r=2, target_modules="all")
-    assert said.startswith("LoRAWarning: No adapter for 'v_proj', 'conv' of Normed, because the weight is computed")
+    assert said.startswith(
+        "LoRAWarning: No adapter for 'v_proj', 'conv' of Normed, because the weight is "
+        "computed"
+    )
     assert "modules_to_save=['v_proj', 'conv']" in said
     assert fit(tmp_path, Normed(), r=2) == [said]  # they are most of its weights
     (said,) = fit(tmp_path, Normed(), r=2, exclude_modules=["conv"])
     assert said.startswith("LoRAWarning: No adapter for 'v_proj' of Normed")
-    assert fit(tmp_path, Normed(), r=2, target_modules="all", modules_to_save=["conv", "v_proj"]) == []
-    assert fit(tmp_path, Normed(), r=2, target_modules="all", exclude_modules=["conv", "v_proj"]) == []
+    assert (
+        fit(
+            tmp_path,
+            Normed(),
+            r=2,
+            target_modules="all",
+            modules_to_save=["conv", "v_proj"],
+        )
+        == []
+    )
+    assert (
+        fit(
+            tmp_path,
+            Normed(),
+            r=2,
+            target_modules="all",
+            exclude_modules=["conv", "v_proj"],
+        )
+        == []
+    )
 
 
 # What loggers show
@@ -383,14 +455,20 @@ def log(folder: Path, notes: Notes, *callbacks: L.Callback, **options: Any) -> L
     """The module after a fit with a logger."""
     if not callbacks:
         callbacks = (lora(),)
-    model, _ = fits.fit(folder, *callbacks, logger=notes, log_every_n_steps=1, **options)
+    model, _ = fits.fit(
+        folder, *callbacks, logger=notes, log_every_n_steps=1, **options
+    )
     return model
 
 
-def test_loggers_get_the_arguments_the_share_and_the_base_beside_the_users_own(tmp_path: Path) -> None:
+def test_loggers_get_the_arguments_the_share_and_the_base_beside_the_users_own(
+    tmp_path: Path,
+) -> None:
     notes = Notes()
     loggers = [notes, CSVLogger(tmp_path)]
-    fits.fit(tmp_path, lora(), model=LitTiny(lr=0.03), logger=loggers, log_every_n_steps=1)
+    fits.fit(
+        tmp_path, lora(), model=LitTiny(lr=0.03), logger=loggers, log_every_n_steps=1
+    )
     (found,) = notes.ours
     base = found["lora/base"]
     assert len(base) == 16
@@ -406,12 +484,15 @@ def test_loggers_get_the_arguments_the_share_and_the_base_beside_the_users_own(t
     assert own == [{"width": 8, "lr": 0.03}]
     (file,) = tmp_path.rglob("lora.json")
     assert json.loads(file.read_text()) == found
-    assert "lora" not in (file.parent / "hparams.yaml").read_text()  # Lightning would pass it to a module
+    # Lightning would pass it to a module
+    assert "lora" not in (file.parent / "hparams.yaml").read_text()
 
 
 def test_lists_and_patterns_are_logged_as_text(tmp_path: Path) -> None:
     notes = Notes()
-    adapters = lora(alpha=4, target_modules=["q_proj"], rank_pattern={r"q_\w+": 1}, merge=False)
+    adapters = lora(
+        alpha=4, target_modules=["q_proj"], rank_pattern={r"q_\w+": 1}, merge=False
+    )
     log(tmp_path, notes, adapters)
     (found,) = notes.ours
     assert found["lora/target_modules"] == '["q_proj"]'
@@ -420,7 +501,9 @@ def test_lists_and_patterns_are_logged_as_text(tmp_path: Path) -> None:
     assert found["lora/merge"] is False
 
 
-def test_a_csv_logger_keeps_the_arguments_of_the_last_fit_beside_its_own_file(tmp_path: Path) -> None:
+def test_a_csv_logger_keeps_the_arguments_of_the_last_fit_beside_its_own_file(
+    tmp_path: Path,
+) -> None:
     path = "/logs/lightning_logs/version_0/lora.json"
     logger = CSVLogger("memory://logs", version=0)
     with logger._fs.open(path, "w") as file:
@@ -443,7 +526,9 @@ class Board(Notes):
 Board.__name__ = "TensorBoardLogger"  # where tensorboard is not installed
 
 
-def test_tensorboard_shows_both_in_one_row_and_its_yaml_is_without_ours(tmp_path: Path) -> None:
+def test_tensorboard_shows_both_in_one_row_and_its_yaml_is_without_ours(
+    tmp_path: Path,
+) -> None:
     board = Board()
     log(tmp_path, board, model=LitTiny(lr=0.03))
     assert board.hparams == {"width": 8, "lr": 0.03}
@@ -451,16 +536,21 @@ def test_tensorboard_shows_both_in_one_row_and_its_yaml_is_without_ours(tmp_path
     assert ours["lr"] == 0.03
 
 
-def test_a_resumed_run_and_a_second_fit_say_the_same_and_a_logger_that_refuses_is_named(tmp_path: Path) -> None:
+def test_a_resumed_run_and_a_second_fit_say_the_same_and_a_logger_that_refuses_is_named(
+    tmp_path: Path,
+) -> None:
     notes = Notes()
     file = tmp_path / "a.ckpt"
     model = log(tmp_path, notes)
     model.trainer.save_checkpoint(file)
     log(tmp_path, notes, model=model)
-    log(tmp_path, notes, ll.LoRACallback(), ckpt_path=file)  # its arguments come from the file
+    # its arguments come from the file
+    log(tmp_path, notes, ll.LoRACallback(), ckpt_path=file)
     first, second, resumed = notes.ours
     assert first == second == resumed
-    with pytest.warns(ll.LoRAWarning, match=r"Notes did not take .*'lora/r'.* cannot be changed"):
+    with pytest.warns(
+        ll.LoRAWarning, match=r"Notes did not take .*'lora/r'.* cannot be changed"
+    ):
         model = log(tmp_path, notes, lora(r=1))
     assert model.trainer.global_step == 8
     assert len(notes.ours) == 3
@@ -478,11 +568,15 @@ def test_another_base_has_another_name_in_loggers(tmp_path: Path) -> None:
 
 def test_nothing_is_logged_where_the_user_wants_none(tmp_path: Path) -> None:
     notes = Notes()
-    choices: list[dict[str, Any]] = [{"logger": False, "max_steps": 1}, {"logger": notes, "fast_dev_run": 1}]
+    choices: list[dict[str, Any]] = [
+        {"logger": False, "max_steps": 1},
+        {"logger": notes, "fast_dev_run": 1},
+    ]
     if "enable_autolog_hparams" in signature(L.Trainer).parameters:
         off = {"logger": notes, "enable_autolog_hparams": False, "max_steps": 1}
         choices.append(off)
-        log_values(trainer(tmp_path, **off), {"lora/r": 2})  # as in training, of a share that is another then
+        # as in training, of a share that is another then
+        log_values(trainer(tmp_path, **off), {"lora/r": 2})
     for options in choices:
         fits.fit(tmp_path, lora(), log_every_n_steps=1, **options)
     trainer(tmp_path, [lora()], logger=notes).test(LitTiny(), data(), verbose=False)

@@ -58,19 +58,31 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> LitTiny:
 
 @pytest.mark.parametrize("guard", moments.GUARDS, ids=lambda guard: guard.__name__)
 def test_a_fit_without_a_guard_has_the_same_bits(
-    guard: type[Guard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: LitTiny
+    guard: type[Guard],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    watched: LitTiny,
 ) -> None:
-    monkeypatch.setattr(moments, "GUARDS", [each for each in moments.GUARDS if each is not guard])
+    monkeypatch.setattr(
+        moments, "GUARDS", [each for each in moments.GUARDS if each is not guard]
+    )
     assert same(state(fit(tmp_path)), state(watched))
 
 
 def test_nothing_of_the_package_needs_a_guard(tmp_path: Path) -> None:
     house = tmp_path / HOUSE.name
-    shutil.copytree(HOUSE, house, ignore=shutil.ignore_patterns("guards", "__pycache__"))
+    shutil.copytree(
+        HOUSE, house, ignore=shutil.ignore_patterns("guards", "__pycache__")
+    )
     (house / "guards").mkdir()
     (house / "guards" / "__init__.py").touch()
     path = {"PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", LIFE], cwd=tmp_path, env={**os.environ, **path}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", LIFE],
+        cwd=tmp_path,
+        env={**os.environ, **path},
+        check=True,
+    )
 
 
 @pytest.mark.parametrize("guard", moments.GUARDS, ids=lambda guard: guard.__name__)
@@ -80,7 +92,10 @@ def test_a_guard_has_a_moment_and_no_moment_is_mistyped(guard: type[Guard]) -> N
 
 
 def test_each_file_of_the_room_is_in_the_list() -> None:
-    files = {path.relative_to(ROOM).parts[0].removesuffix(".py") for path in ROOM.glob("[!_]*")}
+    files = {
+        path.relative_to(ROOM).parts[0].removesuffix(".py")
+        for path in ROOM.glob("[!_]*")
+    }
     in_list = {guard.__module__.split(".")[2] for guard in moments.GUARDS}
     assert in_list == files - {"wording"}
 

@@ -26,7 +26,9 @@ class Reference(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             self.net = nn.Sequential(
-                nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+                nn.Linear(6, 6, bias=False),
+                nn.Linear(6, 6, bias=False),
+                nn.Linear(6, 6, bias=False),
             )
         self.target = copy.deepcopy(self.net).requires_grad_(False)
 
@@ -52,7 +54,9 @@ class Follows(Reference):
             self.move_all()
 
     def move_all(self) -> None:
-        for p, target in zip(self.net.parameters(), self.target.parameters(), strict=False):
+        for p, target in zip(
+            self.net.parameters(), self.target.parameters(), strict=False
+        ):
             self.move(target, p)
 
     def move(self, target: Tensor, towards: Tensor) -> None:
@@ -90,7 +94,10 @@ def test_adapters_that_are_written_into_a_copy_end_the_fit_after_the_first_step(
     tmp_path: Path, r: int, momentum: float
 ) -> None:
     model = Follows(momentum=momentum)
-    with pytest.raises(ll.AdapterStateError, match=r"'target' of Follows, a frozen copy of 'net'.*exclude_modules"):
+    with pytest.raises(
+        ll.AdapterStateError,
+        match=r"'target' of Follows, a frozen copy of 'net'.*exclude_modules",
+    ):
         fitted(tmp_path, model, r=r)
     assert model.global_step == 1
 
@@ -104,22 +111,31 @@ def test_what_the_message_says_helps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("build", [Reference, partial(Follows, every=99)])
-def test_a_reference_that_nobody_moves_is_left_alone(tmp_path: Path, build: Any) -> None:
+def test_a_reference_that_nobody_moves_is_left_alone(
+    tmp_path: Path, build: Any
+) -> None:
     model = build()
     assert fitted(tmp_path, model) == []
     assert torch.equal(model.target[1].weight, Follows().target[1].weight)
 
 
 @pytest.mark.parametrize("build", [partial(Follows, every=3), FollowsByName])
-def test_copies_that_are_moved_later_or_after_the_base_are_named_at_the_end(tmp_path: Path, build: Any) -> None:
+def test_copies_that_are_moved_later_or_after_the_base_are_named_at_the_end(
+    tmp_path: Path, build: Any
+) -> None:
     (message,) = fitted(tmp_path, build())
     assert "'target' of 'net'" in message
     assert "exclude_modules" in message
 
 
 def test_that_is_said_once_however_many_files_are_written(tmp_path: Path) -> None:
-    callbacks = [ll.LoRACallback(r=1, exclude_modules=["target"]), ModelCheckpoint(every_n_train_steps=1)]
-    caught = warned_by(fit, tmp_path, *callbacks, model=FollowsByName(), train=numbers(), max_epochs=1)
+    callbacks = [
+        ll.LoRACallback(r=1, exclude_modules=["target"]),
+        ModelCheckpoint(every_n_train_steps=1),
+    ]
+    caught = warned_by(
+        fit, tmp_path, *callbacks, model=FollowsByName(), train=numbers(), max_epochs=1
+    )
     assert len(lines_with("Code moves copies", messages_of(caught))) == 1
 
 
@@ -130,7 +146,9 @@ class FollowsByLerp(FollowsByName):
         target.lerp_(towards, 0.1)
 
 
-def test_a_copy_that_is_moved_to_where_it_is_is_named_at_the_end(tmp_path: Path) -> None:
+def test_a_copy_that_is_moved_to_where_it_is_is_named_at_the_end(
+    tmp_path: Path,
+) -> None:
     (message,) = fitted(tmp_path, FollowsByLerp())
     assert "'target' of 'net'" in message
     assert "exclude_modules" in message
@@ -143,12 +161,16 @@ class LoadsAgain(Reference):
         self.load_state_dict(state(self))
 
 
-def test_a_reference_into_which_the_weights_of_the_whole_model_are_loaded_is_left_alone(tmp_path: Path) -> None:
+def test_a_reference_into_which_the_weights_of_the_whole_model_are_loaded_is_left_alone(
+    tmp_path: Path,
+) -> None:
     assert fitted(tmp_path, LoadsAgain()) == []
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_code_that_adds_the_updates_itself_is_not_refused(tmp_path: Path, momentum: float) -> None:
+def test_code_that_adds_the_updates_itself_is_not_refused(
+    tmp_path: Path, momentum: float
+) -> None:
     model = FollowsUpdates(momentum=momentum)
     fitted(tmp_path, model)
     assert not torch.equal(model.target[1].weight, Follows().target[1].weight)

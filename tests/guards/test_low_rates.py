@@ -27,7 +27,9 @@ def said(features: int, rate: float, caplog: Any, kind: type[Optimizer] = AdamW)
     return said_of(one_layer(features), rate, caplog, kind)
 
 
-def said_of(model: nn.Module, rate: float, caplog: Any, kind: type[Optimizer] = AdamW) -> str:
+def said_of(
+    model: nn.Module, rate: float, caplog: Any, kind: type[Optimizer] = AdamW
+) -> str:
     """What is said of this rate."""
     inject_adapters(model, LoRAConfig(r=8))
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=rate)  # type: ignore[call-arg]
@@ -37,7 +39,9 @@ def said_of(model: nn.Module, rate: float, caplog: Any, kind: type[Optimizer] = 
     return text
 
 
-@pytest.mark.parametrize(("features", "low", "usual"), [(SMALL, 1e-4, "0.002"), (LARGE, 2e-5, "0.0002")])
+@pytest.mark.parametrize(
+    ("features", "low", "usual"), [(SMALL, 1e-4, "0.002"), (LARGE, 2e-5, "0.0002")]
+)
 def test_a_low_rate_is_one_of_full_fine_tuning_for_a_model_of_this_size(
     features: int, low: float, usual: str, caplog: Any
 ) -> None:
@@ -49,7 +53,8 @@ def test_a_low_rate_is_one_of_full_fine_tuning_for_a_model_of_this_size(
 def test_weights_that_are_packed_in_4_bits_count_in_full(caplog: Any) -> None:
     model = one_layer(SMALL)
     packed: Any = nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
-    packed.quant_state = SimpleNamespace(shape=torch.Size([LARGE, LARGE]))  # as bitsandbytes has it
+    # as bitsandbytes has it
+    packed.quant_state = SimpleNamespace(shape=torch.Size([LARGE, LARGE]))
     model.register_parameter("packed", packed)
     assert "begin with 0.0002 in configure_optimizers" in said_of(model, 2e-5, caplog)
 
@@ -66,5 +71,7 @@ def test_other_optimizers_have_the_same_limits(caplog: Any) -> None:
 
 
 @pytest.mark.parametrize(("features", "usual"), [(SMALL, "0.002"), (LARGE, "0.0002")])
-def test_a_high_rate_is_compared_with_the_usual_one(features: int, usual: str, caplog: Any) -> None:
+def test_a_high_rate_is_compared_with_the_usual_one(
+    features: int, usual: str, caplog: Any
+) -> None:
     assert f"0.02, which is high: {usual} is usual" in said(features, 0.02, caplog)

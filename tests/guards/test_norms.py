@@ -47,16 +47,21 @@ def warnings_of_a_fit(folder: Path, model: L.LightningModule, **options: Any) ->
 
 def test_a_short_training_names_them_with_the_share_that_is_old(tmp_path: Path) -> None:
     said = warnings_of_a_fit(tmp_path, Normed(), max_epochs=2)
-    assert f"'norm' of Normed trained in full, and up to 82% of their {OLD}" in said  # 0.99 ** 20
+    # 0.99 ** 20
+    assert f"'norm' of Normed trained in full, and up to 82% of their {OLD}" in said
 
 
 @pytest.mark.parametrize(("momentum", "epochs"), [(0.1, 3), (0.3, 1), (None, 1)])
-def test_nothing_is_said_where_the_statistics_have_moved(tmp_path: Path, momentum: float | None, epochs: int) -> None:
+def test_nothing_is_said_where_the_statistics_have_moved(
+    tmp_path: Path, momentum: float | None, epochs: int
+) -> None:
     assert OLD not in warnings_of_a_fit(tmp_path, Normed(momentum), max_epochs=epochs)
 
 
 def test_batches_whose_gradients_are_accumulated_count(tmp_path: Path) -> None:
-    said = warnings_of_a_fit(tmp_path, Normed(0.1), max_epochs=3, accumulate_grad_batches=10)
+    said = warnings_of_a_fit(
+        tmp_path, Normed(0.1), max_epochs=3, accumulate_grad_batches=10
+    )
     assert OLD not in said
 
 

@@ -24,10 +24,15 @@ class Keeps(LitTiny):
         self.save_hyperparameters()
 
 
-def test_weights_among_the_hyperparameters_are_named_and_what_is_said_works(tmp_path: Path) -> None:
+def test_weights_among_the_hyperparameters_are_named_and_what_is_said_works(
+    tmp_path: Path,
+) -> None:
     weights = {"net": [LitTiny(128), LitTiny(128).state_dict()]}
     (said,) = fit(tmp_path, Keeps(weights), r=2, exclude_modules=["head"])
-    assert "Hyperparameters of Keeps hold weights: 'pretrained' (0.3 MB). Every checkpoint stores them" in said
+    assert (
+        "Hyperparameters of Keeps hold weights: 'pretrained' (0.3 MB). Every "
+        "checkpoint stores them" in said
+    )
     (listed,) = re.findall(r"ignore=(\[.*?\])", said)
     model = Keeps(weights)
     for name in literal_eval(listed):
@@ -41,7 +46,10 @@ def test_other_tensors_among_the_hyperparameters_are_not_named(tmp_path: Path) -
 
 
 class Averages(LitTiny):
-    """An average by the names of its weights in a dict, as many write it. It begins in training, if not before."""
+    """An average by the names of its weights in a dict, as many write it.
+
+    It begins in training, if not before.
+    """
 
     average: Any = None
 
@@ -75,12 +83,19 @@ class InAClass(Averages):
         self.average = SimpleNamespace(shadow=values)
 
 
-@pytest.mark.parametrize(("kind", "place"), [(Averages, "average"), (InAClass, "average.shadow")])
-def test_an_average_by_the_names_of_frozen_weights_is_named(tmp_path: Path, kind: Any, place: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "place"), [(Averages, "average"), (InAClass, "average.shadow")]
+)
+def test_an_average_by_the_names_of_frozen_weights_is_named(
+    tmp_path: Path, kind: Any, place: str
+) -> None:
     early = kind()
     early.begin()
     (said,) = fit(tmp_path, early, r=2, exclude_modules=["head"])
-    assert f"{kind.__name__}.{place} is a dict of tensors with the names of weights, which are frozen" in said
+    assert (
+        f"{kind.__name__}.{place} is a dict of tensors with the names of weights, "
+        "which are frozen" in said
+    )
     late = kind()
     assert fit(tmp_path, late, r=2, exclude_modules=["head"]) == []
     assert late.values()["q_proj.lora_B"].any()
@@ -89,6 +104,9 @@ def test_an_average_by_the_names_of_frozen_weights_is_named(tmp_path: Path, kind
 def test_other_dicts_of_tensors_are_not_named(tmp_path: Path) -> None:
     model: Any = LitTiny()
     model.features = {"q_proj": torch.ones(3), "v_proj": torch.ones(3)}
-    model.classes = {"head.weight": torch.ones(4, 8), "head.bias": torch.ones(4)}  # which trains in full
-    t = trainer(tmp_path, [ll.LoRACallback(r=2, modules_to_save=["head"])], max_epochs=1)
+    # which trains in full
+    model.classes = {"head.weight": torch.ones(4, 8), "head.bias": torch.ones(4)}
+    t = trainer(
+        tmp_path, [ll.LoRACallback(r=2, modules_to_save=["head"])], max_epochs=1
+    )
     t.fit(model, data())  # a warning would be an error

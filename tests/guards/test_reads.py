@@ -95,10 +95,13 @@ def said(folder: Path, model: Any, **options: Any) -> list[str]:
 
 @pytest.mark.parametrize("options", [{}, ROWS])
 @pytest.mark.parametrize("kind", [Transposed, Multiplied, Normalized])
-def test_a_weight_that_is_read_by_hand_is_named(tmp_path: Path, kind: Any, options: Any) -> None:
+def test_a_weight_that_is_read_by_hand_is_named(
+    tmp_path: Path, kind: Any, options: Any
+) -> None:
     (message,) = said(tmp_path, kind(), **options)
     assert f"the weight of 'embed' of {kind.__name__} itself" in message
-    assert said(tmp_path, kind(), target_modules="all", exclude_modules=["embed"]) == []  # it is right there
+    # it is right there
+    assert said(tmp_path, kind(), target_modules="all", exclude_modules=["embed"]) == []
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, ROWS])
@@ -108,7 +111,9 @@ def test_layers_and_looks_are_no_reads(tmp_path: Path, kind: Any, options: Any) 
 
 
 @pytest.mark.parametrize("adapted", ["embed", "out"])
-def test_the_other_layer_of_a_tied_pair_reads_a_weight_of_its_own(tmp_path: Path, adapted: str) -> None:
+def test_the_other_layer_of_a_tied_pair_reads_a_weight_of_its_own(
+    tmp_path: Path, adapted: str
+) -> None:
     assert said(tmp_path, TiedLayer(), target_modules=[adapted]) == []
 
 
@@ -190,10 +195,14 @@ def recomputed(model: Kinds, reentrant: bool = False) -> Tensor:
         (rows, "'v_proj'"),
         (a_row_of_an_embedding, "'embed'"),
         (recomputed, "'q_proj'"),
-        pytest.param(partial(recomputed, reentrant=True), "'q_proj'", id="recomputed, reentrant"),
+        pytest.param(
+            partial(recomputed, reentrant=True), "'q_proj'", id="recomputed, reentrant"
+        ),
     ],
 )
-def test_every_way_to_read_a_weight_is_named_once(tmp_path: Path, read: Any, names: str) -> None:
+def test_every_way_to_read_a_weight_is_named_once(
+    tmp_path: Path, read: Any, names: str
+) -> None:
     (message,) = said(tmp_path, Kinds(read))
     assert names in message
     assert "modules_to_save=[" in message
@@ -213,7 +222,9 @@ def add_the_mean_without_gradient(layer: nn.Module, _: Any, output: Tensor) -> A
     return output + layer.weight.mean().detach()  # type: ignore[operator,union-attr]
 
 
-def test_a_forward_hook_that_reads_the_weight_of_its_layer_is_named(tmp_path: Path) -> None:
+def test_a_forward_hook_that_reads_the_weight_of_its_layer_is_named(
+    tmp_path: Path,
+) -> None:
     model = Kinds()
     model.conv.register_forward_hook(add_the_mean)
     model.head.register_forward_hook(add_the_mean_without_gradient)
@@ -266,12 +277,17 @@ def of_a_norm(model: Kinds) -> Tensor:
     return nn.functional.layer_norm(torch.ones(2, WIDTH), [WIDTH]).sum()
 
 
-@pytest.mark.parametrize("look", [None, logged, without_a_gradient, written, in_a_set, with_its_update, of_a_norm])
+@pytest.mark.parametrize(
+    "look",
+    [None, logged, without_a_gradient, written, in_a_set, with_its_update, of_a_norm],
+)
 def test_what_no_loss_depends_on_is_not_named(tmp_path: Path, look: Any) -> None:
     assert said(tmp_path, Kinds(look)) == []
 
 
-def test_a_copy_of_a_layer_is_no_read_and_has_parameters_of_torch(tmp_path: Path) -> None:
+def test_a_copy_of_a_layer_is_no_read_and_has_parameters_of_torch(
+    tmp_path: Path,
+) -> None:
     def copied(model: Kinds) -> float:
         vars(model)["kept"] = copy.deepcopy(model.conv)
         return 0.0
@@ -300,7 +316,9 @@ def test_layers_that_nothing_calls_have_another_warning(tmp_path: Path) -> None:
 # It changes nothing
 
 
-def state_after_a_fit(folder: Path, read: Any, arguments: Any, options: Any) -> dict[str, Tensor]:
+def state_after_a_fit(
+    folder: Path, read: Any, arguments: Any, options: Any
+) -> dict[str, Tensor]:
     torch.manual_seed(4)
     callback = ll.LoRACallback(r=2, target_modules="all", merge=False, **arguments)
     model = Kinds(read)
@@ -308,15 +326,28 @@ def state_after_a_fit(folder: Path, read: Any, arguments: Any, options: Any) -> 
     return state(model)
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}], ids=["float32", "autocast"])
-@pytest.mark.parametrize("arguments", [{"dropout": 0.2}, {"use_dora": True, "exclude_modules": ["rnn", "attention"]}])
-@pytest.mark.filterwarnings("ignore:A training step reads", "ignore:Attribute 'read' removed from hparams")
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "bf16-mixed"}], ids=["float32", "autocast"]
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [{"dropout": 0.2}, {"use_dora": True, "exclude_modules": ["rnn", "attention"]}],
+)
+@pytest.mark.filterwarnings(
+    "ignore:A training step reads", "ignore:Attribute 'read' removed from hparams"
+)
 @pytest.mark.parametrize("read", [None, a_penalty, recomputed])
 def test_a_fit_that_was_watched_has_the_bits_of_one_that_was_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Any, arguments: Any, options: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Any,
+    arguments: Any,
+    options: Any,
 ) -> None:
     watched = state_after_a_fit(tmp_path, read, arguments, options)
-    monkeypatch.setattr(ReadByHand, "first_batch_runs", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(
+        ReadByHand, "first_batch_runs", lambda *_: contextlib.nullcontext()
+    )
     unwatched = state_after_a_fit(tmp_path, read, arguments, options)
     assert_same_tensors(watched, unwatched)
 
@@ -375,7 +406,9 @@ def test_nothing_of_a_look_is_there_outside_of_the_first_step(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("fails", ["training_step 0", "on_before_backward"])
-def test_nothing_of_a_look_is_left_by_a_step_that_fails(tmp_path: Path, fails: str) -> None:
+def test_nothing_of_a_look_is_left_by_a_step_that_fails(
+    tmp_path: Path, fails: str
+) -> None:
     model = Looks(fails)
     callback = ll.LoRACallback(r=2, target_modules="all")
     with pytest.raises(StopError):
@@ -392,7 +425,9 @@ class Passes(nn.Module):
         return x + 1
 
 
-def test_a_model_is_looked_at_after_another_one_of_its_file_was_compiled(tmp_path: Path) -> None:
+def test_a_model_is_looked_at_after_another_one_of_its_file_was_compiled(
+    tmp_path: Path,
+) -> None:
     """torch leaves what it compiles among the names of that file."""
     torch.compile(Passes(), backend="eager")(torch.ones(2))
     assert lines_with("__compiled_fn", globals())
@@ -400,7 +435,9 @@ def test_a_model_is_looked_at_after_another_one_of_its_file_was_compiled(tmp_pat
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
-def test_what_a_step_compiles_sees_nothing_of_a_look(tmp_path: Path, fullgraph: bool) -> None:
+def test_what_a_step_compiles_sees_nothing_of_a_look(
+    tmp_path: Path, fullgraph: bool
+) -> None:
     graphs: list[Any] = []
     types: set[type] = set()
 
@@ -414,7 +451,9 @@ def test_what_a_step_compiles_sees_nothing_of_a_look(tmp_path: Path, fullgraph: 
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             if self.compiled is None:
-                self.compiled = torch.compile(self.loss, backend=backend, fullgraph=fullgraph)
+                self.compiled = torch.compile(
+                    self.loss, backend=backend, fullgraph=fullgraph
+                )
             return self.compiled(batch)
 
     torch._dynamo.reset()

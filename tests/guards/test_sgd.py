@@ -15,7 +15,9 @@ from tests.support.models import LitTiny, data, lora, trainer
 LINE = "and the optimizer is SGD"
 
 
-def loss_after_training(kind: type[Optimizer], *, r: int, alpha: float, rate: float, seed: int) -> float:
+def loss_after_training(
+    kind: type[Optimizer], *, r: int, alpha: float, rate: float, seed: int
+) -> float:
     """The loss of a layer of 32 features that learns another layer's outputs, over that of its start."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(32, 32))
@@ -43,15 +45,27 @@ def test_one_rate_of_adam_suits_both(alpha: float) -> None:
     assert loss_after_training(AdamW, r=1, alpha=alpha, rate=0.002, seed=0) < 1
 
 
-CASES = [(SGD, 2, 8, True), (SGD, 4, 8, False), (SGD, 1, None, False), (AdamW, 1, 8, False)]
+CASES = [
+    (SGD, 2, 8, True),
+    (SGD, 4, 8, False),
+    (SGD, 1, None, False),
+    (AdamW, 1, 8, False),
+]
 
 
 @pytest.mark.parametrize(("kind", "r", "alpha", "is_named"), CASES)
 def test_a_large_scaling_is_named_under_sgd(
-    kind: type[Optimizer], r: int, alpha: float | None, is_named: bool, tmp_path: Path, caplog: Any
+    kind: type[Optimizer],
+    r: int,
+    alpha: float | None,
+    is_named: bool,
+    tmp_path: Path,
+    caplog: Any,
 ) -> None:
     model = LitTiny()
     model.configure_optimizers = lambda: kind(model.parameters(), lr=0.01)  # type: ignore[method-assign, call-arg]
     trainer(tmp_path, [lora(r=r, alpha=alpha)], max_steps=1).fit(model, data())
     assert (LINE in caplog.text) == is_named
-    assert ("'q_proj', 'v_proj' are scaled by alpha / r, which is 4 at most" in caplog.text) == is_named
+    assert (
+        "'q_proj', 'v_proj' are scaled by alpha / r, which is 4 at most" in caplog.text
+    ) == is_named

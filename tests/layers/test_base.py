@@ -21,7 +21,18 @@ from lightning_lora import (
 from lightning_lora.layers import HAS_UPDATE
 from tests.support.cases import Three, three
 from tests.support.compared import assert_all_equal, assert_same_tensors
-from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scaled, adapted, config, is_float
+from tests.support.layers import (
+    BAGS,
+    FLOATS,
+    INDEX,
+    LAYERS,
+    PLANE,
+    Model,
+    Scaled,
+    adapted,
+    config,
+    is_float,
+)
 from tests.support.models import WIDTH, X, randomise
 from tests.support.parameters import add_to, cloned, dtypes
 
@@ -42,7 +53,9 @@ def output_and_gradient(model: nn.Module, x: Tensor) -> list[Tensor]:
     ],
     ids=str,
 )
-def test_a_fresh_adapter_changes_no_bit_in_training(layer: nn.Module, dtype: Any, shape: Any, dropout: float) -> None:
+def test_a_fresh_adapter_changes_no_bit_in_training(
+    layer: nn.Module, dtype: Any, shape: Any, dropout: float
+) -> None:
     model = nn.Sequential(copy.deepcopy(layer)).to(dtype)
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     before = output_and_gradient(model, x)
@@ -61,7 +74,9 @@ def test_threads_compute_a_layer_with_its_own_forward_rightly() -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"init": "pissa"}, {"use_dora": True}], ids=str)
-def test_adapters_on_the_meta_device_begin_when_a_merged_base_is_assigned(how: dict[str, Any]) -> None:
+def test_adapters_on_the_meta_device_begin_when_a_merged_base_is_assigned(
+    how: dict[str, Any],
+) -> None:
     plain = nn.Sequential(nn.Linear(8, 8))
     x = torch.randn(4, 8)
     state: Any = plain.state_dict()
@@ -73,7 +88,9 @@ def test_adapters_on_the_meta_device_begin_when_a_merged_base_is_assigned(how: d
     torch.testing.assert_close(model(x), plain(x))
 
 
-@pytest.mark.parametrize("name", ["linear", "lstm", "transposed convolution", "experts"])
+@pytest.mark.parametrize(
+    "name", ["linear", "lstm", "transposed convolution", "experts"]
+)
 def test_other_code_may_wrap_the_forward_of_an_adapted_layer(name: str) -> None:
     build, x = LAYERS[name]
     model = Model(build()).double()
@@ -113,13 +130,19 @@ def test_what_a_forward_sets_on_its_layer_is_there_afterwards() -> None:
         (Conv1D(4, 5), {"x": FLOATS}, True),
         (nn.Embedding(5, 4), {"input": INDEX}, True),
         (nn.EmbeddingBag(5, 4), {"input": BAGS[0], "offsets": BAGS[1]}, False),
-        (nn.ConvTranspose2d(4, 6, 3, stride=2), {"input": PLANE, "output_size": [12, 11]}, False),
+        (
+            nn.ConvTranspose2d(4, 6, 3, stride=2),
+            {"input": PLANE, "output_size": [12, 11]},
+            False,
+        ),
         (nn.Bilinear(5, 5, 6), {"input1": FLOATS, "input2": FLOATS}, False),
         (nn.GRUCell(5, 4), {"input": FLOATS[0]}, False),
     ],
     ids=str,
 )
-def test_calls_by_name_and_by_place_compute_the_same(layer: nn.Module, arguments: dict[str, Any], dora: bool) -> None:
+def test_calls_by_name_and_by_place_compute_the_same(
+    layer: nn.Module, arguments: dict[str, Any], dora: bool
+) -> None:
     model = nn.Sequential(copy.deepcopy(layer)).double()
     base = model[0](**arguments)
     how = LoRAConfig(r=2, alpha=3, target_modules="all", dropout=0.5, use_dora=dora)
@@ -137,7 +160,16 @@ def test_calls_by_name_and_by_place_compute_the_same(layer: nn.Module, arguments
 # Adapters are float32 over a base in half precision
 
 
-KINDS = ["linear", "scaled", "padded embedding", "bag", "convolution", "transposed convolution", "bilinear", "experts"]
+KINDS = [
+    "linear",
+    "scaled",
+    "padded embedding",
+    "bag",
+    "convolution",
+    "transposed convolution",
+    "bilinear",
+    "experts",
+]
 
 
 def floats_to(dtype: torch.dtype, tree: Any) -> Any:
@@ -151,13 +183,17 @@ def floats_to(dtype: torch.dtype, tree: Any) -> Any:
     return tree_map(convert, tree)
 
 
-def assert_near(found: Tensor, expected: Tensor, tolerance: float, absolute: float = 0.0) -> None:
+def assert_near(
+    found: Tensor, expected: Tensor, tolerance: float, absolute: float = 0.0
+) -> None:
     error = (found - expected).norm()
     assert error < tolerance * expected.norm() + absolute
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_it_computes_in_the_bases_dtype_nearly_what_float32_does_and_trains_in_float32(name: str) -> None:
+def test_it_computes_in_the_bases_dtype_nearly_what_float32_does_and_trains_in_float32(
+    name: str,
+) -> None:
     build, x = LAYERS[name]
     model = Model(build()).bfloat16()
     x = floats_to(torch.bfloat16, x)
@@ -246,7 +282,9 @@ def test_an_adapter_that_begins_as_another_one_does_not_move_with_it() -> None:
     assert torch.equal(follower.lora_A, began)
 
 
-def test_magnitudes_stay_those_of_the_layers_own_weight_where_it_follows_another() -> None:
+def test_magnitudes_stay_those_of_the_layers_own_weight_where_it_follows_another() -> (
+    None
+):
     original = fresh(use_dora=True)
     follower = fresh(use_dora=True)
     follower.lora_follow(original)

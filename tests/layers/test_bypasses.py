@@ -5,7 +5,9 @@ from torch import nn
 import lightning_lora as ll
 
 
-def test_an_inference_path_is_on_again_where_a_part_was_adapted_before_the_whole() -> None:
+def test_an_inference_path_is_on_again_where_a_part_was_adapted_before_the_whole() -> (
+    None
+):
     part = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.Sequential(part)
     assert part.activation_relu_or_gelu == 1

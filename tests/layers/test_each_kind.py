@@ -20,14 +20,22 @@ INDEX = torch.tensor([[3, 3, 3, 1], [0, 1, 2, 4]])
 
 @pytest.mark.parametrize(
     ("layer", "x"),
-    [(nn.Conv2d(4, 6, 3), PLANE), (nn.Conv2d(4, 6, 3, groups=2), PLANE), (nn.Embedding(6, 6), INDEX)],
+    [
+        (nn.Conv2d(4, 6, 3), PLANE),
+        (nn.Conv2d(4, 6, 3, groups=2), PLANE),
+        (nn.Embedding(6, 6), INDEX),
+    ],
     ids=["convolution", "grouped convolution", "embedding"],
 )
-def test_slices_are_channels_or_features_that_a_layer_writes(layer: nn.Module, x: Tensor) -> None:
+def test_slices_are_channels_or_features_that_a_layer_writes(
+    layer: nn.Module, x: Tensor
+) -> None:
     model = nn.Sequential(copy.deepcopy(layer)).double()
     plain = copy.deepcopy(model)
     slices = {"0": {"few": [1, 3], "last": [5, 6]}}
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=2, target_modules=["0"], target_slices=slices))
+    ll.inject_adapters(
+        model, ll.LoRAConfig(r=2, alpha=2, target_modules=["0"], target_slices=slices)
+    )
     assert torch.equal(model(x), plain(x))
     randomise(model)
     factors = ll.adapter_state_dict(model)
@@ -62,9 +70,12 @@ def image(*size: int, channels_last: bool) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "channels_last", "size"), [(1, True, (5, 4)), (1, False, (1, 1)), (3, True, (1, 1)), (3, False, (5, 4))]
+    ("kernel", "channels_last", "size"),
+    [(1, True, (5, 4)), (1, False, (1, 1)), (3, True, (1, 1)), (3, False, (5, 4))],
 )
-def test_the_output_has_the_layers_own_memory_format(kernel: int, channels_last: bool, size: tuple[int, int]) -> None:
+def test_the_output_has_the_layers_own_memory_format(
+    kernel: int, channels_last: bool, size: tuple[int, int]
+) -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, kernel, padding=kernel // 2))
     x = image(*size, channels_last=channels_last)
     expected = model(x)
@@ -84,7 +95,9 @@ def gradient_of_tokens(*, scale_grad_by_freq: bool) -> Tensor:
     return layer.lora_A.grad
 
 
-def test_gradients_are_divided_by_how_often_a_token_occurs_if_the_layer_does_so() -> None:
+def test_gradients_are_divided_by_how_often_a_token_occurs_if_the_layer_does_so() -> (
+    None
+):
     times = torch.tensor([1.0, 2, 1, 3, 1, 1]).double()
     plain = gradient_of_tokens(scale_grad_by_freq=False)
     divided = gradient_of_tokens(scale_grad_by_freq=True)
@@ -95,7 +108,14 @@ def test_gradients_are_divided_by_how_often_a_token_occurs_if_the_layer_does_so(
 def test_a_token_that_pads_gives_no_gradient_to_its_column(kind: Any) -> None:
     layer = adapted(kind(6, 4, padding_idx=2))
     layer(torch.tensor([[1, 2, 5], [2, 1, 1]])).square().sum().backward()
-    assert layer.lora_A.grad.any(dim=0).tolist() == [False, True, False, False, False, True]
+    assert layer.lora_A.grad.any(dim=0).tolist() == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 # Attention: each projection has an update of its own
@@ -104,7 +124,9 @@ def test_a_token_that_pads_gives_no_gradient_to_its_column(kind: Any) -> None:
 def projections(**config: Any) -> list[str]:
     """The projections of an attention that this adapts."""
     model = nn.TransformerEncoderLayer(8, 2, 16)
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["self_attn"], **config))
+    ll.inject_adapters(
+        model, ll.LoRAConfig(r=2, target_modules=["self_attn"], **config)
+    )
     trains_whole = model.self_attn.in_proj_weight.requires_grad
     assert trains_whole is ("modules_to_save" in config)
     factors = [name for name in ll.adapter_state_dict(model) if "lora_A_" in name]
@@ -114,14 +136,18 @@ def projections(**config: Any) -> list[str]:
 def test_projections_that_are_excluded_or_train_whole_leave_the_others() -> None:
     assert projections(exclude_modules=["self_attn.out_proj"]) == ["q", "k", "v"]
     assert projections(modules_to_save=["self_attn.in_proj_weight"]) == ["out"]
-    with pytest.raises(ll.TargetError, match="select no layer of TransformerEncoderLayer"):
+    with pytest.raises(
+        ll.TargetError, match="select no layer of TransformerEncoderLayer"
+    ):
         projections(modules_to_save=["self_attn.in_proj_weight", "self_attn.out_proj"])
     message = r"'self_attn', whose parts have names: 'q', 'k', 'v', 'out'\. Give"
     with pytest.raises(ll.TargetError, match=message):
         projections(target_slices={"self_attn": {"q": [0, 8]}})
 
 
-def names_in_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+def names_in_groups(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[list[str]]:
     """What each group of the optimizer holds, by name."""
     names = {p: name for name, p in model.named_parameters()}
     found = []
@@ -138,7 +164,14 @@ def test_each_adapter_is_in_the_group_of_its_own_weight() -> None:
     optimizer = torch.optim.SGD(groups, lr=0.1)
     train_adapters(model, [optimizer])
     inside, outside = names_in_groups(layer, optimizer)
-    assert inside == ["lora_A_q", "lora_B_q", "lora_A_k", "lora_B_k", "lora_A_v", "lora_B_v"]
+    assert inside == [
+        "lora_A_q",
+        "lora_B_q",
+        "lora_A_k",
+        "lora_B_k",
+        "lora_A_v",
+        "lora_B_v",
+    ]
     assert outside == ["lora_A_out", "lora_B_out"]
 
 
@@ -146,7 +179,9 @@ def test_each_adapter_is_in_the_group_of_its_own_weight() -> None:
 
 
 @pytest.mark.parametrize("name", ["lstm", "lstm with projections", "gru cell"])
-def test_every_weight_of_every_layer_and_direction_has_an_update_of_its_own(name: str) -> None:
+def test_every_weight_of_every_layer_and_direction_has_an_update_of_its_own(
+    name: str,
+) -> None:
     build, _ = LAYERS[name]
     model = nn.Sequential(build())
     expected = {}
@@ -179,11 +214,15 @@ def test_running_a_layer_keeps_no_updated_weights_in_memory() -> None:
     assert weights_in_memory() == before
 
 
-def test_weights_are_laid_out_for_cudnn_again_whenever_others_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_laid_out_for_cudnn_again_whenever_others_are_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = nn.Sequential(nn.LSTM(5, 4))
     laid_out = list[nn.Module]()
     ll.inject_adapters(model, EVERY)
-    monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda layer: laid_out.append(layer))
+    monkeypatch.setattr(
+        nn.LSTM, "flatten_parameters", lambda layer: laid_out.append(layer)
+    )
     ll.merge_adapters(model)
     assert laid_out == [model[0]]
     laid_out.clear()

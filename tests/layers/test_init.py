@@ -33,7 +33,11 @@ def drawn(init: str, *size: int) -> Tensor:
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
 def test_random_starts_are_these_very_draws(init: Any) -> None:
     model = nn.Sequential(nn.Linear(7, 5), nn.Embedding(4, 6), Experts()).bfloat16()
-    how: dict[str, Any] = {"target_modules": "all", "target_parameters": ["stack"], "autocast_adapter_dtype": False}
+    how: dict[str, Any] = {
+        "target_modules": "all",
+        "target_parameters": ["stack"],
+        "autocast_adapter_dtype": False,
+    }
     torch.manual_seed(3)
     inject_adapters(model, LoRAConfig(r=3, init=init, **how))
     torch.manual_seed(3)
@@ -47,7 +51,9 @@ def test_random_starts_are_these_very_draws(init: Any) -> None:
 
 def linear(weight: Tensor) -> nn.Sequential:
     """A model of one layer with this weight."""
-    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False)).to(weight.dtype)
+    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False)).to(
+        weight.dtype
+    )
     model[0].weight.data.copy_(weight)
     return model
 
@@ -77,13 +83,17 @@ def assert_starts_from_strongest_part(matrix: Tensor, start: Tensor) -> None:
     torch.testing.assert_close((matrix - start).norm() / size, tail / size)
 
 
-def test_each_matrix_of_a_layer_starts_from_its_own_strongest_part_however_small() -> None:
+def test_each_matrix_of_a_layer_starts_from_its_own_strongest_part_however_small() -> (
+    None
+):
     experts: Any = Experts()
     attention = nn.MultiheadAttention(8, 2)
     sizes = torch.tensor([1.0, 1e-9, 1e4]).view(3, 1, 1)
     stack = experts.stack.data.mul_(sizes).clone()
     projections = attention.in_proj_weight.detach().chunk(3)
-    how = LoRAConfig(r=2, alpha=2, init="pissa", target_modules=["1"], target_parameters=["stack"])
+    how = LoRAConfig(
+        r=2, alpha=2, init="pissa", target_modules=["1"], target_parameters=["stack"]
+    )
     model = nn.Sequential(experts, attention)
     inject_adapters(model, how)
     factors = adapter_state_dict(model)
@@ -102,7 +112,8 @@ def start_of(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("init", "keep", "tolerance"), [("pissa", True, {}), ("olora", False, {"atol": 0.05, "rtol": 0.02})]
+    ("init", "keep", "tolerance"),
+    [("pissa", True, {}), ("olora", False, {"atol": 0.05, "rtol": 0.02})],
 )
 def test_starts_from_a_half_precision_base_are_those_of_its_values_in_float32(
     init: Any, keep: bool, tolerance: dict[str, float]
@@ -137,7 +148,9 @@ def test_a_base_that_is_loaded_later_is_the_one_it_starts_from_in_every_dtype(
     inject_adapters(pretrained, how)
     weight = pretrained.get_parameter("0.weight").detach()
     model.load_state_dict({"0.weight": weight})
-    assert torch.equal(adapter_state_dict(model)[factor], adapter_state_dict(pretrained)[factor])
+    assert torch.equal(
+        adapter_state_dict(model)[factor], adapter_state_dict(pretrained)[factor]
+    )
     x = torch.randn(3, 6).to(dtype)
     assert torch.equal(model(x), nn.functional.linear(x, weight))
     nn.init.normal_(model[0].weight)
@@ -215,7 +228,8 @@ def test_pissa_starts_from_the_best_approximation() -> None:
     b = model[0].lora_B
     tail = torch.linalg.svdvals(weight)[3:]
     torch.testing.assert_close((weight - 2 * b @ a).norm(), tail.norm())
-    torch.testing.assert_close(a @ a.T, b.T @ b)  # the roots of the singular values, on both sides
+    # the roots of the singular values, on both sides
+    torch.testing.assert_close(a @ a.T, b.T @ b)
 
 
 def test_olora_starts_from_an_orthonormal_approximation() -> None:
@@ -226,7 +240,8 @@ def test_olora_starts_from_an_orthonormal_approximation() -> None:
     a = model[0].lora_A
     b = model[0].lora_B
     torch.testing.assert_close(b.T @ b, torch.eye(3, dtype=torch.float64))
-    torch.testing.assert_close((b @ a)[:, 0], weight[:, 0])  # a QR decomposition begins with the first column
+    # a QR decomposition begins with the first column
+    torch.testing.assert_close((b @ a)[:, 0], weight[:, 0])
 
 
 def nudge(parameter: Tensor) -> None:

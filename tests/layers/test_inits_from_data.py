@@ -24,7 +24,12 @@ def adapted(layer: nn.Module, **config: Any) -> Any:
     return layer
 
 
-def factors(observe: Callable[[Any, ExitStack], Any], layer: Any, look: Callable[[], None], r: int = R) -> Any:
+def factors(
+    observe: Callable[[Any, ExitStack], Any],
+    layer: Any,
+    look: Callable[[], None],
+    r: int = R,
+) -> Any:
     """The factors after a look at data, when nothing is watched any more."""
     with ExitStack() as undo:
         found = observe(layer, undo)
@@ -32,7 +37,9 @@ def factors(observe: Callable[[Any, ExitStack], Any], layer: Any, look: Callable
     return found(layer.lora_matrices[0], r)
 
 
-def inputs_of(directions: int, rows: int = 50, dtype: torch.dtype = torch.float32) -> Tensor:
+def inputs_of(
+    directions: int, rows: int = 50, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Rows around a mean, which differ from it in some directions: by less in each."""
     sizes = 10.0 ** -torch.arange(directions)
     orthogonal, _ = torch.linalg.qr(torch.randn(IN, directions))
@@ -52,7 +59,9 @@ def projection(a: Tensor) -> Tensor:
 
 
 def assert_same_directions(rows: Tensor, projection_on_others: Tensor) -> None:
-    torch.testing.assert_close(projection(rows), projection_on_others, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        projection(rows), projection_on_others, atol=1e-3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("batches", [1, 2, 5])
@@ -85,7 +94,9 @@ def test_eva_has_fewer_rows_than_the_rank_if_the_inputs_have_fewer_directions() 
     assert (a.shape, b.shape) == ((1, IN), (OUT, R))
 
 
-@pytest.mark.parametrize("x", [torch.empty(0, IN), torch.full((4, IN), torch.nan), torch.ones(4, IN)])
+@pytest.mark.parametrize(
+    "x", [torch.empty(0, IN), torch.full((4, IN), torch.nan), torch.ones(4, IN)]
+)
 def test_eva_takes_nothing_from_inputs_without_a_direction(x: Tensor) -> None:
     layer = adapted(nn.Linear(IN, OUT))
     assert factors(observe_inputs, layer, lambda: layer(x)) is None
@@ -93,13 +104,18 @@ def test_eva_takes_nothing_from_inputs_without_a_direction(x: Tensor) -> None:
 
 def test_eva_computes_in_float32_where_inputs_are_rounded() -> None:
     layer = adapted(nn.Linear(IN, OUT)).bfloat16()
-    a, _ = factors(observe_inputs, layer, lambda: layer(inputs_of(3, dtype=torch.bfloat16)))
+    a, _ = factors(
+        observe_inputs, layer, lambda: layer(inputs_of(3, dtype=torch.bfloat16))
+    )
     assert a.dtype == torch.float32
 
 
 def test_eva_does_not_look_at_layers_that_read_indices() -> None:
     with ExitStack() as undo:
-        assert observe_inputs(adapted(nn.Embedding(9, IN), target_modules="all"), undo) is None
+        assert (
+            observe_inputs(adapted(nn.Embedding(9, IN), target_modules="all"), undo)
+            is None
+        )
 
 
 def test_after_the_look_a_layer_is_as_it_was() -> None:
@@ -137,12 +153,21 @@ def test_lora_ga_has_the_directions_of_the_summed_gradient(r: int) -> None:
 def test_lora_ga_takes_nothing_from_no_gradient(upstream: float) -> None:
     layer = adapted(nn.Linear(IN, OUT))
     assert factors(observe_gradients, layer, lambda: None) is None
-    assert factors(observe_gradients, layer, lambda: (layer(inputs_of(3)) * upstream).sum().backward()) is None
+    assert (
+        factors(
+            observe_gradients,
+            layer,
+            lambda: (layer(inputs_of(3)) * upstream).sum().backward(),
+        )
+        is None
+    )
 
 
 def test_lora_ga_does_not_look_at_rows_of_tokens_nor_at_embeddings() -> None:
     embedding = adapted(nn.Embedding(9, IN), target_modules="all")
-    tokens = adapted(nn.Embedding(9, IN), target_modules=[], trainable_token_indices={"0": [1, 2]})
+    tokens = adapted(
+        nn.Embedding(9, IN), target_modules=[], trainable_token_indices={"0": [1, 2]}
+    )
     with ExitStack() as undo:
         assert observe_gradients(embedding, undo) is None
         assert observe_gradients(tokens, undo) is None

@@ -16,7 +16,13 @@ from lightning_lora.layers import LoRALayer
 from tests.support.compared import assert_state
 from tests.support.layers import LAYERS, Linear, Model, config, factors, reference
 from tests.support.models import randomise, state
-from tests.support.parameters import attributes_of_adapters, base_keys, base_parameters, classes, gradients
+from tests.support.parameters import (
+    attributes_of_adapters,
+    base_keys,
+    base_parameters,
+    classes,
+    gradients,
+)
 
 
 @pytest.fixture(params=LAYERS, ids=str)
@@ -32,8 +38,12 @@ def some(*kinds: str) -> Any:
 
 
 @pytest.mark.parametrize("pair", [(nn.Linear(2, 2), LoRALayer), (nn.Linear, nn.Linear)])
-def test_what_are_no_classes_of_layers_and_adapters_is_not_registered(pair: Any) -> None:
-    with pytest.raises(ll.ConfigError, match=r"register_adapter got .*Expected a class of layers, and"):
+def test_what_are_no_classes_of_layers_and_adapters_is_not_registered(
+    pair: Any,
+) -> None:
+    with pytest.raises(
+        ll.ConfigError, match=r"register_adapter got .*Expected a class of layers, and"
+    ):
         ll.register_adapter(*pair)
 
 
@@ -61,7 +71,9 @@ def disabled(model: nn.Module, x: Any) -> Tensor:
         return model(x)
 
 
-def test_adapters_change_nothing_while_fresh_or_disabled_and_leave_no_trace(case: tuple[nn.Sequential, Any]) -> None:
+def test_adapters_change_nothing_while_fresh_or_disabled_and_leave_no_trace(
+    case: tuple[nn.Sequential, Any],
+) -> None:
     model, x = case
     before = model(x)
     layer = model[0]
@@ -101,7 +113,9 @@ def zero_the_column_of_padding(layer: Any) -> None:
         layer.lora_A.data[:, padding] = 0
 
 
-def test_adapted_layer_computes_the_papers_equation_and_its_gradients(case: tuple[nn.Sequential, Any]) -> None:
+def test_adapted_layer_computes_the_papers_equation_and_its_gradients(
+    case: tuple[nn.Sequential, Any],
+) -> None:
     model, x = case
     ll.inject_adapters(model, config(model))
     randomise(model)
@@ -125,7 +139,9 @@ def test_adapted_layer_computes_the_papers_equation_and_its_gradients(case: tupl
         torch.testing.assert_close(found[name], factor.grad)
 
 
-def test_merged_computes_as_adapted_and_unmerging_is_exact(case: tuple[nn.Sequential, Any]) -> None:
+def test_merged_computes_as_adapted_and_unmerging_is_exact(
+    case: tuple[nn.Sequential, Any],
+) -> None:
     model, x = case
     plain = copy.deepcopy(model)
     ll.inject_adapters(model, config(model))
@@ -161,7 +177,9 @@ def from_file(model: nn.Module) -> Any:
 
 @some("linear", "scaled", "padding convolution", "lstm", "attention", "experts")
 @pytest.mark.parametrize("merged", [False, True])
-def test_copies_and_pickles_are_adapted_models_of_their_own(case: tuple[nn.Sequential, Any], merged: bool) -> None:
+def test_copies_and_pickles_are_adapted_models_of_their_own(
+    case: tuple[nn.Sequential, Any], merged: bool
+) -> None:
     model, x = case
     plain = type(model[0])
     ll.inject_adapters(model, config(model))
@@ -181,9 +199,22 @@ def test_copies_and_pickles_are_adapted_models_of_their_own(case: tuple[nn.Seque
         assert type(each[0]) is plain
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="its compiler refuses some of them")
-@some("linear", "embedding", "scaled", "bag", "grouped convolution", "attention", "experts")
-def test_compiled_layer_computes_the_same_adapted_merged_and_unmerged(case: tuple[nn.Sequential, Any]) -> None:
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"),
+    reason="its compiler refuses some of them",
+)
+@some(
+    "linear",
+    "embedding",
+    "scaled",
+    "bag",
+    "grouped convolution",
+    "attention",
+    "experts",
+)
+def test_compiled_layer_computes_the_same_adapted_merged_and_unmerged(
+    case: tuple[nn.Sequential, Any],
+) -> None:
     model, x = case
     torch._dynamo.reset()
     ll.inject_adapters(model, config(model))
@@ -212,8 +243,20 @@ def assert_mean(outputs: Tensor, expected: Tensor) -> None:
     assert (error <= 6 * deviation + rounding).all()
 
 
-@some("linear", "scaled", "embedding", "bag", "convolution", "circular convolution", "bilinear", "lstm", "experts")
-def test_dropout_acts_in_training_alone_and_takes_nothing_away_on_average(case: tuple[nn.Sequential, Any]) -> None:
+@some(
+    "linear",
+    "scaled",
+    "embedding",
+    "bag",
+    "convolution",
+    "circular convolution",
+    "bilinear",
+    "lstm",
+    "experts",
+)
+def test_dropout_acts_in_training_alone_and_takes_nothing_away_on_average(
+    case: tuple[nn.Sequential, Any],
+) -> None:
     model, x = case
     plain = copy.deepcopy(model)
     ll.inject_adapters(model, config(model, dropout=0.5))

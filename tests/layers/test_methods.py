@@ -15,8 +15,23 @@ from tests.support.models import state
 from tests.support.parameters import add_to, trainable
 
 KINDS: dict[str, list[str]] = {
-    "dora": ["linear", "conv1d", "normalised", "embedding", "convolution", "grouped convolution"],
-    "pissa": ["linear", "grouped convolution", "transposed convolution", "bilinear", "gru", "attention", "experts"],
+    "dora": [
+        "linear",
+        "conv1d",
+        "normalised",
+        "embedding",
+        "convolution",
+        "grouped convolution",
+    ],
+    "pissa": [
+        "linear",
+        "grouped convolution",
+        "transposed convolution",
+        "bilinear",
+        "gru",
+        "attention",
+        "experts",
+    ],
     "olora": ["linear", "experts"],
 }
 
@@ -31,7 +46,11 @@ def cases() -> list[tuple[str, str, int]]:
     return found
 
 
-HOW: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}, "pissa": {"init": "pissa"}, "olora": {"init": "olora"}}
+HOW: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "pissa": {"init": "pissa"},
+    "olora": {"init": "olora"},
+}
 
 
 def assert_gradients(layer: nn.Module, lora: dict[str, Tensor]) -> None:
@@ -44,7 +63,9 @@ def assert_gradients(layer: nn.Module, lora: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("method", "name", "r"), cases())
-def test_each_method_computes_what_its_paper_says(method: str, name: str, r: int, tmp_path: Path) -> None:
+def test_each_method_computes_what_its_paper_says(
+    method: str, name: str, r: int, tmp_path: Path
+) -> None:
     build, x = LAYERS[name]
     model: Any = Model(build()).double()
     fresh = model(x)
@@ -75,7 +96,9 @@ def test_each_method_computes_what_its_paper_says(method: str, name: str, r: int
 
 
 @pytest.mark.parametrize("arguments", [{"use_dora": True}, {"init": "pissa"}], ids=str)
-def test_rows_and_directions_of_zeros_train_as_without_the_method(arguments: dict[str, Any]) -> None:
+def test_rows_and_directions_of_zeros_train_as_without_the_method(
+    arguments: dict[str, Any],
+) -> None:
     """A projection may start at zero: it has no direction then, and nothing that is strongest in it."""
     model = nn.Sequential(nn.Linear(6, 5, bias=False))
     x = torch.randn(4, 6)
@@ -90,39 +113,56 @@ def test_rows_and_directions_of_zeros_train_as_without_the_method(arguments: dic
     assert model(x).abs().gt(1e-3).all()
 
 
-@pytest.mark.parametrize("name", ["lstm", "attention", "bilinear", "bag", "transposed convolution", "experts"])
+@pytest.mark.parametrize(
+    "name",
+    ["lstm", "attention", "bilinear", "bag", "transposed convolution", "experts"],
+)
 def test_dora_is_refused_where_it_has_no_meaning(name: str) -> None:
     model = Model(LAYERS[name][0]()).double()
-    with pytest.raises(ll.TargetError, match=r"use_dora=True is for .* '0' .*exclude_modules"):
+    with pytest.raises(
+        ll.TargetError, match=r"use_dora=True is for .* '0' .*exclude_modules"
+    ):
         ll.inject_adapters(model, config(model, use_dora=True))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("use_dora", [True, False])
-def test_a_start_from_the_weights_is_refused_for_embeddings_with_dora_too(init: str, use_dora: bool) -> None:
+def test_a_start_from_the_weights_is_refused_for_embeddings_with_dora_too(
+    init: str, use_dora: bool
+) -> None:
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
     before = state(model)
-    with pytest.raises(ll.TargetError, match=rf"init='{init}' is for layers other than embeddings.*'0' \(Embedding\)"):
+    with pytest.raises(
+        ll.TargetError,
+        match=rf"init='{init}' is for layers other than embeddings.*'0' \(Embedding\)",
+    ):
         ll.inject_adapters(model, config(model, init=init, use_dora=use_dora))
     assert_state(model, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_magnitudes_of_a_half_precision_base_are_its_own_and_not_rounded(dtype: torch.dtype) -> None:
+def test_magnitudes_of_a_half_precision_base_are_its_own_and_not_rounded(
+    dtype: torch.dtype,
+) -> None:
     """Whether the base is converted before the adapters come, or afterwards."""
     model = nn.Sequential(nn.Linear(64, 64))
     x = torch.randn(3, 64).bfloat16()
     plain = copy.deepcopy(model).bfloat16()
     model.to(dtype)
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, use_dora=True, autocast_adapter_dtype=False))
+    ll.inject_adapters(
+        model, ll.LoRAConfig(r=2, use_dora=True, autocast_adapter_dtype=False)
+    )
     assert torch.equal(model.bfloat16()(x), plain(x))
     assert model[0].lora_magnitude.dtype is torch.float32
 
 
 @pytest.mark.parametrize(
-    ("factor", "arguments"), [("lora_magnitude", {"use_dora": True}), ("lora_A", {"init": "pissa"})]
+    ("factor", "arguments"),
+    [("lora_magnitude", {"use_dora": True}), ("lora_A", {"init": "pissa"})],
 )
-def test_what_trained_of_an_adapter_that_depends_on_its_base_is_an_update(factor: str, arguments: Any) -> None:
+def test_what_trained_of_an_adapter_that_depends_on_its_base_is_an_update(
+    factor: str, arguments: Any
+) -> None:
     model = nn.Sequential(nn.Linear(6, 5))
     ll.inject_adapters(model, ll.LoRAConfig(r=2, **arguments))
     parameter = model.get_parameter(f"0.{factor}")

@@ -23,14 +23,22 @@ from tests.support.parameters import add_to, gradients, trainable, trainable_nam
 bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
 
-pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:MatMul8bitLt. inputs will be cast:UserWarning", "ignore::FutureWarning"
+)
 
 WIDTH = 64
 BATCH = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
 def four_bits(linear: nn.Linear) -> nn.Module:
-    layer = bnb.nn.Linear4bit(WIDTH, WIDTH, linear.bias is not None, quant_type="nf4", compute_dtype=torch.float32)
+    layer = bnb.nn.Linear4bit(
+        WIDTH,
+        WIDTH,
+        linear.bias is not None,
+        quant_type="nf4",
+        compute_dtype=torch.float32,
+    )
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")  # which is when it quantises
 
@@ -46,7 +54,11 @@ def by_torchao(linear: nn.Linear) -> nn.Module:
     return linear
 
 
-KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {"nf4": four_bits, "int8": eight_bits, "torchao int8": by_torchao}
+KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "nf4": four_bits,
+    "int8": eight_bits,
+    "torchao int8": by_torchao,
+}
 PLAIN = "plain"
 
 
@@ -112,8 +124,16 @@ def test_adapter_computes_beside_the_quantised_weight(kind: str) -> None:
     for training in (True, False):
         model.train(training)
         torch.testing.assert_close(model(BATCH), run_by_hand(model, BATCH))
-    assert list(ll.adapter_state_dict(model)) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "3.weight", "3.bias"]
-    assert ll.summarize(model).frozen == 2 * (WIDTH * WIDTH + WIDTH)  # as many as the bits stand for
+    assert list(ll.adapter_state_dict(model)) == [
+        "0.lora_A",
+        "0.lora_B",
+        "2.lora_A",
+        "2.lora_B",
+        "3.weight",
+        "3.bias",
+    ]
+    # as many as the bits stand for
+    assert ll.summarize(model).frozen == 2 * (WIDTH * WIDTH + WIDTH)
     assert str(model).count("r=4, scaling=2") == 2
     ll.remove_adapters(model)
     assert [type(layer) for layer in model] == classes
@@ -139,7 +159,9 @@ def test_evaluation_in_between_leaves_gradients_as_they_are(kind: str) -> None:
     """bitsandbytes may lay a weight out for inference, behind which nothing trains any more."""
     model = build(kind)
     evaluate(model)
-    ll.inject_adapters(model, ll.LoRAConfig(r=4, target_modules=["0"], modules_to_save=["3"]))
+    ll.inject_adapters(
+        model, ll.LoRAConfig(r=4, target_modules=["0"], modules_to_save=["3"])
+    )
     randomise(model)
     first = gradient(model)
     evaluate(model)
@@ -161,7 +183,12 @@ class Lit(Around):
 
 
 def lora(merge: Any = False) -> ll.LoRACallback:
-    return ll.LoRACallback(r=4, target_modules=["model.0", "model.2"], modules_to_save=["model.3"], merge=merge)
+    return ll.LoRACallback(
+        r=4,
+        target_modules=["model.0", "model.2"],
+        modules_to_save=["model.3"],
+        merge=merge,
+    )
 
 
 def fit(folder: Path, model: Lit, ckpt_path: Path | None = None) -> Lit:
@@ -177,7 +204,9 @@ def fit(folder: Path, model: Lit, ckpt_path: Path | None = None) -> Lit:
 @each_kind
 def test_it_trains_and_resumes_to_the_same_bits(tmp_path: Path, kind: str) -> None:
     model = fit(tmp_path / "through", Lit(kind))
-    again = fit(tmp_path / "again", Lit(kind), ckpt_path=tmp_path / "through" / "epoch=1.ckpt")
+    again = fit(
+        tmp_path / "again", Lit(kind), ckpt_path=tmp_path / "through" / "epoch=1.ckpt"
+    )
     assert_same_tensors(ll.adapter_state_dict(again), ll.adapter_state_dict(model))
     last = tmp_path / "through" / "epoch=3.ckpt"
     for name in tensors(last):
@@ -195,7 +224,9 @@ def with_biases_of(model: nn.Sequential, other: nn.Sequential) -> nn.Sequential:
 
 
 @each_kind
-def test_quantised_weights_and_their_scales_are_the_base(tmp_path: Path, kind: str) -> None:
+def test_quantised_weights_and_their_scales_are_the_base(
+    tmp_path: Path, kind: str
+) -> None:
     model = build(kind)
     file = tmp_path / "a.safetensors"
     evaluate(model)
@@ -227,16 +258,23 @@ def test_a_quantised_base_and_a_plain_one_agree_in_what_is_plain(
     ll.inject_adapters(there, CONFIG)
     ll.save_adapter(there, file)
     other = copy.deepcopy(here)
-    with pytest.warns(ll.LoRAWarning, match="the same; 2 quantised weights were not compared"):
+    with pytest.warns(
+        ll.LoRAWarning, match="the same; 2 quantised weights were not compared"
+    ):
         ll.load_adapter(here, file)
     add_to(other[2].bias, 1)
-    with pytest.raises(ll.BaseMismatchError, match=r"1 of 2 .* such as '2.bias', .* 2 quantised weights"):
+    with pytest.raises(
+        ll.BaseMismatchError,
+        match=r"1 of 2 .* such as '2.bias', .* 2 quantised weights",
+    ):
         ll.load_adapter(other, file)
     with pytest.warns(ll.LoRAWarning, match="1 of 2 frozen tensors"):
         ll.load_adapter(other, file, check_base=False)
 
 
-def test_where_all_is_quantised_nothing_says_that_it_is_the_same_base(tmp_path: Path) -> None:
+def test_where_all_is_quantised_nothing_says_that_it_is_the_same_base(
+    tmp_path: Path,
+) -> None:
     linear = nn.Linear(WIDTH, WIDTH, bias=False)
     there = nn.Sequential(four_bits(linear))
     ll.inject_adapters(there, ll.LoRAConfig(r=2))
@@ -247,7 +285,9 @@ def test_where_all_is_quantised_nothing_says_that_it_is_the_same_base(tmp_path: 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @torch.no_grad()
-def test_an_adapter_that_rests_while_its_layer_is_quantised_takes_its_kind(kind: str) -> None:
+def test_an_adapter_that_rests_while_its_layer_is_quantised_takes_its_kind(
+    kind: str,
+) -> None:
     model = build(PLAIN)
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"]), name="first")
     nn.init.normal_(model[0].lora_B)  # type: ignore[arg-type]
@@ -262,8 +302,12 @@ def test_an_adapter_that_rests_while_its_layer_is_quantised_takes_its_kind(kind:
 
 @pytest.mark.parametrize("double", [False, True])
 @torch.no_grad()
-def test_a_weight_that_was_packed_for_inference_is_unpacked_as_it_was(double: bool) -> None:
-    layer = bnb.nn.Linear4bit(128, 256, bias=False, compute_dtype=torch.float32, compress_statistics=double)
+def test_a_weight_that_was_packed_for_inference_is_unpacked_as_it_was(
+    double: bool,
+) -> None:
+    layer = bnb.nn.Linear4bit(
+        128, 256, bias=False, compute_dtype=torch.float32, compress_statistics=double
+    )
     model = nn.Sequential(layer).to("cpu")
     x = torch.randn(4, 128)
     before = model.train()(x)
@@ -272,12 +316,19 @@ def test_a_weight_that_was_packed_for_inference_is_unpacked_as_it_was(double: bo
     assert (model.train()(x) - before).abs().max() < 0.01 * before.abs().max()
 
 
-@pytest.mark.parametrize(("kind", "trial"), [("nf4", False), ("int8", True), ("torchao int8", False)])
-def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str, trial: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "trial"), [("nf4", False), ("int8", True), ("torchao int8", False)]
+)
+def test_merging_is_refused_before_anything_is_trained(
+    tmp_path: Path, kind: str, trial: bool
+) -> None:
     model = build(kind)
     lit = Lit(kind)
     ll.inject_adapters(model, CONFIG)
-    with pytest.raises(ll.AdapterStateError, match=r"'0', '2' in Sequential are quantised.*full precision"):
+    with pytest.raises(
+        ll.AdapterStateError,
+        match=r"'0', '2' in Sequential are quantised.*full precision",
+    ):
         ll.merge_adapters(model)
     with pytest.raises(ll.ConfigError, match=r"are quantised.*Or set merge=False"):
         trainer(tmp_path, [lora(merge="last")], fast_dev_run=trial).fit(lit)
@@ -288,11 +339,19 @@ def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize(
     ("kind", "arguments"),
-    [("nf4", {"init": "pissa"}), ("int8", {"use_dora": True}), ("torchao int8", {"use_dora": True, "dropout": 0.5})],
+    [
+        ("nf4", {"init": "pissa"}),
+        ("int8", {"use_dora": True}),
+        ("torchao int8", {"use_dora": True, "dropout": 0.5}),
+    ],
 )
-def test_methods_read_what_the_weight_stands_for(kind: str, arguments: dict[str, Any]) -> None:
+def test_methods_read_what_the_weight_stands_for(
+    kind: str, arguments: dict[str, Any]
+) -> None:
     model = build(kind).eval()
-    ll.inject_adapters(model, ll.LoRAConfig(r=4, target_modules=["0", "2"], **arguments))
+    ll.inject_adapters(
+        model, ll.LoRAConfig(r=4, target_modules=["0", "2"], **arguments)
+    )
     with ll.disable_adapters(model):
         before = model(BATCH)
     torch.testing.assert_close(model(BATCH), before)
@@ -305,7 +364,9 @@ class Lightnings(Precision):
     """Lightning's own conversion; a Trainer takes its plugin on a GPU alone."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        return BitsandbytesPrecision("nf4", torch.float32, ignore_modules={"model.3"}).convert_module(module)
+        return BitsandbytesPrecision(
+            "nf4", torch.float32, ignore_modules={"model.3"}
+        ).convert_module(module)
 
 
 class LooksAtOptimizer(L.Callback):
@@ -318,7 +379,9 @@ class LooksAtOptimizer(L.Callback):
         assert held == set(trainable(pl_module))
 
 
-def test_adapters_survive_a_precision_that_replaces_their_layers(tmp_path: Path) -> None:
+def test_adapters_survive_a_precision_that_replaces_their_layers(
+    tmp_path: Path,
+) -> None:
     model = Lit(PLAIN)
     model.requires_grad_(True)
     callbacks = [lora(), LooksAtOptimizer()]
@@ -350,6 +413,8 @@ def adapter_dtypes(layer: nn.Module, *, autocast: bool) -> set[torch.dtype]:
 
 
 @pytest.mark.parametrize(("layer", "dtype"), PRODUCTS)
-def test_adapters_have_the_dtype_of_their_layers_products_or_are_kept_in_full(layer: Any, dtype: torch.dtype) -> None:
+def test_adapters_have_the_dtype_of_their_layers_products_or_are_kept_in_full(
+    layer: Any, dtype: torch.dtype
+) -> None:
     assert adapter_dtypes(layer(), autocast=False) == {dtype}
     assert adapter_dtypes(layer(), autocast=True) == {torch.float32}

@@ -26,7 +26,9 @@ from tests.support.models import as_trained, randomise
         ("experts", 96, False),
     ],
 )
-def test_every_kind_of_layer_takes_a_rank_above_its_sides(kind: str, alpha: float, use_rslora: bool) -> None:
+def test_every_kind_of_layer_takes_a_rank_above_its_sides(
+    kind: str, alpha: float, use_rslora: bool
+) -> None:
     build, x = LAYERS[kind]
     model = Model(build()).double()
     ll.inject_adapters(model, config(model, r=64, alpha=alpha, use_rslora=use_rslora))
@@ -42,7 +44,9 @@ def test_every_kind_of_layer_takes_a_rank_above_its_sides(kind: str, alpha: floa
     torch.testing.assert_close(model(x), output)
 
 
-def test_a_larger_rank_that_gives_the_same_adapters_reads_the_same_file(tmp_path: Path) -> None:
+def test_a_larger_rank_that_gives_the_same_adapters_reads_the_same_file(
+    tmp_path: Path,
+) -> None:
     base = nn.Sequential(nn.Linear(1, 16), nn.Linear(16, 1))
     small = as_trained(copy.deepcopy(base), seed=4, r=4, alpha=8)
     model = as_trained(copy.deepcopy(base), seed=8, r=8, alpha=16)

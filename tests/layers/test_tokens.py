@@ -37,7 +37,9 @@ def with_rows(weight: Tensor, rows: Tensor) -> Tensor:
 
 def looked_up(layer: Any, weight: Tensor, index: Tensor) -> Tensor:
     """What torch computes with this weight."""
-    found = F.embedding(index, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+    found = F.embedding(
+        index, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq
+    )
     if isinstance(layer, ScaledEmbedding):
         return 4 * found
     return found
@@ -53,7 +55,9 @@ def trained(parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_rows_train_to_the_bits_of_a_training_of_these_rows_alone(make: Callable[[], nn.Module]) -> None:
+def test_rows_train_to_the_bits_of_a_training_of_these_rows_alone(
+    make: Callable[[], nn.Module],
+) -> None:
     layer: Any = make()
     weight = layer.weight.detach().clone()
     start = weight[list(TOKENS)].float()  # as an adapter beside half precision
@@ -82,13 +86,17 @@ def by_plain_torch(model: Any, whole: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_tied_head_computes_with_the_rows_and_sends_gradients_to_them(bias: bool) -> None:
+def test_a_tied_head_computes_with_the_rows_and_sends_gradients_to_them(
+    bias: bool,
+) -> None:
     model: Any = TinyLM().double()
     if bias:
         model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 20).double())
     weight = model.embed.weight.detach().clone()
     fresh = model(INDEX)
-    names = ll.inject_adapters(model, ll.LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS}))
+    names = ll.inject_adapters(
+        model, ll.LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS})
+    )
     assert names == ("embed", "q_proj", "v_proj")
     assert type(model.lm_head).__name__ == "TiedLinear"
     assert torch.equal(model(INDEX), fresh)
@@ -125,7 +133,9 @@ class SharesAWeight(nn.Module):
 @pytest.mark.parametrize("named", ["embed", "head"])
 def test_all_that_has_the_weight_follows_whatever_its_forward_is(named: str) -> None:
     model: Any = SharesAWeight()
-    ll.inject_adapters(model, ll.LoRAConfig(target_modules=[], trainable_token_indices={named: TOKENS}))
+    ll.inject_adapters(
+        model, ll.LoRAConfig(target_modules=[], trainable_token_indices={named: TOKENS})
+    )
     randomise(model)
     whole = model.get_submodule(named).lora_effective_weight("weight")
     one, scaled, head = model(INDEX)
@@ -135,9 +145,13 @@ def test_all_that_has_the_weight_follows_whatever_its_forward_is(named: str) -> 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_head_that_is_tied_or_untied_later_follows_after_the_next_injection(tmp_path: Path, tied: bool) -> None:
+def test_a_head_that_is_tied_or_untied_later_follows_after_the_next_injection(
+    tmp_path: Path, tied: bool
+) -> None:
     model: Any = TinyLM(tied=False)
-    config = ll.LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed": TOKENS})
+    config = ll.LoRAConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices={"embed": TOKENS}
+    )
     ll.inject_adapters(model, config)
     randomise(model)
     own = nn.Parameter(model.lm_head.weight.detach().clone())
@@ -161,7 +175,9 @@ def test_a_head_that_is_tied_or_untied_later_follows_after_the_next_injection(tm
 
 
 @pytest.mark.parametrize("method", [{"init": "pissa"}, {"use_dora": True}], ids=str)
-def test_rows_that_are_fresh_follow_a_base_that_is_loaded_later(method: dict[str, Any]) -> None:
+def test_rows_that_are_fresh_follow_a_base_that_is_loaded_later(
+    method: dict[str, Any],
+) -> None:
     model: Any = TinyLM(tied=False)
     config = ll.LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS}, **method)
     ll.inject_adapters(model, config)
@@ -185,7 +201,9 @@ def test_adapters_with_other_rows_and_with_a_low_rank_update_take_turns() -> Non
     alone = dict[str, Tensor]()
     configs = {
         "some": ll.LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS}),
-        "others": ll.LoRAConfig(r=2, target_modules=["v_proj"], trainable_token_indices={"embed": [0, 3]}),
+        "others": ll.LoRAConfig(
+            r=2, target_modules=["v_proj"], trainable_token_indices={"embed": [0, 3]}
+        ),
         "low rank": ll.LoRAConfig(r=2, target_modules=["embed", "q_proj"]),
     }
     fresh = model(INDEX)

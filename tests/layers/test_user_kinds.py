@@ -43,8 +43,14 @@ def refuses(kind: Any, layer: nn.Module, message: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (6, 4)], ids=str)
-def test_a_kind_that_reads_a_matrix_and_does_not_write_it_back_is_refused(shape: tuple[int, int]) -> None:
-    refuses(LoRATurned, Turned(*shape), r"LoRATurned, .*'0' \(Own\).*lora_as_weight\(lora_as_matrix\(W\), W\) is not W")
+def test_a_kind_that_reads_a_matrix_and_does_not_write_it_back_is_refused(
+    shape: tuple[int, int],
+) -> None:
+    refuses(
+        LoRATurned,
+        Turned(*shape),
+        r"LoRATurned, .*'0' \(Own\).*lora_as_weight\(lora_as_matrix\(W\), W\) is not W",
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,9 @@ def test_a_kind_that_reads_a_matrix_and_does_not_write_it_back_is_refused(shape:
         (lambda matrix, weight: None, r"has the shape \(\)"),
     ],
 )
-def test_what_is_written_back_has_the_shape_of_the_weight(written: Any, message: str) -> None:
+def test_what_is_written_back_has_the_shape_of_the_weight(
+    written: Any, message: str
+) -> None:
     kind = type("LoRAOwn", (LoRATurned,), {"lora_as_weight": staticmethod(written)})
     refuses(kind, Turned(6, 4), f"LoRAOwn.*{message}")
 
@@ -64,7 +72,9 @@ def test_a_weight_that_is_no_matrix_is_refused_with_what_to_define() -> None:
     layer = Turned(6, 4)
     layer.weight = nn.Parameter(torch.randn(2, 6, 4))
     refuses(
-        type("LoRAOwn", (LoRALayer,), {}), layer, r"LoRAOwn .*\(2, 6, 4\).*Define lora_as_matrix and lora_as_weight"
+        type("LoRAOwn", (LoRALayer,), {}),
+        layer,
+        r"LoRAOwn .*\(2, 6, 4\).*Define lora_as_matrix and lora_as_weight",
     )
 
 

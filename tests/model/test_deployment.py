@@ -48,7 +48,11 @@ def compiled(model: nn.Module) -> Any:
 
 
 def symbolic(model: nn.Module) -> Any:
-    """The graph of torch.fx. Without gradients, an adapted layer asks for the length of its input, which has none."""
+    """The graph of torch.fx.
+
+    Without gradients, an adapted layer asks for the length of its input, which has
+    none.
+    """
     with torch.enable_grad():
         return torch.fx.symbolic_trace(model)
 
@@ -60,7 +64,9 @@ class Onnx:
         pytest.importorskip("onnxscript")
         runtime = pytest.importorskip("onnxruntime")
         torch.onnx.export(model, inputs, dynamo=True, verbose=False).save(path)
-        self.session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.session = runtime.InferenceSession(
+            path, providers=["CPUExecutionProvider"]
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         (name,) = [each.name for each in self.session.get_inputs()]
@@ -71,14 +77,18 @@ class Onnx:
 
 def quantised_layers(model: nn.Module) -> list[bool]:
     """Whether each of both layers is quantised by torch."""
-    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear})
+    quantised = torch.ao.quantization.quantize_dynamic(
+        copy.deepcopy(model), {nn.Linear}
+    )
     kind = torch.ao.nn.quantized.dynamic.Linear
     return [isinstance(quantised.get_submodule(name), kind) for name in ("0", "2")]
 
 
 @pytest.mark.parametrize("deploy", [export, trace, compiled, symbolic])
 @torch.no_grad()
-def test_a_deployed_model_computes_the_adapters(deploy: Callable[[nn.Module], Any]) -> None:
+def test_a_deployed_model_computes_the_adapters(
+    deploy: Callable[[nn.Module], Any],
+) -> None:
     model = adapted()
     here: Tensor = model(INPUT)
     torch.testing.assert_close(deploy(model)(INPUT), here)
@@ -111,8 +121,15 @@ def test_a_symbolic_trace_without_gradients_needs_merged_weights() -> None:
 @pytest.mark.parametrize("adapts", [False, True])
 def test_torch_cannot_trace_models_of_transformers_adapted_or_not(adapts: bool) -> None:
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=10))
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, vocab_size=10)
+    )
     if adapts:
         ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises((ValueError, torch.fx.proxy.TraceError)):
@@ -121,7 +138,9 @@ def test_torch_cannot_trace_models_of_transformers_adapted_or_not(adapts: bool) 
 
 @pytest.mark.parametrize("deploy", [export, trace, symbolic])
 @torch.no_grad()
-def test_a_merge_after_a_trace_counts_twice_in_it(deploy: Callable[[nn.Module], Any]) -> None:
+def test_a_merge_after_a_trace_counts_twice_in_it(
+    deploy: Callable[[nn.Module], Any],
+) -> None:
     """It shares the weights of the model, as torch makes it: the page says to merge before."""
     model = adapted()
     here: Tensor = model(INPUT)
@@ -135,7 +154,9 @@ def test_a_merge_after_a_trace_counts_twice_in_it(deploy: Callable[[nn.Module], 
 
 @pytest.mark.parametrize("make", [adapted, merged])
 @torch.no_grad()
-def test_onnxruntime_computes_the_adapters(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+def test_onnxruntime_computes_the_adapters(
+    make: Callable[[], nn.Module], tmp_path: Path
+) -> None:
     exported = Onnx(make(), tmp_path / "model.onnx", INPUT)
     difference = exported(INPUT) - adapted()(INPUT)
     assert difference.abs().max() <= 1e-6
@@ -143,11 +164,20 @@ def test_onnxruntime_computes_the_adapters(make: Callable[[], nn.Module], tmp_pa
 
 @pytest.mark.parametrize("merges", [False, True])
 @torch.no_grad()
-def test_onnxruntime_computes_an_adapted_transformer(merges: bool, tmp_path: Path) -> None:
+def test_onnxruntime_computes_an_adapted_transformer(
+    merges: bool, tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     torch.manual_seed(0)
-    model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=60)).eval()
+    model = transformers.BertModel(
+        transformers.BertConfig(**sizes, vocab_size=60)
+    ).eval()
     ids = torch.arange(2, 14).view(2, 6)
     base: Tensor = model(ids)[0]
     config = ll.LoRAConfig(r=2, target_modules=["query", "value", "dense"])

@@ -28,7 +28,10 @@ from tests.support.storage import trained
 def test_another_start_on_an_adapted_model_is_refused() -> None:
     model = LitTiny()
     ll.inject_adapters(model, ll.LoRAConfig(r=2))
-    with unchanged(model), pytest.raises(ll.AdapterMismatchError, match="adapted already"):
+    with (
+        unchanged(model),
+        pytest.raises(ll.AdapterMismatchError, match="adapted already"),
+    ):
         ll.inject_adapters(model, ll.LoRAConfig(r=2, init="pissa"))
 
 
@@ -43,7 +46,10 @@ VALUES: dict[str, Any] = {"init": "lora_ga", "init_batches": 4}
 def test_what_only_a_trainer_can_serve_is_refused(name: str) -> None:
     config = ll.LoRAConfig(**{name: VALUES[name]})
     model = LitTiny()
-    with unchanged(model), pytest.raises(ll.ConfigError, match=re.escape(WITHOUT_TRAINER[name])):
+    with (
+        unchanged(model),
+        pytest.raises(ll.ConfigError, match=re.escape(WITHOUT_TRAINER[name])),
+    ):
         ll.inject_adapters(model, config)
     ll.LoRACallback(**{name: VALUES[name]})
 
@@ -57,7 +63,12 @@ def test_a_model_with_pefts_adapters_is_refused(is_wrapped: bool) -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["head"])
     theirs = peft.get_peft_model(LitTiny(), config)
     model = theirs if is_wrapped else theirs.get_base_model()
-    with unchanged(model), pytest.raises(ll.AdapterStateError, match=r"PEFT's adapters: .*q_proj'.*merge_and"):
+    with (
+        unchanged(model),
+        pytest.raises(
+            ll.AdapterStateError, match=r"PEFT's adapters: .*q_proj'.*merge_and"
+        ),
+    ):
         ll.inject_adapters(model, ll.LoRAConfig(r=2))
     ll.inject_adapters(theirs.merge_and_unload(), ll.LoRAConfig(r=2))
 
@@ -65,7 +76,10 @@ def test_a_model_with_pefts_adapters_is_refused(is_wrapped: bool) -> None:
 def test_injecting_something_else_is_an_error() -> None:
     with pytest.raises(ll.ConfigError, match="LoRAConfig"):
         ll.inject_adapters(nn.Linear(2, 2), {"r": 8})  # type: ignore[arg-type]
-    with pytest.raises(ll.ConfigError, match=r"LoraConfig is PEFT's: write lightning_lora\.LoRAConfig\(r="):
+    with pytest.raises(
+        ll.ConfigError,
+        match=r"LoraConfig is PEFT's: write lightning_lora\.LoRAConfig\(r=",
+    ):
         ll.inject_adapters(nn.Linear(2, 2), peft.LoraConfig(r=8))  # type: ignore[arg-type]
 
 
@@ -118,7 +132,9 @@ def test_a_call_on_a_plain_model_says_what_to_do() -> None:
         ll.merge_adapters(nn.Sequential(trained()))
 
 
-def test_a_base_that_was_made_in_inference_mode_trains_and_is_given_back_as_it_was() -> None:
+def test_a_base_that_was_made_in_inference_mode_trains_and_is_given_back_as_it_was() -> (
+    None
+):
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
     with unchanged(model):
@@ -154,7 +170,9 @@ class Model(nn.Module):
         return self.extra(self.head(self.norm(x.mT).mT))
 
 
-CONFIG = ll.LoRAConfig(r=2, target_modules=["rnn", "head"], modules_to_save=["extra"], bias="lora_only")
+CONFIG = ll.LoRAConfig(
+    r=2, target_modules=["rnn", "head"], modules_to_save=["extra"], bias="lora_only"
+)
 MORE = replace(CONFIG, target_modules=["embed", "rnn", "head"])
 INDEX = torch.arange(7).view(1, 7)
 
@@ -173,7 +191,8 @@ def build(*, merged: bool, config: ll.LoRAConfig = CONFIG, rows: int = 3) -> Mod
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    other = build(merged=False, rows=0)  # its file does not hold what has changed in the others, and a load resets
+    # its file does not hold what has changed in the others, and a load resets
+    other = build(merged=False, rows=0)
     randomise(other, seed=8)
     ll.save_adapter(other, tmp_path / "a.safetensors")
     return tmp_path / "a.safetensors"
@@ -197,7 +216,10 @@ def merged_and_converted() -> Model:
 CALLS: dict[str, tuple[Callable[[], Model], Callable[[nn.Module, Path], Any]]] = {
     "merge": (adapted, lambda model, _: ll.merge_adapters(model)),
     "unmerge": (merged, lambda model, _: ll.unmerge_adapters(model)),
-    "unmerge converted": (merged_and_converted, lambda model, _: ll.unmerge_adapters(model)),
+    "unmerge converted": (
+        merged_and_converted,
+        lambda model, _: ll.unmerge_adapters(model),
+    ),
     "remove": (adapted, lambda model, _: ll.remove_adapters(model)),
     "load": (adapted, lambda model, file: ll.load_adapter(model, file)),
     "load merged": (merged, lambda model, file: ll.load_adapter(model, file)),
@@ -213,7 +235,9 @@ PLACES = [*range(1, 40), *range(40, 5000, 9)]
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
 @pytest.mark.parametrize(("make", "call"), CALLS.values(), ids=CALLS)
-def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(make: Any, call: Any, file: Path) -> None:
+def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(
+    make: Any, call: Any, file: Path
+) -> None:
     whole = make()
     exact = copy.deepcopy(whole)
     ll.unmerge_adapters(exact)
@@ -223,7 +247,8 @@ def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(make: Any, call: 
     stored = ll.adapter_state_dict(whole)
     for place in PLACES:
         model = copy.deepcopy(whole)
-        if not fails_at(place, partial(call, model, file), RuntimeError, ll.LoRAError):  # which torch and we may raise
+        # which torch and we may raise
+        if not fails_at(place, partial(call, model, file), RuntimeError, ll.LoRAError):
             break
         assert_state(model, before)
         assert kinds(model) == about
@@ -234,11 +259,14 @@ def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(make: Any, call: 
     assert 5 < place < PLACES[-1]
 
 
-def test_what_was_frozen_since_it_learned_and_then_thawed_counts_as_never_frozen() -> None:
+def test_what_was_frozen_since_it_learned_and_then_thawed_counts_as_never_frozen() -> (
+    None
+):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     config = ll.LoRAConfig(r=2)
     ll.inject_adapters(model, config)
-    ll.load_adapter_state_dict(model, ll.adapter_state_dict(model))  # as what has learned
+    # as what has learned
+    ll.load_adapter_state_dict(model, ll.adapter_state_dict(model))
     known = record_of(model).base
     model[0].requires_grad_(False)
     ll.inject_adapters(model, config)
@@ -256,19 +284,31 @@ def test_a_factor_that_other_code_froze_alone_trains_after_another_injection() -
     assert model[0].lora_A.requires_grad
 
 
-def test_a_frozen_network_with_adapters_of_its_own_is_refused_until_these_are_merged() -> None:
-    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
+def test_a_frozen_network_with_adapters_of_its_own_is_refused_until_these_are_merged() -> (
+    None
+):
+    model = nn.ModuleDict(
+        {"encoder": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)}
+    )
     config = ll.LoRAConfig(r=2)
     ll.inject_adapters(model["encoder"], config)
     model["encoder"].requires_grad_(False)
-    with unchanged(model), pytest.raises(ll.AdapterStateError, match="'encoder' of ModuleDict has adapters of its own"):
+    with (
+        unchanged(model),
+        pytest.raises(
+            ll.AdapterStateError,
+            match="'encoder' of ModuleDict has adapters of its own",
+        ),
+    ):
         ll.inject_adapters(model, config)
     ll.merge_adapters(model["encoder"])
     ll.inject_adapters(model, config)
     assert model["encoder"][0].lora_A.requires_grad
 
 
-def test_guards_are_told_of_the_chosen_layers_before_adapters_are_put_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guards_are_told_of_the_chosen_layers_before_adapters_are_put_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     numbers_of_adapted = []
 
     class Noting(moments.Guard):

@@ -10,10 +10,26 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.compared import assert_all_refused, assert_same_state, assert_same_tensors, assert_state
+from tests.support.compared import (
+    assert_all_refused,
+    assert_same_state,
+    assert_same_tensors,
+    assert_state,
+)
 from tests.support.faults import unchanged
 from tests.support.layers import config
-from tests.support.models import LitTiny, as_merged, as_trained, best, data, lora, randomise, same, state, trainer
+from tests.support.models import (
+    LitTiny,
+    as_merged,
+    as_trained,
+    best,
+    data,
+    lora,
+    randomise,
+    same,
+    state,
+    trainer,
+)
 from tests.support.parameters import cloned
 
 
@@ -44,13 +60,18 @@ def test_a_trained_part_loaded_by_itself_is_no_base() -> None:
     ll.inject_adapters(model, CONFIG)
     copied = copy.deepcopy(model)
     for each in (model, copied):
-        each.load_state_dict({"2.weight": torch.ones(2, 4), "2.bias": torch.ones(2)}, strict=False)
+        each.load_state_dict(
+            {"2.weight": torch.ones(2, 4), "2.bias": torch.ones(2)}, strict=False
+        )
         ll.remove_adapters(each)
         assert_state(each, before)
         assert not each._load_state_dict_pre_hooks
 
 
-@pytest.mark.filterwarnings("ignore:A state of the base was loaded below trained adapters:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:A state of the base was loaded below trained "
+    "adapters:lightning_lora.LoRAWarning"
+)
 def test_the_same_base_loaded_again_leaves_the_adapters() -> None:
     model = as_trained(LitTiny())
     before = state(model)
@@ -61,13 +82,17 @@ def test_the_same_base_loaded_again_leaves_the_adapters() -> None:
 REPLACED: dict[str, Callable[[LitTiny], Any]] = {
     "loaded": lambda model: model.load_state_dict(LitTiny().state_dict()),
     "converted there and back": lambda model: model.bfloat16().float(),
-    "loaded into one layer": lambda model: model.q_proj.load_state_dict(LitTiny().q_proj.state_dict()),
+    "loaded into one layer": lambda model: model.q_proj.load_state_dict(
+        LitTiny().q_proj.state_dict()
+    ),
     "pruned": lambda model: nn.utils.prune.l1_unstructured(model.q_proj, "weight", 0.5),
 }
 
 
 @pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
-def test_weights_put_into_a_merged_model_are_a_new_base_and_no_way_back(tmp_path: Path, replace: Any) -> None:
+def test_weights_put_into_a_merged_model_are_a_new_base_and_no_way_back(
+    tmp_path: Path, replace: Any
+) -> None:
     model = as_merged(LitTiny())
     stored = copy.deepcopy(ll.adapter_state_dict(model))
     replace(model)
@@ -78,7 +103,9 @@ def test_weights_put_into_a_merged_model_are_a_new_base_and_no_way_back(tmp_path
         lambda model: ll.disable_adapters(model),
         lambda model: ll.save_adapter(model, tmp_path / "a.safetensors"),
     ]
-    assert_all_refused(model, calls, ll.AdapterStateError, "changed since its adapters were merged")
+    assert_all_refused(
+        model, calls, ll.AdapterStateError, "changed since its adapters were merged"
+    )
     with unchanged(model):
         ll.remove_adapters(model)
 
@@ -102,7 +129,9 @@ def fit_and_read(folder: Path, model: LitTiny, **config: Any) -> dict[str, Any]:
     return torch.load(checkpoint.best_model_path, weights_only=True)
 
 
-def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path) -> None:
+def test_other_code_loads_the_best_file_of_a_run_into_its_module(
+    tmp_path: Path,
+) -> None:
     model = LitTiny()
     checkpoint = fit_and_read(tmp_path, model)
     stored = checkpoint["state_dict"]
@@ -132,9 +161,15 @@ def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path)
         (["0.linear2"], True, True),
     ],
 )
-def test_encoders_are_adapted_in_eval_and_inference_mode(targets: Any, norm_first: bool, padded: bool) -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True, norm_first=norm_first)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).double()
+def test_encoders_are_adapted_in_eval_and_inference_mode(
+    targets: Any, norm_first: bool, padded: bool
+) -> None:
+    layer = nn.TransformerEncoderLayer(
+        8, 2, 16, dropout=0, batch_first=True, norm_first=norm_first
+    )
+    model = nn.TransformerEncoder(
+        layer, 2, enable_nested_tensor=not norm_first
+    ).double()
     x = torch.randn(3, 5, 8).double()
     padding = torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]])
 
@@ -165,7 +200,10 @@ def test_a_file_of_another_run_is_not_loaded_by_other_code(tmp_path: Path) -> No
     stored = fit_and_read(tmp_path, model)["state_dict"]
     wrong = copy.copy(stored)
     wrong["head.weight"] = torch.ones(3)
-    with unchanged(model), pytest.raises(ll.AdapterMismatchError, match=r"'head.weight' is \(3,\)"):
+    with (
+        unchanged(model),
+        pytest.raises(ll.AdapterMismatchError, match=r"'head.weight' is \(3,\)"),
+    ):
         model.load_state_dict(wrong)
     other = LitTiny()
     nn.init.ones_(other.embed.weight)
@@ -174,19 +212,25 @@ def test_a_file_of_another_run_is_not_loaded_by_other_code(tmp_path: Path) -> No
         other.load_state_dict(stored)
     scaled = LitTiny()
     fit_and_read(tmp_path, scaled, alpha=16)
-    with pytest.raises(ll.AdapterMismatchError, match="trained with r=2 and a scaling of 4 in"):
+    with pytest.raises(
+        ll.AdapterMismatchError, match="trained with r=2 and a scaling of 4 in"
+    ):
         scaled.load_state_dict(stored)
 
 
 @pytest.mark.parametrize("call", [ll.merge_adapters, ll.remove_adapters])
 @pytest.mark.parametrize("undermine", UNDERMINED.values(), ids=UNDERMINED)
-def test_weight_that_is_computed_since_injection_is_not_merged_or_given_back(undermine: Any, call: Any) -> None:
+def test_weight_that_is_computed_since_injection_is_not_merged_or_given_back(
+    undermine: Any, call: Any
+) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     ll.inject_adapters(model, config(model))
     randomise(model)
     undermine(model[0])
     adapted = model.eval()(torch.ones(8))
-    with pytest.raises(ll.AdapterStateError, match=r"weight of '0' of Sequential is computed"):
+    with pytest.raises(
+        ll.AdapterStateError, match=r"weight of '0' of Sequential is computed"
+    ):
         call(model)
     assert torch.equal(model(torch.ones(8)), adapted)
 
@@ -200,7 +244,9 @@ def test_weight_that_is_computed_since_injection_is_not_merged_or_given_back(und
         (nn.InstanceNorm1d(4, track_running_stats=True), (3, 4, 5)),
     ],
 )
-def test_frozen_norm_does_not_drift_and_trains_as_it_evaluates(norm: nn.Module, shape: tuple[int, ...]) -> None:
+def test_frozen_norm_does_not_drift_and_trains_as_it_evaluates(
+    norm: nn.Module, shape: tuple[int, ...]
+) -> None:
     model = nn.ModuleDict({"norm": norm, "linear": nn.Linear(4, 4)})
     kind = type(norm)
     before = state(norm)

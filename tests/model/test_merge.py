@@ -27,7 +27,8 @@ from tests.support.parameters import flags_of, nan_at, trainable_names
     ("dtype", "targets", "method"),
     [
         (torch.float64, ["q_proj", "lm_head"], {}),
-        (torch.bfloat16, ["q_proj"], {"use_dora": True}),  # where a tied weight's base would be rounded too
+        # where a tied weight's base would be rounded too
+        (torch.bfloat16, ["q_proj"], {"use_dora": True}),
         (torch.bfloat16, ["q_proj"], {"init": "pissa"}),
     ],
 )
@@ -69,7 +70,9 @@ def test_merge_that_overflows_says_so() -> None:
     ll.unmerge_adapters(half)
 
 
-def test_merged_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_model_remembers_its_base_in_the_hosts_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = as_trained(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     moved = list[Tensor]()
     cpu = Tensor.cpu
@@ -98,7 +101,11 @@ def test_merge_inside_autocast_is_the_merge() -> None:
 def test_layers_hear_of_their_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = as_trained(nn.Sequential(nn.Linear(4, 4)))
     seen = list[Tensor]()
-    monkeypatch.setattr(LoRALayer, "lora_weights_changed", lambda layer: seen.append(layer.weight.clone()))
+    monkeypatch.setattr(
+        LoRALayer,
+        "lora_weights_changed",
+        lambda layer: seen.append(layer.weight.clone()),
+    )
     ll.merge_adapters(model)
     (merged,) = seen
     assert torch.equal(merged, model[0].weight)
@@ -109,15 +116,21 @@ def test_a_merge_of_what_has_no_values_is_refused_and_changes_nothing() -> None:
     ll.inject_adapters(model, ll.LoRAConfig(r=2))
     randomise(model[1])
     weight = model[1].weight.detach().clone()
-    with pytest.raises(ll.AdapterStateError, match="'0' in Sequential have no values yet"):
+    with pytest.raises(
+        ll.AdapterStateError, match="'0' in Sequential have no values yet"
+    ):
         ll.merge_adapters(model)
     assert torch.equal(model[1].weight, weight)
 
 
 @unties
 @pytest.mark.parametrize("merged_before", [False, True])
-def test_a_merge_that_keeps_nothing_is_a_merge_and_a_removal(merged_before: bool) -> None:
-    model = as_trained(TinyLM(), target_modules=["q_proj", "lm_head"], modules_to_save=["norm"])
+def test_a_merge_that_keeps_nothing_is_a_merge_and_a_removal(
+    merged_before: bool,
+) -> None:
+    model = as_trained(
+        TinyLM(), target_modules=["q_proj", "lm_head"], modules_to_save=["norm"]
+    )
     expected = copy.deepcopy(model)
     ll.merge_adapters(expected)
     ll.remove_adapters(expected)
@@ -140,10 +153,14 @@ def layers(number: int, width: int, **options: Any) -> nn.Sequential:
 
 def grown_layers(*, keep_base: bool) -> float:
     """How many layers' memory a merge takes."""
-    # Above 32 MiB, glibc gives a tensor pages of its own, so that memory freed by earlier tests does not count.
+    # Above 32 MiB, glibc gives a tensor pages of its own, so that memory freed by
+    # earlier tests does not count.
     model = as_trained(layers(8, 3072, bias=False))
     bytes_of_a_layer = 4 * 3072**2
-    return peak_growth(lambda: ll.merge_adapters(model, keep_base=keep_base)) / bytes_of_a_layer
+    return (
+        peak_growth(lambda: ll.merge_adapters(model, keep_base=keep_base))
+        / bytes_of_a_layer
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
@@ -152,7 +169,9 @@ def test_a_merge_that_keeps_nothing_takes_the_memory_of_one_layer() -> None:
     assert grown_layers(keep_base=True) > 7
 
 
-def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_what_computes_the_same(monkeypatch: Any) -> None:
+def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_what_computes_the_same(
+    monkeypatch: Any,
+) -> None:
     model = as_trained(layers(4, 8))
     x = torch.randn(2, 8)
     output = model(x)
@@ -177,10 +196,14 @@ def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_what_computes_the_sa
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
-def test_adapters_of_a_diverged_training_are_named_when_merged_or_saved(tmp_path: Path, keep_base: bool) -> None:
+def test_adapters_of_a_diverged_training_are_named_when_merged_or_saved(
+    tmp_path: Path, keep_base: bool
+) -> None:
     model = as_trained(layers(2, 8))
     nan_at(model[1].lora_B, 0, 0)
-    with pytest.raises(ll.AdapterStateError, match=r"'1\.lora_B' of Sequential hold NaN"):
+    with pytest.raises(
+        ll.AdapterStateError, match=r"'1\.lora_B' of Sequential hold NaN"
+    ):
         ll.save_adapter(model, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
     with pytest.warns(UserWarning, match=r"'1\.lora_B' of Sequential hold NaN"):
@@ -220,7 +243,9 @@ class Model(nn.Module):
 
 def merged() -> tuple[Model, dict[str, Tensor]]:
     """A merged model, and its state before."""
-    model = as_trained(Model(), target_modules=["head", "q", "rnn"], modules_to_save=["other"])
+    model = as_trained(
+        Model(), target_modules=["head", "q", "rnn"], modules_to_save=["other"]
+    )
     before = state(model)
     ll.merge_adapters(model)
     return model, before
@@ -228,7 +253,8 @@ def merged() -> tuple[Model, dict[str, Tensor]]:
 
 @torch.no_grad()
 def write(model: nn.Module, name: str, amount: float = 1.0) -> None:
-    model.get_parameter(name).view(-1)[1] += amount  # between the samples of a quick look
+    # between the samples of a quick look
+    model.get_parameter(name).view(-1)[1] += amount
 
 
 def replace(model: nn.Module, name: str) -> None:
@@ -237,7 +263,14 @@ def replace(model: nn.Module, name: str) -> None:
     write(model, name)
 
 
-NAMES = ("q.weight", "head.weight", "embed.weight", "rnn.weight_hh_l0", "q.bias", "other.weight")
+NAMES = (
+    "q.weight",
+    "head.weight",
+    "embed.weight",
+    "rnn.weight_hh_l0",
+    "q.bias",
+    "other.weight",
+)
 
 
 @unties
@@ -254,7 +287,12 @@ def test_a_change_before_or_after_a_copy_is_refused(
     model = COPIES[kind](model)
     if not before_the_copy:
         change(model, name)
-    with unchanged(model), pytest.raises(ll.AdapterStateError, match="changed since its adapters were merged"):
+    with (
+        unchanged(model),
+        pytest.raises(
+            ll.AdapterStateError, match="changed since its adapters were merged"
+        ),
+    ):
         ll.unmerge_adapters(model)
 
 

@@ -13,7 +13,16 @@ import lightning_lora as ll
 from tests.support.compared import assert_all_refused, assert_state
 from tests.support.faults import unchanged
 from tests.support.fits import fit
-from tests.support.models import LitTiny, TinyLM, as_merged, as_trained, data, lora, state, unties
+from tests.support.models import (
+    LitTiny,
+    TinyLM,
+    as_merged,
+    as_trained,
+    data,
+    lora,
+    state,
+    unties,
+)
 from tests.support.parameters import dtypes
 
 CHANGED = "changed since its adapters were merged"
@@ -38,7 +47,9 @@ def assert_read_back(path: Path, model: LitTiny) -> None:
 
 @pytest.mark.filterwarnings("ignore:Code has written:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize("merge", ["last", False])
-def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_path: Path, merge: Any) -> None:
+def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(
+    tmp_path: Path, merge: Any
+) -> None:
     model, t = fit(tmp_path, lora(merge=merge), model=Clips())
     index = torch.arange(8)
     ll.save_adapter(model, tmp_path / "a.safetensors")
@@ -56,13 +67,17 @@ TIED: dict[str, Callable[[TinyLM], Any]] = {
     "one use converted": lambda model: model.embed.half(),
     "the other converted": lambda model: model.lm_head.half(),
     "the other changed": lambda model: model.embed.weight.data.add_(1),
-    "loaded by assignment": lambda model: model.load_state_dict(state(model), assign=True),
+    "loaded by assignment": lambda model: model.load_state_dict(
+        state(model), assign=True
+    ),
 }
 
 
 @unties
 @pytest.mark.parametrize("change", TIED.values(), ids=TIED)
-def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: Callable[[TinyLM], Any]) -> None:
+def test_changes_of_a_tied_weight_that_was_merged_are_noticed(
+    change: Callable[[TinyLM], Any],
+) -> None:
     model = as_merged(TinyLM(), target_modules=["lm_head"])
     change(model)
     with unchanged(model), pytest.raises(ll.AdapterStateError, match=CHANGED):
@@ -71,7 +86,9 @@ def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: Callable[[
 
 def test_a_model_converted_while_its_adapters_are_disabled_is_of_one_dtype() -> None:
     model = LitTiny()
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, bias="lora_only", modules_to_save=["head"]))
+    ll.inject_adapters(
+        model, ll.LoRAConfig(r=2, bias="lora_only", modules_to_save=["head"])
+    )
     with ll.disable_adapters(model):
         model.double()
     assert dtypes(model) == {torch.float64}
@@ -89,7 +106,12 @@ def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None
         lambda model: ll.save_adapter(model, tmp_path / "a.safetensors"),
         lambda model: ll.disable_adapters(model),
     ]
-    assert_all_refused(whole, calls, ll.AdapterStateError, r"'0\.0' of Sequential no longer have their adapters")
+    assert_all_refused(
+        whole,
+        calls,
+        ll.AdapterStateError,
+        r"'0\.0' of Sequential no longer have their adapters",
+    )
     ll.unmerge_adapters(part)
     assert_state(whole, before)
     assert len(ll.adapter_state_dict(whole)) == 4
@@ -102,7 +124,9 @@ def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None
         (["1"], range(100), True),  # torch does not count a fused step
     ],
 )
-def test_a_few_rows_that_trained_after_a_merge_are_noticed(targets: list[str], tokens: Any, fused: bool) -> None:
+def test_a_few_rows_that_trained_after_a_merge_are_noticed(
+    targets: list[str], tokens: Any, fused: bool
+) -> None:
     model = nn.Sequential(nn.Embedding(20_000, 64), nn.Linear(64, 4))
     as_merged(model, target_modules=targets)
     optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0, fused=fused)
@@ -112,17 +136,26 @@ def test_a_few_rows_that_trained_after_a_merge_are_noticed(targets: list[str], t
         ll.unmerge_adapters(model)
 
 
-@pytest.mark.parametrize("name", ["0.weight", "1.weight"], ids=["beside the adapters", "merged"])
-def test_a_merged_model_that_changed_after_a_conversion_is_not_unmerged(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["0.weight", "1.weight"], ids=["beside the adapters", "merged"]
+)
+def test_a_merged_model_that_changed_after_a_conversion_is_not_unmerged(
+    name: str,
+) -> None:
     model = as_merged(nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 4)))
     model.bfloat16()
     with torch.no_grad():
         model.get_parameter(name)[0, 0] += 1
-    with unchanged(model), pytest.raises(ll.AdapterStateError, match="its base can be restored"):
+    with (
+        unchanged(model),
+        pytest.raises(ll.AdapterStateError, match="its base can be restored"),
+    ):
         ll.unmerge_adapters(model)
 
 
-def test_a_merged_model_with_disabled_adapters_is_refused_where_it_would_be_unmerged(tmp_path: Path) -> None:
+def test_a_merged_model_with_disabled_adapters_is_refused_where_it_would_be_unmerged(
+    tmp_path: Path,
+) -> None:
     model, t = fit(tmp_path, lora())
     file = tmp_path / "a.ckpt"
     t.save_checkpoint(file)
@@ -152,7 +185,11 @@ def test_a_base_that_is_part_of_a_larger_memory_is_kept_apart_from_it() -> None:
 @pytest.mark.parametrize("base_first", [True, False])
 def test_autocast_remembers_no_weight_of_another_model(base_first: bool) -> None:
     """It keeps half-precision copies of the weights it has met: not of those of the base, nor of merged ones."""
-    model = as_trained(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), target_modules=["0"], modules_to_save=["1"])
+    model = as_trained(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+        target_modules=["0"],
+        modules_to_save=["1"],
+    )
     nn.init.constant_(model[1].weight, 5)
     plain = copy.deepcopy(model)
     alike = copy.deepcopy(model)

@@ -13,7 +13,13 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from hypothesis.stateful import run_state_machine_as_test as run
 from torch import Tensor, nn
 
@@ -55,7 +61,9 @@ ANY = st.builds(
     use_rslora=BOOLS,
 )
 VALID = ANY.filter(lambda config: isinstance(meaning(config, True), dict))
-WIDER = st.sampled_from([{}, {"target_modules": "all"}, {"target_modules": "all-linear"}])
+WIDER = st.sampled_from(
+    [{}, {"target_modules": "all"}, {"target_modules": "all-linear"}]
+)
 CALLS: list[Callable[[nn.Module], Any]] = [
     ll.merge_adapters,
     ll.unmerge_adapters,
@@ -77,7 +85,10 @@ with_files = precondition(lambda self: self.files)
 
 
 def freeze(model: nn.Module, layers: set[str]) -> None:
-    """Freeze the biases of these layers. Frozen as a whole, the layers would stand still beside the others."""
+    """Freeze the biases of these layers.
+
+    Frozen as a whole, the layers would stand still beside the others.
+    """
     for name, p in model.named_parameters():
         if name.removesuffix(".bias") in layers:
             p.requires_grad_(False)
@@ -108,8 +119,21 @@ class Orders(RuleBasedStateMachine):
     model: nn.Module
     it: Oracle
 
-    @initialize(seed=SEEDS, double=BOOLS, tied=BOOLS, frozen=st.sets(st.sampled_from(LAYERS)), config=VALID)
-    def build(self, seed: int, double: bool, tied: bool, frozen: set[str], config: ll.LoRAConfig) -> None:
+    @initialize(
+        seed=SEEDS,
+        double=BOOLS,
+        tied=BOOLS,
+        frozen=st.sets(st.sampled_from(LAYERS)),
+        config=VALID,
+    )
+    def build(
+        self,
+        seed: int,
+        double: bool,
+        tied: bool,
+        frozen: set[str],
+        config: ll.LoRAConfig,
+    ) -> None:
         self.folder = TemporaryDirectory()
         self.files: list[tuple[Path, Oracle]] = []
         self.states: list[Tensors] = []
@@ -175,7 +199,9 @@ class Orders(RuleBasedStateMachine):
         found = wide(self.model.state_dict())
         self.check_fresh(found, layers, layers.keys() - it.layers.keys())
         factors = {**chosen(found, factors_of(layers)), **it.factors}
-        self.it = replace(it, name=self.it.name, config=config, layers=layers, factors=factors)
+        self.it = replace(
+            it, name=self.it.name, config=config, layers=layers, factors=factors
+        )
 
     def check_fresh(self, found: Tensors, layers: Adapters, fresh: set[str]) -> None:
         """See that new adapters have their rank, and that one of their factors is zero."""
@@ -371,4 +397,7 @@ class Orders(RuleBasedStateMachine):
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
 def test_any_order_of_calls_is_what_plain_matrices_say() -> None:
-    run(Orders, settings=settings(max_examples=150, stateful_step_count=25, derandomize=True))
+    run(
+        Orders,
+        settings=settings(max_examples=150, stateful_step_count=25, derandomize=True),
+    )

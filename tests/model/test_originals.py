@@ -61,7 +61,9 @@ STATISTICS = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
-def test_buffers_that_changed_are_stored_and_others_are_restored(tmp_path: Path) -> None:
+def test_buffers_that_changed_are_stored_and_others_are_restored(
+    tmp_path: Path,
+) -> None:
     model = Odd()
     ll.inject_adapters(model, ll.LoRAConfig(r=1))
     fresh = copy.deepcopy(ll.adapter_state_dict(model))
@@ -70,7 +72,10 @@ def test_buffers_that_changed_are_stored_and_others_are_restored(tmp_path: Path)
     model.flags.logical_not_()
     for buffer in model.norm.buffers():
         buffer.add_(1)
-    assert ll.adapter_state_dict(model).keys() == FACTORS | STATISTICS | {"count", "flags"}
+    assert ll.adapter_state_dict(model).keys() == FACTORS | STATISTICS | {
+        "count",
+        "flags",
+    }
     ll.save_adapter(model, tmp_path / "a.safetensors")
     again = Odd()
     ll.load_adapter(again, tmp_path / "a.safetensors")
@@ -106,7 +111,9 @@ class Codebook(LitTiny):
                 self.codes.lerp_(x[nearest.argmin()], 0.1)
                 self.usage[nearest] += 1
                 self.seen += 1
-        return self.head(torch.tanh(self.q_proj(x)) + self.v_proj(x) + self.codes[nearest])
+        return self.head(
+            torch.tanh(self.q_proj(x)) + self.v_proj(x) + self.codes[nearest]
+        )
 
 
 def codebook_lora(**kwargs: Any) -> L.Callback:
@@ -120,7 +127,9 @@ def test_what_other_code_changes_is_stored_and_restored(tmp_path: Path) -> None:
     t.fit(model, data(), data())
     stored = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
     assert {"codes", "usage", "seen", "mix.weight_u"} <= set(stored)
-    assert stored.keys().isdisjoint({"embed.weight", "q_proj.weight", "mix.weight_orig"})
+    assert stored.keys().isdisjoint(
+        {"embed.weight", "q_proj.weight", "mix.weight_orig"}
+    )
     again = Codebook()
     ll.load_adapter(again, checkpoint.best_model_path)
     assert_same_state(again, model)
@@ -134,10 +143,16 @@ def test_what_other_code_changes_is_stored_and_restored(tmp_path: Path) -> None:
     assert_same_state(third, Codebook())
 
 
-@pytest.mark.parametrize(("merge", "precision"), [("last", "bf16-true"), (False, "32-true")])
-def test_a_run_whose_base_changes_resumes_bit_for_bit(tmp_path: Path, merge: Any, precision: Any) -> None:
+@pytest.mark.parametrize(
+    ("merge", "precision"), [("last", "bf16-true"), (False, "32-true")]
+)
+def test_a_run_whose_base_changes_resumes_bit_for_bit(
+    tmp_path: Path, merge: Any, precision: Any
+) -> None:
     make = partial(codebook_lora, merge=merge)
-    model = resumes_to_the_bit(tmp_path, Codebook, make, at="epoch=1", max_epochs=4, precision=precision)
+    model = resumes_to_the_bit(
+        tmp_path, Codebook, make, at="epoch=1", max_epochs=4, precision=precision
+    )
     before = state(model)
     file = tmp_path / "through" / "epoch=3.ckpt"
 
@@ -149,7 +164,9 @@ def test_a_run_whose_base_changes_resumes_bit_for_bit(tmp_path: Path, merge: Any
     assert_state(model, before)
 
 
-def test_a_weight_that_the_model_has_lost_is_freed_when_its_base_is_read(tmp_path: Path) -> None:
+def test_a_weight_that_the_model_has_lost_is_freed_when_its_base_is_read(
+    tmp_path: Path,
+) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"]))
     ll.save_adapter(model, tmp_path / "a.safetensors")

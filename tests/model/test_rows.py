@@ -67,7 +67,9 @@ def linear(*more: nn.Module, **each: LoRAConfig) -> tuple[Any, Tensor]:
     return model, torch.randn(3, 5).double()
 
 
-def rows_alone(run: Callable[[], Any], model: nn.Module, names: Names, later: int = 0) -> list[list[Tensor]]:
+def rows_alone(
+    run: Callable[[], Any], model: nn.Module, names: Names, later: int = 0
+) -> list[list[Tensor]]:
     """The tensors that ``run`` returns for each row, by set_adapter."""
     found = []
     for row, name in enumerate(names):
@@ -90,8 +92,13 @@ def is_wrapped(model: nn.Module) -> bool:
     return any("forward" in vars(module) for module in model.modules())
 
 
-def check(model: nn.Module, run: Callable[[], Any], names: Names, later: int = 0, **close: Any) -> Any:
-    """Expect each row as it is alone with its adapter, or bit for bit as the base is. Return the output."""
+def check(
+    model: nn.Module, run: Callable[[], Any], names: Names, later: int = 0, **close: Any
+) -> Any:
+    """Expect each row as it is alone with its adapter, or bit for bit as the base is.
+
+    Return the output.
+    """
     is_exact = close.pop("is_exact", True)
     expected = rows_alone(run, model, names, later)
     with adapter_names(model, names):
@@ -125,7 +132,10 @@ KINDS += ["transposed to a size", "lstm with projections", "gru cell", "attentio
 DORA_KINDS = ["linear", "convolution"]
 
 
-WITH_AND_WITHOUT_DORA = [*itertools.product(KINDS, [False]), *itertools.product(DORA_KINDS, [True])]
+WITH_AND_WITHOUT_DORA = [
+    *itertools.product(KINDS, [False]),
+    *itertools.product(DORA_KINDS, [True]),
+]
 
 
 def in_turns(number: int, first: int) -> Names:
@@ -141,7 +151,9 @@ def test_each_row_is_as_with_its_adapter_alone(kind: str, dora: bool) -> None:
     later = int(isinstance(layer, nn.RNNBase))
     inputs = x if isinstance(x, tuple) else (x,)
     rows = len(tensors(x)[0])
-    with_adapters(model, config(model, r=2, use_dora=dora), config(model, r=3, use_dora=dora))
+    with_adapters(
+        model, config(model, r=2, use_dora=dora), config(model, r=3, use_dora=dora)
+    )
     for names in (in_turns(rows, 0), in_turns(rows, 1), ["de"] * rows):
         with torch.no_grad():
             check(model, lambda: layer(*inputs), names, later)
@@ -168,7 +180,10 @@ class Sums(nn.Linear):
 
 def test_a_layer_that_returns_no_rows_is_refused() -> None:
     model = with_adapters(nn.Sequential(Sums(5, 4)))
-    with adapter_names(model, MIXED), pytest.raises(ConfigError, match="'0' returns a Tensor without a row for each"):
+    with (
+        adapter_names(model, MIXED),
+        pytest.raises(ConfigError, match="'0' returns a Tensor without a row for each"),
+    ):
         model(torch.randn(3, 5))
 
 
@@ -192,7 +207,11 @@ class Net(nn.Module):
 @pytest.fixture
 def net() -> Any:
     de = only("first", modules_to_save=["head", "start", "norm"], bias="lora_only")
-    model = with_adapters(Net().double(), de, only("second", "head.0", modules_to_save=["shifts"], bias="all"))
+    model = with_adapters(
+        Net().double(),
+        de,
+        only("second", "head.0", modules_to_save=["shifts"], bias="all"),
+    )
     with set_adapter(model, "de"):
         model.train()(torch.randn(8, 6).double())  # moves the statistics of its norm
     return model.eval()
@@ -200,7 +219,9 @@ def net() -> Any:
 
 @pytest.mark.parametrize("names", [["de", "fr", None, "de"], [None] * 4])
 @pytest.mark.parametrize("active", ["de", "fr"])
-def test_what_was_trained_in_full_follows_its_adapter(net: Any, names: Names, active: str) -> None:
+def test_what_was_trained_in_full_follows_its_adapter(
+    net: Any, names: Names, active: str
+) -> None:
     x = torch.randn(4, 6).double()
     set_adapter(net, active)
     before = state(net)
@@ -232,7 +253,10 @@ def test_frozen_norms_take_part() -> None:
 def test_a_norm_that_an_adapter_trains_needs_eval_mode(name: str) -> None:
     each = {"de": only("0"), "fr": only("0"), name: only("0", modules_to_save=["1"])}
     model, x = linear(nn.BatchNorm1d(4), **each)
-    with adapter_names(model.train(), MIXED), pytest.raises(ConfigError, match=r"'1' trains in an adapter.*eval\(\)"):
+    with (
+        adapter_names(model.train(), MIXED),
+        pytest.raises(ConfigError, match=r"'1' trains in an adapter.*eval\(\)"),
+    ):
         model(x)
     check(model.eval(), lambda: model(x), MIXED)
 
@@ -265,7 +289,9 @@ def test_what_is_trained_in_the_block_counts_at_once() -> None:
 
 
 def test_dropout_acts_in_training_mode_on_the_rows_of_its_adapter() -> None:
-    model = with_adapters(nn.Sequential(nn.Linear(50, 4)), only("0", dropout=0.5)).train()
+    model = with_adapters(
+        nn.Sequential(nn.Linear(50, 4)), only("0", dropout=0.5)
+    ).train()
     x = torch.randn(3, 50)
     with adapter_names(model, MIXED):
         assert (model(x) == model(x)).all(dim=1).tolist() == [False, True, True]
@@ -306,7 +332,9 @@ def test_hooks_see_the_whole_batch_and_copies_run_alone() -> None:
     model = with_adapters(nn.Sequential(nn.LSTM(5, 4, batch_first=True)))
     x = torch.randn(2, 3, 5)
     seen = []
-    model[0].register_forward_hook(lambda module, args, output: seen.append(output[0].shape))
+    model[0].register_forward_hook(
+        lambda module, args, output: seen.append(output[0].shape)
+    )
     with adapter_names(model, ["de", "fr"]):
         model(x)
         alike = copy.deepcopy(model)
@@ -347,14 +375,19 @@ def test_a_mask_of_positions_is_for_all_rows() -> None:
     check(model, lambda: model[0](x, x, x, None, True, mask)[0], MIXED)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.6", reason="older compilers take no method for a module's forward")
+@pytest.mark.skipif(
+    torch.__version__ < "2.6",
+    reason="older compilers take no method for a module's forward",
+)
 def test_compiled_layers_take_part() -> None:
     model, x = linear(nn.Tanh(), nn.Linear(4, 3))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     check(model, lambda: compiled(x), MIXED)
 
 
-def test_resting_adapters_follow_a_converted_model_in_half_precision_and_under_autocast() -> None:
+def test_resting_adapters_follow_a_converted_model_in_half_precision_and_under_autocast() -> (
+    None
+):
     model, x = linear(nn.Linear(4, 2), de=only("0", modules_to_save=["1"]))
 
     def check_under_autocast(x: Tensor, enabled: bool) -> None:
@@ -405,14 +438,20 @@ EXPERTS = LoRAConfig(r=2, target_modules=[], target_parameters=["stack"])
 TOKENS = only("q_proj", trainable_token_indices={"embed": [1, 2]})
 WITHOUT_ROWS: list[tuple[nn.Module, LoRAConfig, str]] = [
     (nn.Sequential(nn.LSTM(5, 4)), ALL, "'0' of Sequential has batch_first=False"),
-    (nn.TransformerEncoderLayer(8, 2, 16), only("linear1"), "'self_attn' of .* has batch_first=False"),
+    (
+        nn.TransformerEncoderLayer(8, 2, 16),
+        only("linear1"),
+        "'self_attn' of .* has batch_first=False",
+    ),
     (nn.Sequential(Experts()), EXPERTS, "'0' of Sequential has an adapter of experts"),
     (TinyLM(), TOKENS, "'embed' of TinyLM has an adapter of .* tokens"),
 ]
 
 
 @pytest.mark.parametrize(("model", "targets", "message"), WITHOUT_ROWS)
-def test_layers_without_rows_of_their_own_are_refused(model: nn.Module, targets: LoRAConfig, message: str) -> None:
+def test_layers_without_rows_of_their_own_are_refused(
+    model: nn.Module, targets: LoRAConfig, message: str
+) -> None:
     with_adapters(model, targets, targets)
     with pytest.raises(AdapterStateError, match=message):
         adapter_names(model, ["de", None]).__enter__()
@@ -435,9 +474,14 @@ READ: list[tuple[nn.Module, tuple[Any, ...]]] = [
 
 @pytest.mark.parametrize("names", [MIXED, ["de"] * 3, [None] * 3])
 @pytest.mark.parametrize(("layer", "x"), READ)
-def test_what_is_not_one_row_for_each_name_is_refused(layer: nn.Module, x: Any, names: Names) -> None:
+def test_what_is_not_one_row_for_each_name_is_refused(
+    layer: nn.Module, x: Any, names: Names
+) -> None:
     model = with_adapters(nn.Sequential(copy.deepcopy(layer)))
-    with adapter_names(model, names), pytest.raises(ConfigError, match=r"'0' reads a .* of shape .* got 3 names"):
+    with (
+        adapter_names(model, names),
+        pytest.raises(ConfigError, match=r"'0' reads a .* of shape .* got 3 names"),
+    ):
         model[0](*x)
     model[0](*x)
 
@@ -447,7 +491,10 @@ def test_models_that_show_no_adapters_are_refused() -> None:
     with pytest.raises(AdapterStateError, match="no adapters"):
         adapter_names(nn.Sequential(nn.Linear(5, 4)), [None])
     block = adapter_names(model, ["de"])
-    with disable_adapters(model), pytest.raises(AdapterStateError, match="shows its base"):
+    with (
+        disable_adapters(model),
+        pytest.raises(AdapterStateError, match="shows its base"),
+    ):
         block.__enter__()
     merge_adapters(model)
     with pytest.raises(AdapterStateError, match="is merged"):
@@ -455,24 +502,35 @@ def test_models_that_show_no_adapters_are_refused() -> None:
 
 
 CHANGES: dict[str, Callable[[Any, Any], object]] = {
-    "inject_adapters": lambda model, file: inject_adapters(model, only("1"), name="new"),
+    "inject_adapters": lambda model, file: inject_adapters(
+        model, only("1"), name="new"
+    ),
     "remove_adapters": lambda model, file: remove_adapters(model, "fr"),
     "merge_adapters": lambda model, file: merge_adapters(model),
     "A sum of adapters": lambda model, file: set_adapter(model, {"de": 1, "fr": 1}),
-    "combine_adapters": lambda model, file: combine_adapters(model, {"de": 1, "fr": 1}, name="both"),
+    "combine_adapters": lambda model, file: combine_adapters(
+        model, {"de": 1, "fr": 1}, name="both"
+    ),
     "load_adapter": lambda model, file: load_adapter(model, file, name="fr"),
-    "load_adapter_state_dict": lambda model, file: load_adapter_state_dict(model, adapter_state_dict(model)),
+    "load_adapter_state_dict": lambda model, file: load_adapter_state_dict(
+        model, adapter_state_dict(model)
+    ),
     "load_state_dict": lambda model, file: model.load_state_dict(state(model)),
 }
 
 
 @pytest.mark.parametrize("call", CHANGES)
-def test_a_change_of_adapters_in_a_block_is_refused_and_changes_nothing(call: str, tmp_path: Path) -> None:
+def test_a_change_of_adapters_in_a_block_is_refused_and_changes_nothing(
+    call: str, tmp_path: Path
+) -> None:
     model, x = linear(nn.Linear(4, 4))
     save_adapter(model, tmp_path / "fr.safetensors")
     with adapter_names(model, MIXED):
         expected = model(x)
-        with pytest.raises(AdapterStateError, match=f"{call} is not possible in a block of adapter_names"):
+        with pytest.raises(
+            AdapterStateError,
+            match=f"{call} is not possible in a block of adapter_names",
+        ):
             CHANGES[call](model, tmp_path / "fr.safetensors")
         assert torch.equal(model(x), expected)
         assert adapters(model) == ("fr", "de")
@@ -481,7 +539,10 @@ def test_a_change_of_adapters_in_a_block_is_refused_and_changes_nothing(call: st
 
 def test_a_layer_that_is_added_in_a_block_gets_its_adapter_after_it() -> None:
     model, _ = linear()
-    with adapter_names(model, MIXED), pytest.raises(AdapterStateError, match="inject_adapters is not possible"):
+    with (
+        adapter_names(model, MIXED),
+        pytest.raises(AdapterStateError, match="inject_adapters is not possible"),
+    ):
         inject_adapters(model.append(nn.Linear(4, 4)), ALL, name="fr")
     assert inject_adapters(model, ALL, name="fr") == ("0", "1")
 

@@ -10,7 +10,12 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.model.view import View
 from lightning_lora.tensors import names
-from tests.support.compared import assert_all_refused, assert_holds, assert_same_tensors, assert_state
+from tests.support.compared import (
+    assert_all_refused,
+    assert_holds,
+    assert_same_tensors,
+    assert_state,
+)
 from tests.support.models import (
     Around,
     LitTiny,
@@ -27,7 +32,9 @@ from tests.support.models import (
 )
 
 
-def test_a_part_of_the_module_that_was_trained_is_told_what_to_pass(tmp_path: Path) -> None:
+def test_a_part_of_the_module_that_was_trained_is_told_what_to_pass(
+    tmp_path: Path,
+) -> None:
     net = TinyLM()
     as_merged(Around(net))  # as scvi's plans train a network that their users hold
     calls: list[Callable[[nn.Module], object]] = [
@@ -38,8 +45,15 @@ def test_a_part_of_the_module_that_was_trained_is_told_what_to_pass(tmp_path: Pa
         lambda part: ll.save_merged(part, tmp_path / "a.ckpt"),
         lambda part: ll.export_peft(part, tmp_path / "peft"),
     ]
-    assert_all_refused(net, calls, ll.AdapterStateError, "TinyLM has no adapters. .* pass that model")
-    assert_all_refused(net.q_proj, calls, ll.AdapterStateError, "Linear has no adapters. .* pass that model")
+    assert_all_refused(
+        net, calls, ll.AdapterStateError, "TinyLM has no adapters. .* pass that model"
+    )
+    assert_all_refused(
+        net.q_proj,
+        calls,
+        ll.AdapterStateError,
+        "Linear has no adapters. .* pass that model",
+    )
 
 
 def sharing_layers() -> tuple[LitTiny, LitTiny]:
@@ -52,7 +66,9 @@ def sharing_layers() -> tuple[LitTiny, LitTiny]:
     return one, two
 
 
-def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path: Path) -> None:
+def test_two_modules_that_share_layers_do_not_take_them_from_each_other(
+    tmp_path: Path,
+) -> None:
     one, two = sharing_layers()
     t = trainer(tmp_path, [lora(), best(tmp_path)], max_epochs=1)
     t.fit(one, data(), data())
@@ -92,7 +108,9 @@ def part_and_whole() -> tuple[nn.Sequential, nn.Sequential, ll.LoRAConfig]:
     return part, nn.Sequential(nn.Linear(4, 4), part), config
 
 
-def test_the_values_and_flags_of_a_part_that_was_trained_first_are_given_back_by_the_whole() -> None:
+def test_the_values_and_flags_of_a_part_that_was_trained_first_are_given_back_by_the_whole() -> (
+    None
+):
     part, model, config = part_and_whole()
     ll.load_adapter_state_dict(part, ll.adapter_state_dict(part))
     ll.inject_adapters(model, config)
@@ -114,7 +132,9 @@ class Drifting(LitTiny):
         nn.init.ones_(self.embed.weight)
 
 
-def test_a_frozen_weight_of_a_part_that_its_fit_changed_is_stored_with_the_whole(tmp_path: Path) -> None:
+def test_a_frozen_weight_of_a_part_that_its_fit_changed_is_stored_with_the_whole(
+    tmp_path: Path,
+) -> None:
     part = Drifting()
     callback = ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False)
     trainer(tmp_path, [callback], max_epochs=1).fit(part, data())
@@ -124,7 +144,9 @@ def test_a_frozen_weight_of_a_part_that_its_fit_changed_is_stored_with_the_whole
     assert (ll.adapter_state_dict(model)["0.embed.weight"] == 1).all()
 
 
-def test_part_and_whole_remember_what_is_theirs_when_adapting_the_whole_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_part_and_whole_remember_what_is_theirs_when_adapting_the_whole_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     part, model, config = part_and_whole()
     values = ll.adapter_state_dict(part)
     before = flags(model)
@@ -157,7 +179,11 @@ class Walks:
     def __init__(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model = model
         self.number = 0
-        for holder, name in ((names, "_walk"), (nn.Module, "named_modules"), (nn.Module, "state_dict")):
+        for holder, name in (
+            (names, "_walk"),
+            (nn.Module, "named_modules"),
+            (nn.Module, "state_dict"),
+        ):
             monkeypatch.setattr(holder, name, self.counted(getattr(holder, name)))
 
     def counted(self, walk: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,7 +213,9 @@ def walks(number: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     config = ll.LoRAConfig(r=2, modules_to_save=["head"])
     calls: dict[str, Callable[[], Any]] = {
         "inject": lambda: ll.inject_adapters(model, config),
-        "load_adapter_state_dict": lambda: ll.load_adapter_state_dict(model, ll.adapter_state_dict(model)),
+        "load_adapter_state_dict": lambda: ll.load_adapter_state_dict(
+            model, ll.adapter_state_dict(model)
+        ),
         "save_adapter": lambda: ll.save_adapter(model, file),
         "load_adapter": lambda: ll.load_adapter(model, file),
         "disable": lambda: ll.disable_adapters(model).__exit__(None, None, None),
@@ -201,7 +229,9 @@ def walks(number: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
         return {name: count.during(call) for name, call in calls.items()}
 
 
-def test_walks_over_a_model_do_not_grow_with_its_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walks_over_a_model_do_not_grow_with_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = walks(2, tmp_path / "2.safetensors", monkeypatch)
     many = walks(24, tmp_path / "24.safetensors", monkeypatch)
     assert few == many

@@ -48,15 +48,21 @@ def load_a_file(model: nn.Module, folder: Path) -> None:
 CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
     "inject_adapters": lambda model, _: ll.inject_adapters(model, CONFIG),
     "load_adapter": load_a_file,
-    "load_adapter_state_dict": lambda model, _: ll.load_adapter_state_dict(model, ll.adapter_state_dict(adapted())),
+    "load_adapter_state_dict": lambda model, _: ll.load_adapter_state_dict(
+        model, ll.adapter_state_dict(adapted())
+    ),
     "load_state_dict": lambda model, _: model.load_state_dict(model.state_dict()),
-    "To load a checkpoint": lambda model, _: load_checkpoint_state(model, {"state_dict": plain().state_dict()}),
+    "To load a checkpoint": lambda model, _: load_checkpoint_state(
+        model, {"state_dict": plain().state_dict()}
+    ),
     "merge_adapters": lambda model, _: ll.merge_adapters(model),
     "unmerge_adapters": lambda model, _: ll.unmerge_adapters(model),
     "remove_adapters": lambda model, _: ll.remove_adapters(model),
     "set_adapter": lambda model, _: ll.set_adapter(model, "default"),
     "adapter_names": lambda model, _: ll.adapter_names(model, ["default"]),
-    "combine_adapters": lambda model, _: ll.combine_adapters(model, {"default": 1}, name="twin"),
+    "combine_adapters": lambda model, _: ll.combine_adapters(
+        model, {"default": 1}, name="twin"
+    ),
     "A sum of adapters": lambda model, _: ll.set_adapter(model, {"default": 1}),
     SWITCH: lambda model, _: start_call(model, SWITCH),
     USE: lambda model, _: view_of(model),
@@ -65,7 +71,11 @@ CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
 
 def starts_of(call: str) -> frozenset[State]:
     is_a_switch_too = call == "A sum of adapters"
-    return RULES[call].states & RULES[SWITCH].states if is_a_switch_too else RULES[call].states
+    return (
+        RULES[call].states & RULES[SWITCH].states
+        if is_a_switch_too
+        else RULES[call].states
+    )
 
 
 def test_each_call_of_the_table_is_tried() -> None:
@@ -75,12 +85,16 @@ def test_each_call_of_the_table_is_tried() -> None:
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("call", CALLS)
-def test_calls_start_from_the_states_of_the_table_alone(call: str, state: State, tmp_path: Path) -> None:
+def test_calls_start_from_the_states_of_the_table_alone(
+    call: str, state: State, tmp_path: Path
+) -> None:
     model = model_in(state)
     is_torchs_own = call == "load_state_dict" and state is State.PLAIN
     if state in starts_of(call) or is_torchs_own:
         CALLS[call](model, tmp_path)
         return
-    with pytest.raises(AdapterStateError, match=r"has no adapters|shows its base now|is merged into"):
+    with pytest.raises(
+        AdapterStateError, match=r"has no adapters|shows its base now|is merged into"
+    ):
         CALLS[call](model, tmp_path)
     assert state_of(model) is state

@@ -28,7 +28,9 @@ ONE = ll.LoRAConfig(r=1, target_modules=["2"])
 
 def build() -> nn.Sequential:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 3)).eval()
+    return nn.Sequential(
+        nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 3)
+    ).eval()
 
 
 def fill(model: nn.Module) -> Tensor:
@@ -58,7 +60,9 @@ def switched(model: nn.Module, *names: str | None) -> None:
         ll.set_adapter(model, name)
 
 
-def assert_outputs(model: nn.Module, outputs: Outputs, names: Iterable[str | None], x: Tensor = X) -> None:
+def assert_outputs(
+    model: nn.Module, outputs: Outputs, names: Iterable[str | None], x: Tensor = X
+) -> None:
     """Switch to each of these in turn, and expect its output."""
     for name in names:
         ll.set_adapter(model, name)
@@ -67,14 +71,20 @@ def assert_outputs(model: nn.Module, outputs: Outputs, names: Iterable[str | Non
 
 def test_layers_with_other_parameters_are_exchanged_whole() -> None:
     model, outputs = several()
-    others = {"dora": replace(HEAD, use_dora=True), "wide": replace(HEAD, r=3), "olora": replace(HEAD, init="olora")}
+    others = {
+        "dora": replace(HEAD, use_dora=True),
+        "wide": replace(HEAD, r=3),
+        "olora": replace(HEAD, init="olora"),
+    }
     for name, config in others.items():
         ll.inject_adapters(model, config, name=name)
         outputs[name] = fill(model)
     assert_outputs(model, outputs, [*outputs, *reversed(outputs), *outputs])
 
 
-def outputs_of_copies(model: nn.Module, names: Iterable[str | None], x: Tensor) -> Outputs:
+def outputs_of_copies(
+    model: nn.Module, names: Iterable[str | None], x: Tensor
+) -> Outputs:
     """What a copy computes with each of these."""
     outputs: Outputs = {}
     for name in names:
@@ -93,7 +103,9 @@ def outputs_of_copies(model: nn.Module, names: Iterable[str | None], x: Tensor) 
         (ll.remove_adapters, "de", None),
     ],
 )
-def test_a_switch_that_fails_anywhere_leaves_the_model_as_it_was(call: Any, name: str, shown: str | None) -> None:
+def test_a_switch_that_fails_anywhere_leaves_the_model_as_it_was(
+    call: Any, name: str, shown: str | None
+) -> None:
     whole, _ = several()
     switched(whole, "default", "fr", "de", shown)
     whole.double()  # what was there before has another form
@@ -116,14 +128,18 @@ def test_a_switch_that_is_refused_still_shows_the_base() -> None:
     switched(model, "de", None)
     lost = model[2]
     model[2] = nn.Linear(4, 4)
-    with pytest.raises(ll.AdapterStateError, match="'2' of Sequential no longer have their adapters"):
+    with pytest.raises(
+        ll.AdapterStateError, match="'2' of Sequential no longer have their adapters"
+    ):
         ll.set_adapter(model, "fr")
     model[2] = lost
     assert torch.equal(model(X), outputs[None])
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_blocks(merged: bool) -> None:
+def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_blocks(
+    merged: bool,
+) -> None:
     model, outputs = several()
     if merged:
         ll.merge_adapters(model)
@@ -152,7 +168,9 @@ def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_b
     assert torch.equal(model(X), outputs[None])
 
 
-def test_after_a_block_the_base_is_shown_again_over_the_adapter_that_was_active() -> None:
+def test_after_a_block_the_base_is_shown_again_over_the_adapter_that_was_active() -> (
+    None
+):
     model, outputs = several()
     ll.set_adapter(model, None)
     with ll.set_adapter(model, "de"):
@@ -282,8 +300,12 @@ def test_a_compiled_model_is_compiled_once_for_each_adapter() -> None:
 # Files
 
 
-@pytest.mark.parametrize(("name", "merged"), [("new", True), ("new", False), ("fr", False)])
-def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, name: str, merged: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "merged"), [("new", True), ("new", False), ("fr", False)]
+)
+def test_a_file_that_does_not_fit_changes_nothing(
+    tmp_path: Path, name: str, merged: bool
+) -> None:
     model, outputs = several()
     other = build()
     ll.set_adapter(model, "de")
@@ -326,20 +348,27 @@ def test_a_saved_module_that_is_gone_is_named_before_anything_changes() -> None:
 
 
 @pytest.mark.parametrize("shown", ["fr", None])
-def test_a_layer_that_was_resized_is_named_before_anything_changes(shown: str | None) -> None:
+def test_a_layer_that_was_resized_is_named_before_anything_changes(
+    shown: str | None,
+) -> None:
     model, _ = several()
     model[0].weight = nn.Parameter(torch.randn(8, 4), requires_grad=False)
     ll.set_adapter(model, shown)
     before = state(model)
     about = repr(model)
-    with pytest.raises(ll.AdapterStateError, match=r"'0' of Sequential were resized.*remove_adapters\(model, 'de'\)"):
+    with pytest.raises(
+        ll.AdapterStateError,
+        match=r"'0' of Sequential were resized.*remove_adapters\(model, 'de'\)",
+    ):
         ll.set_adapter(model, "de")
     assert_state(model, before)
     assert repr(model) == about
     assert ll.adapters(model)[0] == "fr"
 
 
-@pytest.mark.filterwarnings("ignore:A state of the base was loaded:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:A state of the base was loaded:lightning_lora.LoRAWarning"
+)
 def test_another_base_is_the_base_of_all_adapters() -> None:
     model, _ = several()
     alone = copy.deepcopy(model)
@@ -362,7 +391,9 @@ def test_another_base_is_the_base_of_all_adapters() -> None:
 def test_modules_inside_with_several_adapters_are_refused() -> None:
     inner, _ = several()
     with pytest.raises(ll.AdapterStateError, match="have several adapters"):
-        ll.inject_adapters(nn.Sequential(inner), ll.LoRAConfig(r=1, target_modules=["0.2"]))
+        ll.inject_adapters(
+            nn.Sequential(inner), ll.LoRAConfig(r=1, target_modules=["0.2"])
+        )
 
 
 def another_base() -> dict[str, Tensor]:
@@ -381,7 +412,9 @@ def test_a_tensor_that_is_moved_off_its_model_keeps_its_gradient() -> None:
     assert torch.equal(p.grad, torch.full((2,), 3.0, dtype=torch.float64))
 
 
-def test_what_was_trained_beside_the_updates_gets_no_gradient_while_the_base_is_shown() -> None:
+def test_what_was_trained_beside_the_updates_gets_no_gradient_while_the_base_is_shown() -> (
+    None
+):
     model, _ = several()
     switched(model, "de", None)
     assert not model[3].weight.requires_grad

@@ -8,7 +8,10 @@ from tests.support.models import TinyLM, randomise, unties
 
 
 def merged_head() -> TinyLM:
-    """A model whose head is adapted and merged. Its weight was tied to the embedding's."""
+    """A model whose head is adapted and merged.
+
+    Its weight was tied to the embedding's.
+    """
     model = TinyLM()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["lm_head"]))
     randomise(model)
@@ -18,7 +21,9 @@ def merged_head() -> TinyLM:
 
 @unties
 @pytest.mark.parametrize("trains", [True, False])
-def test_what_the_user_froze_in_a_merged_model_is_frozen_where_it_is_tied_again(trains: bool) -> None:
+def test_what_the_user_froze_in_a_merged_model_is_frozen_where_it_is_tied_again(
+    trains: bool,
+) -> None:
     model = merged_head()
     model.lm_head.weight.requires_grad_(trains)
     ll.unmerge_adapters(model)
@@ -28,7 +33,9 @@ def test_what_the_user_froze_in_a_merged_model_is_frozen_where_it_is_tied_again(
 
 
 @unties
-def test_what_the_user_froze_in_one_use_is_frozen_in_both_where_the_embedding_is_adapted() -> None:
+def test_what_the_user_froze_in_one_use_is_frozen_in_both_where_the_embedding_is_adapted() -> (
+    None
+):
     model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False))
     model[1].weight = model[0].weight  # type: ignore[assignment]
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"]))
@@ -44,14 +51,24 @@ def test_what_the_user_froze_in_one_use_is_frozen_in_both_where_the_embedding_is
 def test_a_merge_is_not_undone_onto_an_embedding_that_was_changed_since() -> None:
     model = merged_head()
     model.embed.weight.data.mul_(2)  # the base of the head
-    with pytest.raises(ll.AdapterStateError, match="were changed since its adapters were merged"):
+    with pytest.raises(
+        ll.AdapterStateError, match="were changed since its adapters were merged"
+    ):
         ll.unmerge_adapters(model)
 
 
-def test_a_tied_weight_that_one_adapter_trains_stays_one_where_another_is_active() -> None:
+def test_a_tied_weight_that_one_adapter_trains_stays_one_where_another_is_active() -> (
+    None
+):
     model = TinyLM()
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed"]), name="one")
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]), name="other")
+    ll.inject_adapters(
+        model,
+        ll.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed"]),
+        name="one",
+    )
+    ll.inject_adapters(
+        model, ll.LoRAConfig(r=2, target_modules=["q_proj"]), name="other"
+    )
     assert model.lm_head.weight is model.embed.weight
     ll.set_adapter(model, "one")
     assert model.lm_head.weight is model.embed.weight

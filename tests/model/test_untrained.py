@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters, load_adapter, save_adapter
 from lightning_lora.functional.drawn import block_of, is_normal, is_uniform
-from lightning_lora.guards.unfrozen_but_not_trained import modules_unfrozen_but_not_trained
+from lightning_lora.guards.unfrozen_but_not_trained import (
+    modules_unfrozen_but_not_trained,
+)
 from lightning_lora.guards.untargeted.untargeted_weights import untargeted_matrices
 from lightning_lora.model.untrained.find_untrained import Untrained, find_untrained
 from lightning_lora.model.view import View
@@ -22,7 +24,12 @@ from tests.support.models import TinyLM, aged
 transformers = pytest.importorskip("transformers")
 models = pytest.importorskip("torchvision.models")
 
-TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+TEXT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
 
 
 def untrained(model: nn.Module, **options: Any) -> Untrained:
@@ -56,11 +63,15 @@ def is_classifier_found(model: nn.Module, **options: Any) -> bool:
 def test_new_classifier_is_found_whether_it_stays_frozen_or_is_adapted() -> None:
     assert is_classifier_found(bert(), target_modules=["query", "value"])
     assert is_classifier_found(bert())  # it is adapted, as others are
-    assert not is_classifier_found(bert(), target_modules=["query"], modules_to_save=["classifier"])
+    assert not is_classifier_found(
+        bert(), target_modules=["query"], modules_to_save=["classifier"]
+    )
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["query", "value"]])
-def test_a_new_head_that_is_too_small_to_judge_is_in_files(tmp_path: Path, targets: Any) -> None:
+def test_a_new_head_that_is_too_small_to_judge_is_in_files(
+    tmp_path: Path, targets: Any
+) -> None:
     torch.manual_seed(1)
     model = bert(labels=2)  # a head of 130 values, which nobody names
     base = copy.deepcopy(model.bert.state_dict())
@@ -83,23 +94,37 @@ class Wrapped(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
         aged(self.body[0])
-        self.head = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
+        self.head = nn.Sequential(
+            nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10)
+        )
         self.lstm = nn.LSTM(64, 32)
         self.norm = nn.LayerNorm(32)
         self.words = nn.Embedding(100, 64, padding_idx=0)
         self.attention = nn.MultiheadAttention(64, 4)
-        self.last = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Sequential(nn.Conv2d(64, 64, 1)), nn.Linear(64, 64))
+        self.last = nn.Sequential(
+            nn.Conv2d(64, 64, 3), nn.Sequential(nn.Conv2d(64, 64, 1)), nn.Linear(64, 64)
+        )
         aged(self.last[2])
 
 
 def test_modules_that_are_new_as_a_whole_are_named_as_a_whole() -> None:
     found = untrained(Wrapped(), target_modules=["body.0"]).modules
-    assert set(found) == {"head", "lstm", "norm", "attention", "last.0", "last.1"}  # and no norm in the body
-    assert set(untrained(Wrapped(), target_modules=["body.0"], modules_to_save=["head.0"]).modules) > {"head.3", "lstm"}
+    # and no norm in the body
+    assert set(found) == {"head", "lstm", "norm", "attention", "last.0", "last.1"}
+    assert set(
+        untrained(
+            Wrapped(), target_modules=["body.0"], modules_to_save=["head.0"]
+        ).modules
+    ) > {"head.3", "lstm"}
 
 
 def test_a_small_last_layer_of_a_new_head_is_part_of_it() -> None:
-    model = nn.ModuleDict({"backbone": resnet(), "head": nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))})
+    model = nn.ModuleDict(
+        {
+            "backbone": resnet(),
+            "head": nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2)),
+        }
+    )
     assert set(untrained(model).modules) == {"backbone.fc", "head"}
 
 
@@ -114,7 +139,9 @@ def test_a_model_that_holds_a_blank_parameter_itself_is_no_new_norm() -> None:
 @pytest.mark.parametrize("targets", ["all-linear", "all", ["conv1", "conv2"]])
 def test_new_head_of_convolutions_is_found(targets: Any) -> None:
     almost_nothing = pytest.approx(0, abs=0.01)
-    assert untrained(resnet(), target_modules=targets) == Untrained(("fc",), share=almost_nothing)
+    assert untrained(resnet(), target_modules=targets) == Untrained(
+        ("fc",), share=almost_nothing
+    )
 
 
 def test_equal_sizes_of_all_values_are_no_error() -> None:
@@ -127,7 +154,9 @@ INITIALISATIONS: dict[str, Callable[[nn.Linear], Any]] = {
     "torch": lambda layer: None,
     "xavier": lambda layer: nn.init.xavier_uniform_(layer.weight),
     "kaiming": lambda layer: nn.init.kaiming_normal_(layer.weight),
-    "kaiming of outputs": lambda layer: nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu"),
+    "kaiming of outputs": lambda layer: nn.init.kaiming_normal_(
+        layer.weight, mode="fan_out", nonlinearity="relu"
+    ),
     "transformers": lambda layer: nn.init.normal_(layer.weight, std=0.02),
     "torchvision": lambda layer: nn.init.normal_(layer.weight, std=0.01),
     "zero": lambda layer: nn.init.zeros_(layer.weight),
@@ -146,7 +175,9 @@ def train(head: nn.Module, steps: int) -> None:
 
 
 @pytest.mark.parametrize("initialise", INITIALISATIONS.values(), ids=INITIALISATIONS)
-def test_ten_steps_of_adam_make_a_new_layer_a_trained_one(initialise: Callable[[nn.Linear], Any]) -> None:
+def test_ten_steps_of_adam_make_a_new_layer_a_trained_one(
+    initialise: Callable[[nn.Linear], Any],
+) -> None:
     body = nn.Linear(64, 64)
     head = nn.Linear(64, 10)
     aged(body)
@@ -172,7 +203,9 @@ def test_layers_that_the_user_froze_are_random_on_purpose() -> None:
     assert not is_classifier_found(model, target_modules=["query"])
 
 
-def test_a_new_module_around_a_trained_one_is_named_and_what_has_few_values_or_none_is_not_judged() -> None:
+def test_a_new_module_around_a_trained_one_is_named_and_what_has_few_values_or_none_is_not_judged() -> (
+    None
+):
     model = nn.Sequential(nn.Linear(64, 64), nn.MultiheadAttention(64, 4))
     model.extend([nn.Linear(64, 3), nn.Linear(64, 64, device="meta")])
     aged(model[0])
@@ -207,9 +240,13 @@ def minilm(dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("targets", "dtype"), [("all", torch.bfloat16), (["_conv_head"], torch.float32)], ids=["all", "some"]
+    ("targets", "dtype"),
+    [("all", torch.bfloat16), (["_conv_head"], torch.float32)],
+    ids=["all", "some"],
 )
-def test_no_layer_of_a_pretrained_model_of_images_looks_new(targets: Any, dtype: torch.dtype) -> None:
+def test_no_layer_of_a_pretrained_model_of_images_looks_new(
+    targets: Any, dtype: torch.dtype
+) -> None:
     model = efficientnet().to(dtype)
     assert untrained(model, target_modules=targets).modules == ()
 
@@ -217,23 +254,35 @@ def test_no_layer_of_a_pretrained_model_of_images_looks_new(targets: Any, dtype:
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "larger": lambda weight: 1.2 * weight,
     "smaller": lambda weight: 0.8 * weight,
-    "slightly heavy tails": lambda weight: weight * (0.6 + 0.8 * torch.randint(2, weight.shape)).sqrt(),
+    "slightly heavy tails": lambda weight: (
+        weight * (0.6 + 0.8 * torch.randint(2, weight.shape)).sqrt()
+    ),
     "not around zero": lambda weight: weight + 0.3 * weight.std(),
-    "rows of many sizes": lambda weight: weight * torch.linspace(0.8, 1.2, len(weight)).unsqueeze(1),
-    "columns of many sizes": lambda weight: weight * torch.linspace(0.8, 1.2, weight.shape[1]),
+    "rows of many sizes": lambda weight: (
+        weight * torch.linspace(0.8, 1.2, len(weight)).unsqueeze(1)
+    ),
+    "columns of many sizes": lambda weight: (
+        weight * torch.linspace(0.8, 1.2, weight.shape[1])
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    ("targets", "dtype"), [("all", torch.bfloat16), (["query"], torch.float32)], ids=["all", "some"]
+    ("targets", "dtype"),
+    [("all", torch.bfloat16), (["query"], torch.float32)],
+    ids=["all", "some"],
 )
-def test_no_layer_of_a_pretrained_model_of_text_looks_new_but_its_classifier(targets: Any, dtype: torch.dtype) -> None:
+def test_no_layer_of_a_pretrained_model_of_text_looks_new_but_its_classifier(
+    targets: Any, dtype: torch.dtype
+) -> None:
     assert is_classifier_found(minilm(dtype), target_modules=targets)
 
 
 @pytest.mark.parametrize("shape", [(100, 100), (1000, 768)], ids=str)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changed_weights_do_not(change: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> None:
+def test_changed_weights_do_not(
+    change: Callable[[Tensor], Tensor], shape: tuple[int, int]
+) -> None:
     uniform = torch.empty(shape).uniform_(-0.1, 0.1)
     normal = torch.empty(shape).normal_(0, 0.02)
     assert not is_uniform(block_of(change(uniform)), 0.1)
@@ -254,7 +303,15 @@ def parts() -> Any:
     [
         ("body", None, {}, ["scale", "neck", "head"]),
         ("body", None, {"modules_to_save": ["head", "scale"]}, ["neck"]),
-        ("body", None, {"target_modules": ["body.0", "neck.0", "head"], "modules_to_save": ["scale"]}, []),
+        (
+            "body",
+            None,
+            {
+                "target_modules": ["body.0", "neck.0", "head"],
+                "modules_to_save": ["scale"],
+            },
+            [],
+        ),
         ("body", "body.1", {"modules_to_save": ["neck", "head", "scale"]}, ["body.1"]),
         ("head", None, {}, []),
         ("", None, {}, []),
@@ -267,7 +324,9 @@ def test_what_the_user_left_trainable_is_named_by_its_largest_modules(
     model.get_submodule(frozen).requires_grad_(False)
     if thawed is not None:
         model.get_submodule(thawed).requires_grad_(True)
-    inject_adapters(model, LoRAConfig(**{"r": 2, "target_modules": ["body.0"], **config}))
+    inject_adapters(
+        model, LoRAConfig(**{"r": 2, "target_modules": ["body.0"], **config})
+    )
     assert modules_unfrozen_but_not_trained(View(model)) == found
 
 
@@ -295,14 +354,21 @@ def test_what_the_user_froze_or_excluded_is_no_part_of_the_share() -> None:
     frozen = with_teacher()
     frozen["teacher"].requires_grad_(False)
     assert left(frozen) == ({"net.1.weight": OWN}, alone)
-    assert left(with_teacher(), exclude_modules=["teacher"]) == ({"net.1.weight": OWN}, alone)
+    assert left(with_teacher(), exclude_modules=["teacher"]) == (
+        {"net.1.weight": OWN},
+        alone,
+    )
     assert left(TinyLM()) == ({}, 0)  # nor are embeddings and heads of language models
 
 
 USUAL: dict[str, Callable[[], nn.Module]] = {
-    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=2)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(num_layers=2)
+    ),
     "wav2vec2": lambda: transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config()),
-    "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(num_hidden_layers=2)),
+    "mamba": lambda: transformers.MambaForCausalLM(
+        transformers.MambaConfig(num_hidden_layers=2)
+    ),
     "swin": lambda: models.swin_t(),
 }
 

@@ -15,7 +15,8 @@ from lightning_lora.tensors.names import modules_by_name, parameters_by_name
 
 def blocks() -> nn.Sequential:
     block = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    return nn.Sequential(block, copy.deepcopy(block))  # alike, as those of a new encoder of torch
+    # alike, as those of a new encoder of torch
+    return nn.Sequential(block, copy.deepcopy(block))
 
 
 LAYERS = {"net.0.0", "net.0.1", "net.1.0", "net.1.1"}
@@ -26,7 +27,12 @@ def test_a_copy_is_found_as_a_whole_and_not_block_by_block() -> None:
     average = copy.deepcopy(net)
     model = nn.ModuleDict({"net": net, "average": average})
     layers = {*LAYERS, *[name.replace("net", "average") for name in LAYERS]}
-    found = find_copies(modules_by_name(model), parameters_by_name(model), layers, set(average.parameters()))
+    found = find_copies(
+        modules_by_name(model),
+        parameters_by_name(model),
+        layers,
+        set(average.parameters()),
+    )
     assert found == {"average": "net"}
 
 
@@ -36,19 +42,27 @@ def test_of_several_networks_that_are_alike_each_has_a_copy_of_its_own() -> None
     model = nn.ModuleDict({name: copy.deepcopy(net) for name in names})
     layers = {f"{name}.0" for name in names}
     still = parameters_in(model, "copy of one", "copy of other")
-    found = find_copies(modules_by_name(model), parameters_by_name(model), layers, still)
+    found = find_copies(
+        modules_by_name(model), parameters_by_name(model), layers, still
+    )
     assert found == {"copy of one": "one", "copy of other": "other"}
 
 
 def test_an_embedding_that_trains_is_no_network_beside_what_stands_still() -> None:
     model = nn.ModuleDict({"words": nn.Embedding(20, 8), "net": blocks()})
     still = set(model["net"].parameters())
-    found = find_networks(modules_by_name(model), parameters_by_name(model), {"words", *LAYERS}, still)
+    found = find_networks(
+        modules_by_name(model), parameters_by_name(model), {"words", *LAYERS}, still
+    )
     assert found == StillNetworks()
 
 
-def found(model: nn.Module, layers: set[str], still: set[nn.Parameter], **more: Any) -> StillNetworks:
-    return find_networks(modules_by_name(model), parameters_by_name(model), layers, still, **more)
+def found(
+    model: nn.Module, layers: set[str], still: set[nn.Parameter], **more: Any
+) -> StillNetworks:
+    return find_networks(
+        modules_by_name(model), parameters_by_name(model), layers, still, **more
+    )
 
 
 def stack(*sizes: int) -> nn.Sequential:
@@ -70,32 +84,46 @@ def parameters_in(model: nn.ModuleDict, *names: str) -> set[nn.Parameter]:
 
 
 def layers_of(model: nn.Module) -> set[str]:
-    return {name for name, module in modules_by_name(model).items() if isinstance(module, nn.Linear)}
+    return {
+        name
+        for name, module in modules_by_name(model).items()
+        if isinstance(module, nn.Linear)
+    }
 
 
 def test_a_teacher_stands_still_beside_its_student() -> None:
     model = networks(student=3, teacher=3)
     still = parameters_in(model, "teacher")
-    assert found(model, layers_of(model), still) == StillNetworks(beside_training=("teacher",))
+    assert found(model, layers_of(model), still) == StillNetworks(
+        beside_training=("teacher",)
+    )
 
 
-@pytest.mark.parametrize("sizes", [(64, 64), (4, 4, 4)], ids=["two layers", "a small share"])
+@pytest.mark.parametrize(
+    "sizes", [(64, 64), (4, 4, 4)], ids=["two layers", "a small share"]
+)
 def test_an_encoder_stands_still_under_a_head(sizes: tuple[int, ...]) -> None:
     model = nn.ModuleDict({"encoder": stack(8, 8, 8, 8), "head": stack(*sizes)})
     still = set(model["encoder"].parameters())
-    assert found(model, layers_of(model), still) == StillNetworks(under_head=("encoder",))
+    assert found(model, layers_of(model), still) == StillNetworks(
+        under_head=("encoder",)
+    )
 
 
 def test_later_blocks_that_train_are_no_head() -> None:
     model = stack(8, 8, 8, 8)
     still = set(model[:3].parameters())
-    assert found(model, layers_of(model), still) == StillNetworks(beside_training=("0", "1", "2"))
+    assert found(model, layers_of(model), still) == StillNetworks(
+        beside_training=("0", "1", "2")
+    )
 
 
 def test_a_new_head_that_trains_alone_has_an_encoder_under_it() -> None:
     model = networks(encoder=3, head=3)
     still = parameters_in(model, "encoder")
-    still_networks = found(model, layers_of(model), still, find_untrained=lambda: ["head"])
+    still_networks = found(
+        model, layers_of(model), still, find_untrained=lambda: ["head"]
+    )
     assert still_networks == StillNetworks(under_head=("encoder",))
 
 
@@ -115,7 +143,9 @@ def test_without_anything_that_trains_no_network_is_told_from_another() -> None:
 def test_a_named_head_leaves_an_encoder_under_it() -> None:
     model = nn.ModuleDict({"encoder": stack(8, 8), "head": nn.Linear(8, 2)})
     still = set(model.parameters())
-    still_networks = found(model, {"encoder.0", "encoder.1"}, still, named_by_user=["head"])
+    still_networks = found(
+        model, {"encoder.0", "encoder.1"}, still, named_by_user=["head"]
+    )
     assert still_networks == StillNetworks(under_head=("encoder",))
 
 
@@ -128,7 +158,9 @@ def test_what_was_found_as_a_copy_is_no_other_network() -> None:
 
 
 def test_layers_of_copies_whose_originals_have_no_adapter_are_bare() -> None:
-    still_networks = StillNetworks(beside_training=("teacher",), copies={"average": "net", "other": "teacher"})
+    still_networks = StillNetworks(
+        beside_training=("teacher",), copies={"average": "net", "other": "teacher"}
+    )
     layers = {"net.0", "average.0", "average.1", "teacher.0", "other.0"}
     found = still_networks.with_bare_layers(layers)
     assert found.bare_layers == ("average.1", "other.0")
@@ -138,7 +170,9 @@ def test_layers_of_copies_whose_originals_have_no_adapter_are_bare() -> None:
 
 def copies_in(model: nn.ModuleDict, still: str, **more: bool) -> dict[str, str]:
     modules, parameters = modules_by_name(model), parameters_by_name(model)
-    return find_copies(modules, parameters, layers_of(model), set(model[still].parameters()), **more)
+    return find_copies(
+        modules, parameters, layers_of(model), set(model[still].parameters()), **more
+    )
 
 
 def test_an_average_that_lags_behind_is_a_copy_and_other_weights_are_none() -> None:
@@ -148,7 +182,9 @@ def test_an_average_that_lags_behind_is_a_copy_and_other_weights_are_none() -> N
     with torch.no_grad():
         for parameter in lagging.parameters():
             parameter.add_(0.3 * parameter.std() * torch.randn_like(parameter))
-    assert copies_in(nn.ModuleDict({"net": net, "still": lagging}), "still") == {"still": "net"}
+    assert copies_in(nn.ModuleDict({"net": net, "still": lagging}), "still") == {
+        "still": "net"
+    }
     assert copies_in(nn.ModuleDict({"net": net, "still": other}), "still") == {}
 
 
@@ -183,11 +219,15 @@ def test_another_class_is_no_copy() -> None:
     assert copies_in(model, "still") == {}
 
 
-def test_one_layer_is_a_copy_beside_what_trains_and_not_inside_what_stands_still() -> None:
+def test_one_layer_is_a_copy_beside_what_trains_and_not_inside_what_stands_still() -> (
+    None
+):
     layer = nn.Linear(8, 8)
     beside = nn.ModuleDict({"net": layer, "still": copy.deepcopy(layer)})
     assert copies_in(beside, "still") == {"still": "net"}
-    inside = nn.ModuleDict({"net": layer, "still": nn.ModuleDict({"part": copy.deepcopy(layer)})})
+    inside = nn.ModuleDict(
+        {"net": layer, "still": nn.ModuleDict({"part": copy.deepcopy(layer)})}
+    )
     assert copies_in(inside, "still") == {}
 
 

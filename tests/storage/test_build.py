@@ -30,8 +30,12 @@ def written(folder: Path, model: L.LightningModule) -> Path:
     return folder / "a.ckpt"
 
 
-@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict:UserWarning")
-def test_lightning_by_itself_says_what_the_file_is_and_what_loads_it(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:Found keys that are in the model state dict:UserWarning"
+)
+def test_lightning_by_itself_says_what_the_file_is_and_what_loads_it(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     path = written(tmp_path, LitTiny())
     says = r"only adapters: build the model .*, and call lightning_lora\.load_adapter"
     with pytest.raises(RuntimeError, match=says):
@@ -66,7 +70,9 @@ class Strict(LitTiny):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_module_may_say_how_strictly_it_is_loaded(tmp_path: Path, strict: bool) -> None:
+def test_a_module_may_say_how_strictly_it_is_loaded(
+    tmp_path: Path, strict: bool
+) -> None:
     model = Strict(strict)
     again = load_from_checkpoint(Strict, written(tmp_path, model), strict=not strict)
     assert type(again) is Strict
@@ -75,7 +81,9 @@ def test_a_module_may_say_how_strictly_it_is_loaded(tmp_path: Path, strict: bool
     assert "load_state_dict" not in vars(again)
 
 
-def written_by_trainer(path: Path, model: LitTiny, *, save: Any, weights_only: bool) -> Path:
+def written_by_trainer(
+    path: Path, model: LitTiny, *, save: Any, weights_only: bool
+) -> Path:
     t = trainer(path.parent, [lora(save=save)])
     t.fit(model, data())
     t.save_checkpoint(path, weights_only=weights_only)
@@ -86,20 +94,33 @@ def asks_for_the_callback(caught: list[warnings.WarningMessage]) -> bool:
     """Whether Lightning warned that the file was written with our callback."""
     for each in caught:
         said = str(each.message)
-        if "add the following callbacks" in said and "lightning_lora.LoRACallback" in said:
+        if (
+            "add the following callbacks" in said
+            and "lightning_lora.LoRACallback" in said
+        ):
             return True
     return False
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-@pytest.mark.parametrize(("save", "needs_callback"), [("adapters", True), ("model", False)])
+@pytest.mark.parametrize(
+    ("save", "needs_callback"), [("adapters", True), ("model", False)]
+)
 def test_lightning_asks_for_the_callback_where_a_module_is_not_loaded_strictly(
-    tmp_path: Path, monkeypatch: Any, weights_only: bool, save: str, needs_callback: bool
+    tmp_path: Path,
+    monkeypatch: Any,
+    weights_only: bool,
+    save: str,
+    needs_callback: bool,
 ) -> None:
     model = Strict(False)
-    path = written_by_trainer(tmp_path / "a.ckpt", model, save=save, weights_only=weights_only)
+    path = written_by_trainer(
+        tmp_path / "a.ckpt", model, save=save, weights_only=weights_only
+    )
     monkeypatch.setattr(rank_zero_only, "rank", 0)
-    caught = warned_by(trainer(tmp_path).test, Strict(False), data(), ckpt_path=path, verbose=False)
+    caught = warned_by(
+        trainer(tmp_path).test, Strict(False), data(), ckpt_path=path, verbose=False
+    )
     assert asks_for_the_callback(caught) is needs_callback
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -107,17 +128,23 @@ def test_lightning_asks_for_the_callback_where_a_module_is_not_loaded_strictly(
         t = trainer(tmp_path, [LoRACallback(), Reads()])
         again = Strict(False)
         t.test(again, data(), ckpt_path=path, verbose=False)
-    torch.testing.assert_close(again(X), model(X), rtol=1e-4, atol=1e-4)  # merged: sums in another order
+    # merged: sums in another order
+    torch.testing.assert_close(again(X), model(X), rtol=1e-4, atol=1e-4)
 
 
 class Reads(L.Callback):  # what files that a run can go on from hold
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
         assert checkpoint["optimizer_states"]
 
 
 class Changes(LitTiny):  # it changes what is loaded
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], "head.bias": torch.zeros(4)}
+        checkpoint["state_dict"] = {
+            **checkpoint["state_dict"],
+            "head.bias": torch.zeros(4),
+        }
 
 
 def test_what_a_hook_changes_is_loaded(tmp_path: Path) -> None:
@@ -147,15 +174,22 @@ def test_a_module_that_loads_its_base_itself_still_does(tmp_path: Path) -> None:
     assert_same_state(load_from_checkpoint(LoadsItself, path), model)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse as it was
+# Lightning calls jsonargparse as it was
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("asked", "named"),
     [(Strict, {}), (L.LightningModule, {"_class_path": f"{__name__}.Strict"})],
     ids=["the class", "a subclass"],
 )
-def test_a_module_of_lightning_cli_is_built_as_the_file_says(tmp_path: Path, asked: Any, named: dict[str, str]) -> None:
+def test_a_module_of_lightning_cli_is_built_as_the_file_says(
+    tmp_path: Path, asked: Any, named: dict[str, str]
+) -> None:
     pytest.importorskip("jsonargparse")
-    how = {"strict": False, "_instantiator": "lightning.pytorch.cli.instantiate_module", **named}
+    how = {
+        "strict": False,
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+        **named,
+    }
     model = Strict(strict=False)
     path = written(tmp_path, model)
     edited(path, path, lambda checkpoint: checkpoint.update(hyper_parameters=how))

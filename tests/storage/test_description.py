@@ -1,4 +1,7 @@
-"""Files that are damaged, or were changed, are refused. Those of other versions are read."""
+"""Files that are damaged, or were changed, are refused.
+
+Those of other versions are read.
+"""
 
 import json
 import shutil
@@ -38,7 +41,9 @@ def cuts(size: int) -> list[int]:
 
 
 @KINDS
-def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path: Path, good: Path, kind: str) -> None:
+def test_truncated_file_is_refused_wherever_it_is_cut(
+    tmp_path: Path, good: Path, kind: str
+) -> None:
     content = (good / f"good.{kind}").read_bytes()
     path = tmp_path / f"cut.{kind}"
     size = len(content)
@@ -57,7 +62,9 @@ def flip(content: bytearray, random: Random, first: int, number: int) -> None:
 
 
 @KINDS
-def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, kind: str) -> None:
+def test_flipped_bits_are_refused_or_change_nothing(
+    tmp_path: Path, good: Path, kind: str
+) -> None:
     content = (good / f"good.{kind}").read_bytes()
     path = tmp_path / f"flipped.{kind}"
     random = Random(3)
@@ -90,7 +97,9 @@ def places_of_records(path: Path) -> list[tuple[int, int]]:
     return found
 
 
-def test_one_bit_of_any_record_is_noticed_by_every_reader(tmp_path: Path, good: Path, capsys: Any) -> None:
+def test_one_bit_of_any_record_is_noticed_by_every_reader(
+    tmp_path: Path, good: Path, capsys: Any
+) -> None:
     """The optimizer's tensors are among these records, and nothing but the archive's own checksums covers them."""
     content = (good / "good.ckpt").read_bytes()
     path = tmp_path / "a.ckpt"
@@ -125,12 +134,16 @@ CHANGED: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
-def test_a_checkpoint_that_was_changed_is_refused(tmp_path: Path, good: Path, change: Any) -> None:
+def test_a_checkpoint_that_was_changed_is_refused(
+    tmp_path: Path, good: Path, change: Any
+) -> None:
     faults.refused(faults.edited(good / "good.ckpt", tmp_path / "changed.ckpt", change))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_adapters_that_diverged_are_refused(tmp_path: Path, good: Path, value: float) -> None:
+def test_adapters_that_diverged_are_refused(
+    tmp_path: Path, good: Path, value: float
+) -> None:
     def diverge(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"][A][1, 3] = value
         about = checkpoint["lightning_lora"]
@@ -196,19 +209,26 @@ KNOWN_IN_0_2_0 = {
 
 
 def test_0_2_0_reads_files_of_this_version(tmp_path: Path) -> None:
-    """It refuses names that it does not know. What is new stands where it takes anything."""
+    """It refuses names that it does not know.
+
+    What is new stands where it takes anything.
+    """
     saved(tmp_path / "a.safetensors", LitTiny())
     about = description_in(tmp_path / "a.safetensors")
     assert {name: type(value) for name, value in about.items()} == KNOWN_IN_0_2_0
 
 
-def test_a_file_of_another_version_is_read_if_it_names_no_argument_that_is_unknown(tmp_path: Path) -> None:
+def test_a_file_of_another_version_is_read_if_it_names_no_argument_that_is_unknown(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.safetensors"
     model = saved(path, LitTiny(), r=2, alpha=4)
     assert description_in(path)["config"] == {"r": 2, "alpha": 4}
     restores(path, model)
     rewrite(path, lambda about, _: about["config"].update(use_new=False))
-    with pytest.raises(ll.AdapterFileError, match=r"unknown arguments \['use_new'\]. A newer version"):
+    with pytest.raises(
+        ll.AdapterFileError, match=r"unknown arguments \['use_new'\]. A newer version"
+    ):
         ll.load_adapter(LitTiny(), path)
 
 
@@ -219,7 +239,9 @@ PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_a_later_version_may_add_what_changes_no_number(tmp_path: Path, part: Any) -> None:
+def test_a_later_version_may_add_what_changes_no_number(
+    tmp_path: Path, part: Any
+) -> None:
     def add_nothing(about: dict[str, Any], _: Any) -> None:
         part(about["layers"][0])["new"] = None
         about["base"][0]["dtypes"] = ["float32", "new_float"]
@@ -231,7 +253,9 @@ def test_a_later_version_may_add_what_changes_no_number(tmp_path: Path, part: An
     model = saved(path, LitTiny())
     restores(rewrite(path, add_nothing), model)
     rewrite(path, add_a_number)
-    with pytest.raises(ll.AdapterFileError, match="says 'new' of a layer, as later versions do"):
+    with pytest.raises(
+        ll.AdapterFileError, match="says 'new' of a layer, as later versions do"
+    ):
         ll.load_adapter(LitTiny(), path)
 
 
@@ -253,4 +277,6 @@ def test_a_merged_model_is_described_as_before_its_merge(tmp_path: Path) -> None
     with pytest.warns(ll.LoRAWarning, match="was tied"):
         ll.merge_adapters(model)
     ll.save_adapter(model, tmp_path / "after.safetensors")
-    assert (tmp_path / "after.safetensors").read_bytes() == (tmp_path / "before.safetensors").read_bytes()
+    assert (tmp_path / "after.safetensors").read_bytes() == (
+        tmp_path / "before.safetensors"
+    ).read_bytes()

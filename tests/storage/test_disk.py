@@ -25,8 +25,27 @@ from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapt
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.on_disk.whole_files import writing
 from tests.support.compared import assert_same_tensors
-from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, limit, read_only, unchanged
-from tests.support.models import LitTiny, as_trained, data, exact, lora, same, state, trainer
+from tests.support.faults import (
+    FORK,
+    adapted,
+    contents,
+    fork,
+    forks,
+    in_fork,
+    limit,
+    read_only,
+    unchanged,
+)
+from tests.support.models import (
+    LitTiny,
+    as_trained,
+    data,
+    exact,
+    lora,
+    same,
+    state,
+    trainer,
+)
 from tests.support.storage import fitted, goes_on, restores
 
 pytestmark = forks
@@ -60,18 +79,27 @@ class Dies(L.Callback):
 
 
 def newest(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return sorted(
+        folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True
+    )
 
 
 def run(folder: Path, *callbacks: L.Callback) -> dict[str, Tensor]:
     """Train with dropout and shuffling, from the newest whole file on if there is one; return the module's state."""
     torch.manual_seed(7)
     for path in [*newest(folder), None]:
-        every = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
+        every = ModelCheckpoint(
+            folder, filename="{epoch}", save_top_k=-1, save_last=True
+        )
         model = LitTiny()
         t = trainer(folder, [lora(dropout=0.3), every, *callbacks], max_epochs=12)
         with suppress(AdapterFileError):
-            t.fit(model, DataLoader(data().dataset, 4, shuffle=True), data(), ckpt_path=path)
+            t.fit(
+                model,
+                DataLoader(data().dataset, 4, shuffle=True),
+                data(),
+                ckpt_path=path,
+            )
             break
     return state(model)
 
@@ -91,7 +119,9 @@ def run_and_die_as_it_saves(folder: Path, moments: random.Random) -> None:
 
 @pytest.mark.processes
 @exact
-def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(
+    tmp_path: Path,
+) -> None:
     killed = tmp_path / "killed"
     end = tmp_path / "end.pt"
     moments = random.Random(11)
@@ -136,7 +166,9 @@ def is_model(found: LitTiny, expected: LitTiny) -> bool:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("save", [save_adapter, save_checkpoint])
-def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path: Path, save: Any) -> None:
+def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(
+    tmp_path: Path, save: Any
+) -> None:
     path = tmp_path / name_for(save)
     old = adapted(1)
     save(old, path)
@@ -166,14 +198,20 @@ def full(_: Path) -> Iterator[None]:
 @pytest.mark.parametrize("save", [save_adapter, save_checkpoint])
 @pytest.mark.parametrize("fault", [full, read_only])
 @in_fork
-def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(tmp_path: Path, fault: Any, save: Any) -> None:
+def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(
+    tmp_path: Path, fault: Any, save: Any
+) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     model = adapted()
     path = folder / name_for(save)
     save(adapted(1), path)
     before = contents(folder)
-    with unchanged(model), fault(folder), pytest.raises(LoRAError, match=f"{path.name} could not be .*Free space"):
+    with (
+        unchanged(model),
+        fault(folder),
+        pytest.raises(LoRAError, match=f"{path.name} could not be .*Free space"),
+    ):
         save(model, path)
     assert contents(folder) == before
     save(model, path)
@@ -189,7 +227,9 @@ def killed_as_it_saves(folder: Path, save: str) -> None:
 
     def work() -> None:
         part_disks(partial(limit, 2000, signal.SIG_DFL))
-        trainer(folder, [lora(save=save), of_steps(folder)], max_epochs=1).fit(LitTiny(), data())
+        trainer(folder, [lora(save=save), of_steps(folder)], max_epochs=1).fit(
+            LitTiny(), data()
+        )
 
     assert fork(work) == signal.SIGXFSZ
     assert len(parts(folder)) == 1
@@ -197,7 +237,9 @@ def killed_as_it_saves(folder: Path, save: str) -> None:
 
 
 def of_steps(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    return ModelCheckpoint(
+        folder, filename="{step}", every_n_train_steps=2, save_top_k=-1
+    )
 
 
 def parts(folder: Path) -> list[str]:
@@ -206,7 +248,9 @@ def parts(folder: Path) -> list[str]:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("save", ["adapters", "model"])
-def test_what_a_killed_run_left_is_gone_when_the_next_one_saves_or_goes_on(tmp_path: Path, save: str) -> None:
+def test_what_a_killed_run_left_is_gone_when_the_next_one_saves_or_goes_on(
+    tmp_path: Path, save: str
+) -> None:
     killed_as_it_saves(tmp_path, save)
     save_adapter(adapted(), tmp_path / "of another name.safetensors")
     assert not parts(tmp_path)
@@ -241,7 +285,9 @@ def test_what_a_live_process_is_writing_is_left_alone(tmp_path: Path) -> None:
     assert list(contents(tmp_path)) == [path.name]
 
 
-def test_what_a_killed_process_of_the_same_number_left_is_cleared(tmp_path: Path) -> None:
+def test_what_a_killed_process_of_the_same_number_left_is_cleared(
+    tmp_path: Path,
+) -> None:
     """Those of containers often have."""
     with writing(tmp_path / "a.safetensors") as part:
         part.write_bytes(b"whole")
@@ -259,7 +305,9 @@ def of_0_2_0(name: str) -> str:
 
 
 @pytest.mark.parametrize("rename", [of_another_machine, of_0_2_0])
-def test_what_another_machine_left_is_cleared_an_hour_later(tmp_path: Path, rename: Callable[[str], str]) -> None:
+def test_what_another_machine_left_is_cleared_an_hour_later(
+    tmp_path: Path, rename: Callable[[str], str]
+) -> None:
     """Its numbers of processes say nothing here."""
     with writing(tmp_path / "a.safetensors") as part:
         part.write_bytes(b"whole")
@@ -273,7 +321,9 @@ def test_what_another_machine_left_is_cleared_an_hour_later(tmp_path: Path, rena
 
 
 @pytest.mark.processes
-def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed_as_it_is_moved(tmp_path: Path) -> None:
+def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed_as_it_is_moved(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.ckpt"
     old = adapted(1)
     new = adapted(2)
@@ -293,7 +343,9 @@ def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed_as_it_is_m
         save_checkpoint(old, path)
 
 
-@pytest.mark.parametrize("name", [".download.part", ".a.lora-x.part", "a.lora-01234567-1-1.part"])
+@pytest.mark.parametrize(
+    "name", [".download.part", ".a.lora-x.part", "a.lora-01234567-1-1.part"]
+)
 def test_files_of_others_stay(tmp_path: Path, name: str) -> None:
     other = tmp_path / name
     other.touch()
@@ -323,8 +375,13 @@ def replacing(path: Path, others: list[Path]) -> Iterator[None]:
     thread.join()
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_path: Path) -> None:
-    """What is read comes from one open file. Two looks at one path would see the header of another file."""
+def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(
+    tmp_path: Path,
+) -> None:
+    """What is read comes from one open file.
+
+    Two looks at one path would see the header of another file.
+    """
     path = tmp_path / "a.safetensors"
     low = tmp_path / "2.safetensors"
     high = tmp_path / "5.safetensors"
@@ -339,7 +396,9 @@ def test_a_file_that_is_replaced_while_it_is_read_is_the_old_or_the_new_one(tmp_
 def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     os.mkfifo(path)
-    with pytest.raises(AdapterFileError, match="is a device or a pipe, which a file would replace"):
+    with pytest.raises(
+        AdapterFileError, match="is a device or a pipe, which a file would replace"
+    ):
         save_adapter(adapted(), path)
     assert path.is_fifo()
     assert list(tmp_path.iterdir()) == [path]

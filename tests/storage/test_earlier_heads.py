@@ -15,7 +15,10 @@ LAYERS = ["model.q_proj", "model.v_proj", "model.lm_head"]
 
 
 class Language(LitTiny):
-    """A module around a language model whose head is not tied. It is the same each time."""
+    """A module around a language model whose head is not tied.
+
+    It is the same each time.
+    """
 
     def __init__(self) -> None:
         super().__init__()

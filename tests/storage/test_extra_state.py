@@ -54,7 +54,9 @@ def assert_computes_as(path: Path, again: LitTiny, model: LitTiny) -> LitTiny:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_module_kept_before_training_is_in_no_file_of_adapters(tmp_path: Path, kind: str) -> None:
+def test_what_a_module_kept_before_training_is_in_no_file_of_adapters(
+    tmp_path: Path, kind: str
+) -> None:
     model, _ = fit(tmp_path, ll.LoRACallback(r=2), model=Counts(kind, 0))
     ll.save_adapter(model, tmp_path / "a.safetensors")
     assert "metric._extra_state" not in load_file(tmp_path / "a.safetensors")
@@ -88,9 +90,13 @@ def test_a_tensor_that_training_changed_is_in_an_adapter_file(tmp_path: Path) ->
     assert repr(again.metric.state) == repr(KINDS["tensor"](8))
 
 
-def test_other_objects_that_training_changed_are_named_where_they_have_no_place(tmp_path: Path) -> None:
+def test_other_objects_that_training_changed_are_named_where_they_have_no_place(
+    tmp_path: Path,
+) -> None:
     model, _ = fit(tmp_path, lora(), model=Counts("tensors", 1))
-    with pytest.warns(ll.LoRAWarning, match=r"'metric._extra_state' of Counts changed .*A Trainer's"):
+    with pytest.warns(
+        ll.LoRAWarning, match=r"'metric._extra_state' of Counts changed .*A Trainer's"
+    ):
         ll.save_adapter(model, tmp_path / "a.safetensors")
     again = assert_computes_as(tmp_path / "a.safetensors", Counts("tensors", 1), model)
     assert not hasattr(again.metric, "state")

@@ -15,9 +15,25 @@ from torch import nn
 import lightning_lora as ll
 from tests.support.cases import file_names, held
 from tests.support.fits import fit
-from tests.support.models import TRAINED, LitTiny, X, as_merged, as_trained, is_plain, lora
+from tests.support.models import (
+    TRAINED,
+    LitTiny,
+    X,
+    as_merged,
+    as_trained,
+    is_plain,
+    lora,
+)
 from tests.support.parameters import flags_of
-from tests.support.storage import CONFIG, fitted, refused, restores, rewrite, saved, trained
+from tests.support.storage import (
+    CONFIG,
+    fitted,
+    refused,
+    restores,
+    rewrite,
+    saved,
+    trained,
+)
 
 
 def test_file_is_adapter_sized_and_plain(file: Path) -> None:
@@ -29,7 +45,8 @@ def test_file_is_adapter_sized_and_plain(file: Path) -> None:
     assert ll.LoRAConfig.from_dict(about["config"]) == CONFIG
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     (file.parent / "other").touch()
-    assert file.stat().st_mode == (file.parent / "other").stat().st_mode  # as any file: others may read it
+    # as any file: others may read it
+    assert file.stat().st_mode == (file.parent / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("call", [ll.load_adapter, ll.save_adapter])
@@ -45,7 +62,10 @@ def test_what_is_no_place_for_adapters_is_told(tmp_path: Path) -> None:
         ll.save_adapter(trained(), tmp_path / "none" / "adapter.safetensors")
     with pytest.raises(ll.AdapterFileError, match="folder"):
         ll.load_adapter(LitTiny(), tmp_path)
-    with pytest.raises(ll.AdapterFileError, match=r"does not end in \.safetensors.*'adapter\.safetensors'"):
+    with pytest.raises(
+        ll.AdapterFileError,
+        match=r"does not end in \.safetensors.*'adapter\.safetensors'",
+    ):
         ll.save_adapter(trained(), tmp_path / "a.ckpt")
     assert not list(tmp_path.iterdir())
 
@@ -54,19 +74,39 @@ edit = partial(rewrite, checked=False)
 
 
 TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "text": (lambda path: path.write_text("hello"), "no archive of torch.* begins with b'hello'"),
-    "foreign safetensors": (lambda path: save_file({"a": torch.zeros(1)}, path), "no adapters of this package"),
-    "no JSON": (lambda path: save_file(load_file(path), path, {"lightning_lora": "["}), "damaged or of another kind"),
+    "text": (
+        lambda path: path.write_text("hello"),
+        "no archive of torch.* begins with b'hello'",
+    ),
+    "foreign safetensors": (
+        lambda path: save_file({"a": torch.zeros(1)}, path),
+        "no adapters of this package",
+    ),
+    "no JSON": (
+        lambda path: save_file(load_file(path), path, {"lightning_lora": "["}),
+        "damaged or of another kind",
+    ),
     "foreign object": (lambda path: torch.save([1, 2], path), "no adapters"),
-    "newer format": (lambda path: edit(path, lambda about, _: about.update(format=9)), "has format 9; expected 3"),
-    "another alpha": (lambda path: edit(path, lambda about, _: about["config"].update(alpha=8)), "not as they were"),
-    "fewer tensors": (lambda path: edit(path, lambda _, tensors: tensors.popitem()), "6 entries, and 7 were written"),
+    "newer format": (
+        lambda path: edit(path, lambda about, _: about.update(format=9)),
+        "has format 9; expected 3",
+    ),
+    "another alpha": (
+        lambda path: edit(path, lambda about, _: about["config"].update(alpha=8)),
+        "not as they were",
+    ),
+    "fewer tensors": (
+        lambda path: edit(path, lambda _, tensors: tensors.popitem()),
+        "6 entries, and 7 were written",
+    ),
 }
 
 
 @pytest.mark.parametrize("build", [LitTiny, trained])
 @pytest.mark.parametrize(("tamper", "says"), TAMPERED.values(), ids=TAMPERED)
-def test_tampered_file_is_refused_and_the_model_is_as_it_was(file: Path, tamper: Any, says: str, build: Any) -> None:
+def test_tampered_file_is_refused_and_the_model_is_as_it_was(
+    file: Path, tamper: Any, says: str, build: Any
+) -> None:
     tamper(file)
     model = build()
     with refused(model, ll.AdapterFileError, says):
@@ -110,7 +150,10 @@ def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
     """Hu et al. 2021, section 4.2: r=4 on W_q and W_v of 96 layers, in fp16: 37.8 million bytes, 36 MiB."""
     with torch.device("meta"):
         model = nn.Sequential(*[Projections() for _ in range(96)]).half()
-    ll.inject_adapters(model, ll.LoRAConfig(r=4, target_modules=["q", "v"], autocast_adapter_dtype=False))
+    ll.inject_adapters(
+        model,
+        ll.LoRAConfig(r=4, target_modules=["q", "v"], autocast_adapter_dtype=False),
+    )
     for block in model:
         put_factors_on_cpu(block.q)
         put_factors_on_cpu(block.v)
@@ -119,7 +162,9 @@ def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
     assert path.stat().st_size == pytest.approx(37.8e6, rel=0.002)
 
 
-def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(tmp_path: Path) -> None:
+def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(
+    tmp_path: Path,
+) -> None:
     with torch.inference_mode():
         model = saved(tmp_path / "a.safetensors", LitTiny())
     restores(tmp_path / "a.safetensors", model)
@@ -141,11 +186,15 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
     assert (tmp_path / "a.safetensors").is_file()
 
 
-def test_home_folder_and_long_names_are_what_they_are_elsewhere(tmp_path: Path, monkeypatch: Any) -> None:
+def test_home_folder_and_long_names_are_what_they_are_elsewhere(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    model, t = fit(tmp_path, lora(merge=False), max_epochs=1, enable_checkpointing=False)
+    model, t = fit(
+        tmp_path, lora(merge=False), max_epochs=1, enable_checkpointing=False
+    )
     checkpoints = ["a.ckpt", "v" * 250 + ".ckpt"]
     adapters = ["a.safetensors", "\U0001f40d" * 60 + ".safetensors"]
     for name in checkpoints:
@@ -157,7 +206,8 @@ def test_home_folder_and_long_names_are_what_they_are_elsewhere(tmp_path: Path, 
     assert file_names(home) == sorted(checkpoints + adapters)
 
 
-class Shared(LitTiny):  # a module that uses one layer under two names, each in a part of its own
+# a module that uses one layer under two names, each in a part of its own
+class Shared(LitTiny):
     def __init__(self) -> None:
         super().__init__()
         self.again = nn.ModuleDict({"q_proj": self.q_proj})
@@ -177,7 +227,9 @@ def test_adapters_of_a_shared_layer_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_values_are_stored_however_they_lie_in_memory(tmp_path: Path) -> None:
-    model = as_trained(LitTiny(), target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
+    model = as_trained(
+        LitTiny(), target_modules=["q_proj", "v_proj"], modules_to_save=["head"]
+    )
     model.head.weight.data = torch.randn(8, 4).t()
     model.q_proj.lora_A.data = torch.randn(8, 2).t()
     ll.save_adapter(model, tmp_path / "a.safetensors")
@@ -203,18 +255,26 @@ def test_load_from_checkpoint_merges_for_good_if_asked(tmp_path: Path) -> None:
     assert all(flags_of(merged).values())
     assert merged.hparams["lr"] == 0.2
     torch.testing.assert_close(merged(X), model(X))
-    with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters") as error:  # it remembers nothing
+    # it remembers nothing
+    with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters") as error:
         ll.unmerge_adapters(merged)
-    assert "If they were merged for good (load_from_checkpoint with merge=True" in str(error.value)
+    assert "If they were merged for good (load_from_checkpoint with merge=True" in str(
+        error.value
+    )
     with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters"):
         ll.remove_adapters(merged)
 
 
-def test_a_file_that_is_refused_leaves_a_merged_model_with_other_weights_as_it_was(tmp_path: Path) -> None:
+def test_a_file_that_is_refused_leaves_a_merged_model_with_other_weights_as_it_was(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "other.safetensors"
     ll.save_adapter(as_trained(LitTiny(width=6)), file)
     model = as_merged(LitTiny())
     nn.init.zeros_(model.q_proj.weight)
-    with pytest.warns(ll.LoRAWarning, match="were replaced"), pytest.raises(ll.LoRAError):
+    with (
+        pytest.warns(ll.LoRAWarning, match="were replaced"),
+        pytest.raises(ll.LoRAError),
+    ):
         ll.load_adapter(model, file)
     assert ll.adapters(model) == ("default",)

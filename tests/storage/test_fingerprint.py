@@ -31,7 +31,10 @@ class Drifts(LitTiny):  # its own code loads another frozen weight, and a buffer
         self.register_buffer("gain", torch.ones(1))
 
     def on_train_epoch_start(self) -> None:
-        self.load_state_dict({"embed.weight": self.embed.weight * 0.9, "gain": self.gain * 0.9}, strict=False)
+        self.load_state_dict(
+            {"embed.weight": self.embed.weight * 0.9, "gain": self.gain * 0.9},
+            strict=False,
+        )
 
 
 def drifted(folder: Path) -> tuple[Drifts, list[Path]]:
@@ -41,7 +44,9 @@ def drifted(folder: Path) -> tuple[Drifts, list[Path]]:
     return model, sorted((folder / "drifts").glob("*.ckpt"))
 
 
-def test_files_of_a_run_that_changed_its_base_load_in_any_order_and_onto_the_base_anew(tmp_path: Path) -> None:
+def test_files_of_a_run_that_changed_its_base_load_in_any_order_and_onto_the_base_anew(
+    tmp_path: Path,
+) -> None:
     model, (first, second) = drifted(tmp_path)
     for file in (first, second, second, first):
         ll.load_adapter(model, file)
@@ -61,7 +66,9 @@ def test_adapters_need_the_architecture_of_their_base(file: Path) -> None:
         ll.load_adapter(narrow, file)
 
 
-def test_a_frozen_weight_that_changed_before_the_first_file_is_not_taken_for_the_base(tmp_path: Path) -> None:
+def test_a_frozen_weight_that_changed_before_the_first_file_is_not_taken_for_the_base(
+    tmp_path: Path,
+) -> None:
     _, (first, _) = drifted(tmp_path)
     wrong = Drifts()
     add_to(wrong.embed.weight, 0.1)
@@ -72,7 +79,9 @@ def test_a_frozen_weight_that_changed_before_the_first_file_is_not_taken_for_the
     ll.load_adapter(Drifts(), first)
 
 
-def test_a_model_that_was_converted_after_its_fit_stores_the_base_it_is_now(tmp_path: Path) -> None:
+def test_a_model_that_was_converted_after_its_fit_stores_the_base_it_is_now(
+    tmp_path: Path,
+) -> None:
     model, t = fit(tmp_path, lora(), max_epochs=1)
     ll.unmerge_adapters(model.double())
     t.save_checkpoint(tmp_path / "wide.ckpt")
@@ -87,18 +96,26 @@ def half_precision_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(half_precision_file: Path) -> None:
+def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(
+    half_precision_file: Path,
+) -> None:
     """The error is about the one that is here."""
     other = LitTiny().bfloat16()
     add_to(other.embed.weight, 1)
-    with pytest.raises(ll.BaseMismatchError, match=r"another base: 1 of 4 .* such as 'embed.weight'"):
+    with pytest.raises(
+        ll.BaseMismatchError, match=r"another base: 1 of 4 .* such as 'embed.weight'"
+    ):
         ll.load_adapter(other, half_precision_file)
     ll.load_adapter(LitTiny(), half_precision_file)
     ll.load_adapter(LitTiny().bfloat16(), half_precision_file)
 
 
-@pytest.mark.parametrize("convert", [lambda model: model.bfloat16().half(), LitTiny.double])
-def test_a_form_that_the_trainer_had_not_is_a_converted_one(half_precision_file: Path, convert: Any) -> None:
+@pytest.mark.parametrize(
+    "convert", [lambda model: model.bfloat16().half(), LitTiny.double]
+)
+def test_a_form_that_the_trainer_had_not_is_a_converted_one(
+    half_precision_file: Path, convert: Any
+) -> None:
     model = convert(LitTiny())
     with pytest.warns(ll.LoRAWarning, match="It is the same base, converted"):
         ll.load_adapter(model, half_precision_file)
@@ -106,7 +123,9 @@ def test_a_form_that_the_trainer_had_not_is_a_converted_one(half_precision_file:
 
 @needs_averaging
 @pytest.mark.parametrize("beside", [False, True])
-def test_a_full_checkpoint_of_an_average_is_the_base_of_a_fine_tune(tmp_path: Path, beside: bool) -> None:
+def test_a_full_checkpoint_of_an_average_is_the_base_of_a_fine_tune(
+    tmp_path: Path, beside: bool
+) -> None:
     """Lightning puts the average where a checkpoint has its state, and the model beside it."""
     full = tmp_path / "full.ckpt"
     average = partial(bundled.EMAWeightAveraging, decay=0.5)

@@ -11,7 +11,10 @@ import torch
 from lightning_lora import load_adapter, load_from_checkpoint, merge_adapters
 from tests.support.kept import FOLDER, SETTINGS, Kept, outputs, quiet
 
-pytestmark = pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with")  # by a later Lightning
+# by a later Lightning
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The loaded checkpoint was produced with"
+)
 
 RELEASES = sorted(path for path in FOLDER.iterdir() if path.is_dir())
 
@@ -23,7 +26,9 @@ def release(request: pytest.FixtureRequest) -> Path:
 
 def check(found: Any, release: Path, name: str) -> None:
     expected = json.loads((release / "outputs.json").read_text())[name]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -38,7 +43,9 @@ def test_a_file_gives_the_outputs_that_it_gave(release: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_a_checkpoint_gives_the_outputs_that_it_gave(release: Path, merge: bool) -> None:
+def test_a_checkpoint_gives_the_outputs_that_it_gave(
+    release: Path, merge: bool
+) -> None:
     model = load_from_checkpoint(Kept, release / "run.ckpt", merge=merge)
     check(outputs(model), release, "run.ckpt")
 

@@ -16,7 +16,16 @@ from lightning_lora.model.records import find_record
 from tests.support.cases import file_names, three
 from tests.support.compared import assert_holds, assert_state
 from tests.support.faults import unchanged
-from tests.support.models import LitTiny, TinyLM, X, as_trained, data, lora, state, trainer
+from tests.support.models import (
+    LitTiny,
+    TinyLM,
+    X,
+    as_trained,
+    data,
+    lora,
+    state,
+    trainer,
+)
 from tests.support.parameters import nan_at
 from tests.support.storage import trained
 
@@ -37,7 +46,9 @@ class Adds(LitTiny):
 
 
 @pytest.mark.parametrize("is_merged", [False, True])
-def test_checkpoint_is_a_plain_one_with_the_merged_weights(tmp_path: Path, is_merged: bool) -> None:
+def test_checkpoint_is_a_plain_one_with_the_merged_weights(
+    tmp_path: Path, is_merged: bool
+) -> None:
     file = tmp_path / "a.ckpt"
     model = as_trained(Adds(width=6))
     expected = merged(model)
@@ -66,12 +77,16 @@ def with_norms() -> nn.Module:
 BUILDS: dict[str, Callable[[], nn.Module]] = {
     "DoRA": partial(three, use_dora=True, exclude_modules=["embed"]),
     "norms": with_norms,
-    "half precision": lambda: as_trained(LitTiny().bfloat16(), r=2, target_modules="all"),
+    "half precision": lambda: as_trained(
+        LitTiny().bfloat16(), r=2, target_modules="all"
+    ),
 }
 
 
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-def test_tensors_are_those_of_a_merge(tmp_path: Path, build: Callable[[], nn.Module]) -> None:
+def test_tensors_are_those_of_a_merge(
+    tmp_path: Path, build: Callable[[], nn.Module]
+) -> None:
     file = tmp_path / "a.safetensors"
     other = tmp_path / "other"
     other.touch()
@@ -116,7 +131,9 @@ def plain(layer: nn.Module | None = None, value: float | None = None) -> nn.Modu
 
 
 class Named(nn.Linear):  # a layer whose state dict has names of its own
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: Any, prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}kernel"] = destination.pop(f"{prefix}weight")
 
@@ -166,18 +183,68 @@ def from_gguf() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, type[Exception], str]] = {
-    "not Lightning": (plain, "a.ckpt", ll.AdapterFileError, r"not a LightningModule.*\.safetensors.*save_pretrained"),
-    "no save_pretrained": (trained, "folder", ll.AdapterFileError, r"no save_pretrained.*\.ckpt.*\.safetensors"),
-    "own refusal": (lambda: as_trained(Refusing(nn.Linear(4, 4))), "folder", ll.AdapterFileError, "serializable.*ckpt"),
-    "from GGUF": (from_gguf, "folder", ll.AdapterFileError, r"not serializable\)\. Nothing.*del model.config"),
-    "unknown ending": (trained, "a.pt", ll.AdapterFileError, r"\.ckpt.*\.safetensors.*save_pretrained"),
-    "on meta": (lambda: plain().to("meta"), "a.safetensors", ll.AdapterStateError, "meta device"),
-    "diverged": (lambda: plain(value=torch.nan), "a.safetensors", ll.AdapterStateError, "NaN"),
-    "diverged head": (diverged_head, "a.ckpt", ll.AdapterStateError, r"head\.bias.* hold NaN"),
+    "not Lightning": (
+        plain,
+        "a.ckpt",
+        ll.AdapterFileError,
+        r"not a LightningModule.*\.safetensors.*save_pretrained",
+    ),
+    "no save_pretrained": (
+        trained,
+        "folder",
+        ll.AdapterFileError,
+        r"no save_pretrained.*\.ckpt.*\.safetensors",
+    ),
+    "own refusal": (
+        lambda: as_trained(Refusing(nn.Linear(4, 4))),
+        "folder",
+        ll.AdapterFileError,
+        "serializable.*ckpt",
+    ),
+    "from GGUF": (
+        from_gguf,
+        "folder",
+        ll.AdapterFileError,
+        r"not serializable\)\. Nothing.*del model.config",
+    ),
+    "unknown ending": (
+        trained,
+        "a.pt",
+        ll.AdapterFileError,
+        r"\.ckpt.*\.safetensors.*save_pretrained",
+    ),
+    "on meta": (
+        lambda: plain().to("meta"),
+        "a.safetensors",
+        ll.AdapterStateError,
+        "meta device",
+    ),
+    "diverged": (
+        lambda: plain(value=torch.nan),
+        "a.safetensors",
+        ll.AdapterStateError,
+        "NaN",
+    ),
+    "diverged head": (
+        diverged_head,
+        "a.ckpt",
+        ll.AdapterStateError,
+        r"head\.bias.* hold NaN",
+    ),
     "disabled": (disabled, "a.ckpt", ll.AdapterStateError, "shows its base"),
     "changed": (changed, "a.ckpt", ll.AdapterStateError, "were changed since"),
-    "infinite": (lambda: plain(nn.Linear(4, 4).half(), 1e3), "a.safetensors", ll.AdapterStateError, "torch.float16"),
-    "other names": (lambda: plain(Named(4, 4)), "a.safetensors", ll.AdapterStateError, "not hold '0.weight' under"),
+    "infinite": (
+        lambda: plain(nn.Linear(4, 4).half(), 1e3),
+        "a.safetensors",
+        ll.AdapterStateError,
+        "torch.float16",
+    ),
+    "other names": (
+        lambda: plain(Named(4, 4)),
+        "a.safetensors",
+        ll.AdapterStateError,
+        "not hold '0.weight' under",
+    ),
 }
 
 
@@ -196,7 +263,9 @@ class Own(nn.Sequential):
 
 
 @pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
-def test_urls_are_files_here_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_urls_are_files_here_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     model = as_trained(Own(nn.Linear(4, 4)))
     with pytest.raises(ll.AdapterFileError, match="is elsewhere"):
@@ -213,7 +282,9 @@ def test_a_state_dict_of_a_modules_own_stays(tmp_path: Path) -> None:
     assert "state_dict" not in vars(model) | vars(model[0])
 
 
-def test_urls_of_exports_are_folders_here_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_of_exports_are_folders_here_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     model = as_trained(Own(nn.Linear(4, 4)))
     ll.export_peft(model, f"file://{tmp_path}/peft")
@@ -233,9 +304,16 @@ def whole(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("merged.ckpt", "load_from_checkpoint"), ("merged.safetensors", "load_model"), ("state.pt", "")]
+    ("name", "says"),
+    [
+        ("merged.ckpt", "load_from_checkpoint"),
+        ("merged.safetensors", "load_model"),
+        ("state.pt", ""),
+    ],
 )
-def test_readers_of_adapters_say_what_the_file_is(whole: Path, name: str, says: str) -> None:
+def test_readers_of_adapters_say_what_the_file_is(
+    whole: Path, name: str, says: str
+) -> None:
     message = rf"6 tensors.*no adapters.*a whole model.*{says}"
     with pytest.raises(ll.AdapterFileError, match=message):
         ll.load_adapter(LitTiny(), whole / name)

@@ -17,7 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_lora import AdapterFileError, ConfigError, load_adapter, load_from_checkpoint, merge_adapters
+from lightning_lora import (
+    AdapterFileError,
+    ConfigError,
+    load_adapter,
+    load_from_checkpoint,
+    merge_adapters,
+)
 from lightning_lora.cli.main import main
 from lightning_lora.storage.on_disk.plain_pickles import load_plain
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
@@ -57,7 +63,9 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "folder.ckpt", builds=[LitTiny])
     refused(tmp_path / "none.ckpt", builds=[LitTiny])
     (tmp_path / "zero.ckpt" / "checkpoint").mkdir(parents=True)
-    with pytest.raises(AdapterFileError, match=r"a folder of DeepSpeed\. Make it one file"):
+    with pytest.raises(
+        AdapterFileError, match=r"a folder of DeepSpeed\. Make it one file"
+    ):
         load_adapter(LitTiny(), tmp_path / "zero.ckpt")
 
 
@@ -81,24 +89,31 @@ def write_script(checkpoint: Any, path: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_zip, write_legacy, write_bare, write_script])
 @pytest.mark.parametrize("key", ["state_dict", "hyper_parameters"])
-def test_code_in_a_file_does_not_run(tmp_path: Path, good: Path, key: str, write: Any) -> None:
+def test_code_in_a_file_does_not_run(
+    tmp_path: Path, good: Path, key: str, write: Any
+) -> None:
     mark = tmp_path / "ran"
     path = tmp_path / "a.ckpt"
     checkpoint = torch.load(good / "good.ckpt", weights_only=True)
     checkpoint[key] = Runs(mark)
     write(checkpoint, path)
     refused(path, "load_from_checkpoint", "fit", "test", builds=[LitTiny])
-    if key == "hyper_parameters" and write is write_zip:  # what is beside adapters is left out
+    # what is beside adapters is left out
+    if key == "hyper_parameters" and write is write_zip:
         load_adapter(LitTiny(), path)
     else:
         refused(path, "load_adapter")
     assert not mark.exists()
 
 
-def test_a_base_of_an_old_lightning_in_the_old_format_of_torch_is_read(tmp_path: Path) -> None:
+def test_a_base_of_an_old_lightning_in_the_old_format_of_torch_is_read(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "full.ckpt"
     fitted(path, LitTiny(), plain=True)
-    checkpoint = torch.load(path, weights_only=True) | {"pytorch-lightning_version": "0.9"}
+    checkpoint = torch.load(path, weights_only=True) | {
+        "pytorch-lightning_version": "0.9"
+    }
     torch.save(checkpoint, path, _use_new_zipfile_serialization=False)
     t = trainer(tmp_path, [lora()], max_epochs=1)
     t.fit(LitTiny(), data(), ckpt_path=path)
@@ -142,16 +157,23 @@ def test_adapters_beside_hyperparameters_of_any_kind_are_read(tmp_path: Path) ->
     restores(path, model)
 
 
-def test_a_base_beside_objects_of_classes_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_beside_objects_of_classes_is_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "a.ckpt"
     base = tmp_path / "base.ckpt"
     fitted(path, Holds(given=Settings))
-    about = {"state_dict": LitTiny().state_dict(), "hyper_parameters": {"given": Settings}}
+    about = {
+        "state_dict": LitTiny().state_dict(),
+        "hyper_parameters": {"given": Settings},
+    }
     torch.save(about, base)
     assert main(["merge", str(base), str(path), str(tmp_path / "merged.ckpt")]) == 1
     assert "would be lost" in capsys.readouterr().err
     assert not (tmp_path / "merged.ckpt").exists()
-    assert main(["merge", str(base), str(path), str(tmp_path / "merged.safetensors")]) == 0
+    assert (
+        main(["merge", str(base), str(path), str(tmp_path / "merged.safetensors")]) == 0
+    )
     model = LitTiny()
     load_adapter(model, path)
     merge_adapters(model)
@@ -159,10 +181,14 @@ def test_a_base_beside_objects_of_classes_is_merged(tmp_path: Path, capsys: pyte
     assert_state(model, chosen(merged, state(model)))
 
 
-def test_the_best_file_of_a_run_is_merged(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_the_best_file_of_a_run_is_merged(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     model = Holds(given=Settings)
     judge = best(tmp_path, filename="a")
-    trainer(tmp_path, [lora(merge="best"), judge], max_epochs=2).fit(model, data(), data())
+    trainer(tmp_path, [lora(merge="best"), judge], max_epochs=2).fit(
+        model, data(), data()
+    )
     again = LitTiny()
     load_adapter(again, judge.best_model_path)
     x = torch.arange(5)
@@ -174,7 +200,9 @@ def test_what_needs_the_classes_names_them_and_the_argument(tmp_path: Path) -> N
     path = tmp_path / "a.ckpt"
     model = Holds(given=Settings)
     fitted(path, model)
-    with pytest.raises(AdapterFileError, match=r"such as 'tests.*.Settings': .*load_from_checkpoint"):
+    with pytest.raises(
+        AdapterFileError, match=r"such as 'tests.*.Settings': .*load_from_checkpoint"
+    ):
         load_from_checkpoint(Holds, path)
     assert_same_state(load_from_checkpoint(Holds, path, weights_only=False), model)
     with pytest.raises(ConfigError, match="Pass the class Holds"):
@@ -188,7 +216,10 @@ def test_adapters_must_be_plain(tmp_path: Path, good: Path, where: str) -> None:
     checkpoint[where]["more"] = [{"a": (Settings,)}]
     torch.save(checkpoint, path)
     model = LitTiny()
-    with unchanged(model), pytest.raises(AdapterFileError, match=r"a.ckpt holds '.*Settings' among its"):
+    with (
+        unchanged(model),
+        pytest.raises(AdapterFileError, match=r"a.ckpt holds '.*Settings' among its"),
+    ):
         load_adapter(model, path)
 
 
@@ -215,18 +246,24 @@ def attacks(mark: Path) -> dict[str, bytes]:
         "an object": b"(" + mkdir + text + b"o",
         "a new object": mkdir + b"(" + text + b"t\x81",
         "a state of a function": b"ctorch._utils\n_rebuild_tensor_v2\n}X\x0c\0\0\0__defaults__)sb",
-        "a state of a class of torch": b"ctorch\nTensor\nN}X\x03\0\0\0add" + mkdir + b"s\x86b",
+        "a state of a class of torch": b"ctorch\nTensor\nN}X\x03\0\0\0add"
+        + mkdir
+        + b"s\x86b",
         "registered code": b"\x82\x01",
         "an object elsewhere": mkdir + b"Q",
     }
 
 
 @pytest.mark.parametrize("attack", attacks(Path()))
-def test_nothing_in_a_file_runs_or_is_imported(tmp_path: Path, good: Path, attack: str) -> None:
+def test_nothing_in_a_file_runs_or_is_imported(
+    tmp_path: Path, good: Path, attack: str
+) -> None:
     path = tmp_path / "a.ckpt"
     mark = tmp_path / "ran"
     path.write_bytes((good / "good.ckpt").read_bytes())
-    put_pickle(pickled_in(path)[:-1] + b"X\4\0\0\0more" + attacks(mark)[attack] + b"s.", path)
+    put_pickle(
+        pickled_in(path)[:-1] + b"X\4\0\0\0more" + attacks(mark)[attack] + b"s.", path
+    )
     tensor = dict(vars(Tensor))
     defaults = torch._utils._rebuild_tensor_v2.__defaults__
     model = LitTiny()

@@ -8,7 +8,12 @@ import fsspec
 import lightning as L
 import pytest
 
-from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora import (
+    AdapterFileError,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+)
 from lightning_lora.storage.on_disk import places
 from tests.support.cases import file_names
 from tests.support.compared import assert_same_state
@@ -36,7 +41,9 @@ def assert_read_and_written(folder: str, model: LitTiny, t: L.Trainer) -> None:
     goes_on(f"{folder}/a.ckpt")
 
 
-def test_adapters_are_written_and_read_wherever_fsspec_can(tmp_path: Path, elsewhere: str) -> None:
+def test_adapters_are_written_and_read_wherever_fsspec_can(
+    tmp_path: Path, elsewhere: str
+) -> None:
     model = LitTiny()
     t = trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
     t.fit(model, data())
@@ -46,7 +53,9 @@ def test_adapters_are_written_and_read_wherever_fsspec_can(tmp_path: Path, elsew
     assert file_names(tmp_path) == ["a.ckpt", "a.safetensors"]
 
 
-def test_damage_elsewhere_is_refused_as_it_is_here(tmp_path: Path, elsewhere: str, checkpoint: Path) -> None:
+def test_damage_elsewhere_is_refused_as_it_is_here(
+    tmp_path: Path, elsewhere: str, checkpoint: Path
+) -> None:
     content = bytearray(checkpoint.read_bytes())
     path = f"{elsewhere}/a.ckpt"
     content[content.index(b"state_dict")] ^= 1
@@ -61,13 +70,25 @@ def test_damage_elsewhere_is_refused_as_it_is_here(tmp_path: Path, elsewhere: st
         trainer(tmp_path, [lora()]).fit(model, data(), ckpt_path=path)
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ImportError("Install s3fs"), MemoryError("large")])
-def test_what_is_no_damage_is_told_as_what_it_is(file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(5, "Input/output error"),
+        ImportError("Install s3fs"),
+        MemoryError("large"),
+    ],
+)
+def test_what_is_no_damage_is_told_as_what_it_is(
+    file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(places, "opened", fail)
-    with pytest.raises(AdapterFileError, match=rf"{type(error).__name__}: .*{error.args[-1]}.*no sign of damage"):
+    with pytest.raises(
+        AdapterFileError,
+        match=rf"{type(error).__name__}: .*{error.args[-1]}.*no sign of damage",
+    ):
         load_adapter(LitTiny(), file)
 
 

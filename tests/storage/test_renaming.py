@@ -17,7 +17,9 @@ from tests.support.models import WIDTH, Around, LitTiny, TinyLM, as_trained, is_
 from tests.support.parameters import add_to, trainable
 from tests.support.storage import fitted, restores, saved
 
-pytestmark = pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The names in the file:lightning_lora.LoRAWarning"
+)
 
 
 def base() -> TinyLM:
@@ -27,7 +29,9 @@ def base() -> TinyLM:
 
 def nested() -> nn.Module:
     torch.manual_seed(5)
-    return nn.ModuleDict({"inner": nn.ModuleDict({"q": nn.Linear(4, 4)}), "q": nn.Linear(4, 4)})
+    return nn.ModuleDict(
+        {"inner": nn.ModuleDict({"q": nn.Linear(4, 4)}), "q": nn.Linear(4, 4)}
+    )
 
 
 def layers_in(path: Path) -> list[Any]:
@@ -47,7 +51,14 @@ def test_targets_belong_to_names_in_full(tmp_path: Path) -> None:
 def test_ranks_belong_to_names_in_full(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     model = Around(nested())
-    saved(file, model, r=2, alpha=3, rank_pattern={"model.q": 1}, alpha_pattern={"model.q": 5})
+    saved(
+        file,
+        model,
+        r=2,
+        alpha=3,
+        rank_pattern={"model.q": 1},
+        alpha_pattern={"model.q": 5},
+    )
     (_, inner), (_, outer) = layers_in(file)
     assert inner.lora_settings.r == 2
     assert inner.lora_settings.scaling == 1.5
@@ -59,13 +70,16 @@ def test_a_frozen_weight_that_changed_in_training_is_loaded(tmp_path: Path) -> N
     there = Around(base())
     loaded = base()
     callback = ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False)
-    changes = At(1, lambda _, model: model.get_parameter("model.embed.weight").data.add_(1))
+    changes = At(
+        1, lambda _, model: model.get_parameter("model.embed.weight").data.add_(1)
+    )
     fitted(tmp_path / "a.ckpt", there, callback, changes)
     ll.load_adapter(loaded, tmp_path / "a.ckpt")
     assert torch.equal(loaded.embed.weight, there.model.embed.weight)
 
 
-class Nested(nn.Module):  # a model with a head, and an encoder with a head, experts and a scale of its own
+# a model with a head, and an encoder with a head, experts and a scale of its own
+class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(5)
@@ -77,7 +91,9 @@ class Nested(nn.Module):  # a model with a head, and an encoder with a head, exp
         self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.encoder.experts(self.encoder.head(self.encoder.q(x)) * self.encoder.scale)
+        x = self.encoder.experts(
+            self.encoder.head(self.encoder.q(x)) * self.encoder.scale
+        )
         return self.out(x)
 
 
@@ -97,9 +113,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "parameter": {"target_modules": ["encoder.q"], "modules_to_save": ["scale", "out"]},
     "part of a module": {"target_modules": ["q"], "modules_to_save": ["head.bias"]},
     "exclude_modules": {"exclude_modules": ["head"], "bias": "lora_only"},
-    "patterns": {"rank_pattern": {"head": 1}, "alpha_pattern": {"q|head": 5}, "modules_to_save": ["out"]},
-    "slices": {"target_modules": ["head"], "target_slices": {"head": {"a": (0, 4)}}, "bias": "all"},
-    "target_parameters": {"target_modules": ["q"], "target_parameters": ["w"], "rank_pattern": {"experts": 1}},
+    "patterns": {
+        "rank_pattern": {"head": 1},
+        "alpha_pattern": {"q|head": 5},
+        "modules_to_save": ["out"],
+    },
+    "slices": {
+        "target_modules": ["head"],
+        "target_slices": {"head": {"a": (0, 4)}},
+        "bias": "all",
+    },
+    "target_parameters": {
+        "target_modules": ["q"],
+        "target_parameters": ["w"],
+        "rank_pattern": {"experts": 1},
+    },
 }
 
 
@@ -111,7 +139,9 @@ def plain(around: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize(("of_the_file", "here"), [(None, Around), (Around, None), (nn.Sequential, None)])
+@pytest.mark.parametrize(
+    ("of_the_file", "here"), [(None, Around), (Around, None), (nn.Sequential, None)]
+)
 def test_a_file_loads_onto_the_model_inside_and_around(
     tmp_path: Path, config: Any, of_the_file: Any, here: Any
 ) -> None:
@@ -141,7 +171,10 @@ class Twice(Nested):
 
 @pytest.mark.parametrize(
     ("argument", "name", "part"),
-    [("modules_to_save", "model.head", "head"), ("target_parameters", "model.experts.w", "experts")],
+    [
+        ("modules_to_save", "model.head", "head"),
+        ("target_parameters", "model.experts.w", "experts"),
+    ],
 )
 def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(
     tmp_path: Path, argument: str, name: str, part: str
@@ -150,7 +183,9 @@ def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(
     path = tmp_path / "a.safetensors"
     saved(path, Around(Twice()), r=2, **config)
     loaded = Twice()
-    with pytest.raises(ll.AdapterMismatchError, match=rf"missing 'encoder\.{part}.* Build the mod"):
+    with pytest.raises(
+        ll.AdapterMismatchError, match=rf"missing 'encoder\.{part}.* Build the mod"
+    ):
         ll.load_adapter(loaded, path)
     assert is_plain(loaded)
 
@@ -170,10 +205,21 @@ class PreTrainedModel(TinyLM):
 
 
 @pytest.mark.parametrize("model", [TinyLM, PreTrainedModel])
-def test_what_was_trained_outside_of_the_model_is_named(tmp_path: Path, model: type[TinyLM]) -> None:
-    saved(tmp_path / "a.safetensors", Headed(model()), r=2, target_modules=["q_proj"], modules_to_save=["head"])
+def test_what_was_trained_outside_of_the_model_is_named(
+    tmp_path: Path, model: type[TinyLM]
+) -> None:
+    saved(
+        tmp_path / "a.safetensors",
+        Headed(model()),
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=["head"],
+    )
     inner = model()
-    with pytest.raises(ll.AdapterMismatchError, match=r"'head', .*outside of 'model'.* onto the whole model"):
+    with pytest.raises(
+        ll.AdapterMismatchError,
+        match=r"'head', .*outside of 'model'.* onto the whole model",
+    ):
         ll.load_adapter(inner, tmp_path / "a.safetensors")
     assert is_plain(inner)
 
@@ -184,8 +230,17 @@ def test_what_the_model_has_not_is_named(tmp_path: Path, name: str) -> None:
     other = LitTiny()
     whole.scale = nn.Parameter(torch.ones(1))
     del other.head
-    saved(tmp_path / "a.safetensors", whole, r=2, target_modules=["q_proj"], modules_to_save=[name])
-    with pytest.raises(ll.AdapterMismatchError, match=f"do not fit LitTiny: unexpected '{name}'.* saved from"):
+    saved(
+        tmp_path / "a.safetensors",
+        whole,
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=[name],
+    )
+    with pytest.raises(
+        ll.AdapterMismatchError,
+        match=f"do not fit LitTiny: unexpected '{name}'.* saved from",
+    ):
         ll.load_adapter(other, tmp_path / "a.safetensors")
     assert is_plain(other)
 
@@ -198,7 +253,9 @@ def test_what_the_model_has_not_is_named(tmp_path: Path, name: str) -> None:
         (lambda: Headed(PreTrainedModel(tied=False)), "below 'model'"),
     ],
 )
-def test_a_part_of_a_larger_model_that_the_file_fits_is_named(tmp_path: Path, build: Any, says: str) -> None:
+def test_a_part_of_a_larger_model_that_the_file_fits_is_named(
+    tmp_path: Path, build: Any, says: str
+) -> None:
     saved(tmp_path / "a.safetensors", base(), r=2)
     loaded = build()
     with pytest.raises(ll.AdapterMismatchError, match=f"{says}, and .* onto that part"):
@@ -213,7 +270,9 @@ def described(model: nn.Module) -> StoredAdapters:
 
 def test_all_that_is_stored_gets_the_names_of_the_model() -> None:
     model = as_trained(base(), target_modules=["q_proj"], modules_to_save=["norm"])
-    there = as_trained(Around(base()), target_modules=["q_proj"], modules_to_save=["norm"])
+    there = as_trained(
+        Around(base()), target_modules=["q_proj"], modules_to_save=["norm"]
+    )
     here = described(model)
     renamed = described(there).with_names_of_model(Renaming("model", ""), here.config)
     assert here.state.keys() == renamed.state.keys()

@@ -29,7 +29,9 @@ class Keeps(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"mine": [1, 2.5, "a", None, (True,)], "average": torch.arange(3.0)}
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["noted"] = {"at": trainer.global_step}
 
 
@@ -41,7 +43,9 @@ def callbacks() -> list[L.Callback]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")
     saves = best(folder, filename="a")
-    trainer(folder, [*callbacks(), saves], max_epochs=1).fit(Scheduled(), data(), data())
+    trainer(folder, [*callbacks(), saves], max_epochs=1).fit(
+        Scheduled(), data(), data()
+    )
     return folder / "a.ckpt"
 
 
@@ -52,7 +56,9 @@ def group_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def test_what_is_edited_is_what_the_resumed_run_reads(written: Path, tmp_path: Path) -> None:
+def test_what_is_edited_is_what_the_resumed_run_reads(
+    written: Path, tmp_path: Path
+) -> None:
     def edit(checkpoint: dict[str, Any]) -> None:
         group_of(checkpoint)["lr"] = 1e-4
         checkpoint["lr_schedulers"] = []
@@ -70,12 +76,16 @@ BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
     "no optimizers": lambda checkpoint: checkpoint.pop("optimizer_states"),
     "fewer optimizers": lambda checkpoint: checkpoint.update(optimizer_states=[]),
     "no schedulers": lambda checkpoint: checkpoint.pop("lr_schedulers"),
-    "another optimizer": lambda checkpoint: checkpoint["optimizer_states"][0]["param_groups"].clear(),
+    "another optimizer": lambda checkpoint: checkpoint["optimizer_states"][0][
+        "param_groups"
+    ].clear(),
 }
 
 
 @pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
-def test_a_run_that_cannot_go_on_is_refused(written: Path, tmp_path: Path, change: Any) -> None:
+def test_a_run_that_cannot_go_on_is_refused(
+    written: Path, tmp_path: Path, change: Any
+) -> None:
     path = edited(written, tmp_path / "a.ckpt", change)
     model = Scheduled()
     t = trainer(tmp_path, callbacks(), max_epochs=2)
@@ -88,6 +98,9 @@ def test_weights_alone_are_not_resumed(tmp_path: Path) -> None:
     fitted(file, LitTiny(), lora(), weights_only=True)
     model = LitTiny()
     t = trainer(tmp_path, [lora()], max_epochs=2)
-    with unchanged(model), pytest.raises(AdapterFileError, match="save_weights_only=True"):
+    with (
+        unchanged(model),
+        pytest.raises(AdapterFileError, match="save_weights_only=True"),
+    ):
         t.fit(model, data(), ckpt_path=file)
     trainer(tmp_path, [lora()]).test(model, data(), ckpt_path=file, verbose=False)

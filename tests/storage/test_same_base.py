@@ -16,8 +16,15 @@ from tests.support.parameters import add_to
 from tests.support.storage import CONFIG, fitted, refused, saved, trained
 
 CONVERTED = "trained on a base in .* is in .* It is the same base, converted"
-DTYPES = {"double": torch.float64, "single": torch.float32, "bfloat": torch.bfloat16, "half": torch.float16}
-converted = pytest.mark.filterwarnings(f"ignore:.*{CONVERTED}:lightning_lora.LoRAWarning")
+DTYPES = {
+    "double": torch.float64,
+    "single": torch.float32,
+    "bfloat": torch.bfloat16,
+    "half": torch.float16,
+}
+converted = pytest.mark.filterwarnings(
+    f"ignore:.*{CONVERTED}:lightning_lora.LoRAWarning"
+)
 
 
 def pairs() -> list[Any]:
@@ -32,7 +39,9 @@ HALVES = {torch.bfloat16, torch.float16}
 
 
 @pytest.mark.parametrize(("there", "here"), pairs())
-def test_a_base_is_recognised_if_one_was_converted_to_the_other(tmp_path: Path, there: Any, here: Any) -> None:
+def test_a_base_is_recognised_if_one_was_converted_to_the_other(
+    tmp_path: Path, there: Any, here: Any
+) -> None:
     file = tmp_path / "a.safetensors"
     model = saved(file, LitTiny().to(there), **CONFIG.to_dict())
     other = LitTiny().to(here)
@@ -41,7 +50,11 @@ def test_a_base_is_recognised_if_one_was_converted_to_the_other(tmp_path: Path, 
         with refused(other, ll.BaseMismatchError, both_rounded):
             ll.load_adapter(other, file)
         return
-    told = nullcontext([1]) if there == here else pytest.warns(ll.LoRAWarning, match=CONVERTED)
+    told = (
+        nullcontext([1])
+        if there == here
+        else pytest.warns(ll.LoRAWarning, match=CONVERTED)
+    )
     if there == torch.float64 != here:  # adapters are never rounded
         with told, refused(other, ll.AdapterMismatchError, "'q_proj.lora_A' is torch"):
             ll.load_adapter(other, file)
@@ -57,7 +70,10 @@ def test_a_base_is_recognised_if_one_was_converted_to_the_other(tmp_path: Path, 
 
 @converted
 @pytest.mark.parametrize("is_file_converted", [True, False])
-@pytest.mark.parametrize(("first", "second"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)],
+)
 def test_what_was_rounded_to_one_half_precision_is_recognised_in_the_other(
     tmp_path: Path, first: torch.dtype, second: torch.dtype, is_file_converted: bool
 ) -> None:
@@ -77,7 +93,9 @@ def test_in_its_own_precision_a_base_is_compared_to_the_bit(file: Path) -> None:
         ll.load_adapter(model, file)
 
 
-def test_what_was_trained_in_full_is_converted_but_not_to_infinity(tmp_path: Path) -> None:
+def test_what_was_trained_in_full_is_converted_but_not_to_infinity(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.safetensors"
     model = trained()
     with torch.no_grad():
@@ -127,7 +145,9 @@ def test_adapters_go_onto_whatever_fits_if_one_says_so(file: Path) -> None:
     ll.load_adapter(LitTiny(), file, check_base=False)  # without a word
     model = LitTiny()
     add_to(model.embed.weight, 1)
-    with pytest.warns(ll.LoRAWarning, match=r"1 of 3 .* differ, such as 'embed.weight'\. They were"):
+    with pytest.warns(
+        ll.LoRAWarning, match=r"1 of 3 .* differ, such as 'embed.weight'\. They were"
+    ):
         ll.load_adapter(model, file, check_base=False)
     assert_same_tensors(ll.adapter_state_dict(model), ll.adapter_state_dict(trained()))
     larger = LitTiny()

@@ -20,19 +20,35 @@ import lightning_lora as ll
 from tests.storage.test_merged_files import merged
 from tests.support.compared import assert_all_refused, assert_holds, assert_same_tensors
 from tests.support.faults import unchanged
-from tests.support.models import Around, X, as_trained, data, randomise, same, state, trainer
+from tests.support.models import (
+    Around,
+    X,
+    as_trained,
+    data,
+    randomise,
+    same,
+    state,
+    trainer,
+)
 from tests.support.parameters import nan_at, trainable
 from tests.support.storage import refused
 
-says = pytest.warns(ll.LoRAWarning, match=r"writes merged weights.* save_adapter\(model, path\), or export_peft")
-quiet = pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
+says = pytest.warns(
+    ll.LoRAWarning,
+    match=r"writes merged weights.* save_adapter\(model, path\), or export_peft",
+)
+quiet = pytest.mark.filterwarnings(
+    "ignore:.*writes merged weights:lightning_lora.LoRAWarning"
+)
 
 
 class LitGPT2(Around):
     def __init__(self) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+            config = GPT2Config(
+                vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2
+            )
             super().__init__(GPT2LMHeadModel(config).eval())
 
     def forward(self, index: Tensor) -> Any:
@@ -40,7 +56,9 @@ class LitGPT2(Around):
 
 
 def adapted(model: Any = None, **config: Any) -> Any:
-    return as_trained(model or LitGPT2(), **{"target_modules": ["c_attn", "c_proj"]} | config)
+    return as_trained(
+        model or LitGPT2(), **{"target_modules": ["c_attn", "c_proj"]} | config
+    )
 
 
 @torch.no_grad()
@@ -60,12 +78,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "linear": {},
     "modules": {"modules_to_save": ["ln_f", "ln_1"], "bias": "all"},
     "rows": {"trainable_token_indices": [2, 5]},
-    "parameters": {"target_modules": [], "target_parameters": ["c_fc.weight", "wpe.weight"]},
+    "parameters": {
+        "target_modules": [],
+        "target_parameters": ["c_fc.weight", "wpe.weight"],
+    },
 }
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_save_pretrained_writes_what_an_adapted_model_computes(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_save_pretrained_writes_what_an_adapted_model_computes(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     lit = adapted(**config)
     for p in trainable(lit):
         p.data.add_(0.1)
@@ -123,12 +146,15 @@ COPIED: dict[str, Callable[[Any], Any]] = {
 
 @quiet
 @pytest.mark.parametrize("copied", COPIED.values(), ids=COPIED)
-def test_copies_pickles_and_compiled_models_do_so_too(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
+def test_copies_pickles_and_compiled_models_do_so_too(
+    tmp_path: Path, copied: Callable[[Any], Any]
+) -> None:
     lit = adapted()
     other = copied(lit.model)
     lit.model = other
     randomise(lit, seed=5)
-    with torch.inference_mode(), torch.autocast("cpu"):  # as a callback may in an evaluation
+    # as a callback may in an evaluation
+    with torch.inference_mode(), torch.autocast("cpu"):
         other.save_pretrained(tmp_path)
     check(tmp_path, other)
     ll.save_merged(lit, tmp_path / "gpt2-1.0")
@@ -155,13 +181,24 @@ TWO_PROCESSES = {"strategy": "ddp_fork", "devices": 2}
 
 
 @quiet
-@pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")  # it is random on purpose
-@pytest.mark.parametrize("options", [{}, pytest.param(TWO_PROCESSES, marks=pytest.mark.processes)], ids=["1", "2"])
-def test_a_fit_writes_what_it_has_trained_so_far(tmp_path: Path, options: dict[str, Any]) -> None:
+# it is random on purpose
+@pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param(TWO_PROCESSES, marks=pytest.mark.processes)],
+    ids=["1", "2"],
+)
+def test_a_fit_writes_what_it_has_trained_so_far(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     module = Saves(tmp_path / "folder")
-    callback = ll.LoRACallback(r=2, target_modules=["c_attn"], modules_to_save=["ln_f"], merge=False)
+    callback = ll.LoRACallback(
+        r=2, target_modules=["c_attn"], modules_to_save=["ln_f"], merge=False
+    )
     ll.inject_adapters(module, callback.config)
-    t = trainer(tmp_path, [callback, ModelCheckpoint(tmp_path, "a")], max_epochs=1, **options)
+    t = trainer(
+        tmp_path, [callback, ModelCheckpoint(tmp_path, "a")], max_epochs=1, **options
+    )
     t.fit(module, data())
     for name in torch.load(tmp_path / "a.ckpt", weights_only=False)["state_dict"]:
         assert not name.endswith("c_attn.weight")
@@ -187,7 +224,9 @@ def adapters_among(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
-def test_a_given_state_is_merged_if_it_holds_adapters_and_else_written_as_it_is(tmp_path: Path) -> None:
+def test_a_given_state_is_merged_if_it_holds_adapters_and_else_written_as_it_is(
+    tmp_path: Path,
+) -> None:
     model = adapted().model
     base = LitGPT2().model
     lit = adapted()
@@ -219,7 +258,9 @@ class Hub(nn.Module, PyTorchModelHubMixin):
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(width, width), nn.MultiheadAttention(width, 2))
+        self.net = nn.Sequential(
+            nn.Linear(width, width), nn.MultiheadAttention(width, 2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.net[0](x)
@@ -242,15 +283,21 @@ def test_a_model_of_the_hub_is_written_and_read(tmp_path: Path) -> None:
     assert_same_tensors(in_order(written), in_order(merged(model)))
 
 
-def test_a_head_that_must_stay_tied_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_head_that_must_stay_tied_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
     lit = adapted(target_modules=["lm_head"])
     folder = tmp_path / "a"
     saves: list[Callable[[Any], object]] = [
         lambda lit: lit.model.save_pretrained(folder),
-        lambda lit: lit.model.save_pretrained(folder, state_dict=lit.model.state_dict()),
+        lambda lit: lit.model.save_pretrained(
+            folder, state_dict=lit.model.state_dict()
+        ),
         lambda lit: ll.save_merged(lit, folder),
     ]
-    assert_all_refused(lit, saves, ll.AdapterFileError, "'.*lm_head' .*tie_word_embeddings = False")
+    assert_all_refused(
+        lit, saves, ll.AdapterFileError, "'.*lm_head' .*tie_word_embeddings = False"
+    )
     assert not list(tmp_path.iterdir())
     lit.model.config.tie_word_embeddings = False
     folder.mkdir()
@@ -262,7 +309,9 @@ def test_a_head_that_must_stay_tied_is_refused_before_anything_is_written(tmp_pa
         ll.save_merged(plain, folder)
 
 
-def test_what_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_what_no_folder_can_hold_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "a"
     broken = adapted()
     nan_at(trainable(broken)[0])
@@ -281,7 +330,8 @@ def test_a_state_may_be_given_by_its_position(tmp_path: Path) -> None:
     plain = copy.deepcopy(model)
     ll.merge_adapters(plain)
     with says:
-        model.save_pretrained(tmp_path, True, model.state_dict())  # the directory, is_main_process, state_dict
+        # the directory, is_main_process, state_dict
+        model.save_pretrained(tmp_path, True, model.state_dict())
     held = load_file(tmp_path / "model.safetensors")
     assert held.keys() < plain.state_dict().keys()  # which has a tied head, too
     assert_holds(plain.state_dict(), held)

@@ -152,7 +152,9 @@ def ranks(factors: dict[str, Tensor]) -> set[int]:
 
 
 @pytest.mark.parametrize(("r", "of_the_sum"), [(None, 5), (3, 3)])
-def test_a_sum_may_be_kept_as_an_adapter(tmp_path: Path, r: int | None, of_the_sum: int) -> None:
+def test_a_sum_may_be_kept_as_an_adapter(
+    tmp_path: Path, r: int | None, of_the_sum: int
+) -> None:
     model = several("style", "subject")
     ll.combine_adapters(model, {"style": 0.7, "subject": 0.3}, name="both", r=r)
     assert ll.adapters(model) == ("subject", "style", "both")
@@ -201,13 +203,35 @@ def test_a_sum_is_not_trained(tmp_path: Path) -> None:
     [
         ([], {}, ll.ConfigError, "Expected numbers by the names of adapters"),
         ({"style": float("nan")}, {}, ll.ConfigError, "finite"),
-        ({"style": 1, "stile": 1}, {}, ll.AdapterStateError, "no adapter 'stile'.* Did you mean 'style'"),
-        (["style", "odd"], {"use_dora": True}, ll.AdapterMismatchError, "'odd' of Layers uses DoRA"),
-        (["style", "odd"], {"modules_to_save": ["words"]}, ll.AdapterMismatchError, "of Layers also holds 'words"),
-        (["style", "odd"], {"target_slices": {"b": {"x": [0, 4]}}}, ll.AdapterMismatchError, "'b' is adapted in other"),
+        (
+            {"style": 1, "stile": 1},
+            {},
+            ll.AdapterStateError,
+            "no adapter 'stile'.* Did you mean 'style'",
+        ),
+        (
+            ["style", "odd"],
+            {"use_dora": True},
+            ll.AdapterMismatchError,
+            "'odd' of Layers uses DoRA",
+        ),
+        (
+            ["style", "odd"],
+            {"modules_to_save": ["words"]},
+            ll.AdapterMismatchError,
+            "of Layers also holds 'words",
+        ),
+        (
+            ["style", "odd"],
+            {"target_slices": {"b": {"x": [0, 4]}}},
+            ll.AdapterMismatchError,
+            "'b' is adapted in other",
+        ),
     ],
 )
-def test_what_cannot_be_added_is_named_and_nothing_changes(names: Any, odd: Any, error: Any, message: str) -> None:
+def test_what_cannot_be_added_is_named_and_nothing_changes(
+    names: Any, odd: Any, error: Any, message: str
+) -> None:
     model = several("style", "odd", odd=ll.LoRAConfig(r=2, **odd))
     before = ll.adapters(model)
     shown = model(X)
@@ -261,9 +285,15 @@ def test_a_sum_of_half_precision_adapters_is_rounded_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "r", "says"), [(["style"], None, "Expected numbers by the names"), ({"style": 1}, 2.5, r"rank=2.5")]
+    ("weights", "r", "says"),
+    [
+        (["style"], None, "Expected numbers by the names"),
+        ({"style": 1}, 2.5, r"rank=2.5"),
+    ],
 )
-def test_a_kept_sum_needs_numbers_and_a_whole_rank(weights: Any, r: Any, says: str) -> None:
+def test_a_kept_sum_needs_numbers_and_a_whole_rank(
+    weights: Any, r: Any, says: str
+) -> None:
     model = several("style", "subject")
     with pytest.raises(ll.ConfigError, match=says):
         ll.combine_adapters(model, weights, name="new", r=r)

@@ -30,10 +30,16 @@ def half(tmp_path: Path) -> Path:
     return tmp_path / "half.ckpt"
 
 
-def test_a_file_of_other_types_is_refused_without_a_word_of_trust(tmp_path: Path, half: Path, monkeypatch: Any) -> None:
+def test_a_file_of_other_types_is_refused_without_a_word_of_trust(
+    tmp_path: Path, half: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setenv(TRUST, "0")
-    with pytest.raises(AdapterFileError, match=r"such as 'pathlib.*': .*(weights_only=False|LOAD=1)"):
-        trainer(tmp_path, [lora(merge=False)]).fit(Holds(path=tmp_path), data(), ckpt_path=half)
+    with pytest.raises(
+        AdapterFileError, match=r"such as 'pathlib.*': .*(weights_only=False|LOAD=1)"
+    ):
+        trainer(tmp_path, [lora(merge=False)]).fit(
+            Holds(path=tmp_path), data(), ckpt_path=half
+        )
 
 
 @pytest.mark.skipif(
@@ -42,19 +48,35 @@ def test_a_file_of_other_types_is_refused_without_a_word_of_trust(tmp_path: Path
 )
 def test_a_trusted_file_of_other_types_is_resumed(tmp_path: Path, half: Path) -> None:
     goes_on(half, Holds(path=tmp_path), weights_only=False)
-    trusted: dict[str, Any] = {"ckpt_path": half, "weights_only": False, "verbose": False}
-    assert trainer(tmp_path, [lora()]).test(Holds(path=tmp_path), data(), **trusted)[0]["test_loss"] > 0
+    trusted: dict[str, Any] = {
+        "ckpt_path": half,
+        "weights_only": False,
+        "verbose": False,
+    }
+    assert (
+        trainer(tmp_path, [lora()]).test(Holds(path=tmp_path), data(), **trusted)[0][
+            "test_loss"
+        ]
+        > 0
+    )
 
 
-@pytest.mark.filterwarnings("ignore:.*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning")  # torch says that it does
-def test_the_environment_may_say_that_files_are_trusted(tmp_path: Path, half: Path, monkeypatch: Any) -> None:
+# torch says that it does
+@pytest.mark.filterwarnings(
+    "ignore:.*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning"
+)
+def test_the_environment_may_say_that_files_are_trusted(
+    tmp_path: Path, half: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setenv(TRUST, "1")
     goes_on(half, Holds(path=tmp_path))
     assert os.environ[TRUST] == "1"
     assert FORCE not in os.environ
 
 
-def test_code_does_not_run_where_lightning_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_does_not_run_where_lightning_cannot_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before 2.6, Lightning's strategies take no word of trust, and read files of any types."""
     path = tmp_path / "a.ckpt"
     fitted(path)
@@ -65,7 +87,9 @@ def test_code_does_not_run_where_lightning_cannot_be_told(tmp_path: Path, monkey
     monkeypatch.setattr(Strategy, "load_checkpoint", load_checkpoint)
     assert "weights_only" not in inspect.signature(Strategy.load_checkpoint).parameters
     goes_on(path)
-    torch.save(torch.load(path, weights_only=True) | {"more": Runs(tmp_path / "ran")}, path)
+    torch.save(
+        torch.load(path, weights_only=True) | {"more": Runs(tmp_path / "ran")}, path
+    )
     with pytest.raises(AdapterFileError, match="more than plain types"):
         goes_on(path)
     assert not (tmp_path / "ran").exists()
@@ -80,7 +104,8 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     (tmp_path / "served").mkdir()
     with ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+        ("127.0.0.1", 0),
+        partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served")),
     ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -91,9 +116,13 @@ def test_code_in_a_file_of_the_web_does_not_run(tmp_path: Path, served: str) -> 
     fitted(tmp_path / "served" / "good.ckpt")
     goes_on(f"{served}/good.ckpt")
     checkpoint = torch.load(tmp_path / "served" / "good.ckpt", weights_only=True)
-    torch.save(checkpoint | {"more": Runs(tmp_path / "ran")}, tmp_path / "served" / "bad.ckpt")
+    torch.save(
+        checkpoint | {"more": Runs(tmp_path / "ran")}, tmp_path / "served" / "bad.ckpt"
+    )
     with pytest.raises(AdapterFileError, match="more than plain types"):
-        trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=f"{served}/bad.ckpt")
+        trainer(tmp_path, [lora()]).fit(
+            LitTiny(), data(), ckpt_path=f"{served}/bad.ckpt"
+        )
     assert not (tmp_path / "ran").exists()
 
 
@@ -104,4 +133,6 @@ def test_load_from_checkpoint_of_other_files_says_what_to_do(tmp_path: Path) -> 
         load_from_checkpoint(LitTiny, tmp_path / "lora.safetensors")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "bare.ckpt")
     with pytest.raises(AdapterFileError, match="is not a Lightning checkpoint"):
-        trainer(tmp_path, [lora()]).validate(LitTiny(), data(), ckpt_path=tmp_path / "bare.ckpt")
+        trainer(tmp_path, [lora()]).validate(
+            LitTiny(), data(), ckpt_path=tmp_path / "bare.ckpt"
+        )

@@ -11,7 +11,16 @@ import lightning_lora as ll
 from tests.support import fits
 from tests.support.cases import tensors
 from tests.support.compared import assert_same_state, assert_state
-from tests.support.models import LitTiny, X, aged, as_trained, best, data, state, trainer
+from tests.support.models import (
+    LitTiny,
+    X,
+    aged,
+    as_trained,
+    best,
+    data,
+    state,
+    trainer,
+)
 from tests.support.storage import saved
 
 HEAD = {"head.weight", "head.bias"}
@@ -35,16 +44,25 @@ def callback(**kwargs: Any) -> ll.LoRACallback:
     return ll.LoRACallback(**{"r": 2, "target_modules": ["q_proj", "v_proj"], **kwargs})
 
 
-def fit(folder: Path, model: LitTiny, callback: ll.LoRACallback, **options: Any) -> LitTiny:
+def fit(
+    folder: Path, model: LitTiny, callback: ll.LoRACallback, **options: Any
+) -> LitTiny:
     saves = best(folder, filename="{epoch}", save_top_k=-1)
     fits.fit(folder, callback, saves, model=model, **options)
     return model
 
 
 @pytest.mark.parametrize(
-    ("targets", "save"), [(["q_proj", "v_proj"], "adapters"), ("all-linear", "model"), (["head"], "adapters")]
+    ("targets", "save"),
+    [
+        (["q_proj", "v_proj"], "adapters"),
+        ("all-linear", "model"),
+        (["head"], "adapters"),
+    ],
 )
-def test_a_run_with_a_forgotten_head_is_evaluated_and_goes_on(tmp_path: Path, targets: Any, save: Any) -> None:
+def test_a_run_with_a_forgotten_head_is_evaluated_and_goes_on(
+    tmp_path: Path, targets: Any, save: Any
+) -> None:
     model = fit(tmp_path, NewHead(), callback(target_modules=targets, save=save))
     last = tmp_path / "epoch=1.ckpt"
     first = tmp_path / "epoch=0.ckpt"
@@ -54,7 +72,9 @@ def test_a_run_with_a_forgotten_head_is_evaluated_and_goes_on(tmp_path: Path, ta
     assert found == pytest.approx(expected)
     merged = ll.load_from_checkpoint(NewHead, last, merge=True)
     torch.testing.assert_close(merged(X), model(X))
-    again = fit(tmp_path / "again", NewHead(), callback(target_modules=targets), ckpt_path=first)
+    again = fit(
+        tmp_path / "again", NewHead(), callback(target_modules=targets), ckpt_path=first
+    )
     assert_same_state(again, model)
     assert {*tensors(tmp_path / "again" / "epoch=1.ckpt")} >= HEAD
 
@@ -84,7 +104,9 @@ def test_a_state_without_a_file_holds_the_head_too() -> None:
 
 def test_processes_write_the_same_head(tmp_path: Path) -> None:
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
-    model = fit(tmp_path, NewHead(), callback(), max_epochs=1, strategy=strategy, devices=2)
+    model = fit(
+        tmp_path, NewHead(), callback(), max_epochs=1, strategy=strategy, devices=2
+    )
     assert {*tensors(tmp_path / "epoch=0.ckpt")} >= HEAD
     ll.remove_adapters(model)  # forgets what the processes left
     fit(tmp_path / "one", NewHead(), callback(), ckpt_path=tmp_path / "epoch=0.ckpt")
@@ -93,5 +115,8 @@ def test_processes_write_the_same_head(tmp_path: Path) -> None:
 def test_an_export_to_peft_names_what_it_leaves_out(tmp_path: Path) -> None:
     model = NewHead()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]))
-    with pytest.warns(ll.LoRAWarning, match=r"'head.weight', 'head.bias' may be untrained.*PEFT's format has no place"):
+    with pytest.warns(
+        ll.LoRAWarning,
+        match=r"'head.weight', 'head.bias' may be untrained.*PEFT's format has no place",
+    ):
         ll.export_peft(model, tmp_path / "peft")

@@ -19,11 +19,15 @@ from tests.support.parameters import cloned
 class At(L.Callback):
     """Do something at the start of a given training batch."""
 
-    def __init__(self, batch: int, action: Callable[[L.Trainer, L.LightningModule], Any]) -> None:
+    def __init__(
+        self, batch: int, action: Callable[[L.Trainer, L.LightningModule], Any]
+    ) -> None:
         self.batch = batch
         self.action = action
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
         if trainer.global_step == self.batch:
             self.action(trainer, pl_module)
 
@@ -38,7 +42,9 @@ def stop(*_: Any) -> None:
 
 def held(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's state, without the note to other readers."""
-    return {name: value for name, value in checkpoint["state_dict"].items() if name != NOTE}
+    return {
+        name: value for name, value in checkpoint["state_dict"].items() if name != NOTE
+    }
 
 
 def tensors(path: Any) -> list[str]:
@@ -91,7 +97,8 @@ def assert_holds_adapters_alone(file: Path) -> None:
     assert "lightning_lora" in checkpoint, file
     base = LitTiny()
     frozen_shapes = {base.get_parameter(name).shape for name in FROZEN}
-    for path, value in leaves({**checkpoint, "lightning_lora": None}).items():  # which gives numbers by name
+    # which gives numbers by name
+    for path, value in leaves({**checkpoint, "lightning_lora": None}).items():
         if value is not None:
             assert frozen_names_in(path) == [], file
         if isinstance(value, Tensor):
@@ -114,14 +121,20 @@ def same_parts(a: Any, b: Any) -> bool:
     leaves_of_b, structure_of_b = tree_flatten(b)
     if structure_of_a != structure_of_b:
         return False
-    return all(equal(one, other) for one, other in zip(leaves_of_a, leaves_of_b, strict=True))
+    return all(
+        equal(one, other) for one, other in zip(leaves_of_a, leaves_of_b, strict=True)
+    )
 
 
 def base_is_whole(model: LitTiny) -> bool:
     """Whether every frozen weight of ``model``, which ends un-merged, has the bits that it was born with."""
     unmerge_adapters(model)
     base = LitTiny()
-    changed = [name for name in FROZEN if not torch.equal(model.get_parameter(name), base.get_parameter(name))]
+    changed = [
+        name
+        for name in FROZEN
+        if not torch.equal(model.get_parameter(name), base.get_parameter(name))
+    ]
     return changed == []
 
 

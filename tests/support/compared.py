@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from tests.support.models import state
 
 
-def assert_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def assert_same_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     """Expect the same names, in the same order, and the same bits."""
     assert list(found) == list(expected)
     assert_holds(found, expected)
@@ -38,14 +40,18 @@ def assert_all_equal(found: Iterable[Tensor], expected: Iterable[Tensor]) -> Non
         assert torch.equal(one, other)
 
 
-def assert_close_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def assert_close_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     """Expect the same names, and nearly the same values."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
 
 
-def assert_all_refused(model: nn.Module, calls: Iterable[Callable[[Any], object]], error: Any, match: str) -> None:
+def assert_all_refused(
+    model: nn.Module, calls: Iterable[Callable[[Any], object]], error: Any, match: str
+) -> None:
     """Expect this error of each call with ``model``, which no call changes."""
     before = state(model)
     for call in calls:

@@ -17,7 +17,8 @@ with warnings.catch_warnings():
     deepspeed = pytest.importorskip("deepspeed")
     with suppress(ImportError):  # it compiles functions: here, and not in each process
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at its first use, for a minute
+# compiled at its first use, for a minute
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class CpuDeepSpeed(DeepSpeedStrategy):

@@ -78,10 +78,17 @@ def _count_file(path: Path, density: Density) -> None:
             density.comprehensions += 1
         if isinstance(node, ast.Name):
             density.names += 1
-        if isinstance(node, FUNCTIONS) and _branches_in(node) > BRANCHES_OF_A_LONG_FUNCTION:
+        if (
+            isinstance(node, FUNCTIONS)
+            and _branches_in(node) > BRANCHES_OF_A_LONG_FUNCTION
+        ):
             density.long_functions.append(f"{path.name}:{node.lineno} {node.name}")
         line = getattr(node, "lineno", None)
-        if line is not None and line not in docstrings and not isinstance(node, CONTEXTS):
+        if (
+            line is not None
+            and line not in docstrings
+            and not isinstance(node, CONTEXTS)
+        ):
             nodes_by_line[line] += 1
     density.lines_with_nodes += len(nodes_by_line)
     for nodes in nodes_by_line.values():
@@ -92,7 +99,10 @@ def _count_file(path: Path, density: Density) -> None:
 def _lines_of_docstrings(tree: ast.Module) -> set[int]:
     lines: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, DOCUMENTED)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             docstring = node.body[0]
             assert docstring.end_lineno is not None
             lines.update(range(docstring.lineno, docstring.end_lineno + 1))

@@ -25,7 +25,9 @@ from lightning_lora import LoRAError, load_adapter, load_from_checkpoint
 from tests.support.models import LitTiny, as_trained, data, lora, same, state, trainer
 
 forks = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="forks, and limits what a process may write"
+    ),
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)"),
 ]
@@ -37,7 +39,8 @@ OURS = (LoRAError, FileNotFoundError, PermissionError)
 def fork(work: Callable[[], object], seconds: float = 60) -> int:
     """Run ``work`` in a fork of this process, and fail as it fails; return the signal of its end.
 
-    ``SIGPROF`` ends it after some seconds of CPU time, which other processes on the machine hardly change.
+    ``SIGPROF`` ends it after some seconds of CPU time, which other processes on the
+    machine hardly change.
     """
     receive, send = FORK.Pipe(duplex=False)
 
@@ -45,7 +48,8 @@ def fork(work: Callable[[], object], seconds: float = 60) -> int:
         torch.set_num_threads(1)  # the other threads did not come along
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        warnings.simplefilter("ignore")  # what is wrong must be refused where a warning is no error
+        # what is wrong must be refused where a warning is no error
+        warnings.simplefilter("ignore")
         with Path(os.devnull).open("w") as sys.stdout:
             sys.stderr = sys.stdout
             try:
@@ -56,7 +60,8 @@ def fork(work: Callable[[], object], seconds: float = 60) -> int:
     child = FORK.Process(target=run)
     child.start()
     send.close()
-    child.join(3600)  # after so many seconds it stands still: what it computes is limited by its CPU time
+    # after so many seconds it stands still: what it computes is limited by its CPU time
+    child.join(3600)
     child.kill()
     child.join()
     with suppress(EOFError):
@@ -84,8 +89,14 @@ def limit(size: int, then: Any = signal.SIG_IGN) -> None:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Let nobody write into a folder. What its process may do is lost for ever: call it in a fork."""
-    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # not even for root
+    """Let nobody write into a folder.
+
+    What its process may do is lost for ever: call it in a fork.
+    """
+    # not even for root
+    ctypes.CDLL(None).capset(
+        (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    )
     paths = [*folder.glob("*.*"), folder]
     for path in paths:
         path.chmod(0o555)
@@ -95,12 +106,20 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def kinds(model: nn.Module) -> list[Any]:
-    modules = [(name, type(module), module.training) for name, module in model.named_modules()]
-    parameters = [(name, type(p), p.requires_grad) for name, p in model.named_parameters()]
+    modules = [
+        (name, type(module), module.training) for name, module in model.named_modules()
+    ]
+    parameters = [
+        (name, type(p), p.requires_grad) for name, p in model.named_parameters()
+    ]
     return [*modules, *parameters]
 
 
@@ -110,11 +129,16 @@ class FailsAt(TorchFunctionMode):
     def __init__(self, place: int) -> None:
         super().__init__()
         self.left = place
-        self.error = MemoryError("no memory is left") if place % 2 else KeyboardInterrupt()
+        self.error = (
+            MemoryError("no memory is left") if place % 2 else KeyboardInterrupt()
+        )
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = getattr(func, "__name__", "")
-        if name not in ("requires_grad_", "is_inference") and not name.startswith("_"):  # these compute nothing
+        # these compute nothing
+        if name not in ("requires_grad_", "is_inference") and not name.startswith("_"):
             self.left -= 1
             if self.left == 0:
                 raise self.error
@@ -148,7 +172,9 @@ def adapted(seed: int = 5) -> LitTiny:
 
 
 def with_trainer(stage: str, model: LitTiny, path: Path) -> None:
-    t = trainer(path.parent, [lora(merge=False)], max_epochs=2, enable_checkpointing=False)
+    t = trainer(
+        path.parent, [lora(merge=False)], max_epochs=2, enable_checkpointing=False
+    )
     getattr(t, stage)(model, data(), ckpt_path=path)
 
 
@@ -160,7 +186,9 @@ WAYS: dict[str, Callable[[LitTiny, Path], object]] = {
 }
 
 
-def refused(path: Path, *ways: str, builds: Sequence[Callable[[], LitTiny]] = (LitTiny, adapted)) -> None:
+def refused(
+    path: Path, *ways: str, builds: Sequence[Callable[[], LitTiny]] = (LitTiny, adapted)
+) -> None:
     """Expect ``path`` to be refused in every way in which it could be loaded, and a model to be what it was."""
     for way, build in product(ways or WAYS, builds):
         model = build()

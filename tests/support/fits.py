@@ -10,7 +10,11 @@ import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from packaging.version import Version
@@ -35,7 +39,8 @@ class Stateful:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        torch.rand(1)  # as the loaders of torch and torchdata draw a seed for their workers
+        # as the loaders of torch and torchdata draw a seed for their workers
+        torch.rand(1)
         return self._rest()
 
     def _rest(self) -> Iterator[Any]:
@@ -57,12 +62,19 @@ class Steps(L.Callback):
     def __init__(self) -> None:
         self.after: list[dict[str, Tensor]] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
         self.after.append(trained(pl_module))
 
 
 def fit(
-    folder: Path, *callbacks: L.Callback, model: Any = None, train: Any = None, ckpt_path: Any = None, **options: Any
+    folder: Path,
+    *callbacks: L.Callback,
+    model: Any = None,
+    train: Any = None,
+    ckpt_path: Any = None,
+    **options: Any,
 ) -> tuple[Any, L.Trainer]:
     """Fit a module, or one of a class, or a LitTiny, with these callbacks; return it and its Trainer."""
     torch.manual_seed(5)
@@ -91,13 +103,26 @@ def resumes_to_the_bit(
     saving: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """Fit, and again from the first run's file ``at``, to the same bits. Return that module. Each run has a folder."""
+    """Fit, and again from the first run's file ``at``, to the same bits.
+
+    Return that module. Each run has a folder.
+    """
     unit, _, _ = at.partition("=")
 
     def run(model: Any, name: str, ckpt_path: Path | None) -> None:
-        saves = ModelCheckpoint(folder / name, f"{{{unit}}}", save_top_k=-1, **(saving or {}))
+        saves = ModelCheckpoint(
+            folder / name, f"{{{unit}}}", save_top_k=-1, **(saving or {})
+        )
         callbacks = [each() for each in make]
-        fit(folder, *callbacks, saves, model=model, train=train(), ckpt_path=ckpt_path, **options)
+        fit(
+            folder,
+            *callbacks,
+            saves,
+            model=model,
+            train=train(),
+            ckpt_path=ckpt_path,
+            **options,
+        )
 
     through = build()
     resumed = build()
@@ -148,7 +173,11 @@ def parameters_in(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def by_hand(
-    optimizer: Optimizer, model: LitTiny, *, every: int = 1, clip: Callable[[list[nn.Parameter]], Any] = lambda _: None
+    optimizer: Optimizer,
+    model: LitTiny,
+    *,
+    every: int = 1,
+    clip: Callable[[list[nn.Parameter]], Any] = lambda _: None,
 ) -> None:
     """Train three epochs in plain torch."""
 
@@ -246,7 +275,9 @@ class Fails(L.Callback):
 
 ON_EXCEPTION: dict[str, Callable[..., L.Callback]] = {"callback": OnExceptionCheckpoint}
 if keeps_random:  # Lightning 2.6
-    ON_EXCEPTION["option"] = partial(ModelCheckpoint, filename="on_exception", save_on_exception=True, save_top_k=0)
+    ON_EXCEPTION["option"] = partial(
+        ModelCheckpoint, filename="on_exception", save_on_exception=True, save_top_k=0
+    )
 
 
 def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -307,7 +338,8 @@ class Average(NamedTuple):
 
 
 AVERAGES: dict[str, Average] = {}
-if Version(torch.__version__) >= Version("2.6"):  # the state of its schedule could not be loaded safely before
+# the state of its schedule could not be loaded safely before
+if Version(torch.__version__) >= Version("2.6"):
     AVERAGES["swa"] = Average(swa, swa_at_the_end, last_of_first_epoch)
 if hasattr(bundled, "WeightAveraging"):
     AVERAGES["mean"] = Average(bundled.WeightAveraging, mean, mean_of_first_epoch)

@@ -1,6 +1,7 @@
 """Small files of each release, which every later version reads.
 
-``python -m tests.support.kept`` writes those of this version. Run it once for a release, and commit the folder.
+``python -m tests.support.kept`` writes those of this version. Run it once for a
+release, and commit the folder.
 """
 
 import json
@@ -22,16 +23,28 @@ WIDTH = 4
 LAYERS = ["one", "two"]
 SETTINGS = {
     "one.safetensors": LoRAConfig(
-        r=2, alpha=3, target_modules=LAYERS, rank_pattern={"two": 1}, use_dora=True, bias="lora_only"
+        r=2,
+        alpha=3,
+        target_modules=LAYERS,
+        rank_pattern={"two": 1},
+        use_dora=True,
+        bias="lora_only",
     ),
-    "all.safetensors": LoRAConfig(r=2, target_modules="all", target_slices={"attention": ["q", "v"]}),
-    "peft": LoRAConfig(r=2, alpha=4, target_modules=LAYERS, use_rslora=True, modules_to_save=["head"]),
+    "all.safetensors": LoRAConfig(
+        r=2, target_modules="all", target_slices={"attention": ["q", "v"]}
+    ),
+    "peft": LoRAConfig(
+        r=2, alpha=4, target_modules=LAYERS, use_rslora=True, modules_to_save=["head"]
+    ),
 }
 """What each file holds, beside the checkpoint of a run."""
 
 
 class Kept(L.LightningModule):
-    """The base of all these files. No random numbers are in it, so that it is the same in every version of torch."""
+    """The base of all these files.
+
+    No random numbers are in it, so that it is the same in every version of torch.
+    """
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
@@ -46,7 +59,8 @@ class Kept(L.LightningModule):
         self.head = nn.Linear(width, 3)
         for number, value in enumerate(self.parameters()):
             steps = torch.arange(value.numel()) * 7 + number * 3
-            value.data = ((steps % 23 - 11) / 16).view(value.shape)  # exact in every dtype
+            # exact in every dtype
+            value.data = ((steps % 23 - 11) / 16).view(value.shape)
 
     def forward(self, index: Tensor) -> Tensor:
         x = self.convolution(self.words(index).mT).mT
@@ -77,7 +91,9 @@ def outputs(model: nn.Module) -> Any:
 
 def quiet(epochs: int) -> L.Trainer:
     """A Trainer that writes nothing by itself."""
-    lora = LoRACallback(r=2, target_modules=LAYERS, modules_to_save=["head", "norm"], merge=False)
+    lora = LoRACallback(
+        r=2, target_modules=LAYERS, modules_to_save=["head", "norm"], merge=False
+    )
     return trainer(".", [lora], max_epochs=epochs, enable_checkpointing=False)
 
 

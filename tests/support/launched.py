@@ -1,6 +1,7 @@
 """A fit in one of the processes that a launcher has started.
 
-Usage: python -m tests.support.launched FOLDER [--strategy NAME] [--devices N] [--nodes N] [--requeue]
+Usage: python -m tests.support.launched FOLDER [--strategy NAME] [--devices N] [--nodes
+N] [--requeue]
 """
 
 import argparse

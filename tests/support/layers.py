@@ -22,7 +22,9 @@ class Normalised(nn.Linear):
     """A linear layer whose output is not linear in its weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+        return nn.functional.linear(
+            input, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias
+        )
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -54,8 +56,12 @@ class Padding(nn.Conv2d):
 class Standardised(nn.Conv2d):
     """A convolution that standardises its weight in the method that forward calls."""
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(input, (weight - weight.mean()) / weight.std(), bias)
+    def _conv_forward(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return super()._conv_forward(
+            input, (weight - weight.mean()) / weight.std(), bias
+        )
 
 
 class Linear(nn.Module):
@@ -86,8 +92,13 @@ class Experts(nn.Module):
 FLOATS = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(2, 3, 5)
 INDEX = torch.tensor([[0, 3, 1], [4, 4, 2]])
 BAGS = (torch.tensor([0, 3, 1, 4, 4]), torch.tensor([0, 2]))
-LINE, PLANE, SPACE = (torch.linspace(-1, 1, 2 * 4 * 5**n, dtype=torch.float64).view(2, 4, *(5,) * n) for n in (1, 2, 3))
-PACKED = nn.utils.rnn.pack_padded_sequence(FLOATS, torch.tensor([3, 2]), batch_first=True)
+LINE, PLANE, SPACE = (
+    torch.linspace(-1, 1, 2 * 4 * 5**n, dtype=torch.float64).view(2, 4, *(5,) * n)
+    for n in (1, 2, 3)
+)
+PACKED = nn.utils.rnn.pack_padded_sequence(
+    FLOATS, torch.tensor([3, 2]), batch_first=True
+)
 PAD = torch.tensor([[False, False, True], [False, False, False]])
 SELF = (FLOATS, FLOATS, FLOATS)
 ATTENTION: dict[str, Any] = {"embed_dim": 5, "num_heads": 1, "batch_first": True}
@@ -102,23 +113,50 @@ LAYERS: dict[str, tuple[Any, Any]] = {
     "scaled embedding": (lambda: ScaledEmbedding(5, 4), INDEX),
     "bag": (lambda: nn.EmbeddingBag(5, 4), BAGS),
     "bag of sums": (lambda: nn.EmbeddingBag(5, 4, mode="sum", padding_idx=4), INDEX),
-    "bag of weighted sums": (lambda: nn.EmbeddingBag(5, 4, mode="sum"), (*BAGS, torch.linspace(1, 2, 5).double())),
+    "bag of weighted sums": (
+        lambda: nn.EmbeddingBag(5, 4, mode="sum"),
+        (*BAGS, torch.linspace(1, 2, 5).double()),
+    ),
     "bag of maxima": (lambda: nn.EmbeddingBag(5, 4, mode="max"), INDEX),
     "convolution": (lambda: nn.Conv2d(4, 6, 3), PLANE),
-    "convolution in one dimension": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False), LINE),
-    "convolution in three": (lambda: nn.Conv3d(4, 6, (1, 2, 3), dilation=(1, 2, 1), padding="same"), SPACE),
-    "circular convolution": (lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular"), PLANE),
+    "convolution in one dimension": (
+        lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False),
+        LINE,
+    ),
+    "convolution in three": (
+        lambda: nn.Conv3d(4, 6, (1, 2, 3), dilation=(1, 2, 1), padding="same"),
+        SPACE,
+    ),
+    "circular convolution": (
+        lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular"),
+        PLANE,
+    ),
     "grouped convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2, stride=(1, 2)), PLANE),
-    "depthwise convolution": (lambda: nn.Conv2d(4, 8, (3, 2), groups=4, padding=1), PLANE),
+    "depthwise convolution": (
+        lambda: nn.Conv2d(4, 8, (3, 2), groups=4, padding=1),
+        PLANE,
+    ),
     "unbatched convolution": (lambda: nn.Conv2d(4, 6, 3), PLANE[0]),
     "padding convolution": (lambda: Padding(4, 6, 3), PLANE),
     "standardised convolution": (lambda: Standardised(4, 6, 3), PLANE),
-    "transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), PLANE),
-    "transposed to a size": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (PLANE, [12, 11])),
-    "grouped transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), PLANE),
+    "transposed convolution": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1),
+        PLANE,
+    ),
+    "transposed to a size": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2),
+        (PLANE, [12, 11]),
+    ),
+    "grouped transposed convolution": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2),
+        PLANE,
+    ),
     "bilinear": (lambda: nn.Bilinear(5, 4, 6), (FLOATS, FLOATS[..., :4])),
     "lstm": (lambda: nn.LSTM(5, 4, num_layers=2, bidirectional=True), FLOATS),
-    "lstm with projections": (lambda: nn.LSTM(5, 4, proj_size=3, batch_first=True), FLOATS),
+    "lstm with projections": (
+        lambda: nn.LSTM(5, 4, proj_size=3, batch_first=True),
+        FLOATS,
+    ),
     "packed lstm": (lambda: nn.LSTM(5, 4, batch_first=True), PACKED),
     "gru": (lambda: nn.GRU(5, 4, bias=False, batch_first=True), FLOATS),
     "rnn": (lambda: nn.RNN(5, 4, nonlinearity="relu"), FLOATS),
@@ -130,7 +168,9 @@ LAYERS: dict[str, tuple[Any, Any]] = {
         (FLOATS, FLOATS[..., 1:], FLOATS[..., 2:]),
     ),
     "attention with every option": (
-        lambda: nn.MultiheadAttention(5, 5, add_bias_kv=True, add_zero_attn=True, bias=False),
+        lambda: nn.MultiheadAttention(
+            5, 5, add_bias_kv=True, add_zero_attn=True, bias=False
+        ),
         (*SELF, None, True, torch.eye(2, dtype=torch.bool), False),
     ),
     "experts": (Experts, FLOATS),
@@ -173,7 +213,10 @@ Factors = dict[str, Tensor]
 
 
 def factors(layer: Any) -> Factors:
-    return {name: p.detach().clone().requires_grad_() for name, p in layer.lora_parameters().items()}
+    return {
+        name: p.detach().clone().requires_grad_()
+        for name, p in layer.lora_parameters().items()
+    }
 
 
 def updates_by_part(lora: Factors, scaling: float) -> dict[str, Tensor]:
@@ -186,7 +229,9 @@ def updates_by_part(lora: Factors, scaling: float) -> dict[str, Tensor]:
     return updates
 
 
-def reference_weights_of_attention(layer: nn.MultiheadAttention, updates: dict[str, Tensor]) -> dict[str, Tensor]:
+def reference_weights_of_attention(
+    layer: nn.MultiheadAttention, updates: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The weights of q, k and v may lie in one, or each in its own."""
     weights = {"out_proj.weight": layer.out_proj.weight + updates["out"]}
     if layer.in_proj_weight is not None:
@@ -212,7 +257,10 @@ def reference_weights(layer: Any, lora: Factors) -> dict[str, Tensor]:
         return weights
     delta = scaling * lora["lora_B"] @ lora["lora_A"]
     weight = layer.weight
-    transposed = isinstance(layer, nn.Embedding | nn.EmbeddingBag | Conv1D | nn.modules.conv._ConvTransposeNd)
+    transposed = isinstance(
+        layer,
+        nn.Embedding | nn.EmbeddingBag | Conv1D | nn.modules.conv._ConvTransposeNd,
+    )
     return {"weight": weight + (delta.T if transposed else delta).reshape(weight.shape)}
 
 
@@ -223,12 +271,21 @@ def reference(model: Model, lora: Factors, x: Any) -> Tensor:
     if "lora_magnitude" in lora:  # DoRA
         transposed = isinstance(layer, nn.Embedding | Conv1D)
         rows = weights["weight"].T if transposed else weights["weight"].flatten(1)
-        rows = lora["lora_magnitude"][:, None] * rows / rows.norm(dim=1, keepdim=True).detach()
-        weights = {"weight": (rows.T if transposed else rows).reshape(layer.weight.shape)}
+        rows = (
+            lora["lora_magnitude"][:, None]
+            * rows
+            / rows.norm(dim=1, keepdim=True).detach()
+        )
+        weights = {
+            "weight": (rows.T if transposed else rows).reshape(layer.weight.shape)
+        }
     starts = factors_at_the_start(lora)
     if starts:  # PiSSA and OLoRA
         started = reference_weights(layer, starts)
-        weights = {name: layer.get_parameter(name) + weights[name] - started[name] for name in weights}
+        weights = {
+            name: layer.get_parameter(name) + weights[name] - started[name]
+            for name in weights
+        }
     plain = copy.deepcopy(model)
     remove_adapters(plain)
     weights_of_model = {f"0.{name}": weight for name, weight in weights.items()}
@@ -250,10 +307,14 @@ def train(model: Model) -> None:
     generator = torch.Generator().manual_seed(5)
     for p in model.parameters():
         if p.requires_grad:
-            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(0.1))
+            p.add_(
+                torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(0.1)
+            )
 
 
 def adapted(layer: nn.Module, **arguments: Any) -> Any:
     """A layer with an update that does something."""
-    as_trained(nn.Sequential(layer).double(), scale=1, **{"target_modules": "all"} | arguments)
+    as_trained(
+        nn.Sequential(layer).double(), scale=1, **{"target_modules": "all"} | arguments
+    )
     return layer

@@ -1,6 +1,7 @@
 """Run llama.cpp in a process of its own: what it cannot run ends its process.
 
-python -m tests.support.llama_cpp MODEL [ADAPTER] prints the logarithms of probabilities of the token after PROMPT.
+python -m tests.support.llama_cpp MODEL [ADAPTER] prints the logarithms of probabilities
+of the token after PROMPT.
 """
 
 import json
@@ -40,7 +41,9 @@ def convert(script: str, *arguments: object) -> None:
 def start(*files: Path) -> subprocess.CompletedProcess[str]:
     """Run a model, and perhaps an adapter, in another process."""
     command = [sys.executable, "-m", "tests.support.llama_cpp", *map(str, files)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT
+    )
 
 
 def log_probabilities(*files: Path) -> dict[int, float]:
@@ -62,7 +65,9 @@ def main(model: str, *adapters: str) -> None:
     params.warmup = False
     params.lora_adapters = [adapter_of(path) for path in adapters]
     server = xllamacpp.Server(params)
-    answer = server.handle_completions({"prompt": PROMPT, "n_predict": 1, "temperature": 0, "logprobs": SHOWN})
+    answer = server.handle_completions(
+        {"prompt": PROMPT, "n_predict": 1, "temperature": 0, "logprobs": SHOWN}
+    )
     (choice,) = answer["choices"]
     (token,) = choice["logprobs"]["content"]
     print("\n" + json.dumps(token["top_logprobs"]), flush=True)

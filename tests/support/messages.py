@@ -17,7 +17,9 @@ def assert_in_text(parts: Iterable[str], text: str) -> None:
         assert part in text, part
 
 
-def warned_by(call: Callable[..., object], *args: Any, **kwargs: Any) -> list[WarningMessage]:
+def warned_by(
+    call: Callable[..., object], *args: Any, **kwargs: Any
+) -> list[WarningMessage]:
     """The warnings of a call, each of them every time."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -20,7 +20,9 @@ from tests.support.versions import exact, keeps_random, needs_averaging  # noqa:
 WORDS, WIDTH, CLASSES = 20, 8, 4
 X = torch.arange(WORDS)
 
-unties = pytest.mark.filterwarnings("ignore:.*was tied to another layer:lightning_lora.LoRAWarning")
+unties = pytest.mark.filterwarnings(
+    "ignore:.*was tied to another layer:lightning_lora.LoRAWarning"
+)
 
 
 class TinyLM(nn.Module):
@@ -99,14 +101,26 @@ class Around(L.LightningModule):
 
 def data(samples: int = 16, batch_size: int = 4) -> DataLoader[Any]:
     """Random tokens, always the same, with labels that depend on them."""
-    index = torch.randint(0, WORDS, (samples,), generator=torch.Generator().manual_seed(2))
+    index = torch.randint(
+        0, WORDS, (samples,), generator=torch.Generator().manual_seed(2)
+    )
     return DataLoader(TensorDataset(index, index % CLASSES), batch_size=batch_size)
 
 
-def trainer(folder: Path | str, callbacks: Iterable[L.Callback] = (), **kwargs: Any) -> L.Trainer:
+def trainer(
+    folder: Path | str, callbacks: Iterable[L.Callback] = (), **kwargs: Any
+) -> L.Trainer:
     """A quiet Trainer on the CPU."""
-    hidden = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
-    defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "default_root_dir": str(folder), **hidden}
+    hidden = dict.fromkeys(
+        ("logger", "enable_progress_bar", "enable_model_summary"), False
+    )
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "default_root_dir": str(folder),
+        **hidden,
+    }
     return L.Trainer(callbacks=list(callbacks), **(defaults | kwargs))
 
 
@@ -121,7 +135,9 @@ def lora(**kwargs: Any) -> LoRACallback:
 
 def best(folder: Path, **kwargs: Any) -> ModelCheckpoint:
     """A ModelCheckpoint that keeps the file with the lowest validation loss."""
-    return ModelCheckpoint(folder, **({"monitor": "val_loss", "filename": "best-{epoch}"} | kwargs))
+    return ModelCheckpoint(
+        folder, **({"monitor": "val_loss", "filename": "best-{epoch}"} | kwargs)
+    )
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -134,7 +150,9 @@ def randomise(model: nn.Module, seed: int = 3, scale: float = 0.1) -> None:
     """Set every adapter of ``model`` to random values, so its update is not zero."""
     generator = torch.Generator().manual_seed(seed)
     for p in View(model).adapter_parameters.values():
-        p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(scale))
+        p.copy_(
+            torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(scale)
+        )
 
 
 @torch.no_grad()
@@ -143,7 +161,9 @@ def aged(model: nn.Module) -> None:
     for p in model.parameters():
         if p.dim() > 1:
             p.mul_(torch.linspace(0.3, 1.3, len(p)).view(-1, *[1] * (p.dim() - 1)))
-            p.mul_(torch.linspace(0.5, 1.5, p.shape[1]).view(1, -1, *[1] * (p.dim() - 2)))
+            p.mul_(
+                torch.linspace(0.5, 1.5, p.shape[1]).view(1, -1, *[1] * (p.dim() - 2))
+            )
         else:
             p.add_(torch.linspace(-0.1, 0.1, len(p)))
 

@@ -1,7 +1,7 @@
 """The notebook of the examples, and what it shows.
 
-``python -m tests.support.notebook`` runs it, keeps its outputs, and writes the pictures that the pages have from it. It
-needs the extras ``examples`` and ``notebook``.
+``python -m tests.support.notebook`` runs it, keeps its outputs, and writes the pictures
+that the pages have from it. It needs the extras ``examples`` and ``notebook``.
 """
 
 import base64
@@ -41,8 +41,15 @@ def run() -> None:
     from nbclient import NotebookClient
 
     notebook = nbformat.read(NOTEBOOK, 4)
-    NotebookClient(notebook, record_timing=False, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
-    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
+    NotebookClient(
+        notebook,
+        record_timing=False,
+        resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+    ).execute()
+    notebook.metadata = {
+        "kernelspec": notebook.metadata["kernelspec"],
+        "language_info": {"name": "python"},
+    }
     nbformat.write(notebook, NOTEBOOK)
 
 

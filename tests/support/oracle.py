@@ -15,7 +15,13 @@ from tests.support.parameters import attributes_of_adapters, chosen
 WORDS = 5
 WIDTH = 3
 INDEX = torch.arange(WORDS)
-CLASSES = {"embed": nn.Embedding, "body.conv": Conv1D, "body.q": nn.Linear, "body.v": nn.Linear, "head": nn.Linear}
+CLASSES = {
+    "embed": nn.Embedding,
+    "body.conv": Conv1D,
+    "body.q": nn.Linear,
+    "body.v": nn.Linear,
+    "head": nn.Linear,
+}
 LAYERS = tuple(CLASSES)
 TIED = {"embed.weight", "head.weight"}
 
@@ -106,7 +112,10 @@ def without(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 def flags_of(model: nn.Module) -> dict[str, bool]:
     """Of each name of a parameter, also of one that is tied, whether it trains."""
-    return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: p.requires_grad
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def names_that_train(flags: dict[str, bool]) -> set[str]:
@@ -146,21 +155,27 @@ class Oracle:
     config: ll.LoRAConfig | None = None
     layers: Adapters = field(default_factory=dict)
     factors: Tensors = field(default_factory=dict)  # every lora_A and lora_B
-    merged: set[str] = field(default_factory=set)  # the layers that hold W + ΔW, all plain
+    # the layers that hold W + ΔW, all plain
+    merged: set[str] = field(default_factory=set)
     name: str = "default"
-    others: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # what rests of other adapters
+    # what rests of other adapters
+    others: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     # What it becomes
 
     def plain(self, base: Tensors) -> "Oracle":
-        return Oracle(self.dtype, self.is_tied(), self.flags, base, dict(base), self.training)
+        return Oracle(
+            self.dtype, self.is_tied(), self.flags, base, dict(base), self.training
+        )
 
     def rest(self) -> "Oracle":
         """The adapter goes to the others. The base is left."""
         own = chosen(self.now, {*self.trained(), "mean"})
         resting = (self.config, self.layers, self.factors, own)
         others = {**self.others, self.name: resting}
-        return replace(self, config=None, layers={}, factors={}, now=dict(self.base), others=others)
+        return replace(
+            self, config=None, layers={}, factors={}, now=dict(self.base), others=others
+        )
 
     def show(self, name: str) -> "Oracle":
         """One of the others, instead of this adapter."""
@@ -208,7 +223,9 @@ class Oracle:
     def extends(self, config: ll.LoRAConfig, layers: Adapters) -> bool:
         """Whether these layers by this configuration are the adapter's and perhaps more."""
         assert self.config
-        if self.config.dropout != config.dropout or self.trained() != self.trained(config):
+        if self.config.dropout != config.dropout or self.trained() != self.trained(
+            config
+        ):
             return False
         return self.layers.items() <= layers.items()
 

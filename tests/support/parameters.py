@@ -24,7 +24,9 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def names_that_differ(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+def names_that_differ(
+    one: Mapping[str, Tensor], other: Mapping[str, Tensor]
+) -> list[str]:
     """The names of what one state has, and the other has with other bits."""
     return [name for name, value in one.items() if not torch.equal(value, other[name])]
 
@@ -54,7 +56,9 @@ def chosen(tensors: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: tensors[name] for name in names}
 
 
-def listed(parameters: Mapping[str, nn.Parameter], names: Iterable[str]) -> list[nn.Parameter]:
+def listed(
+    parameters: Mapping[str, nn.Parameter], names: Iterable[str]
+) -> list[nn.Parameter]:
     """Those of these names, in their order."""
     return [parameters[name] for name in names]
 
@@ -105,7 +109,9 @@ def base_keys(model: nn.Module) -> list[str]:
 
 def attributes_of_adapters(model: nn.Module) -> list[str]:
     """The names of what an adapter sets on its layer or its model, wherever they are."""
-    return [name for module in model.modules() for name in vars(module) if "lora" in name]
+    return [
+        name for module in model.modules() for name in vars(module) if "lora" in name
+    ]
 
 
 def classes(model: nn.Module) -> list[type]:
@@ -130,7 +136,9 @@ def values_of(module: nn.Module) -> dict[str, Tensor]:
 
 def adapted_layers(module: nn.Module) -> list[str]:
     """The names of the layers that have an adapter."""
-    return [name.removesuffix(".lora_A") for name in names_of_parameters(module, ".lora_A")]
+    return [
+        name.removesuffix(".lora_A") for name in names_of_parameters(module, ".lora_A")
+    ]
 
 
 def is_base(name: str) -> bool:
@@ -145,4 +153,8 @@ def modes_of(module: nn.Module) -> dict[str, bool]:
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """The layers of a module that are linear, by name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+    }

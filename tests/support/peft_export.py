@@ -10,7 +10,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, export_peft, inject_adapters, merge_adapters, save_adapter
+from lightning_lora import (
+    LoRAConfig,
+    export_peft,
+    inject_adapters,
+    merge_adapters,
+    save_adapter,
+)
 from lightning_lora.model.view import View
 from tests.support.models import randomise
 from tests.support.parameters import move_randomly
@@ -39,7 +45,9 @@ def read(base: nn.Module, directory: Path, *, merged: bool = False) -> Any:
     """What peft makes of a base and a directory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message=".*(missing adapter keys|unexpected).*")
+        warnings.filterwarnings(
+            "error", message=".*(missing adapter keys|unexpected).*"
+        )
         model = PeftModel.from_pretrained(deepcopy(base), str(directory)).eval()
         return model.merge_and_unload() if merged else model
 
@@ -58,16 +66,28 @@ def exports(model: nn.Module, folder: Path, **kwargs: Any) -> Iterator[Path]:
     """Directories from the model and from its file, in both forms, and from the merged model."""
     save_adapter(model, folder / "adapter.safetensors")
     for uniform in (False, True):
-        for what, source in (("model", model), ("file", folder / "adapter.safetensors")):
+        for what, source in (
+            ("model", model),
+            ("file", folder / "adapter.safetensors"),
+        ):
             directory = folder / f"{what}-{uniform}"
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* are also .* merge_and_unload|For .*pass uniform=True")
+                warnings.filterwarnings(
+                    "ignore", ".* are also .* merge_and_unload|For .*pass uniform=True"
+                )
                 export_peft(source, directory, uniform=uniform, **kwargs)
             yield directory
 
 
 @torch.no_grad()
-def check_read(base: nn.Module, config: LoRAConfig, run: Run, folder: Path, *, root: str | None = None) -> None:
+def check_read(
+    base: nn.Module,
+    config: LoRAConfig,
+    run: Run,
+    folder: Path,
+    *,
+    root: str | None = None,
+) -> None:
     """Check that peft computes what is computed here, whatever the directory was made of."""
     base = base.eval()
     model = trained(base, config)

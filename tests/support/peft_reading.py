@@ -34,9 +34,15 @@ class Images(nn.Sequential):
     """Convolutions of two and three dimensions, and a norm with statistics."""
 
     def __init__(self) -> None:
-        in_two = {"conv2d": nn.Conv2d(3, 6, 3, stride=2), "bn": nn.BatchNorm2d(6), "depth": nn.Unflatten(1, (6, 1))}
+        in_two = {
+            "conv2d": nn.Conv2d(3, 6, 3, stride=2),
+            "bn": nn.BatchNorm2d(6),
+            "depth": nn.Unflatten(1, (6, 1)),
+        }
         in_three = {"conv3d": nn.Conv3d(6, 4, (1, 2, 2)), "flat": nn.Flatten(1, 2)}
-        super().__init__(OrderedDict(in_two | in_three | {"grouped": nn.Conv2d(4, 4, 1, groups=2)}))
+        super().__init__(
+            OrderedDict(in_two | in_three | {"grouped": nn.Conv2d(4, 4, 1, groups=2)})
+        )
 
 
 class Attending(nn.Module):
@@ -58,8 +64,12 @@ class Experts(nn.Module):
     def __init__(self, *, is_transposed: bool = False, experts: int = 3) -> None:
         super().__init__()
         up, down = (6, 8), (8, 6)
-        self.up = nn.Parameter(0.3 * torch.randn(experts, *(up[::-1] if is_transposed else up)))
-        self.down = nn.Parameter(0.3 * torch.randn(experts, *(down[::-1] if is_transposed else down)))
+        self.up = nn.Parameter(
+            0.3 * torch.randn(experts, *(up[::-1] if is_transposed else up))
+        )
+        self.down = nn.Parameter(
+            0.3 * torch.randn(experts, *(down[::-1] if is_transposed else down))
+        )
         self.gate = nn.Parameter(torch.randn(experts, 8))
         self.fc = nn.Linear(8, 8)
         self.bias = nn.Parameter(torch.ones(8))
@@ -67,8 +77,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x) + self.bias
-        up, down = (w.transpose(1, 2) if self.is_transposed else w for w in (self.up, self.down))
-        each = torch.einsum("eoh,...eh->...eo", down, torch.tanh(torch.einsum("ehi,...i->...eh", up, x)))
+        up, down = (
+            w.transpose(1, 2) if self.is_transposed else w for w in (self.up, self.down)
+        )
+        each = torch.einsum(
+            "eoh,...eh->...eo", down, torch.tanh(torch.einsum("ehi,...i->...eh", up, x))
+        )
         return torch.einsum("...e,...eo->...o", (x @ self.gate.T).softmax(-1), each)
 
 
@@ -91,7 +105,12 @@ def built(make: Callable[[], nn.Module]) -> nn.Module:
         return make().eval()
 
 
-def write_peft(folder: Path, base: nn.Module, change: Callable[[Any], object] | None = None, **arguments: Any) -> Any:
+def write_peft(
+    folder: Path,
+    base: nn.Module,
+    change: Callable[[Any], object] | None = None,
+    **arguments: Any,
+) -> Any:
     """Save PEFT's adapters of ``base``, with random values, and return the adapted model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

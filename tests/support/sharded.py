@@ -54,7 +54,10 @@ def pretrained() -> dict[str, Tensor]:
     """The same weights each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return {name: value + 0.1 * torch.randn_like(value) for name, value in Net().state_dict().items()}
+        return {
+            name: value + 0.1 * torch.randn_like(value)
+            for name, value in Net().state_dict().items()
+        }
 
 
 def pretrained_in_module() -> dict[str, Tensor]:
@@ -109,7 +112,11 @@ class InPairs(LitNet):
     """Shards in each pair of processes, and holds the same in all pairs (HSDP)."""
 
     def shard(self) -> None:
-        shard(self.model, self.model.layers, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+        shard(
+            self.model,
+            self.model.layers,
+            init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")),
+        )
 
 
 def data() -> DataLoader[Any]:
@@ -123,11 +130,16 @@ def lora(**kwargs: Any) -> LoRACallback:
     return LoRACallback(**{"r": 2, "dropout": 0.1, "merge": False, **kwargs})
 
 
-def trainer_of(kind: str, folder: Path, callbacks: list[L.Callback], **kwargs: Any) -> L.Trainer:
+def trainer_of(
+    kind: str, folder: Path, callbacks: list[L.Callback], **kwargs: Any
+) -> L.Trainer:
     """A Trainer of two processes or more ("ddp", "sharded", "zero1" or "zero2"), or of one ("one")."""
     options: dict[str, Any] = {"enable_checkpointing": False}
     if kind != "one":
-        options |= {"devices": 2, "strategy": strategy_of(kind, kwargs.get("devices", 2))}
+        options |= {
+            "devices": 2,
+            "strategy": strategy_of(kind, kwargs.get("devices", 2)),
+        }
     return trainer(folder, callbacks, **options | kwargs)
 
 
@@ -144,4 +156,7 @@ def strategy_of(kind: str, size: int = 2) -> Any:
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
     """The state of a module, whole."""
     found = state(module)
-    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in found.items()}
+    return {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in found.items()
+    }

@@ -18,16 +18,26 @@ State = dict[str, Tensor]
 
 
 class Saves(L.Callback):
-    """Writes a file at the end of each epoch, as the user's code may: on every process. It keeps copies in the file."""
+    """Writes a file at the end of each epoch, as the user's code may: on every process.
+
+    It keeps copies in the file.
+    """
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder
         self.kind = kind
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> None:
         trainer.save_checkpoint(path_of(self.folder, self.kind, trainer.current_epoch))
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
         checkpoint["kept"] = values_of(pl_module)
 
 
@@ -47,15 +57,22 @@ def fit(
     L.seed_everything(1, verbose=False)  # the samplers' seed
     module = build()
     torch.manual_seed(1 if path is None else 99)
-    callbacks = [*options.pop("callbacks", []), options.pop("callback", None) or lora(**kwargs or {})]
+    callbacks = [
+        *options.pop("callbacks", []),
+        options.pop("callback", None) or lora(**kwargs or {}),
+    ]
     callbacks.append(Saves(folder, kind))
     t = trainer_of(kind, folder, callbacks, **options)
     t.fit(module, data(), data(), ckpt_path=path, weights_only=True)
     return whole_state(module)
 
 
-def fit_in_processes(kind: str, folder: Path, *args: Any, **options: Any) -> list[State]:
-    return run_ranks(fit, kind, folder, *args, size=options.get("devices", 2), **options)
+def fit_in_processes(
+    kind: str, folder: Path, *args: Any, **options: Any
+) -> list[State]:
+    return run_ranks(
+        fit, kind, folder, *args, size=options.get("devices", 2), **options
+    )
 
 
 def built(path: Path) -> LitNet:
@@ -68,7 +85,9 @@ def built(path: Path) -> LitNet:
 
 def assert_same(found: State, expected: State) -> None:
     assert found.keys() == expected.keys()
-    assert not [name for name, value in expected.items() if not equal(value, found[name])]
+    assert not [
+        name for name, value in expected.items() if not equal(value, found[name])
+    ]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -81,7 +100,11 @@ def differing(found: Path, expected: Path, part: str = "") -> list[str]:
     ours = read(found)
     theirs = read(expected)
     assert part or ours.keys() == theirs.keys()
-    return [name for name, value in theirs.items() if part in name and not equal(value, ours[name])]
+    return [
+        name
+        for name, value in theirs.items()
+        if part in name and not equal(value, ours[name])
+    ]
 
 
 def message_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

@@ -19,7 +19,13 @@ from lightning_lora.storage.stored import KEY
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, as_trained, data, lora, same, state, trainer
 
-CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"], bias="lora_only")
+CONFIG = LoRAConfig(
+    r=2,
+    alpha=4,
+    target_modules=["q_proj", "v_proj"],
+    modules_to_save=["head"],
+    bias="lora_only",
+)
 
 
 class Holds(LitTiny):
@@ -60,25 +66,42 @@ def saved(file: Path, model: Any, **config: Any) -> Any:
     return model
 
 
-def fitted(file: Path, model: Any = None, *callbacks: L.Callback, plain: bool = False, **options: Any) -> Any:
+def fitted(
+    file: Path,
+    model: Any = None,
+    *callbacks: L.Callback,
+    plain: bool = False,
+    **options: Any,
+) -> Any:
     """A model after a fit, whose Trainer wrote a file: with adapters, unless it is ``plain``."""
     weights_only = options.pop("weights_only", False)
     model = model or LitTiny()
     used = [] if plain else list(callbacks) or [lora(merge=False)]
-    t = trainer(file.parent, used, **{"max_epochs": 1, "enable_checkpointing": False} | options)
+    t = trainer(
+        file.parent, used, **{"max_epochs": 1, "enable_checkpointing": False} | options
+    )
     t.fit(model, data())
     t.save_checkpoint(file, weights_only=weights_only)
     return model
 
 
-def goes_on(file: Any, model: Any = None, callback: L.Callback | None = None, **options: Any) -> None:
+def goes_on(
+    file: Any, model: Any = None, callback: L.Callback | None = None, **options: Any
+) -> None:
     """Expect a run of one epoch to go on from its file for one more."""
-    t = trainer(".", [callback or lora(merge=False)], max_epochs=2, enable_checkpointing=False)
+    t = trainer(
+        ".", [callback or lora(merge=False)], max_epochs=2, enable_checkpointing=False
+    )
     t.fit(model or LitTiny(), data(), data(), ckpt_path=file, **options)
     assert t.global_step == 8
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object], *, checked: bool = True) -> Path:
+def rewrite(
+    path: Path,
+    change: Callable[[dict[str, Any], dict[str, Any]], object],
+    *,
+    checked: bool = True,
+) -> Path:
     """Change what an adapter file says and holds, with the right checksum unless it says otherwise."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()[KEY])

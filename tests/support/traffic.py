@@ -27,20 +27,24 @@ Messages = list[tuple[str, int]]
 class Traffic(TorchDispatchMode):
     """Notes the messages in its context.
 
-    Each has its kind and its bytes. It counts whole: what an all-gather returns, what the others begin with.
+    Each has its kind and its bytes. It counts whole: what an all-gather returns, what
+    the others begin with.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.messages: Messages = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented  # what is done to its parts comes here too
         name = func.__name__.partition(".")[0]
         if func.namespace in ("c10d", "_c10d_functional") and name not in _EMPTY:
             largest = max(bytes_in(argument) for argument in args)
-            parts = args[1] if name == "all_gather_into_tensor" else 1  # it is given one part, and their number
+            # it is given one part, and their number
+            parts = args[1] if name == "all_gather_into_tensor" else 1
             self.messages.append((_KINDS.get(name, name), largest * parts))
         return func(*args, **(kwargs or {}))
 
@@ -54,7 +58,9 @@ class Traffic(TorchDispatchMode):
 
 def bytes_in(values: Any) -> int:
     """The bytes of all tensors in a nested structure."""
-    return sum(value.nbytes for value in tree_leaves(values) if isinstance(value, Tensor))
+    return sum(
+        value.nbytes for value in tree_leaves(values) if isinstance(value, Tensor)
+    )
 
 
 def sizes_of(messages: Messages, kind: str) -> list[int]:
@@ -76,7 +82,9 @@ class Counts(L.Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         self.traffic.__enter__()
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
         self.held["gradients"] = own_bytes(p.grad for p in pl_module.parameters())
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -89,7 +97,9 @@ class Counts(L.Callback):
             self.saves.append(self.traffic.leave())
         self.held |= {
             "parameters": own_bytes(pl_module.parameters()),
-            "adapters": own_bytes(p for name, p in pl_module.named_parameters() if "lora_" in name),
+            "adapters": own_bytes(
+                p for name, p in pl_module.named_parameters() if "lora_" in name
+            ),
             "optimizer": own_bytes(tree_leaves(dict(trainer.optimizers[0].state))),
         }
         self.traffic.__enter__()
@@ -99,6 +109,13 @@ class Counts(L.Callback):
 
 
 def own_bytes(values: Any) -> int:
-    """The bytes that this process holds of tensors. AdamW's steps are not counted: numbers without dimensions."""
-    found = (getattr(value, "_local_tensor", value) for value in values if isinstance(value, Tensor) and value.ndim)
+    """The bytes that this process holds of tensors.
+
+    AdamW's steps are not counted: numbers without dimensions.
+    """
+    found = (
+        getattr(value, "_local_tensor", value)
+        for value in values
+        if isinstance(value, Tensor) and value.ndim
+    )
     return sum(value.nbytes for value in found)

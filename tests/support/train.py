@@ -26,7 +26,10 @@ class KillAt(L.Callback):
         self.step = step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+        if (
+            trainer.global_step == self.step
+            and trainer.global_rank == trainer.world_size - 1
+        ):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -69,18 +72,31 @@ def run(
 ) -> None:
     L.seed_everything(7, verbose=False)
     model = module()
-    checkpoint = ModelCheckpoint(folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
+    checkpoint = ModelCheckpoint(
+        folder, monitor="val_loss", filename="{epoch}", save_top_k=-1
+    )
     adapters = lora(merge=merge, dropout=0.3 if keeps_random else 0.0)
-    callbacks = [adapters, checkpoint, LeaveTheGroup(), *([KillAt(kill_at)] if kill_at else [])]
+    callbacks = [
+        adapters,
+        checkpoint,
+        LeaveTheGroup(),
+        *([KillAt(kill_at)] if kill_at else []),
+    ]
     t = trainer(folder, callbacks, strategy=strategy, devices=2, max_epochs=4)
-    last = max(folder.glob("epoch=*.ckpt"), key=lambda path: path.name) if resumes else None
+    last = (
+        max(folder.glob("epoch=*.ckpt"), key=lambda path: path.name)
+        if resumes
+        else None
+    )
     t.fit(model, data(), data(), ckpt_path=last)
 
     result: dict[str, Any] = {"state": state(model), "best": checkpoint.best_model_path}
     result["classes"] = [type(module).__name__ for module in model.modules()]
     t.save_checkpoint(folder / "after.ckpt")
     if tests:
-        result["tested"] = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
+        result["tested"] = t.test(model, data(), ckpt_path="best", verbose=False)[0][
+            "test_loss"
+        ]
         t.save_checkpoint(folder / "again.ckpt")
     if t.global_rank == 0:
         torch.save(result, folder / "result.pt")

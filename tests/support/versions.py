@@ -6,7 +6,10 @@ import pytest
 from packaging.version import Version
 
 keeps_random = Version(L.__version__) >= Version("2.6")
-exact = pytest.mark.skipif(not keeps_random, reason="Lightning itself does not restore the random numbers")
+exact = pytest.mark.skipif(
+    not keeps_random, reason="Lightning itself does not restore the random numbers"
+)
 needs_averaging = pytest.mark.skipif(
-    not hasattr(bundled, "EMAWeightAveraging"), reason="Lightning 2.6 brought weight averaging"
+    not hasattr(bundled, "EMAWeightAveraging"),
+    reason="Lightning 2.6 brought weight averaging",
 )

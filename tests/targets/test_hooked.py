@@ -39,7 +39,8 @@ class Masked(LitTiny):
     def configure_optimizers(self) -> Any:
         if self.late:
             self.hold()
-        return torch.optim.SGD(self.parameters(), lr=0.1)  # without decay, which masks do not stop
+        # without decay, which masks do not stop
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def said(call: Any) -> list[str]:
@@ -47,12 +48,16 @@ def said(call: Any) -> list[str]:
     return lines_with("radient hooks", messages_of(warned_by(call)))
 
 
-BY = pytest.mark.parametrize("by", ["register_hook", "register_post_accumulate_grad_hook"])
+BY = pytest.mark.parametrize(
+    "by", ["register_hook", "register_post_accumulate_grad_hook"]
+)
 
 
 @BY
 @pytest.mark.parametrize("late", [False, True])
-def test_a_fit_names_weights_with_gradient_hooks_once(tmp_path: Path, by: str, late: bool) -> None:
+def test_a_fit_names_weights_with_gradient_hooks_once(
+    tmp_path: Path, by: str, late: bool
+) -> None:
     model = Masked(by=by, late=late)
     (message,) = said(lambda: fit(tmp_path, lora(), model=model))
     assert "'q_proj' of Masked" in message
@@ -62,7 +67,9 @@ def test_a_fit_names_weights_with_gradient_hooks_once(tmp_path: Path, by: str, l
 
 
 @BY
-def test_an_injection_names_them_once_and_a_fit_not_again(tmp_path: Path, by: str) -> None:
+def test_an_injection_names_them_once_and_a_fit_not_again(
+    tmp_path: Path, by: str
+) -> None:
     model = Masked(by=by)
     (message,) = said(lambda: ll.inject_adapters(model, ll.LoRAConfig(r=2)))
     assert "'q_proj' of Masked" in message
@@ -71,9 +78,12 @@ def test_an_injection_names_them_once_and_a_fit_not_again(tmp_path: Path, by: st
 
 
 @pytest.mark.parametrize(
-    ("advice", "columns"), [({"modules_to_save": ["q_proj"]}, [3]), ({"exclude_modules": ["q_proj"]}, [])]
+    ("advice", "columns"),
+    [({"modules_to_save": ["q_proj"]}, [3]), ({"exclude_modules": ["q_proj"]}, [])],
 )
-def test_what_the_message_says_helps(tmp_path: Path, advice: dict[str, Any], columns: list[int]) -> None:
+def test_what_the_message_says_helps(
+    tmp_path: Path, advice: dict[str, Any], columns: list[int]
+) -> None:
     model = Masked()
     before = LitTiny().q_proj.weight
     assert not said(lambda: fit(tmp_path, lora(**advice), model=model))
@@ -88,7 +98,8 @@ def test_hooks_that_are_gone_or_on_other_weights_are_not_named(tmp_path: Path) -
     model.embed.weight.register_hook(Tensor.neg)
     model.q_proj.register_full_backward_hook(lambda *_: None)
     assert not said(lambda: fit(tmp_path, lora(merge=False), model=model))
-    assert not said(lambda: fit(tmp_path, lora(merge=False), model=model))  # those of the first fit are gone
+    # those of the first fit are gone
+    assert not said(lambda: fit(tmp_path, lora(merge=False), model=model))
 
 
 def test_of_many_layers_the_message_stays_short() -> None:

@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, TargetError, inject_adapters, merge_adapters, remove_adapters, save_adapter
+from lightning_lora import (
+    LoRAConfig,
+    TargetError,
+    inject_adapters,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+)
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError
 from lightning_lora.model.view import View
 from tests.support.compared import assert_all_refused
@@ -54,7 +61,9 @@ class Holder(nn.Module):
 
 def rows(model: nn.Module, given: Any, **config: Any) -> dict[str, tuple[int, ...]]:
     """The rows that train, by the names of their embeddings."""
-    inject_adapters(model, LoRAConfig(**{"r": 2, "trainable_token_indices": given, **config}))
+    inject_adapters(
+        model, LoRAConfig(**{"r": 2, "trainable_token_indices": given, **config})
+    )
     found = {}
     for name, (matrix, *_) in View(model).matrices.items():
         if matrix.tokens:
@@ -70,29 +79,72 @@ def test_a_list_means_the_input_embedding() -> None:
     assert rows(both, [1]) == {"a.words": (1,), "b.words": (1,)}
 
 
-@pytest.mark.parametrize("given", [[3, -1], [3, 3], [True], "34", ["<pos>"], 3, {"a": []}, {"a": {"b": [1]}}, {3: [1]}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        [3, -1],
+        [3, 3],
+        [True],
+        "34",
+        ["<pos>"],
+        3,
+        {"a": []},
+        {"a": {"b": [1]}},
+        {3: [1]},
+    ],
+)
 def test_what_are_no_rows_is_refused(given: Any) -> None:
-    with pytest.raises(ConfigError, match=r"trainable_token_indices.* is not valid. Expected"):
+    with pytest.raises(
+        ConfigError, match=r"trainable_token_indices.* is not valid. Expected"
+    ):
         LoRAConfig(trainable_token_indices=given)
 
 
 TAKEN = "does not fit: target_modules, target_parameters or modules_to_save name it too"
 REFUSED: list[tuple[type[nn.Module], Any, dict[str, Any], str]] = [
-    (Model, [3, 10, 12], {}, r"'words' does not fit: it has 10 rows, and no \[10, 12\]. Resize it first"),
-    (Model, {"wrods": [1]}, {}, r"\['wrods'\] match no module of Model. Nearest names: 'words'"),
-    (Model, {"bag": [1]}, {}, "'bag' does not fit: a EmbeddingBag is neither an nn.Embedding nor an nn.Linear"),
+    (
+        Model,
+        [3, 10, 12],
+        {},
+        r"'words' does not fit: it has 10 rows, and no \[10, 12\]. Resize it first",
+    ),
+    (
+        Model,
+        {"wrods": [1]},
+        {},
+        r"\['wrods'\] match no module of Model. Nearest names: 'words'",
+    ),
+    (
+        Model,
+        {"bag": [1]},
+        {},
+        "'bag' does not fit: a EmbeddingBag is neither an nn.Embedding nor an "
+        "nn.Linear",
+    ),
     (Model, {"sparse": [1]}, {}, "its gradients are sparse"),
     (Model, [1], {"modules_to_save": ["words"]}, f"'words' {TAKEN}"),
     # what shares the weight must fit too
-    (Holder, {"embed": [1]}, {}, r"'model.embed' of Holder. '' does not fit: a Holder is neither"),
-    (TinyLM, {"embed": [1], "lm_head": [2]}, {}, "other rows for 'lm_head' than for a name of the same weight"),
+    (
+        Holder,
+        {"embed": [1]},
+        {},
+        r"'model.embed' of Holder. '' does not fit: a Holder is neither",
+    ),
+    (
+        TinyLM,
+        {"embed": [1], "lm_head": [2]},
+        {},
+        "other rows for 'lm_head' than for a name of the same weight",
+    ),
     (TinyLM, {"embed": [1]}, {"target_modules": ["lm_head"]}, f"'lm_head' {TAKEN}"),
     (TinyLM, {"embed": [1]}, {"modules_to_save": ["lm_head"]}, f"'lm_head' {TAKEN}"),
 ]
 
 
 @pytest.mark.parametrize(("build", "given", "config", "match"), REFUSED)
-def test_what_cannot_have_rows_is_refused(build: Any, given: Any, config: dict[str, Any], match: str) -> None:
+def test_what_cannot_have_rows_is_refused(
+    build: Any, given: Any, config: dict[str, Any], match: str
+) -> None:
     with pytest.raises(TargetError, match=match):
         rows(build(), given, **config)
 
@@ -100,8 +152,11 @@ def test_what_cannot_have_rows_is_refused(build: Any, given: Any, config: dict[s
 def test_a_dict_names_embeddings() -> None:
     found = rows(Around(Model()), {"other": [7], "model.words": {1}})
     assert found == {"model.words": (1,), "model.other": (7,)}
-    assert rows(TinyLM(), {"lm_head": [4], "embed": [4]}) == {"lm_head": (4,)}  # one weight: the other one follows
-    found = rows(TinyLM(), {"embed": [1]}, target_modules="all", exclude_modules=["embed"])
+    # one weight: the other one follows
+    assert rows(TinyLM(), {"lm_head": [4], "embed": [4]}) == {"lm_head": (4,)}
+    found = rows(
+        TinyLM(), {"embed": [1]}, target_modules="all", exclude_modules=["embed"]
+    )
     assert found == {"embed": (1,)}  # words leave it to its rows
 
 
@@ -117,8 +172,16 @@ def resize(embedding: nn.Embedding, size: int) -> None:
     embedding.num_embeddings = size
 
 
-@pytest.mark.parametrize("how", [{"trainable_token_indices": [1, 2]}, {"target_modules": "words", "use_dora": True}])
-def test_a_resized_embedding_is_adapted_anew(tmp_path: Path, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"trainable_token_indices": [1, 2]},
+        {"target_modules": "words", "use_dora": True},
+    ],
+)
+def test_a_resized_embedding_is_adapted_anew(
+    tmp_path: Path, how: dict[str, Any]
+) -> None:
     model = Model()
     config = LoRAConfig(**{"target_modules": "inner", "r": 2, **how})
     inject_adapters(model, config)
@@ -129,21 +192,36 @@ def test_a_resized_embedding_is_adapted_anew(tmp_path: Path, how: dict[str, Any]
     for name, p in others.items():
         assert model.get_parameter(name) is p
     save_adapter(model, tmp_path / "a.safetensors")
-    with pytest.raises(AdapterMismatchError, match=r"Layer 'words' .* is adapted already"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"Layer 'words' .* is adapted already"
+    ):
         rows(model, [1, 3])
 
 
-@pytest.mark.filterwarnings("ignore:DTensor random operators")  # of older versions of torch
+# of older versions of torch
+@pytest.mark.filterwarnings("ignore:DTensor random operators")
 def test_a_sharded_embedding_is_refused() -> None:
     model = TinyLM(tied=False)
     with alone() as mesh:
-        model.embed.weight = nn.Parameter(dist.tensor.distribute_tensor(model.embed.weight.detach(), mesh))
-        with pytest.raises(TargetError, match="'embed' does not fit: its weight is sharded"):
+        model.embed.weight = nn.Parameter(
+            dist.tensor.distribute_tensor(model.embed.weight.detach(), mesh)
+        )
+        with pytest.raises(
+            TargetError, match="'embed' does not fit: its weight is sharded"
+        ):
             rows(model, {"embed": [1]})
 
 
-@pytest.mark.parametrize("how", [{"trainable_token_indices": [1, 2]}, {"target_modules": "words", "use_dora": True}])
-def test_a_resized_embedding_that_has_trained_is_refused(tmp_path: Path, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"trainable_token_indices": [1, 2]},
+        {"target_modules": "words", "use_dora": True},
+    ],
+)
+def test_a_resized_embedding_that_has_trained_is_refused(
+    tmp_path: Path, how: dict[str, Any]
+) -> None:
     model = Model()
     config = LoRAConfig(**{"target_modules": "inner", "r": 2, **how})
     inject_adapters(model, config)
@@ -154,7 +232,12 @@ def test_a_resized_embedding_that_has_trained_is_refused(tmp_path: Path, how: di
         lambda model: save_adapter(model, tmp_path / "b.safetensors"),
         merge_adapters,
     ]
-    assert_all_refused(model, calls, AdapterStateError, "'words' of Model was resized after inject_adapters")
+    assert_all_refused(
+        model,
+        calls,
+        AdapterStateError,
+        "'words' of Model was resized after inject_adapters",
+    )
     assert not list(tmp_path.iterdir())
     remove_adapters(model)
     inject_adapters(model, config)

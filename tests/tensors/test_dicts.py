@@ -40,5 +40,9 @@ def test_other_names() -> None:
 
 def test_groups_in_their_order() -> None:
     assert grouped([3, 2, 1], is_odd) == {True: [3, 1], False: [2]}
-    assert by_owner({"a.weight": 1, "b.weight": 2, "a.bias": 3, "scale": 4}) == {"a": [1, 3], "b": [2], "": [4]}
+    assert by_owner({"a.weight": 1, "b.weight": 2, "a.bias": 3, "scale": 4}) == {
+        "a": [1, 3],
+        "b": [2],
+        "": [4],
+    }
     assert names_of_each(NUMBERS) == {1: ["a.one", "b.one"], 2: ["a.two"]}

@@ -13,14 +13,17 @@ from lightning_lora.tensors.digests import digest
 from tests.support.ranks import has_shards, join_group, run_ranks
 
 pytestmark = [
-    pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later"),
+    pytest.mark.skipif(
+        not has_shards, reason="models are sharded with torch 2.7 and later"
+    ),
     pytest.mark.processes,
 ]
 
 SHAPES = [(5,), (1, 9), (6, 5, 4), (3, 2, 2, 5), (3, 200_000), (700, 1000), (0, 4), ()]
 
 
-Splits = tuple[int | None, ...]  # for each dimension of a mesh, that of the tensor which is split over it
+# for each dimension of a mesh, that of the tensor which is split over it
+Splits = tuple[int | None, ...]
 
 
 def tensors() -> list[Tensor]:
@@ -64,8 +67,12 @@ def spread(shape: tuple[int, ...], splits: list[Splits]) -> list[tuple[str, int,
     return found
 
 
-@pytest.mark.parametrize(("shape", "splits", "size"), [((3,), LINE, 3), ((2, 2), SQUARE, 4)])
-def test_digest_of_parts_is_that_of_the_whole(shape: Any, splits: Any, size: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "splits", "size"), [((3,), LINE, 3), ((2, 2), SQUARE, 4)]
+)
+def test_digest_of_parts_is_that_of_the_whole(
+    shape: Any, splits: Any, size: int
+) -> None:
     for found in run_ranks(spread, shape, splits, size=size):
         assert len(found) > 30
         for layout, of_parts, of_whole in found:

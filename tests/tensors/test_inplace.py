@@ -5,7 +5,15 @@ import pickle
 
 from torch import nn
 
-from lightning_lora.tensors.inplace import InPlace, class_names, combined, is_overlaid, original_class, overlay, uncover
+from lightning_lora.tensors.inplace import (
+    InPlace,
+    class_names,
+    combined,
+    is_overlaid,
+    original_class,
+    overlay,
+    uncover,
+)
 
 
 class Loud(InPlace):
@@ -39,7 +47,11 @@ def test_a_pair_of_classes_has_one_combined_class() -> None:
 def test_copies_and_pickles_have_the_same_class() -> None:
     layer = nn.Linear(2, 3)
     overlay(layer, Loud)
-    for other in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    for other in (
+        copy.copy(layer),
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+    ):
         assert type(other) is type(layer)
         assert other.weight.tolist() == layer.weight.tolist()
 

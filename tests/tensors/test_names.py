@@ -5,7 +5,9 @@ from collections.abc import Collection
 import pytest
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+)
 
 from lightning_lora.tensors.names import (
     direct_parameters,
@@ -40,15 +42,25 @@ def net() -> nn.Sequential:
 
 def test_wrappers_of_torch_are_in_no_name() -> None:
     inner = net()
-    model = nn.ModuleDict({"a": torch.compile(inner, backend="eager"), "b": checkpoint_wrapper(net())})
+    model = nn.ModuleDict(
+        {"a": torch.compile(inner, backend="eager"), "b": checkpoint_wrapper(net())}
+    )
     named = modules_by_name(model)
     assert list(named) == ["", "a", "a.0", "a.1", "b", "b.0", "b.1"]
     assert named["a"] is inner
-    assert list(parameters_by_name(model)) == ["a.0.weight", "a.0.bias", "b.0.weight", "b.0.bias"]
+    assert list(parameters_by_name(model)) == [
+        "a.0.weight",
+        "a.0.bias",
+        "b.0.weight",
+        "b.0.bias",
+    ]
     assert submodule(model, "a.0") is inner[0]
     assert submodule(model, "") is model
     assert plain_module(model["a"]) is inner
-    assert [plain_name(name) for name, _ in model["a"].named_parameters()] == ["0.weight", "0.bias"]
+    assert [plain_name(name) for name, _ in model["a"].named_parameters()] == [
+        "0.weight",
+        "0.bias",
+    ]
 
 
 def test_a_shared_module_has_its_first_name_or_all_of_them() -> None:
@@ -59,7 +71,9 @@ def test_a_shared_module_has_its_first_name_or_all_of_them() -> None:
 
 
 def test_a_tied_parameter_is_named_once() -> None:
-    model = nn.ModuleDict({"words": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)})
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)}
+    )
     model["head"].weight = model["words"].weight
     assert list(parameters_by_name(model)) == ["words.weight"]
     assert list(direct_parameters({"head": model["head"]})) == ["head.weight"]
@@ -73,7 +87,9 @@ def test_modules_have_only_their_own_parameters() -> None:
     assert with_all_inside([model]) == {model, model[0], model[1]}
 
 
-@pytest.mark.parametrize(("prefix", "name", "whole"), [("", "a", "a"), ("a", "", "a"), ("a.b", "c", "a.b.c")])
+@pytest.mark.parametrize(
+    ("prefix", "name", "whole"), [("", "a", "a"), ("a", "", "a"), ("a.b", "c", "a.b.c")]
+)
 def test_names_are_joined(prefix: str, name: str, whole: str) -> None:
     assert join(prefix, name) == whole
     assert names_joined(prefix, [name]) == [whole]
@@ -107,9 +123,17 @@ def test_modules_around_a_name_the_outermost_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("others", "largest"), [([], "a"), (["a"], "a.b"), (["a", "a.b"], "a.b.c"), (["a", "a.b", "a.b.c"], "a.b.c")]
+    ("others", "largest"),
+    [
+        ([], "a"),
+        (["a"], "a.b"),
+        (["a", "a.b"], "a.b.c"),
+        (["a", "a.b", "a.b.c"], "a.b.c"),
+    ],
 )
-def test_the_largest_module_that_is_none_of_others(others: Collection[str], largest: str) -> None:
+def test_the_largest_module_that_is_none_of_others(
+    others: Collection[str], largest: str
+) -> None:
     assert largest_free_of(others, "a.b.c") == largest
 
 

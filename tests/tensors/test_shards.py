@@ -27,7 +27,9 @@ from lightning_lora.tensors.shards import (
 )
 from tests.support.ranks import alone, has_shards, join_group, run_ranks
 
-needs_shards = pytest.mark.skipif(not has_shards, reason="older versions of torch spread tensors by messages")
+needs_shards = pytest.mark.skipif(
+    not has_shards, reason="older versions of torch spread tensors by messages"
+)
 
 
 def spread(tensor: torch.Tensor, mesh: Any, placement: Any) -> Any:
@@ -77,9 +79,16 @@ def test_a_replicated_tensor_lets_gradients_pass_and_a_sharded_one_stays() -> No
 @needs_shards
 @pytest.mark.parametrize(
     ("of_weight", "dim", "expected"),
-    [(Shard(0), 0, Shard(0)), (Shard(1), -1, Shard(1)), (Shard(0), -1, Replicate()), (Shard(0), None, Replicate())],
+    [
+        (Shard(0), 0, Shard(0)),
+        (Shard(1), -1, Shard(1)),
+        (Shard(0), -1, Replicate()),
+        (Shard(0), None, Replicate()),
+    ],
 )
-def test_a_factor_is_split_where_its_tensor_parallel_weight_is(of_weight: Any, dim: int | None, expected: Any) -> None:
+def test_a_factor_is_split_where_its_tensor_parallel_weight_is(
+    of_weight: Any, dim: int | None, expected: Any
+) -> None:
     with alone() as mesh:
         weight = spread(torch.ones(4, 6), mesh, of_weight)
         factor = sharded_as(torch.ones(2, 6), weight, dim)
@@ -88,8 +97,13 @@ def test_a_factor_is_split_where_its_tensor_parallel_weight_is(of_weight: Any, d
 
 
 @needs_shards
-@pytest.mark.parametrize(("name", "over_data"), [("tensor_parallel", False), ("data_parallel", True), (None, True)])
-def test_shards_of_tensor_parallelism_get_the_same_data(name: str | None, over_data: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "over_data"),
+    [("tensor_parallel", False), ("data_parallel", True), (None, True)],
+)
+def test_shards_of_tensor_parallelism_get_the_same_data(
+    name: str | None, over_data: bool
+) -> None:
     with alone():
         names = None if name is None else (name,)
         named = init_device_mesh("cpu", (1,), mesh_dim_names=names)
@@ -118,10 +132,18 @@ def parts_of_each() -> list[Any]:
     mesh = init_device_mesh("cpu", (2,))
     tensor = spread(torch.arange(12.0).reshape(4, 3), mesh, Shard(0))
     is_first = mesh.get_rank() == 0
-    return [is_sharded(tensor), data_processes(tensor), first_local(tensor), true_anywhere([is_first, False], [tensor])]
+    return [
+        is_sharded(tensor),
+        data_processes(tensor),
+        first_local(tensor),
+        true_anywhere([is_first, False], [tensor]),
+    ]
 
 
 @needs_shards
 @pytest.mark.processes
 def test_each_process_knows_its_part() -> None:
-    assert run_ranks(parts_of_each) == [[True, 2, 0, [True, False]], [True, 2, 6, [True, False]]]
+    assert run_ranks(parts_of_each) == [
+        [True, 2, 0, [True, False]],
+        [True, 2, 6, [True, False]],
+    ]

@@ -16,12 +16,17 @@ from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.seen import Seen
 
 
-def test_digest_is_the_sum_of_its_definition() -> None:  # so those of large tensors in earlier files hold
-    integers = torch.randint(-(2**31), 2**31, (2 * digests._CHUNK + 3,), dtype=torch.int32)
+# so those of large tensors in earlier files hold
+def test_digest_is_the_sum_of_its_definition() -> None:
+    integers = torch.randint(
+        -(2**31), 2**31, (2 * digests._CHUNK + 3,), dtype=torch.int32
+    )
     multipliers = digests._multipliers(integers.device).tolist()
     total = len(integers)
     for place, chunk in enumerate(integers.split(digests._CHUNK)):
-        products = [x * factor for x, factor in zip(chunk.tolist(), multipliers, strict=False)]
+        products = [
+            x * factor for x, factor in zip(chunk.tolist(), multipliers, strict=False)
+        ]
         total += sum(products) * multipliers[-1 - place]
     assert digest(integers) == total % (1 << 63)
 
@@ -39,7 +44,9 @@ def test_any_flipped_bit_is_another_digest(dtype: torch.dtype) -> None:
     assert digest(-tensor) not in seen
 
 
-def test_a_weight_that_was_moved_to_another_device_and_written_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_was_moved_to_another_device_and_written_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = nn.Parameter(torch.randn(100, 100))
     look = seen_module.look
     seen = Seen(weight)
@@ -59,7 +66,9 @@ def test_a_weight_that_was_moved_to_another_device_and_written_has_changed(monke
     assert not copied.has_same_values(other)
 
 
-def test_a_weight_in_other_memory_of_its_device_has_changed_even_if_its_samples_are_the_same() -> None:
+def test_a_weight_in_other_memory_of_its_device_has_changed_even_if_its_samples_are_the_same() -> (
+    None
+):
     weight = nn.Parameter(torch.randn(100, 100))
     seen = Seen(weight)
     written = weight.detach().clone()
@@ -110,7 +119,9 @@ def test_a_tensor_made_in_inference_mode_takes_other_values_and_is_used_there() 
         assert (tensor + tensor[:1]).tolist() == [2.0, 2.0]
 
 
-def test_a_look_at_fake_tensors_leaves_digests_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_at_fake_tensors_leaves_digests_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(digests, "_MULTIPLIERS", {})
     tensor = torch.arange(8)
     with FakeTensorMode():

@@ -45,8 +45,12 @@ class Swallows(Adaptive):
 
 
 @pytest.mark.parametrize("model", [Adaptive, Swallows])
-def test_a_gradient_of_a_frozen_weight_is_refused_with_its_name(tmp_path: Path, model: Any) -> None:
-    with pytest.raises(ll.TargetError, match=r"'net.1.weight' of .*modules_to_save=\['net.1'\]"):
+def test_a_gradient_of_a_frozen_weight_is_refused_with_its_name(
+    tmp_path: Path, model: Any
+) -> None:
+    with pytest.raises(
+        ll.TargetError, match=r"'net.1.weight' of .*modules_to_save=\['net.1'\]"
+    ):
         fitted(tmp_path, model())
     fitted(tmp_path, model(), modules_to_save=["net.1"])
 
@@ -63,7 +67,9 @@ class Meta(Net):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        self.inner = torch.autograd.grad(loss, self.fast(), create_graph=True, allow_unused=True)
+        self.inner = torch.autograd.grad(
+            loss, self.fast(), create_graph=True, allow_unused=True
+        )
         return loss
 
 
@@ -74,8 +80,12 @@ class MetaOfAdapters(Meta):
         return trainable(self.net)
 
 
-def test_an_inner_loop_over_frozen_weights_ends_in_an_error_and_over_adapters_it_runs(tmp_path: Path) -> None:
-    with pytest.raises(ll.TargetError, match=r"'net.0.weight'.* of Meta.*p.requires_grad") as caught:
+def test_an_inner_loop_over_frozen_weights_ends_in_an_error_and_over_adapters_it_runs(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        ll.TargetError, match=r"'net.0.weight'.* of Meta.*p.requires_grad"
+    ) as caught:
         fitted(tmp_path, Meta())
     assert "does not require grad" in str(caught.value.__cause__)  # torch's own
     model = fitted(tmp_path, MetaOfAdapters())
@@ -92,7 +102,9 @@ class AsksForAll(Meta):
 
 
 def test_weights_that_a_generator_names_are_named_too(tmp_path: Path) -> None:
-    with pytest.raises(ll.TargetError, match=r"'net.0.weight', 'net.0.bias', 'net.1.weight'"):
+    with pytest.raises(
+        ll.TargetError, match=r"'net.0.weight', 'net.0.bias', 'net.1.weight'"
+    ):
         fitted(tmp_path, AsksForAll())
 
 
@@ -116,8 +128,12 @@ class Late(Checkpointed):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_checkpoint_that_comes_after_the_first_step_ends_in_an_error_that_says_what_to_use(tmp_path: Path) -> None:
-    with pytest.raises(ll.TargetError, match=r"'net.0.weight'.* of Late.*use_reentrant=False"):
+def test_a_checkpoint_that_comes_after_the_first_step_ends_in_an_error_that_says_what_to_use(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        ll.TargetError, match=r"'net.0.weight'.* of Late.*use_reentrant=False"
+    ):
         fitted(tmp_path, Late())
 
 
@@ -158,7 +174,9 @@ class Stops(Net):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, of the interrupt
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_torchs_functions_are_its_own_around_each_step_and_after_every_ending(tmp_path: Path, error: Any) -> None:
+def test_torchs_functions_are_its_own_around_each_step_and_after_every_ending(
+    tmp_path: Path, error: Any
+) -> None:
     model = fitted(tmp_path, Watches())
     assert model.seen == {OWN_GRAD, OWN_CHECKPOINT}
     with pytest.raises((RuntimeError, SystemExit)):
@@ -167,7 +185,9 @@ def test_torchs_functions_are_its_own_around_each_step_and_after_every_ending(tm
     assert torch.utils.checkpoint.CheckpointFunction is OWN_CHECKPOINT
 
 
-def test_a_checkpoint_of_another_library_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_another_library_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Others(OWN_CHECKPOINT):  # type: ignore[misc,valid-type]
         pass
 

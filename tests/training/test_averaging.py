@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tests.support import fits
-from tests.support.cases import base_is_whole, files_hold_adapters_alone, held, same_parts, trained
+from tests.support.cases import (
+    base_is_whole,
+    files_hold_adapters_alone,
+    held,
+    same_parts,
+    trained,
+)
 from tests.support.compared import assert_same_tensors
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
 from tests.support.messages import lines_with
@@ -22,9 +28,12 @@ from tests.support.versions import needs_averaging
 each_average = pytest.mark.parametrize("average", fits.AVERAGES)
 
 
-overrides_hook = pytest.mark.filterwarnings("ignore:.*overrides the configure_model:UserWarning")
+overrides_hook = pytest.mark.filterwarnings(
+    "ignore:.*overrides the configure_model:UserWarning"
+)
 
-# Each with one order of the callbacks for a plain module, and the other one for a module whose layers come late
+# Each with one order of the callbacks for a plain module, and the other one for a
+# module whose layers come late
 CASES = [
     ("swa", False, LitTiny),
     ("mean", True, LitTiny),
@@ -42,11 +51,15 @@ def that_exist(cases: list[Any]) -> list[Any]:
 
 @overrides_hook
 @pytest.mark.parametrize(("average", "first", "cls"), that_exist(CASES))
-def test_averages_are_those_of_adapters_after_each_step(tmp_path: Path, average: str, first: bool, cls: Any) -> None:
+def test_averages_are_those_of_adapters_after_each_step(
+    tmp_path: Path, average: str, first: bool, cls: Any
+) -> None:
     make, at_end, _ = fits.AVERAGES[average]
     steps = fits.Steps()
     callbacks = [*fits.beside(make(), first), steps]
-    model, _ = fits.fit(tmp_path, *callbacks, model=cls(), max_epochs=4, enable_checkpointing=False)
+    model, _ = fits.fit(
+        tmp_path, *callbacks, model=cls(), max_epochs=4, enable_checkpointing=False
+    )
     expected = at_end(steps.after)
     torch.testing.assert_close(trained(model), expected)
     assert is_plain(model)
@@ -71,8 +84,11 @@ class Numbers:
 
     def check(self, t: L.Trainer, module: LitTiny) -> None:
         for stage in ("test", "validate"):
-            assert fits.outcome(t, stage, module, ckpt_path=self.path).item() == self.score
-            assert fits.outcome(t, "test", module).item() == self.score  # what was loaded stays
+            assert (
+                fits.outcome(t, stage, module, ckpt_path=self.path).item() == self.score
+            )
+            # what was loaded stays
+            assert fits.outcome(t, "test", module).item() == self.score
         predicted = fits.outcome(t, "predict", module, ckpt_path=self.path)
         torch.testing.assert_close(predicted, self.predicted)
         assert base_is_whole(module)
@@ -81,11 +97,19 @@ class Numbers:
 @pytest.mark.filterwarnings("ignore:.*outside the 'fit' stage:UserWarning")
 @pytest.mark.parametrize(("first", "merge"), [(False, "last"), (True, "best")])
 @each_average
-def test_best_is_what_validation_saw_of_the_average(tmp_path: Path, average: str, first: bool, merge: Any) -> None:
+def test_best_is_what_validation_saw_of_the_average(
+    tmp_path: Path, average: str, first: bool, merge: Any
+) -> None:
     make, _, seen = fits.AVERAGES[average]
     steps = fits.Steps()
     worst = best(tmp_path, mode="max")  # surely not the last
-    light = ModelCheckpoint(tmp_path, "light-{step}", save_weights_only=True, every_n_train_steps=3, save_top_k=-1)
+    light = ModelCheckpoint(
+        tmp_path,
+        "light-{step}",
+        save_weights_only=True,
+        every_n_train_steps=3,
+        save_top_k=-1,
+    )
     callbacks = [*fits.beside(make(), first, merge=merge), steps, worst, light]
     model, t = fits.fit(tmp_path, *callbacks, max_epochs=4)
     t.save_checkpoint(tmp_path / "after.ckpt")
@@ -112,10 +136,15 @@ def without_folders(file: Path) -> dict[str, Any]:
 
 
 @overrides_hook
-@pytest.mark.parametrize(("first", "cls"), [(False, LitTiny), (True, BuiltAnew)], ids=["after", "before"])
+@pytest.mark.parametrize(
+    ("first", "cls"), [(False, LitTiny), (True, BuiltAnew)], ids=["after", "before"]
+)
 @each_average
-def test_resumed_average_has_the_same_bits(tmp_path: Path, average: str, first: bool, cls: type[LitTiny]) -> None:
-    if average == "swa":  # which Lightning itself resumes exactly at the end of an epoch alone
+def test_resumed_average_has_the_same_bits(
+    tmp_path: Path, average: str, first: bool, cls: type[LitTiny]
+) -> None:
+    # which Lightning itself resumes exactly at the end of an epoch alone
+    if average == "swa":
         steps, at, end = None, "step=8", "step=16.ckpt"
     else:
         steps, at, end = 5, "step=10", "step=15.ckpt"
@@ -123,7 +152,13 @@ def test_resumed_average_has_the_same_bits(tmp_path: Path, average: str, first: 
     if first:
         make.reverse()
     resumed = fits.resumes_to_the_bit(
-        tmp_path, cls, *make, at=at, train=fits.Stateful, saving={"every_n_train_steps": steps}, max_epochs=4
+        tmp_path,
+        cls,
+        *make,
+        at=at,
+        train=fits.Stateful,
+        saving={"every_n_train_steps": steps},
+        max_epochs=4,
     )
     of_through = without_folders(tmp_path / "through" / end)
     of_resumed = without_folders(tmp_path / "resumed" / end)
@@ -170,10 +205,13 @@ class Masked(LitTiny):
     [
         ("EMAWeightAveraging", {"decay": 0.9}, "32-true"),
         ("WeightAveraging", {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, "32-true"),
-        ("WeightAveraging", {}, "bf16-true"),  # torch's own for lists takes only float32 on CPUs
+        # torch's own for lists takes only float32 on CPUs
+        ("WeightAveraging", {}, "bf16-true"),
     ],
 )
-def test_averaging_leaves_infinities_in_a_buffer(tmp_path: Path, make: str, options: Any, precision: Any) -> None:
+def test_averaging_leaves_infinities_in_a_buffer(
+    tmp_path: Path, make: str, options: Any, precision: Any
+) -> None:
     average = getattr(bundled, make)(use_buffers=True, **options)
     model, _ = fits.fit(tmp_path, average, lora(), model=Masked(), precision=precision)
     bits = model.mask.float().view(torch.int32)

@@ -8,14 +8,24 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora import inject_adapters
 from lightning_lora.model.records import find_record
-from tests.support.cases import base_is_whole, file_names, files_hold_adapters_alone, same_parts, trained
+from tests.support.cases import (
+    base_is_whole,
+    file_names,
+    files_hold_adapters_alone,
+    same_parts,
+    trained,
+)
 from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.fits import AVERAGES, adam, adapted, by_hand, fit, resumes_to_the_bit
 from tests.support.models import LitTiny, X, data, is_plain, lora, state, trainer
@@ -33,7 +43,9 @@ def sgd(parameters: Any) -> Optimizer:
 
 def lbfgs(parameters: Any) -> Optimizer:
     """Calls its closure several times in a step, and Lightning accumulates and clips in each."""
-    return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3, line_search_fn="strong_wolfe")
+    return torch.optim.LBFGS(
+        parameters, lr=0.1, max_iter=3, line_search_fn="strong_wolfe"
+    )
 
 
 # What the Trainer has, and how a plain loop does it
@@ -58,7 +70,14 @@ def test_training_is_that_of_a_plain_loop_over_the_adapters(
         model.configure_optimizers = lambda: make(model.parameters())  # type: ignore[method-assign]
         return model
 
-    found = resumes_to_the_bit(tmp_path, build, partial(lora, merge=False), at="epoch=1", max_epochs=3, **options)
+    found = resumes_to_the_bit(
+        tmp_path,
+        build,
+        partial(lora, merge=False),
+        at="epoch=1",
+        max_epochs=3,
+        **options,
+    )
     assert_same_tensors(state(found), state(expected))
     assert base_is_whole(found)
     assert files_hold_adapters_alone(tmp_path)
@@ -78,9 +97,12 @@ def test_training_is_that_of_a_plain_loop_over_the_adapters(
     ],
     ids=str,
 )
-def test_trainer_options_mean_what_they_mean_without_the_callback(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_trainer_options_mean_what_they_mean_without_the_callback(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     options = {"max_epochs": 3, "enable_checkpointing": False, **options}
-    by_lightning, _ = fit(tmp_path, model=adapted(), **options)  # on a module that is adapted already
+    # on a module that is adapted already
+    by_lightning, _ = fit(tmp_path, model=adapted(), **options)
     model, t = fit(tmp_path, lora(), **options)
     assert is_plain(model)
     assert same_parts(trained(model), trained(by_lightning))
@@ -148,7 +170,9 @@ def scale_in_predict(model: LitTiny, t: L.Trainer) -> None:
         (scale_in_predict, merged),
     ],
 )
-def test_tuning_gives_the_module_back_as_it_came(tmp_path: Path, tune: Any, build: Any) -> None:
+def test_tuning_gives_the_module_back_as_it_came(
+    tmp_path: Path, tune: Any, build: Any
+) -> None:
     model = build(tmp_path)
     before = state(model)
     output = model(X)
@@ -164,7 +188,9 @@ def test_tuning_gives_the_module_back_as_it_came(tmp_path: Path, tune: Any, buil
 
 
 @pytest.mark.parametrize("tune", [lr_find, scale_in_fit])
-def test_tuning_of_a_fit_may_leave_fresh_adapters_for_the_fit_that_is_to_come(tmp_path: Path, tune: Any) -> None:
+def test_tuning_of_a_fit_may_leave_fresh_adapters_for_the_fit_that_is_to_come(
+    tmp_path: Path, tune: Any
+) -> None:
     model = OwnData()
     before = state(model)
     output = model(X)
@@ -189,9 +215,16 @@ LR_WITH_AN_AVERAGE = [(finds_lr, "lr", average) for average in list(AVERAGES)[-1
 
 @exact
 @pytest.mark.parametrize(
-    ("finder", "name", "average"), [(finds_lr, "lr", None), (finds_batch_size, "batch_size", None), *LR_WITH_AN_AVERAGE]
+    ("finder", "name", "average"),
+    [
+        (finds_lr, "lr", None),
+        (finds_batch_size, "batch_size", None),
+        *LR_WITH_AN_AVERAGE,
+    ],
 )
-def test_fit_with_a_finder_is_fit_with_what_it_finds(tmp_path: Path, finder: Any, name: str, average: Any) -> None:
+def test_fit_with_a_finder_is_fit_with_what_it_finds(
+    tmp_path: Path, finder: Any, name: str, average: Any
+) -> None:
     def fitted(model: OwnData, folder: Path, *callbacks: L.Callback) -> OwnData:
         torch.manual_seed(5)
         saves = ModelCheckpoint(folder, "{step}", save_top_k=-1)

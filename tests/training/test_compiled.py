@@ -22,7 +22,8 @@ class Compiled(LitTiny):
         self.q_proj = torch.compile(self.q_proj, backend="eager", fullgraph=True)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
+# of torch, as it compiles any linear layer
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_compiled_submodule_is_adapted_and_its_keys_are_plain(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain, _ = fit(tmp_path, lora(target_modules=["q_proj"]), model=LitTiny())
@@ -55,7 +56,9 @@ def counted() -> tuple[Any, list[int]]:
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all"])
-def test_compiled_module_trains_as_the_plain_one_and_compiles_once(tmp_path: Path, targets: Any) -> None:
+def test_compiled_module_trains_as_the_plain_one_and_compiles_once(
+    tmp_path: Path, targets: Any
+) -> None:
     def trainer_of_three_epochs() -> Any:
         torch.manual_seed(0)
         adapters = lora(merge=False, target_modules=targets)
@@ -67,7 +70,8 @@ def test_compiled_module_trains_as_the_plain_one_and_compiles_once(tmp_path: Pat
     model = LitTiny()
     t = trainer_of_three_epochs()
     t.fit(torch.compile(model, backend=backend), data())
-    torch.testing.assert_close(state(model), state(plain))  # a compiled graph may round otherwise
+    # a compiled graph may round otherwise
+    torch.testing.assert_close(state(model), state(plain))
     seen = len(graphs)
     assert seen > 0
     t.fit_loop.max_epochs = 6

@@ -81,13 +81,24 @@ class Passes(L.Callback):
 
 @pytest.mark.parametrize(
     ("merge", "saving", "in_training"),
-    [("last", {"save_top_k": -1}, 1), ("last", {"every_n_epochs": 9}, 0), ("best", {}, 1)],
+    [
+        ("last", {"save_top_k": -1}, 1),
+        ("last", {"every_n_epochs": 9}, 0),
+        ("best", {}, 1),
+    ],
 )
 def test_a_fit_reads_its_base_at_the_start_and_at_the_end_and_for_its_first_file(
     tmp_path: Path, reads: Reads, merge: Any, saving: Any, in_training: int
 ) -> None:
     passes = Passes(reads)
-    fit(tmp_path, lora(merge=merge), best(tmp_path, **saving), passes, model=Wide(), max_epochs=4)
+    fit(
+        tmp_path,
+        lora(merge=merge),
+        best(tmp_path, **saving),
+        passes,
+        model=Wide(),
+        max_epochs=4,
+    )
     at_the_end = reads.passes()
     assert passes.in_set_up == 1
     assert passes.in_training == in_training
@@ -97,11 +108,15 @@ def test_a_fit_reads_its_base_at_the_start_and_at_the_end_and_for_its_first_file
 class LooksAtKind(L.Callback):
     """Notes whether a module was plain in its last validation."""
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> None:
         self.was_plain = is_plain(pl_module)
 
 
-def test_a_merged_model_is_evaluated_and_saved_without_a_look_at_its_base(tmp_path: Path, reads: Reads) -> None:
+def test_a_merged_model_is_evaluated_and_saved_without_a_look_at_its_base(
+    tmp_path: Path, reads: Reads
+) -> None:
     looks = LooksAtKind()
     model, t = fit(tmp_path, lora(), looks, model=Wide())
     merged = state(model)
@@ -120,7 +135,9 @@ def test_a_merged_model_is_evaluated_and_saved_without_a_look_at_its_base(tmp_pa
     assert not is_plain(model)
 
 
-def test_a_file_is_tested_with_one_look_and_what_the_user_froze_stays_frozen(tmp_path: Path, reads: Reads) -> None:
+def test_a_file_is_tested_with_one_look_and_what_the_user_froze_stays_frozen(
+    tmp_path: Path, reads: Reads
+) -> None:
     model, t = fit(tmp_path, lora(), best(tmp_path), model=Wide())
     reads.passes()
     model.freeze()
@@ -145,7 +162,9 @@ class Judged(LitTiny):
 class Looks(L.Callback):
     """Notes in which steps these functions of the package are called."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *functions: tuple[Any, str]) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *functions: tuple[Any, str]
+    ) -> None:
         self.step = -1
         self.steps: set[int] = set()
         for room, name in functions:
@@ -162,7 +181,8 @@ class Looks(L.Callback):
         self.step = trainer.global_step
 
 
-@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of what runs in validation
+# of what runs in validation
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
 @pytest.mark.parametrize("build", [LitTiny, Judged])
 def test_a_step_does_not_look_at_the_whole_module_its_graph_or_all_parameters(
     tmp_path: Path, build: Any, monkeypatch: Any
@@ -205,10 +225,14 @@ def assert_change_is_stored(model: Wide, file: Path) -> None:
 # The first value is a sample of a large weight, the second is none
 @pytest.mark.filterwarnings("ignore:Code has written:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize(("place", "name"), [(0, "best.ckpt"), (1, "after.ckpt")])
-def test_a_changed_value_is_stored_when_a_save_sees_it_or_at_the_end(tmp_path: Path, place: int, name: str) -> None:
+def test_a_changed_value_is_stored_when_a_save_sees_it_or_at_the_end(
+    tmp_path: Path, place: int, name: str
+) -> None:
     model = Wide()
     saves = best(tmp_path, filename="best")
-    _, t = fit(tmp_path, lora(merge=False), saves, Changes(place), model=model, max_epochs=1)
+    _, t = fit(
+        tmp_path, lora(merge=False), saves, Changes(place), model=model, max_epochs=1
+    )
     t.save_checkpoint(tmp_path / "after.ckpt")
     assert_change_is_stored(model, tmp_path / name)
 

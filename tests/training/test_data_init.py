@@ -25,7 +25,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import lightning_lora as ll
 from lightning_lora.model.view import View
 from lightning_lora.training.data_init.data_start import check_data_init
-from tests.support.compared import assert_holds, assert_rows_are_parallel, assert_same_tensors
+from tests.support.compared import (
+    assert_holds,
+    assert_rows_are_parallel,
+    assert_same_tensors,
+)
 from tests.support.fits import KeepsStates, Notes, fit, resumes_to_the_bit
 from tests.support.kept import Kept, words
 from tests.support.messages import lines_with
@@ -33,7 +37,9 @@ from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, 
 from tests.support.parameters import flags_of, modes_of, names_of_parameters
 from tests.support.versions import needs_averaging
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*in eval mode at the start of training:UserWarning"
+)
 
 for_each_init = pytest.mark.parametrize("init", ["eva", "lora_ga"])
 
@@ -45,7 +51,9 @@ class Deep(L.LightningModule):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            self.layers = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 9), nn.Linear(9, 7)).double()
+            self.layers = nn.Sequential(
+                nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 9), nn.Linear(9, 7)
+            ).double()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -76,7 +84,9 @@ class Begun(L.Callback):
 
     is_kept = False
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> None:
         if not self.is_kept:
             self.is_kept = True
             self.keep_module(pl_module)
@@ -109,7 +119,14 @@ class Begun(L.Callback):
         self.of_numpy = np.random.get_state()[1].tolist()  # type: ignore[union-attr]
 
 
-def begun(folder: Path, model: Any, train: Any, *, run: dict[str, Any] | None = None, **config: Any) -> Begun:
+def begun(
+    folder: Path,
+    model: Any,
+    train: Any,
+    *,
+    run: dict[str, Any] | None = None,
+    **config: Any,
+) -> Begun:
     """What a module has when its fit begins. ``run`` are options of the Trainer."""
     found = Begun()
     config = {"r": 3, "merge": False, **config}
@@ -118,7 +135,9 @@ def begun(folder: Path, model: Any, train: Any, *, run: dict[str, Any] | None = 
     return found
 
 
-def assert_same_subspace(found: Tensor, expected: Tensor, cosine: float = 0.999) -> None:
+def assert_same_subspace(
+    found: Tensor, expected: Tensor, cosine: float = 0.999
+) -> None:
     """The rows of both span the same: all principal angles between them are small."""
     ours = torch.linalg.qr(found.double().T).Q
     theirs = torch.linalg.qr(expected.double().T).Q
@@ -137,14 +156,17 @@ def directions(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("most", "run"), [(1, {"fast_dev_run": True}), (16, {})])
-def test_eva_takes_the_strongest_directions_of_the_inputs(tmp_path: Path, most: int, run: dict[str, Any]) -> None:
+def test_eva_takes_the_strongest_directions_of_the_inputs(
+    tmp_path: Path, most: int, run: dict[str, Any]
+) -> None:
     found = begun(tmp_path, Deep(), numbers(), init="eva", run=run)
     x = torch.cat([batch[0] for batch in islice(numbers(), most)])
     for name, layer in Deep().layers.named_children():
         if isinstance(layer, nn.Linear):
             a = found.state[f"layers.{name}.lora_A"]
             b = found.state[f"layers.{name}.lora_B"]
-            assert_rows_are_parallel(a, directions(x)[:3])  # each of its own, so in their order
+            # each of its own, so in their order
+            assert_rows_are_parallel(a, directions(x)[:3])
             identity = torch.eye(3, dtype=a.dtype)
             torch.testing.assert_close(a @ a.T, identity)
             assert not b.any()
@@ -154,8 +176,11 @@ def test_eva_takes_the_strongest_directions_of_the_inputs(tmp_path: Path, most: 
 def test_eva_finds_the_subspaces_that_peft_finds(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
-    stops = peft.EvaConfig(rho=1.0, tau=0.0)  # all ranks stay, and two batches are enough
-    config = peft.LoraConfig(r=3, target_modules=r"layers\.\d", init_lora_weights="eva", eva_config=stops)
+    # all ranks stay, and two batches are enough
+    stops = peft.EvaConfig(rho=1.0, tau=0.0)
+    config = peft.LoraConfig(
+        r=3, target_modules=r"layers\.\d", init_lora_weights="eva", eva_config=stops
+    )
     found = peft.get_eva_state_dict(
         Deep(),
         [batch[0] for batch in numbers(batch_size=60)],
@@ -168,7 +193,8 @@ def test_eva_finds_the_subspaces_that_peft_finds(tmp_path: Path) -> None:
     ours = begun(tmp_path, Deep(), numbers(batch_size=60), init="eva", init_batches=2)
     assert len(found) == 3
     for name, a in found.items():
-        assert_same_subspace(ours.state[f"{name}.lora_A"], a)  # they keep less between batches
+        # they keep less between batches
+        assert_same_subspace(ours.state[f"{name}.lora_A"], a)
 
 
 # Without a trace
@@ -182,7 +208,11 @@ class Busy(Deep):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             self.layers = nn.Sequential(
-                nn.Linear(12, 10), nn.BatchNorm1d(10), nn.Dropout(0.3), nn.Linear(10, 9), nn.Linear(9, 7)
+                nn.Linear(12, 10),
+                nn.BatchNorm1d(10),
+                nn.Dropout(0.3),
+                nn.Linear(10, 9),
+                nn.Linear(9, 7),
             ).double()
         self.register_buffer("calls", torch.zeros(1))
         self.register_buffer("same", torch.zeros(1).expand(3))
@@ -212,7 +242,9 @@ class Busy(Deep):
         self.layers[3].eval()
 
 
-def fit_of(folder: Path, init: Any, train: Callable[[], Any] = numbers) -> tuple[Busy, Begun, Notes]:
+def fit_of(
+    folder: Path, init: Any, train: Callable[[], Any] = numbers
+) -> tuple[Busy, Begun, Notes]:
     """The module after a fit with all generators seeded, what it had when it began to train, and what it logged."""
     torch.manual_seed(1)
     random.seed(1)
@@ -221,8 +253,12 @@ def fit_of(folder: Path, init: Any, train: Callable[[], Any] = numbers) -> tuple
     found = Begun()
     notes = Notes()
     model.layers[4].eval()
-    callback = ll.LoRACallback(r=3, init=init, merge=False, modules_to_save=["layers.1"])
-    t = trainer(folder, [callback, found], max_epochs=2, logger=notes, log_every_n_steps=1)
+    callback = ll.LoRACallback(
+        r=3, init=init, merge=False, modules_to_save=["layers.1"]
+    )
+    t = trainer(
+        folder, [callback, found], max_epochs=2, logger=notes, log_every_n_steps=1
+    )
     t.fit(model, train())
     return model, found, notes
 
@@ -294,9 +330,17 @@ def names_logged(notes: Notes) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("init", "loader"),
-    [("lora_ga", Own), ("eva", Own), ("eva", shuffled), ("eva", loaded_by_a_worker), ("eva", streamed)],
+    [
+        ("lora_ga", Own),
+        ("eva", Own),
+        ("eva", shuffled),
+        ("eva", loaded_by_a_worker),
+        ("eva", streamed),
+    ],
 )
-def test_the_batches_that_are_looked_at_leave_no_trace(tmp_path: Path, init: str, loader: Any) -> None:
+def test_the_batches_that_are_looked_at_leave_no_trace(
+    tmp_path: Path, init: str, loader: Any
+) -> None:
     model, found, notes = fit_of(tmp_path, init, loader)
     plain, of_plain, notes_of_plain = fit_of(tmp_path, "kaiming", loader)
     assert_module_is_as_it_came(found, of_plain)
@@ -323,7 +367,8 @@ def test_a_resumed_run_does_not_start_again(tmp_path: Path, init: Any) -> None:
         return LitTiny(lr=0.0)
 
     resumes_to_the_bit(tmp_path, LitTiny, usual, max_epochs=3)
-    resumes_to_the_bit(tmp_path / "zero", still, short, max_epochs=2)  # at that rate, the updates are zero still
+    # at that rate, the updates are zero still
+    resumes_to_the_bit(tmp_path / "zero", still, short, max_epochs=2)
 
 
 @for_each_init
@@ -355,7 +400,9 @@ def test_a_fit_after_a_tuner_starts(tmp_path: Path, init: Any) -> None:
 @needs_averaging
 def test_an_average_starts_where_the_module_starts(tmp_path: Path) -> None:
     class Averages(bundled.WeightAveraging):
-        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def on_train_epoch_start(
+            self, trainer: L.Trainer, pl_module: L.LightningModule
+        ) -> None:
             self.begins = state(self._average_model.module)  # type: ignore[union-attr]
             self.module_begins = state(pl_module)
 
@@ -424,12 +471,18 @@ class KeepsOutputs(Deep):
         (Manual, "eva", r"Manual .*automatic_optimization=False"),
         (ManualFromSetupOn, "eva", r"ManualFromSetupOn .*automatic_optimization=False"),
         (ManualLate, "eva", r"ManualLate .*automatic_optimization=False"),
-        (MovesItsWeight, "eva", "that of MovesItsWeight has written to 'layers.0.weight'"),
+        (
+            MovesItsWeight,
+            "eva",
+            "that of MovesItsWeight has written to 'layers.0.weight'",
+        ),
         (Detached, "lora_ga", "that of Detached returns no loss with a gradient"),
         (KeepsOutputs, "eva", "KeepsOutputs ended in AttributeError: .*Hooks such as"),
     ],
 )
-def test_a_step_that_cannot_run_alone_is_refused(tmp_path: Path, kind: Any, init: Any, says: str) -> None:
+def test_a_step_that_cannot_run_alone_is_refused(
+    tmp_path: Path, kind: Any, init: Any, says: str
+) -> None:
     model = kind()
     with pytest.raises(ll.ConfigError, match=rf"init='{init}' .*{says}"):
         fit(tmp_path, ll.LoRACallback(init=init), model=model, train=numbers())
@@ -437,19 +490,28 @@ def test_a_step_that_cannot_run_alone_is_refused(tmp_path: Path, kind: Any, init
 
 
 def test_it_is_refused_on_shards_and_without_a_trainer() -> None:
-    sharded: Any = SimpleNamespace(strategy=ModelParallelStrategy(1, 1))  # to run it would join a group of processes
+    # to run it would join a group of processes
+    sharded: Any = SimpleNamespace(strategy=ModelParallelStrategy(1, 1))
     config = ll.LoRAConfig(init="eva")
-    with pytest.raises(ll.StrategyError, match=r"init='eva' .* ModelParallelStrategy shards the fit"):
+    with pytest.raises(
+        ll.StrategyError, match=r"init='eva' .* ModelParallelStrategy shards the fit"
+    ):
         check_data_init(sharded, LitTiny(), config)
     model = LitTiny()
-    with pytest.raises(ll.ConfigError, match="init='eva' starts from training data, which a Trainer has"):
+    with pytest.raises(
+        ll.ConfigError,
+        match="init='eva' starts from training data, which a Trainer has",
+    ):
         ll.inject_adapters(model, config)
     assert is_plain(model)
 
 
 @pytest.mark.parametrize("value", [0, 1.5, True])
 def test_a_wrong_number_of_batches_is_refused(value: Any) -> None:
-    with pytest.raises(ll.ConfigError, match=r"init_batches=.* is not valid. Expected an integer of at least 1"):
+    with pytest.raises(
+        ll.ConfigError,
+        match=r"init_batches=.* is not valid. Expected an integer of at least 1",
+    ):
         ll.LoRAConfig(init_batches=value)
 
 
@@ -463,7 +525,9 @@ def read_into_a_new_one(file: Path) -> LitTiny:
 
 
 @for_each_init
-def test_its_files_are_loaded_without_a_trainer_and_exported(tmp_path: Path, init: Any) -> None:
+def test_its_files_are_loaded_without_a_trainer_and_exported(
+    tmp_path: Path, init: Any
+) -> None:
     trained, t = fit(tmp_path, lora(init=init, merge=False))
     ll.save_adapter(trained, tmp_path / "a.safetensors")
     t.save_checkpoint(tmp_path / "a.ckpt")
@@ -496,7 +560,9 @@ class Mixed(LitTiny):
         return super().forward(index) + convolved
 
 
-@pytest.mark.filterwarnings("ignore:.*'unused' received no gradient:lightning_lora.DeadAdapterWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*'unused' received no gradient:lightning_lora.DeadAdapterWarning"
+)
 def test_layers_that_eva_does_not_read_start_as_usual_and_are_named_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -518,7 +584,9 @@ def test_layers_that_eva_does_not_read_start_as_usual_and_are_named_once(
     ]
 
 
-def test_fewer_inputs_than_the_rank_leave_the_other_rows_as_drawn(tmp_path: Path) -> None:
+def test_fewer_inputs_than_the_rank_leave_the_other_rows_as_drawn(
+    tmp_path: Path,
+) -> None:
     found = begun(tmp_path, Deep(), numbers(2, batch_size=2), init="eva")
     plain = begun(tmp_path, Deep(), numbers(2, batch_size=2))
     a = found.state["layers.0.lora_A"]
@@ -547,8 +615,12 @@ def gradients(train: DataLoader[Any], most: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("most", [1, 8])
-def test_lora_ga_takes_the_directions_of_the_gradient(tmp_path: Path, most: int) -> None:
-    found = begun(tmp_path, Deep(), numbers(), init="lora_ga", init_batches=most, alpha=12)
+def test_lora_ga_takes_the_directions_of_the_gradient(
+    tmp_path: Path, most: int
+) -> None:
+    found = begun(
+        tmp_path, Deep(), numbers(), init="lora_ga", init_batches=most, alpha=12
+    )
     grads = gradients(numbers(), most)
     assert len(grads) == 3
     for name, grad in grads.items():
@@ -566,7 +638,9 @@ def test_lora_ga_takes_the_directions_of_the_gradient(tmp_path: Path, most: int)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-def test_lora_ga_takes_the_gradients_and_directions_that_peft_takes(tmp_path: Path) -> None:
+def test_lora_ga_takes_the_gradients_and_directions_that_peft_takes(
+    tmp_path: Path,
+) -> None:
     pytest.importorskip("transformers")
     peft = pytest.importorskip("peft", minversion="0.21")
     from peft.tuners.lora import LoraGAConfig, preprocess_loraga
@@ -578,7 +652,10 @@ def test_lora_ga_takes_the_gradients_and_directions_that_peft_takes(tmp_path: Pa
             theirs.training_step(batch, 0).backward()
 
     config = peft.LoraConfig(
-        r=3, target_modules=r"layers\.[023]", init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
+        r=3,
+        target_modules=r"layers\.[023]",
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
     )
     preprocess_loraga(theirs, config, go_back)  # type: ignore[no-untyped-call]
     grads = gradients(numbers(), 8)
@@ -592,7 +669,8 @@ def test_lora_ga_takes_the_gradients_and_directions_that_peft_takes(tmp_path: Pa
         a = layer.lora_A["default"].weight
         b = layer.lora_B["default"].weight
         assert_rows_are_parallel(ours.state[f"{name}.lora_A"], a)
-        assert_rows_are_parallel(ours.state[f"{name}.lora_B"].T, b.T)  # PEFT scales B by the singular values too
+        # PEFT scales B by the singular values too
+        assert_rows_are_parallel(ours.state[f"{name}.lora_B"].T, b.T)
 
 
 def test_every_kind_of_layer_but_embeddings_starts_from_its_gradients(
@@ -613,7 +691,8 @@ def test_every_kind_of_layer_but_embeddings_starts_from_its_gradients(
     starts = lines_with(".lora_B0", found.state)
     assert "words.lora_B0" in starts
     assert len(starts) == 12
-    assert len(lines_with(".lora_B", found.state)) == 2 * 12  # there is none without a start
+    # there is none without a start
+    assert len(lines_with(".lora_B", found.state)) == 2 * 12
     for start in starts:
         name = start.replace(".lora_B0", ".lora_B")
         assert found.state[name].any(), name
@@ -634,9 +713,14 @@ class Packed(Deep):
         return super().training_step(in_float, batch_idx)
 
 
-def test_quantised_weights_start_from_their_inputs_and_not_from_gradients(tmp_path: Path) -> None:
+def test_quantised_weights_start_from_their_inputs_and_not_from_gradients(
+    tmp_path: Path,
+) -> None:
     pytest.importorskip("torchao.quantization")
-    with pytest.raises(ll.ConfigError, match=r"needs gradients of weights, and 'layers.0', .* are quantised"):
+    with pytest.raises(
+        ll.ConfigError,
+        match=r"needs gradients of weights, and 'layers.0', .* are quantised",
+    ):
         begun(tmp_path, Packed(), numbers(), init="lora_ga")
     found = begun(tmp_path, Packed(), numbers(), init="eva")
     wide = begun(tmp_path, Deep(), numbers(), init="eva")
@@ -684,7 +768,9 @@ class Writes(Deep):
 
 @pytest.mark.filterwarnings("ignore:.*returned .None.")
 @for_each_init
-def test_what_a_step_writes_elsewhere_is_given_back_and_bad_rows_do_not_count(tmp_path: Path, init: Any) -> None:
+def test_what_a_step_writes_elsewhere_is_given_back_and_bad_rows_do_not_count(
+    tmp_path: Path, init: Any
+) -> None:
     model = Writes()
     loader = numbers()
     loader.dataset.tensors[0][5] = math.nan  # type: ignore[attr-defined]
@@ -717,14 +803,19 @@ def data_read_once(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["generator", "zip", "map", "islice"])
 def test_data_that_can_be_read_once_only_are_refused(tmp_path: Path, kind: str) -> None:
     once = data_read_once(kind)
-    with pytest.raises(ll.ConfigError, match=rf"init='eva' .*the data are a {kind}, which can be read once"):
+    with pytest.raises(
+        ll.ConfigError,
+        match=rf"init='eva' .*the data are a {kind}, which can be read once",
+    ):
         fit(tmp_path, ll.LoRACallback(init="eva"), model=Deep(), train=once)
     assert len(list(once)) >= 9  # none was taken
 
 
 def test_an_iterator_whose_copy_begins_where_it_does_is_read(tmp_path: Path) -> None:
     batches = iter(list(numbers()))
-    _, t = fit(tmp_path, ll.LoRACallback(init="eva"), model=Deep(), train=batches, max_epochs=1)
+    _, t = fit(
+        tmp_path, ll.LoRACallback(init="eva"), model=Deep(), train=batches, max_epochs=1
+    )
     assert t.global_step == len(numbers())
 
 

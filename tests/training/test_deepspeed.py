@@ -1,4 +1,7 @@
-"""What is DeepSpeed's alone: its engine, its options, its folders. What is as in DDP is in test_sharded."""
+"""What is DeepSpeed's alone: its engine, its options, its folders.
+
+What is as in DDP is in test_sharded.
+"""
 
 import json
 from collections.abc import Callable
@@ -9,7 +12,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
-from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
+from lightning.pytorch.utilities.deepspeed import (
+    convert_zero_checkpoint_to_fp32_state_dict,
+)
 
 from lightning_lora import AdapterStateError, LoRACallback, LoRAConfig, StrategyError
 from lightning_lora.training.stages.stage import Stage
@@ -18,24 +23,41 @@ from tests.support.cpu_deepspeed import CpuDeepSpeed, deepspeed
 from tests.support.messages import lines_with
 from tests.support.ranks import RankError, run_ranks
 from tests.support.sharded import LitNet, data, lora, trainer_of, whole_state
-from tests.support.sharded_fits import State, assert_same, differing, fit, message_of, path_of, read
+from tests.support.sharded_fits import (
+    State,
+    assert_same,
+    differing,
+    fit,
+    message_of,
+    path_of,
+    read,
+)
 
 # The warnings are DeepSpeed's own
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"), pytest.mark.processes]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.processes,
+]
 
 
-def of_zero(kind: str, folder: Path, *args: Any, zero: dict[str, Any], **options: Any) -> State:
+def of_zero(
+    kind: str, folder: Path, *args: Any, zero: dict[str, Any], **options: Any
+) -> State:
     """A fit with these options of DeepSpeed."""
     strategy = CpuDeepSpeed(**{"stage": 2, **zero})
     return fit(kind, folder, *args, strategy=strategy, **options)
 
 
-def trained(folder: Path, *args: Any, zero: dict[str, Any] | None = None, **options: Any) -> list[State]:
+def trained(
+    folder: Path, *args: Any, zero: dict[str, Any] | None = None, **options: Any
+) -> list[State]:
     """What each process has after a fit."""
     return run_ranks(of_zero, "run", folder, *args, zero=zero or {}, **options)
 
 
-def resumed(folder: Path, build: Callable[[], LitNet], kwargs: dict[str, Any], **options: Any) -> list[State]:
+def resumed(
+    folder: Path, build: Callable[[], LitNet], kwargs: dict[str, Any], **options: Any
+) -> list[State]:
     """What each process has after a fit that goes on from the first file of another one."""
     first = path_of(folder, "run", 0)
     return trained(folder / "again", build, kwargs, first, **options)
@@ -62,7 +84,10 @@ class Groups(LitNet):
         optimizer = torch.optim.AdamW(groups, lr=1e-2)
         rates = [lambda step: 0.0, lambda step: 0.9**step, lambda step: 0.5**step]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 class InConfig(LitNet):
@@ -82,7 +107,10 @@ class WarmsUp(LitNet):
             group["lr"] = 1e-3
 
 
-ADAM = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}
+ADAM = {
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+}
 SCALED = {"lr_scale": 3, "modules_to_save": ["head"]}
 
 
@@ -113,7 +141,10 @@ def test_the_optimizer_of_a_configuration_takes_no_scale(tmp_path: Path) -> None
         trained(tmp_path, InConfig, {"lr_scale": 3}, zero={"config": ADAM})
 
 
-IN_FLOAT32 = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+IN_FLOAT32 = {
+    "zero_optimization": {"stage": 1},
+    "data_types": {"grad_accum_dtype": "fp32"},
+}
 """Gradients are accumulated in float32: DeepSpeed has another class of optimizers for this."""
 
 NARROW = {"autocast_adapter_dtype": False}
@@ -123,13 +154,28 @@ NARROW = {"autocast_adapter_dtype": False}
     ("precision", "zero", "kwargs", "dtype"),
     [
         ("bf16-true", {"stage": 2}, {}, torch.float32),
-        ("bf16-mixed", {"stage": 2}, {**NARROW, "modules_to_save": ["head"]}, torch.bfloat16),
+        (
+            "bf16-mixed",
+            {"stage": 2},
+            {**NARROW, "modules_to_save": ["head"]},
+            torch.bfloat16,
+        ),
         ("bf16-true", {"config": IN_FLOAT32}, NARROW, torch.bfloat16),
-        ("16-mixed", {"stage": 2, "initial_scale_power": 20, "loss_scale_window": 2}, NARROW, torch.float16),
+        (
+            "16-mixed",
+            {"stage": 2, "initial_scale_power": 20, "loss_scale_window": 2},
+            NARROW,
+            torch.float16,
+        ),
     ],
 )
-def test_half_precision_resumes_to_its_bits(tmp_path: Path, precision: Any, zero: Any, kwargs: Any, dtype: Any) -> None:
-    if dtype is torch.float16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+def test_half_precision_resumes_to_its_bits(
+    tmp_path: Path, precision: Any, zero: Any, kwargs: Any, dtype: Any
+) -> None:
+    if (
+        dtype is torch.float16
+        and not deepspeed.accelerator.get_accelerator().is_fp16_supported()
+    ):
         pytest.skip("DeepSpeed refuses float16 on this processor")
     expected = trained(tmp_path, LitNet, kwargs, precision=precision, zero=zero)[0]
     assert expected["model.layers.0.q.lora_A"].dtype == dtype
@@ -144,11 +190,19 @@ def test_half_precision_resumes_to_its_bits(tmp_path: Path, precision: Any, zero
     ("precision", "kwargs", "remedy"),
     [
         ("bf16-mixed", {"modules_to_save": ["head"]}, "autocast_adapter_dtype=False: "),
-        ("bf16-true", {**NARROW, "use_dora": True, "bias": "all"}, "autocast_adapter_dtype=False and use_dora=False"),
+        (
+            "bf16-true",
+            {**NARROW, "use_dora": True, "bias": "all"},
+            "autocast_adapter_dtype=False and use_dora=False",
+        ),
     ],
 )
-def test_two_dtypes_in_half_precision_are_refused(tmp_path: Path, precision: Any, kwargs: Any, remedy: str) -> None:
-    with pytest.raises(RankError, match=f"StrategyError: In half precision, .*{remedy}"):
+def test_two_dtypes_in_half_precision_are_refused(
+    tmp_path: Path, precision: Any, kwargs: Any, remedy: str
+) -> None:
+    with pytest.raises(
+        RankError, match=f"StrategyError: In half precision, .*{remedy}"
+    ):
         trained(tmp_path, LitNet, kwargs, precision=precision)
 
 
@@ -195,7 +249,9 @@ def fits_again(folder: Path, kinds: list[str]) -> tuple[State, State, State]:
 
 
 @pytest.mark.parametrize("kinds", [["zero1", "zero1"], ["zero2", "ddp"]])
-def test_next_fit_is_not_touched_by_the_engine_of_the_last(tmp_path: Path, kinds: list[str]) -> None:
+def test_next_fit_is_not_touched_by_the_engine_of_the_last(
+    tmp_path: Path, kinds: list[str]
+) -> None:
     expected = run_ranks(fits_again, tmp_path, ["ddp", "ddp"])[0]
     found = run_ranks(fits_again, tmp_path, kinds)[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -216,7 +272,8 @@ def fits_with_one_optimizer(folder: Path) -> None:
         t = trainer_of("zero2", folder, [lora(merge=merge)], max_epochs=1)
         t.fit(module, data())
     t.validate(module, data(), verbose=False)
-    with pytest.raises(AdapterStateError, match="merged"):  # loading is checked after an evaluation too
+    # loading is checked after an evaluation too
+    with pytest.raises(AdapterStateError, match="merged"):
         module.load_state_dict({"model.head.lora_A": torch.zeros(2, 16)}, strict=False)
 
 
@@ -240,7 +297,9 @@ def test_folder_of_deepspeed_is_refused_with_the_way_to_a_file(tmp_path: Path) -
     for message in run_ranks(refused, tmp_path, tmp_path / "deep"):
         assert message.startswith("AdapterFileError")
         assert "convert_zero_checkpoint_to_fp32_state_dict" in message
-    convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "deep", tmp_path / "full.ckpt")
+    convert_zero_checkpoint_to_fp32_state_dict(
+        tmp_path / "deep", tmp_path / "full.ckpt"
+    )
     trained(tmp_path, path=tmp_path / "full.ckpt")
 
 
@@ -250,5 +309,7 @@ def test_stage_3_is_refused_by_its_name_and_in_a_file(tmp_path: Path) -> None:
     by_name = StrategyRegistry.get("deepspeed_stage_3_offload")
     by_file = DeepSpeedStrategy(config=file)
     for strategy in (by_name, by_file):
-        with pytest.raises(StrategyError, match="DeepSpeedStrategy with ZeRO stage 3 shards the model"):
+        with pytest.raises(
+            StrategyError, match="DeepSpeedStrategy with ZeRO stage 3 shards the model"
+        ):
             patch_strategy(strategy, Stage(LoRAConfig()))

@@ -17,7 +17,9 @@ from tests.support.fits import fit
 from tests.support.models import WIDTH, LitTiny, X, data, randomise, state
 from tests.support.parameters import modes_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Found .* in eval mode at the start of training"
+)
 
 
 class Loaded(nn.Module):
@@ -85,7 +87,12 @@ class Lit(LitTiny):
 
 
 def lora(**options: Any) -> LoRACallback:
-    defaults = {"r": 2, "dropout": 0.9, "merge": False, "target_modules": ["q_proj", "v_proj"]}
+    defaults = {
+        "r": 2,
+        "dropout": 0.9,
+        "merge": False,
+        "target_modules": ["q_proj", "v_proj"],
+    }
     return LoRACallback(**{**defaults, **options})
 
 
@@ -109,15 +116,25 @@ class Evaluates(L.Callback):
         assert is_deterministic(pl_module.model)
 
 
-@pytest.mark.parametrize("options", [{"val_check_interval": 2}, {"accumulate_grad_batches": 3}], ids=str)
-def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"val_check_interval": 2}, {"accumulate_grad_batches": 3}], ids=str
+)
+def test_it_acts_in_every_training_step_and_in_no_evaluation(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     model = adapted()
     before = modes_of(model)
     _, t = fit(tmp_path, Evaluates(), lora(), model=model, **options)
     t.test(model, data(), verbose=False)
     t.predict(model, data())
     t.validate(model, data(), verbose=False)
-    assert model.acts == {"train": {True}, "sanity": {False}, "validate": {False}, "test": {False}, "predict": {False}}
+    assert model.acts == {
+        "train": {True},
+        "sanity": {False},
+        "validate": {False},
+        "test": {False},
+        "predict": {False},
+    }
     assert model.modes == [before] * 8
     assert modes_of(model) == before
     assert is_deterministic(model)
@@ -180,7 +197,8 @@ class Compiled(Lit):
         self.model = torch.compile(self.model, backend="eager")  # type: ignore[assignment]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
+# of torch, as it compiles any linear layer
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize("cls", [Manual, Backbone, Compiled])
 def test_it_acts_however_the_module_trains(tmp_path: Path, cls: type[Lit]) -> None:
     model, _ = fit(tmp_path, Evaluates(), lora(), model=adapted(cls))
@@ -188,7 +206,9 @@ def test_it_acts_however_the_module_trains(tmp_path: Path, cls: type[Lit]) -> No
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_a_model_in_eval_mode_that_is_recomputed_drops_the_same_again(tmp_path: Path) -> None:
+def test_a_model_in_eval_mode_that_is_recomputed_drops_the_same_again(
+    tmp_path: Path,
+) -> None:
     plain, _ = fit(tmp_path, lora(merge="last"), model=Lit())
     model, _ = fit(tmp_path, lora(merge="last"), model=Recomputed())
     assert_same_tensors(state(model), state(plain))

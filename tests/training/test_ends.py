@@ -120,7 +120,11 @@ def test_a_finished_run_that_is_run_again_ends_as_it_did(
     ],
 )
 def test_a_fit_of_no_batches_gives_the_module_back_as_it_came(
-    tmp_path: Path, start: str, arguments: Any, options: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    start: str,
+    arguments: Any,
+    options: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = started(start)
     before = about(model)
@@ -129,7 +133,9 @@ def test_a_fit_of_no_batches_gives_the_module_back_as_it_came(
     assert about(model) == before
     assert_same_tensors(state(model), values)
     if "devices" not in options:  # those of other processes are not caught
-        assert "This fit trained nothing: LitTiny stays as it was before." in caplog.text
+        assert (
+            "This fit trained nothing: LitTiny stays as it was before." in caplog.text
+        )
         assert "merged" not in caplog.text
 
 
@@ -144,12 +150,15 @@ class ReadsNothing(L.Callback):
             missing = FileNotFoundError("no such file")
             merging.read_adapter_file = Mock(side_effect=missing)  # type: ignore[attr-defined]
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str
+    ) -> None:
         torch.save(state(pl_module), self.folder / f"{trainer.global_rank}.pt")
 
 
 @pytest.mark.processes
-@pytest.mark.filterwarnings("ignore::lightning_lora.BestCheckpointWarning")  # in the other processes
+# in the other processes
+@pytest.mark.filterwarnings("ignore::lightning_lora.BestCheckpointWarning")
 def test_all_processes_merge_the_best_adapters_or_none(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max")  # not the last
     callbacks = [lora(merge="best"), saves, ReadsNothing(tmp_path)]
@@ -175,9 +184,15 @@ def signals() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("signals")
-@pytest.mark.parametrize(("action", "times"), [(interrupt, 1), (stop, 0)])  # an error shows itself
-def test_an_interrupted_fit_says_where_the_adapters_are(tmp_path: Path, action: Any, times: int, caplog: Any) -> None:
-    said = "Interrupted after step 5: LitTiny has its adapters as trained until then. fit goes on with them; merge_ad"
+# an error shows itself
+@pytest.mark.parametrize(("action", "times"), [(interrupt, 1), (stop, 0)])
+def test_an_interrupted_fit_says_where_the_adapters_are(
+    tmp_path: Path, action: Any, times: int, caplog: Any
+) -> None:
+    said = (
+        "Interrupted after step 5: LitTiny has its adapters as trained until then. fit "
+        "goes on with them; merge_ad"
+    )
     model = LitTiny()
     with suppress(SystemExit, StopError):
         trainer(tmp_path, [lora(), At(5, action)]).fit(model, data(), data())
@@ -186,7 +201,9 @@ def test_an_interrupted_fit_says_where_the_adapters_are(tmp_path: Path, action: 
 
 
 @pytest.mark.usefixtures("signals")
-def test_a_fit_that_is_interrupted_before_training_gives_the_module_back(tmp_path: Path, caplog: Any) -> None:
+def test_a_fit_that_is_interrupted_before_training_gives_the_module_back(
+    tmp_path: Path, caplog: Any
+) -> None:
     model = LitTiny()
     model.configure_optimizers = interrupt  # type: ignore[method-assign]
     with suppress(SystemExit):
@@ -221,16 +238,25 @@ class Deletes(LitTiny):
 
 
 @pytest.mark.parametrize("merge", ["last", False])
-def test_a_fit_that_has_lost_all_its_adapters_is_an_error_that_names_them(tmp_path: Path, merge: Any) -> None:
+def test_a_fit_that_has_lost_all_its_adapters_is_an_error_that_names_them(
+    tmp_path: Path, merge: Any
+) -> None:
     model = Deletes("q_proj", "v_proj")
-    with pytest.raises(ll.AdapterStateError, match=r"'q_proj', 'v_proj' of Deletes had adapters .* and are gone"):
+    with pytest.raises(
+        ll.AdapterStateError,
+        match=r"'q_proj', 'v_proj' of Deletes had adapters .* and are gone",
+    ):
         trainer(tmp_path, [lora(merge=merge)]).fit(model, data())
 
 
-def test_a_fit_that_has_lost_some_of_its_adapters_names_them_and_merges_the_others(tmp_path: Path, caplog: Any) -> None:
+def test_a_fit_that_has_lost_some_of_its_adapters_names_them_and_merges_the_others(
+    tmp_path: Path, caplog: Any
+) -> None:
     caplog.set_level("INFO")
     model = Deletes("q_proj")
-    with pytest.warns(ll.LoRAWarning, match=r"'q_proj' of Deletes had adapters .* The others stay"):
+    with pytest.warns(
+        ll.LoRAWarning, match=r"'q_proj' of Deletes had adapters .* The others stay"
+    ):
         trainer(tmp_path, [lora()]).fit(model, data())
     assert is_plain(model)
     assert "merged the last adapters into 1 layer." in caplog.text
@@ -241,7 +267,9 @@ class Merges(LitTiny):
         ll.merge_adapters(self)
 
 
-def test_a_fit_in_which_the_module_has_merged_itself_counts_its_layers(tmp_path: Path, caplog: Any) -> None:
+def test_a_fit_in_which_the_module_has_merged_itself_counts_its_layers(
+    tmp_path: Path, caplog: Any
+) -> None:
     caplog.set_level("INFO")
     trainer(tmp_path, [lora()]).fit(Merges(), data())
     assert "into 2 layers." in caplog.text

@@ -21,14 +21,23 @@ from tests.support.versions import exact
     ("options", "moved"),
     [
         ({}, "head.weight"),
-        ({"modules_to_save": None, "bias": "all", "exclude_modules": ["head"]}, "q_proj.bias"),
+        (
+            {"modules_to_save": None, "bias": "all", "exclude_modules": ["head"]},
+            "q_proj.bias",
+        ),
         ({"modules_to_save": ["embed"]}, "embed.weight"),
     ],
 )
 def test_what_trains_in_full_in_a_float16_base_learns_and_stays_finite(
     tmp_path: Path, options: Any, moved: str
 ) -> None:
-    model, _ = fit(tmp_path, lora(**options), model=LitTiny(lr=1e-3), precision="16-true", max_epochs=4)
+    model, _ = fit(
+        tmp_path,
+        lora(**options),
+        model=LitTiny(lr=1e-3),
+        precision="16-true",
+        max_epochs=4,
+    )
     for p in model.parameters():
         assert p.dtype == torch.float16
         assert p.isfinite().all()
@@ -53,7 +62,8 @@ def test_steps_that_float16_rounds_away_add_up(tmp_path: Path) -> None:
     model, _ = fit(tmp_path, lora(), model=Steady(), precision="16-true", max_epochs=4)
     has_gradients = torch.arange(8) > 0
     expected = LitTiny().head.weight.data - 16 * 1e-4 * has_gradients
-    torch.testing.assert_close(model.head.weight.float(), expected, atol=1.3e-4, rtol=0)  # half of float16's spacing
+    # half of float16's spacing
+    torch.testing.assert_close(model.head.weight.float(), expected, atol=1.3e-4, rtol=0)
 
 
 class StepsByLBFGS(LitTiny):
@@ -62,7 +72,9 @@ class StepsByLBFGS(LitTiny):
 
 
 def test_a_step_that_computes_its_loss_again_does_so_in_float16(tmp_path: Path) -> None:
-    model, _ = fit(tmp_path, lora(merge=False), model=StepsByLBFGS(), precision="16-true")
+    model, _ = fit(
+        tmp_path, lora(merge=False), model=StepsByLBFGS(), precision="16-true"
+    )
     weight = model.head.weight
     assert weight.dtype == torch.float16
     assert weight.isfinite().all()
@@ -92,7 +104,10 @@ def test_a_loop_of_ones_own_is_refused_before_its_first_step() -> None:
     trained = trainable(model)
     batch = next(iter(data()))
     model.loss(batch).backward()
-    with pytest.raises(ll.OptimizerError, match=r"'head.weight', 'head.bias' of LitTiny .*float16.*Adam ends in NaN"):
+    with pytest.raises(
+        ll.OptimizerError,
+        match=r"'head.weight', 'head.bias' of LitTiny .*float16.*Adam ends in NaN",
+    ):
         torch.optim.Adam(trained).step()
     assert_same_tensors(state(model), before)
     torch.optim.SGD(trained, lr=0.1).step()

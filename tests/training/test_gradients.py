@@ -22,7 +22,17 @@ from lightning_lora import (
 )
 from tests.support.compared import assert_all_have_moved, assert_same_tensors
 from tests.support.fits import KeepsStates, fit
-from tests.support.models import ADAPTERS, LitTiny, X, as_trained, data, lora, same, state, trainer
+from tests.support.models import (
+    ADAPTERS,
+    LitTiny,
+    X,
+    as_trained,
+    data,
+    lora,
+    same,
+    state,
+    trainer,
+)
 from tests.support.parameters import is_base, names_of_parameters, trainable
 
 train = partial(fit, limit_val_batches=0)
@@ -44,7 +54,12 @@ class Recomputed(LitTiny):
         return scale * (of_q + of_v)
 
     def forward(self, index: Tensor) -> Tensor:
-        inputs: tuple[Any, ...] = (self.embed(index), torch.arange(7, -1, -1), torch.arange(8) > 2, 0.5)
+        inputs: tuple[Any, ...] = (
+            self.embed(index),
+            torch.arange(7, -1, -1),
+            torch.arange(8) > 2,
+            0.5,
+        )
         if self.reentrant is None:
             x = self.inner(*inputs)
         else:
@@ -60,9 +75,19 @@ class Recomputed(LitTiny):
         (False, {"modules_to_save": None, "exclude_modules": ["head"]}),
     ],
 )
-def test_recomputed_layers_train_as_others_do(tmp_path: Path, reentrant: bool, options: Any) -> None:
-    plain, _ = train(tmp_path, lora(merge=False, dropout=0.3, **options), model=Recomputed(reentrant=None))
-    model, _ = train(tmp_path, lora(merge=False, dropout=0.3, **options), model=Recomputed(reentrant=reentrant))
+def test_recomputed_layers_train_as_others_do(
+    tmp_path: Path, reentrant: bool, options: Any
+) -> None:
+    plain, _ = train(
+        tmp_path,
+        lora(merge=False, dropout=0.3, **options),
+        model=Recomputed(reentrant=None),
+    )
+    model, _ = train(
+        tmp_path,
+        lora(merge=False, dropout=0.3, **options),
+        model=Recomputed(reentrant=reentrant),
+    )
     assert_same_tensors(state(model), state(plain))
     assert_all_have_moved(model, ADAPTERS)
 
@@ -85,12 +110,18 @@ def recomputed_with_adapters() -> Recomputed:
     return as_trained(Recomputed(reentrant=True), modules_to_save=["head"])
 
 
-def train_without_files(folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -> None:
+def train_without_files(
+    folder: Path, model: Any, *callbacks: L.Callback, **options: Any
+) -> None:
     adapters = lora(merge=False)
-    train(folder, adapters, *callbacks, model=model, enable_checkpointing=False, **options)
+    train(
+        folder, adapters, *callbacks, model=model, enable_checkpointing=False, **options
+    )
 
 
-def test_a_fit_within_a_fit_of_another_module_leaves_both_trained(tmp_path: Path) -> None:
+def test_a_fit_within_a_fit_of_another_module_leaves_both_trained(
+    tmp_path: Path,
+) -> None:
     own = torch.utils.checkpoint.CheckpointFunction
     alone = recomputed_with_adapters()
     outer = recomputed_with_adapters()
@@ -151,7 +182,10 @@ class NeverCalls(Skips):
 
 
 def test_adapters_that_no_gradient_reaches_are_named_once(tmp_path: Path) -> None:
-    with pytest.warns(DeadAdapterWarning, match="'v_proj', 'unused' received no gradient.*exclude_modules") as caught:
+    with pytest.warns(
+        DeadAdapterWarning,
+        match="'v_proj', 'unused' received no gradient.*exclude_modules",
+    ) as caught:
         train(tmp_path, lora(), model=NeverCalls())
     categories = [each.category for each in caught]
     assert categories.count(DeadAdapterWarning) == 1
@@ -168,11 +202,15 @@ class CallsBackward(NeverCalls):
 
 
 def test_they_are_named_too_where_a_step_calls_backward_itself(tmp_path: Path) -> None:
-    with pytest.warns(DeadAdapterWarning, match="'v_proj', 'unused' received no gradient"):
+    with pytest.warns(
+        DeadAdapterWarning, match="'v_proj', 'unused' received no gradient"
+    ):
         train(tmp_path, lora(), model=CallsBackward())
 
 
-def state_of_two_processes(folder: Path, model: Any, accumulated: int, **of_ddp: Any) -> dict[str, Tensor]:
+def state_of_two_processes(
+    folder: Path, model: Any, accumulated: int, **of_ddp: Any
+) -> dict[str, Tensor]:
     """What two processes have after a fit with these options of DDPStrategy."""
     keeps = KeepsStates(folder)
     train(
@@ -181,7 +219,9 @@ def state_of_two_processes(folder: Path, model: Any, accumulated: int, **of_ddp:
         keeps,
         model=model,
         accumulate_grad_batches=accumulated,
-        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo", **of_ddp),
+        strategy=DDPStrategy(
+            start_method="fork", process_group_backend="gloo", **of_ddp
+        ),
         devices=2,
         use_distributed_sampler=False,
     )
@@ -189,7 +229,8 @@ def state_of_two_processes(folder: Path, model: Any, accumulated: int, **of_ddp:
 
 
 @pytest.mark.processes
-@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of the other process's layers
+# of the other process's layers
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
 @pytest.mark.parametrize(
     ("kind", "accumulated", "options", "moves_v"),
     [(Skips, 2, {}, True), (NeverCalls, 1, {"static_graph": True}, False)],
@@ -199,11 +240,14 @@ def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(
 ) -> None:
     found = state_of_two_processes(tmp_path, kind(), accumulated, **options)
     # This searches the graph in each step
-    searched = state_of_two_processes(tmp_path, kind(), accumulated, find_unused_parameters=True)
+    searched = state_of_two_processes(
+        tmp_path, kind(), accumulated, find_unused_parameters=True
+    )
     assert found["q_proj.lora_B"].any()
     assert found["v_proj.lora_B"].any() == moves_v
     assert not found["unused.lora_B"].any()
-    torch.testing.assert_close(found, searched)  # unused.lora_A too: not even its weight decays
+    # unused.lora_A too: not even its weight decays
+    torch.testing.assert_close(found, searched)
 
 
 # What is frozen, thawed and switched in training
@@ -222,9 +266,19 @@ class Freezes(LitTiny):
 
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
-def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp_path: Path) -> None:
+def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(
+    tmp_path: Path,
+) -> None:
     keeps = KeepsStates(tmp_path)
-    model, _ = train(tmp_path, lora(), keeps, model=Freezes(), max_steps=4, strategy="ddp_fork", devices=2)
+    model, _ = train(
+        tmp_path,
+        lora(),
+        keeps,
+        model=Freezes(),
+        max_steps=4,
+        strategy="ddp_fork",
+        devices=2,
+    )
     base = LitTiny()
     assert torch.equal(model.v_proj.weight, base.v_proj.weight)
     assert not torch.equal(model.q_proj.weight, base.q_proj.weight)
@@ -254,10 +308,15 @@ class PutsInPlaceOfAnother(Unfreezes):
 
 
 @pytest.mark.parametrize("kind", [MakesAnOptimizer, Unfreezes, PutsInPlaceOfAnother])
-def test_frozen_weights_that_are_given_to_an_optimizer_in_training_are_refused(tmp_path: Path, kind: Any) -> None:
+def test_frozen_weights_that_are_given_to_an_optimizer_in_training_are_refused(
+    tmp_path: Path, kind: Any
+) -> None:
     model = kind()
     before = model.embed.weight.clone()
-    with pytest.raises(OptimizerError, match=rf"'embed.weight'.* of {kind.__name__} were added.*modules_to_save"):
+    with pytest.raises(
+        OptimizerError,
+        match=rf"'embed.weight'.* of {kind.__name__} were added.*modules_to_save",
+    ):
         train(tmp_path, lora(), model=model)
     assert torch.equal(model.embed.weight, before)
 
@@ -283,7 +342,9 @@ class Adversaries(L.LightningModule):
         self.train_one(self.one, self.other, of_one, x)
         self.train_one(self.other, self.one, of_other, x)
 
-    def train_one(self, net: nn.Module, fixed: nn.Module, optimizer: Any, x: Tensor) -> None:
+    def train_one(
+        self, net: nn.Module, fixed: nn.Module, optimizer: Any, x: Tensor
+    ) -> None:
         self.switch(fixed, False)
         self.switch(net, True)
         optimizer.zero_grad()
@@ -315,8 +376,12 @@ def assert_base_is_frozen(module: nn.Module) -> None:
         assert not p.requires_grad
 
 
-def test_networks_that_are_switched_on_and_off_train_their_adapters_alone(tmp_path: Path) -> None:
-    of_adapters, _ = train(tmp_path, LoRACallback(r=2, merge=False), model=AdversariesOfAdapters())
+def test_networks_that_are_switched_on_and_off_train_their_adapters_alone(
+    tmp_path: Path,
+) -> None:
+    of_adapters, _ = train(
+        tmp_path, LoRACallback(r=2, merge=False), model=AdversariesOfAdapters()
+    )
     of_all, _ = train(tmp_path, LoRACallback(r=2, merge=False), model=Adversaries())
     assert_base_is_frozen(of_adapters)
     assert_base_is_frozen(of_all)
@@ -349,7 +414,10 @@ def test_base_weights_that_are_thawed_in_training_stay_frozen_and_are_named_once
     with caplog.at_level("INFO"):
         model, _ = train(tmp_path, lora(), model=kind())
     assert torch.equal(model.embed.weight, LitTiny().embed.weight)
-    assert caplog.text.count("requires_grad of 'embed.weight' was set in training.") == times
+    assert (
+        caplog.text.count("requires_grad of 'embed.weight' was set in training.")
+        == times
+    )
 
 
 class ThawsByHand(LitTiny):
@@ -369,7 +437,9 @@ class ThawsByHand(LitTiny):
         self.left.append(self.embed.weight.grad)
 
 
-def test_a_step_by_hand_leaves_no_gradient_on_what_it_has_thawed(tmp_path: Path) -> None:
+def test_a_step_by_hand_leaves_no_gradient_on_what_it_has_thawed(
+    tmp_path: Path,
+) -> None:
     model, _ = train(tmp_path, lora(), model=ThawsByHand(), max_epochs=1)
     assert model.left == [None] * 4
 
@@ -387,7 +457,10 @@ class Probe(LitTiny):
 
 
 class FreezesLate(Probe):
-    configure_optimizers, on_train_start = LitTiny.configure_optimizers, Probe.freeze_body
+    configure_optimizers, on_train_start = (
+        LitTiny.configure_optimizers,
+        Probe.freeze_body,
+    )
 
 
 def test_adapters_train_in_a_module_that_freezes_its_body(tmp_path: Path) -> None:
@@ -395,7 +468,10 @@ def test_adapters_train_in_a_module_that_freezes_its_body(tmp_path: Path) -> Non
     assert_all_have_moved(model, ADAPTERS)
     with (
         pytest.warns(DeadAdapterWarning, match=r"code freeze them \(requires_grad"),
-        pytest.warns(DeadAdapterWarning, match="After 8 steps, all updates of FreezesLate are still zero"),
+        pytest.warns(
+            DeadAdapterWarning,
+            match="After 8 steps, all updates of FreezesLate are still zero",
+        ),
     ):
         train(tmp_path, lora(merge=False), model=FreezesLate())
 
@@ -423,7 +499,9 @@ class Keeps(LitTiny):
 
 
 def test_a_loss_that_depends_on_no_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="loss of ReadsFeatures depends on no adapter: 'q_proj'"):
+    with pytest.raises(
+        TargetError, match="loss of ReadsFeatures depends on no adapter: 'q_proj'"
+    ):
         train(tmp_path, lora(), model=ReadsFeatures())
     model, _ = train(tmp_path, lora(merge=False), model=Keeps())
     assert_all_have_moved(model, ADAPTERS)
@@ -492,15 +570,21 @@ class Attacks(LitTiny):
         return self.found
 
 
-@pytest.mark.parametrize("hook", ["on_fit_start", "validation_step", "on_train_end", "on_fit_end"])
-def test_a_fit_may_go_back_through_the_module_outside_of_its_training_steps(tmp_path: Path, hook: str) -> None:
+@pytest.mark.parametrize(
+    "hook", ["on_fit_start", "validation_step", "on_train_end", "on_fit_end"]
+)
+def test_a_fit_may_go_back_through_the_module_outside_of_its_training_steps(
+    tmp_path: Path, hook: str
+) -> None:
     plain, _ = fit(tmp_path, lora(), model=Attacks())
     model, _ = fit(tmp_path, lora(), model=Attacks(hook), inference_mode=False)
     assert model.found.any()
     assert_same_tensors(state(model), state(plain))
 
 
-def run_with_graphs(folder: Path, stage: str, model: Any, *callbacks: L.Callback) -> None:
+def run_with_graphs(
+    folder: Path, stage: str, model: Any, *callbacks: L.Callback
+) -> None:
     """An evaluation in which code may go back."""
     t = trainer(folder, callbacks, inference_mode=False)
     getattr(t, stage)(model, data())
@@ -508,7 +592,9 @@ def run_with_graphs(folder: Path, stage: str, model: Any, *callbacks: L.Callback
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 @pytest.mark.parametrize("is_adapted", [False, True])
-def test_an_evaluation_may_go_back_through_the_module(tmp_path: Path, stage: str, is_adapted: bool) -> None:
+def test_an_evaluation_may_go_back_through_the_module(
+    tmp_path: Path, stage: str, is_adapted: bool
+) -> None:
     model = Attacks("validation_step")
     plain = Attacks("validation_step")
     if is_adapted:
@@ -524,9 +610,13 @@ class Forgets(Attacks):
         self.manual_backward(self.loss(batch))
 
 
-def test_a_loss_of_an_evaluation_without_a_graph_says_that_gradients_are_off(tmp_path: Path) -> None:
+def test_a_loss_of_an_evaluation_without_a_graph_says_that_gradients_are_off(
+    tmp_path: Path,
+) -> None:
     t = trainer(tmp_path, [LoRACallback()])
-    with pytest.raises(AdapterStateError, match=r"inference_mode=False.* torch.enable_grad\(\)"):
+    with pytest.raises(
+        AdapterStateError, match=r"inference_mode=False.* torch.enable_grad\(\)"
+    ):
         t.test(Forgets(), data(), verbose=False)
 
 
@@ -568,7 +658,9 @@ class RefersInside(Refers):
             self.manual_backward(loss)
 
 
-def test_a_backward_pass_while_the_base_is_shown_is_told_if_something_trains_in_full(tmp_path: Path) -> None:
+def test_a_backward_pass_while_the_base_is_shown_is_told_if_something_trains_in_full(
+    tmp_path: Path,
+) -> None:
     says = r"'head\.weight', 'head\.bias' of RefersInside .*no gradient. Call it after"
     with pytest.warns(LoRAWarning, match=says):
         train(tmp_path, lora(), model=RefersInside(), max_epochs=1)

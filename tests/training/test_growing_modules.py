@@ -60,7 +60,9 @@ class Grows(LitTiny):
         return torch.optim.Adam(self.model.core.parameters(), lr=0.05)
 
 
-def run(folder: Path, epochs: int, *, resume: Path | None = None, save: Path | None = None) -> Grows:
+def run(
+    folder: Path, epochs: int, *, resume: Path | None = None, save: Path | None = None
+) -> Grows:
     torch.manual_seed(3)
     callback = ll.LoRACallback(r=2, modules_to_save=["3"], merge=False)
     t = trainer(folder, [callback], max_epochs=epochs, enable_checkpointing=False)
@@ -81,11 +83,15 @@ def test_a_module_that_grows_resumes_to_the_bit(tmp_path: Path, epochs: int) -> 
     assert_same_tensors(state(again), state(whole))
 
 
-def test_a_module_that_grew_is_evaluated_and_loaded_from_its_file(tmp_path: Path) -> None:
+def test_a_module_that_grew_is_evaluated_and_loaded_from_its_file(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "a.ckpt"
     fitted = run(tmp_path, 3, save=file).eval()
     tested = Grows()
-    trainer(tmp_path, [ll.LoRACallback()]).test(tested, data(), ckpt_path=file, verbose=False)
+    trainer(tmp_path, [ll.LoRACallback()]).test(
+        tested, data(), ckpt_path=file, verbose=False
+    )
     loaded = ll.load_from_checkpoint(Grows, file)
     for model in (tested, loaded):
         model.eval()
@@ -93,7 +99,9 @@ def test_a_module_that_grew_is_evaluated_and_loaded_from_its_file(tmp_path: Path
         torch.testing.assert_close(model(X), fitted(X))
 
 
-def test_a_file_that_fits_no_longer_leaves_the_values_as_they_are(tmp_path: Path) -> None:
+def test_a_file_that_fits_no_longer_leaves_the_values_as_they_are(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "a.ckpt"
     run(tmp_path, 3, save=file)
     other = Grows()

@@ -21,12 +21,27 @@ from tests.support.compared import assert_same_tensors
 from tests.support.faults import unchanged
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.late import Normed
-from tests.support.models import TRAINED, LitTiny, TinyLM, X, data, is_plain, lora, state, trainer
+from tests.support.models import (
+    TRAINED,
+    LitTiny,
+    TinyLM,
+    X,
+    data,
+    is_plain,
+    lora,
+    state,
+    trainer,
+)
 from tests.support.storage import fitted, goes_on, restores
 from tests.support.versions import exact
 
 in_one_process_and_two = pytest.mark.parametrize(
-    ("save", "options"), [("adapters", {}), ("model", {}), ("adapters", {"strategy": "ddp_fork", "devices": 2})]
+    ("save", "options"),
+    [
+        ("adapters", {}),
+        ("model", {}),
+        ("adapters", {"strategy": "ddp_fork", "devices": 2}),
+    ],
 )
 
 
@@ -44,7 +59,9 @@ def loads(model: Any, file: Path) -> Any:
 def evaluated(model: Any, file: Path) -> Any:
     """The module, with the adapters of a file that an evaluation has loaded."""
     ll.inject_adapters(model, lora().config)
-    evaluates_any_file(file.parent).validate(model, data(), ckpt_path=file, verbose=False)
+    evaluates_any_file(file.parent).validate(
+        model, data(), ckpt_path=file, verbose=False
+    )
     evaluates_any_file(file.parent).test(model, data(), ckpt_path=file, verbose=False)
     return model
 
@@ -98,7 +115,12 @@ def by_load_adapter(checkpoint: Path, adapters: Path) -> Scaled:
     return loads(Scaled(), adapters)
 
 
-READERS = [by_an_evaluation, by_load_from_checkpoint, by_load_adapter_of_the_checkpoint, by_load_adapter]
+READERS = [
+    by_an_evaluation,
+    by_load_from_checkpoint,
+    by_load_adapter_of_the_checkpoint,
+    by_load_adapter,
+]
 
 
 @pytest.mark.parametrize(("save", "merge"), [("adapters", "last"), ("model", False)])
@@ -154,19 +176,25 @@ def test_a_buffer_that_setup_registers_belongs_to_the_run_too(tmp_path: Path) ->
     model = fitted(file, Registering(), lora())
     again = evaluated(Registering(), file)
     torch.testing.assert_close(again(X), model(X))
-    with pytest.raises(ll.AdapterMismatchError, match=r"call model.setup\('fit'\) first"):
+    with pytest.raises(
+        ll.AdapterMismatchError, match=r"call model.setup\('fit'\) first"
+    ):
         ll.load_adapter(Registering(), file)
 
 
 @in_one_process_and_two
 @pytest.mark.processes
-def test_a_resumed_run_goes_on_with_what_the_first_setup_took(tmp_path: Path, save: str, options: Any) -> None:
+def test_a_resumed_run_goes_on_with_what_the_first_setup_took(
+    tmp_path: Path, save: str, options: Any
+) -> None:
     values = iter([2.0, 3.0])
 
     def build() -> Scaled:
         return Scaled(next(values))
 
-    resumed = resumes_to_the_bit(tmp_path, build, partial(lora, save=save), max_epochs=2, **options)
+    resumed = resumes_to_the_bit(
+        tmp_path, build, partial(lora, save=save), max_epochs=2, **options
+    )
     assert resumed.scale.tolist() == [2.0, 2.0, 2.0, 2.0]
 
 
@@ -186,7 +214,9 @@ def test_a_file_without_them_loads_where_setup_fills_the_same(tmp_path: Path) ->
     file = tmp_path / "a.ckpt"
     model = as_trained_by_a_fit(file, Scaled())
     forget_what_was_filled(file)
-    again, t = fit(tmp_path, lora(merge=False), model=Scaled(), ckpt_path=file, max_epochs=2)
+    again, t = fit(
+        tmp_path, lora(merge=False), model=Scaled(), ckpt_path=file, max_epochs=2
+    )
     t.save_checkpoint(tmp_path / "b.ckpt")
     restores(tmp_path / "b.ckpt", again, Scaled())
     says = r"2 of 6 frozen tensors .* 'scale', 'weigh.weight'"
@@ -214,7 +244,9 @@ class Statistics(LitTiny):
 
 
 def test_they_have_the_shape_and_the_dtype_that_setup_gave_them(tmp_path: Path) -> None:
-    through = resumes_to_the_bit(tmp_path, Statistics, partial(lora, merge=False), max_epochs=2)
+    through = resumes_to_the_bit(
+        tmp_path, Statistics, partial(lora, merge=False), max_epochs=2
+    )
     file = tmp_path / "through" / "epoch=1.ckpt"
     by_evaluation = evaluated(Statistics(), file)
     by_loading = ll.load_from_checkpoint(Statistics, file)
@@ -315,7 +347,9 @@ def test_they_are_merged_into_a_base_that_has_a_place_for_them(tmp_path: Path) -
     torch.testing.assert_close(new(X), model(X))
 
 
-def test_a_base_that_has_no_place_for_them_is_merged_without_them(tmp_path: Path) -> None:
+def test_a_base_that_has_no_place_for_them_is_merged_without_them(
+    tmp_path: Path,
+) -> None:
     fitted_without_a_saved_head(tmp_path / "a.ckpt")
     base = {f"net.{name}": value for name, value in LitTiny().state_dict().items()}
     merged = merged_with(base, tmp_path / "a.ckpt")
@@ -338,7 +372,10 @@ def test_the_export_names_what_its_reader_would_lack(tmp_path: Path) -> None:
     callback = ll.LoRACallback(r=2, merge=False)
     model = fitted(tmp_path / "a.ckpt", Around(), callback)
     ll.export_peft(model, tmp_path / "inside", root="net")  # a warning is an error
-    with pytest.warns(ll.LoRAWarning, match="'scale', 'weigh.weight' may be untrained or were filled by setup"):
+    with pytest.warns(
+        ll.LoRAWarning,
+        match="'scale', 'weigh.weight' may be untrained or were filled by setup",
+    ):
         ll.export_peft(model, tmp_path / "peft", root="")
 
 
@@ -360,13 +397,21 @@ class Rebuilds(LitTiny):
 
 @pytest.mark.processes
 @in_one_process_and_two
-def test_a_run_whose_layers_are_made_anew_resumes_to_the_same_bits(tmp_path: Path, save: str, options: Any) -> None:
-    model = resumes_to_the_bit(tmp_path, Rebuilds, partial(lora, save=save), max_epochs=2, **options)
+def test_a_run_whose_layers_are_made_anew_resumes_to_the_same_bits(
+    tmp_path: Path, save: str, options: Any
+) -> None:
+    model = resumes_to_the_bit(
+        tmp_path, Rebuilds, partial(lora, save=save), max_epochs=2, **options
+    )
     assert is_plain(model)
 
 
-@pytest.mark.parametrize(("save", "merge"), [("adapters", "last"), ("adapters", False), ("model", "last")])
-def test_layers_that_a_hook_makes_anew_get_the_files_adapters(tmp_path: Path, save: str, merge: Any) -> None:
+@pytest.mark.parametrize(
+    ("save", "merge"), [("adapters", "last"), ("adapters", False), ("model", "last")]
+)
+def test_layers_that_a_hook_makes_anew_get_the_files_adapters(
+    tmp_path: Path, save: str, merge: Any
+) -> None:
     saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     model, t = fit(tmp_path, lora(save=save, merge=merge), saves, model=Rebuilds())
     for name in ("epoch=0.ckpt", "epoch=1.ckpt"):
@@ -413,7 +458,13 @@ class Reads(LitTiny):
 
 
 def by_a_resumed_fit(folder: Path, file: Path, save: str) -> Reads:
-    model, _ = fit(folder, lora(save=save, merge=False), model=Reads(), ckpt_path=file, max_epochs=1)
+    model, _ = fit(
+        folder,
+        lora(save=save, merge=False),
+        model=Reads(),
+        ckpt_path=file,
+        max_epochs=1,
+    )
     return model
 
 
@@ -434,7 +485,9 @@ def by_building(folder: Path, file: Path, save: str) -> Reads:
         ("model", by_a_resumed_fit),
     ],
 )
-def test_a_hook_reads_plain_names_and_nothing_is_copied(tmp_path: Path, save: str, read: Any) -> None:
+def test_a_hook_reads_plain_names_and_nothing_is_copied(
+    tmp_path: Path, save: str, read: Any
+) -> None:
     file = tmp_path / "a.ckpt"
     model = as_trained_by_a_fit(file, Reads(), save=save)
     again = read(tmp_path, file, save)
@@ -485,7 +538,9 @@ class Asks(Sees):
     """A module that asks for the number of batches, so that Lightning begins the data early."""
 
     def configure_optimizers(self) -> Any:
-        assert self.trainer.estimated_stepping_batches == 4 * (self.trainer.max_epochs or 0)
+        assert self.trainer.estimated_stepping_batches == 4 * (
+            self.trainer.max_epochs or 0
+        )
         return super().configure_optimizers()
 
 
@@ -499,7 +554,9 @@ class Orders(RandomSampler):
 def loaders_of(stream: Stream, workers: int, is_alone: bool) -> CombinedLoader:
     """What loads a stream, alone or beside a set that has an order for each epoch."""
     ahead = 2 if workers else None
-    loaders: list[Any] = [DataLoader(stream, num_workers=workers, prefetch_factor=ahead)]
+    loaders: list[Any] = [
+        DataLoader(stream, num_workers=workers, prefetch_factor=ahead)
+    ]
     if not is_alone:
         loaders.append(DataLoader(range(16), sampler=Orders(range(16))))  # type: ignore[arg-type]
     return CombinedLoader(loaders, "min_size")
@@ -571,7 +628,10 @@ def test_one_that_only_loading_fills_belongs_to_the_base(tmp_path: Path) -> None
     file = tmp_path / "a.ckpt"
     as_trained_by_a_fit(file, FilledByLoading(loaded=5.0))
     for reads in (resumes, evaluated):
-        with pytest.raises(ll.BaseMismatchError, match=r"1 of 6 frozen tensors of FilledByLoading differ.*'scale'"):
+        with pytest.raises(
+            ll.BaseMismatchError,
+            match=r"1 of 6 frozen tensors of FilledByLoading differ.*'scale'",
+        ):
             reads(FilledByLoading(loaded=5.0), file)
         model = FilledByLoading(loaded=1.0)
         reads(model, file)
@@ -591,9 +651,16 @@ def test_one_that_set_up_fills_too_is_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "filled"), [(1.0, set()), (2.0, {"scale"})])
-def test_a_restore_within_a_fit_notes_no_more_of_them(tmp_path: Path, value: float, filled: set[str]) -> None:
+def test_a_restore_within_a_fit_notes_no_more_of_them(
+    tmp_path: Path, value: float, filled: set[str]
+) -> None:
     model = FilledByLoading(value, loaded=value)
-    t = trainer(tmp_path, [lora(merge=False), Restoring()], max_epochs=1, enable_checkpointing=False)
+    t = trainer(
+        tmp_path,
+        [lora(merge=False), Restoring()],
+        max_epochs=1,
+        enable_checkpointing=False,
+    )
     t.fit(model, data())
     ll.save_adapter(model, tmp_path / "a.safetensors")
     assert model.scale.tolist() == [value] * 4

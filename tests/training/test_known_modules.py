@@ -19,7 +19,12 @@ import lightning_lora as ll
 from tests.support.compared import assert_holds, assert_same_tensors
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.models import state, trainer
-from tests.support.parameters import is_base, listed, names_of_parameters, trainable_names
+from tests.support.parameters import (
+    is_base,
+    listed,
+    names_of_parameters,
+    trainable_names,
+)
 
 
 def layers(*sizes: int) -> nn.Sequential:
@@ -95,11 +100,16 @@ class Sorting(Net):
         decay = names_of_parameters(self, "weight")
         plain = names_of_parameters(self, "bias")
         assert parameters.keys() == {*decay, *plain}
-        groups = [{"params": listed(parameters, sorted(decay))}, {"params": listed(parameters, sorted(plain))}]
+        groups = [
+            {"params": listed(parameters, sorted(decay))},
+            {"params": listed(parameters, sorted(plain))},
+        ]
         return torch.optim.AdamW(groups, lr=0.02)
 
 
-def test_code_that_sorts_all_parameters_by_name_sees_none_of_adapters(tmp_path: Path) -> None:
+def test_code_that_sorts_all_parameters_by_name_sees_none_of_adapters(
+    tmp_path: Path,
+) -> None:
     model = fitted(tmp_path, Sorting())
     assert learned(model) == {"net.0", "net.1"}
 
@@ -113,7 +123,9 @@ class Guarded(Net):
         return super().configure_optimizers()
 
 
-def test_an_error_of_configure_optimizers_that_names_no_adapter_is_the_users_own(tmp_path: Path) -> None:
+def test_an_error_of_configure_optimizers_that_names_no_adapter_is_the_users_own(
+    tmp_path: Path,
+) -> None:
     model = Guarded()
     with pytest.raises(AssertionError, match="set a rate first"):
         fitted(tmp_path, model)
@@ -129,7 +141,10 @@ class Grouped(Net):
         slow = [name for name in parameters if is_base(name)]
         left = parameters.keys() - {*fast, *slow}
         assert not left, f"left: {left}"
-        groups = [{"params": listed(parameters, fast)}, {"params": listed(parameters, slow)}]
+        groups = [
+            {"params": listed(parameters, fast)},
+            {"params": listed(parameters, slow)},
+        ]
         return torch.optim.AdamW(groups, lr=0.02)
 
 
@@ -174,7 +189,9 @@ class TwoStages(L.LightningModule):
 
 
 @pytest.mark.parametrize("merge", ["last", False])
-def test_what_a_later_fit_gives_to_no_optimizer_keeps_what_it_has_learned(tmp_path: Path, merge: Any) -> None:
+def test_what_a_later_fit_gives_to_no_optimizer_keeps_what_it_has_learned(
+    tmp_path: Path, merge: Any
+) -> None:
     ones = torch.ones(6)
     model = fitted(tmp_path, TwoStages(), merge=merge)
     before = model.critic(ones)
@@ -194,8 +211,12 @@ def train_by_hand(module: nn.Module) -> None:
         module.get_parameter(name).add_(0.1)
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": "all"}], ids=["adapters", "biases too"])
-def test_a_network_that_learned_elsewhere_rests_whole(tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": "all"}], ids=["adapters", "biases too"]
+)
+def test_a_network_that_learned_elsewhere_rests_whole(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     model = TwoStages()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, **options))
     train_by_hand(model.critic)
@@ -224,7 +245,9 @@ def test_a_network_that_stood_still_does_so_when_all_are_frozen(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("options", "count"), [({}, 5), ({"exclude_modules": []}, 7)])
-def test_what_a_file_leaves_out_is_adapted_if_the_user_says_so(tmp_path: Path, options: Any, count: int) -> None:
+def test_what_a_file_leaves_out_is_adapted_if_the_user_says_so(
+    tmp_path: Path, options: Any, count: int
+) -> None:
     file = tmp_path / "a.safetensors"
     ll.save_adapter(fitted(tmp_path, Perceptual()), file)
     model = Perceptual()
@@ -262,7 +285,9 @@ class Checkpointed(Net):
         return mean_square(output - batch.flip(1))
 
 
-def test_a_checkpoint_that_asks_for_all_gradients_gives_the_same(tmp_path: Path) -> None:
+def test_a_checkpoint_that_asks_for_all_gradients_gives_the_same(
+    tmp_path: Path,
+) -> None:
     through = fitted(tmp_path, Checkpointed())
     plain = fitted(tmp_path, Net())
     torch.testing.assert_close(state(through), state(plain))
@@ -292,9 +317,13 @@ class Evaluated(Perceptual):
     validation_step = test_step = Perceptual.training_step
 
 
-@pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (8,)], ids=["at once", "as the first batch shows"])
+@pytest.mark.parametrize(
+    "sizes", [(8, 8, 8, 8), (8,)], ids=["at once", "as the first batch shows"]
+)
 @pytest.mark.parametrize("merge", ["last", False])
-def test_a_loss_network_has_no_adapters_in_any_later_stage(tmp_path: Path, merge: Any, sizes: tuple[int]) -> None:
+def test_a_loss_network_has_no_adapters_in_any_later_stage(
+    tmp_path: Path, merge: Any, sizes: tuple[int]
+) -> None:
     model = Evaluated(*sizes)
     vgg = state(model.vgg)
     saves = ModelCheckpoint(tmp_path, monitor="loss", save_last=True)
@@ -324,16 +353,24 @@ def test_a_scripted_network_stands_beside_adapters(tmp_path: Path) -> None:
     model = fitted(tmp_path, Scripted(), modules_to_save=["vgg"])
     assert "net.0" in learned(model)
     config = ll.LoRAConfig(target_parameters=["vgg.0.weight"])
-    with pytest.raises(ll.TargetError, match=r"'vgg.0.weight', but its RecursiveScriptModule has no forward"):
+    with pytest.raises(
+        ll.TargetError,
+        match=r"'vgg.0.weight', but its RecursiveScriptModule has no forward",
+    ):
         ll.inject_adapters(Scripted(), config)
 
 
-@pytest.mark.filterwarnings("default::lightning_lora.LoRAWarning", "ignore::lightning_lora.DeadAdapterWarning")
+@pytest.mark.filterwarnings(
+    "default::lightning_lora.LoRAWarning", "ignore::lightning_lora.DeadAdapterWarning"
+)
 def test_layers_that_have_one_weight_are_named(tmp_path: Path) -> None:
-    model = Net()  # as the encoders of an actor and its critic, or of a tied encoder and decoder
+    # as the encoders of an actor and its critic, or of a tied encoder and decoder
+    model = Net()
     model.other = layers(6, 8)
     model.other[0].weight = model.net[0].weight
-    with pytest.warns(ll.LoRAWarning, match=r"'net.0', 'other.0' of Net have one weight"):
+    with pytest.warns(
+        ll.LoRAWarning, match=r"'net.0', 'other.0' of Net have one weight"
+    ):
         fitted(tmp_path, model)
 
 
@@ -361,8 +398,12 @@ class Student(Net):
             p.data.lerp_(original.data, 0.5)
 
 
-@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training:UserWarning")
-def test_a_teacher_without_all_parameters_of_its_student_follows(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:.*in eval mode at the start of training:UserWarning"
+)
+def test_a_teacher_without_all_parameters_of_its_student_follows(
+    tmp_path: Path,
+) -> None:
     model = fitted(tmp_path, Student(), dropout=0.5)
     assert learned(model) == {"net.0", "net.1", "teacher.0", "teacher.1"}
 
@@ -389,11 +430,14 @@ class Heads(Moved):
         self.other_slow = self.slow
 
 
-def test_a_file_of_a_copy_with_two_names_is_loaded_without_a_warning(tmp_path: Path) -> None:
+def test_a_file_of_a_copy_with_two_names_is_loaded_without_a_warning(
+    tmp_path: Path,
+) -> None:
     model = fitted(tmp_path, Heads())
     again = Heads()
     ll.save_adapter(model, tmp_path / "a.safetensors")
-    ll.load_adapter(again, tmp_path / "a.safetensors")  # a warning would be an error here
+    # a warning would be an error here
+    ll.load_adapter(again, tmp_path / "a.safetensors")
     ones = torch.ones(6)
     torch.testing.assert_close(again.other_slow(ones), model.other_slow(ones))
 
@@ -419,10 +463,14 @@ class Averaged(Net):
             self.average.get_parameter(name).data.lerp_(original.data, 0.5)
 
 
-def test_an_average_that_knows_only_earlier_names_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_average_that_knows_only_earlier_names_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     fitted(tmp_path, Averaged())
-    assert "Copies in Averaged that no code has moved: 'average' of 'net'." in caplog.text
+    assert (
+        "Copies in Averaged that no code has moved: 'average' of 'net'." in caplog.text
+    )
 
 
 class Control(Net):
@@ -442,7 +490,9 @@ class Control(Net):
         return torch.optim.AdamW(self.parameters(), lr=0.02)
 
 
-def test_who_names_the_layers_of_a_network_trains_them_though_it_is_like_another(tmp_path: Path) -> None:
+def test_who_names_the_layers_of_a_network_trains_them_though_it_is_like_another(
+    tmp_path: Path,
+) -> None:
     model = fitted(tmp_path, Control(), target_modules=["net.0", "control.0"])
     assert learned(model) == {"net.0", "control.0"}
 
@@ -451,17 +501,24 @@ def test_who_names_the_layers_of_a_network_trains_them_though_it_is_like_another
 
 
 @pytest.mark.filterwarnings("default::lightning_lora.LoRAWarning")
-def test_what_a_module_has_frozen_inside_of_modules_to_save_is_named(tmp_path: Path) -> None:
+def test_what_a_module_has_frozen_inside_of_modules_to_save_is_named(
+    tmp_path: Path,
+) -> None:
     model = Net()
     last = model.net[1]
     last.bias.requires_grad_(False)  # as the positions of a masked autoencoder
-    last.places = nn.Parameter(torch.arange(3), requires_grad=False)  # which cannot train: it is not named
-    with pytest.warns(ll.LoRAWarning, match=r"all of 'net.1', also 'net.1.bias', which Net has frozen"):
+    # which cannot train: it is not named
+    last.places = nn.Parameter(torch.arange(3), requires_grad=False)
+    with pytest.warns(
+        ll.LoRAWarning, match=r"all of 'net.1', also 'net.1.bias', which Net has frozen"
+    ):
         fitted(tmp_path, model, modules_to_save=["net.1"])
 
 
 @pytest.mark.filterwarnings("error::lightning_lora.LoRAWarning")
-def test_a_module_that_was_frozen_whole_is_meant_by_modules_to_save(tmp_path: Path) -> None:
+def test_a_module_that_was_frozen_whole_is_meant_by_modules_to_save(
+    tmp_path: Path,
+) -> None:
     model = Net()
     model.net[1].requires_grad_(False)
     before = model.net[1].weight.detach().clone()
@@ -481,8 +538,12 @@ class ClearsTheState(Net):
         del checkpoint["state_dict"]
 
 
-@pytest.mark.parametrize(("kind", "is_empty"), [(ClearsAll, True), (ClearsTheState, False)])
-def test_a_module_may_clear_its_checkpoint(tmp_path: Path, kind: type[Net], is_empty: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "is_empty"), [(ClearsAll, True), (ClearsTheState, False)]
+)
+def test_a_module_may_clear_its_checkpoint(
+    tmp_path: Path, kind: type[Net], is_empty: bool
+) -> None:
     file = tmp_path / "a.ckpt"
     t = trainer(tmp_path, [lora()], max_epochs=1)
     t.fit(kind(), numbers())
@@ -501,7 +562,9 @@ class Masking(Net):
         return super().training_step(masked * random.gauss(1, 0.1), batch_idx)
 
 
-def test_a_resumed_run_goes_on_with_the_random_numbers_of_numpy_and_python(tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_with_the_random_numbers_of_numpy_and_python(
+    tmp_path: Path,
+) -> None:
     resumes_to_the_bit(tmp_path, Masking, lora, train=numbers, max_epochs=2)
 
 
@@ -509,5 +572,7 @@ def test_layers_that_are_lazy_although_a_file_gave_their_shapes_are_refused() ->
     model = nn.Sequential(nn.LazyLinear(3))
     made = nn.Sequential(nn.Linear(2, 3))
     model.load_state_dict(made.state_dict())
-    with pytest.raises(ll.ConfigError, match=r"'0' of Sequential are lazy.*Run one batch"):
+    with pytest.raises(
+        ll.ConfigError, match=r"'0' of Sequential are lazy.*Run one batch"
+    ):
         ll.inject_adapters(model, ll.LoRAConfig(r=2))

@@ -184,7 +184,9 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)
 
 
-def test_forked_fit_trains_writes_adapters_alone_and_resumes_to_the_same_bits(forked: Path) -> None:
+def test_forked_fit_trains_writes_adapters_alone_and_resumes_to_the_same_bits(
+    forked: Path,
+) -> None:
     through = weights(forked / "through.pt")
     assert not torch.equal(through["q_proj.weight"], LitTiny().q_proj.weight)
     assert files_hold_adapters_alone(forked)
@@ -192,7 +194,13 @@ def test_forked_fit_trains_writes_adapters_alone_and_resumes_to_the_same_bits(fo
         assert_same_tensors(weights(forked / "resumed.pt"), through)
 
 
-WRITTEN = ("through.pt", "through/epoch=0.ckpt", "through/epoch=1.ckpt", "resumed.pt", "resumed/epoch=1.ckpt")
+WRITTEN = (
+    "through.pt",
+    "through/epoch=0.ckpt",
+    "through/epoch=1.ckpt",
+    "resumed.pt",
+    "resumed/epoch=1.ckpt",
+)
 
 
 def assert_same_bytes(found: Path, expected: Path) -> None:
@@ -202,12 +210,16 @@ def assert_same_bytes(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("launcher", [lightning, slurm])
-def test_launchers_give_the_same_bits(launcher: Launcher, results: Path, forked: Path) -> None:
+def test_launchers_give_the_same_bits(
+    launcher: Launcher, results: Path, forked: Path
+) -> None:
     given = result(results, launcher)
     assert_same_bytes(given, forked)
 
 
-def test_ray_gives_the_same_bits_and_reports_adapters_alone(results: Path, forked: Path) -> None:
+def test_ray_gives_the_same_bits_and_reports_adapters_alone(
+    results: Path, forked: Path
+) -> None:
     pytest.importorskip("ray.train.lightning")
     given = result(results, ray)
     assert_same_bytes(given, forked)
@@ -217,7 +229,9 @@ def test_ray_gives_the_same_bits_and_reports_adapters_alone(results: Path, forke
 
 
 @exact
-def test_a_job_that_slurm_requeues_goes_on_to_the_same_bits(results: Path, forked: Path) -> None:
+def test_a_job_that_slurm_requeues_goes_on_to_the_same_bits(
+    results: Path, forked: Path
+) -> None:
     def requeued(folder: Path) -> list[Command]:
         return slurm(folder, "--requeue")
 
@@ -267,7 +281,10 @@ def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     expected = train(through)
     failing(killed, kill_at=5)  # in the third epoch
-    assert {path.name for path in killed.glob("*.ckpt")} == {"epoch=0.ckpt", "epoch=1.ckpt"}
+    assert {path.name for path in killed.glob("*.ckpt")} == {
+        "epoch=0.ckpt",
+        "epoch=1.ckpt",
+    }
     resumed = train(killed, resumes=True, tests=True)
     last = killed / "epoch=3.ckpt"
     assert_same_tensors(adapters(last), adapters(through / "epoch=3.ckpt"))
@@ -281,10 +298,16 @@ def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path) -> None:
     assert resumed["tested"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_spawning_merges_the_best_and_refuses_what_cannot_come_back(tmp_path: Path) -> None:
+def test_spawning_merges_the_best_and_refuses_what_cannot_come_back(
+    tmp_path: Path,
+) -> None:
     of_best = train(tmp_path / "best", "ddp_spawn", merge="best")
     assert_came_back(of_best, of_best["best"])
     of_wide = train(tmp_path / "wide", module=training.Wide, merge="best")
     assert_is_plain(of_wide)
-    assert "merge=False would lose the adapters" in failing(tmp_path / "none", merge=False)
-    assert "is tied, and a merge changes one use" in failing(tmp_path / "tied", module=training.Tied)
+    assert "merge=False would lose the adapters" in failing(
+        tmp_path / "none", merge=False
+    )
+    assert "is tied, and a merge changes one use" in failing(
+        tmp_path / "tied", module=training.Tied
+    )

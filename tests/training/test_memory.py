@@ -60,7 +60,10 @@ def tune(model: LitTiny, t: L.Trainer) -> None:
 
 
 def assert_nothing_remains(
-    run: Callable[[LitTiny, L.Trainer], None], folder: Path, *callbacks: L.Callback, kind: type[LitTiny] = LitTiny
+    run: Callable[[LitTiny, L.Trainer], None],
+    folder: Path,
+    *callbacks: L.Callback,
+    kind: type[LitTiny] = LitTiny,
 ) -> None:
     """Neither the module nor the Trainer of a run is in memory after it."""
     model = kind()
@@ -79,7 +82,9 @@ RUNS = [fit, fit_an_adapted_one, fail, evaluate, evaluate_after_a_fit, tune]
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("merge", ["last", False])
-def test_a_callback_in_a_variable_keeps_neither_module_nor_trainer(tmp_path: Path, run: Any, merge: Any) -> None:
+def test_a_callback_in_a_variable_keeps_neither_module_nor_trainer(
+    tmp_path: Path, run: Any, merge: Any
+) -> None:
     callbacks: list[L.Callback] = [lora(merge=merge)]
     if run is fit:
         callbacks.append(LoRAMonitor())
@@ -88,5 +93,9 @@ def test_a_callback_in_a_variable_keeps_neither_module_nor_trainer(tmp_path: Pat
 
 
 @pytest.mark.parametrize("lr_scale", [1, 10])
-def test_nothing_of_the_process_keeps_a_module_whose_weights_note_its_optimizer(tmp_path: Path, lr_scale: Any) -> None:
-    assert_nothing_remains(fit, tmp_path, lora(lr_scale=lr_scale), kind=NotesItsOptimizer)
+def test_nothing_of_the_process_keeps_a_module_whose_weights_note_its_optimizer(
+    tmp_path: Path, lr_scale: Any
+) -> None:
+    assert_nothing_remains(
+        fit, tmp_path, lora(lr_scale=lr_scale), kind=NotesItsOptimizer
+    )

@@ -47,7 +47,8 @@ def callback_of(name: str | None, **arguments: Any) -> ll.LoRACallback:
 @pytest.mark.parametrize("merge", ["last", False])
 def test_no_gradient_is_left_when_a_fit_has_ended(tmp_path: Path, merge: Any) -> None:
     model = LitTiny()
-    trainer(tmp_path, [lora(merge=merge)], max_steps=1).fit(model, data())  # without a validation
+    # without a validation
+    trainer(tmp_path, [lora(merge=merge)], max_steps=1).fit(model, data())
     ll.unmerge_adapters(model)
     for p in model.parameters():
         assert p.grad is None
@@ -73,11 +74,22 @@ def adapter_file_of(model: LitTiny, file: Path) -> bytes:
     return file.read_bytes()
 
 
-@pytest.mark.parametrize(("came", "merge"), [("last", "last"), (False, "best"), ("last", False)])
-def test_a_fit_beside_others_has_the_bits_of_a_fit_alone(tmp_path: Path, merge: Any, came: Any) -> None:
-    alone, _ = fit(tmp_path / "alone", lora(merge=merge, name="de"), best(tmp_path / "alone"))
+@pytest.mark.parametrize(
+    ("came", "merge"), [("last", "last"), (False, "best"), ("last", False)]
+)
+def test_a_fit_beside_others_has_the_bits_of_a_fit_alone(
+    tmp_path: Path, merge: Any, came: Any
+) -> None:
+    alone, _ = fit(
+        tmp_path / "alone", lora(merge=merge, name="de"), best(tmp_path / "alone")
+    )
     model, before = two(tmp_path, came)
-    fit(tmp_path / "beside", lora(merge=merge, name="de"), best(tmp_path / "beside"), model=model)
+    fit(
+        tmp_path / "beside",
+        lora(merge=merge, name="de"),
+        best(tmp_path / "beside"),
+        model=model,
+    )
     assert ll.adapters(model) == ("de", "fr", "default")
     assert_same_tensors(state(model), state(alone))
     assert_same_files(tmp_path / "beside", tmp_path / "alone")
@@ -86,8 +98,12 @@ def test_a_fit_beside_others_has_the_bits_of_a_fit_alone(tmp_path: Path, merge: 
     assert adapter_file_of(model, file) == adapter_file_of(alone, file)
 
 
-@pytest.mark.parametrize(("came", "name"), [("last", "fr"), (False, "de"), ("last", "de")])
-def test_a_failing_set_up_gives_the_module_back_as_it_came(tmp_path: Path, came: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    ("came", "name"), [("last", "fr"), (False, "de"), ("last", "de")]
+)
+def test_a_failing_set_up_gives_the_module_back_as_it_came(
+    tmp_path: Path, came: Any, name: str
+) -> None:
     model, before = two(tmp_path, came)
     bits = state(model)
     names = ll.adapters(model)
@@ -103,7 +119,9 @@ def test_a_failing_set_up_gives_the_module_back_as_it_came(tmp_path: Path, came:
 
 
 @pytest.mark.parametrize("came", ["last", False])
-def test_an_evaluation_uses_the_adapter_that_it_names(tmp_path: Path, came: Any) -> None:
+def test_an_evaluation_uses_the_adapter_that_it_names(
+    tmp_path: Path, came: Any
+) -> None:
     model, before = two(tmp_path, came)
     bits = state(model)
     for name, expected in (("fr", "fr"), (None, "default"), ("default", "default")):
@@ -118,13 +136,17 @@ def test_an_evaluation_uses_the_adapter_that_it_names(tmp_path: Path, came: Any)
     assert_same_tensors(values(model), before)
 
 
-def test_a_fit_names_its_adapter_and_says_that_it_is_new(tmp_path: Path, caplog: Any, capsys: Any) -> None:
+def test_a_fit_names_its_adapter_and_says_that_it_is_new(
+    tmp_path: Path, caplog: Any, capsys: Any
+) -> None:
     caplog.set_level("INFO")
     model = LitTiny()
 
     def headline_of_a_fit(name: str) -> str:
         caplog.clear()
-        trainer(tmp_path, [lora(name=name)], enable_model_summary=True).fit(model, data())
+        trainer(tmp_path, [lora(name=name)], enable_model_summary=True).fit(
+            model, data()
+        )
         return str(capsys.readouterr().out)
 
     assert "LoRA 'german' (new): LitTiny trains" in headline_of_a_fit("german")
@@ -132,10 +154,15 @@ def test_a_fit_names_its_adapter_and_says_that_it_is_new(tmp_path: Path, caplog:
     assert "LoRA 'germam' (new; 'german' rests): LitTiny" in headline_of_a_fit("germam")
     assert "begins a new" in caplog.text
     assert "a new adapter 'germam' beside 'german'.\n" in caplog.text
-    assert "LoRA 'german' (trained before; 'germam' rests): LitTiny" in headline_of_a_fit("german")
+    assert (
+        "LoRA 'german' (trained before; 'germam' rests): LitTiny"
+        in headline_of_a_fit("german")
+    )
     assert "begins a new" not in caplog.text
     about = "'german' (trained before; 'germam' rests"
-    assert f"LitTiny is a plain model, with 2 adapters merged into it {about})" in str(ll.summarize(model))
+    assert f"LitTiny is a plain model, with 2 adapters merged into it {about})" in str(
+        ll.summarize(model)
+    )
     ll.unmerge_adapters(model)
     ll.disable_adapters(model)
     assert f"LoRA {about}; the base is shown): LitTiny" in str(ll.summarize(model))
@@ -173,7 +200,9 @@ def test_a_fit_in_other_processes_keeps_the_others(tmp_path: Path) -> None:
     assert_holds(values(model), before)
 
 
-@pytest.mark.parametrize(("name", "trained", "rests"), [(None, "default", "fr"), ("fr", "fr", "default")])
+@pytest.mark.parametrize(
+    ("name", "trained", "rests"), [(None, "default", "fr"), ("fr", "fr", "default")]
+)
 def test_a_module_that_shows_its_base_is_evaluated_as_it_is_and_trained_by_name(
     tmp_path: Path, name: Any, trained: str, rests: str
 ) -> None:

@@ -25,12 +25,17 @@ from tests.support.messages import lines_with
 from tests.support.models import trainer
 from tests.support.parameters import adapted_layers, linear_layers, trainable_names
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*in eval mode at the start of training"
+)
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
 
 
 def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between them. Single-digit widths make layers too small to look untrained."""
+    """Linear layers with ReLU between them.
+
+    Single-digit widths make layers too small to look untrained.
+    """
     layers: list[nn.Module] = []
     for reads, writes in pairwise(widths):
         layers.append(nn.Linear(reads, writes))
@@ -44,7 +49,10 @@ def frozen_mlp(*widths: int) -> nn.Sequential:
 
 
 class Module(L.LightningModule):
-    """Each has a ``build`` and a ``loss``. The optimizer gets all parameters, or the net's."""
+    """Each has a ``build`` and a ``loss``.
+
+    The optimizer gets all parameters, or the net's.
+    """
 
     def __init__(self, optimized: str = "all") -> None:
         super().__init__()
@@ -123,7 +131,9 @@ class Headed(Module):
     """A frozen backbone under a head that is trained already."""
 
     def build(self) -> None:
-        self.net = nn.ModuleDict({"backbone": frozen_mlp(8, 15, 15, 8), "head": nn.Linear(8, 2)})
+        self.net = nn.ModuleDict(
+            {"backbone": frozen_mlp(8, 15, 15, 8), "head": nn.Linear(8, 2)}
+        )
 
     def features(self, x: Tensor) -> Tensor:
         return self.net["backbone"](x)
@@ -203,10 +213,17 @@ def fit(
     run: dict[str, Any] | None = None,
     **config: Any,
 ) -> Any:
-    """Fit a module with adapters, which stay on it in one process. ``run`` are options of the Trainer."""
+    """Fit a module with adapters, which stay on it in one process.
+
+    ``run`` are options of the Trainer.
+    """
     adapters = ll.LoRACallback(**{"r": 2, "merge": False, **config})
     t = trainer(
-        folder, [adapters, *callbacks], max_epochs=epochs, enable_checkpointing=len(callbacks) > 0, **(run or {})
+        folder,
+        [adapters, *callbacks],
+        max_epochs=epochs,
+        enable_checkpointing=len(callbacks) > 0,
+        **(run or {}),
     )
     loader = DataLoader(TensorDataset(X), batch_size=4)
     t.fit(module, loader, ckpt_path=ckpt_path)
@@ -240,7 +257,9 @@ def test_a_network_that_stands_still_beside_one_that_trains_gets_no_adapter(
     tmp_path: Path, kind: Any, optimized: str, target_modules: str, caplog: Any
 ) -> None:
     with caplog.at_level(logging.INFO):
-        module = fit(tmp_path, kind(optimized), target_modules=target_modules, bias="all")
+        module = fit(
+            tmp_path, kind(optimized), target_modules=target_modules, bias="all"
+        )
     assert_same_values(kind().vgg, module.vgg)
     in_net = [f"net.{name}" for name in linear_layers(module.net)]
     assert adapted_layers(module) == in_net
@@ -248,7 +267,9 @@ def test_a_network_that_stands_still_beside_one_that_trains_gets_no_adapter(
     assert "name its layers in target_modules" in told
 
 
-@pytest.mark.parametrize(("kind", "optimized"), [(Headed, "net"), (Recomputed, "all"), (AllFrozen, "all")])
+@pytest.mark.parametrize(
+    ("kind", "optimized"), [(Headed, "net"), (Recomputed, "all"), (AllFrozen, "all")]
+)
 def test_a_frozen_backbone_is_adapted_under_a_head_alone(
     tmp_path: Path, kind: Any, optimized: str, caplog: Any
 ) -> None:
@@ -282,7 +303,12 @@ class Decoder(Module):
     """A frozen network, the only one with linear layers, and a decoder of its size that is written for it."""
 
     def build(self) -> None:
-        self.net = nn.Sequential(nn.Conv1d(9, 9, 1), nn.Conv1d(9, 9, 1), nn.Conv1d(9, 9, 1), nn.Conv1d(9, 9, 1))
+        self.net = nn.Sequential(
+            nn.Conv1d(9, 9, 1),
+            nn.Conv1d(9, 9, 1),
+            nn.Conv1d(9, 9, 1),
+            nn.Conv1d(9, 9, 1),
+        )
         self.frozen = frozen_mlp(8, 9, 8)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -309,7 +335,10 @@ def test_a_frozen_network_that_alone_has_what_is_targeted_is_adapted_if_what_tra
 ) -> None:
     module = fit(tmp_path, Decoder(optimized))
     assert adapted_layers(module) == ["frozen.0", "frozen.2"]
-    with pytest.raises(ll.TargetError, match=r"No adapter for 'frozen' of Teacher.* No other layer has an adapter"):
+    with pytest.raises(
+        ll.TargetError,
+        match=r"No adapter for 'frozen' of Teacher.* No other layer has an adapter",
+    ):
         fit(tmp_path, Teacher(optimized))
 
 
@@ -339,8 +368,12 @@ def assert_follows(module: Any, base: Any) -> None:
     assert cosine_similarity(of_net, of_copy, dim=0) > 0.9
 
 
-@pytest.mark.parametrize(("kind", "optimized"), [(Momentum, "all"), (Average, "net"), (MadeInSetup, "all")])
-def test_a_copy_follows_its_original(tmp_path: Path, kind: Any, optimized: str, caplog: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "optimized"), [(Momentum, "all"), (Average, "net"), (MadeInSetup, "all")]
+)
+def test_a_copy_follows_its_original(
+    tmp_path: Path, kind: Any, optimized: str, caplog: Any
+) -> None:
     with caplog.at_level(logging.INFO):
         module = fit(tmp_path, kind(optimized), epochs=8)
     assert f"Copies in {kind.__name__}: 'copy" in caplog.text
@@ -349,7 +382,9 @@ def test_a_copy_follows_its_original(tmp_path: Path, kind: Any, optimized: str, 
     assert_follows(module, kind("net"))
 
 
-def test_the_share_that_trains_is_told_again_without_what_is_left_out(tmp_path: Path, caplog: Any) -> None:
+def test_the_share_that_trains_is_told_again_without_what_is_left_out(
+    tmp_path: Path, caplog: Any
+) -> None:
     logger = CSVLogger(tmp_path)
     with caplog.at_level(logging.INFO):
         module = fit(tmp_path, SmallBesideLarge(), run={"logger": logger})
@@ -383,7 +418,9 @@ class Baseline(MadeInSetup):
         (Baseline, "all", "adapters"),
     ],
 )
-def test_a_run_resumes_merges_and_loads_exactly(tmp_path: Path, kind: Any, optimized: str, save: str) -> None:
+def test_a_run_resumes_merges_and_loads_exactly(
+    tmp_path: Path, kind: Any, optimized: str, save: str
+) -> None:
     through = fit(tmp_path, kind(optimized), keeps_each_epoch(tmp_path), save=save)
     resumed = fit(tmp_path, kind(optimized), ckpt_path=tmp_path / "epoch=1.ckpt")
     loaded = kind(optimized)
@@ -402,24 +439,42 @@ def test_a_run_resumes_merges_and_loads_exactly(tmp_path: Path, kind: Any, optim
 
 
 @pytest.mark.parametrize(
-    ("kind", "names"), [(SmallBesideLarge, ["net.0", "net.2"]), (MadeInSetup, ["net.0", "net.2", "copy.0", "copy.2"])]
+    ("kind", "names"),
+    [
+        (SmallBesideLarge, ["net.0", "net.2"]),
+        (MadeInSetup, ["net.0", "net.2", "copy.0", "copy.2"]),
+    ],
 )
-def test_it_is_so_in_several_processes(tmp_path: Path, kind: Any, names: list[str]) -> None:
+def test_it_is_so_in_several_processes(
+    tmp_path: Path, kind: Any, names: list[str]
+) -> None:
     run = {"strategy": "ddp_fork", "devices": 2}
     keeps = KeepsStates(tmp_path)
-    through = fit(tmp_path, kind("net"), keeps_each_epoch(tmp_path), keeps, merge="last", run=run)
+    through = fit(
+        tmp_path, kind("net"), keeps_each_epoch(tmp_path), keeps, merge="last", run=run
+    )
     factors = lines_with("lora_A", keeps.same())
     assert factors == [f"{name}.lora_A" for name in names]
-    resumed = fit(tmp_path, kind("net"), ckpt_path=tmp_path / "epoch=1.ckpt", merge="last", run=run)
+    resumed = fit(
+        tmp_path,
+        kind("net"),
+        ckpt_path=tmp_path / "epoch=1.ckpt",
+        merge="last",
+        run=run,
+    )
     assert_same_values(through, resumed)
 
 
-def test_a_copy_that_is_left_out_loses_the_adapters_that_it_was_copied_with(tmp_path: Path) -> None:
+def test_a_copy_that_is_left_out_loses_the_adapters_that_it_was_copied_with(
+    tmp_path: Path,
+) -> None:
     module = fit(tmp_path, Baseline("net"), exclude_modules=["copy"])
     assert adapted_layers(module) == ["net.0", "net.2"]
 
 
-def test_an_attention_of_which_only_the_output_trains_is_no_network_of_its_own() -> None:
+def test_an_attention_of_which_only_the_output_trains_is_no_network_of_its_own() -> (
+    None
+):
     attention = nn.MultiheadAttention(8, 2)
     attention.in_proj_weight.requires_grad_(False)
     model = nn.ModuleDict({"attention": attention, "others": mlp(8, 15, 15, 15)})
@@ -441,7 +496,13 @@ def test_two_critics_and_their_targets_are_two_pairs() -> None:
 @pytest.mark.parametrize("kind", [Momentum, Average])
 def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path, kind: Any) -> None:
     module = fit(tmp_path, kind("net"), modules_to_save=["2"], bias="lora_only")
-    assert trainable_names(module) == ["net.0.bias", "net.0.lora_A", "net.0.lora_B", "net.2.weight", "net.2.bias"]
+    assert trainable_names(module) == [
+        "net.0.bias",
+        "net.0.lora_A",
+        "net.0.lora_B",
+        "net.2.weight",
+        "net.2.bias",
+    ]
     ll.merge_adapters(module)
     base = kind("net").net[2].weight
     of_net = module.net[2].weight - base
@@ -450,7 +511,11 @@ def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path, kind: Any) -> No
 
 
 @pytest.mark.filterwarnings("ignore:No adapter for 'net.2'")
-@pytest.mark.parametrize("options", [{"modules_to_save": ["net.2"]}, {"exclude_modules": ["net.2"]}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["net.2"]}, {"exclude_modules": ["net.2"]}, {}],
+    ids=str,
+)
 def test_a_copy_has_adapters_exactly_where_its_original_has(options: Any) -> None:
     module = Momentum("net")
     is_named = bool(options)
@@ -488,7 +553,13 @@ class Adversarial(Headed):
 
 def test_a_backbone_is_judged_when_its_own_optimizer_steps(tmp_path: Path) -> None:
     module = fit(tmp_path, Adversarial())
-    assert adapted_layers(module) == ["net.backbone.0", "net.backbone.2", "net.backbone.4", "net.head", "judge"]
+    assert adapted_layers(module) == [
+        "net.backbone.0",
+        "net.backbone.2",
+        "net.backbone.4",
+        "net.head",
+        "judge",
+    ]
 
 
 def test_a_frozen_network_with_adapters_of_its_own_is_merged_first() -> None:
@@ -496,7 +567,10 @@ def test_a_frozen_network_with_adapters_of_its_own_is_merged_first() -> None:
     config = ll.LoRAConfig(r=2)
     ll.inject_adapters(module.vgg, config)
     module.vgg.requires_grad_(False)
-    with pytest.raises(ll.AdapterStateError, match=r"'vgg' of Perceptual has adapters of its own, and is frozen"):
+    with pytest.raises(
+        ll.AdapterStateError,
+        match=r"'vgg' of Perceptual has adapters of its own, and is frozen",
+    ):
         ll.inject_adapters(module, config)
     ll.merge_adapters(module.vgg)
     with pytest.warns(ll.LoRAWarning, match="No adapter for 'vgg'"):
@@ -514,7 +588,9 @@ def test_a_copy_that_lags_behind_keeps_its_own_magnitudes() -> None:
     torch.testing.assert_close(module.copy(X), before)
 
 
-def names_outside(build: str, trains: tuple[str, ...], head_and_last: tuple[str, ...]) -> list[str]:
+def names_outside(
+    build: str, trains: tuple[str, ...], head_and_last: tuple[str, ...]
+) -> list[str]:
     """The adapted layers of a torchvision model that are neither in its head nor in its last block."""
     with torch.device("meta"):
         model = getattr(torchvision.models, build)()

@@ -13,16 +13,35 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, OptimizerError, inject_adapters, remove_adapters, unmerge_adapters
+from lightning_lora import (
+    LoRAConfig,
+    OptimizerError,
+    inject_adapters,
+    remove_adapters,
+    unmerge_adapters,
+)
 from lightning_lora.model.view import view_of
 from lightning_lora.training.optimizers.edits import rewrite_groups
 from lightning_lora.training.optimizers.groups import held_by
 from lightning_lora.training.optimizers.optimizer_states import refusing_other_states
 from lightning_lora.training.optimizers.train_adapters import train_adapters
-from lightning_lora.training.strategies.partitions import Partition, gathered_state, scattered_state
+from lightning_lora.training.strategies.partitions import (
+    Partition,
+    gathered_state,
+    scattered_state,
+)
 from tests.support.compared import assert_all_have_moved, assert_same_tensors
 from tests.support.fits import adam, adapted, by_hand, fit, resumes_to_the_bit
-from tests.support.models import ADAPTERS, CLASSES, TRAINED, LitTiny, X, is_plain, lora, state
+from tests.support.models import (
+    ADAPTERS,
+    CLASSES,
+    TRAINED,
+    LitTiny,
+    X,
+    is_plain,
+    lora,
+    state,
+)
 from tests.support.parameters import is_base, names_of_parameters, values_of
 from tests.support.ranks import join_group, run_ranks
 
@@ -50,12 +69,16 @@ def names_in_group(model: nn.Module, optimizer: Any) -> list[str]:
     return names
 
 
-def parameters_named(model: nn.Module, choose: Callable[[str], bool]) -> list[nn.Parameter]:
+def parameters_named(
+    model: nn.Module, choose: Callable[[str], bool]
+) -> list[nn.Parameter]:
     """The parameters whose names are chosen."""
     return [p for name, p in model.named_parameters() if choose(name)]
 
 
-def fit_with(tmp_path: Path, configure: Callable[[LitTiny], Any], **options: Any) -> tuple[L.Trainer, LitTiny]:
+def fit_with(
+    tmp_path: Path, configure: Callable[[LitTiny], Any], **options: Any
+) -> tuple[L.Trainer, LitTiny]:
     """Fit a module that gives out an optimizer: one that is made here, or by a function that is."""
     model = LitTiny()
     made = configure(model)
@@ -164,11 +187,15 @@ class Grouped(LitTiny):
 @pytest.mark.processes
 @pytest.mark.parametrize("habit", ["by names", "first half"])
 def test_a_run_with_groups_resumes_to_the_bit(tmp_path: Path, habit: str) -> None:
-    resumes_to_the_bit(tmp_path, partial(Grouped, habit), lora, strategy="ddp_fork", devices=2)
+    resumes_to_the_bit(
+        tmp_path, partial(Grouped, habit), lora, strategy="ddp_fork", devices=2
+    )
 
 
 @pytest.mark.parametrize("habit", HABITS)
-def test_an_adapter_stays_in_the_group_that_the_user_has_put_it_into(tmp_path: Path, habit: str) -> None:
+def test_an_adapter_stays_in_the_group_that_the_user_has_put_it_into(
+    tmp_path: Path, habit: str
+) -> None:
     configure, names_of_each = HABITS[habit]
     grouped = Grouped(habit)
     model, t = fit(tmp_path, lora(merge=False), model=grouped, max_epochs=3)
@@ -241,9 +268,17 @@ class Chosen(LitTiny):
 @pytest.mark.parametrize(
     ("first", "second", "of_first", "of_second"),
     [
-        pytest.param(first_network, second_network, Q, [*V, *HEAD], id="a network each"),
+        pytest.param(
+            first_network, second_network, Q, [*V, *HEAD], id="a network each"
+        ),
         pytest.param(is_base, is_base, TRAINED, TRAINED, id="both hold the base"),
-        pytest.param(is_base, some_adapters_and_a_weight, [*Q, *HEAD], [*Q, *V], id="some with another weight"),
+        pytest.param(
+            is_base,
+            some_adapters_and_a_weight,
+            [*Q, *HEAD],
+            [*Q, *V],
+            id="some with another weight",
+        ),
     ],
 )
 def test_an_adapter_stays_in_the_optimizer_that_the_user_has_put_it_into(
@@ -258,7 +293,12 @@ def test_an_adapter_stays_in_the_optimizer_that_the_user_has_put_it_into(
 
 def test_an_optimizer_handed_out_again_trains_in_each_fit(tmp_path: Path) -> None:
     model = LitTiny()
-    made = adam([{"params": [model.v_proj.weight]}, {"params": [model.q_proj.weight, *model.head.parameters()]}])
+    made = adam(
+        [
+            {"params": [model.v_proj.weight]},
+            {"params": [model.q_proj.weight, *model.head.parameters()]},
+        ]
+    )
     model.configure_optimizers = lambda: made  # type: ignore[method-assign]
     for r in (2, 2, 3):  # with the same adapters, and with others
         if r == 3:
@@ -277,7 +317,9 @@ def test_a_filter_over_a_frozen_base_keeps_the_groups_apart(tmp_path: Path) -> N
         model.v_proj.requires_grad_(False)
 
         def make() -> Any:
-            return adam([{"params": that_train("weight")}, {"params": that_train("bias")}])
+            return adam(
+                [{"params": that_train("weight")}, {"params": that_train("bias")}]
+            )
 
         def that_train(ending: str) -> list[nn.Parameter]:
             chosen = parameters_named(model, lambda name: name.endswith(ending))
@@ -316,9 +358,14 @@ class StepsInBackward(LitTiny):
         return None
 
 
-def test_optimizers_that_hooks_step_are_no_reason_to_exclude_layers(tmp_path: Path) -> None:
+def test_optimizers_that_hooks_step_are_no_reason_to_exclude_layers(
+    tmp_path: Path,
+) -> None:
     says = r"No optimizer trains 'q_proj.lora_A', .*configure_optimizers of \w+ returns none.*hooks.*keep one"
-    with pytest.warns(UserWarning, match="no optimizer"), pytest.raises(OptimizerError, match=says) as error:
+    with (
+        pytest.warns(UserWarning, match="no optimizer"),
+        pytest.raises(OptimizerError, match=says) as error,
+    ):
         fit(tmp_path, lora(), model=StepsInBackward())
     assert "exclude_modules" not in str(error.value)
 
@@ -351,7 +398,11 @@ class Gan(LitTiny):
         optimizer.step()
 
     def configure_optimizers(self) -> Any:
-        maker = [*self.embed.parameters(), *self.q_proj.parameters(), *self.v_proj.parameters()]
+        maker = [
+            *self.embed.parameters(),
+            *self.q_proj.parameters(),
+            *self.v_proj.parameters(),
+        ]
         judge = self.nets["judge"].parameters()
         return [adam(maker), torch.optim.RMSprop(judge)]
 
@@ -377,7 +428,9 @@ def test_optimizer_that_would_train_nothing_is_an_error(tmp_path: Path) -> None:
     assert ids_of(judges.param_groups[0]["params"]) == of_judge
 
 
-def moved_parts_of_the_judge(folder: Path, model: Gan, saved: list[str] | None) -> list[bool]:
+def moved_parts_of_the_judge(
+    folder: Path, model: Gan, saved: list[str] | None
+) -> list[bool]:
     """Of each parameter, whether a fit has changed it."""
     before = values_of(model.nets)
     adapters = lora(target_modules=["q_proj", "v_proj"], modules_to_save=saved)
@@ -418,7 +471,9 @@ class UnfreezesWithoutGroups(Unfreezes):
     adds = False
 
 
-def test_a_fit_goes_on_where_groups_of_what_trains_already_are_added(tmp_path: Path, caplog: Any) -> None:
+def test_a_fit_goes_on_where_groups_of_what_trains_already_are_added(
+    tmp_path: Path, caplog: Any
+) -> None:
     model, t = fit(tmp_path, lora(), model=Unfreezes())
     (optimizer,) = t.optimizers
     sizes = [len(group["params"]) for group in optimizer.param_groups]
@@ -427,7 +482,8 @@ def test_a_fit_goes_on_where_groups_of_what_trains_already_are_added(tmp_path: P
     assert "What trains in 'q_proj' has its group already" in caplog.text
     plain, _ = fit(tmp_path, lora(), model=UnfreezesWithoutGroups())
     assert_same_tensors(state(model), state(plain))
-    with pytest.raises(ValueError, match="more than one parameter group"):  # the method is torch's own again
+    # the method is torch's own again
+    with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": optimizer.param_groups[0]["params"]})
 
 
@@ -446,9 +502,15 @@ rmsprop = partial(torch.optim.RMSprop, lr=0.1)
 @pytest.mark.parametrize(
     ("was", "now", "names"),
     [
-        pytest.param(adam, sgd, "Adam or AdamW, .* returns SGD", id="a setting is missing"),
-        pytest.param(sgd_with_momentum, adam, "SGD, .* returns AdamW", id="a state is missing"),
-        pytest.param(rmsprop, adam, "RMSprop, .* returns AdamW", id="another setting is missing"),
+        pytest.param(
+            adam, sgd, "Adam or AdamW, .* returns SGD", id="a setting is missing"
+        ),
+        pytest.param(
+            sgd_with_momentum, adam, "SGD, .* returns AdamW", id="a state is missing"
+        ),
+        pytest.param(
+            rmsprop, adam, "RMSprop, .* returns AdamW", id="another setting is missing"
+        ),
     ],
 )
 def test_a_run_that_goes_on_with_an_optimizer_of_another_class_is_told_both(
@@ -473,7 +535,11 @@ def test_a_run_that_goes_on_with_an_optimizer_of_another_class_is_told_both(
 # Parts of parameter groups make up what an optimizer of the whole parameters has
 
 
-VALUES = [torch.tensor([[0.5, -0.0, math.nan], [2.0, -3.0, 4.0]]), torch.tensor(7.0), torch.tensor([8.0])]
+VALUES = [
+    torch.tensor([[0.5, -0.0, math.nan], [2.0, -3.0, 4.0]]),
+    torch.tensor(7.0),
+    torch.tensor([8.0]),
+]
 """Of 8 numbers: the first process has 4 of them, and 4 are left for the second."""
 
 PLACES = [[(0, 0, 4), (0, 0, 0), (0, 0, 0)], [(4, 0, 2), (0, 2, 1), (0, 3, 1)]]
@@ -502,7 +568,10 @@ def full() -> tuple[list[list[int]], dict[str, Any]]:
     assert bits([partition.scatter(values)]) == bits([partition.shard])
     partition.shard = nn.Parameter(partition.shard)
     empty.shard = nn.Parameter(empty.shard)
-    groups = [{"params": [partition.shard], "lr": 0.0}, {"params": [empty.shard], "lr": 0.1}]
+    groups = [
+        {"params": [partition.shard], "lr": 0.0},
+        {"params": [empty.shard], "lr": 0.1},
+    ]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     partition.shard.grad = torch.ones(4)
     optimizer.step()
@@ -517,7 +586,10 @@ def full() -> tuple[list[list[int]], dict[str, Any]]:
 @pytest.mark.processes
 def test_parts_make_up_the_parameters_and_their_optimizers_state() -> None:
     parameters = whole_parameters()
-    groups = [{"params": parameters, "lr": 0.0}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}]
+    groups = [
+        {"params": parameters, "lr": 0.0},
+        {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1},
+    ]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     optimizer.param_groups[1]["params"].clear()
     for p in parameters:
@@ -533,8 +605,17 @@ def test_parts_make_up_the_parameters_and_their_optimizers_state() -> None:
 @pytest.mark.parametrize(
     ("state", "text"),
     [
-        ({"state": {}, "param_groups": [{"params": [0, 1]}]}, r"its groups have \[2\] parameters, .* have \[3\]"),
-        ({"state": {0: {"rows": torch.ones(2)}}, "param_groups": [{"params": [0, 1, 2]}]}, "'rows' has other shapes"),
+        (
+            {"state": {}, "param_groups": [{"params": [0, 1]}]},
+            r"its groups have \[2\] parameters, .* have \[3\]",
+        ),
+        (
+            {
+                "state": {0: {"rows": torch.ones(2)}},
+                "param_groups": [{"params": [0, 1, 2]}],
+            },
+            "'rows' has other shapes",
+        ),
     ],
 )
 def test_state_of_other_parameters_is_refused(state: dict[str, Any], text: str) -> None:
@@ -554,29 +635,42 @@ def test_states_of_another_class_leave_all_optimizers_as_they_were() -> None:
     second = nn.Linear(2, 2)
     adamw = torch.optim.AdamW(first.parameters())
     sgd = torch.optim.SGD(second.parameters(), lr=0.1)
-    stored = [torch.optim.SGD(each.parameters(), lr=0.5).state_dict() for each in (first, second)]
+    stored = [
+        torch.optim.SGD(each.parameters(), lr=0.5).state_dict()
+        for each in (first, second)
+    ]
 
     def load() -> None:
         with refusing_other_states([adamw, sgd], stored):
             adamw.load_state_dict(stored[0])
             sgd.load_state_dict(stored[1])
 
-    with pytest.raises(ValueError, match="it has the state of SGD, and configure_optimizers returns AdamW"):
+    with pytest.raises(
+        ValueError,
+        match="it has the state of SGD, and configure_optimizers returns AdamW",
+    ):
         load()
     assert adamw.param_groups[0]["lr"] == 1e-3
     assert sgd.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("lr_scale", [1, 4, {"A": 2, "B": 8}])
-def test_an_optimizer_from_which_adapters_were_taken_out_trains_those_of_the_next_fit(lr_scale: Any) -> None:
+def test_an_optimizer_from_which_adapters_were_taken_out_trains_those_of_the_next_fit(
+    lr_scale: Any,
+) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(2):
         inject_adapters(model, LoRAConfig(r=2))
         train_adapters(model, [optimizer], lr_scale)
-        assert held_by([optimizer]) == {p for p in model.parameters() if p.requires_grad}
+        assert held_by([optimizer]) == {
+            p for p in model.parameters() if p.requires_grad
+        }
         of_first = set(model[0].parameters())
-        left = [[p for p in group["params"] if p not in of_first] for group in optimizer.param_groups]
+        left = [
+            [p for p in group["params"] if p not in of_first]
+            for group in optimizer.param_groups
+        ]
         rewrite_groups(view_of(model), optimizer, left)
         remove_adapters(model)
 
@@ -584,7 +678,10 @@ def test_an_optimizer_from_which_adapters_were_taken_out_trains_those_of_the_nex
 def test_an_adapter_of_a_weight_in_two_groups_is_in_the_first() -> None:
     model = adapted()
     optimizer = torch.optim.SGD([model.q_proj.weight, *model.head.parameters()], lr=0.1)
-    again = {**optimizer.param_groups[0], "params": [model.q_proj.weight, model.v_proj.weight]}
+    again = {
+        **optimizer.param_groups[0],
+        "params": [model.q_proj.weight, model.v_proj.weight],
+    }
     optimizer.param_groups.append(again)  # add_param_group refuses it
     train_adapters(model, [optimizer])
     first, second = names_in_groups(model, optimizer)

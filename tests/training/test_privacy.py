@@ -22,9 +22,11 @@ from opacus.grad_sample import GradSampleModule  # noqa: E402
 from opacus.grad_sample.utils import prepare_module  # noqa: E402
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),  # of torch: what comes before is frozen
+    # of torch: what comes before is frozen
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
     pytest.mark.filterwarnings("ignore:Secure RNG turned off"),  # of opacus
-    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype"),  # of opacus: tokens
+    # of opacus: tokens
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype"),
 ]
 
 BATCH = 5
@@ -110,7 +112,9 @@ def samplers() -> Iterator[None]:
     ],
     ids=str,
 )
-def test_gradients_are_those_of_batches_with_one_sample(mode: str, arguments: dict[str, Any], is_told: bool) -> None:
+def test_gradients_are_those_of_batches_with_one_sample(
+    mode: str, arguments: dict[str, Any], is_told: bool
+) -> None:
     if is_told:
         tell_opacus()
     expected = one_by_one(adapted(**arguments))

@@ -63,23 +63,32 @@ class Rates(L.Callback):
         self.first: Rated = {}
         self.seen: list[Rated] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
         if not self.first:
             self.first = rates_now(trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
         self.seen.append(rates_now(trainer))
         groups = trainer.optimizers[0].param_groups
-        assert len({group.get("betas") for group in groups}) == 1  # CyclicLR moves them too
+        # CyclicLR moves them too
+        assert len({group.get("betas") for group in groups}) == 1
 
 
 class Moves(L.Callback):
     """Checks that each parameter moves by the rate that is shown, times its gradient."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
         self.before = values_of(pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
         rates = rates_now(trainer)
         assert rates
         for name, rate in rates.items():
@@ -89,7 +98,9 @@ class Moves(L.Callback):
             torch.testing.assert_close(p.detach(), expected)
 
 
-def rates_in(folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -> list[Rated]:
+def rates_in(
+    folder: Path, model: Any, *callbacks: L.Callback, **options: Any
+) -> list[Rated]:
     """The rates after each step of a fit, which has one epoch if nothing else is said."""
     rates = Rates()
     options.setdefault("max_epochs", 1)
@@ -97,7 +108,9 @@ def rates_in(folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -
     return rates.seen
 
 
-def assert_rates(found: Sequence[Rated], expected: Sequence[Rated], rel: float = 1e-6) -> None:
+def assert_rates(
+    found: Sequence[Rated], expected: Sequence[Rated], rel: float = 1e-6
+) -> None:
     """The rates after each step are those that are expected."""
     assert len(found) == len(expected)
     for rates, expected_rates in zip(found, expected, strict=True):
@@ -126,7 +139,9 @@ def sequential_lr(optimizer: Optimizer) -> Any:
 
 
 def reduce_on_plateau(optimizer: Optimizer) -> Any:
-    return lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, threshold=10.0, min_lr=[0.001])
+    return lr_scheduler.ReduceLROnPlateau(
+        optimizer, patience=1, threshold=10.0, min_lr=[0.001]
+    )
 
 
 def swa_lr(optimizer: Optimizer) -> Any:
@@ -155,7 +170,11 @@ class Scheduled(LitTiny):
 
     def make_both(self) -> Any:
         optimizer = AdamW(self.parameters(), 0.05)
-        schedule = {"scheduler": self.make(optimizer), "interval": "step", "monitor": "loss"}
+        schedule = {
+            "scheduler": self.make(optimizer),
+            "interval": "step",
+            "monitor": "loss",
+        }
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def configure_optimizers(self) -> Any:
@@ -178,7 +197,9 @@ class Scheduled(LitTiny):
         ("SWALR", True),
     ],
 )
-def test_each_scheduler_moves_the_adapters_rate_as_the_modules(tmp_path: Path, name: str, early: bool) -> None:
+def test_each_scheduler_moves_the_adapters_rate_as_the_modules(
+    tmp_path: Path, name: str, early: bool
+) -> None:
     unscaled = lora(merge=False, lr_scale=1)
     plain = rates_in(tmp_path, Scheduled(name, early=early), unscaled, max_epochs=3)
     found = rates_in(tmp_path, Scheduled(name, early=early), scaled(), max_epochs=3)
@@ -217,12 +238,17 @@ BIAS = {"q_proj.bias": 0.1}
     [
         ({"lr_scale": 10}, rate_of(1.0, 1.0, 0.1)),
         ({"lr_scale": {"A": 2, "B": 8}}, rate_of(0.2, 0.8, 0.1)),
-        ({"lr_scale": {"A": 2, "B": 2.0}, "bias": "lora_only"}, rate_of(0.2, 0.2, 0.1) | BIAS),
+        (
+            {"lr_scale": {"A": 2, "B": 2.0}, "bias": "lora_only"},
+            rate_of(0.2, 0.2, 0.1) | BIAS,
+        ),
         ({"lr_scale": {"A": 2}, "use_dora": True}, rate_of(0.2, 0.1, 0.1) | MAGNITUDES),
     ],
     ids=str,
 )
-def test_each_parameter_moves_at_its_rate(tmp_path: Path, options: Any, expected: Rated) -> None:
+def test_each_parameter_moves_at_its_rate(
+    tmp_path: Path, options: Any, expected: Rated
+) -> None:
     adapters = lora(merge=False, **options)
     seen = rates_in(tmp_path, Plain, adapters, Moves())
     assert_rates(seen, [expected] * 4, rel=1e-12)
@@ -232,9 +258,18 @@ class TwoGroups(LitTiny):
     """Groups with names, rates and lambdas of their own, which take parameters by name."""
 
     def configure_optimizers(self) -> Any:
-        first = [*self.embed.named_parameters("embed"), *self.q_proj.named_parameters("q_proj")]
-        second = [*self.v_proj.named_parameters("v_proj"), *self.head.named_parameters("head")]
-        groups = [{"params": first, "lr": 0.01, "name": "first"}, {"params": second, "name": "second"}]
+        first = [
+            *self.embed.named_parameters("embed"),
+            *self.q_proj.named_parameters("q_proj"),
+        ]
+        second = [
+            *self.v_proj.named_parameters("v_proj"),
+            *self.head.named_parameters("head"),
+        ]
+        groups = [
+            {"params": first, "lr": 0.01, "name": "first"},
+            {"params": second, "name": "second"},
+        ]
         optimizer = AdamW(groups, 0.1)
         lambdas = [lambda n: 0.5**n, lambda n: 0.25**n]
         schedule = lr_scheduler.LambdaLR(optimizer, lambdas)
@@ -273,11 +308,23 @@ def logged_of_two_groups(step: int) -> Rated:
     }
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.6"), reason="optimizers take names from there on")
-def test_groups_keep_their_names_and_their_own_schedules_and_the_monitor_shows_the_rates(tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.6"),
+    reason="optimizers take names from there on",
+)
+def test_groups_keep_their_names_and_their_own_schedules_and_the_monitor_shows_the_rates(
+    tmp_path: Path,
+) -> None:
     notes = Notes()
     model = TwoGroups()
-    seen = rates_in(tmp_path, model, scaled(), LearningRateMonitor(), logger=notes, log_every_n_steps=1)
+    seen = rates_in(
+        tmp_path,
+        model,
+        scaled(),
+        LearningRateMonitor(),
+        logger=notes,
+        log_every_n_steps=1,
+    )
     assert seen == [rates_of_two_groups(step) for step in (1, 2, 3, 4)]
     for step in (0, 1, 2, 3):
         assert notes.metrics[step] == logged_of_two_groups(step)
@@ -354,8 +401,12 @@ class KeepsNoam(Keeps):
         self.kept.step()
 
 
-@pytest.mark.parametrize(("kind", "checks"), [(Keeps, []), (KeepsInner, []), (KeepsNoam, [Moves()])])
-def test_schedulers_of_any_class_see_the_modules_groups_alone(tmp_path: Path, kind: Any, checks: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "checks"), [(Keeps, []), (KeepsInner, []), (KeepsNoam, [Moves()])]
+)
+def test_schedulers_of_any_class_see_the_modules_groups_alone(
+    tmp_path: Path, kind: Any, checks: Any
+) -> None:
     seen = rates_in(tmp_path, kind(), scaled(), *checks)
     for step, rates in enumerate(seen, 1):
         scale = 0.5**step
@@ -381,7 +432,9 @@ class WarmsUp(Plain):
             write_to_all_groups(self.trainer, 0.02)
 
 
-def test_one_rate_that_is_written_to_all_groups_is_meant_as_the_modules(tmp_path: Path) -> None:
+def test_one_rate_that_is_written_to_all_groups_is_meant_as_the_modules(
+    tmp_path: Path,
+) -> None:
     seen = rates_in(tmp_path, WarmsUp, scaled(), Moves())
     one = rate_of(0.1, 0.1, 0.01)
     two = rate_of(0.2, 0.2, 0.02)
@@ -472,7 +525,12 @@ class Prepares(SGD):
         (Zips, False, 0, "Zips did not train the adapters.*Leave lr_scale out"),
         (Zips, True, 2, "Zips did not train the adapters"),
         (Empties, False, 0, "Empties did not train the adapters"),
-        (torch.optim.LBFGS, False, 0, "LBFGS takes no learning rate for each group.*Leave lr_scale out"),
+        (
+            torch.optim.LBFGS,
+            False,
+            0,
+            "LBFGS takes no learning rate for each group.*Leave lr_scale out",
+        ),
     ],
 )
 def test_an_optimizer_that_would_not_train_the_adapters_is_refused(
@@ -487,7 +545,9 @@ def test_an_optimizer_that_would_not_train_the_adapters_is_refused(
 
 
 @pytest.mark.parametrize(("kind", "warms"), [(Prepares, False), (SGD, True)])
-def test_an_optimizer_that_moves_the_adapters_late_is_none(tmp_path: Path, kind: Any, warms: bool) -> None:
+def test_an_optimizer_that_moves_the_adapters_late_is_none(
+    tmp_path: Path, kind: Any, warms: bool
+) -> None:
     model = tiny_with(kind, warms)
     fit(tmp_path, scaled(), model=model, max_epochs=1)
     assert_all_have_moved(model, ["q_proj.lora_A", "q_proj.lora_B"])
@@ -515,22 +575,45 @@ def test_steps_that_a_gradient_scaler_skips_are_no_error(tmp_path: Path) -> None
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "scale", "options"),
-    [("SequentialLR", 10, {}), ("OneCycleLR", {"A": 2, "B": 8}, {"strategy": "ddp_fork", "devices": 2})],
+    [
+        ("SequentialLR", 10, {}),
+        ("OneCycleLR", {"A": 2, "B": 8}, {"strategy": "ddp_fork", "devices": 2}),
+    ],
 )
-def test_a_run_resumes_to_the_bit(tmp_path: Path, name: str, scale: Any, options: Any) -> None:
-    resumes_to_the_bit(tmp_path, partial(Scheduled, name), partial(lora, lr_scale=scale), max_epochs=3, **options)
+def test_a_run_resumes_to_the_bit(
+    tmp_path: Path, name: str, scale: Any, options: Any
+) -> None:
+    resumes_to_the_bit(
+        tmp_path,
+        partial(Scheduled, name),
+        partial(lora, lr_scale=scale),
+        max_epochs=3,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("other", [1, {"A": 2, "B": 3}])
-def test_the_scale_that_is_given_counts_and_other_groups_are_refused(tmp_path: Path, other: Any) -> None:
+def test_the_scale_that_is_given_counts_and_other_groups_are_refused(
+    tmp_path: Path, other: Any
+) -> None:
     file = tmp_path / "a.ckpt"
     _, t = fit(tmp_path, scaled(), model=Plain, max_epochs=1)
     t.save_checkpoint(file)
     rates = Rates()
-    fit(tmp_path, scaled(lr_scale=3), Moves(), rates, model=Plain, ckpt_path=file, max_epochs=2)
+    fit(
+        tmp_path,
+        scaled(lr_scale=3),
+        Moves(),
+        rates,
+        model=Plain,
+        ckpt_path=file,
+        max_epochs=2,
+    )
     expected = rate_of(0.3, 0.3, 0.1)
     assert_rates([rates.first, *rates.seen], [expected] * 5)
-    with pytest.raises(OptimizerError, match=r"parameter groups.*the same kind of lr_scale"):
+    with pytest.raises(
+        OptimizerError, match=r"parameter groups.*the same kind of lr_scale"
+    ):
         fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
 
 
@@ -540,7 +623,9 @@ def test_groups_of_the_same_sizes_are_refused_by_name(tmp_path: Path) -> None:
     of_b = scaled(lr_scale={"B": 10}, r=8)
     _, t = fit(tmp_path, of_a, max_epochs=1)
     t.save_checkpoint(file)
-    with pytest.raises(OptimizerError, match=r"pg1-lora_A.*pg1-lora_B.*the same kind of lr_scale"):
+    with pytest.raises(
+        OptimizerError, match=r"pg1-lora_A.*pg1-lora_B.*the same kind of lr_scale"
+    ):
         fit(tmp_path, of_b, ckpt_path=file, max_epochs=2)
 
 
@@ -571,7 +656,14 @@ def test_a_search_finds_the_modules_rate(tmp_path: Path) -> None:
     model = Plain()
     rates = Rates()
     t = trainer(tmp_path, [scaled(), rates], max_epochs=10)
-    found = Tuner(t).lr_find(model, data(), min_lr=1e-5, max_lr=0.1, num_training=30, early_stop_threshold=None)
+    found = Tuner(t).lr_find(
+        model,
+        data(),
+        min_lr=1e-5,
+        max_lr=0.1,
+        num_training=30,
+        early_stop_threshold=None,
+    )
     assert found is not None
     of_module = [rates_of_groups[0] for rates_of_groups in model.used]
     of_adapters = [rates_of_groups[1] for rates_of_groups in model.used]
@@ -602,26 +694,52 @@ SHOWN: list[tuple[Any, ...]] = [
     (SGD, {"lr_scale": 1}, 1e-4, "0.0001", []),
     (SGD, {}, 0.1, "0.1", []),
     (AdamW, {"lr_scale": 1}, 5e-5, "5e-05", []),
-    (AdamW, {"lr_scale": {"A": 10, "B": 160}}, 1e-4, "0.001 and 0.016 the module's: 0.0001", []),
-    (AdamW, {"lr_scale": 10, "modules_to_save": None}, 1e-4, "0.001 the module's: 0.0001", []),
+    (
+        AdamW,
+        {"lr_scale": {"A": 10, "B": 160}},
+        1e-4,
+        "0.001 and 0.016 the module's: 0.0001",
+        [],
+    ),
+    (
+        AdamW,
+        {"lr_scale": 10, "modules_to_save": None},
+        1e-4,
+        "0.001 the module's: 0.0001",
+        [],
+    ),
     (AdamW, {"lr_scale": 10}, 2e-3, "0.02 the module's: 0.002", ["which is high"]),
 ]
 
 
 @pytest.mark.parametrize(("kind", "options", "rate", "row", "said"), SHOWN, ids=str)
 def test_the_rates_are_shown_and_one_that_is_low_or_high_is_named(
-    tmp_path: Path, kind: Any, options: Any, rate: float, row: str, said: list[str], capsys: Any, caplog: Any
+    tmp_path: Path,
+    kind: Any,
+    options: Any,
+    rate: float,
+    row: str,
+    said: list[str],
+    capsys: Any,
+    caplog: Any,
 ) -> None:
-    model = tiny_with(lambda parameters, _: kind(parameters, rate), warms=True)  # from a rate of zero
+    # from a rate of zero
+    model = tiny_with(lambda parameters, _: kind(parameters, rate), warms=True)
     fit(tmp_path, lora(**options), model=model, max_epochs=1, enable_model_summary=True)
     (line,) = lines_with("Learning rate", capsys.readouterr().out.splitlines())
     assert line.startswith("Learning rate")
     assert " ".join(line.split()) == f"Learning rate {row}"
-    for text in ("as in full fine-tuning", "which is high", "is known of Adam and AdamW"):
+    for text in (
+        "as in full fine-tuning",
+        "which is high",
+        "is known of Adam and AdamW",
+    ):
         assert (text in caplog.text) == (text in said)
 
 
-def test_a_low_rate_is_named_for_the_group_that_has_it(tmp_path: Path, caplog: Any) -> None:
+def test_a_low_rate_is_named_for_the_group_that_has_it(
+    tmp_path: Path, caplog: Any
+) -> None:
     model = LitTiny()
     backbone = [*model.embed.parameters(), *model.q_proj.parameters()]
     groups = [
@@ -634,7 +752,9 @@ def test_a_low_rate_is_named_for_the_group_that_has_it(tmp_path: Path, caplog: A
     assert "The adapters' learning rate is 1e-05 at most in 'q_proj'" in caplog.text
 
 
-def test_adapters_of_a_low_rate_are_named_under_a_new_head_of_a_high_one(tmp_path: Path, caplog: Any) -> None:
+def test_adapters_of_a_low_rate_are_named_under_a_new_head_of_a_high_one(
+    tmp_path: Path, caplog: Any
+) -> None:
     model = LitTiny()
     groups = []
     for name, p in model.named_parameters():
@@ -643,7 +763,10 @@ def test_adapters_of_a_low_rate_are_named_under_a_new_head_of_a_high_one(tmp_pat
     model.configure_optimizers = lambda: AdamW(groups)  # type: ignore[method-assign]
     adapters = lora(modules_to_save=None, target_modules=["q_proj", "v_proj", "head"])
     fit(tmp_path, adapters, model=model, max_epochs=1)
-    assert "The adapters' learning rate is 1e-05 at most in 'q_proj', 'v_proj'" in caplog.text
+    assert (
+        "The adapters' learning rate is 1e-05 at most in 'q_proj', 'v_proj'"
+        in caplog.text
+    )
 
 
 class WithHooks(torch.optim.SGD):
@@ -653,8 +776,12 @@ class WithHooks(torch.optim.SGD):
         return self.__dict__
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
-def test_an_optimizer_whose_copies_have_its_hooks_is_copied_and_steps(copied: Callable[[Any], Any]) -> None:
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))]
+)
+def test_an_optimizer_whose_copies_have_its_hooks_is_copied_and_steps(
+    copied: Callable[[Any], Any],
+) -> None:
     model = adapted()
     optimizer = WithHooks(model.parameters(), lr=0.1)
     train_adapters(model, [optimizer], lr_scale=10)

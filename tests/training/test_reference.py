@@ -70,7 +70,12 @@ class Tiny(LitTiny):
         return F.cross_entropy(now, labels) + self.distance(now, reference)
 
     def distance(self, now: Tensor, reference: Tensor) -> Tensor:
-        return F.kl_div(now.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True)
+        return F.kl_div(
+            now.log_softmax(-1),
+            reference.log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
+        )
 
 
 class Noted(L.Callback):
@@ -80,7 +85,9 @@ class Noted(L.Callback):
         self.losses: list[Tensor] = []
         self.after: list[dict[str, Tensor]] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
+    ) -> None:
         self.losses.append(outputs["loss"].detach().clone())
         self.after.append(trained(pl_module))
 
@@ -88,7 +95,14 @@ class Noted(L.Callback):
 def noted(folder: Path, model: Any, kwargs: Any, **options: Any) -> Noted:
     """What a fit gives in each step."""
     notes = Noted()
-    fit(folder, lora(dropout=0.1, **kwargs), notes, model=model, limit_val_batches=0, **options)
+    fit(
+        folder,
+        lora(dropout=0.1, **kwargs),
+        notes,
+        model=model,
+        limit_val_batches=0,
+        **options,
+    )
     return notes
 
 
@@ -101,10 +115,14 @@ def assert_same_fits(found: Noted, expected: Noted) -> None:
 NONE = {"modules_to_save": None, "exclude_modules": ["head"]}
 BOTH = {"modules_to_save": ["head", "embed"]}
 
-pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # of torch
+# of torch
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad:UserWarning"
+)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
+# of torch, as it compiles any linear layer
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize(
     ("how", "kwargs", "precision"),
     [
@@ -117,7 +135,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires
     ],
     ids=str,
 )
-def test_it_has_the_bits_of_a_second_model(tmp_path: Path, how: dict[str, Any], kwargs: Any, precision: Any) -> None:
+def test_it_has_the_bits_of_a_second_model(
+    tmp_path: Path, how: dict[str, Any], kwargs: Any, precision: Any
+) -> None:
     of_two = noted(tmp_path, Tiny(True, **how), kwargs, precision=precision)
     of_one = noted(tmp_path, Tiny(False, **how), kwargs, precision=precision)
     assert_same_fits(of_one, of_two)
@@ -143,7 +163,9 @@ class Beside(Tiny):
 
 
 @pytest.mark.parametrize(("comes_first", "drops"), [(False, True), (True, False)])
-def test_another_adapter_has_the_bits_of_a_second_model(tmp_path: Path, comes_first: bool, drops: bool) -> None:
+def test_another_adapter_has_the_bits_of_a_second_model(
+    tmp_path: Path, comes_first: bool, drops: bool
+) -> None:
     file = tmp_path / "a.safetensors"
     save_adapter(as_trained(LitTiny(), modules_to_save=["head"], dropout=0.1), file)
     two = Beside(True, comes_first=comes_first, drops=drops)
@@ -157,8 +179,13 @@ def test_another_adapter_has_the_bits_of_a_second_model(tmp_path: Path, comes_fi
     assert_same_fits(of_one, of_two)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning", "ignore:Attribute 'backend' removed:UserWarning")
-def test_a_compiled_layer_is_compiled_once_for_the_policy_and_once_for_the_reference(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute:UserWarning",
+    "ignore:Attribute 'backend' removed:UserWarning",
+)
+def test_a_compiled_layer_is_compiled_once_for_the_policy_and_once_for_the_reference(
+    tmp_path: Path,
+) -> None:
     torch._dynamo.reset()
     backend, graphs = counted()
     model = Tiny(False, backend=backend)
@@ -176,7 +203,9 @@ class Evaluated(Tiny):
 
 
 @pytest.mark.parametrize("merge", ["last", False])
-def test_what_an_evaluation_compared_with_the_base_trains_on(tmp_path: Path, merge: Any) -> None:
+def test_what_an_evaluation_compared_with_the_base_trains_on(
+    tmp_path: Path, merge: Any
+) -> None:
     through = Evaluated(False)
     fit(tmp_path, lora(merge=merge, **BOTH), model=through)
     fit(tmp_path, lora(merge=merge, **BOTH), model=through)

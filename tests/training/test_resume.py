@@ -11,13 +11,30 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAWarning, MergePrecisionWarning, inject_adapters
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    LoRAWarning,
+    MergePrecisionWarning,
+    inject_adapters,
+)
 from lightning_lora.training.random_numbers.drawing_apart import drawing_apart
 from tests.support.cases import held
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import Stateful, WritesLater, fit, outcome, resumes_to_the_bit
 from tests.support.messages import messages_of
-from tests.support.models import ADAPTERS, TRAINED, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.models import (
+    ADAPTERS,
+    TRAINED,
+    LitTiny,
+    best,
+    data,
+    is_plain,
+    lora,
+    same,
+    state,
+    trainer,
+)
 from tests.support.versions import exact
 
 
@@ -52,8 +69,12 @@ class Seeds(LitTiny):
 
 
 @exact
-@pytest.mark.parametrize(("cls", "workers"), [(LitTiny, 1), (WarmsUp, 0), (WarmsUp, 1), (Seeds, 0)])
-def test_resumed_run_drops_and_shuffles_as_one_that_never_stopped(tmp_path: Path, cls: Any, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("cls", "workers"), [(LitTiny, 1), (WarmsUp, 0), (WarmsUp, 1), (Seeds, 0)]
+)
+def test_resumed_run_drops_and_shuffles_as_one_that_never_stopped(
+    tmp_path: Path, cls: Any, workers: int
+) -> None:
     train = partial(shuffled, num_workers=workers)
     resumes_to_the_bit(tmp_path, cls, dropping, train=train, max_epochs=3)
 
@@ -61,18 +82,32 @@ def test_resumed_run_drops_and_shuffles_as_one_that_never_stopped(tmp_path: Path
 @exact
 @pytest.mark.parametrize(
     "options",
-    [{"max_epochs": 3}, {"max_epochs": 3, "val_check_interval": 2}, {"max_epochs": 5, "check_val_every_n_epoch": 2}],
+    [
+        {"max_epochs": 3},
+        {"max_epochs": 3, "val_check_interval": 2},
+        {"max_epochs": 5, "check_val_every_n_epoch": 2},
+    ],
 )
-def test_run_resumed_from_the_end_of_a_validation_ends_with_the_same_bits(tmp_path: Path, options: Any) -> None:
+def test_run_resumed_from_the_end_of_a_validation_ends_with_the_same_bits(
+    tmp_path: Path, options: Any
+) -> None:
     resumes_to_the_bit(
-        tmp_path, LitTiny, dropping, at="epoch=1", train=shuffled, saving={"save_on_train_epoch_end": False}, **options
+        tmp_path,
+        LitTiny,
+        dropping,
+        at="epoch=1",
+        train=shuffled,
+        saving={"save_on_train_epoch_end": False},
+        **options,
     )
 
 
 @pytest.mark.processes
 @exact
 @pytest.mark.parametrize("workers", [0, 1])
-def test_every_process_drops_and_shuffles_as_before(tmp_path: Path, workers: int) -> None:
+def test_every_process_drops_and_shuffles_as_before(
+    tmp_path: Path, workers: int
+) -> None:
     resumes_to_the_bit(
         tmp_path,
         WarmsUp,
@@ -94,7 +129,9 @@ def test_every_process_drops_and_shuffles_as_before(tmp_path: Path, workers: int
         (11, WarmsUp, {}),
     ],
 )
-def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: int, cls: Any, arguments: Any) -> None:
+def test_run_resumed_at_any_step_ends_with_the_same_bits(
+    tmp_path: Path, step: int, cls: Any, arguments: Any
+) -> None:
     resumes_to_the_bit(
         tmp_path,
         cls,
@@ -107,7 +144,9 @@ def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: i
 
 
 @exact
-def test_a_second_resume_within_an_accumulation_needs_another_file_than_the_first(tmp_path: Path) -> None:
+def test_a_second_resume_within_an_accumulation_needs_another_file_than_the_first(
+    tmp_path: Path,
+) -> None:
     def run(folder: Path, file: Path | None = None) -> Any:
         saves = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
         model, _ = fit(
@@ -127,7 +166,8 @@ def test_a_second_resume_within_an_accumulation_needs_another_file_than_the_firs
     through = run(first)
     assert_same_tensors(run(second, first / "step=1.ckpt"), through)
     assert_same_tensors(run(tmp_path / "again", second / "step=3.ckpt"), through)
-    wrong = run(tmp_path / "wrong", second / "step=1.ckpt")  # written again, by Lightning, within an accumulation
+    # written again, by Lightning, within an accumulation
+    wrong = run(tmp_path / "wrong", second / "step=1.ckpt")
     assert not same(wrong, through)
 
 
@@ -137,14 +177,24 @@ class Stores(L.Callback):
     def __init__(self, states: Any) -> None:
         self.states = states
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["lightning_lora_random"] = self.states
 
 
 @pytest.mark.parametrize(
-    "states", [None, {"cpu": 1}, {"cpu": torch.zeros(1, 3)}, {"cpu": torch.zeros(2, 5056, dtype=torch.uint8)}]
+    "states",
+    [
+        None,
+        {"cpu": 1},
+        {"cpu": torch.zeros(1, 3)},
+        {"cpu": torch.zeros(2, 5056, dtype=torch.uint8)},
+    ],
 )
-def test_random_states_of_another_machine_are_ignored(tmp_path: Path, states: Any) -> None:
+def test_random_states_of_another_machine_are_ignored(
+    tmp_path: Path, states: Any
+) -> None:
     file = tmp_path / "odd.ckpt"
     _, t = fit(tmp_path, dropping(), Stores(states), train=shuffled(), max_epochs=1)
     t.save_checkpoint(file)
@@ -154,8 +204,12 @@ def test_random_states_of_another_machine_are_ignored(tmp_path: Path, states: An
 
 @exact
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true", "bf16-mixed"])
-def test_every_precision_trains_saves_resumes_and_merges(tmp_path: Path, precision: Any) -> None:
-    through = resumes_to_the_bit(tmp_path, LitTiny, dropping, max_epochs=2, precision=precision)
+def test_every_precision_trains_saves_resumes_and_merges(
+    tmp_path: Path, precision: Any
+) -> None:
+    through = resumes_to_the_bit(
+        tmp_path, LitTiny, dropping, max_epochs=2, precision=precision
+    )
     assert is_plain(through)
     path = tmp_path / "through" / "epoch=1.ckpt"
     stored = held(torch.load(path, weights_only=True))
@@ -173,7 +227,8 @@ def test_fit_warns_once_of_a_merge_that_loses_the_update(tmp_path: Path) -> None
     with pytest.warns(MergePrecisionWarning) as caught:
         model, t = fit(tmp_path, lora(), model=LitTiny(lr=1e-7), precision="bf16-true")
     assert len(messages_of(caught, LoRAWarning)) == 1
-    t.validate(model, data(), verbose=False)  # merges again, and an unexpected warning is an error here
+    # merges again, and an unexpected warning is an error here
+    t.validate(model, data(), verbose=False)
 
 
 # Files of any CheckpointIO
@@ -209,7 +264,9 @@ class Moves(LitTiny):
 
 
 @pytest.mark.parametrize("save", ["adapters", "model"])
-def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Path, save: str) -> None:
+def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(
+    tmp_path: Path, save: str
+) -> None:
     def run(folder: Path, counts: Counts, **options: Any) -> Any:
         saves = best(folder, save_top_k=-1)
         adapters = lora(merge=False, save=save)

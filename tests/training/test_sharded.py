@@ -14,12 +14,27 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from packaging.version import Version
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, unmerge_adapters
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    inject_adapters,
+    merge_adapters,
+    unmerge_adapters,
+)
 from lightning_lora.model.records import find_record
 from tests.support import sharded
 from tests.support import sharded_fits as fits
@@ -38,15 +53,29 @@ from tests.support.sharded import (
     trainer_of,
     whole_state,
 )
-from tests.support.sharded_fits import State, assert_same, built, differing, fit_in_processes, message_of, path_of, read
+from tests.support.sharded_fits import (
+    State,
+    assert_same,
+    built,
+    differing,
+    fit_in_processes,
+    message_of,
+    path_of,
+    read,
+)
 
 if sharded.has_deepspeed:
     import tests.support.cpu_deepspeed  # noqa: F401  # here, and not in each process
 
 pytestmark = pytest.mark.processes
 
-needs_deepspeed = pytest.mark.skipif(not sharded.has_deepspeed, reason="needs deepspeed")
-warns = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of DeepSpeed itself
+needs_deepspeed = pytest.mark.skipif(
+    not sharded.has_deepspeed, reason="needs deepspeed"
+)
+# of DeepSpeed itself
+warns = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
 
 
 def zero(*values: Any) -> Any:
@@ -180,7 +209,13 @@ SAME_BITS = {"rtol": 0.0, "atol": 0.0}
         ("sharded", LitNet, {**ALL, "dropout": 0.0}, {}),
         ("sharded", Blocks, {"bias": "all"}, {}),
         pytest.param(
-            "sharded", Uneven, {}, {}, marks=pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
+            "sharded",
+            Uneven,
+            {},
+            {},
+            marks=pytest.mark.filterwarnings(
+                "ignore::lightning_lora.DeadAdapterWarning"
+            ),
         ),
         ("sharded", WithNorm, {"modules_to_save": ["layers.1.norm"]}, {}),
         ("sharded", Llama, {"merge": "last"}, {}),
@@ -235,17 +270,27 @@ def test_processes_train_what_ddp_does_up_to_rounding(
         ("sharded", "sharded", Meta, {}),
         ("sharded", "ddp", Checkpointed, {}),
         ("ddp", "sharded", LitNet, {**HEAD, "init": "pissa", "merge": "last"}),
-        ("sharded", "sharded", LitNet, {"use_dora": True, "lr_scale": 10, "merge": "last"}),
+        (
+            "sharded",
+            "sharded",
+            LitNet,
+            {"use_dora": True, "lr_scale": 10, "merge": "last"},
+        ),
         zero("ddp", "zero2", LitNet, {}),
         zero("zero2", "sharded", LitNet, {}),
         zero("zero1", "ddp", LitNet, {"lr_scale": 10}),
     ],
 )
-def test_run_resumes_to_the_same_bits(tmp_path: Path, written: str, resumed: str, build: Any, kwargs: Any) -> None:
+def test_run_resumes_to_the_same_bits(
+    tmp_path: Path, written: str, resumed: str, build: Any, kwargs: Any
+) -> None:
     whole = fit_in_processes(written, tmp_path, build, kwargs)[0]
     if resumed == "ddp":  # which knows nothing of how the model was built
         build = LitNet
-        whole = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in whole.items()}
+        whole = {
+            name.replace("_checkpoint_wrapped_module.", ""): value
+            for name, value in whole.items()
+        }
     first = path_of(tmp_path, written, 0)
     for found in fit_in_processes(resumed, tmp_path / "b", build, kwargs, first):
         assert_same(found, whole)
@@ -280,9 +325,16 @@ def evaluated(kind: str, folder: Path) -> Evaluations:
     found = Evaluations()
     plain = LitNet()
     adapted = LitNet()
-    for module, path in ((plain, None), (plain, full), (adapted, adapters), (adapted, None)):
+    for module, path in (
+        (plain, None),
+        (plain, full),
+        (adapted, adapters),
+        (adapted, None),
+    ):
         t = trainer_of(kind, folder, [LoRACallback()])
-        (losses,) = t.test(module, data(), ckpt_path=path, verbose=False, weights_only=True)
+        (losses,) = t.test(
+            module, data(), ckpt_path=path, verbose=False, weights_only=True
+        )
         found.losses.append(losses["loss"])
         all_train = all(p.requires_grad for p in module.parameters())
         found.is_plain.append(find_record(module) is None and all_train)
@@ -323,7 +375,9 @@ def whole_life(kind: str, folder: Path) -> Life:
     classes = {type(inner).__name__ for inner in module.modules()}
     (validated,) = t.validate(module, data(), verbose=False)
     assert_same(whole_state(module), merged)
-    (from_file,) = t.validate(module, data(), ckpt_path=best.best_model_path, verbose=False)
+    (from_file,) = t.validate(
+        module, data(), ckpt_path=best.best_model_path, verbose=False
+    )
     assert_same(whole_state(module), merged)
     unmerge_adapters(module)
     unmerged = whole_state(module)
@@ -354,7 +408,10 @@ def test_merge_is_that_of_ddp_and_of_one_process(tmp_path: Path, kind: str) -> N
 
 
 def without_the_callback(kind: str, folder: Path) -> list[tuple[State, State]]:
-    """Fit with the callback, and then without it: the merged module and a new one. Their states before and after."""
+    """Fit with the callback, and then without it: the merged module and a new one.
+
+    Their states before and after.
+    """
     merged = LitNet()
     new = LitNet()
     callback = lora(merge="last")
@@ -362,7 +419,10 @@ def without_the_callback(kind: str, folder: Path) -> list[tuple[State, State]]:
     t.fit(merged, data())
     t.callbacks.remove(callback)  # type: ignore[attr-defined]
     states = []
-    for module, before in ((merged, whole_state(merged)), (new, pretrained_in_module())):
+    for module, before in (
+        (merged, whole_state(merged)),
+        (new, pretrained_in_module()),
+    ):
         t.fit_loop.max_epochs += 1  # type: ignore[operator]
         t.fit(module, data())
         states.append((before, whole_state(module)))
@@ -422,7 +482,12 @@ NO_GRADIENT = r"DeadAdapterWarning: The adapters of 'model.layers.1.q', .* no gr
     ("kind", "build", "kwargs", "match"),
     [
         ("sharded", FailsAlone, HEAD, "ValueError: alone"),
-        ("sharded", InjectsFirst, {}, r"StrategyError: 'model.layers.0.q.lora_A'.* were sharded with the base"),
+        (
+            "sharded",
+            InjectsFirst,
+            {},
+            r"StrategyError: 'model.layers.0.q.lora_A'.* were sharded with the base",
+        ),
         ("sharded", Unused, {}, NO_GRADIENT),
         zero("zero2", Unused, {}, NO_GRADIENT),
         ("sharded", Whole, {}, "LoRAWarning: Nothing of Whole is sharded"),
@@ -445,7 +510,13 @@ class OtherBase(LitNet):
         return net
 
 
-def refused(kind: str, folder: Path, build: Callable[[], LitNet], kwargs: dict[str, Any], path: Path) -> str:
+def refused(
+    kind: str,
+    folder: Path,
+    build: Callable[[], LitNet],
+    kwargs: dict[str, Any],
+    path: Path,
+) -> str:
     module = build()
     t = trainer_of(kind, folder, [lora(**kwargs)])
     message = message_of(t.fit, module, data(), data(), ckpt_path=path)
@@ -459,7 +530,13 @@ def refused(kind: str, folder: Path, build: Callable[[], LitNet], kwargs: dict[s
     [
         ("sharded", OtherBase, {}, "BaseMismatchError", "model.layers.1.down.weight"),
         zero("zero2", OtherBase, {}, "BaseMismatchError", "model.layers.1.down.weight"),
-        zero("zero2", LitNet, {"exclude_modules": ["head"]}, "AdapterMismatchError", "unexpected 'model.head.lora_A'"),
+        zero(
+            "zero2",
+            LitNet,
+            {"exclude_modules": ["head"]},
+            "AdapterMismatchError",
+            "unexpected 'model.head.lora_A'",
+        ),
     ],
 )
 def test_file_of_another_run_is_refused_in_every_process(
@@ -514,12 +591,18 @@ class Parallel(LitNet):
             super().shard()
 
 
-def in_one_process(folder: Path, kwargs: dict[str, Any], path: Path | None = None) -> State:
+def in_one_process(
+    folder: Path, kwargs: dict[str, Any], path: Path | None = None
+) -> State:
     kwargs = {"dropout": 0.0, **kwargs}
-    return fits.fit("one", folder, Parallel, kwargs, path, use_distributed_sampler=False)
+    return fits.fit(
+        "one", folder, Parallel, kwargs, path, use_distributed_sampler=False
+    )
 
 
-def parallel(size: int, folder: Path, kwargs: dict[str, Any], path: Path | None = None) -> State:
+def parallel(
+    size: int, folder: Path, kwargs: dict[str, Any], path: Path | None = None
+) -> State:
     kwargs = {"dropout": 0.0, **kwargs}
     return fits.fit(
         "parallel",
@@ -533,7 +616,9 @@ def parallel(size: int, folder: Path, kwargs: dict[str, Any], path: Path | None 
     )
 
 
-def in_processes(size: int, folder: Path, kwargs: dict[str, Any], path: Path | None = None) -> list[State]:
+def in_processes(
+    size: int, folder: Path, kwargs: dict[str, Any], path: Path | None = None
+) -> list[State]:
     """What each of two processes, or of two times ``size``, has."""
     return run_ranks(parallel, size, folder, kwargs, path, size=2 * size)
 
@@ -551,7 +636,9 @@ SLICES = {"up": {"a": [0, 24]}, "down": {"a": [0, 5], "b": [7, 12]}}
     ],
     ids=str,
 )
-def test_parallel_matrices_train_as_in_one_process(tmp_path: Path, size: int, kwargs: dict[str, Any]) -> None:
+def test_parallel_matrices_train_as_in_one_process(
+    tmp_path: Path, size: int, kwargs: dict[str, Any]
+) -> None:
     if "use_dora" in kwargs and Version(torch.__version__) < Version("2.13"):
         pytest.skip("torch 2.7 cannot split what DoRA computes, and says so")
     one = in_one_process(tmp_path, kwargs)

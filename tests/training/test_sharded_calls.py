@@ -14,15 +14,33 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+)
 from transformers import LlamaForCausalLM
 
 import lightning_lora as ll
 from tests.support.compared import assert_holds
 from tests.support.messages import lines_with, messages_of, warned_by
 from tests.support.ranks import run_ranks
-from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained_in_module, trainer_of, whole_state
-from tests.support.sharded_fits import Saves, State, assert_same, built, message_of, path_of
+from tests.support.sharded import (
+    LitNet,
+    data,
+    fully_shard,
+    lora,
+    pretrained_in_module,
+    trainer_of,
+    whole_state,
+)
+from tests.support.sharded_fits import (
+    Saves,
+    State,
+    assert_same,
+    built,
+    message_of,
+    path_of,
+)
 from tests.support.versions import needs_averaging
 from tests.training.test_sharded import Blocks, Llama
 
@@ -61,7 +79,11 @@ class Files:
 def files(folder: Path) -> Files:
     """Fit, write files, and load one of them into a sharded module."""
     file = folder / "a.safetensors"
-    kwargs: dict[str, Any] = {"modules_to_save": ["head"], "use_dora": True, "dropout": 0.0}
+    kwargs: dict[str, Any] = {
+        "modules_to_save": ["head"],
+        "use_dora": True,
+        "dropout": 0.0,
+    }
     module = fitted(folder, **kwargs)
     ll.save_adapter(module, file)
     assert load_file(file).keys() == ll.adapter_state_dict(module).keys()
@@ -108,7 +130,10 @@ def assert_nothing_is_added(module: LitNet, folder: Path) -> None:
 
 
 def assert_merges_and_unmerges(module: LitNet) -> State:
-    """The merged model computes the same, with the same bits each time. Return its state; it ends un-merged."""
+    """The merged model computes the same, with the same bits each time.
+
+    Return its state; it ends un-merged.
+    """
     adapted = output_of(module)
     with ll.disable_adapters(module):
         of_base = output_of(module)
@@ -132,7 +157,8 @@ def life_until_a_merge_for_good(folder: Path) -> None:
     assert_nothing_is_added(module, folder)
     merged = assert_merges_and_unmerges(module)
     if dist.get_rank() == 0:
-        assert "lora" in str(ll.summarize(module)).lower()  # this process alone, with gathered weights
+        # this process alone, with gathered weights
+        assert "lora" in str(ll.summarize(module)).lower()
     ll.merge_adapters(module, keep_base=False)
     assert_same(whole_state(module), merged)
 
@@ -147,7 +173,9 @@ def life_until_the_adapters_are_removed(folder: Path) -> None:
     assert_same(whole_state(module), pretrained_in_module())
 
 
-@pytest.mark.parametrize("life", [life_until_a_merge_for_good, life_until_the_adapters_are_removed])
+@pytest.mark.parametrize(
+    "life", [life_until_a_merge_for_good, life_until_the_adapters_are_removed]
+)
 def test_verbs_work_on_shards(tmp_path: Path, life: Any) -> None:
     run_ranks(life, tmp_path)
 
@@ -163,7 +191,9 @@ class Asks(L.Callback):
         self.folder = folder
         self.said: set[str] = set()
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> None:
         self.save(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -206,7 +236,9 @@ def saved(folder: Path) -> tuple[set[str], Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
-def test_save_pretrained_merges_a_gathered_state_and_gathers_none(tmp_path: Path) -> None:
+def test_save_pretrained_merges_a_gathered_state_and_gathers_none(
+    tmp_path: Path,
+) -> None:
     (messages, output), (_, other) = run_ranks(saved, tmp_path)
     (said,) = messages
     assert "LlamaForCausalLM is spread over processes" in said
@@ -244,7 +276,9 @@ def that_merge_a_tied_weight() -> list[L.Callback]:
     return [lora(target_modules="all", merge="last")]
 
 
-def refusal(folder: Path, build: Callable[[], LitNet], make: Callable[[], list[L.Callback]]) -> str:
+def refusal(
+    folder: Path, build: Callable[[], LitNet], make: Callable[[], list[L.Callback]]
+) -> str:
     t = trainer_of("sharded", folder, make(), max_steps=1)
     return message_of(t.fit, build(), data())
 
@@ -255,7 +289,11 @@ COPIES = "ConfigError: .*WeightAveraging copies the module"
 @pytest.mark.parametrize(
     ("build", "make", "message"),
     [
-        (LitNet, whole_model, "ConfigError: save='model' is not .* gather the whole model"),
+        (
+            LitNet,
+            whole_model,
+            "ConfigError: save='model' is not .* gather the whole model",
+        ),
         pytest.param(LitNet, with_ema, COPIES, marks=needs_averaging),
         (LitNet, with_swa, COPIES),
         (Llama, that_merge_a_tied_weight, "ConfigError: .*FSDP2 keeps"),
@@ -269,12 +307,18 @@ def test_what_cannot_run_on_shards_is_refused_in_every_process(
 
 
 def refusal_without_mesh(folder: Path) -> str:
-    t = trainer_of("sharded", folder, [lora()], max_steps=1, strategy=ModelParallelStrategy())
+    t = trainer_of(
+        "sharded", folder, [lora()], max_steps=1, strategy=ModelParallelStrategy()
+    )
     return message_of(t.fit, WithoutMesh(), data())
 
 
-def test_shards_over_other_processes_than_the_mesh_has_are_refused_in_every_process(tmp_path: Path) -> None:
-    says = 'StrategyError: .*sharded over 2 processes, but the mesh "data_parallel" has 1'
+def test_shards_over_other_processes_than_the_mesh_has_are_refused_in_every_process(
+    tmp_path: Path,
+) -> None:
+    says = (
+        'StrategyError: .*sharded over 2 processes, but the mesh "data_parallel" has 1'
+    )
     for found in run_ranks(refusal_without_mesh, tmp_path):
         assert re.search(f"(?s)^{says}", found)
 
@@ -303,10 +347,14 @@ def folder_in_the_way(folder: Path) -> str:
     return message_of(t.save_checkpoint, folder / "a.ckpt")
 
 
-def test_a_sharded_checkpoint_in_the_place_of_a_file_is_named_in_every_process(tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_in_the_place_of_a_file_is_named_in_every_process(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "a.ckpt").mkdir()
     for message in run_ranks(folder_in_the_way, tmp_path):
-        assert re.search(r"a\.ckpt is a folder, perhaps a sharded checkpoint.*another name", message)
+        assert re.search(
+            r"a\.ckpt is a folder, perhaps a sharded checkpoint.*another name", message
+        )
     assert not list((tmp_path / "a.ckpt").iterdir())
 
 

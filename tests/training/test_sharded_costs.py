@@ -14,15 +14,24 @@ from tests.support.traffic import Counts, sizes_of
 pytestmark = pytest.mark.processes
 
 
-def count(folder: Path, module: LitNet, callbacks: list[Any], **options: Any) -> dict[str, Any]:
+def count(
+    folder: Path, module: LitNet, callbacks: list[Any], **options: Any
+) -> dict[str, Any]:
     """What a process sends in a fit, and holds."""
     counts = Counts(folder / f"{len(callbacks)}")
     t = trainer_of("sharded", folder, [*callbacks, counts], max_epochs=1, **options)
     t.fit(module, data())
-    return {"batches": counts.batches, "saves": counts.saves, "end": counts.end, "held": counts.held}
+    return {
+        "batches": counts.batches,
+        "saves": counts.saves,
+        "end": counts.end,
+        "held": counts.held,
+    }
 
 
-def with_adapters(folder: Path, kwargs: dict[str, Any] | None = None, **options: Any) -> list[Any]:
+def with_adapters(
+    folder: Path, kwargs: dict[str, Any] | None = None, **options: Any
+) -> list[Any]:
     """Count in each of two processes."""
     callbacks = [lora(**kwargs or {})]
     return run_ranks(count, folder, LitNet(), callbacks, size=2, **options)
@@ -45,7 +54,9 @@ def messages_of(kind: str, messages: list[Any]) -> list[Any]:
     return [message for message in messages if message[0] == kind]
 
 
-def test_a_step_sends_the_adapters_once_beside_the_messages_of_fsdp2(tmp_path: Path) -> None:
+def test_a_step_sends_the_adapters_once_beside_the_messages_of_fsdp2(
+    tmp_path: Path,
+) -> None:
     of_all = without_adapters(tmp_path, precision="bf16-true")[1]
     found = with_adapters(tmp_path, precision="bf16-true")[1]
     of_adapters = ("all-reduce", found["held"]["adapters"])
@@ -59,10 +70,16 @@ def test_batches_that_only_accumulate_send_no_gradients(tmp_path: Path) -> None:
     found = with_adapters(tmp_path, kwargs, accumulate_grad_batches=2)[1]
     first, second, third, fourth = found["batches"]
     assert kinds_in(first) == kinds_in(third) == {"all-gather"}
-    assert kinds_in(second) == kinds_in(fourth) == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert (
+        kinds_in(second)
+        == kinds_in(fourth)
+        == {"all-gather", "reduce-scatter", "all-reduce"}
+    )
 
 
-def test_a_process_holds_its_part_of_the_base_and_all_adapters_as_each_pair_of_four_does(tmp_path: Path) -> None:
+def test_a_process_holds_its_part_of_the_base_and_all_adapters_as_each_pair_of_four_does(
+    tmp_path: Path,
+) -> None:
     two = with_adapters(tmp_path)
     four = in_four_processes(tmp_path)
     one = two[0]["held"]
@@ -82,11 +99,13 @@ def test_frozen_weights_are_never_gathered_for_a_file(tmp_path: Path) -> None:
     rows = 4  # of the head: three, in two equal parts
     head = [4 * rows * 16, 4 * rows]
     state_of_adamw = [*head, *head]
-    random_states = [2 * torch.get_rng_state().nbytes, 2 * 5020]  # torch's, and those of numpy and Python
+    # torch's, and those of numpy and Python
+    random_states = [2 * torch.get_rng_state().nbytes, 2 * 5020]
     gathered = sorted([*head, *state_of_adamw, *random_states])
     tensors = len(list(Net().parameters()))
     first, later = found["saves"]
-    for save, for_each in ((first, 17), (later, 1)):  # whether each has changed; once, two digests of 8 bytes
+    # whether each has changed; once, two digests of 8 bytes
+    for save, for_each in ((first, 17), (later, 1)):
         assert sorted(sizes_of(save, "all-gather")) == gathered
         others = [size for kind, size in save if kind != "all-gather"]
         assert sum(others) <= for_each * tensors

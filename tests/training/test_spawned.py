@@ -18,7 +18,15 @@ from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
 from lightning_lora.training import returned_records
 from tests.support.compared import assert_same_tensors
 from tests.support.kept import Kept
-from tests.support.models import LitTiny, as_merged, data, is_plain, lora, state, trainer
+from tests.support.models import (
+    LitTiny,
+    as_merged,
+    data,
+    is_plain,
+    lora,
+    state,
+    trainer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +55,11 @@ class WithOwn(Kept):
 
 
 @pytest.mark.processes
-def test_every_kind_of_adapter_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # as users set it who want torch to read safely
+def test_every_kind_of_adapter_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as users set it who want torch to read safely
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.setitem(ADAPTERS, Own, LoRAOwn)
     register_adapter(Own, LoRAOwn)
     torch.manual_seed(0)
@@ -85,7 +96,9 @@ def open_to_all() -> Iterator[None]:
 @pytest.mark.usefixtures("open_to_all")
 def test_only_the_user_can_read_what_is_sent() -> None:
     module = as_merged(LitTiny())
-    home: Any = SimpleNamespace(lightning_module=module, state=SimpleNamespace(fn="fit"))
+    home: Any = SimpleNamespace(
+        lightning_module=module, state=SimpleNamespace(fn="fit")
+    )
     entry = returned_records._send(None, lambda *_: {}, home)
     (name,) = entry.values()
     folder = Path(name)
@@ -111,7 +124,11 @@ def has_a_local_class(monkeypatch: pytest.MonkeyPatch, _: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("make", "says"), [(refuses_folders, "Read-only file system"), (has_a_local_class, "local object .*Inside")]
+    ("make", "says"),
+    [
+        (refuses_folders, "Read-only file system"),
+        (has_a_local_class, "local object .*Inside"),
+    ],
 )
 def test_a_fit_whose_record_cannot_be_sent_says_what_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, says: str
@@ -126,7 +143,14 @@ def test_a_fit_whose_record_cannot_be_sent_says_what_is_lost(
     with warnings.catch_warnings():
         warnings.simplefilter("always", ll.LoRAWarning)
         monkeypatch.setattr(warnings, "showwarning", say)  # in another process
-        t = trainer(tmp_path, [lora()], strategy="ddp_fork", devices=2, enable_checkpointing=False, max_epochs=1)
+        t = trainer(
+            tmp_path,
+            [lora()],
+            strategy="ddp_fork",
+            devices=2,
+            enable_checkpointing=False,
+            max_epochs=1,
+        )
         t.fit(model, data())
     assert is_plain(model)
     assert not torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)

@@ -13,11 +13,30 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from lightning_lora.model.records import find_record
 from lightning_lora.training.stages.stage import Stage
-from tests.support.cases import At, StopError, base_is_whole, files_hold_adapters_alone, same_parts, trained
+from tests.support.cases import (
+    At,
+    StopError,
+    base_is_whole,
+    files_hold_adapters_alone,
+    same_parts,
+    trained,
+)
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import adam, by_hand, fit, loaded, outcome
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
-from tests.support.models import CLASSES, WIDTH, LitTiny, as_trained, best, data, is_plain, lora, same, state, trainer
+from tests.support.models import (
+    CLASSES,
+    WIDTH,
+    LitTiny,
+    as_trained,
+    best,
+    data,
+    is_plain,
+    lora,
+    same,
+    state,
+    trainer,
+)
 from tests.support.parameters import add_to, classes, flags_of, trainable
 
 
@@ -46,7 +65,9 @@ class Numbers:
         different = {tuple(value.flatten().tolist()) for value in values}
         assert len(different) == count
 
-    def check(self, t: L.Trainer, model: LitTiny, begins: str, asked: list[str]) -> None:
+    def check(
+        self, t: L.Trainer, model: LitTiny, begins: str, asked: list[str]
+    ) -> None:
         """A module that begins with a file's adapters gives what it should, whichever file is asked for, and after."""
         shape = None
         if begins != "base":
@@ -61,7 +82,12 @@ class Numbers:
         assert files_hold_adapters_alone(self.folder)
 
     def check_one(
-        self, t: L.Trainer, model: LitTiny, now: str, shape: bool | None, ckpt_path: str | None = None
+        self,
+        t: L.Trainer,
+        model: LitTiny,
+        now: str,
+        shape: bool | None,
+        ckpt_path: str | None = None,
     ) -> None:
         found = outcome(t, self.stage, model, ckpt_path=ckpt_path)
         torch.testing.assert_close(found, self.expected[now])
@@ -78,12 +104,25 @@ def saves_the_worst(folder: Path) -> ModelCheckpoint:
 
 @pytest.mark.parametrize(
     ("stage", "merge", "end"),
-    [("validate", "last", "last"), ("test", "best", "best"), ("test", False, "last"), ("predict", "best", "best")],
+    [
+        ("validate", "last", "last"),
+        ("test", "best", "best"),
+        ("test", False, "last"),
+        ("predict", "best", "best"),
+    ],
 )
-def test_each_file_gives_its_own_numbers_in_each_stage(tmp_path: Path, stage: str, merge: Any, end: str) -> None:
+def test_each_file_gives_its_own_numbers_in_each_stage(
+    tmp_path: Path, stage: str, merge: Any, end: str
+) -> None:
     first = saves_the_worst(tmp_path)
-    model, t = fit(tmp_path, lora(merge=merge), first, model=LitTiny(lr=0.5), max_epochs=4)
-    files = {"best": first.best_model_path, "last": first.last_model_path, "path": str(tmp_path / "best-epoch=2.ckpt")}
+    model, t = fit(
+        tmp_path, lora(merge=merge), first, model=LitTiny(lr=0.5), max_epochs=4
+    )
+    files = {
+        "best": first.best_model_path,
+        "last": first.last_model_path,
+        "path": str(tmp_path / "best-epoch=2.ckpt"),
+    }
     numbers = Numbers(tmp_path, stage, files)
     numbers.assert_all_differ(4)
     numbers.check(t, model, end, ["last", "best", "path"])
@@ -99,9 +138,18 @@ def test_each_file_gives_its_own_numbers_in_each_stage(tmp_path: Path, stage: st
 
 
 @pytest.mark.parametrize(
-    ("begin", "merge"), [("fit", "last"), ("fit", False), ("load", False), ("resume", "last"), ("safetensors", "last")]
+    ("begin", "merge"),
+    [
+        ("fit", "last"),
+        ("fit", False),
+        ("load", False),
+        ("resume", "last"),
+        ("safetensors", "last"),
+    ],
 )
-def test_fit_goes_on_from_the_adapters_that_are_there(tmp_path: Path, begin: str, merge: Any) -> None:
+def test_fit_goes_on_from_the_adapters_that_are_there(
+    tmp_path: Path, begin: str, merge: Any
+) -> None:
     file = tmp_path / "first.ckpt"
     model, t = fit(tmp_path, lora(merge=merge), best(tmp_path / "1"), max_epochs=1)
     t.save_checkpoint(file, weights_only=begin == "load")
@@ -113,7 +161,9 @@ def test_fit_goes_on_from_the_adapters_that_are_there(tmp_path: Path, begin: str
     if begin == "safetensors":
         model = loaded(tmp_path / "first.safetensors")
     if begin == "resume":
-        trainer(tmp_path, [lora()]).validate(model, data(), ckpt_path=file, verbose=False)
+        trainer(tmp_path, [lora()]).validate(
+            model, data(), ckpt_path=file, verbose=False
+        )
     fit(tmp_path, lora(merge=merge), best(tmp_path / "2"), model=model, max_epochs=3)
     assert is_plain(model) is bool(merge)
     assert files_hold_adapters_alone(tmp_path)
@@ -135,7 +185,11 @@ class Broken(LitTiny):
 
 
 def assert_gives_back(
-    model: LitTiny, t: L.Trainer, stage: str, error: type[Exception], file: Path | None = None
+    model: LitTiny,
+    t: L.Trainer,
+    stage: str,
+    error: type[Exception],
+    file: Path | None = None,
 ) -> None:
     """The stage fails, and the module is what it was."""
     values = state(model)
@@ -185,7 +239,9 @@ class MakesNone(Normed):
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-def test_flags_are_as_they_were_after_an_optimizer_that_could_not_be_made(tmp_path: Path, adapted: bool) -> None:
+def test_flags_are_as_they_were_after_an_optimizer_that_could_not_be_made(
+    tmp_path: Path, adapted: bool
+) -> None:
     model = MakesNone()
     model.embed.requires_grad_(False)
     if adapted:
@@ -273,7 +329,9 @@ COMPUTED = "the weight of 'q_proj' of LitTiny is computed"
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
 @pytest.mark.parametrize("compute", [spectral_norm, weight_norm])
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_no_step_is_taken_with_an_adapted_weight_that_is_computed(tmp_path: Path, compute: Any, hook: str) -> None:
+def test_no_step_is_taken_with_an_adapted_weight_that_is_computed(
+    tmp_path: Path, compute: Any, hook: str
+) -> None:
     model = LitTiny()
     act_in(model, hook, compute)
     with pytest.raises(ll.AdapterStateError, match=f"{COMPUTED}.*exclude_modules"):
@@ -283,7 +341,9 @@ def test_no_step_is_taken_with_an_adapted_weight_that_is_computed(tmp_path: Path
 
 
 @pytest.mark.parametrize("compute", [spectral_norm, prune])
-def test_no_file_is_written_with_an_adapted_weight_that_is_computed(tmp_path: Path, compute: Any) -> None:
+def test_no_file_is_written_with_an_adapted_weight_that_is_computed(
+    tmp_path: Path, compute: Any
+) -> None:
     """Code computes it in the middle of a fit, or in a loop of one's own."""
     model = LitTiny()
     act_in(model, "on_train_epoch_end", compute)
@@ -408,7 +468,9 @@ class LoadsItsHead(LitTiny):
 
 @pytest.mark.parametrize("begin", ["plain", "adapted", "changed", "ckpt"])
 @pytest.mark.parametrize("stage", ["validate", "fit"])
-def test_what_hooks_load_in_a_stage_is_the_base(tmp_path: Path, stage: str, begin: str) -> None:
+def test_what_hooks_load_in_a_stage_is_the_base(
+    tmp_path: Path, stage: str, begin: str
+) -> None:
     model = LoadsItsHead()
     path = None
     epochs = 1
@@ -465,15 +527,28 @@ def late_base() -> LitTiny:
 
 @pytest.mark.parametrize(
     ("way", "init", "precision"),
-    [("load", "pissa", "32-true"), ("data", "pissa", "32-true"), ("load", "kaiming", "bf16-true")],
+    [
+        ("load", "pissa", "32-true"),
+        ("data", "pissa", "32-true"),
+        ("load", "kaiming", "bf16-true"),
+    ],
 )
-def test_the_base_is_what_is_there_when_training_begins(tmp_path: Path, way: str, init: Any, precision: Any) -> None:
+def test_the_base_is_what_is_there_when_training_begins(
+    tmp_path: Path, way: str, init: Any, precision: Any
+) -> None:
     begins: list[Any] = []
 
     def look(_: L.Trainer, module: Any) -> None:
         begins.append(state(module.q_proj))
 
-    model, t = fit(tmp_path, lora(init=init), At(0, look), model=LoadsLate(way), precision=precision, max_epochs=1)
+    model, t = fit(
+        tmp_path,
+        lora(init=init),
+        At(0, look),
+        model=LoadsLate(way),
+        precision=precision,
+        max_epochs=1,
+    )
     if init == "pissa":
         expected = late_base()
         ll.inject_adapters(expected, lora(init=init).config)
@@ -515,9 +590,14 @@ def looks(model: nn.Module) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("stage", "trial"), [("validate", 1), ("test", False), ("predict", False)])
-@pytest.mark.parametrize("targets", ["all-linear", ["nowhere"]])  # which are a matter of fits and files
-def test_a_plain_model_stays_plain(tmp_path: Path, stage: str, trial: Any, targets: Any) -> None:
+@pytest.mark.parametrize(
+    ("stage", "trial"), [("validate", 1), ("test", False), ("predict", False)]
+)
+# which are a matter of fits and files
+@pytest.mark.parametrize("targets", ["all-linear", ["nowhere"]])
+def test_a_plain_model_stays_plain(
+    tmp_path: Path, stage: str, trial: Any, targets: Any
+) -> None:
     model = half_frozen()
     plain = trainer(tmp_path, fast_dev_run=trial)
     expected = outcome(plain, stage, LitTiny())
@@ -532,7 +612,9 @@ def test_a_plain_model_stays_plain(tmp_path: Path, stage: str, trial: Any, targe
 
 
 @pytest.mark.parametrize("build", [BornInSetup, BornInConfigureModel, BuiltAnew])
-def test_layers_that_are_made_late_stay_plain_too(tmp_path: Path, build: Callable[[], LitTiny]) -> None:
+def test_layers_that_are_made_late_stay_plain_too(
+    tmp_path: Path, build: Callable[[], LitTiny]
+) -> None:
     model = build()
     t = trainer(tmp_path, [lora()])
     for stage in ("validate", "test", "predict"):
@@ -546,7 +628,9 @@ def test_layers_that_are_made_late_stay_plain_too(tmp_path: Path, build: Callabl
 
 
 @pytest.mark.parametrize("stage", ["validate", "predict"])
-def test_a_full_checkpoint_is_loaded_as_lightning_does(tmp_path: Path, stage: str) -> None:
+def test_a_full_checkpoint_is_loaded_as_lightning_does(
+    tmp_path: Path, stage: str
+) -> None:
     file = tmp_path / "full.ckpt"
     other, t = fit(tmp_path, max_epochs=1)
     t.save_checkpoint(file)

@@ -22,11 +22,36 @@ from lightning_lora.training.stages.stage import Stage
 from lightning_lora.training.strategies.checkpoint_files import read_checkpoint
 from lightning_lora.training.strategies.deepspeed import DeepSpeedMethods
 from lightning_lora.training.strategies.for_strategy import methods_of, patch_strategy
-from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, tensors
+from tests.support.cases import (
+    StopError,
+    base_is_whole,
+    files_hold_adapters_alone,
+    held,
+    same_parts,
+    tensors,
+)
 from tests.support.compared import assert_holds, assert_same_tensors
-from tests.support.fits import ON_EXCEPTION, Fails, Stateful, Steps, fit, loaded, outcome
+from tests.support.fits import (
+    ON_EXCEPTION,
+    Fails,
+    Stateful,
+    Steps,
+    fit,
+    loaded,
+    outcome,
+)
 from tests.support.late import BornInConfigureModel, BornInSetup, Normed
-from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, state, trainer
+from tests.support.models import (
+    TRAINED,
+    LitTiny,
+    X,
+    best,
+    data,
+    is_plain,
+    lora,
+    state,
+    trainer,
+)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -56,7 +81,9 @@ def some_of(files: list[Path]) -> list[Path]:
 
 
 @pytest.mark.parametrize("saving", SAVING)
-def test_each_file_holds_the_adapters_of_its_step_and_goes_on(tmp_path: Path, saving: str) -> None:
+def test_each_file_holds_the_adapters_of_its_step_and_goes_on(
+    tmp_path: Path, saving: str
+) -> None:
     saves = ModelCheckpoint(tmp_path / "files", "{epoch}-{step}", **SAVING[saving])
     steps = Steps()
     model, _ = fit(tmp_path, lora(), steps, saves, train=Stateful(), max_epochs=3)
@@ -68,7 +95,9 @@ def test_each_file_holds_the_adapters_of_its_step_and_goes_on(tmp_path: Path, sa
         at_its_step = steps.after[checkpoint["global_step"] - 1]
         assert same_parts(held(checkpoint), at_its_step)
         if "optimizer_states" in checkpoint:
-            again, t = fit(tmp_path, lora(), train=Stateful(), ckpt_path=file, max_epochs=3)
+            again, t = fit(
+                tmp_path, lora(), train=Stateful(), ckpt_path=file, max_epochs=3
+            )
             assert_same_tensors(state(again), state(model))
             assert t.global_step == 12
         else:
@@ -89,7 +118,15 @@ def file_of_a_failed_run(folder: Path, kind: str) -> Path:
     """The file of a run that has failed after its sixth step."""
     failed = LitTiny()
     with pytest.raises(StopError):
-        fit(folder, lora(), ON_EXCEPTION[kind](folder), Fails(), model=failed, train=Stateful(), max_epochs=3)
+        fit(
+            folder,
+            lora(),
+            ON_EXCEPTION[kind](folder),
+            Fails(),
+            model=failed,
+            train=Stateful(),
+            max_epochs=3,
+        )
     assert files_hold_adapters_alone(folder)
     assert base_is_whole(failed)
     (file,) = folder.rglob("on_exception*.ckpt")
@@ -97,8 +134,12 @@ def file_of_a_failed_run(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ON_EXCEPTION)
-def test_failed_run_goes_on_from_the_file_of_its_failure(tmp_path: Path, kind: str) -> None:
-    through, _ = fit(tmp_path, lora(), train=Stateful(), max_epochs=3, enable_checkpointing=False)
+def test_failed_run_goes_on_from_the_file_of_its_failure(
+    tmp_path: Path, kind: str
+) -> None:
+    through, _ = fit(
+        tmp_path, lora(), train=Stateful(), max_epochs=3, enable_checkpointing=False
+    )
     file = file_of_a_failed_run(tmp_path, kind)
     resumed = LitTiny()
     t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path)], max_epochs=3)
@@ -108,15 +149,20 @@ def test_failed_run_goes_on_from_the_file_of_its_failure(tmp_path: Path, kind: s
     assert_same_tensors(state(resumed), state(through))
     assert t.global_step == 12
     assert base_is_whole(resumed)
-    assert file.exists() is not is_found_by_lightning  # it removes its file after a fit that ends
+    # it removes its file after a fit that ends
+    assert file.exists() is not is_found_by_lightning
 
 
 @pytest.mark.parametrize("kind", ON_EXCEPTION)
-def test_a_run_that_fails_before_its_first_step_keeps_what_was_trained(tmp_path: Path, kind: str) -> None:
+def test_a_run_that_fails_before_its_first_step_keeps_what_was_trained(
+    tmp_path: Path, kind: str
+) -> None:
     before = state_in(file_of_a_failed_run(tmp_path, kind))
     (file,) = tmp_path.rglob("on_exception*.ckpt")
     model = LitTiny()
-    t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path / "again")], max_epochs=3)
+    t = trainer(
+        tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path / "again")], max_epochs=3
+    )
     with pytest.raises(StopError):
         t.fit(model, datamodule=Unreadable(), ckpt_path=file)
     (again,) = (tmp_path / "again").rglob("*.ckpt")
@@ -139,7 +185,9 @@ def test_layers_and_weights_that_come_late(tmp_path: Path, cls: type[LitTiny]) -
 
 
 @pytest.mark.parametrize(("stage", "merge"), [(None, False), ("validate", "last")])
-def test_a_file_read_outside_a_stage_changes_nothing_until_it_is_loaded(tmp_path: Path, stage: Any, merge: Any) -> None:
+def test_a_file_read_outside_a_stage_changes_nothing_until_it_is_loaded(
+    tmp_path: Path, stage: Any, merge: Any
+) -> None:
     worst = best(tmp_path, mode="max")
     model, t = fit(tmp_path, lora(merge=merge), worst, max_epochs=3)
     if stage is not None:
@@ -219,7 +267,9 @@ def run_all_stages(t: L.Trainer, folder: Path, model: LitTiny) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_methods_that_others_set_on_the_strategy_are_called_once_each(tmp_path: Path, when: str) -> None:
+def test_methods_that_others_set_on_the_strategy_are_called_once_each(
+    tmp_path: Path, when: str
+) -> None:
     plain = trainer(tmp_path, enable_checkpointing=False, max_epochs=1)
     expected = Calls(plain.strategy)
     run_all_stages(plain, tmp_path, LitTiny())
@@ -235,7 +285,9 @@ def test_methods_that_others_set_on_the_strategy_are_called_once_each(tmp_path: 
     assert base_is_whole(model)
 
 
-def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage(tmp_path: Path) -> None:
+def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "a.ckpt"
     seen: list[bool] = []
 
@@ -257,11 +309,17 @@ def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage
 
 def one_strategy_for_all() -> dict[str, Any]:
     """Options of Trainers that share a strategy."""
-    return {"strategy": SingleDeviceStrategy(torch.device("cpu")), "accelerator": "auto", "devices": "auto"}
+    return {
+        "strategy": SingleDeviceStrategy(torch.device("cpu")),
+        "accelerator": "auto",
+        "devices": "auto",
+    }
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_without_the_callback_a_strategy_is_lightnings_own_again(tmp_path: Path, when: str) -> None:
+def test_without_the_callback_a_strategy_is_lightnings_own_again(
+    tmp_path: Path, when: str
+) -> None:
     file = tmp_path / "a.ckpt"
     shared = one_strategy_for_all()
     first = lora()
@@ -298,8 +356,12 @@ def wrap_saving(strategy: Any, number: int, calls: list[int]) -> None:
     strategy.save_checkpoint = save_checkpoint
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["set after the fit", "a second fit after it"])
-def test_what_other_code_sets_on_a_strategy_is_called_in_its_order(tmp_path: Path, again: bool) -> None:
+@pytest.mark.parametrize(
+    "again", [False, True], ids=["set after the fit", "a second fit after it"]
+)
+def test_what_other_code_sets_on_a_strategy_is_called_in_its_order(
+    tmp_path: Path, again: bool
+) -> None:
     shared = one_strategy_for_all()
     calls: list[int] = []
     wrap_saving(shared["strategy"], 1, calls)
@@ -317,7 +379,9 @@ def test_what_other_code_sets_on_a_strategy_is_called_in_its_order(tmp_path: Pat
 # Strategies that shard the model in another way are refused by name
 
 
-def test_a_copied_strategy_is_as_it_was_and_takes_the_methods_again(tmp_path: Path) -> None:
+def test_a_copied_strategy_is_as_it_was_and_takes_the_methods_again(
+    tmp_path: Path,
+) -> None:
     _, t = fit(tmp_path, lora(), max_epochs=1)
     for copied in (deepcopy(t.strategy), pickle.loads(pickle.dumps(t.strategy))):
         assert methods_of(copied) is None
@@ -365,13 +429,25 @@ def without_zero() -> Any:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (of_stage_3, r"^Renamed with ZeRO stage 3 shards .* ModelParallelStrategy.*fully_sh"),
-        (without_zero, r"DeepSpeedStrategy without ZeRO .* strategy='ddp', or ZeRO stage 1 or 2"),
-        (RestoresLate, "^RestoresLate restores checkpoints after its set-up, which LoRACallback does not support"),
+        (
+            of_stage_3,
+            r"^Renamed with ZeRO stage 3 shards .* ModelParallelStrategy.*fully_sh",
+        ),
+        (
+            without_zero,
+            r"DeepSpeedStrategy without ZeRO .* strategy='ddp', or ZeRO stage 1 or 2",
+        ),
+        (
+            RestoresLate,
+            "^RestoresLate restores checkpoints after its set-up, which LoRACallback "
+            "does not support",
+        ),
         (FSDPStrategy, r"^FSDPStrategy shards .* ModelParallelStrategy.*fully_shard\("),
     ],
 )
-def test_a_strategy_that_shards_otherwise_is_refused(make: Callable[[], Any], match: str) -> None:
+def test_a_strategy_that_shards_otherwise_is_refused(
+    make: Callable[[], Any], match: str
+) -> None:
     strategy = make()
     kind = type(strategy)
     with pytest.raises(StrategyError, match=f"(?s){match}"):
@@ -430,25 +506,38 @@ class LooksAtNorm(L.Callback):
 
 
 @pytest.mark.processes
-def test_a_frozen_norm_stands_still_when_it_is_made_a_synchronised_one(tmp_path: Path) -> None:
+def test_a_frozen_norm_stands_still_when_it_is_made_a_synchronised_one(
+    tmp_path: Path,
+) -> None:
     model, _ = fit(
-        tmp_path, lora(), LooksAtNorm(), model=Normed(), strategy="ddp_fork", devices=2, plugins=[Synchronises()]
+        tmp_path,
+        lora(),
+        LooksAtNorm(),
+        model=Normed(),
+        strategy="ddp_fork",
+        devices=2,
+        plugins=[Synchronises()],
     )
     assert_norm_is_as_it_came(model)
     assert not torch.equal(model.q_proj.weight, Normed().q_proj.weight)
 
 
 @pytest.mark.parametrize("knows", [True, False])
-def test_a_strategy_that_can_be_told_reads_plain_types_only(tmp_path: Path, knows: bool) -> None:
+def test_a_strategy_that_can_be_told_reads_plain_types_only(
+    tmp_path: Path, knows: bool
+) -> None:
     told = []
 
     class Knows(SingleDeviceStrategy):
-        def load_checkpoint(self, checkpoint_path: Any, weights_only: Any = None) -> Any:
+        def load_checkpoint(
+            self, checkpoint_path: Any, weights_only: Any = None
+        ) -> Any:
             told.append(weights_only)
             return torch.load(checkpoint_path, weights_only=True)
 
     class Plain(SingleDeviceStrategy):
-        def load_checkpoint(self, checkpoint_path: Any) -> Any:  # as before Lightning 2.6
+        # as before Lightning 2.6
+        def load_checkpoint(self, checkpoint_path: Any) -> Any:
             return torch.load(checkpoint_path, weights_only=True)
 
     kind = Knows if knows else Plain

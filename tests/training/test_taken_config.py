@@ -61,7 +61,9 @@ def test_a_trainer_that_only_evaluates_needs_no_argument(file: Path) -> None:
     assert view_of(model).layers.keys() == {"q_proj", "v_proj"}
 
 
-def test_one_line_says_what_was_taken(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_line_says_what_was_taken(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     given = dict(ARGUMENTS)
     del given["r"], given["dropout"]
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
@@ -69,7 +71,9 @@ def test_one_line_says_what_was_taken(file: Path, caplog: pytest.LogCaptureFixtu
         assert "takes" not in caplog.text
         result_of(file, LitTiny(), **given)
     lines = lines_with("takes", caplog.messages)
-    assert lines == [f"LoRACallback takes r=3, dropout=0.1 from {file}, instead of the defaults."]
+    assert lines == [
+        f"LoRACallback takes r=3, dropout=0.1 from {file}, instead of the defaults."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,9 @@ def test_one_line_says_what_was_taken(file: Path, caplog: pytest.LogCaptureFixtu
     ],
     ids=str,
 )
-def test_an_argument_that_was_given_must_agree(file: Path, given: Any, says: str) -> None:
+def test_an_argument_that_was_given_must_agree(
+    file: Path, given: Any, says: str
+) -> None:
     model = LitTiny()
     before = state(model)
     with pytest.raises((ll.AdapterMismatchError, ll.TargetError), match=says):
@@ -106,7 +112,9 @@ def test_a_command_line_which_gives_every_default_takes_them(file: Path) -> None
     assert result_of(file, LitTiny(), **defaults) == numbers(file)
 
 
-def test_arguments_are_taken_from_the_adapters_of_the_model(file: Path, tmp_path: Path) -> None:
+def test_arguments_are_taken_from_the_adapters_of_the_model(
+    file: Path, tmp_path: Path
+) -> None:
     model = loaded(file)
     t = trainer(tmp_path, [ll.LoRACallback()])
     assert outcome(t, "test", model) == numbers(file)
@@ -123,7 +131,9 @@ def test_arguments_are_taken_from_the_adapters_of_the_model(file: Path, tmp_path
     assert view_of(other).layers.keys() == {"q_proj", "v_proj"}
 
 
-def test_trained_adapters_do_not_go_for_a_best_file_of_another_fit(tmp_path: Path) -> None:
+def test_trained_adapters_do_not_go_for_a_best_file_of_another_fit(
+    tmp_path: Path,
+) -> None:
     saved = best(tmp_path, save_top_k=1)
     first = ll.LoRACallback(r=2, target_modules=["q_proj"], merge="best")
     model, _ = fit(tmp_path, first, saved, max_epochs=4)
@@ -133,7 +143,9 @@ def test_trained_adapters_do_not_go_for_a_best_file_of_another_fit(tmp_path: Pat
     saved.kth_value = saved.best_model_score
     saved.best_k_models = {saved.best_model_path: saved.best_model_score}
     second = ll.LoRACallback(target_modules=["q_proj", "v_proj"], merge="best")
-    with pytest.warns(ll.BestCheckpointWarning, match="The last adapters are merged instead"):
+    with pytest.warns(
+        ll.BestCheckpointWarning, match="The last adapters are merged instead"
+    ):
         fit(tmp_path, second, saved, model=model)
     assert not torch.equal(model.v_proj.weight, before["v_proj.weight"])
 
@@ -146,7 +158,13 @@ def test_averages_begin_from_the_arguments_of_the_file(tmp_path: Path) -> None:
 
     def resumed(**given: Any) -> LitTiny:
         adapters = ll.LoRACallback(**given, modules_to_save=["head"])
-        model, _ = fit(tmp_path, bundled.EMAWeightAveraging(), adapters, ckpt_path=file, max_epochs=4)
+        model, _ = fit(
+            tmp_path,
+            bundled.EMAWeightAveraging(),
+            adapters,
+            ckpt_path=file,
+            max_epochs=4,
+        )
         return model
 
     assert_same_tensors(state(resumed()), state(resumed(r=4)))

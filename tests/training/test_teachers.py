@@ -21,7 +21,9 @@ class Student(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.teacher = nn.Sequential(nn.Linear(8, 15), nn.ReLU(), nn.Linear(15, 15), nn.ReLU(), nn.Linear(15, 4))
+        self.teacher = nn.Sequential(
+            nn.Linear(8, 15), nn.ReLU(), nn.Linear(15, 15), nn.ReLU(), nn.Linear(15, 4)
+        )
         self.student = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 4))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -31,7 +33,10 @@ class Student(L.LightningModule):
         return error.square().mean()
 
     def configure_optimizers(self) -> Any:
-        groups = [{"params": self.student[0].parameters()}, {"params": self.student[2].parameters()}]
+        groups = [
+            {"params": self.student[0].parameters()},
+            {"params": self.student[2].parameters()},
+        ]
         return torch.optim.Adam(groups, lr=0.01)
 
 
@@ -72,7 +77,9 @@ def fit(folder: Path, module: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [Student, Apart])
-def test_a_teacher_is_left_alone_whatever_the_groups_of_its_student(tmp_path: Path, kind: Any) -> None:
+def test_a_teacher_is_left_alone_whatever_the_groups_of_its_student(
+    tmp_path: Path, kind: Any
+) -> None:
     module = kind()
     before = values_of(module.teacher)
     fit(tmp_path, module)
@@ -86,9 +93,14 @@ def test_a_teacher_is_left_alone_whatever_the_groups_of_its_student(tmp_path: Pa
     assert_same_tensors(values_of(module.teacher), before)
 
 
-def test_a_backbone_that_no_group_holds_is_an_error_before_the_first_step(tmp_path: Path) -> None:
+def test_a_backbone_that_no_group_holds_is_an_error_before_the_first_step(
+    tmp_path: Path,
+) -> None:
     module = Head()
     before = values_of(module)
-    with pytest.raises(OptimizerError, match=r"'teacher.0.lora_A'.*2 parameter groups.*exclude_modules=\['teacher'\]"):
+    with pytest.raises(
+        OptimizerError,
+        match=r"'teacher.0.lora_A'.*2 parameter groups.*exclude_modules=\['teacher'\]",
+    ):
         fit(tmp_path, module)
     assert_holds(values_of(module), before)

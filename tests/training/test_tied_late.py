@@ -36,18 +36,24 @@ class Run:
         torch.manual_seed(1)
         file = folder / "a.ckpt"
         self.model = Tied(late)
-        t = trainer(folder, [ll.LoRACallback(r=2, merge=False, **options)], max_epochs=1)
+        t = trainer(
+            folder, [ll.LoRACallback(r=2, merge=False, **options)], max_epochs=1
+        )
         t.fit(self.model, data())
         t.save_checkpoint(file)
         self.resumed = Tied(late)
-        again = trainer(folder, [ll.LoRACallback(r=2, merge=False, **options)], max_epochs=2)
+        again = trainer(
+            folder, [ll.LoRACallback(r=2, merge=False, **options)], max_epochs=2
+        )
         again.fit(self.resumed, data(), ckpt_path=file)
         evaluates = trainer(folder, [ll.LoRACallback()])
         (numbers,) = evaluates.test(Tied(late), data(), ckpt_path=file, verbose=False)
         self.loss = numbers["test_loss"]
 
 
-@pytest.mark.filterwarnings("ignore:.*was tied to another layer:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*was tied to another layer:lightning_lora.LoRAWarning"
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -59,7 +65,9 @@ class Run:
     ],
     ids=str,
 )
-def test_weights_that_setup_ties_are_as_if_tied_in_init(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_weights_that_setup_ties_are_as_if_tied_in_init(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     early = Run(tmp_path / "early", late=False, **options)
     late = Run(tmp_path / "late", late=True, **options)
     assert trainable_names(late.model) == trainable_names(early.model)
@@ -74,5 +82,7 @@ def test_another_selection_of_an_adapted_model_is_still_refused() -> None:
     model = Tied(late=True)
     ll.inject_adapters(model, ll.LoRAConfig(target_modules="all"))
     model.setup("fit")
-    with pytest.raises(ll.AdapterMismatchError, match="'embed' of Tied is adapted already"):
+    with pytest.raises(
+        ll.AdapterMismatchError, match="'embed' of Tied is adapted already"
+    ):
         ll.inject_adapters(model, ll.LoRAConfig(target_modules="all-linear"))

@@ -24,7 +24,15 @@ from tests.support.parameters import chosen
 TOKENS = [20, 21]
 INDEX = torch.randint(0, 22, (16, 6), generator=torch.Generator().manual_seed(4))
 CONFIGS: dict[str, Any] = {
-    "gpt2": hf.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "gpt2": hf.GPT2Config(
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        vocab_size=20,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    ),
     "llama": hf.LlamaConfig(
         hidden_size=8,
         num_hidden_layers=1,
@@ -94,11 +102,15 @@ def logits(model: Any) -> Tensor:
 
 
 @exact
-def test_a_run_resumes_to_the_bit_and_its_files_hold_only_the_rows(tmp_path: Path) -> None:
+def test_a_run_resumes_to_the_bit_and_its_files_hold_only_the_rows(
+    tmp_path: Path,
+) -> None:
     def build() -> Lit:
         return Lit(resized("gpt2"))
 
-    resumed = resumes_to_the_bit(tmp_path, build, partial(lora, "gpt2"), train=data, max_epochs=2)
+    resumed = resumes_to_the_bit(
+        tmp_path, build, partial(lora, "gpt2"), train=data, max_epochs=2
+    )
     base = build().state_dict()
     found = resumed.state_dict()
     assert_holds(found, chosen(base, lines_with("wte", base)))
@@ -108,7 +120,9 @@ def test_a_run_resumes_to_the_bit_and_its_files_hold_only_the_rows(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("name", "tied"), [("gpt2", True), ("llama", False)])
-def test_a_merge_writes_the_rows_and_an_unmerge_gives_the_base_back(tmp_path: Path, name: str, tied: bool) -> None:
+def test_a_merge_writes_the_rows_and_an_unmerge_gives_the_base_back(
+    tmp_path: Path, name: str, tied: bool
+) -> None:
     before = state(Lit(resized(name)))
     module = fitted(tmp_path, name, merge="last")
     assert module.model.config.tie_word_embeddings is tied
@@ -143,7 +157,9 @@ def with_another_old_row(model: Any) -> Lit:
     return Lit(model)
 
 
-def test_rows_that_are_replaced_are_no_part_of_the_base_and_all_others_are(tmp_path: Path) -> None:
+def test_rows_that_are_replaced_are_no_part_of_the_base_and_all_others_are(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "a.safetensors"
     module = fitted(tmp_path, "gpt2")
     ll.save_adapter(module, file)
@@ -156,7 +172,9 @@ def test_rows_that_are_replaced_are_no_part_of_the_base_and_all_others_are(tmp_p
     ll.adapter_state_dict(other)
     rounded = resized("gpt2", drawn=7).half().float()
     for wrong in (with_another_old_row(rounded), with_another_old_row(resized("gpt2"))):
-        with pytest.raises(ll.BaseMismatchError, match=r"1 of \d+|trained on another base"):
+        with pytest.raises(
+            ll.BaseMismatchError, match=r"1 of \d+|trained on another base"
+        ):
             ll.load_adapter(wrong, file)
     half = Lit(resized("gpt2", drawn=7).to(torch.bfloat16))
     with pytest.warns(ll.LoRAWarning, match="It is the same base, converted"):
@@ -173,11 +191,17 @@ def test_a_head_that_is_not_tied_must_be_named_too(tmp_path: Path) -> None:
     with pytest.warns(ll.LoRAWarning, match=says) as caught:
         module = fitted(tmp_path, "llama", trainable_token_indices=TOKENS)
     ll.save_adapter(module, file)
-    with pytest.raises(ll.BaseMismatchError, match=r"1 of .*'model.lm_head.weight'.*rows.*token_indices"):
+    with pytest.raises(
+        ll.BaseMismatchError,
+        match=r"1 of .*'model.lm_head.weight'.*rows.*token_indices",
+    ):
         ll.load_adapter(Lit(resized("llama", drawn=7)), file)
     (said,) = messages_of(caught, ll.LoRAWarning)
     _, _, named = said.partition("trainable_token_indices=")
-    assert literal_eval(named.strip(".")) == {"model.model.embed_tokens": [...], "model.lm_head": [...]}
+    assert literal_eval(named.strip(".")) == {
+        "model.model.embed_tokens": [...],
+        "model.lm_head": [...],
+    }
 
 
 @pytest.mark.parametrize(
@@ -188,14 +212,17 @@ def test_a_head_that_is_not_tied_must_be_named_too(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_head_that_trains_otherwise_need_not_be_named(tmp_path: Path, more: Any) -> None:
+def test_a_head_that_trains_otherwise_need_not_be_named(
+    tmp_path: Path, more: Any
+) -> None:
     fitted(tmp_path, "llama", **more)  # a warning would be an error
 
 
 def test_what_is_said_of_a_head_that_is_not_tied_helps(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     rows = {"model.model.embed_tokens": TOKENS, "model.lm_head": TOKENS}
-    module = fitted(tmp_path, "llama", trainable_token_indices=rows)  # a warning would be an error
+    # a warning would be an error
+    module = fitted(tmp_path, "llama", trainable_token_indices=rows)
     ll.save_adapter(module, file)
     other = Lit(resized("llama", drawn=7))
     ll.load_adapter(other, file)

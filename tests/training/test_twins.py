@@ -21,7 +21,10 @@ X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
 
 
 class Towers(L.LightningModule):
-    """A network and a copy of it. Nobody froze it, and the optimizer holds both. Each runs in every other step."""
+    """A network and a copy of it.
+
+    Nobody froze it, and the optimizer holds both. Each runs in every other step.
+    """
 
     def __init__(self, *, alike: bool = True) -> None:
         super().__init__()
@@ -73,12 +76,22 @@ def adapters(**arguments: Any) -> ll.LoRACallback:
     return lora(**{"merge": False, "modules_to_save": None, **arguments})
 
 
-def trained(folder: Path, module: Any, callback: Any = None, *callbacks: Any, **options: Any) -> Any:
+def trained(
+    folder: Path, module: Any, callback: Any = None, *callbacks: Any, **options: Any
+) -> Any:
     """The module after two epochs with these adapters, or with those of the defaults."""
     if callback is None:
         callback = adapters()
     loader = DataLoader(X, batch_size=4)  # type: ignore[arg-type]
-    fit(folder, callback, *callbacks, model=module, train=loader, max_epochs=2, **options)
+    fit(
+        folder,
+        callback,
+        *callbacks,
+        model=module,
+        train=loader,
+        max_epochs=2,
+        **options,
+    )
     return module
 
 
@@ -89,7 +102,9 @@ def learned(network: nn.Module) -> bool:
     return has_learned == {True}
 
 
-@pytest.mark.parametrize("options", [{}, {"target_modules": ["body", "head"]}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"target_modules": ["body", "head"]}, {"bias": "all"}], ids=str
+)
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_twin_that_trains_later_does_so_and_its_run_resumes_to_the_bit(
     tmp_path: Path, options: Any, epoch: int
@@ -98,7 +113,12 @@ def test_a_twin_that_trains_later_does_so_and_its_run_resumes_to_the_bit(
     through = trained(tmp_path, Towers(), adapters(**options), files)
     assert learned(through.one)
     assert learned(through.other)
-    resumed = trained(tmp_path, Towers(), adapters(**options), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+    resumed = trained(
+        tmp_path,
+        Towers(),
+        adapters(**options),
+        ckpt_path=tmp_path / f"epoch={epoch}.ckpt",
+    )
     assert_same_tensors(state(resumed), state(through))
 
 
@@ -112,14 +132,26 @@ class WarmsUp(Towers):
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: float(epoch > 0))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda epoch: float(epoch > 0)
+        )
         return [optimizer], [schedule]
 
 
-def test_a_file_from_before_their_first_update_resumes_to_the_bit(tmp_path: Path) -> None:
+def test_a_file_from_before_their_first_update_resumes_to_the_bit(
+    tmp_path: Path,
+) -> None:
     def warmed_up(*callbacks: L.Callback, **options: Any) -> Any:
         loader = DataLoader(X[:4], batch_size=4)  # type: ignore[arg-type]
-        model, _ = fit(tmp_path, adapters(), *callbacks, model=WarmsUp(), train=loader, max_epochs=3, **options)
+        model, _ = fit(
+            tmp_path,
+            adapters(),
+            *callbacks,
+            model=WarmsUp(),
+            train=loader,
+            max_epochs=3,
+            **options,
+        )
         return model
 
     through = warmed_up(ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1))
@@ -132,13 +164,18 @@ def update_of(layer: Any) -> Tensor:
     return (layer.lora_B @ layer.lora_A).flatten()
 
 
-@pytest.mark.parametrize("options", [{"modules_to_save": ["head"]}, {"bias": "all"}, {}], ids=str)
-def test_a_copy_that_nobody_froze_follows_and_its_files_load(tmp_path: Path, options: Any) -> None:
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["head"]}, {"bias": "all"}, {}], ids=str
+)
+def test_a_copy_that_nobody_froze_follows_and_its_files_load(
+    tmp_path: Path, options: Any
+) -> None:
     file = tmp_path / "adapter.safetensors"
     module = trained(tmp_path, Follows(), adapters(**options))
     of_one = update_of(module.one["body"])
     of_other = update_of(module.other["body"])
-    assert torch.cosine_similarity(of_one, of_other, dim=0) > 0.9  # with other random A, they would hardly be alike
+    # with other random A, they would hardly be alike
+    assert torch.cosine_similarity(of_one, of_other, dim=0) > 0.9
     assert learned(module.other)
     ll.save_adapter(module, file)
     loaded = Follows()
@@ -189,10 +226,15 @@ def test_what_is_thawed_trains(tmp_path: Path, merge: Any, alike: bool) -> None:
 @one_runs_alone
 @for_twins_and_others
 @merged_or_not
-def test_what_is_frozen_is_named_once_and_trains_on(tmp_path: Path, merge: Any, alike: bool) -> None:
+def test_what_is_frozen_is_named_once_and_trains_on(
+    tmp_path: Path, merge: Any, alike: bool
+) -> None:
     module = after_one_has_trained(tmp_path, alike, merge)
     freeze_one(module)
-    with pytest.warns(ll.LoRAWarning, match=r"'one.body', 'one.head' of RunsOne were frozen .* these train on"):
+    with pytest.warns(
+        ll.LoRAWarning,
+        match=r"'one.body', 'one.head' of RunsOne were frozen .* these train on",
+    ):
         trained(tmp_path, module, adapters(merge=merge))
     trained(tmp_path, module, adapters(merge=merge))  # a warning would be an error
 
@@ -200,7 +242,9 @@ def test_what_is_frozen_is_named_once_and_trains_on(tmp_path: Path, merge: Any, 
 @one_runs_alone
 @for_twins_and_others
 @merged_or_not
-def test_what_is_frozen_stands_still_once_its_adapters_are_gone(tmp_path: Path, merge: Any, alike: bool) -> None:
+def test_what_is_frozen_stands_still_once_its_adapters_are_gone(
+    tmp_path: Path, merge: Any, alike: bool
+) -> None:
     module = after_one_has_trained(tmp_path, alike, merge)
     ll.merge_adapters(module)
     ll.remove_adapters(module)
@@ -212,7 +256,8 @@ def test_what_is_frozen_stands_still_once_its_adapters_are_gone(tmp_path: Path, 
     assert not learned(module.one)
 
 
-@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # in the second fit, they are not alike
+# in the second fit, they are not alike
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
 def test_a_layer_that_was_replaced_between_two_fits_is_named(tmp_path: Path) -> None:
     module = trained(tmp_path, Towers())
     module.one["head"] = nn.Linear(8, 4)
@@ -221,7 +266,10 @@ def test_a_layer_that_was_replaced_between_two_fits_is_named(tmp_path: Path) -> 
 
 
 class Backbones(Towers):
-    """Two frozen networks under one head, which train in one epoch each. A validation runs both."""
+    """Two frozen networks under one head, which train in one epoch each.
+
+    A validation runs both.
+    """
 
     def __init__(self) -> None:
         super().__init__(alike=False)
@@ -242,9 +290,14 @@ class Backbones(Towers):
         self.output_of(self.other, X)
 
 
-@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of the first epoch
-def test_a_validation_does_not_decide_which_networks_feed_what_trains(tmp_path: Path) -> None:
+# of the first epoch
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
+def test_a_validation_does_not_decide_which_networks_feed_what_trains(
+    tmp_path: Path,
+) -> None:
     callback = adapters(modules_to_save=["top"])
-    module = trained(tmp_path, Backbones(), callback, val_check_interval=0.5, num_sanity_val_steps=0)
+    module = trained(
+        tmp_path, Backbones(), callback, val_check_interval=0.5, num_sanity_val_steps=0
+    )
     assert learned(module.one)
     assert learned(module.other)

@@ -72,7 +72,9 @@ def test_every_file_holds_the_merged_model_and_the_adapters(tmp_path: Path) -> N
         saves_at(3, tmp_path / "light.ckpt", weights_only=True),
         At(7, stop),
         best(tmp_path, save_last=True),
-        ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2),
+        ModelCheckpoint(
+            tmp_path / "weights", save_weights_only=True, every_n_train_steps=2
+        ),
         OnExceptionCheckpoint(tmp_path, "failed"),
     ]
     with pytest.raises(StopError):
@@ -89,7 +91,9 @@ def test_every_file_holds_the_merged_model_and_the_adapters(tmp_path: Path) -> N
 # What other code loads
 
 
-@pytest.mark.parametrize(("merge", "plugins"), [("last", [WritesLater()]), (False, None)])
+@pytest.mark.parametrize(
+    ("merge", "plugins"), [("last", [WritesLater()]), (False, None)]
+)
 def test_the_adapters_of_the_best_state_are_in_reach_once_other_code_has_loaded_it(
     tmp_path: Path, merge: Any, plugins: Any
 ) -> None:
@@ -115,13 +119,16 @@ def states_that_do_not_fit(folder: Path) -> list[tuple[State, dict[str, Any], St
     fit(folder, whole(), saves_at(4, folder / "first.ckpt"))
     averaged = state_in(folder / "first.ckpt")
     last = state_in(folder / "last.ckpt")
-    for name, value in averaged.items():  # as code that averages files does: the notes on them stay
+    # as code that averages files does: the notes on them stay
+    for name, value in averaged.items():
         value.add_(last[name]).div_(2)
     without_the_notes = cloned(last)
     return [(averaged, {}, last), (last, {"r": 4}, last), (without_the_notes, {}, last)]
 
 
-def test_a_whole_state_that_was_changed_or_does_not_fit_is_loaded_as_it_is(tmp_path: Path) -> None:
+def test_a_whole_state_that_was_changed_or_does_not_fit_is_loaded_as_it_is(
+    tmp_path: Path,
+) -> None:
     for given, arguments, last in states_that_do_not_fit(tmp_path):
         model = fit(tmp_path / "again", whole(merge="last", **arguments), max_epochs=1)
         model.load_state_dict(given)
@@ -132,7 +139,9 @@ def test_a_whole_state_that_was_changed_or_does_not_fit_is_loaded_as_it_is(tmp_p
         assert_same_tensors(state(model), last)
 
 
-def test_adapters_that_are_there_begin_anew_on_a_whole_state_that_does_not_fit(tmp_path: Path) -> None:
+def test_adapters_that_are_there_begin_anew_on_a_whole_state_that_does_not_fit(
+    tmp_path: Path,
+) -> None:
     for given, arguments, _ in states_that_do_not_fit(tmp_path):
         model = fit(tmp_path / "again", whole(merge=False, **arguments), max_epochs=1)
         with pytest.warns(ll.LoRAWarning, match=r"hold merged updates.*begin anew"):
@@ -141,20 +150,30 @@ def test_adapters_that_are_there_begin_anew_on_a_whole_state_that_does_not_fit(t
 
 
 @pytest.mark.parametrize("averages", [False, pytest.param(True, marks=needs_averaging)])
-def test_a_module_that_other_code_gave_other_weights_is_saved_as_it_is(tmp_path: Path, averages: bool) -> None:
+def test_a_module_that_other_code_gave_other_weights_is_saved_as_it_is(
+    tmp_path: Path, averages: bool
+) -> None:
     callbacks: list[L.Callback] = [whole()]
     if averages:
         callbacks.append(bundled.EMAWeightAveraging(decay=0.5))
     model = fit(tmp_path, *callbacks)
-    other = {name: value + 1 for name, value in state_in(tmp_path / "best.ckpt").items()}
+    other = {
+        name: value + 1 for name, value in state_in(tmp_path / "best.ckpt").items()
+    }
     model.load_state_dict(other)
     with pytest.warns(ll.LoRAWarning, match="were replaced"):
         model.trainer.save_checkpoint(tmp_path / "after.ckpt")
     assert_same_tensors(state_in(tmp_path / "after.ckpt"), state(model))
 
 
-@pytest.mark.parametrize("config", [ll.LoRAConfig(r=2), lora().config], ids=["another fine-tune", "a like one"])
-def test_an_update_is_never_counted_twice(tmp_path: Path, config: ll.LoRAConfig) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [ll.LoRAConfig(r=2), lora().config],
+    ids=["another fine-tune", "a like one"],
+)
+def test_an_update_is_never_counted_twice(
+    tmp_path: Path, config: ll.LoRAConfig
+) -> None:
     file = tmp_path / "last.ckpt"
     model = fit(tmp_path, whole())
     given = state_in(file)
@@ -162,7 +181,9 @@ def test_an_update_is_never_counted_twice(tmp_path: Path, config: ll.LoRAConfig)
     ll.unmerge_adapters(model)
     model.load_state_dict(given)
     torch.testing.assert_close(model(X), merged(X))
-    with pytest.raises(ll.BaseMismatchError, match="If this model is merged, load its base"):
+    with pytest.raises(
+        ll.BaseMismatchError, match="If this model is merged, load its base"
+    ):
         ll.load_adapter(plain_of(given), file)
     fresh = LitTiny()
     ll.inject_adapters(fresh, config)
@@ -171,20 +192,28 @@ def test_an_update_is_never_counted_twice(tmp_path: Path, config: ll.LoRAConfig)
     assert View(fresh).is_fresh()
 
 
-def test_only_the_whole_module_can_tell_a_merged_layer_from_another_base(tmp_path: Path) -> None:
+def test_only_the_whole_module_can_tell_a_merged_layer_from_another_base(
+    tmp_path: Path,
+) -> None:
     fit(tmp_path, whole())
     given = state_in(tmp_path / "last.ckpt")
     part = {"weight": given["q_proj.weight"], "bias": given["q_proj.bias"]}
     model = fit(tmp_path, whole(merge=False))
-    with pytest.warns(ll.LoRAWarning, match="below trained adapters.*these count twice"):
+    with pytest.warns(
+        ll.LoRAWarning, match="below trained adapters.*these count twice"
+    ):
         model.q_proj.load_state_dict(part)
 
 
 # Runs that go on, averages and processes
 
 
-@pytest.mark.parametrize(("written", "resumed"), [("adapters", "model"), ("model", "adapters")])
-def test_a_run_goes_on_from_it_to_the_bit(tmp_path: Path, written: Any, resumed: Any) -> None:
+@pytest.mark.parametrize(
+    ("written", "resumed"), [("adapters", "model"), ("model", "adapters")]
+)
+def test_a_run_goes_on_from_it_to_the_bit(
+    tmp_path: Path, written: Any, resumed: Any
+) -> None:
     unbroken = fit(tmp_path / "a", lora(dropout=0.3))
     fit(tmp_path / "b", lora(dropout=0.3, save=written), max_epochs=1)
     file = tmp_path / "b" / "last.ckpt"
@@ -201,11 +230,15 @@ def averaged_and_resumed(folder: Path, save: str) -> LitTiny:
     file = folder / "last.ckpt"
     if save == "model":
         assert_same_tensors(state_in(file), merged_at(file))
-    return fit(folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), ckpt_path=file)
+    return fit(
+        folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), ckpt_path=file
+    )
 
 
 @needs_averaging
-def test_averages_are_merged_and_the_run_goes_on_from_the_weights_themselves(tmp_path: Path) -> None:
+def test_averages_are_merged_and_the_run_goes_on_from_the_weights_themselves(
+    tmp_path: Path,
+) -> None:
     of_adapters = averaged_and_resumed(tmp_path / "adapters", "adapters")
     of_model = averaged_and_resumed(tmp_path / "model", "model")
     assert_same_tensors(state(of_model), state(of_adapters))
@@ -231,13 +264,17 @@ def test_a_whole_file_is_evaluated_as_any_checkpoint(tmp_path: Path) -> None:
     assert_same_tensors(state(other), state(model))
 
 
-def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(tmp_path: Path, caplog: Any) -> None:
+def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(
+    tmp_path: Path, caplog: Any
+) -> None:
     unbroken = fit(tmp_path / "a", whole(init="pissa"))
     fit(tmp_path / "b", whole(init="pissa"), max_epochs=1)
     file = tmp_path / "b" / "last.ckpt"
     for save in ("adapters", "model"):
         built = LitTiny.load_from_checkpoint(file)
-        model = fit(tmp_path / save, lora(init="pissa", save=save), model=built, ckpt_path=file)
+        model = fit(
+            tmp_path / save, lora(init="pissa", save=save), model=built, ckpt_path=file
+        )
         assert "holds the merged weights" in caplog.text
         assert "up to rounding" in caplog.text
         torch.testing.assert_close(state(model), state(unbroken))
@@ -293,9 +330,14 @@ def quantised() -> LitTiny:
         (Renames, {}, "own state_dict does not hold 'q_proj.weight'"),
     ],
 )
-def test_what_could_not_be_read_rightly_is_refused(tmp_path: Path, make: Any, arguments: Any, match: str) -> None:
+def test_what_could_not_be_read_rightly_is_refused(
+    tmp_path: Path, make: Any, arguments: Any, match: str
+) -> None:
     adapters = ll.LoRACallback(r=2, save="model", **arguments)
-    with pytest.raises(ll.ConfigError, match=f"save='model' is not possible.*{match}.*Or set save='adapters'"):
+    with pytest.raises(
+        ll.ConfigError,
+        match=f"save='model' is not possible.*{match}.*Or set save='adapters'",
+    ):
         fits.fit(tmp_path, adapters, model=make())
 
 

@@ -84,7 +84,9 @@ def said(folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -> li
     return said_to(notes, folder, model, *callbacks, **options)
 
 
-def said_to(notes: Notes, folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -> list[str]:
+def said_to(
+    notes: Notes, folder: Path, model: Any, *callbacks: L.Callback, **options: Any
+) -> list[str]:
     """The same, of a fit in which is noted when it was said."""
     if not callbacks:
         callbacks = (lora(),)
@@ -96,7 +98,9 @@ def said_to(notes: Notes, folder: Path, model: Any, *callbacks: L.Callback, **op
 
 
 @pytest.mark.parametrize("kind", [Normalises, Masks, Clamps])
-def test_a_weight_that_code_writes_into_is_named_once_and_at_the_end_at_the_latest(tmp_path: Path, kind: Any) -> None:
+def test_a_weight_that_code_writes_into_is_named_once_and_at_the_end_at_the_latest(
+    tmp_path: Path, kind: Any
+) -> None:
     notes = Notes()
     (message,) = said_to(notes, tmp_path, kind(), **NO_SAVES)
     assert f"the weight of 'v_proj' of {kind.__name__}" in message
@@ -192,11 +196,15 @@ class Follows(LitTiny):
 
     @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:
-        for p, copied in zip(self.net.parameters(), self.copied.parameters(), strict=True):
+        for p, copied in zip(
+            self.net.parameters(), self.copied.parameters(), strict=True
+        ):
             copied.mul_(0.7).add_(p, alpha=0.3)
 
 
-@pytest.mark.parametrize("kind", [LitTiny, Others, LoadsAsTheFitStarts, LoadsAsTrainingStarts, Follows])
+@pytest.mark.parametrize(
+    "kind", [LitTiny, Others, LoadsAsTheFitStarts, LoadsAsTrainingStarts, Follows]
+)
 def test_other_changes_are_not_named(tmp_path: Path, kind: Any) -> None:
     assert said(tmp_path, kind()) == []
 
@@ -207,7 +215,9 @@ def test_averages_write_into_no_adapted_weight(tmp_path: Path, companion: str) -
     assert said(tmp_path, LitTiny(), lora(), average, max_epochs=4) == []
 
 
-def test_a_run_that_goes_on_from_written_weights_names_only_what_it_writes(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_from_written_weights_names_only_what_it_writes(
+    tmp_path: Path,
+) -> None:
     saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     assert said(tmp_path, Clamps(), lora(), saves)
     file = tmp_path / "epoch=0.ckpt"
@@ -221,7 +231,9 @@ class Stops(LitTiny):
 
 
 @pytest.mark.parametrize("build", [LitTiny, Stops])
-def test_nothing_of_the_module_is_kept_after_a_fit_or_a_failure(tmp_path: Path, build: Callable[[], LitTiny]) -> None:
+def test_nothing_of_the_module_is_kept_after_a_fit_or_a_failure(
+    tmp_path: Path, build: Callable[[], LitTiny]
+) -> None:
     callback = ll.LoRACallback(r=2)
     with contextlib.suppress(StopError):
         fit(tmp_path, callback, model=build(), **NO_SAVES)

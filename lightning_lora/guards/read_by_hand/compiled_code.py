@@ -8,7 +8,13 @@ from torch import nn
 from lightning_lora import private
 from lightning_lora.tensors.dicts import where
 
-_SKIPPED_PACKAGES = {"torch", "builtins", "lightning", "pytorch_lightning", "lightning_lora"}
+_SKIPPED_PACKAGES = {
+    "torch",
+    "builtins",
+    "lightning",
+    "pytorch_lightning",
+    "lightning_lora",
+}
 """Functions in the files of these packages are not the model's own code."""
 
 
@@ -25,19 +31,30 @@ def is_compiled(model: nn.Module) -> bool:
 def _holds_compiled_code(module: nn.Module) -> bool:
     """Whether a module is compiled, or one of its attributes."""
     attributes = vars(module)
-    if private.COMPILED in module._modules or attributes.get(private.COMPILED_CALL) is not None:
+    if (
+        private.COMPILED in module._modules
+        or attributes.get(private.COMPILED_CALL) is not None
+    ):
         return True
-    functions = [value for value in attributes.values() if isinstance(value, FunctionType)]
+    functions = [
+        value for value in attributes.values() if isinstance(value, FunctionType)
+    ]
     return any(map(_is_compiled_function, functions))
 
 
 def _defines_compiled_code(cls: type) -> bool:
-    """Whether a class defines a compiled function, or the file around it. Those of some packages do not."""
+    """Whether a class defines a compiled function, or the file around it.
+
+    Those of some packages do not.
+    """
     package, *_ = cls.__module__.split(".")
     if package in _SKIPPED_PACKAGES:
         return False
     file = sys.modules.get(cls.__module__, cls)  # some classes are made without one
-    compiled = [*where(vars(cls), _is_compiled_function), *where(dict(vars(file)), _is_compiled_function)]
+    compiled = [
+        *where(vars(cls), _is_compiled_function),
+        *where(dict(vars(file)), _is_compiled_function),
+    ]
     return any(not _is_result(name) for name in compiled)
 
 

@@ -17,7 +17,8 @@ class OwnForward:
         self.layer = layer
         self.was_called = False
         self._id_of_original = id(layer)
-        self._replaced: Callable[..., Any] | None = None  # a forward that other code had set on the layer
+        # a forward that other code had set on the layer
+        self._replaced: Callable[..., Any] | None = None
         self._weights = _places_of_weights(layer)
         self._shown_plain: list[_Place] = []  # while the layer runs
 
@@ -84,7 +85,11 @@ class _Place(NamedTuple):
 
 def _places_of_weights(layer: nn.Module) -> list[_Place]:
     """Where a layer's weights are: in it, or in layers inside it."""
-    names = layer.lora_weights() if isinstance(layer, LoRALayer) else tuple(layer._parameters)
+    names = (
+        layer.lora_weights()
+        if isinstance(layer, LoRALayer)
+        else tuple(layer._parameters)
+    )
     places = []
     for name in names:
         owner = submodule(layer, owner_of(name))

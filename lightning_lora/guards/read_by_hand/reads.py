@@ -1,9 +1,11 @@
 """Adapted weights that the first training step reads outside of their layers: without their updates, so by mistake.
 
-In the first batch, each frozen weight of an adapted layer is of a class that sees what torch computes with it. Its own
-layer gets a plain tensor with the same values instead. So what the class sees is other code: a penalty, a decay by
-name, a forward hook, a product by hand. It gives that code a tensor with a graph. A backward pass that comes there
-shows that the loss depends on what was read. No value changes by that, and after the batch, nothing is left of it.
+In the first batch, each frozen weight of an adapted layer is of a class that sees what
+torch computes with it. Its own layer gets a plain tensor with the same values instead.
+So what the class sees is other code: a penalty, a decay by name, a forward hook, a
+product by hand. It gives that code a tensor with a graph. A backward pass that comes
+there shows that the loss depends on what was read. No value changes by that, and after
+the batch, nothing is left of it.
 """
 
 from collections.abc import Collection, Iterator
@@ -31,9 +33,12 @@ class ReadByHand(Guard):
 
     def __init__(self) -> None:
         self.layers: dict[str, LoRALayer] = {}
-        self.watched: dict[nn.Parameter, str] = {}  # each weight with the name of its layer
-        self.forwards: list[OwnForward] = []  # of the layers that may read these weights
-        self.read: dict[str, None] = {}  # the names of layers whose weights other code has read
+        # each weight with the name of its layer
+        self.watched: dict[nn.Parameter, str] = {}
+        # of the layers that may read these weights
+        self.forwards: list[OwnForward] = []
+        # the names of layers whose weights other code has read
+        self.read: dict[str, None] = {}
         self.is_watching = False
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
@@ -46,7 +51,8 @@ class ReadByHand(Guard):
     @contextmanager
     def first_batch_runs(self, model: nn.Module) -> Iterator[None]:
         """Watch the weights meanwhile."""
-        if self.is_watching or not self.watched:  # a backward pass may run inside of a training step
+        # a backward pass may run inside of a training step
+        if self.is_watching or not self.watched:
             yield
             return
         try:
@@ -90,11 +96,12 @@ class ReadByHand(Guard):
 def _about_reads(title: str, names: list[str]) -> str:
     entries = as_entries(names)
     return (
-        f"A training step reads the weight of {listed(names, MOST_NAMES)} of {title} itself, "
-        "without its update: a penalty, a hook, a product by hand. It sees the frozen weight, and a merge "
-        f"would change what it computes. Train these layers in full: modules_to_save={entries}. Or leave them "
-        f"out: exclude_modules={entries}. An output head that shares a weight can be a tied layer instead: "
-        "nn.Linear without bias."
+        f"A training step reads the weight of {listed(names, MOST_NAMES)} of {title} "
+        "itself, without its update: a penalty, a hook, a product by hand. It sees the "
+        "frozen weight, and a merge would change what it computes. Train these layers "
+        f"in full: modules_to_save={entries}. Or leave them out: "
+        f"exclude_modules={entries}. An output head that shares a weight can be a tied "
+        "layer instead: nn.Linear without bias."
     )
 
 
@@ -106,10 +113,13 @@ def watched_weights(view: View) -> dict[nn.Parameter, str]:
 
     None is sharded or quantised.
     """
-    candidates = where(without(view.base_parameters, view.frozen_by_user), _can_be_watched)
+    candidates = where(
+        without(view.base_parameters, view.frozen_by_user), _can_be_watched
+    )
     layer_of_weight = {}
     for name, layer in where(view.layers, _trains).items():
-        weights = only(candidates, names_joined(name, layer.lora_weights()))  # others may be computed now
+        # others may be computed now
+        weights = only(candidates, names_joined(name, layer.lora_weights()))
         for weight in weights.values():
             layer_of_weight[weight] = name
     return layer_of_weight
@@ -122,7 +132,9 @@ def _trains(layer: LoRALayer) -> bool:
 
 def _can_be_watched(weight: nn.Parameter) -> bool:
     """Whether a weight is plain, frozen, and has values with gradients."""
-    has_values = type(weight) is nn.Parameter and not (weight.is_meta or weight.is_inference())
+    has_values = type(weight) is nn.Parameter and not (
+        weight.is_meta or weight.is_inference()
+    )
     return has_values and weight.is_floating_point() and not weight.requires_grad
 
 
@@ -132,7 +144,10 @@ def _readers(view: View, watched: Collection[nn.Parameter]) -> list[nn.Module]:
         return []
     owners = set(map(owner_of, with_values(view.parameters, watched)))
     leaves = where(only(view.modules, owners), _is_leaf)
-    readers: dict[nn.Module, None] = dict.fromkeys((*view.layers.values(), *leaves.values()))  # each once
+    # each once
+    readers: dict[nn.Module, None] = dict.fromkeys(
+        (*view.layers.values(), *leaves.values())
+    )
     return list(readers)
 
 

@@ -13,9 +13,22 @@ _COMPUTED_ATTRIBUTES = ("T", "mT", "H", "mH", "real", "imag")
 
 # Functions of torch that read nothing on which a loss could depend
 
-_NEED_THE_PARAMETER = ("__hash__", "__deepcopy__", "__reduce_ex__", "__setstate__", "__set__")
+_NEED_THE_PARAMETER = (
+    "__hash__",
+    "__deepcopy__",
+    "__reduce_ex__",
+    "__setstate__",
+    "__set__",
+)
 _SET_HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
-_GIVE_NO_GRADIENT = ("__array__", "__dlpack__", "__setitem__", "backward", "detach", "numpy")
+_GIVE_NO_GRADIENT = (
+    "__array__",
+    "__dlpack__",
+    "__setitem__",
+    "backward",
+    "detach",
+    "numpy",
+)
 _NO_READS = {*_NEED_THE_PARAMETER, *_SET_HOOKS, *_GIVE_NO_GRADIENT}
 
 
@@ -27,7 +40,11 @@ class WatchedWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if _is_recorded() and _is_read(func, kwargs) and not _is_called_by_us():
@@ -85,7 +102,10 @@ def _is_in_place(name: str) -> bool:
 
 
 def _is_called_by_us() -> bool:
-    """Whether the nearest code outside of torch is this package's. It adds the update itself."""
+    """Whether the nearest code outside of torch is this package's.
+
+    It adds the update itself.
+    """
     here: Any = inspect.currentframe()
     frame = here.f_back.f_back  # of the code that has called the weight's class
     while frame is not None:
@@ -105,7 +125,10 @@ def _as_read(value: Any) -> Any:
 
 
 class _Read(torch.autograd.Function):
-    """Return a weight. If a gradient comes back, note that a loss depends on it; it goes no further."""
+    """Return a weight.
+
+    If a gradient comes back, note that a loss depends on it; it goes no further.
+    """
 
     @staticmethod
     def forward(ctx: Any, _: Tensor, weight: WatchedWeight) -> Tensor:

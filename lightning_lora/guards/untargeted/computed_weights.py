@@ -15,7 +15,12 @@ def computed_layers(view: View, word: str) -> list[str]:
     lookup = Lookup(view.model)
     saved = lookup.find("modules_to_save", view.config.modules_to_save)
     networks = view.adapter.networks
-    expected = {*excluded_names(view), *saved, *networks.beside_training, *networks.copies}
+    expected = {
+        *excluded_names(view),
+        *saved,
+        *networks.beside_training,
+        *networks.copies,
+    }
     computed = set(where(automatic_targets(lookup, word), has_computed_weight).values())
     return names_outside(lookup.first_names(computed), expected)
 
@@ -23,6 +28,7 @@ def computed_layers(view: View, word: str) -> list[str]:
 def about_computed(view: View, layers: list[str]) -> str:
     """Return what is said of these layers."""
     return (
-        f"No adapter for {listed(layers)} of {view.title}, because the weight is {COMPUTED}. It stays frozen: undo "
-        f"that to adapt it, or train it in full: {to_save(view, layers)}."
+        f"No adapter for {listed(layers)} of {view.title}, because the weight is "
+        f"{COMPUTED}. It stays frozen: undo that to adapt it, or train it in full: "
+        f"{to_save(view, layers)}."
     )

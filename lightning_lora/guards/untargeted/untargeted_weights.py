@@ -8,19 +8,28 @@ from typing import NamedTuple
 from torch import nn
 
 from lightning_lora.errors import listed, shortened
-from lightning_lora.guards.untargeted.computed_weights import about_computed, computed_layers
+from lightning_lora.guards.untargeted.computed_weights import (
+    about_computed,
+    computed_layers,
+)
 from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
 from lightning_lora.layers import adapter_for
 from lightning_lora.model.untrained.find_untrained import MOST_SHARE, Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.targets.adaptable import COMPUTED, adaptable_parameters, class_name_of, has_computed_weight
+from lightning_lora.targets.adaptable import (
+    COMPUTED,
+    adaptable_parameters,
+    class_name_of,
+    has_computed_weight,
+)
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.lookup import Lookup
 from lightning_lora.tensors.dicts import grouped, only, with_values
 from lightning_lora.tensors.names import names_outside, owner_of, owner_or_itself
 
-_LEAST_SHARE = 0.01  # layers of a class with a smaller share of the weights are not named
+# layers of a class with a smaller share of the weights are not named
+_LEAST_SHARE = 0.01
 
 
 class Untargeted(Guard):
@@ -35,7 +44,8 @@ class Untargeted(Guard):
         most_is_left_out = untargeted.share > MOST_SHARE
         if most_is_left_out and untargeted.by_class:
             warn_in_each_fit(_about_untargeted(view, untargeted))
-        # that message advises "all", so computed weights that "all" would reach are named too
+        # that message advises "all", so computed weights that "all" would reach are
+        # named too
         computed = computed_layers(view, "all" if most_is_left_out else str(targets))
         if computed:
             warn_in_each_fit(about_computed(view, computed))
@@ -44,7 +54,8 @@ class Untargeted(Guard):
 class UntargetedMatrices(NamedTuple):
     """Matrices that automatic targets do not reach."""
 
-    by_class: dict[str, list[str]]  # their names by the class of their layers, the class with most weights first
+    # their names by the class of their layers, the class with most weights first
+    by_class: dict[str, list[str]]
     share: float  # of the values of all weights that targets could mean
 
     @property
@@ -59,13 +70,15 @@ class UntargetedMatrices(NamedTuple):
 def untargeted_matrices(view: View) -> UntargetedMatrices:
     """Return the matrices that automatic targets have not reached.
 
-    Embeddings, output heads and what the user left out do not count. Computed weights, and classes with few weights,
-    are in the share only.
+    Embeddings, output heads and what the user left out do not count. Computed weights,
+    and classes with few weights, are in the share only.
     """
     weights = _weights_that_targets_could_mean(view)
     size = max(view.size_of(weights), 1)
     by_class = grouped(_untargeted_among(view, weights), partial(_class_of_layer, view))
-    sizes = {layer_class: view.size_of(names) for layer_class, names in by_class.items()}
+    sizes = {
+        layer_class: view.size_of(names) for layer_class, names in by_class.items()
+    }
     named = dict[str, list[str]]()
     for layer_class in sorted(sizes, key=sizes.__getitem__, reverse=True):
         has_many_weights = sizes[layer_class] > _LEAST_SHARE * size
@@ -78,7 +91,10 @@ def _weights_that_targets_could_mean(view: View) -> list[str]:
     """All weights but those that the user froze or excluded, unless they are adapted all the same."""
     base = view.base_parameters
     left_out = view.frozen_by_user.union(excluded_names(view))
-    names = {*names_outside(base, left_out), *with_values(base, _adapted_parameters(view))}
+    names = {
+        *names_outside(base, left_out),
+        *with_values(base, _adapted_parameters(view)),
+    }
     return list(only(base, names))
 
 
@@ -89,13 +105,20 @@ def _untargeted_among(view: View, weights: Iterable[str]) -> list[str]:
     for name in weights:
         p = view.base_parameters[name]
         has_no_adapter = name in view.frozen_base and p not in adapted
-        if has_no_adapter and _is_matrix(p) and not _is_usually_untargeted(_layer_of(view, name)):
+        if (
+            has_no_adapter
+            and _is_matrix(p)
+            and not _is_usually_untargeted(_layer_of(view, name))
+        ):
             untargeted.append(name)
     return untargeted
 
 
 def _adapted_parameters(view: View) -> set[nn.Parameter]:
-    """The parameters that have an update. A tied one may be there by another name too."""
+    """The parameters that have an update.
+
+    A tied one may be there by another name too.
+    """
     return set(only(view.base_parameters, set(view.adapted_weights)).values())
 
 
@@ -114,7 +137,10 @@ def _layer_of(view: View, name: str) -> nn.Module:
 
 
 def _is_matrix(p: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix or a stack of some. A stack of one is a table of positions."""
+    """Whether a parameter is a matrix or a stack of some.
+
+    A stack of one is a table of positions.
+    """
     if not p.is_floating_point():
         return False
     return p.dim() == 2 or (p.dim() > 2 and len(p) > 1)
@@ -123,7 +149,8 @@ def _is_matrix(p: nn.Parameter) -> bool:
 def _is_usually_untargeted(layer: nn.Module) -> bool:
     """Whether nobody expects an adapter here: in embeddings, norms, and output heads.
 
-    A linear layer without an adapter is such a head: automatic targets adapt all others.
+    A linear layer without an adapter is such a head: automatic targets adapt all
+    others.
     """
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm):
         return True
@@ -135,8 +162,10 @@ def _about_untargeted(view: View, untargeted: UntargetedMatrices) -> str:
     layers = dict.fromkeys(map(owner_or_itself, untargeted.names))
     arguments = " and ".join(_arguments_for(view, untargeted.names))
     return (
-        f'target_modules="{view.config.target_modules}" leaves {untargeted.share:.0%} of the weights of '
-        f"{view.title} without adapters. They are in {shortened(untargeted.by_class)} layers: {listed(layers)}. Use "
+        f'target_modules="{view.config.target_modules}" leaves {untargeted.share:.0%} '
+        "of the weights of "
+        f"{view.title} without adapters. They are in {shortened(untargeted.by_class)} "
+        f"layers: {listed(layers)}. Use "
         f"{arguments} to train them too, or name the layers to adapt."
     )
 

@@ -12,12 +12,14 @@ from lightning_lora.tensors.names import own_parameter
 class LoRAAttention(LoRALayer):
     r"""Multi-head attention, with an update for each of :math:`W_q, W_k, W_v, W_o`.
 
-    torch computes attention in one function of all weights, and in another one in eval mode. Both run unchanged on the
-    updated weights, so that they give the same result. Dropout drops features of A, the same ones for the whole batch.
+    torch computes attention in one function of all weights, and in another one in eval
+    mode. Both run unchanged on the updated weights, so that they give the same result.
+    Dropout drops features of A, the same ones for the whole batch.
 
     Shape:
-        in_proj_weight: (3 · embed, embed), in three parts: lora_A_q: (r, embed); lora_B_q: (embed, r); the same for k
-        and v, which read kdim and vdim features if these are set. ``out`` is the update of out_proj.weight.
+        in_proj_weight: (3 · embed, embed), in three parts: lora_A_q: (r, embed);
+        lora_B_q: (embed, r); the same for k and v, which read kdim and vdim features if
+        these are set. ``out`` is the update of out_proj.weight.
     """
 
     lora_layer_types = (nn.MultiheadAttention,)
@@ -28,7 +30,11 @@ class LoRAAttention(LoRALayer):
         """Return the four projections: q, k, v, out."""
         width = layer.embed_dim
         has_one_weight = layer.kdim == layer.vdim == width
-        qkv = _parts_of_one_weight(layer, width) if has_one_weight else _three_weights(layer, width)
+        qkv = (
+            _parts_of_one_weight(layer, width)
+            if has_one_weight
+            else _three_weights(layer, width)
+        )
         rows = len(own_parameter(layer, "out_proj.weight"))
         return (*qkv, AdaptedMatrix("out_proj.weight", width, rows, name="out"))
 
@@ -39,7 +45,11 @@ def _parts_of_one_weight(layer: nn.Module, width: int) -> list[AdaptedMatrix]:
     rows = len(own_parameter(layer, weight))
     parts = []
     for index, name in enumerate("qkv"):
-        parts.append(AdaptedMatrix(weight, width, width, first=index * width, rows=rows, name=name))
+        parts.append(
+            AdaptedMatrix(
+                weight, width, width, first=index * width, rows=rows, name=name
+            )
+        )
     return parts
 
 

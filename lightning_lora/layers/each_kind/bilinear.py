@@ -14,7 +14,8 @@ class LoRABilinear(LoRALayer):
     Dropout applies to the first input: the layer is linear in it too.
 
     Shape:
-        weight: (out, in1, in2); lora_A: (r, in1 · in2); lora_B: (out, r). Input (\*, in1), (\*, in2); output (\*, out).
+        weight: (out, in1, in2); lora_A: (r, in1 · in2); lora_B: (out, r). Input (\*,
+        in1), (\*, in2); output (\*, out).
     """
 
     lora_layer_types = (nn.Bilinear,)
@@ -25,7 +26,9 @@ class LoRABilinear(LoRALayer):
         """Return (out, in1 · in2)."""
         return weight.flatten(1)
 
-    def lora_update(self, lora_A: Tensor, lora_B: Tensor, input1: Tensor, input2: Tensor) -> Tensor:
+    def lora_update(
+        self, lora_A: Tensor, lora_B: Tensor, input1: Tensor, input2: Tensor
+    ) -> Tensor:
         """Compute r bilinear products, then multiply by B."""
         size_of_a_form = self.weight.shape[1:]
         forms: Any = lora_A.to(input1.dtype).view(-1, *size_of_a_form)

@@ -15,14 +15,15 @@ from lightning_lora.private import CONVOLVES, convolve
 class LoRAConvNd(LoRALayer):
     r"""A convolution with a low-rank update.
 
-    The update convolves with A, to r channels, and then with B, whose kernel has size 1.
+    The update convolves with A, to r channels, and then with B, whose kernel has size
+    1.
 
-    All groups share A, and each has its own rows of B. With several groups, the product :math:`B A` is smaller: the
-    layer convolves with that.
+    All groups share A, and each has its own rows of B. With several groups, the product
+    :math:`B A` is smaller: the layer convolves with that.
 
     Shape:
-        weight: (out, in / groups, \*kernel); lora_A: (r, in / groups · kernel); lora_B: (out, r).
-        Input (N, in, \*size), output (N, out, \*size').
+        weight: (out, in / groups, \*kernel); lora_A: (r, in / groups · kernel); lora_B:
+        (out, r). Input (N, in, \*size), output (N, out, \*size').
     """
 
     lora_layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -58,11 +59,12 @@ class LoRAConvNd(LoRALayer):
 class LoRAConvTransposeNd(TransposedKind, LoRALayer):
     r"""A transposed convolution with a low-rank update.
 
-    A is a convolution to r channels, whose kernel has size 1. B has the kernel of the layer.
+    A is a convolution to r channels, whose kernel has size 1. B has the kernel of the
+    layer.
 
     Shape:
-        weight: (in, out / groups, \*kernel); lora_A: (r, in); lora_B: (out / groups · kernel, r).
-        Input (N, in, \*size), output (N, out, \*size').
+        weight: (in, out / groups, \*kernel); lora_A: (r, in); lora_B: (out / groups ·
+        kernel, r). Input (N, in, \*size), output (N, out, \*size').
     """
 
     lora_layer_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -72,7 +74,9 @@ class LoRAConvTransposeNd(TransposedKind, LoRALayer):
     groups: int
     weight: nn.Parameter
 
-    def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def lora_update(
+        self, lora_A: Tensor, lora_B: Tensor, input: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Convolve with A, then with B, or with their product."""
         a = lora_A.to(input.dtype)
         b = lora_B.to(input.dtype) * self.lora_settings.scaling
@@ -84,7 +88,9 @@ class LoRAConvTransposeNd(TransposedKind, LoRALayer):
             hidden = _pointwise(input, a, spatial_dims)
             matrix = b
         kernel = matrix.T.reshape(-1, *self.weight.shape[1:])
-        output: Tensor = self.lora_run_on({"weight": kernel, "bias": None}, hidden, *args, **kwargs)
+        output: Tensor = self.lora_run_on(
+            {"weight": kernel, "bias": None}, hidden, *args, **kwargs
+        )
         return output
 
 
@@ -96,12 +102,18 @@ def _is_pointwise(layer: Any, kernel_size: torch.Size) -> bool:
 
 
 def _pads(layer: Any) -> bool:
-    """Whether a convolution of size 1 has more places than its input. ``"same"`` and ``"valid"`` add none."""
+    """Whether a convolution of size 1 has more places than its input.
+
+    ``"same"`` and ``"valid"`` add none.
+    """
     return not isinstance(layer.padding, str) and any(_each(layer.padding))
 
 
 def _each(value: int | Sequence[int]) -> Sequence[int]:
-    """The values for height and width. Torch takes one number for both, if it is set later."""
+    """The values for height and width.
+
+    Torch takes one number for both, if it is set later.
+    """
     return (value,) if isinstance(value, int) else value
 
 

@@ -13,7 +13,8 @@ class LoRALinear(LoRALayer):
     r"""A linear layer, which computes :math:`x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Shape:
-        weight: (out, in); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
+        weight: (out, in); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output
+        (\*, out).
     """
 
     lora_layer_types: ClassVar[LayerTypes] = (nn.Linear,)
@@ -26,20 +27,38 @@ class LoRALinear(LoRALayer):
     lora_B: nn.Parameter
 
     def lora_forward(self, input: Tensor) -> Any:
-        """Compute the output and its update. Without DoRA, one function computes both."""
+        """Compute the output and its update.
+
+        Without DoRA, one function computes both.
+        """
         settings = self.lora_settings
         if settings.use_dora:
             return super().lora_forward(input)
         # most layers skip two calls here, whose time counts with a few tokens
         dropout = settings.dropout and self.lora_dropout()
         has_slices = self.lora_matrices[0].name
-        if has_slices or settings.is_difference or type(self.lora_A) is not nn.Parameter:  # or a DTensor, or a replica
+        # or a DTensor, or a replica
+        if (
+            has_slices
+            or settings.is_difference
+            or type(self.lora_A) is not nn.Parameter
+        ):
             a, b = self.lora_factors("weight")
         else:
             a, b = self.lora_A, self.lora_B
-        return adapted_linear(input, self.lora_as_matrix(self.weight), self.bias, a, b, settings.scaling, dropout)
+        return adapted_linear(
+            input,
+            self.lora_as_matrix(self.weight),
+            self.bias,
+            a,
+            b,
+            settings.scaling,
+            dropout,
+        )
 
-    def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    def lora_update(
+        self, lora_A: Tensor, lora_B: Tensor, *args: Tensor, **kwargs: Tensor
+    ) -> Tensor:
         """Compute the update: multiply the one input by A, then by B."""
         (x,) = (*args, *kwargs.values())
         return low_rank_update(x, lora_A, lora_B, self.lora_settings.scaling)
@@ -49,7 +68,8 @@ class LoRAConv1D(TransposedKind, LoRALinear):
     r"""GPT-2's linear layer, with its weight as (in, out): :math:`x W + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Shape:
-        weight: (in, out); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
+        weight: (in, out); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output
+        (\*, out).
     """
 
     lora_layer_types = ("transformers.pytorch_utils.Conv1D",)

@@ -1,4 +1,7 @@
-"""Quantised linear layers with a low-rank update (QLoRA). The update is not quantised."""
+"""Quantised linear layers with a low-rank update (QLoRA).
+
+The update is not quantised.
+"""
 
 from typing import Any, ClassVar
 
@@ -15,13 +18,17 @@ LINEAR_8BIT = "bitsandbytes.nn.modules.Linear8bitLt"
 
 
 class LoRALinear4bit(LoRALinear):
-    r"""A 4-bit linear layer of bitsandbytes. It adds :math:`s \, \mathrm{dropout}(x) A^T B^T` to its output.
+    r"""A 4-bit linear layer of bitsandbytes.
+
+    It adds :math:`s \, \mathrm{dropout}(x) A^T B^T` to its output.
 
     Shape:
-        weight: (out, in), packed; lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
+        weight: (out, in), packed; lora_A: (r, in); lora_B: (out, r). Input (\*, in),
+        output (\*, out).
 
     Source:
-        Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3, equation 5.
+        Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section
+        3, equation 5.
     """
 
     lora_layer_types: ClassVar[LayerTypes] = (LINEAR_4BIT,)
@@ -30,7 +37,11 @@ class LoRALinear4bit(LoRALinear):
     @classmethod
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
         """Return the matrix that the packed weight represents."""
-        return (AdaptedMatrix("weight", layer.in_features, layer.out_features, rows=layer.out_features),)
+        return (
+            AdaptedMatrix(
+                "weight", layer.in_features, layer.out_features, rows=layer.out_features
+            ),
+        )
 
     @staticmethod
     def lora_is_quantised(layer: Any) -> bool:  # noqa: ARG004  # all of this type are
@@ -52,7 +63,10 @@ class LoRALinear4bit(LoRALinear):
         state = layer.weight.quant_state
         if state is None:  # not quantised before it is moved
             return {}
-        return {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+        return {
+            f"weight.{name}": value
+            for name, value in state.as_dict(packed=True).items()
+        }
 
     @staticmethod
     def lora_values(layer: Any, weight: Any) -> Tensor:  # noqa: ARG004
@@ -79,7 +93,10 @@ class LoRALinear8bit(LoRALinear4bit):
         """Return what the layer's state dict holds of its weight, besides the packed values."""
         if layer.weight.is_floating_point():
             return {}
-        return {"SCB": _scales(layer), "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return {
+            "SCB": _scales(layer),
+            "weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
 
     @staticmethod
     def lora_values(layer: Any, weight: Any) -> Tensor:
@@ -92,6 +109,9 @@ class LoRALinear8bit(LoRALinear4bit):
 
 
 def _scales(layer: Any) -> Tensor:
-    """The scale of each row. The layer moves it from its weight to its state when it first runs."""
+    """The scale of each row.
+
+    The layer moves it from its weight to its state when it first runs.
+    """
     at_weight: Tensor | None = getattr(layer.weight, "SCB", None)
     return layer.state.SCB if at_weight is None else at_weight

@@ -1,4 +1,7 @@
-"""Embeddings in which single rows train, such as those of new tokens. Layers may be tied to them."""
+"""Embeddings in which single rows train, such as those of new tokens.
+
+Layers may be tied to them.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,15 +20,18 @@ from lightning_lora.tensors.names import find_parameter, own_parameter
 
 
 class LoRATokens(LoRAEmbedding):
-    r"""An embedding or an output head in which trained rows replace some of the weight. A head has no padding.
+    r"""An embedding or an output head in which trained rows replace some of the weight.
 
-    The weight of both has a row for each token. So a head is taken as an embedding too: its matrix is (width, tokens).
+    A head has no padding. The weight of both has a row for each token. So a head is
+    taken as an embedding too: its matrix is (width, tokens).
 
     Shape:
-        weight: (num_embeddings, embedding_dim); lora_rows: (tokens, embedding_dim), which start as these rows.
+        weight: (num_embeddings, embedding_dim); lora_rows: (tokens, embedding_dim),
+        which start as these rows.
     """
 
-    lora_layer_types: ClassVar[LayerTypes] = (nn.Embedding, nn.Linear)  # in no table: only token_rows chooses it
+    # in no table: only token_rows chooses it
+    lora_layer_types: ClassVar[LayerTypes] = (nn.Embedding, nn.Linear)
     weight: nn.Parameter
 
     def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,7 +48,9 @@ class LoRATokens(LoRAEmbedding):
         indices = torch.tensor(matrix.tokens, device=device)
         return Rows(matrix.tokens, indices, rows.to(device, self.weight.dtype))
 
-    def _lora_with_update(self, name: str, weight: Tensor, dropout: float = 0.0) -> Tensor:
+    def _lora_with_update(
+        self, name: str, weight: Tensor, dropout: float = 0.0
+    ) -> Tensor:
         """Return these values of the weight with the trained rows."""
         rows = self.lora_rows_for(weight.device)
         return weight.index_copy(0, rows.indices, rows.values.to(weight.dtype))
@@ -56,7 +64,9 @@ class Rows:
     """The rows that train, one for each token."""
 
     tokens: tuple[int, ...]  # in ascending order, as the configuration sorts them
-    indices: Tensor  # the same, on the device of what is computed: each is the index of a row in the weight
+    # the same, on the device of what is computed: each is the index of a row in the
+    # weight
+    indices: Tensor
     values: Tensor  # (tokens, embedding_dim)
 
 
@@ -64,14 +74,17 @@ class TiedLayer(InPlace, nn.Module):
     """A layer with the weight of an embedding in which single rows train: it computes with these rows too."""
 
     overlaid_prefix = "Tied"
-    lora_tied_to: tuple[LoRATokens]  # in a tuple, so that it is no module inside this one
+    # in a tuple, so that it is no module inside this one
+    lora_tied_to: tuple[LoRATokens]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with the rows of the embedding."""
-        if not isinstance(self, TiedLayer):  # a bound forward that other code has kept longer than the rows
+        # a bound forward that other code has kept longer than the rows
+        if not isinstance(self, TiedLayer):
             return type(self).forward(self, *args, **kwargs)
         (embedding,) = self.lora_tied_to
-        has_rows = getattr(embedding, "lora_enabled", False)  # a merged one has no such attribute
+        # a merged one has no such attribute
+        has_rows = getattr(embedding, "lora_enabled", False)
         if not has_rows:
             return super().forward(*args, **kwargs)
         layer_class = original_class(self)
@@ -82,7 +95,10 @@ class TiedLayer(InPlace, nn.Module):
 
 
 def tie_layers(modules: Collection[nn.Module]) -> None:
-    """Tie layers to the embeddings with rows whose weight they share. No others stay tied."""
+    """Tie layers to the embeddings with rows whose weight they share.
+
+    No others stay tied.
+    """
     owners: dict[nn.Parameter | None, LoRATokens] = {}
     for module in modules:
         if isinstance(module, LoRATokens):
@@ -98,7 +114,10 @@ def tie_layers(modules: Collection[nn.Module]) -> None:
 
 
 def tied_to(module: nn.Module) -> nn.Module:
-    """Return the embedding that a layer is tied to. A layer that is not tied is its own."""
+    """Return the embedding that a layer is tied to.
+
+    A layer that is not tied is its own.
+    """
     (embedding,) = vars(module).get("lora_tied_to", (module,))
     return embedding  # type: ignore[no-any-return]
 
@@ -108,8 +127,13 @@ def _computes_as_torch(layer_class: type[nn.Module]) -> bool:
     return layer_class.forward in (nn.Embedding.forward, nn.Linear.forward)
 
 
-def _forward_with_rows(layer: Any, embedding: LoRATokens, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute a layer of torch that has the weight of ``embedding``, with its rows. The others are not copied."""
+def _forward_with_rows(
+    layer: Any, embedding: LoRATokens, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Compute a layer of torch that has the weight of ``embedding``, with its rows.
+
+    The others are not copied.
+    """
     layer_class: Any = original_class(layer)
     output: Tensor = layer_class.forward(layer, *args, **kwargs)
     (x,) = *args, *kwargs.values()
@@ -121,16 +145,20 @@ def _forward_with_rows(layer: Any, embedding: LoRATokens, *args: Any, **kwargs: 
 
 def _with_features(layer: nn.Linear, output: Tensor, x: Tensor, rows: Rows) -> Tensor:
     """Change the output features of a head whose rows train."""
-    difference = rows.values - layer.weight[rows.indices]  # zero at first, so that not a bit of the output changes
+    # zero at first, so that not a bit of the output changes
+    difference = rows.values - layer.weight[rows.indices]
     change = F.linear(x, difference)
     return output.index_add(-1, rows.indices, change.to(output.dtype))
 
 
-def _with_embeddings(layer: nn.Embedding, output: Tensor, x: Tensor, rows: Rows) -> Tensor:
-    """Replace the embeddings of the tokens whose rows train. ``x`` are the tokens of the input.
+def _with_embeddings(
+    layer: nn.Embedding, output: Tensor, x: Tensor, rows: Rows
+) -> Tensor:
+    """Replace the embeddings of the tokens whose rows train.
 
-    With rows for the tokens 5 and 9, the input ``[9, 7, 5]`` looks up the rows ``[1, 2, 0]``. Row 2 is one of zeros,
-    behind the others, for all tokens that have none. In the end, these keep the embedding in ``output``.
+    ``x`` are the tokens of the input. With rows for the tokens 5 and 9, the input ``[9,
+    7, 5]`` looks up the rows ``[1, 2, 0]``. Row 2 is one of zeros, behind the others,
+    for all tokens that have none. In the end, these keep the embedding in ``output``.
     """
     count = len(rows.tokens)
     nearest_row = torch.searchsorted(rows.indices, x.long()).clamp_max(count - 1)
@@ -141,5 +169,7 @@ def _with_embeddings(layer: nn.Embedding, output: Tensor, x: Tensor, rows: Rows)
     if layer.padding_idx in rows.tokens:
         padding_row = rows.tokens.index(layer.padding_idx)
     values_and_zeros = F.pad(rows.values, (0, 0, 0, 1))
-    trained = F.embedding(row, values_and_zeros, padding_row, scale_grad_by_freq=layer.scale_grad_by_freq)
+    trained = F.embedding(
+        row, values_and_zeros, padding_row, scale_grad_by_freq=layer.scale_grad_by_freq
+    )
     return trained.where(has_row.unsqueeze(-1), output)

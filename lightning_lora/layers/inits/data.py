@@ -20,24 +20,31 @@ GAMMA = 16
 class EvaObserver:
     """EVA: A takes the strongest directions of a layer's inputs, and B is zero.
 
-    They come from a singular value decomposition that each batch continues. Every layer keeps its rank, where the paper
-    gives ranks of some layers to others.
+    They come from a singular value decomposition that each batch continues. Every layer
+    keeps its rank, where the paper gives ranks of some layers to others.
 
     Source:
-        Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation",
-        section 3; Ross et al. 2008, "Incremental Learning for Robust Visual Tracking", section 2.
+        Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via
+        Explained Variance Adaptation", section 3; Ross et al. 2008, "Incremental
+        Learning for Robust Visual Tracking", section 2.
     """
 
     def __init__(self, layer: Any, undo: ExitStack) -> None:
         self.argument = layer.lora_input
         self.count = 0  # of the inputs so far
-        ranks = [matrix.rank_for(layer.lora_settings.r) for matrix in layer.lora_matrices]
+        ranks = [
+            matrix.rank_for(layer.lora_settings.r) for matrix in layer.lora_matrices
+        ]
         self.most_directions = 2 * max(ranks)  # some to spare
         self.mean = self.sizes = self.directions = torch.empty(0)
-        undo.callback(layer.register_forward_pre_hook(self.add_batch, with_kwargs=True).remove)
+        undo.callback(
+            layer.register_forward_pre_hook(self.add_batch, with_kwargs=True).remove
+        )
 
     @torch.no_grad()
-    def add_batch(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def add_batch(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Add the inputs of a batch, centred: what counts is how they differ from the mean of all inputs."""
         x: Tensor = args[0] if args else kwargs[self.argument]
         x = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
@@ -59,7 +66,8 @@ class EvaObserver:
     def with_earlier(self, rows: Tensor, mean: Tensor) -> Tensor:
         """Return rows with the directions of all inputs, from earlier ones and the rows of a batch less its mean.
 
-        For n inputs with one mean and m with another, there is one more row: (mean_n - mean_m) sqrt(n m / (n + m)).
+        For n inputs with one mean and m with another, there is one more row: (mean_n -
+        mean_m) sqrt(n m / (n + m)).
         """
         n = self.count
         m = len(rows)
@@ -68,7 +76,10 @@ class EvaObserver:
         return torch.cat([earlier, rows, shift.unsqueeze(0)])
 
     def factors(self, matrix: Any, r: int) -> Factors | None:
-        """Return A and B. A has fewer rows than r if the inputs have fewer directions."""
+        """Return A and B.
+
+        A has fewer rows than r if the inputs have fewer directions.
+        """
         is_direction = self.sizes > self.sizes[:1] * 1e-6  # and not rounding
         directions = int(is_direction.sum())  # none if there were no inputs, or NaN
         if not directions:
@@ -80,12 +91,14 @@ class EvaObserver:
 class LoraGaObserver:
     """LoRA-GA: the first step of the adapter is close to that of the weight.
 
-    A takes the first r right singular vectors of the weight's gradient, summed over the batches, and B the next r left
-    ones, both scaled as in the authors' code. The sums are in CPU memory, in float32: as much as all adapted weights.
-    On the layer's device, there is the gradient of one weight at a time.
+    A takes the first r right singular vectors of the weight's gradient, summed over the
+    batches, and B the next r left ones, both scaled as in the authors' code. The sums
+    are in CPU memory, in float32: as much as all adapted weights. On the layer's
+    device, there is the gradient of one weight at a time.
 
     Source:
-        Wang et al. 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", section 3.
+        Wang et al. 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
+        section 3.
     """
 
     def __init__(self, layer: Any, undo: ExitStack) -> None:
@@ -95,7 +108,9 @@ class LoraGaObserver:
             weight = own_parameter(layer, name)
             undo.callback(set_requires_grad, weight, weight.requires_grad)
             set_requires_grad(weight, True)
-            hook = weight.register_post_accumulate_grad_hook(partial(self.add_gradient, name))
+            hook = weight.register_post_accumulate_grad_hook(
+                partial(self.add_gradient, name)
+            )
             undo.callback(hook.remove)
 
     def add_gradient(self, name: str, weight: Tensor) -> None:
@@ -133,11 +148,18 @@ def observe_inputs(layer: Any, undo: ExitStack) -> FromData | None:
 
 
 def observe_gradients(layer: Any, undo: ExitStack) -> FromData | None:
-    """Look at the gradients of a layer's weights. An embedding would change for tokens never seen."""
+    """Look at the gradients of a layer's weights.
+
+    An embedding would change for tokens never seen.
+    """
     if layer.lora_may_start_from_weight() and not layer.lora_matrices[0].tokens:
         return LoraGaObserver(layer, undo).factors
     return None
 
 
 register(Initialisation("eva", observe=observe_inputs))
-register(Initialisation("lora_ga", observe=observe_gradients, needs_gradients=True, is_difference=True))
+register(
+    Initialisation(
+        "lora_ga", observe=observe_gradients, needs_gradients=True, is_difference=True
+    )
+)

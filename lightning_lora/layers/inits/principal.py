@@ -1,7 +1,7 @@
 r"""Initialisations from the strongest directions of the weight.
 
-The update is :math:`s (B A - B_0 A_0)`. The papers subtract :math:`s B_0 A_0` from the base instead, with the same
-result.
+The update is :math:`s (B A - B_0 A_0)`. The papers subtract :math:`s B_0 A_0` from the
+base instead, with the same result.
 """
 
 import torch
@@ -18,8 +18,8 @@ def pissa(matrix: Tensor, r: int, scaling: float) -> Factors:
     Beyond the weight's own rank, they are those of ``"kaiming"``.
 
     Source:
-        Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
-        section 3.
+        Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors
+        Adaptation of Large Language Models", section 3.
     """
     matrix = matrix.detach().to(wide(matrix.dtype))
     u, sizes, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -40,7 +40,8 @@ def olora(matrix: Tensor, r: int, scaling: float) -> Factors:  # noqa: ARG001  #
     """Return the first rows and columns of a QR decomposition.
 
     Source:
-        Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", section 3.
+        Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language
+        Models", section 3.
     """
     matrix = matrix.detach().to(wide(matrix.dtype))
     q, upper = torch.linalg.qr(matrix)

@@ -16,8 +16,12 @@ Draw = Callable[[Tensor, Tensor], None]
 FromWeight = Callable[[Tensor, int, float], Factors]
 """Returns A: (*, r, in) and B: (*, out, r) for a weight as a matrix (*, out, in), a rank and a scaling."""
 
-FromData = Callable[[Any, int], Factors | None]  # of any type: AdaptedMatrix is above this room, and layers too
-"""Returns A and B of one of a layer's matrices, for a rank, or None without data. Rows that A lacks stay as drawn."""
+# of any type: AdaptedMatrix is above this room, and layers too
+FromData = Callable[[Any, int], Factors | None]
+"""Returns A and B of one of a layer's matrices, for a rank, or None without data.
+
+Rows that A lacks stay as drawn.
+"""
 
 
 @torch.no_grad()
@@ -40,12 +44,14 @@ def gaussian(random: Tensor, zero: Tensor) -> None:
 class Initialisation:
     """How adapters start.
 
-    ``draw`` takes the factors from nothing, and ``from_weight`` from the weight. If the update ``is_difference``, the
-    layer keeps the values that its factors start from, and computes with the difference from these.
+    ``draw`` takes the factors from nothing, and ``from_weight`` from the weight. If the
+    update ``is_difference``, the layer keeps the values that its factors start from,
+    and computes with the difference from these.
 
-    For factors from data, ``observe`` gets an adapted layer before batches go through it. It puts hooks on the layer,
-    and on the stack what removes them. It returns what computes the factors afterwards, or None for a layer that keeps
-    those that were drawn. If it ``needs_gradients``, the batches go backward too.
+    For factors from data, ``observe`` gets an adapted layer before batches go through
+    it. It puts hooks on the layer, and on the stack what removes them. It returns what
+    computes the factors afterwards, or None for a layer that keeps those that were
+    drawn. If it ``needs_gradients``, the batches go backward too.
     """
 
     name: str

@@ -6,10 +6,19 @@ import torch
 from torch import nn
 
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.layers import LayerAdapter, LoRALayer, adapter_for, put_on, tie_layers
+from lightning_lora.layers import (
+    LayerAdapter,
+    LoRALayer,
+    adapter_for,
+    put_on,
+    tie_layers,
+)
 from lightning_lora.layers.bypasses import update_bypasses
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
-from lightning_lora.model.own_loop.early_optimizers import note_detached_adapter, watch_optimizers
+from lightning_lora.model.own_loop.early_optimizers import (
+    note_detached_adapter,
+    watch_optimizers,
+)
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import only
 
@@ -28,7 +37,10 @@ def detach_adapters(view: View) -> dict[str, LayerAdapter]:
 
 
 def detach_from(view: View, names: Collection[str]) -> dict[str, LayerAdapter]:
-    """Remove the adapters from these layers. Return them by the names of their layers."""
+    """Remove the adapters from these layers.
+
+    Return them by the names of their layers.
+    """
     refuse_computed_weights(view)
     adapters = {}
     for name, layer in only(view.layers, names).items():
@@ -49,7 +61,10 @@ def update_for_changed_layers(view: View) -> None:
 
 
 def reinitialise_if_base_changed(view: View) -> None:
-    """Initialise adapters again that start from the base's weights. Only if these have changed before training."""
+    """Initialise adapters again that start from the base's weights.
+
+    Only if these have changed before training.
+    """
     for layer in view.layers.values():
         layer.lora_initialise_if_base_changed()
 
@@ -58,7 +73,8 @@ def reattach_to_replaced(model: nn.Module, layers: Mapping[str, LoRALayer]) -> N
     """Take the adapters of these layers that were replaced since, and attach them to the new layers."""
     view = View(model)
     for name, layer in layers.items():
-        if isinstance(view.modules[name], LoRALayer):  # not replaced, or it has its adapter already
+        # not replaced, or it has its adapter already
+        if isinstance(view.modules[name], LoRALayer):
             continue
         kind = _kind_of_replaced(view, name)
         adapter = layer.lora_detach()
@@ -72,8 +88,9 @@ def _kind_of_replaced(view: View, name: str) -> type[LoRALayer]:
     kind = adapter_for(layer)
     if kind is None or kind.lora_refusal(layer):
         raise AdapterStateError(
-            f"{name!r} of {view.title} was replaced by a {type(layer).__name__}, which cannot be adapted. "
-            "Leave it out of the conversion, or of the adapters: exclude_modules."
+            f"{name!r} of {view.title} was replaced by a {type(layer).__name__}, which "
+            "cannot be adapted. Leave it out of the conversion, or of the adapters: "
+            "exclude_modules."
         )
     return kind
 

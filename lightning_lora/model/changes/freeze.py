@@ -14,7 +14,9 @@ def freeze(view: View) -> None:
         view.base_parameters
     )  # before any flag changes: a tied parameter has several names
     for name, parameter in view.base_parameters.items():
-        set_requires_grad(parameter, name in view.trainable_base and _can_train(parameter))
+        set_requires_grad(
+            parameter, name in view.trainable_base and _can_train(parameter)
+        )
     for layer in view.layers.values():
         layer.lora_set_flags()  # other code may have frozen some, or thawed a copy's
     freeze_norms(view.modules.values(), view.saved)

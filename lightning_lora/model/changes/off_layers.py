@@ -25,7 +25,9 @@ def move_to_layer(layer: nn.Module, adapter: LayerAdapter, undo: Undo) -> None:
         _move_factor(factor, weight.device, factor.dtype, undo)
 
 
-def _move_factor(factor: nn.Parameter, device: torch.device, dtype: torch.dtype, undo: Undo) -> None:
+def _move_factor(
+    factor: nn.Parameter, device: torch.device, dtype: torch.dtype, undo: Undo
+) -> None:
     undo.callback(replace_values, factor, factor.data)
     move_to(factor, device, dtype)
 

@@ -30,10 +30,16 @@ class _ModelBefore:
     """A model as it was before a change, without its values."""
 
     def __init__(self, view: View) -> None:
-        self.requires_grad = {parameter: parameter.requires_grad for parameter in view.parameters.values()}
-        self.adapters = {name: layer.lora_adapter() for name, layer in view.layers.items()}
+        self.requires_grad = {
+            parameter: parameter.requires_grad for parameter in view.parameters.values()
+        }
+        self.adapters = {
+            name: layer.lora_adapter() for name, layer in view.layers.items()
+        }
         self.frozen_norms = set(of_type(view.modules, FrozenNorm).values())
-        self.records = {name: record.snapshot() for name, record in records_in(view.modules).items()}
+        self.records = {
+            name: record.snapshot() for name, record in records_in(view.modules).items()
+        }
 
     def restore(self, view: View) -> None:
         """Undo all that has changed since."""
@@ -49,7 +55,8 @@ class _ModelBefore:
 
     def _restore_adapters(self, view: View) -> None:
         """Take off the adapters that are new, and attach those that were taken off."""
-        steps_before = {adapter.step for adapter in self.adapters.values()}  # an adapter keeps its step for life
+        # an adapter keeps its step for life
+        steps_before = {adapter.step for adapter in self.adapters.values()}
         for layer in view.layers.values():
             if layer.lora_step not in steps_before:
                 layer.lora_detach()

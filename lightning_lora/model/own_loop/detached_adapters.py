@@ -1,4 +1,7 @@
-"""Adapters that were taken off their layers: merged, removed, or inactive now. An optimizer may still hold them."""
+"""Adapters that were taken off their layers: merged, removed, or inactive now.
+
+An optimizer may still hold them.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,12 +24,19 @@ class FormerPlace:
     weight_names: tuple[str, ...]
 
     def weights_that_train(self) -> dict[str, nn.Parameter]:
-        """Return those weights of the layer that train now, by their names. Empty if it has an adapter again."""
+        """Return those weights of the layer that train now, by their names.
+
+        Empty if it has an adapter again.
+        """
         layer = self.layer()
         if layer is None or isinstance(layer, LoRALayer):
             return {}
         weights = only(dict(layer.named_parameters()), self.weight_names)
-        return {join(self.name, name): weight for name, weight in weights.items() if weight.requires_grad}
+        return {
+            join(self.name, name): weight
+            for name, weight in weights.items()
+            if weight.requires_grad
+        }
 
 
 _PLACES = WeakTensorKeyDictionary()  # by the adapters' parameters

@@ -1,7 +1,7 @@
 """Optimizers in a loop of one's own that train nothing.
 
-They were made before the adapters, or of other adapters that are inactive now, or of adapters that were merged or
-removed since.
+They were made before the adapters, or of other adapters that are inactive now, or of
+adapters that were merged or removed since.
 """
 
 import gc
@@ -24,8 +24,10 @@ from lightning_lora.tensors.dicts import only, where, with_values
 from lightning_lora.tensors.names import names_joined
 
 _ADAPTED: "WeakSet[nn.Module]" = WeakSet()
-_CHECKED: "WeakSet[Optimizer]" = WeakSet()  # those that have taken a step since adapters were attached
-_HOOKS: list[RemovableHandle] = []  # one, from the first adapters on: an import changes nothing of the process
+# those that have taken a step since adapters were attached
+_CHECKED: "WeakSet[Optimizer]" = WeakSet()
+# one, from the first adapters on: an import changes nothing of the process
+_HOOKS: list[RemovableHandle] = []
 
 
 def watch_optimizers(model: nn.Module) -> None:
@@ -48,7 +50,8 @@ def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
         return
     held = _Held(optimizer)
     _refuse_detached_adapters(held)
-    may_hold_a_share = dist.is_available() and dist.is_initialized()  # of what trains, in each process
+    # of what trains, in each process
+    may_hold_a_share = dist.is_available() and dist.is_initialized()
     for model in list(_ADAPTED):
         view = View(model)
         check_dtypes(view, optimizer, held.parameters)
@@ -65,7 +68,9 @@ class _Held:
         self.optimizer = optimizer
         self.parameters = _held_by(optimizer)
         self.with_gradients = _with_gradients(self.parameters)
-        self.frozen = {p for p in self.parameters - self.with_gradients if not p.requires_grad}
+        self.frozen = {
+            p for p in self.parameters - self.with_gradients if not p.requires_grad
+        }
 
 
 def _refuse_frozen_weights(view: View, held: _Held) -> None:
@@ -75,11 +80,14 @@ def _refuse_frozen_weights(view: View, held: _Held) -> None:
     if not adapters or not held.parameters.isdisjoint(adapters):
         return
     trains_others = held.frozen != held.parameters
-    if trains_others and _are_held_by_another(adapters, held.optimizer):  # this one is for the others
+    # this one is for the others
+    if trains_others and _are_held_by_another(adapters, held.optimizer):
         return
     raise OptimizerError(
-        f"{type(held.optimizer).__name__} holds {listed(layers_by_weight)} of {view.title}, which are frozen, and no "
-        "adapter. Make it after inject_adapters or load_adapter, of (p for p in model.parameters() if p.requires_grad)."
+        f"{type(held.optimizer).__name__} holds {listed(layers_by_weight)} of "
+        f"{view.title}, which are frozen, and no adapter. Make it after "
+        "inject_adapters or load_adapter, of (p for p in model.parameters() if "
+        "p.requires_grad)."
     )
 
 
@@ -87,13 +95,20 @@ def _refuse_inactive_adapters(view: View, held: _Held) -> None:
     """Refuse an optimizer that holds inactive adapters alone, after a backward pass through others in no optimizer."""
     if held.with_gradients:
         return
-    holds_inactive_alone = held.parameters and held.parameters <= _inactive_parameters(view)
+    holds_inactive_alone = held.parameters and held.parameters <= _inactive_parameters(
+        view
+    )
     active = _with_gradients(view.model.parameters())
-    if holds_inactive_alone and active and not _are_held_by_another(active, held.optimizer):
+    if (
+        holds_inactive_alone
+        and active
+        and not _are_held_by_another(active, held.optimizer)
+    ):
         raise OptimizerError(
-            f"{type(held.optimizer).__name__} holds adapters of {view.title} that rest, and no optimizer holds "
-            f"{view.adapter.name!r}, which has gradients. Make it anew after set_adapter or inject_adapters, of (p for "
-            "p in model.parameters() if p.requires_grad)."
+            f"{type(held.optimizer).__name__} holds adapters of {view.title} that "
+            f"rest, and no optimizer holds {view.adapter.name!r}, which has gradients. "
+            "Make it anew after set_adapter or inject_adapters, of (p for p in "
+            "model.parameters() if p.requires_grad)."
         )
 
 
@@ -107,9 +122,10 @@ def _refuse_detached_adapters(held: _Held) -> None:
         return
     names = list(with_values(weights, in_no_group))
     raise OptimizerError(
-        f"{type(held.optimizer).__name__} holds adapters that were merged or removed, and not the weights that train "
-        f"in their place: {listed(names)}. Make the optimizer anew, of model.parameters(). In a LightningModule, make "
-        "it in configure_optimizers, not in __init__."
+        f"{type(held.optimizer).__name__} holds adapters that were merged or removed, "
+        f"and not the weights that train in their place: {listed(names)}. Make the "
+        "optimizer anew, of model.parameters(). In a LightningModule, make it in "
+        "configure_optimizers, not in __init__."
     )
 
 
@@ -150,7 +166,9 @@ def _adapters_on(view: View, layers: Collection[str]) -> set[nn.Parameter]:
     for layer in only(view.layers, layers).values():
         found.update(layer.lora_parameters().values())
     for state in _inactive_adapters(view):
-        found.update(_parameters_of(only(state.inactive_layer_adapters, layers).values()))
+        found.update(
+            _parameters_of(only(state.inactive_layer_adapters, layers).values())
+        )
     return found
 
 
@@ -165,7 +183,8 @@ def _parameters_of(adapters: Iterable[LayerAdapter]) -> Iterator[nn.Parameter]:
 def _are_held_by_another(adapters: set[nn.Parameter], optimizer: Optimizer) -> bool:
     """Whether any other optimizer holds some of these, also one that has taken no step yet."""
     for each in gc.get_objects():
-        is_another = issubclass(type(each), Optimizer) and each is not optimizer  # isinstance runs code of theirs
+        # isinstance runs code of theirs
+        is_another = issubclass(type(each), Optimizer) and each is not optimizer
         if is_another and not adapters.isdisjoint(_held_by(each)):
             return True
     return False
@@ -173,6 +192,7 @@ def _are_held_by_another(adapters: set[nn.Parameter], optimizer: Optimizer) -> b
 
 def _held_by(optimizer: Optimizer) -> set[nn.Parameter]:
     held = set[nn.Parameter]()
-    for group in getattr(optimizer, "param_groups", ()):  # which it lacks until it is built
+    # which it lacks until it is built
+    for group in getattr(optimizer, "param_groups", ()):
         held.update(group["params"])
     return held

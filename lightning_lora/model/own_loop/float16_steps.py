@@ -12,7 +12,8 @@ from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import where, with_values
 
-_IN_FLOAT32: "WeakSet[nn.Module]" = WeakSet()  # models whose Trainer lets float16 weights take their steps in float32
+# models whose Trainer lets float16 weights take their steps in float32
+_IN_FLOAT32: "WeakSet[nn.Module]" = WeakSet()
 
 
 @contextmanager
@@ -30,10 +31,15 @@ def check_dtypes(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> N
     if not view.is_on_layers or not view.config.autocast_adapter_dtype:
         return
     halves = where(with_values(view.trainable_base, held), _trains_in_float16)
-    if halves and _gives_nan_in_float16(optimizer) and not _steps_in_float32(view.model):
+    if (
+        halves
+        and _gives_nan_in_float16(optimizer)
+        and not _steps_in_float32(view.model)
+    ):
         raise OptimizerError(
-            f"{listed(halves)} of {view.title} train in full in float16, in which {type(optimizer).__name__} ends in "
-            "NaN. Keep the weights in float32 (with autocast) or bfloat16, or use a Trainer with LoRACallback, which "
+            f"{listed(halves)} of {view.title} train in full in float16, in which "
+            f"{type(optimizer).__name__} ends in NaN. Keep the weights in float32 "
+            "(with autocast) or bfloat16, or use a Trainer with LoRACallback, which "
             "takes these steps in float32."
         )
 
@@ -46,7 +52,10 @@ def _gives_nan_in_float16(optimizer: Optimizer) -> bool:
     """Whether it divides by roots of its state plus an epsilon, which is zero in float16, as that of Adam is."""
     for group in optimizer.param_groups:
         epsilon = group.get("eps")
-        if isinstance(epsilon, float) and torch.tensor(epsilon, dtype=torch.float16) == 0:
+        if (
+            isinstance(epsilon, float)
+            and torch.tensor(epsilon, dtype=torch.float16) == 0
+        ):
             return True
     return False
 

@@ -1,4 +1,7 @@
-"""The arguments of LoRAConfig that only a Trainer can serve. Without one, they would do nothing."""
+"""The arguments of LoRAConfig that only a Trainer can serve.
+
+Without one, they would do nothing.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +25,8 @@ class TrainerOnly:
         if self.needs(config):
             argument = f"{self.name}={getattr(config, self.name)!r}"
             raise ConfigError(
-                f"{argument} {self.reason}, which a Trainer has: use LoRACallback({argument}). "
-                f"Without a Trainer, {self.remedy}."
+                f"{argument} {self.reason}, which a Trainer has: use "
+                f"LoRACallback({argument}). Without a Trainer, {self.remedy}."
             )
 
 
@@ -36,8 +39,15 @@ def _counts_batches(config: LoRAConfig) -> bool:
 
 
 TRAINER_ONLY = (
-    TrainerOnly("init", _starts_from_data, "starts from training data", "take another init"),
-    TrainerOnly("init_batches", _counts_batches, "is a number of batches of training data", "leave it out"),
+    TrainerOnly(
+        "init", _starts_from_data, "starts from training data", "take another init"
+    ),
+    TrainerOnly(
+        "init_batches",
+        _counts_batches,
+        "is a number of batches of training data",
+        "leave it out",
+    ),
 )
 """All of them. Every other argument acts on a model by itself."""
 

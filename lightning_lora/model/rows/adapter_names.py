@@ -15,7 +15,12 @@ from lightning_lora.layers.bypasses import inference_path
 from lightning_lora.model.rows.mixed_module import MixedModule
 from lightning_lora.model.rows.module_runner import Name, Values
 from lightning_lora.model.start_call import record_of
-from lightning_lora.model.switch import check_known, check_switchable, layer_adapters_of, prepare_for_model
+from lightning_lora.model.switch import (
+    check_known,
+    check_switchable,
+    layer_adapters_of,
+    prepare_for_model,
+)
 from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.adaptable import has_forward
 from lightning_lora.tensors.dicts import only, where, with_values
@@ -24,26 +29,33 @@ from lightning_lora.tensors.undo import set_own_attribute
 from lightning_lora.tensors.values import same_bits
 
 
-def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractContextManager[object]:
+def adapter_names(
+    model: nn.Module, names: Sequence[str | None]
+) -> AbstractContextManager[object]:
     """Run each row of a batch with an adapter of its own.
 
-    Inside the ``with`` block, row i of every batch is computed with the adapter ``names[i]``, or by the base if that is
-    None, as it is alone after ``set_adapter``. Trained modules, biases and buffers are its adapter's, and gradients go
-    to it. Without ``with``, the names are checked, and nothing else happens.
+    Inside the ``with`` block, row i of every batch is computed with the adapter
+    ``names[i]``, or by the base if that is None, as it is alone after ``set_adapter``.
+    Trained modules, biases and buffers are its adapter's, and gradients go to it.
+    Without ``with``, the names are checked, and nothing else happens.
 
-    All threads see the block: let one use the model at a time. Of blocks in blocks, the inner one counts, and
-    ``disable_adapters`` shows the base. To add, load, remove, sum or merge adapters there is an error. Do not move the
-    model inside it. If activations are checkpointed, call ``backward`` inside it.
+    All threads see the block: let one use the model at a time. Of blocks in blocks, the
+    inner one counts, and ``disable_adapters`` shows the base. To add, load, remove, sum
+    or merge adapters there is an error. Do not move the model inside it. If activations
+    are checkpointed, call ``backward`` inside it.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
-        names: A name for each row: for each index of the first dimension of what the layers read.
+        names: A name for each row: for each index of the first dimension of what the
+            layers read.
 
     Raises:
-        AdapterStateError: a name is unknown; or ``model`` has no adapters, shows its base, is merged or sharded, or has
-            a layer without rows of its own: experts, trained tokens, attention with ``batch_first=False``.
-        ConfigError: in forward, a layer reads something else than one row for each name, or a norm with running
-            statistics that an adapter trains is in train mode.
+        AdapterStateError: a name is unknown; or ``model`` has no adapters, shows its
+            base, is merged or sharded, or has a layer without rows of its own: experts,
+            trained tokens, attention with ``batch_first=False``.
+        ConfigError: in forward, a layer reads something else than one row for each
+            name, or a norm with running statistics that an adapter trains is in train
+            mode.
 
     Example:
         >>> import torch
@@ -71,7 +83,8 @@ class _Block(ExitStack):
         super().__init__()
         self.model = model
         self.names = names
-        self.running: list[Name] = []  # while a module runs the rows of one name, modules inside it run so too
+        # while a module runs the rows of one name, modules inside it run so too
+        self.running: list[Name] = []
 
     def __enter__(self) -> "_Block":
         """Let each module that differs between the names run in its own way, until the end of the block."""
@@ -86,23 +99,36 @@ class _Block(ExitStack):
         differing = with_values(modules, {*adapters, *values, *in_blocks.values()})
         around = only(modules, {"", *modules_around(differing)})
         for name, module in modules.items():
-            _check_has_rows(view.title, name, module, around, adapters.get(module, {}).values())
+            _check_has_rows(
+                view.title, name, module, around, adapters.get(module, {}).values()
+            )
         mixed = []
         for name, module in differing.items():
             mixed.append(
-                MixedModule(view, name, self.names, self.running, adapters.get(module, {}), values.get(module, {}))
+                MixedModule(
+                    view,
+                    name,
+                    self.names,
+                    self.running,
+                    adapters.get(module, {}),
+                    values.get(module, {}),
+                )
             )
 
         self.enter_context(open_block(differing.values()))
         for module in around.values():
             self._leave_inference_path(module)
         for each in mixed:
-            forward = MethodType(each.forward, each.module)  # bound to it: a copy gets one of the copy
+            # bound to it: a copy gets one of the copy
+            forward = MethodType(each.forward, each.module)
             set_own_attribute(each.module, "forward", forward, self)
         return self
 
     def _move_used_adapters(self, view: View) -> list[AdapterState]:
-        """Move the adapters of the rows to where the model is. Return them, and the active one."""
+        """Move the adapters of the rows to where the model is.
+
+        Return them, and the active one.
+        """
         names = {view.adapter.name, *self.names}
         for state in only(view.record.inactive_adapters, names).values():
             prepare_for_model(view, state)
@@ -118,7 +144,9 @@ class _Block(ExitStack):
 # What differs between the names
 
 
-def _adapters_by_module(view: View, states: Iterable[AdapterState]) -> dict[nn.Module, dict[Name, LayerAdapter]]:
+def _adapters_by_module(
+    view: View, states: Iterable[AdapterState]
+) -> dict[nn.Module, dict[Name, LayerAdapter]]:
     """The adapters of each layer, by their names."""
     adapters: dict[nn.Module, dict[Name, LayerAdapter]] = {}
     for state in states:
@@ -127,8 +155,13 @@ def _adapters_by_module(view: View, states: Iterable[AdapterState]) -> dict[nn.M
     return adapters
 
 
-def _values_besides_adapters(view: View, states: Collection[AdapterState]) -> dict[nn.Module, Values]:
-    """The tensors besides the adapters in which these differ. The key is the module whose forward reads them."""
+def _values_besides_adapters(
+    view: View, states: Collection[AdapterState]
+) -> dict[nn.Module, Values]:
+    """The tensors besides the adapters in which these differ.
+
+    The key is the module whose forward reads them.
+    """
     found: dict[nn.Module, Values] = {}
     for name in dict.fromkeys(chain.from_iterable(state.originals for state in states)):
         here = view.base_tensors[name]  # the active adapter's
@@ -143,13 +176,20 @@ def _values_besides_adapters(view: View, states: Collection[AdapterState]) -> di
     return found
 
 
-def _values_of(view: View, name: str, here: Tensor, states: Iterable[AdapterState]) -> dict[Name, Tensor]:
-    """A tensor of the base for each adapter, and as the base has it. ``here`` is the model's, the active adapter's."""
+def _values_of(
+    view: View, name: str, here: Tensor, states: Iterable[AdapterState]
+) -> dict[Name, Tensor]:
+    """A tensor of the base for each adapter, and as the base has it.
+
+    ``here`` is the model's, the active adapter's.
+    """
     original = view.adapter.originals.get(name, here)
     base = here
     if not original.is_meta and name not in view.record.base.filled:
         base = original.to(here)
-    values: dict[Name, Tensor] = {state.name: state.inactive_tensors.get(name, base) for state in states}
+    values: dict[Name, Tensor] = {
+        state.name: state.inactive_tensors.get(name, base) for state in states
+    }
     values[None] = base
     values[view.adapter.name] = here
     return values
@@ -174,17 +214,34 @@ def _reading_module(view: View, tensor: str) -> str:
 
 
 def _check_has_rows(
-    title: str, name: str, module: nn.Module, around: Collection[str], adapters: Iterable[LayerAdapter]
+    title: str,
+    name: str,
+    module: nn.Module,
+    around: Collection[str],
+    adapters: Iterable[LayerAdapter],
 ) -> None:
-    """Refuse a layer whose batches do not begin with rows. A module in ``around`` holds one that takes part."""
+    """Refuse a layer whose batches do not begin with rows.
+
+    A module in ``around`` holds one that takes part.
+    """
     if any(_is_shared_by_rows(adapter) for adapter in adapters):
-        raise _no_own_rows(title, name, "an adapter of experts, parameters or tokens, which all rows of a batch share")
+        raise _no_own_rows(
+            title,
+            name,
+            "an adapter of experts, parameters or tokens, which all rows of a batch "
+            "share",
+        )
     part = name
     if isinstance(module, nn.MultiheadAttention):
         part = owner_of(name)  # layers beside it read the same batch
-    has_second_rows = isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first
+    has_second_rows = (
+        isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+        and not module.batch_first
+    )
     if has_second_rows and part in around:
-        raise _no_own_rows(title, name, "batch_first=False: its rows are the second dimension")
+        raise _no_own_rows(
+            title, name, "batch_first=False: its rows are the second dimension"
+        )
 
 
 def _is_shared_by_rows(adapter: LayerAdapter) -> bool:
@@ -194,6 +251,6 @@ def _is_shared_by_rows(adapter: LayerAdapter) -> bool:
 def _no_own_rows(title: str, name: str, what: str) -> AdapterStateError:
     """What is said of a layer that has this."""
     return AdapterStateError(
-        f"{name!r} of {title} has {what}. So no row can have its own adapter. Run the rows of each adapter "
-        "in a batch of their own, with set_adapter."
+        f"{name!r} of {title} has {what}. So no row can have its own adapter. Run the "
+        "rows of each adapter in a batch of their own, with set_adapter."
     )

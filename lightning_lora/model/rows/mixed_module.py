@@ -26,7 +26,8 @@ class MixedModule:
     """A module that differs between adapters: the rows of each name run apart.
 
     ``names`` has a name for each row: for ``["de", None, "fr", "de"]``, ``rows`` is
-    ``{"de": [0, 3], None: [1], "fr": [2]}``. ``values`` are the other tensors that the module has with each name.
+    ``{"de": [0, 3], None: [1], "fr": [2]}``. ``values`` are the other tensors that the
+    module has with each name.
     """
 
     def __init__(
@@ -58,13 +59,17 @@ class MixedModule:
         self.trains_statistics = has_running_statistics(self.module) and weight_differs
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the module, in the place of its own forward. A copy of it, or the base alone, runs as always."""
+        """Run the module, in the place of its own forward.
+
+        A copy of it, or the base alone, runs as always.
+        """
         if module is not self.module or self.record.state.shows_base:
             return type(module).forward(module, *args, **kwargs)
         if self.trains_statistics and module.training:
             raise ConfigError(
-                f"{self.module_name!r} trains in an adapter, and in train mode it takes statistics over all rows of a "
-                "batch. Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
+                f"{self.module_name!r} trains in an adapter, and in train mode it "
+                "takes statistics over all rows of a batch. Call model.eval(), or run "
+                "the rows of each adapter in a batch of their own, with set_adapter."
             )
         running = self.runner.running
         if running:  # a module around it runs the rows of one name
@@ -81,29 +86,38 @@ class MixedModule:
     def _run_each(self, args: Any, kwargs: Any) -> Any:
         """Run the rows of each name by themselves, and put the outputs together."""
         n = len(self.names)
-        states_dim = int(isinstance(self.module, nn.RNNBase))  # the rows of states are their second dimension
+        # the rows of states are their second dimension
+        states_dim = int(isinstance(self.module, nn.RNNBase))
         mask = self._shared_mask(args, kwargs)
         outputs = []
         for name, rows in self.rows.items():
-            if name is None:  # on all rows, as the base: with fewer, the bits may differ
+            # on all rows, as the base: with fewer, the bits may differ
+            if name is None:
                 output = self.runner.run_as(None, args, kwargs)
                 outputs.append(take_rows(output, rows, n, states_dim))
             else:
-                some_args, some_kwargs = take_rows((args, kwargs), rows, n, states_dim, mask)
+                some_args, some_kwargs = take_rows(
+                    (args, kwargs), rows, n, states_dim, mask
+                )
                 outputs.append(self.runner.run_as(name, some_args, some_kwargs))
         try:
             return put_together(outputs, list(self.rows.values()), states_dim)
         except NoRowsError as error:
-            about = f"{self.module_name!r} returns a {error} without a row for each name"
+            about = (
+                f"{self.module_name!r} returns a {error} without a row for each name"
+            )
             raise ConfigError(
-                f"{about}, so that those of several adapters cannot be put together. Use set_adapter."
+                f"{about}, so that those of several adapters cannot be put together. "
+                "Use set_adapter."
             ) from None
 
     def _shared_mask(self, args: Any, kwargs: Any) -> Tensor | None:
         """The mask of an attention, which all rows share."""
         if not isinstance(self.module, nn.MultiheadAttention):
             return None
-        mask: Tensor | None = args[_ATTN_MASK] if len(args) > _ATTN_MASK else kwargs.get("attn_mask")
+        mask: Tensor | None = (
+            args[_ATTN_MASK] if len(args) > _ATTN_MASK else kwargs.get("attn_mask")
+        )
         return mask
 
     def _input(self, args: Any, kwargs: Any) -> Tensor:
@@ -113,33 +127,49 @@ class MixedModule:
             return x
         shape = tuple(getattr(x, "shape", ()))
         raise ConfigError(
-            f"{self.module_name!r} reads a {type(x).__name__} of shape {shape}. adapter_names got {len(self.names)} "
-            "names, and needs one for each row (or beam). Otherwise, use set_adapter."
+            f"{self.module_name!r} reads a {type(x).__name__} of shape {shape}. "
+            f"adapter_names got {len(self.names)} names, and needs one for each row "
+            "(or beam). Otherwise, use set_adapter."
         )
 
     def _has_row_for_each_name(self, x: Tensor) -> bool:
         is_bag = isinstance(self.module, nn.EmbeddingBag)  # of indices in one dimension
-        row_dims = int(is_bag or x.is_floating_point())  # one for features, none for an index
+        # one for features, none for an index
+        row_dims = int(is_bag or x.is_floating_point())
         return x.dim() > row_dims and len(x) == len(self.names)
 
 
 class _FactorsOfRows:
-    """A and B for each row. They are stacked in the first forward, and again when an adapter has changed."""
+    """A and B for each row.
 
-    def __init__(self, adapters: Mapping[Name, LayerAdapter], names: Sequence[Name]) -> None:
+    They are stacked in the first forward, and again when an adapter has changed.
+    """
+
+    def __init__(
+        self, adapters: Mapping[Name, LayerAdapter], names: Sequence[Name]
+    ) -> None:
         self.adapters = adapters
         self.names = names
-        self.parameters = list(chain.from_iterable(adapter.parameters.values() for adapter in adapters.values()))
+        self.parameters = list(
+            chain.from_iterable(
+                adapter.parameters.values() for adapter in adapters.values()
+            )
+        )
         self.stacked_from: list[Any] = []
         self.stacked = (torch.empty(0), torch.empty(0))
 
     def now(self) -> Factors:
         """Return them as the adapters are now."""
-        needs_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters)
+        needs_gradients = torch.is_grad_enabled() and any(
+            p.requires_grad for p in self.parameters
+        )
         if needs_gradients or torch.compiler.is_compiling():
             return self._stack()
         # what is stacked in inference mode cannot be used in another one
-        stacked_from = [torch.is_inference_mode_enabled(), *map(_version_of_values, self.parameters)]
+        stacked_from = [
+            torch.is_inference_mode_enabled(),
+            *map(_version_of_values, self.parameters),
+        ]
         if self.stacked_from != stacked_from:
             self.stacked = self._stack()
             self.stacked_from = stacked_from
@@ -149,8 +179,14 @@ class _FactorsOfRows:
         """Stack them, with no rows and columns where there is no adapter."""
         updates: dict[Name, Factors] = {}
         for name, adapter in self.adapters.items():
-            a, b = weight_factors("weight", adapter.matrices, adapter.settings, adapter.parameters.__getitem__)
-            updates[name] = a, b * adapter.settings.scaling  # a linear layer has one scaling for all of its matrices
+            a, b = weight_factors(
+                "weight",
+                adapter.matrices,
+                adapter.settings,
+                adapter.parameters.__getitem__,
+            )
+            # a linear layer has one scaling for all of its matrices
+            updates[name] = a, b * adapter.settings.scaling
         a, b = next(iter(updates.values()))
         no_update = a[:0], b[:, :0]  # of rank zero
         return stacked([updates.get(name, no_update) for name in self.names])

@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_lora.layers import LayerAdapter, LoRALayer, LoRALinear, Step, attributes_of
+from lightning_lora.layers import (
+    LayerAdapter,
+    LoRALayer,
+    LoRALinear,
+    Step,
+    attributes_of,
+)
 from lightning_lora.layers.each_kind.recurrent import LoRARecurrent
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.tensors.inplace import combined
@@ -15,25 +21,39 @@ Values = dict[Name, dict[str, Any]]
 """What a module has with each name, in the place of its own tensors."""
 
 _DERIVED = LoRARecurrent.lora_from_weights
-"""What a module may have made of its weights, to be made anew. Only recurrent layers have some, or these names."""
+"""What a module may have made of its weights, to be made anew.
+
+Only recurrent layers have some, or these names.
+"""
 
 
 class ModuleRunner:
     """Runs a module with the adapter of one name, or as the base.
 
-    ``adapters`` has the adapter of each name that has one here, and ``values`` the other tensors of the module with
-    each name. ``running`` is a stack that all modules of the block share: the names whose rows run now, the innermost
-    last. By it, the modules inside this one run with the same adapter.
+    ``adapters`` has the adapter of each name that has one here, and ``values`` the
+    other tensors of the module with each name. ``running`` is a stack that all modules
+    of the block share: the names whose rows run now, the innermost last. By it, the
+    modules inside this one run with the same adapter.
     """
 
-    def __init__(self, module: Any, adapters: Mapping[Name, LayerAdapter], values: Values, running: list[Name]) -> None:
+    def __init__(
+        self,
+        module: Any,
+        adapters: Mapping[Name, LayerAdapter],
+        values: Values,
+        running: list[Name],
+    ) -> None:
         self.module = module
         self.adapters = adapters
         self.values = values
         self.running = running
-        self.plain_class: Any = module.lora_plain_class if isinstance(module, LoRALayer) else type(module)
+        self.plain_class: Any = (
+            module.lora_plain_class if isinstance(module, LoRALayer) else type(module)
+        )
         self.step = vars(module).get("lora_step", Step())
-        self.has_dropout = any(adapter.settings.dropout > 0 for adapter in adapters.values())
+        self.has_dropout = any(
+            adapter.settings.dropout > 0 for adapter in adapters.values()
+        )
         self.is_additive = self._is_additive()
 
     def run_as(self, name: Name, args: Any, kwargs: Any) -> Any:
@@ -43,10 +63,17 @@ class ModuleRunner:
         adapter = self.adapters.get(name)
         if adapter is not None:
             cls = self._adapted_class(adapter)
-            attributes = {**attributes_of(adapter), "lora_step": self.step, **adapter.parameters, **attributes}
+            attributes = {
+                **attributes_of(adapter),
+                "lora_step": self.step,
+                **adapter.parameters,
+                **attributes,
+            }
         self.running.append(name)
         try:
-            return functional_call(self.module, cls, attributes, _DERIVED, *args, **kwargs)
+            return functional_call(
+                self.module, cls, attributes, _DERIVED, *args, **kwargs
+            )
         finally:
             self.running.pop()
 
@@ -69,4 +96,8 @@ class ModuleRunner:
 
     def _adds_to_output(self, adapter: LayerAdapter) -> bool:
         cls = self._adapted_class(adapter)
-        return issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
+        return (
+            issubclass(cls, LoRALinear)
+            and cls._lora_is_additive
+            and not adapter.settings.use_dora
+        )

@@ -18,16 +18,20 @@ from lightning_lora.tensors.dicts import only, where, where_not, with_values
 from lightning_lora.tensors.names import modules_around, names_not_in, names_outside
 
 
-def find_still_networks(view: View, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter]) -> StillNetworks:
+def find_still_networks(
+    view: View, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter]
+) -> StillNetworks:
     """Return which networks get no adapter, and which follow another one.
 
-    Layers that the user names always get an adapter, and one that has learned is kept. So networks are looked for only
-    where a word such as ``"all-linear"`` has chosen the layers.
+    Layers that the user names always get an adapter, and one that has learned is kept.
+    So networks are looked for only where a word such as ``"all-linear"`` has chosen the
+    layers.
 
     Args:
         view: The model, adapted or not.
         kinds: The adapter class of each layer that is targeted.
-        still_parameters: Parameters of the base that stand still: frozen, or in no optimizer.
+        still_parameters: Parameters of the base that stand still: frozen, or in no
+            optimizer.
     """
     if view.config.target_modules not in AUTOMATIC:
         return known_still_networks(view, kinds, still_parameters)
@@ -37,29 +41,51 @@ def find_still_networks(view: View, kinds: Mapping[str, type], still_parameters:
     return known.with_bare_layers(kinds.keys())
 
 
-def known_still_networks(view: View, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter]) -> StillNetworks:
-    """Return which networks get no adapter as before, and which are exact copies. No other is looked for."""
-    return _known_networks(view, kinds, still_parameters, copies_may_be_smaller=False).with_bare_layers(kinds.keys())
+def known_still_networks(
+    view: View, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter]
+) -> StillNetworks:
+    """Return which networks get no adapter as before, and which are exact copies.
+
+    No other is looked for.
+    """
+    return _known_networks(
+        view, kinds, still_parameters, copies_may_be_smaller=False
+    ).with_bare_layers(kinds.keys())
 
 
 def _known_networks(
-    view: View, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter], *, copies_may_be_smaller: bool
+    view: View,
+    kinds: Mapping[str, type],
+    still_parameters: Set[nn.Parameter],
+    *,
+    copies_may_be_smaller: bool,
 ) -> StillNetworks:
-    """Those of before that still stand still, and all copies. A smaller copy lacks some of its original's weights."""
+    """Those of before that still stand still, and all copies.
+
+    A smaller copy lacks some of its original's weights.
+    """
     before = view.adapter.networks if view.is_on_layers else StillNetworks()
     copies = _copies_as_before(view, before)  # if none of them trains now
     copies |= find_copies(
-        view.modules, view.base_parameters, kinds.keys(), still_parameters, may_lack=copies_may_be_smaller
+        view.modules,
+        view.base_parameters,
+        kinds.keys(),
+        still_parameters,
+        may_lack=copies_may_be_smaller,
     )
     return StillNetworks(beside_training=_still_as_before(view, before), copies=copies)
 
 
 def _with_networks_found(
-    view: View, known: StillNetworks, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter]
+    view: View,
+    known: StillNetworks,
+    kinds: Mapping[str, type],
+    still_parameters: Set[nn.Parameter],
 ) -> StillNetworks:
     """The known networks, and those that are found in the layers outside them."""
 
-    def find_new_modules() -> tuple[str, ...]:  # reads weights: it is called only if it is needed
+    # reads weights: it is called only if it is needed
+    def find_new_modules() -> tuple[str, ...]:
         return find_untrained(view).new_modules
 
     layers = names_outside(_whole_layers(kinds), known.beside_training)
@@ -72,7 +98,9 @@ def _with_networks_found(
         copies=known.copies,
         find_untrained=find_new_modules,
     )
-    return replace(found, beside_training=(*known.beside_training, *found.beside_training))
+    return replace(
+        found, beside_training=(*known.beside_training, *found.beside_training)
+    )
 
 
 def _copies_as_before(view: View, before: StillNetworks) -> dict[str, str]:
@@ -131,6 +159,7 @@ def parameters_frozen_by_user(view: View) -> set[nn.Parameter]:
 def about_networks_left_out(networks: Collection[str], title: str) -> str:
     """Return what is said of networks that get no adapters."""
     return (
-        f"No adapter for {listed(networks)} of {title}: it is frozen, or in no optimizer, and other networks train "
-        "beside it. So it stays as it is. To adapt it too, let it train, or name its layers in target_modules."
+        f"No adapter for {listed(networks)} of {title}: it is frozen, or in no "
+        "optimizer, and other networks train beside it. So it stays as it is. To adapt "
+        "it too, let it train, or name its layers in target_modules."
     )

@@ -1,11 +1,15 @@
 """Copies of networks, which other code moves after their originals: their adapters follow those of the originals.
 
-A momentum network is one: its weights are an average of the original's. There are three moments:
+A momentum network is one: its weights are an average of the original's. There are three
+moments:
 
-- Adapters come, or the optimizers become known: the copies that are noted follow (:func:`follow_originals`).
-- A training begins: other code may have copied a network with its adapters since (:func:`follow_new_copies`).
-- A first step is over: a network without a gradient may be such a copy, or may train later, as an expert. This cannot
-  be known, so it does not follow, but begins with the same adapter (:func:`begin_as_originals`).
+- Adapters come, or the optimizers become known: the copies that are noted follow
+  (:func:`follow_originals`).
+- A training begins: other code may have copied a network with its adapters since
+  (:func:`follow_new_copies`).
+- A first step is over: a network without a gradient may be such a copy, or may train
+  later, as an expert. This cannot be known, so it does not follow, but begins with the
+  same adapter (:func:`begin_as_originals`).
 """
 
 from collections.abc import Mapping, Set
@@ -22,14 +26,18 @@ from lightning_lora.tensors.names import modules_around, owner_of
 
 
 def follow_originals(view: View) -> None:
-    """Let the adapters of copies follow those of their originals. Before they train, both have the same values."""
+    """Let the adapters of copies follow those of their originals.
+
+    Before they train, both have the same values.
+    """
     originals = _original_layers(view, view.adapter.networks)
     for name, original in originals.items():
         view.layers[name].lora_follow(original)
     if view.adapter.may_have_learned:
         return
     for layer in without(view.layers, originals).values():
-        if not layer.lora_settings.trains and layer.lora_is_fresh():  # one that has learned may be paused
+        # one that has learned may be paused
+        if not layer.lora_settings.trains and layer.lora_is_fresh():
             layer.lora_train_again()
 
 
@@ -44,7 +52,8 @@ def follow_new_copies(view: View, new_layers: Set[str]) -> None:
 def begin_as_originals(view: View, copies: Mapping[str, str], layers: Set[str]) -> None:
     """Give these layers of copies the values of their originals' adapters, while neither has learned.
 
-    Then other code moves a copy's adapter with its weights, and a copy that trains later may.
+    Then other code moves a copy's adapter with its weights, and a copy that trains
+    later may.
     """
     originals = _original_layers(view, StillNetworks(copies=copies))
     for name, layer in only(view.layers, layers & originals.keys()).items():
@@ -60,7 +69,9 @@ def copies_among(view: View, layers: Set[str]) -> dict[str, str]:
     for name, parameter in view.base_parameters.items():
         if owner_of(name) not in around_others:
             still_parameters.add(parameter)
-    return find_copies(view.modules, view.base_parameters, view.layers.keys(), still_parameters)
+    return find_copies(
+        view.modules, view.base_parameters, view.layers.keys(), still_parameters
+    )
 
 
 def _original_layers(view: View, networks: StillNetworks) -> dict[str, LoRALayer]:

@@ -18,14 +18,19 @@ from lightning_lora.model.view import View
 from lightning_lora.moments import Guards
 from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.tensors.dicts import without
-from lightning_lora.tensors.names import modules_around, names_inside, names_not_in, names_outside
+from lightning_lora.tensors.names import (
+    modules_around,
+    names_inside,
+    names_not_in,
+    names_outside,
+)
 
 
 def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     """Remove the adapters of networks that stand still.
 
-    These are frozen, or in no optimizer (``unheld``). An adapter there that has learned is paused, and stays. Return
-    the layers of those that are paused.
+    These are frozen, or in no optimizer (``unheld``). An adapter there that has learned
+    is paused, and stays. Return the layers of those that are paused.
     """
     still_parameters = unheld | parameters_frozen_by_user(view)
     found = find_still_networks(view, _kinds_that_train(view), still_parameters)
@@ -54,8 +59,13 @@ def _kinds_that_train(view: View) -> dict[str, type]:
     return kinds
 
 
-def _copies_that_stand_still(view: View, found: StillNetworks, still_parameters: Set[nn.Parameter]) -> dict[str, str]:
-    """The copies in which nothing trains by itself. One that an optimizer trains now is a copy no more."""
+def _copies_that_stand_still(
+    view: View, found: StillNetworks, still_parameters: Set[nn.Parameter]
+) -> dict[str, str]:
+    """The copies in which nothing trains by itself.
+
+    One that an optimizer trains now is a copy no more.
+    """
     trained_before = view.record.base.trained_before
     training = []
     for name, parameter in view.base_parameters.items():
@@ -64,8 +74,13 @@ def _copies_that_stand_still(view: View, found: StillNetworks, still_parameters:
     return without(found.copies, modules_around(training))
 
 
-def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, str]) -> list[str]:
-    """Pause adapters that have learned, if no optimizer holds them or their weights. Return their layers."""
+def _pause_layers(
+    view: View, unheld: Set[nn.Parameter], copies: Mapping[str, str]
+) -> list[str]:
+    """Pause adapters that have learned, if no optimizer holds them or their weights.
+
+    Return their layers.
+    """
     may_be_unheld = {*view.adapter.networks.under_head, *copies}
     paused = []
     for name in names_outside(view.layers, may_be_unheld):
@@ -76,7 +91,9 @@ def _pause_layers(view: View, unheld: Set[nn.Parameter], copies: Mapping[str, st
     return paused
 
 
-def _resume_layers(view: View, paused: Collection[str], copies: Mapping[str, str]) -> None:
+def _resume_layers(
+    view: View, paused: Collection[str], copies: Mapping[str, str]
+) -> None:
     """Let adapters train again that were paused in an earlier fit, or followed a network that is no copy now."""
     standing_still = {*paused, *names_inside(view.layers, copies)}
     for layer in without(view.layers, standing_still).values():
@@ -91,11 +108,18 @@ def _say_and_forget_frozen(view: View, paused: list[str]) -> None:
     base.forget_frozen_since()
 
 
-def _note_networks(view: View, under_head: Collection[str], copies: Mapping[str, str]) -> None:
-    """Note the networks that keep adapters. All copies were looked for again; networks under a head are added."""
+def _note_networks(
+    view: View, under_head: Collection[str], copies: Mapping[str, str]
+) -> None:
+    """Note the networks that keep adapters.
+
+    All copies were looked for again; networks under a head are added.
+    """
     before = view.adapter.networks
     all_under_head = dict.fromkeys((*before.under_head, *under_head))
-    view.adapter.networks = replace(before, under_head=tuple(all_under_head), copies=copies)
+    view.adapter.networks = replace(
+        before, under_head=tuple(all_under_head), copies=copies
+    )
 
 
 def strip_adapters(view: View, networks: Collection[str]) -> None:
@@ -105,7 +129,11 @@ def strip_adapters(view: View, networks: Collection[str]) -> None:
     """
     before = view.adapter.networks
     under_head = tuple(names_not_in(before.under_head, networks))
-    now = replace(before, beside_training=(*before.beside_training, *networks), under_head=under_head)
+    now = replace(
+        before,
+        beside_training=(*before.beside_training, *networks),
+        under_head=under_head,
+    )
     now = now.with_bare_layers(view.layers.keys())
     to_strip = names_inside(view.layers, now.without_adapters)
     if not to_strip:

@@ -1,9 +1,11 @@
 """Layers that look untrained, as a new head: what they hold is not pretrained, and files must hold it too.
 
-- untrained: all its values look drawn from one uniform or normal distribution, as torch and others initialise layers.
+- untrained: all its values look drawn from one uniform or normal distribution, as torch
+  and others initialise layers.
 - unsure: it looks so, but it has too few values to tell.
 - blank: all values of a norm are one or zero, which says nothing.
-- random weights: frozen ones that may be untrained. Files hold them, because another process draws others.
+- random weights: frozen ones that may be untrained. Files hold them, because another
+  process draws others.
 
 Not every initialisation is known: a layer counts as untrained only if that is clear.
 """

@@ -29,7 +29,10 @@ class Untrained:
     """The modules that would stay random, as ``modules_to_save`` would name them."""
 
     share: float
-    """The share of the values that look untrained, of all layers that were judged. NaN if there are none."""
+    """The share of the values that look untrained, of all layers that were judged.
+
+    NaN if there are none.
+    """
 
     unsure: tuple[str, ...] = ()
     """Linear layers that look untrained, with too few values to tell."""
@@ -41,7 +44,10 @@ class Untrained:
 
     @property
     def is_mostly_untrained(self) -> bool:
-        """Whether most of the model looks untrained, as one that is trained from its start. Not if none was judged."""
+        """Whether most of the model looks untrained, as one that is trained from its start.
+
+        Not if none was judged.
+        """
         return self.share > MOST_SHARE
 
     @property
@@ -64,32 +70,57 @@ def find_untrained(view: View) -> Untrained:
 
     # trained embeddings may look untrained: they change slowly
     embeddings = where(only(view.modules, untrained), is_embedding)
-    modules = as_modules(view, _not_frozen_by_user(view, without(untrained, embeddings)))
+    modules = as_modules(
+        view, _not_frozen_by_user(view, without(untrained, embeddings))
+    )
     small_linear = only(small, of_type(view.modules, nn.Linear))
     unsure = _those_that_look_untrained(view, _not_frozen_by_user(view, small_linear))
-    return Untrained(tuple(modules), _share(view, untrained, judged), tuple(names_outside(unsure, modules)))
+    return Untrained(
+        tuple(modules),
+        _share(view, untrained, judged),
+        tuple(names_outside(unsure, modules)),
+    )
 
 
-def _share(view: View, untrained: Mapping[str, Weights], judged: Mapping[str, Weights]) -> float:
-    """The share of the values that look untrained. Layers that train count only if they look trained."""
+def _share(
+    view: View, untrained: Mapping[str, Weights], judged: Mapping[str, Weights]
+) -> float:
+    """The share of the values that look untrained.
+
+    Layers that train count only if they look trained.
+    """
     values = _number_of_values(judged) + _number_of_values(_pretrained_that_train(view))
     return _number_of_values(untrained) / values if values else math.nan
 
 
 def _pretrained_that_train(view: View) -> dict[str, Weights]:
     """The layers that train in full and look trained: with these, the model is not untrained as a whole."""
-    layers = where_not(layers_to_judge(view, except_for=view.frozen_base.values()), has_few_values)
+    layers = where_not(
+        layers_to_judge(view, except_for=view.frozen_base.values()), has_few_values
+    )
     return without(layers, _those_that_look_untrained(view, layers))
 
 
-def _those_that_look_untrained(view: View, layers: Mapping[str, Weights]) -> dict[str, Weights]:
-    return {name: weights for name, weights in layers.items() if looks_untrained(view, name, weights)}
+def _those_that_look_untrained(
+    view: View, layers: Mapping[str, Weights]
+) -> dict[str, Weights]:
+    return {
+        name: weights
+        for name, weights in layers.items()
+        if looks_untrained(view, name, weights)
+    }
 
 
-def _not_frozen_by_user(view: View, layers: Mapping[str, Weights]) -> dict[str, Weights]:
+def _not_frozen_by_user(
+    view: View, layers: Mapping[str, Weights]
+) -> dict[str, Weights]:
     """These layers without those that are random on purpose."""
     frozen = view.frozen_by_user
-    return {name: weights for name, weights in layers.items() if frozen.isdisjoint(names_joined(name, weights))}
+    return {
+        name: weights
+        for name, weights in layers.items()
+        if frozen.isdisjoint(names_joined(name, weights))
+    }
 
 
 def _number_of_values(layers: Mapping[str, Weights]) -> int:

@@ -17,8 +17,13 @@ Weights = dict[str, nn.Parameter]
 FEWEST = 256  # with fewer values than this, a trained weight may look drawn by chance
 
 
-def layers_to_judge(view: View, except_for: Iterable[nn.Parameter]) -> dict[str, Weights]:
-    """The weights of each layer that can be judged, by name. A shared weight belongs to its first layer."""
+def layers_to_judge(
+    view: View, except_for: Iterable[nn.Parameter]
+) -> dict[str, Weights]:
+    """The weights of each layer that can be judged, by name.
+
+    A shared weight belongs to its first layer.
+    """
     seen = {*view.adapter_parameters.values(), *except_for}
     layers: dict[str, Weights] = {}
     for name, module in without(view.modules, [""]).items():
@@ -60,17 +65,29 @@ def has_few_values(weights: Weights) -> bool:
 def looks_untrained(view: View, name: str, weights: Weights) -> bool:
     """Whether all weights of a layer look as torch, torchvision or transformers initialise them."""
     has_bias = _has_bias(view.modules[name])
-    return all(_looks_initialised(view, name, weight, has_bias=has_bias) for weight in weights.values())
+    return all(
+        _looks_initialised(view, name, weight, has_bias=has_bias)
+        for weight in weights.values()
+    )
 
 
 def _has_bias(layer: nn.Module) -> bool:
     """Whether a layer has a bias other than zero."""
-    biases = [parameter for leaf, parameter in direct_parameters({"": layer}).items() if is_bias(leaf)]
+    biases = [
+        parameter
+        for leaf, parameter in direct_parameters({"": layer}).items()
+        if is_bias(leaf)
+    ]
     return any(to_local(bias).any() for bias in biases)
 
 
-def _looks_initialised(view: View, name: str, weight: nn.Parameter, *, has_bias: bool) -> bool:
-    """Whether one weight of a layer looks untrained. Only uniform initialisations leave a bias other than zero."""
+def _looks_initialised(
+    view: View, name: str, weight: nn.Parameter, *, has_bias: bool
+) -> bool:
+    """Whether one weight of a layer looks untrained.
+
+    Only uniform initialisations leave a bias other than zero.
+    """
     layer = view.modules[name]
     values = to_local(weight)
     block = block_of(values)
@@ -80,13 +97,20 @@ def _looks_initialised(view: View, name: str, weight: nn.Parameter, *, has_bias:
         return True
     if has_bias:
         return False
-    return any(is_normal(block, deviation) for deviation in _deviations(view, name, weight))
+    return any(
+        is_normal(block, deviation) for deviation in _deviations(view, name, weight)
+    )
 
 
 def _bounds(layer: nn.Module, weight: nn.Parameter) -> set[float]:
     """The bounds of uniform initialisations: torch's own, Xavier's, Kaiming's for ReLU, and torchvision's."""
     fan_in, fan_out = _fans(weight)
-    bounds = {fan_in**-0.5, (6 / (fan_in + fan_out)) ** 0.5, (6 / fan_in) ** 0.5, weight.shape[0] ** -0.5}
+    bounds = {
+        fan_in**-0.5,
+        (6 / (fan_in + fan_out)) ** 0.5,
+        (6 / fan_in) ** 0.5,
+        weight.shape[0] ** -0.5,
+    }
     if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
         bounds.add(float(layer.hidden_size) ** -0.5)
     return bounds
@@ -102,7 +126,8 @@ def _deviations(view: View, name: str, weight: nn.Parameter) -> tuple[float, ...
             return (deviation,)
     if is_embedding(view.modules[name]):
         return 1.0, 0.02
-    kaiming = [math.sqrt(2 / fan) for fan in _fans(weight)]  # of torchvision's convolutions
+    # of torchvision's convolutions
+    kaiming = [math.sqrt(2 / fan) for fan in _fans(weight)]
     return 0.02, 0.01, *kaiming
 
 

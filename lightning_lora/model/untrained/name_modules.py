@@ -15,8 +15,8 @@ from lightning_lora.tensors.shards import to_local
 def as_modules(view: View, untrained: Mapping[str, Weights]) -> list[str]:
     """The largest modules in which nothing looks trained: ``head``, in place of ``head.0`` and ``head.2``.
 
-    Blank norms and small layers say nothing, so they may lie in such a module. A blank norm beside an untrained layer
-    is named with it.
+    Blank norms and small layers say nothing, so they may lie in such a module. A blank
+    norm beside an untrained layer is named with it.
     """
     if not untrained:
         return []
@@ -33,9 +33,16 @@ def as_modules(view: View, untrained: Mapping[str, Weights]) -> list[str]:
     return list(dict.fromkeys(modules))
 
 
-def _blank_norms(view: View, parameters: Mapping[str, list[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
-    """The modules whose parameters are all blank, and do not train. Not the model, which nobody can name."""
-    frozen = where(without(parameters, [""]), set(view.trainable_base.values()).isdisjoint)
+def _blank_norms(
+    view: View, parameters: Mapping[str, list[nn.Parameter]]
+) -> dict[str, list[nn.Parameter]]:
+    """The modules whose parameters are all blank, and do not train.
+
+    Not the model, which nobody can name.
+    """
+    frozen = where(
+        without(parameters, [""]), set(view.trainable_base.values()).isdisjoint
+    )
     return where(frozen, _are_blank)
 
 

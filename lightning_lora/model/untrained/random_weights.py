@@ -15,7 +15,8 @@ from lightning_lora.tensors.shards import true_anywhere
 def random_weights(view: View) -> tuple[str, ...]:
     """Return what files hold because it is not pretrained: frozen weights that may be new, and filled buffers.
 
-    They are looked for once, when a fit or a file needs them. Collective: processes agree on them.
+    They are looked for once, when a fit or a file needs them. Collective: processes
+    agree on them.
     """
     if view.adapter.random_weights is None:
         note_random_weights(view, find_untrained(view))
@@ -38,8 +39,8 @@ def note_random_weights(view: View, found: Untrained) -> None:
 def _random_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:
     """The frozen weights that may be new.
 
-    Collective: processes that hold other shards may find others, and all count. If most of a model looks untrained,
-    none is noted: its base is not random by accident.
+    Collective: processes that hold other shards may find others, and all count. If most
+    of a model looks untrained, none is noted: its base is not random by accident.
     """
     modules = set(found.new_modules)
     if found.is_mostly_trained:

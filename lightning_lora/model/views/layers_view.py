@@ -11,7 +11,12 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import AdaptedMatrix, LayerAdapter, LoRALayer, weights_of
 from lightning_lora.model.records import find_record, records_in
 from lightning_lora.tensors.dicts import of_type
-from lightning_lora.tensors.names import first_names, modules_by_all_names, names_joined, plain_module
+from lightning_lora.tensors.names import (
+    first_names,
+    modules_by_all_names,
+    names_joined,
+    plain_module,
+)
 
 
 class LayersView:
@@ -23,7 +28,10 @@ class LayersView:
         self._config_asked_for = config
 
     def look_again(self) -> None:
-        """Forget what was seen of the layers and the parameters. The modules are the same objects."""
+        """Forget what was seen of the layers and the parameters.
+
+        The modules are the same objects.
+        """
         for each in type(self).__mro__:
             for name, value in vars(each).items():
                 if isinstance(value, cached_property):
@@ -52,7 +60,8 @@ class LayersView:
     def config(self) -> LoRAConfig:
         """The configuration that is asked for now, before the record has it.
 
-        If none is asked for: that of the adapters at hand, which leaves out the networks without adapters too.
+        If none is asked for: that of the adapters at hand, which leaves out the
+        networks without adapters too.
         """
         if self._config_asked_for is not None:
             return self._config_asked_for
@@ -89,14 +98,20 @@ class LayersView:
 
     @cached_property
     def active_layer_adapters(self) -> dict[str, LayerAdapter]:
-        """The active adapter of each layer, merged or not. They share its parameters."""
+        """The active adapter of each layer, merged or not.
+
+        They share its parameters.
+        """
         if self.is_merged:
             return self.record.merged_layer_adapters
         return {name: layer.lora_adapter() for name, layer in self.layers.items()}
 
     @cached_property
     def recorded(self) -> set[str]:
-        """The layers that a record knows of. Others were copied with their adapters by other code, or just came."""
+        """The layers that a record knows of.
+
+        Others were copied with their adapters by other code, or just came.
+        """
         recorded = set[str]()
         for prefix, record in records_in(self.modules).items():
             recorded.update(names_joined(prefix, record.adapter.layers))
@@ -127,4 +142,6 @@ class LayersView:
     def saved(self) -> list[nn.Module]:
         """The modules in ``modules_to_save``."""
         config = self.config
-        return [module for name, module in self.modules.items() if config.is_saved(name)]
+        return [
+            module for name, module in self.modules.items() if config.is_saved(name)
+        ]

@@ -10,7 +10,12 @@ from lightning_lora.layers import quantised_entries
 from lightning_lora.model.views.layers_view import LayersView
 from lightning_lora.private import NOT_STORED
 from lightning_lora.tensors.dicts import prefixed
-from lightning_lora.tensors.names import direct_parameters, join, names_joined, own_parameter
+from lightning_lora.tensors.names import (
+    direct_parameters,
+    join,
+    names_joined,
+    own_parameter,
+)
 from lightning_lora.tensors.shards import is_dtensor
 
 
@@ -20,7 +25,9 @@ class MergedWeight(NamedTuple):
     layer: str
     weight: str  # its name in the layer
     parameter: nn.Parameter  # with the update
-    base_value: Tensor  # the base's values: if the weight was tied, the parameter that the other layer still has
+    # the base's values: if the weight was tied, the parameter that the other layer
+    # still has
+    base_value: Tensor
 
     @property
     def name(self) -> str:
@@ -44,10 +51,13 @@ class TensorsView(LayersView):
     In a merged model, their names mean:
 
     - ``parameters``, ``buffers``, ``tensors``: all that the model has now.
-    - ``base_parameters``, ``base_tensors``: those of them that are no adapter's. A merged weight is one of them, and
-      has its update; one that was tied is shown as the base's own.
-    - ``adapter_parameters``: those of the adapters, on their layers or kept by the record.
-    - ``merged_weights``: the weights with an update, each with the values that the base has there.
+    - ``base_parameters``, ``base_tensors``: those of them that are no adapter's. A
+      merged weight is one of them, and has its update; one that was tied is shown as
+      the base's own.
+    - ``adapter_parameters``: those of the adapters, on their layers or kept by the
+      record.
+    - ``merged_weights``: the weights with an update, each with the values that the base
+      has there.
     """
 
     @cached_property
@@ -71,7 +81,9 @@ class TensorsView(LayersView):
         found = []
         record = self.record
         for layer, adapter in record.merged_layer_adapters.items():
-            for weight, base in record.base.after_merge.bases_of(layer, adapter.weights).items():
+            for weight, base in record.base.after_merge.bases_of(
+                layer, adapter.weights
+            ).items():
                 shown = own_parameter(self.modules[layer], weight)
                 found.append(MergedWeight(layer, weight, shown, base))
         return found
@@ -79,7 +91,11 @@ class TensorsView(LayersView):
     @cached_property
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The base's own parameters: of a tied weight that was merged, the one that the other layer still has."""
-        tied = {merged.parameter: merged.base_value for merged in self.merged_weights if was_tied(merged.base_value)}
+        tied = {
+            merged.parameter: merged.base_value
+            for merged in self.merged_weights
+            if was_tied(merged.base_value)
+        }
         adapters = set(self.adapter_parameters.values())
         base = dict[str, nn.Parameter]()
         for name, parameter in self.parameters.items():
@@ -130,6 +146,9 @@ class TensorsView(LayersView):
         return {self.base_parameters[name] for name in names}
 
     def size_of(self, names: Iterable[str]) -> int:
-        """Return the number of values of these parameters of the base. Tied ones count once."""
+        """Return the number of values of these parameters of the base.
+
+        Tied ones count once.
+        """
         parameters = {self.base_parameters[name] for name in names}
         return sum(p.numel() for p in parameters)

@@ -1,4 +1,7 @@
-"""Read what a file holds, of this package or of another library. No code in it is run."""
+"""Read what a file holds, of this package or of another library.
+
+No code in it is run.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -13,7 +16,13 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.beside_adapters import reduce_to_adapters
 from lightning_lora.storage.formats.format import HEADER
-from lightning_lora.storage.on_disk import archives, places, plain_pickles, read_errors, safetensors_bytes
+from lightning_lora.storage.on_disk import (
+    archives,
+    places,
+    plain_pickles,
+    read_errors,
+    safetensors_bytes,
+)
 from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.dicts import of_type, only, where_not
 from lightning_lora.tensors.values import is_computable
@@ -27,8 +36,9 @@ def read_contents(path: str | Path | IO[bytes]) -> Any:
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
     """Return the contents of a checkpoint, hyperparameters and all."""
     remedy = (
-        "If you trust it, pass weights_only=False to load_from_checkpoint. If not, build the model yourself, and call "
-        "load_adapter(model, path): it reads only the adapters."
+        "If you trust it, pass weights_only=False to load_from_checkpoint. If not, "
+        "build the model yourself, and call load_adapter(model, path): it reads only "
+        "the adapters."
     )
     load = partial(torch.load, map_location="cpu", weights_only=weights_only)
     return _read_with(path, load, remedy=remedy)
@@ -42,8 +52,9 @@ def check_computable(contents: Mapping[Any, Any], path: object) -> None:
         odd += where_not(tensors, _has_usable_values)
     if odd:
         raise AdapterFileError(
-            f"{path} holds {listed(map(str, odd))}, with which nothing can be computed: they are sparse, of 8 bits, or "
-            "have no values. Write the file again with the values of .to_dense() or .float()."
+            f"{path} holds {listed(map(str, odd))}, with which nothing can be "
+            "computed: they are sparse, of 8 bits, or have no values. Write the file "
+            "again with the values of .to_dense() or .float()."
         )
 
 
@@ -52,23 +63,30 @@ def _has_usable_values(tensor: Tensor) -> bool:
     return is_computable(tensor) and not tensor.is_quantized and not tensor.is_meta
 
 
-def _read_with(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
+def _read_with(
+    path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = ""
+) -> Any:
     """The contents of a file. An archive of torch is read by ``load``."""
     if not places.is_open_file(path):
         places.check_path(path)
     with read_errors.reading(path, remedy), places.on_this_machine(path) as local:
         archives.check_is_file(local, path)
-        with places.opened(local) as file:  # once: another process may replace it at any time
+        # once: another process may replace it at any time
+        with places.opened(local) as file:
             kind = archives.kind_of(file)
             if kind is archives.Kind.SAFETENSORS:
                 return _read_tensors(file.read())
             archives.check_new_format(kind, path)
             if kind is archives.Kind.OTHER:
                 found = archives.what_it_is(file)
-                raise AdapterFileError(f"{path} is no archive of torch, and no file of safetensors: {found}")
+                raise AdapterFileError(
+                    f"{path} is no archive of torch, and no file of safetensors: "
+                    f"{found}"
+                )
             archives.check_archive(file, path)
             contents = load(file)
-            reduce_to_adapters(contents)  # a merged model, or a base that a hook saw, may lie beside them
+            # a merged model, or a base that a hook saw, may lie beside them
+            reduce_to_adapters(contents)
             return contents
 
 
@@ -77,19 +95,22 @@ def _load_adapters(path: object, file: Any) -> Any:
     contents = plain_pickles.load_plain(file)
     if not isinstance(contents, dict):
         return contents
-    of_adapters = only(contents, ("state_dict", KEY, "model"))  # "model": where others' training loops save a state
+    # "model": where others' training loops save a state
+    of_adapters = only(contents, ("state_dict", KEY, "model"))
     unread = plain_pickles.unread_in(of_adapters)
     if unread:
         raise AdapterFileError(
-            f"{path} holds {listed(unread)} among its adapters, which must be plain tensors. Pass a file that "
-            "save_adapter or a Trainer with LoRACallback wrote."
+            f"{path} holds {listed(unread)} among its adapters, which must be plain "
+            "tensors. Pass a file that save_adapter or a Trainer with LoRACallback "
+            "wrote."
         )
     return contents
 
 
 def _read_tensors(contents: bytes) -> dict[str, Any]:
     """The tensors of a safetensors file, and what its header says."""
-    tensors = dict(sorted(load_tensors(contents).items()))  # the library gives them in another order each time
+    # the library gives them in another order each time
+    tensors = dict(sorted(load_tensors(contents).items()))
     header = safetensors_bytes.header_in(contents).get(HEADER, {})
     description = json.loads(header.get(KEY, "null"))
     if description is None:

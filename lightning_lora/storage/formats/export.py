@@ -14,15 +14,20 @@ from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.stored_modules import UNKNOWN, StoredModule
 from lightning_lora.storage.whole_names import expression_of, list_or_expression
 from lightning_lora.tensors.dicts import only, where, without
-from lightning_lora.tensors.names import modules_around, modules_by_all_names, names_not_in
+from lightning_lora.tensors.names import (
+    modules_around,
+    modules_by_all_names,
+    names_not_in,
+)
 
 
 @dataclass(frozen=True)
 class Export:
     """Adapters for a reader, which is the program that opens the files.
 
-    This class has them from a file, :class:`ModelExport` from a model. The reader has the module ``stored.root`` of the
-    trained model, or all of it (an empty root), and names modules from there. What is known of modules:
+    This class has them from a file, :class:`ModelExport` from a model. The reader has
+    the module ``stored.root`` of the trained model, or all of it (an empty root), and
+    names modules from there. What is known of modules:
 
     by names            of what they are    here
     ------------------  ------------------  --------------------------------------------------
@@ -32,7 +37,8 @@ class Export:
     """
 
     stored: StoredAdapters
-    base_name: str | None = field(default=None, kw_only=True)  # from which the reader loads its model; None: as stored
+    # from which the reader loads its model; None: as stored
+    base_name: str | None = field(default=None, kw_only=True)
 
     def name_for_reader(self, name: str) -> str:
         """Return the reader's name: without the prefix of the root."""
@@ -50,12 +56,18 @@ class Export:
 
     @property
     def inner(self) -> nn.Module | None:
-        """The module that the reader has, with all others in it. None: a file is exported."""
+        """The module that the reader has, with all others in it.
+
+        None: a file is exported.
+        """
         return self.modules_for_reader.get("")
 
     @cached_property
     def stored_modules(self) -> dict[str, StoredModule]:
-        """What files say of modules, by the reader's names. Empty: 0.2.0 wrote the file."""
+        """What files say of modules, by the reader's names.
+
+        Empty: 0.2.0 wrote the file.
+        """
         return by_names_inside(self.stored.root, self.stored.modules)
 
     @property
@@ -69,7 +81,8 @@ class Export:
     def as_targets(self, names: list[str]) -> list[str] | str:
         """Return the ``target_modules`` that mean exactly these modules.
 
-        The names are the reader's. They are a list if no other name ends so, otherwise an expression.
+        The names are the reader's. They are a list if no other name ends so, otherwise
+        an expression.
         """
         if names and not self.stored_modules:
             return expression_of(names)
@@ -82,14 +95,18 @@ class Export:
 
     @cached_property
     def saved_tensors(self) -> dict[str, Tensor]:
-        """All tensors of ``modules_to_save``, unchanged ones too. An error, if a file lacks some."""
+        """All tensors of ``modules_to_save``, unchanged ones too.
+
+        An error, if a file lacks some.
+        """
         known = self.known_tensors
         names = list(chain.from_iterable(self.stored.saved.values()))
         missing = names_not_in(names, known)
         if missing:
             raise ExportError(
-                f"{self.stored.source} does not hold {listed(missing)}, which have the base's values, and PEFT's "
-                "format needs all of a module in modules_to_save. Load the file onto its model, and export the model."
+                f"{self.stored.source} does not hold {listed(missing)}, which have the "
+                "base's values, and PEFT's format needs all of a module in "
+                "modules_to_save. Load the file onto its model, and export the model."
             )
         return only(known, set(names))
 
@@ -123,10 +140,10 @@ def _has_rows(layer: StoredLayer) -> bool:
 
 
 def for_reader(export: Export, root: str | None) -> Export:
-    """Return what a reader with the module ``root`` gets. None: the root that is stored.
+    """Return what a reader with the module ``root`` gets.
 
-    Values of weights that look untrained, and of filled buffers, have no place in its files: they are left out, with a
-    warning.
+    None: the root that is stored. Values of weights that look untrained, and of filled
+    buffers, have no place in its files: they are left out, with a warning.
     """
     stored = export.stored
     if root is not None:
@@ -141,20 +158,23 @@ def _check_root(root: str, stored: StoredAdapters) -> None:
     """Refuse a name of no module around adapted layers."""
     if root not in {"", *modules_around(stored.layers)}:
         raise ConfigError(
-            f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
-            f"{stored.root!r}; the adapted layers are {listed(stored.layers)}."
+            f"root={root!r} holds no adapted layer. Expected the name of the module "
+            f"that the reader has, such as {stored.root!r}; the adapted layers are "
+            f"{listed(stored.layers)}."
         )
 
 
 def _warn_of_lost_values(stored: StoredAdapters) -> None:
     """Warn of values that the reader does not get, such as those of a buffer that ``setup`` filled.
 
-    They are neither in its base nor trained. Buffers outside of the root are not missed: the reader has none of them.
+    They are neither in its base nor trained. Buffers outside of the root are not
+    missed: the reader has none of them.
     """
     outside = names_outside(stored.root, stored.filled_in_state)
     lost = names_not_in(stored.of_no_base, outside)
     if lost:
         warn(
-            f"{listed(lost)} may be untrained or were filled by setup, and PEFT's format has no place for them. If the "
-            "reader's base has not these values: train them in full (modules_to_save), or use save_merged(model, path)."
+            f"{listed(lost)} may be untrained or were filled by setup, and PEFT's "
+            "format has no place for them. If the reader's base has not these values: "
+            "train them in full (modules_to_save), or use save_merged(model, path)."
         )

@@ -14,7 +14,9 @@ from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.stored import ReadFor
 from lightning_lora.tensors.dicts import of_type, without
 
-HEADER = "__metadata__"  # the contents of a file have its header under this name of safetensors, beside the tensors
+# the contents of a file have its header under this name of safetensors, beside the
+# tensors
+HEADER = "__metadata__"
 
 
 class LoadArguments(NamedTuple):
@@ -27,20 +29,30 @@ class LoadArguments(NamedTuple):
 class Recognise(Protocol):
     """Tells whether a file has a format, by the names of its tensors."""
 
-    def __call__(self, contents: Mapping[str, Any], path: Any, arguments: LoadArguments, /) -> ReadFor | None:
-        """Return what reads these contents for a model. None: they have another format."""
+    def __call__(
+        self, contents: Mapping[str, Any], path: Any, arguments: LoadArguments, /
+    ) -> ReadFor | None:
+        """Return what reads these contents for a model.
+
+        None: they have another format.
+        """
 
 
 @dataclass(frozen=True)
 class Format:
-    """The format of another library. Each has a file of its own, and a line in the registry."""
+    """The format of another library.
+
+    Each has a file of its own, and a line in the registry.
+    """
 
     name: str  # the ``format`` of ``export_peft``
     tool: str  # whose it is, in messages
     recognise: Recognise
-    files: tuple[str, ...] = ()  # the names of its files in a folder; the first one is written
+    # the names of its files in a folder; the first one is written
+    files: tuple[str, ...] = ()
     expected_files: str = ""  # those of a whole folder, in messages
-    takes_arguments: bool = False  # whether it needs ``LoadArguments``: its files do not say these
+    # whether it needs ``LoadArguments``: its files do not say these
+    takes_arguments: bool = False
 
 
 class Writer(Protocol):
@@ -78,6 +90,7 @@ def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
     odd = without(others, tensors)
     if odd:
         raise AdapterFileError(
-            f"{path} holds {listed(map(str, odd))}, which are no tensors. Use the file as it was written."
+            f"{path} holds {listed(map(str, odd))}, which are no tensors. Use the file "
+            "as it was written."
         )
     return tensors

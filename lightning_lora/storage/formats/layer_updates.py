@@ -18,7 +18,8 @@ AdapterTensors = Mapping[Role, Tensor]  # those of one adapter in a file
 class LayerUpdate:
     """The update of one layer that is read: A and B of each matrix, of any rank, and DoRA's magnitudes.
 
-    What is written is a :class:`WeightUpdate`, because other programs adapt whole weights, and not the rows of one.
+    What is written is a :class:`WeightUpdate`, because other programs adapt whole
+    weights, and not the rows of one.
     """
 
     layer: StoredLayer  # with the update's scaling; its ``r`` is not set yet, see below
@@ -72,11 +73,19 @@ class RowsUpdate(LayerUpdate):
 def pair_of(name: str, tensors: AdapterTensors) -> Factors:
     """Return A and B of what has this name in the file."""
     if not tensors.keys() >= {Role.A, Role.B}:
-        raise AdapterFileError(f"The file holds only one of A and B of {name!r}: it is damaged.")
+        raise AdapterFileError(
+            f"The file holds only one of A and B of {name!r}: it is damaged."
+        )
     return tensors[Role.A], tensors[Role.B]
 
 
-def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r: int, remedy: str = "") -> None:
+def check_shapes(
+    layer: StoredLayer,
+    matrix: AdaptedMatrix,
+    factors: Factors,
+    r: int,
+    remedy: str = "",
+) -> None:
     """Refuse A and B that are not those of this matrix."""
     a, b = factors
     shape_of_a = (*matrix.stack, r, matrix.reads)
@@ -84,6 +93,7 @@ def check_shapes(layer: StoredLayer, matrix: AdaptedMatrix, factors: Factors, r:
     if (a.shape, b.shape) != (shape_of_a, shape_of_b):
         shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
         raise AdapterMismatchError(
-            f"The file has factors {shapes} for {layer.name!r}. It reads {matrix.reads} "
-            f"features and writes {matrix.writes}. Pass the model that they were trained on.{remedy}"
+            f"The file has factors {shapes} for {layer.name!r}. It reads "
+            f"{matrix.reads} features and writes {matrix.writes}. Pass the model that "
+            f"they were trained on.{remedy}"
         )

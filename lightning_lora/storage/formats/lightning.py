@@ -1,6 +1,7 @@
 """What a Lightning checkpoint holds besides the model's state: the state of the run, and that of callbacks.
 
-It is no format of other libraries. But each of them is told from it, by the entry ``VERSION_KEY``.
+It is no format of other libraries. But each of them is told from it, by the entry
+``VERSION_KEY``.
 """
 
 from collections.abc import Mapping
@@ -12,12 +13,16 @@ from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import names_not_in
 
-VERSION_KEY = "pytorch-lightning_version"  # the entry with the version that wrote the checkpoint
-MOVED = "current_model_state"  # where WeightAveraging moves the module's own state: "state_dict" holds the average
-AVERAGE = "average_model_state"  # where StochasticWeightAveraging has the average's state
+# the entry with the version that wrote the checkpoint
+VERSION_KEY = "pytorch-lightning_version"
+# where WeightAveraging moves the module's own state: "state_dict" holds the average
+MOVED = "current_model_state"
+# where StochasticWeightAveraging has the average's state
+AVERAGE = "average_model_state"
 _CALLBACKS = "callbacks"  # the states of callbacks
 _OURS = "lightning_lora.LoRACallback"  # the name of ours among them
-_RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # without which a fit cannot go on
+# without which a fit cannot go on
+_RESUMED = ("optimizer_states", "lr_schedulers", "loops")
 _OF_THE_RUN = (*_RESUMED, _CALLBACKS, "epoch", "global_step", MOVED, "averaging_state")
 
 
@@ -26,18 +31,23 @@ def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
     missing = names_not_in(_RESUMED, checkpoint)
     if missing:
         raise AdapterFileError(
-            f"{path} has no {listed(missing)}, so a fit cannot go on from it: it may have been written with "
-            "save_weights_only=True. Load its adapters with load_adapter(model, path), and call fit without ckpt_path."
+            f"{path} has no {listed(missing)}, so a fit cannot go on from it: it may "
+            "have been written with save_weights_only=True. Load its adapters with "
+            "load_adapter(model, path), and call fit without ckpt_path."
         )
 
 
 def with_callback_state(checkpoint: Mapping[str, Any], adapter: str) -> dict[str, Any]:
     """Return a checkpoint with a state of LoRACallback.
 
-    A Trainer that loads it without the callback then warns that one is missing. Nothing else may say so: with
-    ``strict_loading = False``, torch ignores the names of adapters.
+    A Trainer that loads it without the callback then warns that one is missing. Nothing
+    else may say so: with ``strict_loading = False``, torch ignores the names of
+    adapters.
     """
-    return {**checkpoint, _CALLBACKS: {**checkpoint.get(_CALLBACKS, {}), _OURS: {"name": adapter}}}
+    return {
+        **checkpoint,
+        _CALLBACKS: {**checkpoint.get(_CALLBACKS, {}), _OURS: {"name": adapter}},
+    }
 
 
 def remove_callback_state(checkpoint: dict[str, Any]) -> None:
@@ -46,7 +56,8 @@ def remove_callback_state(checkpoint: dict[str, Any]) -> None:
     if not isinstance(states, dict) or _OURS not in states:
         return
     del states[_OURS]
-    has_weights_only = "optimizer_states" not in checkpoint  # then Lightning stores no callbacks
+    # then Lightning stores no callbacks
+    has_weights_only = "optimizer_states" not in checkpoint
     if has_weights_only and not states:
         del checkpoint[_CALLBACKS]
 
@@ -62,8 +73,9 @@ def check_is_lightning(checkpoint: object, path: object) -> Mapping[str, Any]:
     """Refuse what is not a Lightning checkpoint."""
     if not _is_lightning(checkpoint):
         raise AdapterFileError(
-            f"{path} is not a Lightning checkpoint, with 'state_dict' and {VERSION_KEY!r}. Pass one that a Trainer "
-            "wrote. With a file of adapters, build the model and call load_adapter(model, path)."
+            f"{path} is not a Lightning checkpoint, with 'state_dict' and "
+            f"{VERSION_KEY!r}. Pass one that a Trainer wrote. With a file of adapters, "
+            "build the model and call load_adapter(model, path)."
         )
     return checkpoint
 

@@ -1,4 +1,7 @@
-"""Read loralib's files, for a model of plain layers. Alpha, and the slices of a ``MergedLinear``, are in no file."""
+"""Read loralib's files, for a model of plain layers.
+
+Alpha, and the slices of a ``MergedLinear``, are in no file.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +19,11 @@ from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
 from lightning_lora.patterns import fits
 from lightning_lora.storage.formats.format import Format, LoadArguments
-from lightning_lora.storage.formats.layer_updates import LayerUpdate, check_shapes, pair_of
+from lightning_lora.storage.formats.layer_updates import (
+    LayerUpdate,
+    check_shapes,
+    pair_of,
+)
 from lightning_lora.storage.formats.reading import renaming_of, stored_from_updates
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import by_names_inside
@@ -47,7 +54,9 @@ class _LoralibFile:
             self.pairs.setdefault(layer, {})[role] = value
 
 
-def recognise(contents: Mapping[str, Any], path: object, arguments: LoadArguments) -> ReadFor | None:
+def recognise(
+    contents: Mapping[str, Any], path: object, arguments: LoadArguments
+) -> ReadFor | None:
     """Return how to read these contents of a file of torch, if loralib wrote it."""
     file = _LoralibFile(pairs={}, rest={})
     for name, value in _tensors_in(contents).items():
@@ -69,14 +78,19 @@ def _tensors_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     return in_ddp if is_all_in_ddp else state
 
 
-def _adapters_in_file(view: View, file: _LoralibFile, path: object, arguments: LoadArguments) -> StoredAdapters:
+def _adapters_in_file(
+    view: View, file: _LoralibFile, path: object, arguments: LoadArguments
+) -> StoredAdapters:
     """The adapters for a model, whose names may differ by one prefix."""
     if arguments.alpha is None:
         raise ConfigError(
-            f"{path} holds adapters of loralib, whose alpha is in no file: load_adapter(model, path, alpha=...). Or "
-            "a state of a model adapted here: inject_adapters(model, config), then model.load_state_dict(state)."
+            f"{path} holds adapters of loralib, whose alpha is in no file: "
+            "load_adapter(model, path, alpha=...). Or a state of a model adapted here: "
+            "inject_adapters(model, config), then model.load_state_dict(state)."
         )
-    settings_of_file = LoRAConfig(alpha=arguments.alpha, target_slices=arguments.target_slices)
+    settings_of_file = LoRAConfig(
+        alpha=arguments.alpha, target_slices=arguments.target_slices
+    )
     root = root_of(view.model)
     renaming = renaming_of(view, file.pairs.keys(), file.rest.keys(), root)
     factors = {name: pair_of(name, pair) for name, pair in file.pairs.items()}
@@ -85,7 +99,8 @@ def _adapters_in_file(view: View, file: _LoralibFile, path: object, arguments: L
     layers = _Layers(view, settings_of_file)
     updates = [layers.read_update(name, pair) for name, pair in factors.items()]
     rest = renaming.with_names_here(file.rest)
-    return stored_from_updates(view, updates, rest, LoRAConfig())  # each update has its own scaling and slices
+    # each update has its own scaling and slices
+    return stored_from_updates(view, updates, rest, LoRAConfig())
 
 
 def _check_slices(settings: LoRAConfig, layers: Iterable[str]) -> None:
@@ -95,7 +110,10 @@ def _check_slices(settings: LoRAConfig, layers: Iterable[str]) -> None:
         if not any(fits(pattern, name) for name in layers):
             unused.append(pattern)
     if unused:
-        raise TargetError(f"target_slices {unused} match no layer of the file. It has {listed(layers)}.")
+        raise TargetError(
+            f"target_slices {unused} match no layer of the file. It has "
+            f"{listed(layers)}."
+        )
 
 
 @dataclass(frozen=True)
@@ -103,10 +121,14 @@ class _Layers:
     """The layers of a model that a file adapts."""
 
     view: View
-    settings: LoRAConfig  # with alpha and the slices that the user names: the file says neither
+    # with alpha and the slices that the user names: the file says neither
+    settings: LoRAConfig
 
     def read_update(self, name: str, factors: Factors) -> LayerUpdate:
-        """Return the update of one layer. It was a ``MergedLinear`` if the user names slices of it."""
+        """Return the update of one layer.
+
+        It was a ``MergedLinear`` if the user names slices of it.
+        """
         module = self.view.modules[name]
         kind = self._checked_kind(name, factors)
         layer = described(self.view, name, kind, kind.lora_matrices_of(module))
@@ -119,7 +141,10 @@ class _Layers:
         return _merged_linear(layer, matrices, factors)
 
     def _checked_kind(self, name: str, factors: Factors) -> type[LoRALayer]:
-        """The class of a layer's adapter here. Refuse a layer that loralib does not adapt."""
+        """The class of a layer's adapter here.
+
+        Refuse a layer that loralib does not adapt.
+        """
         module = self.view.modules[name]
         kind = adapter_for(module)
         a, b = factors
@@ -127,8 +152,10 @@ class _Layers:
         if kind not in _KINDS or not are_matrices:
             shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
             raise AdapterMismatchError(
-                f"The file has factors {shapes} for {name!r}, a {type(module).__name__} in this model. Of loralib's, "
-                "Linear, MergedLinear and Embedding can be read. Pass the model of the training."
+                f"The file has factors {shapes} for {name!r}, a "
+                f"{type(module).__name__} in this model. Of loralib's, "
+                "Linear, MergedLinear and Embedding can be read. Pass the model of the "
+                "training."
             )
         return kind
 
@@ -142,12 +169,17 @@ def _rank_of(factors: Factors) -> int:
 def _whole_layer(layer: StoredLayer, factors: Factors) -> LayerUpdate:
     """The update of all other layers: A and B of one matrix, which is the weight."""
     example = f"target_slices={{{layer.name!r}: ['q', 'v']}}"
-    remedy = f" If it was a MergedLinear, name the slices that it adapted (enable_lora): {example}."
+    remedy = (
+        " If it was a MergedLinear, name the slices that it adapted (enable_lora): "
+        f"{example}."
+    )
     check_shapes(layer, layer.matrices[0], factors, _rank_of(factors), remedy)
     return LayerUpdate(layer, (factors,))
 
 
-def _merged_linear(layer: StoredLayer, slices: Iterable[AdaptedMatrix], factors: Factors) -> LayerUpdate:
+def _merged_linear(
+    layer: StoredLayer, slices: Iterable[AdaptedMatrix], factors: Factors
+) -> LayerUpdate:
     """The update of a ``MergedLinear``: A and B have its slices stacked, in the order of the weight."""
     matrices = tuple(sorted(slices, key=attrgetter("first")))
     a, b = factors
@@ -160,11 +192,14 @@ def _merged_linear(layer: StoredLayer, slices: Iterable[AdaptedMatrix], factors:
         shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
         in_file = a.shape[0] / r
         raise AdapterMismatchError(
-            f"The factors of {layer.name!r} are {shapes}: rank {r}, {in_file:g} slices. "
-            f"target_slices name {count}, {names}, of {sorted(rows)} rows. Name the slices that enable_lora had."
+            f"The factors of {layer.name!r} are {shapes}: rank {r}, {in_file:g} "
+            f"slices. target_slices name {count}, {names}, of {sorted(rows)} rows. "
+            "Name the slices that enable_lora had."
         )
     of_slices = zip(a.chunk(count), b.chunk(count), strict=True)
     return LayerUpdate(replace(layer, matrices=matrices), tuple(of_slices))
 
 
-LORALIB = Format(name="loralib", tool="loralib", recognise=recognise, takes_arguments=True)
+LORALIB = Format(
+    name="loralib", tool="loralib", recognise=recognise, takes_arguments=True
+)

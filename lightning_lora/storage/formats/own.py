@@ -10,7 +10,11 @@ from lightning_lora.storage.checksum import check_as_written
 from lightning_lora.storage.formats.contents import read_contents
 from lightning_lora.storage.formats.format import HEADER, Format, LoadArguments
 from lightning_lora.storage.formats.lightning import VERSION_KEY
-from lightning_lora.storage.formats.registry import file_in, find_format, find_unread_tool
+from lightning_lora.storage.formats.registry import (
+    file_in,
+    find_format,
+    find_unread_tool,
+)
 from lightning_lora.storage.on_disk.places import check_output, local_path, opened
 from lightning_lora.storage.on_disk.safetensors_bytes import save
 from lightning_lora.storage.on_disk.whole_files import writing
@@ -34,8 +38,8 @@ def check_place(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
     check_output(path, inputs)
     if not str(path).endswith(".safetensors"):
         raise AdapterFileError(
-            f"Adapters are written as safetensors, and {str(path)!r} does not end in .safetensors. Use a name such as "
-            "'adapter.safetensors'."
+            f"Adapters are written as safetensors, and {str(path)!r} does not end in "
+            ".safetensors. Use a name such as 'adapter.safetensors'."
         )
 
 
@@ -53,7 +57,10 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
 
 
 def stored_adapters(contents: Any, path: object) -> StoredAdapters:
-    """Return the adapters in the contents of a file. They must be as they were written."""
+    """Return the adapters in the contents of a file.
+
+    They must be as they were written.
+    """
     contents = dict_or_empty(contents)
     state = contents.get("state_dict")
     description = contents.get(KEY)
@@ -77,15 +84,17 @@ def _what_it_holds_instead(contents: dict[Any, Any], path: object) -> str:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
     if any(name.endswith("lora_A") for name in names):
         return (
-            "the state of an adapted model, and does not say how it was adapted. Adapt the model as for the training, "
-            "then call load_adapter_state_dict(model, state), or model.load_state_dict if the state is whole."
+            "the state of an adapted model, and does not say how it was adapted. Adapt "
+            "the model as for the training, then call load_adapter_state_dict(model, "
+            "state), or model.load_state_dict if the state is whole."
         )
     unread = find_unread_tool(names)
     if unread is not None:
         return f"adapters of {unread.tool}. {unread.remedy}. Or train anew here."
     return (
-        f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. It looks like a whole model. Load "
-        f"it with {_reader_of_whole_models(contents)}."
+        f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. "
+        "It looks like a whole model. Load it with "
+        f"{_reader_of_whole_models(contents)}."
     )
 
 
@@ -101,13 +110,19 @@ def _state_or_all(contents: dict[Any, Any]) -> dict[Any, Any]:
 def _reader_of_whole_models(contents: dict[Any, Any]) -> str:
     """The call that loads a whole model from such a file."""
     if VERSION_KEY in contents:
-        return "MyModule.load_from_checkpoint(path), or give it to a Trainer as ckpt_path"
-    return "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"
+        return (
+            "MyModule.load_from_checkpoint(path), or give it to a Trainer as ckpt_path"
+        )
+    return (
+        "safetensors.torch.load_model(model, path), or model.load_state_dict of the "
+        "state in torch.load(path)"
+    )
 
 
 def _needs_its_model(format: Format) -> str:
     """What a file of another library holds, where there is no model."""
     return (
-        f"adapters of {format.tool}, and only their model tells what their layers are. Load them onto it, and write a "
-        "file of this package: load_adapter(model, path), then save_adapter(model, 'adapter.safetensors')."
+        f"adapters of {format.tool}, and only their model tells what their layers are. "
+        "Load them onto it, and write a file of this package: load_adapter(model, "
+        "path), then save_adapter(model, 'adapter.safetensors')."
     )

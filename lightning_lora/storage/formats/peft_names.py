@@ -1,6 +1,7 @@
 """What PEFT calls its files and the tensors in them.
 
-diffusers has the same names of tensors, and kohya's files are read by them too: so every format may import this.
+diffusers has the same names of tensors, and kohya's files are read by them too: so
+every format may import this.
 """
 
 import re
@@ -12,13 +13,17 @@ from lightning_lora.storage.on_disk.places import local_path
 from lightning_lora.tensors.names import names_not_in
 
 PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer one first
+# in the same folder; the newer one first
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model"  # before every name of the base
 
-METADATA = "lora_adapter_metadata"  # the configuration in the header of a file, as diffusers writes it; we do in both
-NAMES_HERE = "lightning_lora_names"  # our entry in that header: names in the model, of tensors with others in the file
+# the configuration in the header of a file, as diffusers writes it; we do in both
+METADATA = "lora_adapter_metadata"
+# our entry in that header: names in the model, of tensors with others in the file
+NAMES_HERE = "lightning_lora_names"
 
-TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
+# the end of the name of rows that train
+TOKENS = "token_adapter.trainable_tokens_delta"
 
 _ROLES = {
     "lora_A.weight": Role.A,
@@ -37,7 +42,8 @@ _ROLES = {
 
 NAME_IN_ADAPTER = re.compile(rf"(.*)\.({'|'.join(map(re.escape, _ROLES))})")
 
-_WRAPPERS = ("base_layer", "token_adapter", "modules_to_save")  # components that PEFT's wrappers add to names
+# components that PEFT's wrappers add to names
+_WRAPPERS = ("base_layer", "token_adapter", "modules_to_save")
 
 
 class PeftKey(NamedTuple):

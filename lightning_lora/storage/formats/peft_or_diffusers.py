@@ -5,14 +5,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_lora.storage.formats.format import HEADER
-from lightning_lora.storage.formats.peft_names import METADATA, NAME_IN_ADAPTER, PREFIX, config_beside
+from lightning_lora.storage.formats.peft_names import (
+    METADATA,
+    NAME_IN_ADAPTER,
+    PREFIX,
+    config_beside,
+)
 from lightning_lora.tensors.dicts import without
 
 MEMBER_NAME = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")
 """What a pipeline of diffusers calls its members, which are models."""
 
 _BEGINS_AS_PEFT = re.compile(rf"{re.escape(PREFIX)}\.")
-_IN_OLD_FILE = re.compile(rf"{MEMBER_NAME.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")
+_IN_OLD_FILE = re.compile(
+    rf"{MEMBER_NAME.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\."
+)
 """A name as diffusers wrote it before it wrote headers."""
 
 _ADAPTER_TENSOR = re.compile(rf"(?!diffusion_model\.){NAME_IN_ADAPTER.pattern}")
@@ -25,7 +32,10 @@ def is_peft(contents: Mapping[Any, Any], path: Any) -> bool:
 
 
 def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
-    """Whether diffusers wrote a file with these contents. Or PEFT did, with that header and no configuration beside."""
+    """Whether diffusers wrote a file with these contents.
+
+    Or PEFT did, with that header and no configuration beside.
+    """
     return _has_updates(contents) and _is_of_a_pipeline(contents, path)
 
 

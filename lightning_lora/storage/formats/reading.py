@@ -1,7 +1,7 @@
 """What the readers of other libraries' files share: from updates of layers to adapters of this package.
 
-A file holds updates, and the rest: tensors that it trains in full, and copies of the base's. Readers give both by their
-names in the model.
+A file holds updates, and the rest: tensors that it trains in full, and copies of the
+base's. Readers give both by their names in the model.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -12,10 +12,22 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, misfits, warn
+from lightning_lora.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    listed,
+    misfits,
+    warn,
+)
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.layer_updates import LayerUpdate
-from lightning_lora.storage.formats.trained_in_full import TrainedInFull, check_ties, find_trained, is_value_of_base
+from lightning_lora.storage.formats.trained_in_full import (
+    TrainedInFull,
+    check_ties,
+    find_trained,
+    is_value_of_base,
+)
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -26,7 +38,9 @@ from lightning_lora.tensors.names import names_joined, names_not_in, owner_of
 # Where a file's names lie in the model
 
 
-def renaming_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
+def renaming_of(
+    view: View, layers: Collection[str], entries: Collection[str], root: str
+) -> Renaming:
     """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
     names = [*layers, *entries]
     known = {**view.modules, **view.base_parameters, **view.buffers}
@@ -35,13 +49,14 @@ def renaming_of(view: View, layers: Collection[str], entries: Collection[str], r
     if len(found) > 1:
         places = [renaming.here for renaming in found]
         raise AdapterMismatchError(
-            f"The names in the file fit in {title} below {listed(places)}. Pass one of these "
-            "modules instead of the whole model."
+            f"The names in the file fit in {title} below {listed(places)}. Pass one of "
+            "these modules instead of the whole model."
         )
     if not found:
         wrong = misfits({"unexpected": names_not_in(names, known)})
         raise AdapterMismatchError(
-            f"These adapters do not fit {title}: {wrong}. Pass the model that they were trained on."
+            f"These adapters do not fit {title}: {wrong}. Pass the model that they "
+            "were trained on."
         )
     (renaming,) = found
     if renaming not in (SAME_NAMES, Renaming(here=root)):
@@ -65,11 +80,15 @@ def stored_from_updates(
         view: The model.
         updates: The updates in the file.
         rest: The other tensors in it, by their names in the model.
-        settings: What the file says of the training. What trains in full, and whether DoRA does, its tensors say.
-        modules_to_save: The ends of the names of modules that train in full. None: the file does not say which.
+        settings: What the file says of the training. What trains in full, and whether
+            DoRA does, its tensors say.
+        modules_to_save: The ends of the names of modules that train in full. None: the
+            file does not say which.
     """
     if not updates:
-        raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
+        raise AdapterFileError(
+            "The file holds no update of a layer. Load what it trains in full yourself."
+        )
     _check_floating(updates)
     adapted_weights = _adapted_weights(updates)
     trained, state = _trained_in_rest(view, rest, adapted_weights, modules_to_save)
@@ -79,7 +98,8 @@ def stored_from_updates(
         state |= update.tensors()
     settings = _settings_of_tensors(settings, updates, trained, adapted_weights)
     config = by_whole_names(layers, settings, view.modules.keys())
-    with_rows = {layer.name: layer for layer in layers if layer.tokens}  # which rows, no tensor says
+    # which rows, no tensor says
+    with_rows = {layer.name: layer for layer in layers if layer.tokens}
     return StoredAdapters(config, state, with_rows)
 
 
@@ -89,15 +109,23 @@ def _check_floating(updates: Iterable[LayerUpdate]) -> None:
         for factor in chain.from_iterable(update.factors):
             if not factor.is_floating_point() and not factor.is_complex():
                 raise AdapterFileError(
-                    f"The file holds the update of {update.layer.name!r} in {factor.dtype}: its values were rounded to "
-                    "integers. Use the file as it was written, or write it again with the values of .float()."
+                    f"The file holds the update of {update.layer.name!r} in "
+                    f"{factor.dtype}: its values were rounded to "
+                    "integers. Use the file as it was written, or write it again with "
+                    "the values of .float()."
                 )
 
 
 def _trained_in_rest(
-    view: View, rest: Mapping[str, Tensor], adapted_weights: Collection[str], modules_to_save: Collection[str] | None
+    view: View,
+    rest: Mapping[str, Tensor],
+    adapted_weights: Collection[str],
+    modules_to_save: Collection[str] | None,
 ) -> tuple[TrainedInFull, dict[str, Tensor]]:
-    """What the rest of a file trains in full, with the values of that and of buffers. Copies are the base's."""
+    """What the rest of a file trains in full, with the values of that and of buffers.
+
+    Copies are the base's.
+    """
     _check_copied_weights(view, rest, adapted_weights)
     others = without(rest, adapted_weights)
     trained = find_trained(view, others, modules_to_save)
@@ -107,7 +135,10 @@ def _trained_in_rest(
 
 
 def _settings_of_tensors(
-    settings: LoRAConfig, updates: Iterable[LayerUpdate], trained: TrainedInFull, adapted_weights: Collection[str]
+    settings: LoRAConfig,
+    updates: Iterable[LayerUpdate],
+    trained: TrainedInFull,
+    adapted_weights: Collection[str],
 ) -> LoRAConfig:
     """The settings of the file, with those that only its tensors say."""
     return replace(
@@ -126,14 +157,20 @@ def _adapted_weights(updates: Iterable[LayerUpdate]) -> set[str]:
     return names
 
 
-def _check_copied_weights(view: View, rest: Mapping[str, Tensor], adapted_weights: Collection[str]) -> None:
-    """Refuse copies of adapted weights that are not the model's. PEFT writes such copies of resized embeddings."""
+def _check_copied_weights(
+    view: View, rest: Mapping[str, Tensor], adapted_weights: Collection[str]
+) -> None:
+    """Refuse copies of adapted weights that are not the model's.
+
+    PEFT writes such copies of resized embeddings.
+    """
     for name, value in only(rest, adapted_weights).items():
         if not is_value_of_base(view, name, value):
             shape = tuple(view.base_parameters[name].shape)
             raise BaseMismatchError(
-                f"The file's copy of the base's {name!r} {tuple(value.shape)} differs from that of "
-                f"{view.title} {shape}. Load the same weights, with embeddings of the same size."
+                f"The file's copy of the base's {name!r} {tuple(value.shape)} differs "
+                f"from that of {view.title} {shape}. Load the same weights, with "
+                "embeddings of the same size."
             )
 
 

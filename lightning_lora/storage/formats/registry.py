@@ -7,7 +7,12 @@ from typing import Any
 
 from lightning_lora.errors import AdapterFileError, listed, warn
 from lightning_lora.storage.formats import loralib
-from lightning_lora.storage.formats.format import Format, LoadArguments, UnreadTool, WrittenFormat
+from lightning_lora.storage.formats.format import (
+    Format,
+    LoadArguments,
+    UnreadTool,
+    WrittenFormat,
+)
 from lightning_lora.storage.formats.lightning import VERSION_KEY
 from lightning_lora.storage.formats.peft import peft_format
 from lightning_lora.storage.formats.pipelines import diffusers, kohya
@@ -17,13 +22,19 @@ from lightning_lora.storage.stored import KEY, ReadFor
 FORMATS = (peft_format.PEFT, diffusers.DIFFUSERS, kohya.KOHYA, loralib.LORALIB)
 """All formats, in the order in which they are asked whether a file is theirs."""
 
-WRITTEN = {format.name: format for format in FORMATS if isinstance(format, WrittenFormat)}  # by name
+# by name
+WRITTEN = {
+    format.name: format for format in FORMATS if isinstance(format, WrittenFormat)
+}
 
 
-def find_format(contents: Any, path: Any, arguments: LoadArguments) -> tuple[Format, ReadFor] | None:
-    """Return a file's format, and what reads its contents for a model. None: it has none of these formats.
+def find_format(
+    contents: Any, path: Any, arguments: LoadArguments
+) -> tuple[Format, ReadFor] | None:
+    """Return a file's format, and what reads its contents for a model.
 
-    Files of this package and Lightning's checkpoints have none, whatever the names of their tensors are.
+    None: it has none of these formats. Files of this package and Lightning's
+    checkpoints have none, whatever the names of their tensors are.
     """
     if not isinstance(contents, dict) or KEY in contents or VERSION_KEY in contents:
         return None
@@ -56,14 +67,18 @@ def file_in(folder: Path) -> tuple[Format, Path] | None:
 
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/(?!.*\.(safetensors|ckpt|bin|pt)$)[\w.-]{1,96}")
-"""A name of the hub, such as ``owner/adapter``. ``folder/adapter.bin`` is none: it ends as the name of a file."""
+"""A name of the hub, such as ``owner/adapter``.
+
+``folder/adapter.bin`` is none: it ends as the name of a file.
+"""
 
 
 def adapter_file_at(path: Path) -> Path:
     """Return the file with the tensors: ``path`` itself, or in the folder ``path``, or of a repository of the hub."""
     if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
         path = _cached(path.as_posix())
-    is_of_deepspeed = (path / "checkpoint").is_dir()  # its reader refuses it, with a better message
+    # its reader refuses it, with a better message
+    is_of_deepspeed = (path / "checkpoint").is_dir()
     if is_of_deepspeed or not path.is_dir():
         return path
     found = file_in(path)
@@ -81,7 +96,10 @@ def _warn_of_other_files(folder: Path, file: Path) -> None:
         if file.name not in format.files:
             others += [name for name in format.files if (folder / name).is_file()]
     if others:
-        warn(f"{folder} also holds {listed(others)}. {file.name!r} is read; to read another one, pass the file itself.")
+        warn(
+            f"{folder} also holds {listed(others)}. {file.name!r} is read; to read "
+            "another one, pass the file itself."
+        )
 
 
 def _no_adapters_in(folder: Path) -> str:
@@ -89,8 +107,9 @@ def _no_adapters_in(folder: Path) -> str:
     expected = [format.expected_files for format in FORMATS if format.expected_files]
     example = next(folder.glob("*.safetensors"), Path("last.ckpt"))
     return (
-        f"{folder} is not a file, and as a folder it holds no adapters of PEFT. Expected {', or '.join(expected)}. "
-        f"Otherwise pass one file, such as {example.name!r}."
+        f"{folder} is not a file, and as a folder it holds no adapters of PEFT. "
+        f"Expected {', or '.join(expected)}. Otherwise pass one file, such as "
+        f"{example.name!r}."
     )
 
 
@@ -102,6 +121,7 @@ def _cached(repository: str) -> Path:
         return Path(snapshot_download(repository, local_files_only=True))
     except (ImportError, OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{repository} is no file or folder here, and no repository in the cache of the Hugging Face hub. If it is "
-            f"one, download it, and pass the folder that you get: huggingface_hub.snapshot_download({repository!r})."
+            f"{repository} is no file or folder here, and no repository in the cache "
+            "of the Hugging Face hub. If it is one, download it, and pass the folder "
+            f"that you get: huggingface_hub.snapshot_download({repository!r})."
         ) from error

@@ -10,10 +10,18 @@ from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.model.base_values import kept_or_present_value
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import names_of_each, only, without
-from lightning_lora.tensors.names import is_bias, is_in_any, modules_around, names_inside, owner_of, starts_of
+from lightning_lora.tensors.names import (
+    is_bias,
+    is_in_any,
+    modules_around,
+    names_inside,
+    owner_of,
+    starts_of,
+)
 from lightning_lora.tensors.values import same_bits
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
+# only what is inside of them trains
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass(frozen=True)
@@ -26,21 +34,29 @@ class TrainedInFull:
     names: set[str]  # of all tensors of these three groups
 
 
-def find_trained(view: View, entries: Mapping[str, Tensor], modules_to_save: Collection[str] | None) -> TrainedInFull:
+def find_trained(
+    view: View, entries: Mapping[str, Tensor], modules_to_save: Collection[str] | None
+) -> TrainedInFull:
     """Return what a file trains in full, in three groups.
 
-    1. Modules of which it holds each tensor. They train if ``modules_to_save`` names them. If the file does not say
-       which, one value must differ from the base's.
+    1. Modules of which it holds each tensor. They train if ``modules_to_save`` names
+       them. If the file does not say which, one value must differ from the base's.
     2. Biases outside of these modules.
-    3. Other parameters outside of them, whose values differ from the base's: the others are copies of it.
+    3. Other parameters outside of them, whose values differ from the base's: the others
+       are copies of it.
 
     Args:
         view: The model.
         entries: The file's tensors besides updates, by their names in the model.
-        modules_to_save: The ends of the names of modules that train. None: the file does not say which.
+        modules_to_save: The ends of the names of modules that train. None: the file
+            does not say which.
     """
-    changed = [name for name in entries if not is_value_of_base(view, name, entries[name])]
-    modules = _modules_that_train(_whole_modules(view, entries), changed, modules_to_save)
+    changed = [
+        name for name in entries if not is_value_of_base(view, name, entries[name])
+    ]
+    modules = _modules_that_train(
+        _whole_modules(view, entries), changed, modules_to_save
+    )
     names_in_modules = set(names_inside(entries, modules))
     single = without(only(entries, view.base_parameters), names_in_modules)
     biases = {name for name in single if is_bias(name)}
@@ -50,13 +66,20 @@ def find_trained(view: View, entries: Mapping[str, Tensor], modules_to_save: Col
 
 
 def _modules_that_train(
-    whole: Iterable[str], changed: Iterable[str], modules_to_save: Collection[str] | None
+    whole: Iterable[str],
+    changed: Iterable[str],
+    modules_to_save: Collection[str] | None,
 ) -> list[str]:
-    """Those of the whole modules that train. One inside of another one is left out: it trains with that."""
+    """Those of the whole modules that train.
+
+    One inside of another one is left out: it trains with that.
+    """
     if modules_to_save is None:
         trained = modules_around(changed).intersection(whole)
     else:
-        trained = {module for module in whole if module.endswith(tuple(modules_to_save))}
+        trained = {
+            module for module in whole if module.endswith(tuple(modules_to_save))
+        }
     outermost = list[str]()
     for module in whole:
         if module in trained and not is_in_any(owner_of(module), trained):
@@ -65,9 +88,10 @@ def _modules_that_train(
 
 
 def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
-    """The modules of which the file holds each tensor, outer ones first. Containers are none of them.
+    """The modules of which the file holds each tensor, outer ones first.
 
-    Counts are enough: each name in the file is one of the model, as :func:`renaming_of` has checked.
+    Containers are none of them. Counts are enough: each name in the file is one of the
+    model, as :func:`renaming_of` has checked.
     """
     tensors_in_model = _tensors_by_module((*view.base_parameters, *view.buffers))
     tensors_in_file = _tensors_by_module(entries)
@@ -108,8 +132,9 @@ def check_ties(view: View, state: Mapping[str, Tensor]) -> None:
             continue
         other_uses = set(uses) - {name}
         raise AdapterMismatchError(
-            f"The file holds new values for {name!r}, which is tied to {listed(other_uses)} in "
-            f"{view.title}: they would change too. Untie them first, with a copy of the parameter."
+            f"The file holds new values for {name!r}, which is tied to "
+            f"{listed(other_uses)} in {view.title}: they would change too. Untie them "
+            "first, with a copy of the parameter."
         )
 
 

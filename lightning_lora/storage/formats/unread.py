@@ -1,13 +1,18 @@
-"""Tools whose files are not read. The names of their tensors tell the tool, and an error says how to go on."""
+"""Tools whose files are not read.
+
+The names of their tensors tell the tool, and an error says how to go on.
+"""
 
 from lightning_lora.storage.formats.format import UnreadTool
 
 KOHYA_REMEDY = (
-    "Let diffusers read it: pipe.load_lora_weights(file, adapter_name='default'), then pipe.unet (or "
-    "pipe.transformer).save_lora_adapter(folder), then load_adapter(model, folder)"
+    "Let diffusers read it: pipe.load_lora_weights(file, adapter_name='default'), then "
+    "pipe.unet (or pipe.transformer).save_lora_adapter(folder), then "
+    "load_adapter(model, folder)"
 )
 
-OTHER_KOHYA = UnreadTool(  # files for other models than those of the format "kohya", or inside of other files
+# files for other models than those of the format "kohya", or inside of other files
+OTHER_KOHYA = UnreadTool(
     tool="kohya's sd-scripts or ComfyUI",
     tensor_names=r".+\.lora_down\.weight|diffusion_model\..+\.lora_[AB]\.weight",
     remedy=KOHYA_REMEDY,

@@ -19,7 +19,10 @@ from lightning_lora.tensors.names import join
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """The update of one weight of a layer: ``scaling`` times B @ A. It is zero in rows that are not adapted."""
+    """The update of one weight of a layer: ``scaling`` times B @ A.
+
+    It is zero in rows that are not adapted.
+    """
 
     layer: StoredLayer
     name: str  # of the layer, for the reader
@@ -55,7 +58,9 @@ def _update_of(export: Export, layer: StoredLayer, weight: str) -> WeightUpdate:
     is_parameter = layer.adapter_class is LoRAParameters
     parameter = join(layer.name, weight) if is_parameter else ""
     first, *_ = matrices_of_weight(weight, layer.matrices)
-    magnitude = value_of(first.parameter_name(Role.MAGNITUDE)) if settings.use_dora else None
+    magnitude = (
+        value_of(first.parameter_name(Role.MAGNITUDE)) if settings.use_dora else None
+    )
     return WeightUpdate(
         layer=layer,
         name=export.name_for_reader(layer.name),
@@ -71,22 +76,32 @@ def _value_of(stored: StoredAdapters, layer: StoredLayer, parameter: str) -> Ten
     """The value of one of an adapter's parameters."""
     value: Tensor = stored.state[join(layer.name, parameter)]
     value = value.detach().cpu()
-    if layer.settings(stored.config).is_difference:  # half precision would round the difference away
+    # half precision would round the difference away
+    if layer.settings(stored.config).is_difference:
         return value.to(wide(value.dtype))
     return value
 
 
 def with_largest_rank(updates: Collection[WeightUpdate]) -> list[WeightUpdate]:
-    """Give all the largest rank of any, by rows and columns of zeros. Alpha is as before."""
+    """Give all the largest rank of any, by rows and columns of zeros.
+
+    Alpha is as before.
+    """
     rank = max(update.rank for update in updates)
-    return [replace(update, factors=with_rank(update.factors, rank)) for update in updates]
+    return [
+        replace(update, factors=with_rank(update.factors, rank)) for update in updates
+    ]
 
 
 def with_scaling(updates: Iterable[WeightUpdate], scaling: float) -> list[WeightUpdate]:
-    """Give all the same scaling. B takes over what differs, so the updates are as before."""
+    """Give all the same scaling.
+
+    B takes over what differs, so the updates are as before.
+    """
     changed = list[WeightUpdate]()
     for update in updates:
-        a, b = with_rank(update.factors, update.rank)  # of the same rank: this only widens them to float32
+        # of the same rank: this only widens them to float32
+        a, b = with_rank(update.factors, update.rank)
         factors = a, b * (update.scaling / scaling)
         alpha = scaling * update.rank
         changed.append(replace(update, factors=factors, alpha=alpha, scaling=scaling))

@@ -20,8 +20,12 @@ from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.values import replace_values
 
 
-def restore_base_from(model: nn.Module, merged: StateDict, checkpoint: Mapping[str, Any]) -> bool:
-    """Make the base from a checkpoint's merged weights. Code without adapters loads these before it resumes a run.
+def restore_base_from(
+    model: nn.Module, merged: StateDict, checkpoint: Mapping[str, Any]
+) -> bool:
+    """Make the base from a checkpoint's merged weights.
+
+    Code without adapters loads these before it resumes a run.
 
     Args:
         model: The model, perhaps with those weights.
@@ -34,16 +38,25 @@ def restore_base_from(model: nn.Module, merged: StateDict, checkpoint: Mapping[s
     if not merged:
         return False
     view = view_of(model)
-    base_of_training = find_same_form(checkpoint[KEY]["base"], fingerprint(view, anew=False))
-    if base_of_training is None or not _take_updates_out(view, merged, checkpoint["state_dict"]):
+    base_of_training = find_same_form(
+        checkpoint[KEY]["base"], fingerprint(view, anew=False)
+    )
+    if base_of_training is None or not _take_updates_out(
+        view, merged, checkpoint["state_dict"]
+    ):
         return False
     base_computed_back = fingerprint(view, anew=False)  # the same, up to rounding
-    view.record.base.note_computed_back(changes_between(view, base_of_training, base_computed_back))
+    view.record.base.note_computed_back(
+        changes_between(view, base_of_training, base_computed_back)
+    )
     return True
 
 
 def _take_updates_out(view: View, merged: StateDict, changed: StateDict) -> bool:
-    """Take a file's updates out of its merged weights. The weights are the base's then, up to rounding."""
+    """Take a file's updates out of its merged weights.
+
+    The weights are the base's then, up to rounding.
+    """
     adapters = only(changed, view.adapter_parameters)
     if not _can_be_taken_out(view, renamed(merged, plain_name), adapters):
         return False
@@ -66,7 +79,12 @@ def _take_update_out(layer: LoRALayer) -> None:
 def _can_be_taken_out(view: View, merged: StateDict, adapters: StateDict) -> bool:
     """Whether a file has updates for these layers, and the model the file's merged weights and no adapters yet."""
     have_one_shape = _shapes_of(adapters) == _shapes_of(view.adapter_parameters)
-    return have_one_shape and _is_exact_sum(view) and view.is_fresh() and _has_weights(view, merged)
+    return (
+        have_one_shape
+        and _is_exact_sum(view)
+        and view.is_fresh()
+        and _has_weights(view, merged)
+    )
 
 
 def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -77,7 +95,9 @@ def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 def _is_exact_sum(view: View) -> bool:
     """Whether an update can be subtracted again: not from a scaled, rounded or sharded sum."""
     uses_dora = any(layer.lora_settings.use_dora for layer in view.layers.values())
-    is_rounded = any(_is_narrow(parameter) for parameter in view.base_parameters.values())
+    is_rounded = any(
+        _is_narrow(parameter) for parameter in view.base_parameters.values()
+    )
     return not (uses_dora or is_rounded or view.is_sharded)
 
 
@@ -90,4 +110,7 @@ def _has_weights(view: View, merged: StateDict) -> bool:
     """Whether all weights of the model are those of a file."""
     if not view.base_parameters.keys() <= merged.keys():
         return False
-    return all(torch.equal(parameter.cpu(), merged[name].cpu()) for name, parameter in view.base_parameters.items())
+    return all(
+        torch.equal(parameter.cpu(), merged[name].cpu())
+        for name, parameter in view.base_parameters.items()
+    )

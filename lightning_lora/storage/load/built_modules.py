@@ -1,7 +1,8 @@
 """A module that Lightning builds from a checkpoint, without the strict loading: the file has no base.
 
-Lightning's ``load_from_checkpoint`` builds and loads in one call. So it is given a subclass of the user's class, which
-keeps the state in place of loading it, and the module gets its own class back.
+Lightning's ``load_from_checkpoint`` builds and loads in one call. So it is given a
+subclass of the user's class, which keeps the state in place of loading it, and the
+module gets its own class back.
 """
 
 import warnings
@@ -23,28 +24,38 @@ if TYPE_CHECKING:
 def built_by_lightning(
     cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]
 ) -> "tuple[Module, Any]":
-    """Return a new module, and the state that its ``on_load_checkpoint`` has left for it. Nothing of it is loaded."""
+    """Return a new module, and the state that its ``on_load_checkpoint`` has left for it.
+
+    Nothing of it is loaded.
+    """
     if CLI_CLASS in checkpoint.get("hyper_parameters", {}):
         return _build_by_cli(cls, checkpoint, options), checkpoint["state_dict"]
     kind, states = _that_loads_nothing(cls)
-    model = kind.load_from_checkpoint(_as_file(checkpoint), map_location="cpu", **options)
+    model = kind.load_from_checkpoint(
+        _as_file(checkpoint), map_location="cpu", **options
+    )
     del model.load_state_dict
     model.__class__ = cls
     return model, states.pop()
 
 
-def _build_by_cli(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "Module":
+def _build_by_cli(
+    cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]
+) -> "Module":
     """Build a module of LightningCLI, which builds another class than it is asked for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
         shell = _as_file({**checkpoint, "state_dict": {}})
-        return cls.load_from_checkpoint(shell, map_location="cpu", **options, strict=False)
+        return cls.load_from_checkpoint(
+            shell, map_location="cpu", **options, strict=False
+        )
 
 
 def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]":
-    """A subclass whose module keeps the state that Lightning loads into it. Also the list of these states.
+    """A subclass whose module keeps the state that Lightning loads into it.
 
-    Its hook is where the new module can be reached before Lightning loads: it gets a ``load_state_dict`` of its own.
+    Also the list of these states. Its hook is where the new module can be reached
+    before Lightning loads: it gets a ``load_state_dict`` of its own.
     """
     states: list[Any] = []
 
@@ -58,8 +69,14 @@ def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]"
         reduce_to_adapters(checkpoint)
         self.load_state_dict = load_state_dict  # type: ignore[assignment,method-assign]
 
-    body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body)), states
+    body = {
+        "on_load_checkpoint": on_load_checkpoint,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
+    return new_class(
+        cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body)
+    ), states
 
 
 def _as_file(checkpoint: dict[str, Any]) -> BytesIO:

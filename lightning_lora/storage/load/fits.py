@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, misfits
+from lightning_lora.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    listed,
+    misfits,
+)
 from lightning_lora.layers import INITIALISATIONS, LoRALayer, Settings
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.model.base_values import tensors_with_originals
@@ -21,14 +27,27 @@ from lightning_lora.tensors.names import names_not_in
 from lightning_lora.tensors.plain_states import StateDict, state_dict
 
 
-def check_fits(view: View, stored: StoredAdapters, *, reads_base_anew: bool, refuses_other_base: bool) -> None:
+def check_fits(
+    view: View,
+    stored: StoredAdapters,
+    *,
+    reads_base_anew: bool,
+    refuses_other_base: bool,
+) -> None:
     """Refuse stored adapters that do not fit an adapted model."""
     _check_settings(view, stored.config)
     _check_names_of_file(view, stored)
     is_converted = False
     if stored.names_its_base:
-        is_converted = check_base(view, stored, reads_base_anew=reads_base_anew, refuses_other_base=refuses_other_base)
-    _check_tensors(view, without(stored.state, stored.filled_in_state), is_converted=is_converted)
+        is_converted = check_base(
+            view,
+            stored,
+            reads_base_anew=reads_base_anew,
+            refuses_other_base=refuses_other_base,
+        )
+    _check_tensors(
+        view, without(stored.state, stored.filled_in_state), is_converted=is_converted
+    )
     _check_finite(view, stored.state)
     _check_same_rows(view, stored)
     _check_changed(view, stored.state)
@@ -37,7 +56,9 @@ def check_fits(view: View, stored: StoredAdapters, *, reads_base_anew: bool, ref
 def check_state_fits(view: View, state: StateDict) -> None:
     """Refuse a state without a description that does not fit an adapted model."""
     remedy = "Use the same targets, modules_to_save and bias as for the training."
-    _check_names(view, state, trained_tensors(view), may_hold=random_weights(view), remedy=remedy)
+    _check_names(
+        view, state, trained_tensors(view), may_hold=random_weights(view), remedy=remedy
+    )
     _check_tensors(view, state)
     _check_finite(view, state)
 
@@ -52,8 +73,12 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
         is_same_start = _is_same_start(settings, config)
         for matrix in layer.lora_matrices:
             wanted = wanted_of(config, name, matrix, layer.lora_kind.__name__)
-            if not is_same_start or not wanted.is_met(matrix, settings.r, settings.scaling):
-                raise AdapterMismatchError(_other_settings(view, config, wanted, matrix, layer))
+            if not is_same_start or not wanted.is_met(
+                matrix, settings.r, settings.scaling
+            ):
+                raise AdapterMismatchError(
+                    _other_settings(view, config, wanted, matrix, layer)
+                )
 
 
 def _is_same_start(settings: Settings, config: LoRAConfig) -> bool:
@@ -63,7 +88,13 @@ def _is_same_start(settings: Settings, config: LoRAConfig) -> bool:
     return not settings.is_difference and not INITIALISATIONS[config.init].is_difference
 
 
-def _other_settings(view: View, config: LoRAConfig, wanted: Wanted, matrix: AdaptedMatrix, layer: LoRALayer) -> str:
+def _other_settings(
+    view: View,
+    config: LoRAConfig,
+    wanted: Wanted,
+    matrix: AdaptedMatrix,
+    layer: LoRALayer,
+) -> str:
     """What a file's adapters were trained with, and what the layer has."""
     settings = layer.lora_settings
     r = matrix.rank_for(settings.r)
@@ -73,10 +104,11 @@ def _other_settings(view: View, config: LoRAConfig, wanted: Wanted, matrix: Adap
         start_there = f", init={config.init!r}"
         start_here = f", init={settings.init!r}"
     return (
-        f"These adapters were trained with r={wanted.r} and a scaling of {wanted.scaling:g}{start_there} in "
-        f"{wanted.target!r}; here it has r={r} and a scaling of {scaling:g}{start_here}. "
-        f"{_as_trained(view, config)} Or give the Trainer LoRACallback() alone, or call "
-        "remove_adapters(model) before load_adapter."
+        f"These adapters were trained with r={wanted.r} and a scaling of "
+        f"{wanted.scaling:g}{start_there} in {wanted.target!r}; here it has r={r} and "
+        f"a scaling of {scaling:g}{start_here}. {_as_trained(view, config)} Or give "
+        "the Trainer LoRACallback() alone, or call remove_adapters(model) before "
+        "load_adapter."
     )
 
 
@@ -98,8 +130,8 @@ def _check_same_rows(view: View, stored: StoredAdapters) -> None:
         matrices_there = set(map(bare, stored.layers[name].matrices))
         if matrices_there != set(map(bare, layer.lora_matrices)):
             raise AdapterMismatchError(
-                f"In {name!r}, the file adapts other rows of the weight than this model does. "
-                f"{_as_trained(view, stored.config)}"
+                f"In {name!r}, the file adapts other rows of the weight than this "
+                f"model does. {_as_trained(view, stored.config)}"
             )
 
 
@@ -107,25 +139,46 @@ def _check_same_rows(view: View, stored: StoredAdapters) -> None:
 
 
 def _check_names_of_file(view: View, stored: StoredAdapters) -> None:
-    """Refuse a file with missing or unexpected names. What it says that it holds must be there too."""
+    """Refuse a file with missing or unexpected names.
+
+    What it says that it holds must be there too.
+    """
     needed = {**trained_tensors(view), **only(view.base_parameters, stored.changed)}
     untrained: Collection[str] = ()
-    if not stored.names_its_base:  # another library's may hold what looks untrained, and does not say so
+    # another library's may hold what looks untrained, and does not say so
+    if not stored.names_its_base:
         untrained = view.adapter.known_random_weights
-    _check_names(view, stored.state, needed, may_hold=untrained, remedy=_as_trained(view, stored.config))
+    _check_names(
+        view,
+        stored.state,
+        needed,
+        may_hold=untrained,
+        remedy=_as_trained(view, stored.config),
+    )
 
 
 def _check_names(
-    view: View, state: StateDict, needed: Collection[str], *, may_hold: Collection[str], remedy: str
+    view: View,
+    state: StateDict,
+    needed: Collection[str],
+    *,
+    may_hold: Collection[str],
+    remedy: str,
 ) -> None:
     """Refuse a state that lacks what is needed, or has names that no file of this model has."""
-    unexpected = names_not_in(state, {*needed, *view.buffers, *tensors_with_originals(view)})
+    unexpected = names_not_in(
+        state, {*needed, *view.buffers, *tensors_with_originals(view)}
+    )
     if unexpected:  # what modules' own code adds may be there too
-        unexpected = names_not_in(unexpected, values_to_store(view, state_dict(view.model), may_hold))
+        unexpected = names_not_in(
+            unexpected, values_to_store(view, state_dict(view.model), may_hold)
+        )
     missing = names_not_in(needed, state)
     wrong = misfits({"missing": missing, "unexpected": unexpected})
     if wrong:
-        raise AdapterMismatchError(f"These adapters do not fit {view.title}: {wrong}. {remedy}")
+        raise AdapterMismatchError(
+            f"These adapters do not fit {view.title}: {wrong}. {remedy}"
+        )
 
 
 # The base
@@ -136,8 +189,9 @@ def _check_changed(view: View, state: StateDict) -> None:
     lost = sorted(set(view.record.base.changes) - state.keys())
     if lost:
         raise BaseMismatchError(
-            f"Frozen weights of {view.title} have changed in training since these adapters were stored, "
-            f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
+            f"Frozen weights of {view.title} have changed in training since these "
+            "adapters were stored, and their earlier values are in no file: "
+            f"{listed(lost)}. Build the model anew, then load."
         )
 
 
@@ -145,29 +199,38 @@ def _check_changed(view: View, state: StateDict) -> None:
 
 
 def _check_tensors(view: View, state: StateDict, *, is_converted: bool = False) -> None:
-    """Refuse tensors of another shape or kind. Of a converted base, all but adapters may be rounded.
+    """Refuse tensors of another shape or kind.
 
-    Filled buffers are not given here: they may have another shape.
+    Of a converted base, all but adapters may be rounded. Filled buffers are not given
+    here: they may have another shape.
     """
     present = {**view.base_parameters, **view.buffers, **trained_tensors(view)}
-    for name, value in only(state, present).items():  # a module's own code judges the others
+    # a module's own code judges the others
+    for name, value in only(state, present).items():
         is_adapter = name in view.adapter_parameters
         _check_shape(name, value, present[name], is_adapter=is_adapter)
         dtype = present[name].dtype
-        is_rounded_base = is_converted and not is_adapter and _fits_when_rounded(value, dtype)
+        is_rounded_base = (
+            is_converted and not is_adapter and _fits_when_rounded(value, dtype)
+        )
         if not is_rounded_base:
             _check_dtype(name, value.dtype, dtype)
 
 
-def _check_shape(name: str, value: object, present: Tensor, *, is_adapter: bool) -> None:
+def _check_shape(
+    name: str, value: object, present: Tensor, *, is_adapter: bool
+) -> None:
     """Refuse what is no tensor, or one of another shape."""
     if not isinstance(value, Tensor):
-        raise AdapterMismatchError(f"{name!r} is a {type(value).__name__}. Expected a tensor.")
+        raise AdapterMismatchError(
+            f"{name!r} is a {type(value).__name__}. Expected a tensor."
+        )
     if value.shape != present.shape:
         and_r = " and r" if is_adapter else ""
         raise AdapterMismatchError(
-            f"{name!r} is {tuple(value.shape)}, but this model has {tuple(present.shape)}. Build the model as it "
-            f"was built for training, with the same sizes{and_r}."
+            f"{name!r} is {tuple(value.shape)}, but this model has "
+            f"{tuple(present.shape)}. Build the model as it was built for training, "
+            f"with the same sizes{and_r}."
         )
 
 
@@ -183,8 +246,8 @@ def _check_dtype(name: str, there: torch.dtype, here: torch.dtype) -> None:
     is_same_kind = there.is_floating_point == here.is_floating_point
     if not is_same_kind or torch.promote_types(there, here) != here:
         raise AdapterMismatchError(
-            f"{name!r} is {there}, but this model has {here}, which cannot hold the same values. "
-            f"Convert the model first: model.to({there})."
+            f"{name!r} is {there}, but this model has {here}, which cannot hold the "
+            f"same values. Convert the model first: model.to({there})."
         )
 
 
@@ -192,4 +255,6 @@ def _check_finite(view: View, state: StateDict) -> None:
     """Refuse what a diverged training has left."""
     broken = diverged(view, state)
     if broken:
-        raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")
+        raise AdapterFileError(
+            f"{listed(broken)} hold NaN or infinite values: {DIVERGED}."
+        )

@@ -1,8 +1,9 @@
 """State dicts: one that is put back on a model, and those that other code lets torch load into one.
 
-Torch keeps notes in a state dict, as its ``_metadata``: for each module a dict, by the module's name, such as
-``{"": {...}, "encoder": {"version": 1}}``. They go into files with it, and a hook of a module gets those on the module.
-So the notes on the model itself, whose name is ``""``, say which adapters a state dict holds.
+Torch keeps notes in a state dict, as its ``_metadata``: for each module a dict, by the
+module's name, such as ``{"": {...}, "encoder": {"version": 1}}``. They go into files
+with it, and a hook of a module gets those on the module. So the notes on the model
+itself, whose name is ``""``, say which adapters a state dict holds.
 """
 
 from collections.abc import Mapping
@@ -21,24 +22,28 @@ from lightning_lora.storage.state import without_notes
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.plain_states import StateDict
 
-# Entries of torch's notes on the model itself. They are plain types: torch reads nothing else from files
+# Entries of torch's notes on the model itself. They are plain types: torch reads
+# nothing else from files
 _ADAPTERS_ALONE = KEY  # the description of a state dict of adapters
-_BESIDE_MERGED = f"{KEY}_whole"  # of a merged model: (checksum of its state, description of its adapters, adapters)
+# of a merged model: (checksum of its state, description of its adapters, adapters)
+_BESIDE_MERGED = f"{KEY}_whole"
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Write back what ``adapter_state_dict`` returned.
 
-    Everything is checked before anything is written. Buffers, and other tensors that may change, get the base's values
-    if they are not in ``state``. A merged model is merged again with the new adapters.
+    Everything is checked before anything is written. Buffers, and other tensors that
+    may change, get the base's values if they are not in ``state``. A merged model is
+    merged again with the new adapters.
 
     Args:
-        model: A model that is adapted in the same way as the one that ``state`` is from.
+        model: A model that is adapted in the same way as the one that ``state`` is
+            from.
         state: Tensors by name.
 
     Raises:
-        AdapterMismatchError: a name is missing or unexpected, or a tensor is of another shape or kind. Then nothing
-            was written.
+        AdapterMismatchError: a name is missing or unexpected, or a tensor is of another
+            shape or kind. Then nothing was written.
         AdapterFileError: a tensor holds NaN or infinite values.
         AdapterStateError: ``model`` has no adapters.
     """
@@ -49,7 +54,9 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 # What torch loads
 
 
-def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]) -> None:
+def before_load(
+    model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]
+) -> None:
     """Do what comes before torch loads a state dict into a model with a record, in this order.
 
     Args:
@@ -73,14 +80,22 @@ def note_adapters(state: Any, description: Description) -> None:
     setattr(state, STATE_NOTES, {"": {_ADAPTERS_ALONE: description}})
 
 
-def note_adapters_beside(merged: Any, description: Description, adapters: StateDict) -> None:
+def note_adapters_beside(
+    merged: Any, description: Description, adapters: StateDict
+) -> None:
     """Note the adapters of a merged state dict in torch's notes, likewise."""
     notes = getattr(merged, STATE_NOTES)
-    notes[""] = {**notes.get("", {}), _BESIDE_MERGED: (checksum(merged, {}), description, adapters)}
+    notes[""] = {
+        **notes.get("", {}),
+        _BESIDE_MERGED: (checksum(merged, {}), description, adapters),
+    }
 
 
 def _put_noted(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> bool:
-    """Put the adapters of a state dict that is described in torch's notes. Return whether they were put."""
+    """Put the adapters of a state dict that is described in torch's notes.
+
+    Return whether they were put.
+    """
     if _BESIDE_MERGED in notes:
         return _put_beside_merged(model, state, notes)
     if _ADAPTERS_ALONE not in notes:
@@ -89,14 +104,20 @@ def _put_noted(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> 
     return True
 
 
-def _put_beside_merged(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> bool:
+def _put_beside_merged(
+    model: nn.Module, state: StateDict, notes: Mapping[str, Any]
+) -> bool:
     """Put the adapters of a merged model. Return whether they were put.
 
-    Otherwise torch loads the merged weights, as the base of the model here. That is so if this model has not been
-    trained, or if other code has changed the merged weights, or if the adapters are another model's.
+    Otherwise torch loads the merged weights, as the base of the model here. That is so
+    if this model has not been trained, or if other code has changed the merged weights,
+    or if the adapters are another model's.
     """
     checksum_when_merged, description, adapters = notes[_BESIDE_MERGED]
-    if not record_of(model).adapter.may_have_learned or checksum(state, {}) != checksum_when_merged:
+    if (
+        not record_of(model).adapter.may_have_learned
+        or checksum(state, {}) != checksum_when_merged
+    ):
         return False
     try:
         _put_described(model, adapters, description)
@@ -105,7 +126,9 @@ def _put_beside_merged(model: nn.Module, state: StateDict, notes: Mapping[str, A
     return True
 
 
-def _put_described(model: nn.Module, state: StateDict, description: Description) -> None:
+def _put_described(
+    model: nn.Module, state: StateDict, description: Description
+) -> None:
     """Put adapters as their description says."""
     stored = StoredAdapters.from_description(without_notes(state), description, "")
     put(model, stored, call="load_state_dict")

@@ -16,7 +16,10 @@ from lightning_lora.tensors.plain_states import StateDict, load_state_dict, stat
 
 
 def load_base(model: nn.Module, state: StateDict, *, call: str) -> None:
-    """Write a full state into the base, and initialise the adapters again. Errors name the ``call``."""
+    """Write a full state into the base, and initialise the adapters again.
+
+    Errors name the ``call``.
+    """
     start_call(model, call)
     state = renamed(state, plain_name)
     _check_base_fits(model, state)
@@ -36,8 +39,9 @@ def _check_base_fits(model: nn.Module, state: StateDict) -> None:
     wrong = _misfits(_state_of_base(model), state)
     if wrong:
         raise BaseMismatchError(
-            f"This checkpoint has no adapters of this package, and as a base it does not fit {type(model).__name__}: "
-            f"{wrong}. Pass a checkpoint of the same model, trained with or without LoRACallback."
+            "This checkpoint has no adapters of this package, and as a base it does "
+            f"not fit {type(model).__name__}: {wrong}. Pass a checkpoint of the same "
+            "model, trained with or without LoRACallback."
         )
 
 
@@ -64,4 +68,8 @@ def _misfits(expected: StateDict, state: StateDict) -> str:
 
 def _has_other_shape(value: object, expected: object) -> bool:
     """Whether two tensors have different shapes."""
-    return isinstance(value, Tensor) and isinstance(expected, Tensor) and value.shape != expected.shape
+    return (
+        isinstance(value, Tensor)
+        and isinstance(expected, Tensor)
+        and value.shape != expected.shape
+    )

@@ -6,7 +6,12 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, listed, misfits, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.inner_model import root_of
-from lightning_lora.storage.renaming import Renaming, entries_inside, find_renamings, names_outside
+from lightning_lora.storage.renaming import (
+    Renaming,
+    entries_inside,
+    find_renamings,
+    names_outside,
+)
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.whole_names import by_whole_names
 from lightning_lora.tensors.dicts import without
@@ -14,9 +19,10 @@ from lightning_lora.tensors.names import names_not_in, owner_of, owner_or_itself
 
 
 def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
-    """Return the adapters of a file of this package, by a model's names. These may differ by one prefix.
+    """Return the adapters of a file of this package, by a model's names.
 
-    A file is refused that holds modules which the model lacks.
+    These may differ by one prefix. A file is refused that holds modules which the model
+    lacks.
     """
     if not view.modules.keys() >= stored.layers.keys():
         stored = _with_another_prefix(view, stored)
@@ -26,14 +32,20 @@ def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
 
 def _with_another_prefix(view: View, stored: StoredAdapters) -> StoredAdapters:
     """Return adapters by a model's names, if these differ by one prefix."""
-    found = find_renamings(list(stored.layers), view.modules, root_there=stored.root, root_here=root_of(view.model))
+    found = find_renamings(
+        list(stored.layers),
+        view.modules,
+        root_there=stored.root,
+        root_here=root_of(view.model),
+    )
     if len(found) == 1 and _is_all_inside(view, found[0].here):
         return _renamed(view, stored, found[0])
     places = [renaming.here for renaming in found if renaming.here]
     if places:
         raise AdapterMismatchError(
-            f"The names in the file fit in {view.title} below {listed(places)}, and it holds other weights too. Load "
-            f"the file onto that part: load_adapter(model.get_submodule({places[0]!r}), path)."
+            f"The names in the file fit in {view.title} below {listed(places)}, and it "
+            "holds other weights too. Load the file onto that part: "
+            f"load_adapter(model.get_submodule({places[0]!r}), path)."
         )
     return stored
 
@@ -47,14 +59,22 @@ def _renamed(view: View, stored: StoredAdapters, renaming: Renaming) -> StoredAd
     """Return what a file holds by the model's names, and say so."""
     _refuse_outside(stored, renaming.there, view.title)
     warn(renaming.told(view.title))
-    return stored.with_names_of_model(renaming, _config_for_model(view, stored, renaming))
+    return stored.with_names_of_model(
+        renaming, _config_for_model(view, stored, renaming)
+    )
 
 
-def _config_for_model(view: View, stored: StoredAdapters, renaming: Renaming) -> LoRAConfig:
+def _config_for_model(
+    view: View, stored: StoredAdapters, renaming: Renaming
+) -> LoRAConfig:
     """The configuration of a file, by the model's names: its patterns might mean other modules here."""
-    in_place_of_file = entries_inside(renaming.here, {**view.modules, **view.parameters})
+    in_place_of_file = entries_inside(
+        renaming.here, {**view.modules, **view.parameters}
+    )
     names = without(in_place_of_file, [renaming.here])
-    saved = [name for name in names if stored.config.is_saved(renaming.name_there(name))]
+    saved = [
+        name for name in names if stored.config.is_saved(renaming.name_there(name))
+    ]
     settings = replace(stored.config, modules_to_save=saved or None)
     layers = [layer.renamed(renaming.name_here) for layer in stored.layers.values()]
     return by_whole_names(layers, settings, view.modules.keys())
@@ -65,8 +85,9 @@ def _refuse_outside(stored: StoredAdapters, prefix: str, title: str) -> None:
     outside = [owner_or_itself(name) for name in names_outside(prefix, stored.state)]
     if outside:
         raise AdapterMismatchError(
-            f"The file's adapters fit {title}, but it also holds {listed(dict.fromkeys(outside))}, outside of "
-            f"{prefix!r}. Load it onto the whole model that it was saved from, and take this module from there."
+            f"The file's adapters fit {title}, but it also holds "
+            f"{listed(dict.fromkeys(outside))}, outside of {prefix!r}. Load it onto "
+            "the whole model that it was saved from, and take this module from there."
         )
 
 
@@ -76,8 +97,9 @@ def _check_present(view: View, stored: StoredAdapters) -> None:
     if absent:
         wrong = misfits({"unexpected": absent})
         raise AdapterMismatchError(
-            f"These adapters do not fit {view.title}: {wrong}. Load them onto the model that they were saved from. If "
-            "the module makes these in setup, call model.setup('fit') first."
+            f"These adapters do not fit {view.title}: {wrong}. Load them onto the "
+            "model that they were saved from. If the module makes these in setup, call "
+            "model.setup('fit') first."
         )
 
 
@@ -89,6 +111,14 @@ def _absent_modules(view: View, stored: StoredAdapters) -> list[str]:
 
 def _absent_tensors(view: View, stored: StoredAdapters) -> list[str]:
     """What trains in full in a file, and the buffers that were filled there, if a model lacks them."""
-    saved = [name for name in names_not_in(stored.state, view.tensors) if stored.config.is_saved(name)]
-    filled = [name for name in names_not_in(stored.filled_in_state, view.tensors) if owner_of(name) in view.modules]
+    saved = [
+        name
+        for name in names_not_in(stored.state, view.tensors)
+        if stored.config.is_saved(name)
+    ]
+    filled = [
+        name
+        for name in names_not_in(stored.filled_in_state, view.tensors)
+        if owner_of(name) in view.modules
+    ]
     return [*saved, *filled]

@@ -1,8 +1,9 @@
 """The one way in: stored adapters are read, checked as a whole, and then written, or nothing is.
 
-All that loads adapters leads here. :func:`adapt_and_put` takes a plain model too: for ``load_adapter`` and
-``load_from_checkpoint`` (``files.py``), and sums of adapters (``several.py``). :func:`put` takes an adapted one: for a
-Trainer's checkpoint (``checkpoint.py``), and state dicts that torch loads (``from_state_dicts.py``). And
+All that loads adapters leads here. :func:`adapt_and_put` takes a plain model too: for
+``load_adapter`` and ``load_from_checkpoint`` (``files.py``), and sums of adapters
+(``several.py``). :func:`put` takes an adapted one: for a Trainer's checkpoint
+(``checkpoint.py``), and state dicts that torch loads (``from_state_dicts.py``). And
 :func:`put_state` has nothing but the state.
 """
 
@@ -15,7 +16,12 @@ from torch import Tensor, nn
 
 from lightning_lora.base.record import Record
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.base_values import base_values, keep_frozen, kept_or_present_value, restore_originals
+from lightning_lora.model.base_values import (
+    base_values,
+    keep_frozen,
+    kept_or_present_value,
+    restore_originals,
+)
 from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.inject import inject_from_file
 from lightning_lora.model.merge import merge
@@ -34,39 +40,56 @@ from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values
 
 
-def adapt_and_put(model: nn.Module, read: ReadFor, *, name: str | None = None, refuses_other_base: bool = True) -> None:
-    """Put the adapters of a file on a model, which is adapted first if it is plain. An error changes nothing.
+def adapt_and_put(
+    model: nn.Module,
+    read: ReadFor,
+    *,
+    name: str | None = None,
+    refuses_other_base: bool = True,
+) -> None:
+    """Put the adapters of a file on a model, which is adapted first if it is plain.
+
+    An error changes nothing.
 
     Args:
         model: The model. One that was merged stays unmerged then.
         read: Reads the file.
-        name: The adapter's name. Beside the active adapter, another one is loaded, and stays inactive. None: the
-            active one.
+        name: The adapter's name. Beside the active adapter, another one is loaded, and
+            stays inactive. None: the active one.
         refuses_other_base: Whether another base is refused. Otherwise it is only named.
     """
     record = start_call(model, "load_adapter")
     if record is None or name is None or name == record.adapter.name:
-        _put_in_place_of_active(model, read, name, refuses_other_base=refuses_other_base)
+        _put_in_place_of_active(
+            model, read, name, refuses_other_base=refuses_other_base
+        )
         return
     active = record.adapter
     with unmerged(model), activate(model, name, active.config) as undo:
-        _put_in_place_of_active(model, read, name, refuses_other_base=refuses_other_base)
+        _put_in_place_of_active(
+            model, read, name, refuses_other_base=refuses_other_base
+        )
         undo.keep()
         switch_to(model, active.name)
 
 
-def put(model: nn.Module, stored: StoredAdapters, *, call: str, reads_base_anew: bool = True) -> None:
+def put(
+    model: nn.Module, stored: StoredAdapters, *, call: str, reads_base_anew: bool = True
+) -> None:
     """Put stored adapters on an adapted model. An error changes nothing.
 
     Args:
         model: The model. If it is merged, it is merged again with the new adapters.
         stored: The adapters, by the model's names.
         call: The user's call, as an error names it.
-        reads_base_anew: Whether all of the base is read to be compared. Otherwise it has just been read.
+        reads_base_anew: Whether all of the base is read to be compared. Otherwise it
+            has just been read.
     """
     start_call(model, call)
     with _opened(model) as view:
-        check_fits(view, stored, reads_base_anew=reads_base_anew, refuses_other_base=True)
+        check_fits(
+            view, stored, reads_base_anew=reads_base_anew, refuses_other_base=True
+        )
         _write_adapters(view, stored)
 
 
@@ -78,13 +101,17 @@ def put_state(model: nn.Module, state: StateDict) -> None:
         _write_state(view, state)
 
 
-def _put_in_place_of_active(model: nn.Module, read: ReadFor, name: str | None, *, refuses_other_base: bool) -> None:
+def _put_in_place_of_active(
+    model: nn.Module, read: ReadFor, name: str | None, *, refuses_other_base: bool
+) -> None:
     """Put the adapters of a file in the place of the active one."""
     with _opened_to_adapt(model) as view:
         stored = read(view)
         is_new = _adapt_if_plain(view, stored.config, name)
         stored = _with_values_of_base(view, stored, is_new=is_new)
-        check_fits(view, stored, reads_base_anew=True, refuses_other_base=refuses_other_base)
+        check_fits(
+            view, stored, reads_base_anew=True, refuses_other_base=refuses_other_base
+        )
         _write_adapters(view, stored)
 
 
@@ -93,7 +120,10 @@ def _put_in_place_of_active(model: nn.Module, read: ReadFor, name: str | None, *
 
 @contextmanager
 def _opened(model: nn.Module) -> Iterator[View]:
-    """Open a model that is adapted. If it is merged, it is merged again with the new adapters."""
+    """Open a model that is adapted.
+
+    If it is merged, it is merged again with the new adapters.
+    """
     view_of(model)  # refuses one that has no adapters, or has lost some
     with unmerged(model):
         yield view_of(model)
@@ -101,7 +131,10 @@ def _opened(model: nn.Module) -> Iterator[View]:
 
 @contextmanager
 def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
-    """Open a model that may be plain. It stays unmerged, but an error merges it again."""
+    """Open a model that may be plain.
+
+    It stays unmerged, but an error merges it again.
+    """
     record = find_record(model)
     was_merged = record is not None and record.state.is_merged
     try:
@@ -117,7 +150,8 @@ def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
 
 def _restore_merge(model: nn.Module, record: Record) -> None:
     """Undo what :func:`unmerge_or_forget` has done to a merged model."""
-    if find_record(model) is None:  # it was dropped: other code had replaced the weights
+    # it was dropped: other code had replaced the weights
+    if find_record(model) is None:
         keep_record(model, record)
     elif not state_of(model).is_merged:
         merge(model)
@@ -127,7 +161,10 @@ def _restore_merge(model: nn.Module, record: Record) -> None:
 
 
 def _adapt_if_plain(view: View, config: LoRAConfig, name: str | None) -> bool:
-    """Adapt a model as a file says, if it has no adapters of its own. Return whether it had none."""
+    """Adapt a model as a file says, if it has no adapters of its own.
+
+    Return whether it had none.
+    """
     is_new = not view.is_adapted or not view.adapter.layers
     if is_new:
         inject_from_file(view.model, config, name=_name_of_new(view, name))
@@ -144,16 +181,23 @@ def _name_of_new(view: View, name: str | None) -> str:
     return "default" if name is None else name
 
 
-def _with_values_of_base(view: View, stored: StoredAdapters, *, is_new: bool) -> StoredAdapters:
+def _with_values_of_base(
+    view: View, stored: StoredAdapters, *, is_new: bool
+) -> StoredAdapters:
     """Add what files of other libraries do not hold, because it is the base's."""
     if stored.names_its_base:
         return stored
     trained = _base_values_of_trained(view, is_new=is_new)
-    return replace(stored, state={**trained, **_frozen_in_adapters(view), **stored.state})
+    return replace(
+        stored, state={**trained, **_frozen_in_adapters(view), **stored.state}
+    )
 
 
 def _base_values_of_trained(view: View, *, is_new: bool) -> dict[str, Tensor]:
-    """The base's values of what trains in full. Beside adapters that were there, a file must hold all but biases."""
+    """The base's values of what trains in full.
+
+    Beside adapters that were there, a file must hold all but biases.
+    """
     names = [name for name in view.trainable_base if is_new or is_bias(name)]
     return {name: kept_or_present_value(view, name) for name in names}
 
@@ -164,7 +208,9 @@ def _frozen_in_adapters(view: View) -> dict[str, Tensor]:
     for layer_name, layer in view.layers.items():
         for parameter, spec in layer.lora_specs().items():
             if not spec.role.trains:
-                frozen[join(layer_name, parameter)] = own_parameter(layer, parameter).detach()
+                frozen[join(layer_name, parameter)] = own_parameter(
+                    layer, parameter
+                ).detach()
     return frozen
 
 
@@ -175,7 +221,10 @@ BEING_WRITTEN = "lightning_lora_written"
 
 
 def _write_adapters(view: View, stored: StoredAdapters) -> None:
-    """Write adapters that have been checked. Files of this package say which weights and buffers belong to no base."""
+    """Write adapters that have been checked.
+
+    Files of this package say which weights and buffers belong to no base.
+    """
     if stored.names_its_base:
         view.adapter.random_weights = tuple(stored.of_no_base)
         view.record.base.note_filled(stored.filled_in_state)
@@ -183,10 +232,18 @@ def _write_adapters(view: View, stored: StoredAdapters) -> None:
 
 
 def _write_state(view: View, state: StateDict) -> None:
-    """Write a state that has been checked. If a module's own loading fails, restore the old values."""
+    """Write a state that has been checked.
+
+    If a module's own loading fails, restore the old values.
+    """
     keep_frozen(view, only(view.frozen_base, state))
     with Undo() as undo:
-        undo.callback(load_state_dict, view.model, _copies_of_written(view, state), notes=[BEING_WRITTEN])
+        undo.callback(
+            load_state_dict,
+            view.model,
+            _copies_of_written(view, state),
+            notes=[BEING_WRITTEN],
+        )
         _write_filled_buffers(view, state, undo)
         restore_originals(view, _left_to_the_base(view, state), undo)
         load_state_dict(view.model, state, notes=[BEING_WRITTEN])
@@ -205,7 +262,8 @@ def _write_filled_buffers(view: View, state: StateDict, undo: Undo) -> None:
     for name, value in only(state, view.record.base.filled).items():
         buffer = view.buffers[name]
         dtype = buffer.dtype
-        if dtype.itemsize > 2:  # a model in half precision stays so: its code may compute in nothing else
+        # a model in half precision stays so: its code may compute in nothing else
+        if dtype.itemsize > 2:
             dtype = torch.promote_types(dtype, value.dtype)
         undo.callback(replace_values, buffer, buffer.data)
         replace_values(buffer, value.to(buffer.device, dtype, copy=True))

@@ -15,8 +15,9 @@ from lightning_lora.tensors.values import replace_values
 def rebuild_modules(model: nn.Module, state: StateDict, layers: Iterable[str]) -> None:
     """Let modules build the adapted ``layers`` of a file that they lack, such as an ensemble that grows in training.
 
-    torch loads into whatever a module's ``_load_from_state_dict`` leaves behind. Here, the names are compared first. So
-    the outermost module with such a method, above a layer that is absent, loads its own part of the state now.
+    torch loads into whatever a module's ``_load_from_state_dict`` leaves behind. Here,
+    the names are compared first. So the outermost module with such a method, above a
+    layer that is absent, loads its own part of the state now.
     """
     modules = modules_by_all_names(model)
     asked = set[nn.Module]()
@@ -40,7 +41,8 @@ def _builder_of(layer: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 def _load_own_part(module: nn.Module, name: str, state: dict[str, Any]) -> None:
     """Let a module load its part of a state, and give it its own values back: all is checked before any is written."""
-    tensors = of_type({**module._parameters, **module._buffers}, Tensor)  # None stands for one that is not there
+    # None stands for one that is not there
+    tensors = of_type({**module._parameters, **module._buffers}, Tensor)
     values = copies_of(tensors)
     try:
         module._load_from_state_dict(state, f"{name}.", {}, False, [], [], [])

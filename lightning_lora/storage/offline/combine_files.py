@@ -14,7 +14,9 @@ from lightning_lora.storage.stored import StoredAdapters
 _Path = str | Path
 
 
-def combine_files(paths: Sequence[_Path], out: _Path, weights: Sequence[float], r: int | None = None) -> int:
+def combine_files(
+    paths: Sequence[_Path], out: _Path, weights: Sequence[float], r: int | None = None
+) -> int:
     """Write the weighted sum of all updates, or its best approximation of rank r.
 
     Returns:
@@ -22,9 +24,13 @@ def combine_files(paths: Sequence[_Path], out: _Path, weights: Sequence[float], 
     """
     check_place(out, paths)
     if len(paths) < 2 or len(weights) != len(paths):
-        raise ConfigError(f"Got {len(paths)} files, {len(weights)} weights. Expected at least two, a weight for each.")
+        raise ConfigError(
+            f"Got {len(paths)} files, {len(weights)} weights. Expected at least two, a "
+            "weight for each."
+        )
     files = [read_without_model(path) for path in paths]
-    stored = weighted_sum(files, weights, r)  # first: an error about one layer says more than one about the base
+    # first: an error about one layer says more than one about the base
+    stored = weighted_sum(files, weights, r)
     _check_bases(files)
     write_adapter_file(out, stored)
     return len(stored.layers)
@@ -35,7 +41,10 @@ def _check_bases(files: Sequence[StoredAdapters]) -> None:
     first = files[0]
     for file in files:
         if not _have_one_base(first, file):
-            raise BaseMismatchError(f"{first.source} and {file.source} were trained on different bases. Use one base.")
+            raise BaseMismatchError(
+                f"{first.source} and {file.source} were trained on different bases. "
+                "Use one base."
+            )
 
 
 def _have_one_base(one: StoredAdapters, other: StoredAdapters) -> bool:
@@ -45,4 +54,6 @@ def _have_one_base(one: StoredAdapters, other: StoredAdapters) -> bool:
     have_one_fingerprint = any(fingerprint in other.base for fingerprint in one.base)
     if not have_one_fingerprint:
         return False
-    return all(torch.equal(one.state[name], other.state[name]) for name in one.filled_in_state)
+    return all(
+        torch.equal(one.state[name], other.state[name]) for name in one.filled_in_state
+    )

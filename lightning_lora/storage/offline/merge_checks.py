@@ -6,11 +6,25 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_lora.base.fingerprints import HalfDigests, StoredFingerprint, digests_by_name
+from lightning_lora.base.fingerprints import (
+    HalfDigests,
+    StoredFingerprint,
+    digests_by_name,
+)
 from lightning_lora.base.readings import HALF_DTYPES
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
+from lightning_lora.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    listed,
+    warn,
+)
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
-from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Comparison, compare
+from lightning_lora.storage.same_base.base_comparison import (
+    ComparedTensor,
+    Comparison,
+    compare,
+)
 from lightning_lora.tensors.dicts import of_type, where, without
 from lightning_lora.tensors.digests import digest, digests_as
 from lightning_lora.tensors.values import is_computable
@@ -29,8 +43,9 @@ def check_tensors_alone(plan: MergePlan) -> None:
     odd = without(plan.replaced, of_type(plan.replaced, Tensor))
     if odd:
         raise AdapterFileError(
-            f"{listed(odd)} in {plan.source} are not tensors (get_extra_state), and safetensors holds no "
-            "others. Merge into a checkpoint (.ckpt); or in memory: load_adapter(model, path), then save_merged."
+            f"{listed(odd)} in {plan.source} are not tensors (get_extra_state), and "
+            "safetensors holds no others. Merge into a checkpoint (.ckpt); or in "
+            "memory: load_adapter(model, path), then save_merged."
         )
 
 
@@ -50,8 +65,9 @@ def _check_adapted_weights(plan: MergePlan) -> None:
             wrong.append(f"{wanted}, {found.dtype} {list(found.shape)}")
     if wrong:
         raise AdapterMismatchError(
-            f"{plan.base_path} lacks weights that {plan.source} adapts, or has them in another shape or "
-            f"dtype: {listed(wrong)}. Pass the base of the training, in float32, bfloat16 or float16."
+            f"{plan.base_path} lacks weights that {plan.source} adapts, or has them in "
+            f"another shape or dtype: {listed(wrong)}. Pass the base of the training, "
+            "in float32, bfloat16 or float16."
         )
 
 
@@ -60,14 +76,19 @@ def _check_not_tied(plan: MergePlan) -> None:
     tied = [base_name for base_name, adapted in plan.adapted.items() if adapted.is_tied]
     if tied:
         raise AdapterMismatchError(
-            f"{listed(tied)} are tied to other layers, which a file cannot show: whoever loads it would tie them "
-            "again. Merge in memory: load_adapter(model, path), then merge_adapters(model)."
+            f"{listed(tied)} are tied to other layers, which a file cannot show: "
+            "whoever loads it would tie them again. Merge in memory: "
+            "load_adapter(model, path), then merge_adapters(model)."
         )
 
 
 def _can_be_updated(value: Tensor, adapted: AdaptedWeight) -> bool:
     """Whether the update can be added to a tensor of the base."""
-    return is_computable(value) and value.is_floating_point() and value.shape == adapted.shape
+    return (
+        is_computable(value)
+        and value.is_floating_point()
+        and value.shape == adapted.shape
+    )
 
 
 # The tensors that the base of the training had
@@ -79,8 +100,9 @@ def _check_complete(plan: MergePlan) -> None:
         lost = _lost_tensors(plan, fingerprint)
         if lost:
             raise BaseMismatchError(
-                f"{plan.base_path} lacks {listed(lost)}, which the base of the adapters in {plan.source} "
-                "had: the file is damaged, or holds a part of that base. Pass the whole base. Or merge in memory: "
+                f"{plan.base_path} lacks {listed(lost)}, which the base of the "
+                f"adapters in {plan.source} had: the file is damaged, or holds a part "
+                "of that base. Pass the whole base. Or merge in memory: "
                 "load_adapter(model, path), then save_merged."
             )
 
@@ -88,8 +110,9 @@ def _check_complete(plan: MergePlan) -> None:
 def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
     """The tensors of a fingerprint that the base does not have.
 
-    A tied tensor is there under one of its names. And a library may know another name for one, as transformers
-    reads ``gamma`` for ``weight``: the values tell. But a name that differs in one character was damaged.
+    A tied tensor is there under one of its names. And a library may know another name
+    for one, as transformers reads ``gamma`` for ``weight``: the values tell. But a name
+    that differs in one character was damaged.
     """
     absent = _absent_tensors(plan, fingerprint)
     if not absent:
@@ -105,12 +128,21 @@ def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
 
 
 def _unnamed_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> set[str]:
-    """The tensors of the base that the adapters' file does not name. One of them may be an absent tensor."""
-    named = {*map(plan.find_in_base, fingerprint["rounded"]), *plan.adapted, *plan.replaced}
+    """The tensors of the base that the adapters' file does not name.
+
+    One of them may be an absent tensor.
+    """
+    named = {
+        *map(plan.find_in_base, fingerprint["rounded"]),
+        *plan.adapted,
+        *plan.replaced,
+    }
     return plan.files.file_of.keys() - named
 
 
-def _absent_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> dict[str, list[int]]:
+def _absent_tensors(
+    plan: MergePlan, fingerprint: StoredFingerprint
+) -> dict[str, list[int]]:
     """The expected tensors that the base has under none of their names, with all of their digests.
 
     Tied ones, with one digest, have several names.
@@ -130,8 +162,11 @@ def _absent_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> dict[str
 
 def _expected_tensors(plan: MergePlan, half_digests: HalfDigests) -> list[str]:
     """The tensors of the base that its file must hold: not those of the adapters' file, or outside of the model."""
-    weights = where(half_digests, bool)  # None: quantised. Empty: integers, which other versions may not store
-    return [name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)]
+    # None: quantised. Empty: integers, which other versions may not store
+    weights = where(half_digests, bool)
+    return [
+        name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)
+    ]
 
 
 def _digests_of(plan: MergePlan, base_names: Iterable[str]) -> set[int]:
@@ -161,28 +196,37 @@ def _differ_in_one_character(one: str, other: str) -> bool:
 
 
 def _check_base(plan: MergePlan) -> None:
-    """Compare every frozen tensor that both sides have. The same values in another precision are accepted."""
+    """Compare every frozen tensor that both sides have.
+
+    The same values in another precision are accepted.
+    """
     found = _nearest_comparison(plan)
     if found is None or not found.compared:
         raise BaseMismatchError(
-            f"Nothing in {plan.base_path} can be compared with the base of the adapters in {plan.source}: all of its "
-            "frozen weights were quantised. Merge in memory: load_adapter(model, path, check_base=False), then "
+            f"Nothing in {plan.base_path} can be compared with the base of the "
+            f"adapters in {plan.source}: all of its frozen weights were quantised. "
+            "Merge in memory: load_adapter(model, path, check_base=False), then "
             "save_merged."
         )
     if found.differ:
         raise BaseMismatchError(
-            f"The adapters in {plan.source} were trained on another base: {len(found.differ)} "
-            f"frozen tensors in {plan.base_path} differ, such as {listed(found.differ)}. Pass the same weights."
+            f"The adapters in {plan.source} were trained on another base: "
+            f"{len(found.differ)} frozen tensors in {plan.base_path} differ, such as "
+            f"{listed(found.differ)}. Pass the same weights."
         )
     if found.converted:
         warn(
-            f"{len(found.converted)} tensors in {plan.base_path} have another precision than those that the "
-            f"adapters were trained on, such as {listed(found.converted)}. It is the same base, converted."
+            f"{len(found.converted)} tensors in {plan.base_path} have another "
+            "precision than those that the adapters were trained on, such as "
+            f"{listed(found.converted)}. It is the same base, converted."
         )
 
 
 def _nearest_comparison(plan: MergePlan) -> Comparison | None:
-    """Compare with each fingerprint. Return where the least differs. None: there is no fingerprint."""
+    """Compare with each fingerprint.
+
+    Return where the least differs. None: there is no fingerprint.
+    """
     comparisons = list[Comparison]()
     for fingerprint in plan.fingerprints:
         tensors = _compared_tensors(plan, fingerprint["rounded"])
@@ -194,8 +238,13 @@ def _count_of_differences(found: Comparison) -> int:
     return len(found.differ)
 
 
-def _compared_tensors(plan: MergePlan, half_digests_there: HalfDigests) -> Iterator[ComparedTensor]:
-    """The base's tensors that a fingerprint knows, one by one. Rows that others replace are zero."""
+def _compared_tensors(
+    plan: MergePlan, half_digests_there: HalfDigests
+) -> Iterator[ComparedTensor]:
+    """The base's tensors that a fingerprint knows, one by one.
+
+    Rows that others replace are zero.
+    """
     for name, half_digests in without(half_digests_there, plan.not_of_the_base).items():
         base_name = plan.find_in_base(name)
         is_quantised = half_digests is None

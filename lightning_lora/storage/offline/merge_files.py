@@ -25,7 +25,11 @@ from lightning_lora.storage.offline.tensors_on_disk import moved_to_disk, write_
 from lightning_lora.storage.offline.without_model import read_without_model
 from lightning_lora.storage.on_disk.places import check_output, path_here
 from lightning_lora.storage.on_disk.plain_pickles import unread_in
-from lightning_lora.storage.on_disk.whole_files import folder_beside, writing, writing_folder
+from lightning_lora.storage.on_disk.whole_files import (
+    folder_beside,
+    writing,
+    writing_folder,
+)
 from lightning_lora.tensors.dicts import dict_or_empty
 
 
@@ -34,11 +38,16 @@ class MergedNames:
     """Which tensors of a merged model are not the base's, by their names there."""
 
     updated: list[str]  # weights that got an update
-    replaced: list[str]  # tensors that the adapters' file holds whole, such as those of a trained norm or head
+    # tensors that the adapters' file holds whole, such as those of a trained norm or
+    # head
+    replaced: list[str]
 
 
 def merge_files(
-    base: str | Path, adapter: str | Path, out: str | Path, progress: Progress | None = None
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    progress: Progress | None = None,
 ) -> MergedNames:
     """Merge adapters into files of a base, one tensor at a time.
 
@@ -64,7 +73,9 @@ def merge_files(
     return MergedNames(list(plan.adapted), list(plan.replaced))
 
 
-def _write_in_form_of_base(merged: MergedTensors, files: TensorFiles, out: Path) -> None:
+def _write_in_form_of_base(
+    merged: MergedTensors, files: TensorFiles, out: Path
+) -> None:
     """Write the merged model as what the base is, or as one safetensors file."""
     if isinstance(files, SafetensorsFolder):
         _write_folder(merged, files, out)
@@ -75,12 +86,16 @@ def _write_in_form_of_base(merged: MergedTensors, files: TensorFiles, out: Path)
     elif out.suffix in (".ckpt", files.path.suffix):
         _write_checkpoint(merged, files, out)
     else:
-        raise _cannot_be_written(files.path, out, f".safetensors or {files.path.suffix}")
+        raise _cannot_be_written(
+            files.path, out, f".safetensors or {files.path.suffix}"
+        )
 
 
 def _cannot_be_written(base: Path, out: Path, endings: str) -> AdapterFileError:
     """The error for a file that ends as no output can."""
-    return AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {endings}.")
+    return AdapterFileError(
+        f"{out} cannot be written from {base}. Name a file that ends in {endings}."
+    )
 
 
 def _check_no_adapters(out: Path) -> None:
@@ -91,7 +106,10 @@ def _check_no_adapters(out: Path) -> None:
         read_without_model(out)
     except AdapterFileError:  # it is something else
         return
-    raise FileExistsError(f"{out} holds adapters. Name another file. To sum adapters: lightning-lora combine.")
+    raise FileExistsError(
+        f"{out} holds adapters. Name another file. To sum adapters: lightning-lora "
+        "combine."
+    )
 
 
 # A file
@@ -105,10 +123,21 @@ def _write_file(merged: MergedTensors, out: Path) -> None:
         _write_tensors(merged, plan.output_of, part, like=plan.base_path)
 
 
-def _write_tensors(merged: MergedTensors, names: Collection[str], path: Path, *, like: Path) -> int:
-    """Write merged tensors into a safetensors file, with the metadata of the base's. Return their size."""
+def _write_tensors(
+    merged: MergedTensors, names: Collection[str], path: Path, *, like: Path
+) -> int:
+    """Write merged tensors into a safetensors file, with the metadata of the base's.
+
+    Return their size.
+    """
     metadata = merged.plan.files.metadata(like)
-    return write_tensors(path, names, template_of=merged.before_update, value_of=merged.get, metadata=metadata)
+    return write_tensors(
+        path,
+        names,
+        template_of=merged.before_update,
+        value_of=merged.get,
+        metadata=metadata,
+    )
 
 
 def _write_checkpoint(merged: MergedTensors, base: CheckpointFile, out: Path) -> None:
@@ -117,18 +146,29 @@ def _write_checkpoint(merged: MergedTensors, base: CheckpointFile, out: Path) ->
     if unread:
         kinds = dict.fromkeys(unread)
         raise AdapterFileError(
-            f"{base.path} holds objects of {listed(kinds)}, which would be lost in {out}. Name a "
-            "file that ends in .safetensors, or merge in memory: load_adapter(model, path), then save_merged."
+            f"{base.path} holds objects of {listed(kinds)}, which would be lost in "
+            f"{out}. Name a file that ends in .safetensors, or merge in memory: "
+            "load_adapter(model, path), then save_merged."
         )
     with writing(out) as part, folder_beside(out) as folder:
         state = _merged_state(merged, base, folder)
         is_state_alone = base.checkpoint.keys() <= state.keys()
-        contents = state if is_state_alone else {**without_run_state(base.checkpoint), "state_dict": state}
+        contents = (
+            state
+            if is_state_alone
+            else {**without_run_state(base.checkpoint), "state_dict": state}
+        )
         torch.save(contents, part)
 
 
-def _merged_state(merged: MergedTensors, base: CheckpointFile, folder: Path) -> dict[str, Any]:
-    """The merged state. ``torch.save`` takes it whole, so its values stay in files: the base, and those in a folder."""
+def _merged_state(
+    merged: MergedTensors, base: CheckpointFile, folder: Path
+) -> dict[str, Any]:
+    """The merged state.
+
+    ``torch.save`` takes it whole, so its values stay in files: the base, and those in a
+    folder.
+    """
     plan = merged.plan
     state = dict(base.entries)
     for number, name in enumerate(plan.output_of):
@@ -143,7 +183,10 @@ def _merged_state(merged: MergedTensors, base: CheckpointFile, folder: Path) -> 
 
 
 def _write_folder(merged: MergedTensors, base: SafetensorsFolder, out: Path) -> None:
-    """Write the merged model into a folder, divided as the base is. The base's other files are copied."""
+    """Write the merged model into a folder, divided as the base is.
+
+    The base's other files are copied.
+    """
     plan = merged.plan
     check_tensors_alone(plan)
     files_of_base = list(dict.fromkeys(plan.output_of.values()))
@@ -152,7 +195,9 @@ def _write_folder(merged: MergedTensors, base: SafetensorsFolder, out: Path) -> 
         size = 0
         for file in files_of_base:
             place = _make_folder_of(folder / file.relative_to(base.path))
-            size += _write_tensors(merged, plan.names_written_for(file), place, like=file)
+            size += _write_tensors(
+                merged, plan.names_written_for(file), place, like=file
+            )
         if base.index:
             index = _new_index(plan, base.index, size)
             (folder / INDEX).write_text(json.dumps(index, indent=2))
@@ -165,7 +210,11 @@ def _new_index(plan: MergePlan, index: Mapping[str, Any], size: int) -> dict[str
     for name, file in plan.output_of.items():
         weight_map[name] = file.relative_to(plan.base_path).as_posix()
     metadata = dict_or_empty(index.get("metadata"))
-    return {**index, "weight_map": weight_map, "metadata": {**metadata, "total_size": size}}
+    return {
+        **index,
+        "weight_map": weight_map,
+        "metadata": {**metadata, "total_size": size},
+    }
 
 
 def _copy_others(base: Path, folder: Path, written: Collection[Path]) -> None:

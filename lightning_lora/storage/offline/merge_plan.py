@@ -30,14 +30,15 @@ class AdaptedWeight:
     @property
     def is_tied(self) -> bool:
         """Whether other layers have it too, which then would get the update."""
-        return self.weight in self.layer.tied and not self.layer.tokens  # rows of tokens belong to all of them
+        # rows of tokens belong to all of them
+        return self.weight in self.layer.tied and not self.layer.tokens
 
 
 class MergePlan:
     """What a merge of files does.
 
-    The base's tensors may have other names than in the adapters' file. Here ``name`` is one in the adapters' file, and
-    ``base_name`` one in the base.
+    The base's tensors may have other names than in the adapters' file. Here ``name`` is
+    one in the adapters' file, and ``base_name`` one in the base.
     """
 
     def __init__(self, files: TensorFiles, stored: StoredAdapters) -> None:
@@ -45,20 +46,27 @@ class MergePlan:
         self.stored = stored
         self.base_path = files.path
         self.source = stored.source
-        self.renaming = _find_renaming(files, stored)  # from names in the adapters' file to those in the base
+        # from names in the adapters' file to those in the base
+        self.renaming = _find_renaming(files, stored)
         _check_inside(self.renaming, files, stored)
         # All by their names in the base
         self.adapted = self._find_adapted()  # the weights that get an update
-        self.replaced = self._find_replaced()  # tensors of the adapters' file that take a place as they are
-        self.output_of = self._find_outputs()  # for each merged tensor, the file of the base whose counterpart holds it
+        # tensors of the adapters' file that take a place as they are
+        self.replaced = self._find_replaced()
+        # for each merged tensor, the file of the base whose counterpart holds it
+        self.output_of = self._find_outputs()
 
     def name_in_base(self, name: str) -> str:
         """Return the name in the base for one in the adapters' file, if it :meth:`has_place` there."""
         return self.renaming.name_here(name)
 
     def find_in_base(self, name: str) -> str | None:
-        """Return the name of the base's tensor for one in the adapters' file. None: it has none."""
-        if not self.has_place(name):  # then it may have the name of another tensor of the base
+        """Return the name of the base's tensor for one in the adapters' file.
+
+        None: it has none.
+        """
+        # then it may have the name of another tensor of the base
+        if not self.has_place(name):
             return None
         base_name = self.name_in_base(name)
         return base_name if self.is_in_base(base_name) else None
@@ -78,7 +86,9 @@ class MergePlan:
     @property
     def fingerprints(self) -> list[StoredFingerprint]:
         """The fingerprints of the training's base that say which names it had."""
-        return [fingerprint for fingerprint in self.stored.base if "rounded" in fingerprint]
+        return [
+            fingerprint for fingerprint in self.stored.base if "rounded" in fingerprint
+        ]
 
     @property
     def not_of_the_base(self) -> set[str]:
@@ -103,7 +113,10 @@ class MergePlan:
         return [base_name for base_name in base_names if base_name is not None]
 
     def _find_replaced(self) -> dict[str, Any]:
-        """What the adapters' file holds besides adapters. Of buffers that its run filled, the base's."""
+        """What the adapters' file holds besides adapters.
+
+        Of buffers that its run filled, the base's.
+        """
         replaced = renamed(tensors_beside_adapters(self.stored), self.name_in_base)
         for name in self.stored.filled_in_state:
             base_name = self.find_in_base(name)
@@ -112,7 +125,10 @@ class MergePlan:
         return replaced
 
     def _find_outputs(self) -> dict[str, Path]:
-        """The files of all merged tensors. What the base lacks, such as a new head, comes into its last file."""
+        """The files of all merged tensors.
+
+        What the base lacks, such as a new head, comes into its last file.
+        """
         output_of = dict(self.files.file_of)
         *_, last = output_of.values()
         for base_name in self.replaced:
@@ -129,19 +145,22 @@ def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
     if len(fitting) > 1:
         places = sorted(renaming.name_here(weights[0]) for renaming in fitting)
         raise AdapterMismatchError(
-            f"The weights that {stored.source} adapts are in {files.path} in several places: "
-            f"{listed(places)}. Pass a base that holds the model once."
+            f"The weights that {stored.source} adapts are in {files.path} in several "
+            f"places: {listed(places)}. Pass a base that holds the model once."
         )
     if not fitting:
         return Renaming()  # what is absent is named later
     return fitting[0]
 
 
-def _check_inside(renaming: Renaming, files: TensorFiles, stored: StoredAdapters) -> None:
+def _check_inside(
+    renaming: Renaming, files: TensorFiles, stored: StoredAdapters
+) -> None:
     """Refuse what the adapters' file holds for modules that the base has not."""
     outside = names_outside(renaming.there, tensors_beside_adapters(stored))
     if outside:
         raise AdapterMismatchError(
-            f"{stored.source} also holds {listed(outside)}, trained outside of {renaming.there!r}, for which "
-            f"{files.path} has no place. Merge in memory: load_adapter(model, path), then save_merged."
+            f"{stored.source} also holds {listed(outside)}, trained outside of "
+            f"{renaming.there!r}, for which {files.path} has no place. Merge in "
+            "memory: load_adapter(model, path), then save_merged."
         )

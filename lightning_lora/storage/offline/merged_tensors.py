@@ -15,12 +15,16 @@ Progress = Callable[[int], object]
 
 
 class MergedTensors:
-    """The tensors of a merged model, by their names in the base. None is kept in memory."""
+    """The tensors of a merged model, by their names in the base.
+
+    None is kept in memory.
+    """
 
     def __init__(self, plan: MergePlan, progress: Progress | None) -> None:
         self.plan = plan
         self.progress = progress
-        self.lost_share: dict[str, float] = {}  # of each layer's update, to rounding; of the layers computed so far
+        # of each layer's update, to rounding; of the layers computed so far
+        self.lost_share: dict[str, float] = {}
 
     def get(self, name: str) -> Tensor:
         """Return a tensor of the merged model."""
@@ -39,14 +43,18 @@ class MergedTensors:
         return self.plan.files.get(name)
 
     def _with_update(self, name: str, value: Tensor, adapted: AdaptedWeight) -> Tensor:
-        """The sum of a weight and its update. It must fit into the dtype of the base."""
+        """The sum of a weight and its update.
+
+        It must fit into the dtype of the base.
+        """
         layer_name = adapted.layer.name
         layer = build_layer(self.plan.stored, layer_name, {adapted.weight: value})
         with torch.no_grad():
             merged, lost_share = layer.lora_merged_weight(adapted.weight)
         if not merged.isfinite().all() and value.isfinite().all():
             raise AdapterMismatchError(
-                f"{name} with its update does not fit {value.dtype}: values overflow. Use a base of a wider dtype."
+                f"{name} with its update does not fit {value.dtype}: values overflow. "
+                "Use a base of a wider dtype."
             )
         lost_before = self.lost_share.get(layer_name, 0.0)
         self.lost_share[layer_name] = max(lost_share, lost_before)

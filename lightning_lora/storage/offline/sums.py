@@ -11,9 +11,17 @@ from torch import Tensor
 from lightning_lora.base.fingerprints import names_in
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
-from lightning_lora.functional.factors import Factors, concatenated, truncated, with_rank
+from lightning_lora.functional.factors import (
+    Factors,
+    concatenated,
+    truncated,
+    with_rank,
+)
 from lightning_lora.layers import AdaptedMatrix
-from lightning_lora.storage.offline.without_model import tensors_beside_adapters, updates_of_layer
+from lightning_lora.storage.offline.without_model import (
+    tensors_beside_adapters,
+    updates_of_layer,
+)
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
 from lightning_lora.storage.stored_modules import StoredModule
@@ -28,7 +36,10 @@ _Updates = dict[AdaptedMatrix, Factors]  # A and B for each matrix of one layer
 
 @torch.no_grad()
 def weighted_sum(
-    summands: Summands, weights: Weights, r: int | None, module_names: Iterable[str] = ()
+    summands: Summands,
+    weights: Weights,
+    r: int | None,
+    module_names: Iterable[str] = (),
 ) -> StoredAdapters:
     """Return the weighted sum of all updates on one base.
 
@@ -38,12 +49,14 @@ def weighted_sum(
         summands: The adapters, of several files or of one model.
         weights: One for each of them.
         r: The rank of each sum. None: as high as its updates' ranks together.
-        module_names: All modules of the model, as far as they are known: the configuration means none of the others.
+        module_names: All modules of the model, as far as they are known: the
+            configuration means none of the others.
     """
     _check_numbers(weights, r)
     first = summands[0]
     layers = dict[str, StoredLayer]()
-    state = only(first.state, first.filled_in_state)  # buffers that a run filled are no update: those of the first one
+    # buffers that a run filled are no update: those of the first one
+    state = only(first.state, first.filled_in_state)
     for name, layer in _layers_of_all(summands).items():
         updates = _summed_updates(summands, weights, name, r)
         layer_r = max(map(_rank_of, updates.values()))
@@ -53,12 +66,21 @@ def weighted_sum(
     present = {*layers, *module_names, *modules, *_owners_in_base(first)}
     config = by_whole_names(layers.values(), LoRAConfig(), present)
     return StoredAdapters(
-        config, state, layers, first.base, filled=first.filled_in_state, root=first.root, modules=modules
+        config,
+        state,
+        layers,
+        first.base,
+        filled=first.filled_in_state,
+        root=first.root,
+        modules=modules,
     )
 
 
 def _modules_of_all(summands: Summands) -> dict[str, StoredModule]:
-    """What is known of modules, as the first one that has it says. Nothing, if a file of 0.2.0 is among them."""
+    """What is known of modules, as the first one that has it says.
+
+    Nothing, if a file of 0.2.0 is among them.
+    """
     modules = dict[str, StoredModule]()
     for stored in summands:
         if not stored.modules:
@@ -75,7 +97,8 @@ class _Terms:
     """The terms of a sum of updates of one matrix."""
 
     updates: list[Factors] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # the number by which each is multiplied
+    # the number by which each is multiplied
+    weights: list[float] = field(default_factory=list)
 
     def add(self, update: Factors, weight: float) -> None:
         """Add one more update."""
@@ -91,8 +114,13 @@ class _Terms:
         return truncated(update, allowed)
 
 
-def _summed_updates(summands: Summands, weights: Weights, name: str, r: int | None) -> _Updates:
-    """The sum for each matrix of a layer. A summand that does not adapt it adds nothing."""
+def _summed_updates(
+    summands: Summands, weights: Weights, name: str, r: int | None
+) -> _Updates:
+    """The sum for each matrix of a layer.
+
+    A summand that does not adapt it adds nothing.
+    """
     sums = defaultdict[AdaptedMatrix, _Terms](_Terms)
     for stored, weight in zip(summands, weights, strict=True):
         for matrix, update in updates_of_layer(stored, name).items():
@@ -130,11 +158,17 @@ def _check_numbers(weights: Weights, r: int | None) -> None:
     are_finite = all(map(math.isfinite, weights))
     is_rank = r is None or (isinstance(r, int) and r > 0)
     if not (are_finite and is_rank):
-        raise ConfigError(f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank of at least 1.")
+        raise ConfigError(
+            f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank "
+            "of at least 1."
+        )
 
 
 def _layers_of_all(summands: Summands) -> dict[str, StoredLayer]:
-    """The layers of all, each with a scaling of one: its own is in B. Updates that cannot be added are refused."""
+    """The layers of all, each with a scaling of one: its own is in B.
+
+    Updates that cannot be added are refused.
+    """
     layers = dict[str, StoredLayer]()
     source_of = dict[str, str]()  # of each layer: the summand that it comes from
     for stored in summands:
@@ -146,8 +180,9 @@ def _layers_of_all(summands: Summands) -> dict[str, StoredLayer]:
                 source_of[name] = stored.source
             elif not _have_same_parts(layers[name], _without_rank_and_scaling(layer)):
                 raise AdapterMismatchError(
-                    f"{name!r} is adapted in other parts in {source_of[name]} than in {stored.source}. Use one base, "
-                    "and the same target_slices and target_parameters."
+                    f"{name!r} is adapted in other parts in {source_of[name]} than in "
+                    f"{stored.source}. Use one base, and the same target_slices and "
+                    "target_parameters."
                 )
     return layers
 
@@ -155,19 +190,25 @@ def _layers_of_all(summands: Summands) -> dict[str, StoredLayer]:
 def _check_can_be_added(stored: StoredAdapters) -> None:
     """Refuse what holds more than updates of weights."""
     if stored.config.use_dora:
-        raise AdapterMismatchError(f"{stored.source} uses DoRA: its updates depend on the base and cannot be added.")
+        raise AdapterMismatchError(
+            f"{stored.source} uses DoRA: its updates depend on the base and cannot be "
+            "added."
+        )
     others = tensors_beside_adapters(stored)
     if others:
         raise AdapterMismatchError(
-            f"{stored.source} also holds {listed(others)}, which cannot be combined: they were trained in full, or "
-            "looked untrained. Train without modules_to_save and bias, from one base, or merge one file first."
+            f"{stored.source} also holds {listed(others)}, which cannot be combined: "
+            "they were trained in full, or looked untrained. Train without "
+            "modules_to_save and bias, from one base, or merge one file first."
         )
 
 
 def _refuse_single_rows(layer: StoredLayer, source: str) -> None:
     """Refuse an embedding of which single rows train."""
     if layer.tokens:
-        raise AdapterMismatchError(f"{source} trains single rows of {layer.name!r}, which cannot be added up.")
+        raise AdapterMismatchError(
+            f"{source} trains single rows of {layer.name!r}, which cannot be added up."
+        )
 
 
 def _without_rank_and_scaling(layer: StoredLayer) -> StoredLayer:
@@ -178,4 +219,8 @@ def _without_rank_and_scaling(layer: StoredLayer) -> StoredLayer:
 
 def _have_same_parts(one: StoredLayer, other: StoredLayer) -> bool:
     """Whether the same parts of the same weights are adapted, by the same kind of adapter."""
-    return (one.kind, one.shapes, one.matrices) == (other.kind, other.shapes, other.matrices)
+    return (one.kind, one.shapes, one.matrices) == (
+        other.kind,
+        other.shapes,
+        other.matrices,
+    )

@@ -8,12 +8,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.on_disk.archives import check_file, check_new_format, kind_of
+from lightning_lora.storage.on_disk.archives import (
+    check_file,
+    check_new_format,
+    kind_of,
+)
 from lightning_lora.storage.on_disk.plain_pickles import load_plain
 from lightning_lora.storage.on_disk.read_errors import json_object, reading
 from lightning_lora.tensors.dicts import dict_or_empty, of_type, with_values, without
 
-_UNDIVIDED = "model.safetensors"  # the only file of weights in a folder that is not divided
+# the only file of weights in a folder that is not divided
+_UNDIVIDED = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # says which file of a folder holds which tensor
 
 
@@ -44,7 +49,10 @@ def tensor_files(path: Path) -> TensorFiles:
         raise FileNotFoundError(f"{path} does not exist.")
     files = _opened_files(path)
     if not files.file_of:
-        raise AdapterFileError(f"{path} holds no weights. Pass a .safetensors file, a folder of them, or a .ckpt.")
+        raise AdapterFileError(
+            f"{path} holds no weights. Pass a .safetensors file, a folder of them, or "
+            "a .ckpt."
+        )
     return files
 
 
@@ -53,14 +61,20 @@ def _opened_files(path: Path) -> TensorFiles:
     if path.is_dir():
         return SafetensorsFolder(path)
     if not path.is_file():
-        raise AdapterFileError(f"{path} is a pipe or a device, not a file. Write its contents into a file first.")
+        raise AdapterFileError(
+            f"{path} is a pipe or a device, not a file. Write its contents into a file "
+            "first."
+        )
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     return CheckpointFile(path)
 
 
 class CheckpointFile(TensorFiles):
-    """A file of torch: a state, or a checkpoint with one inside. Its tensors are read when they are used."""
+    """A file of torch: a state, or a checkpoint with one inside.
+
+    Its tensors are read when they are used.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -70,7 +84,8 @@ class CheckpointFile(TensorFiles):
                 check_new_format(kind_of(file), path)
             loaded = load_plain(path, mmap=True)
         self.checkpoint = dict_or_empty(loaded)
-        self.entries = dict_or_empty(self.checkpoint.get("state_dict", self.checkpoint))  # of its state
+        # of its state
+        self.entries = dict_or_empty(self.checkpoint.get("state_dict", self.checkpoint))
         self.file_of = dict.fromkeys(of_type(self.entries, Tensor), path)
 
     def get(self, name: str) -> Tensor:
@@ -132,7 +147,8 @@ class SafetensorsFolder(_SafetensorsFiles):
             self.file_of = self._names_in(undivided)
         else:
             raise AdapterFileError(
-                f"{path} has neither {_UNDIVIDED} nor {INDEX}. Save the base with save_pretrained, or pass its file."
+                f"{path} has neither {_UNDIVIDED} nor {INDEX}. Save the base with "
+                "save_pretrained, or pass its file."
             )
 
     def _add_files_of_index(self) -> None:
@@ -143,20 +159,26 @@ class SafetensorsFolder(_SafetensorsFiles):
             self._add_file(file)
 
     def _add_file(self, file: Path) -> None:
-        """Add the tensors of one file. It must hold those that the index names in it."""
+        """Add the tensors of one file.
+
+        It must hold those that the index names in it.
+        """
         names = self._names_in(file)
         expected = with_values(self.file_of, [file])
         absent = without(expected, names)
         if absent:
             raise AdapterFileError(
-                f"The index of {self.path} names {listed(absent)} in {file.name}, which does not hold them. Get "
-                "all files of the base, of one version."
+                f"The index of {self.path} names {listed(absent)} in {file.name}, "
+                "which does not hold them. Get all files of the base, of one version."
             )
         self.file_of |= without(names, self.file_of)  # an index may leave tensors out
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    """The index of a folder. It comes with a base from somewhere, and may name files of this folder alone."""
+    """The index of a folder.
+
+    It comes with a base from somewhere, and may name files of this folder alone.
+    """
     index = json_object(path.read_bytes(), path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
@@ -166,14 +188,17 @@ def _read_index(path: Path) -> dict[str, Any]:
             raise _no_weight_map(path)
         if not _is_inside_folder(path.parent, file):
             raise AdapterFileError(
-                f"The 'weight_map' in {path} names {file!r}, which is no file in its folder. Get all files of the base."
+                f"The 'weight_map' in {path} names {file!r}, which is no file in its "
+                "folder. Get all files of the base."
             )
     return index
 
 
 def _no_weight_map(path: Path) -> AdapterFileError:
     """The error for an index that is not as anybody writes one."""
-    return AdapterFileError(f"{path} has no 'weight_map' from tensors to files. Use it as it was written.")
+    return AdapterFileError(
+        f"{path} has no 'weight_map' from tensors to files. Use it as it was written."
+    )
 
 
 def _is_inside_folder(folder: Path, name: str) -> bool:

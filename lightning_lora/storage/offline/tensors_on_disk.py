@@ -26,16 +26,19 @@ def write_tensors(
     Args:
         path: The file.
         names: Its tensors.
-        template_of: Gives a tensor of the shape and dtype that the one of this name will have.
+        template_of: Gives a tensor of the shape and dtype that the one of this name
+            will have.
         value_of: Gives the tensor of this name. It is called once for each.
         metadata: What the file says of itself.
     """
     templates = {name: template_of(name).to("meta") for name in names}
-    ordered = sorted(names, key=lambda name: templates[name].itemsize, reverse=True)  # so each is aligned in memory
+    # so each is aligned in memory
+    ordered = sorted(names, key=lambda name: templates[name].itemsize, reverse=True)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     size = 0
     for name in ordered:
-        entry = _header_entry(name, templates[name])  # refuses what has no size in a file
+        # refuses what has no size in a file
+        entry = _header_entry(name, templates[name])
         start = size
         size += templates[name].nbytes
         header[name] = {**entry, "data_offsets": [start, size]}
@@ -47,7 +50,10 @@ def write_tensors(
 
 
 def moved_to_disk(tensor: Tensor, path: Path) -> Tensor:
-    """Write a tensor into a file. Return it with its values there, which take no memory until they are used."""
+    """Write a tensor into a file.
+
+    Return it with its values there, which take no memory until they are used.
+    """
     with path.open("wb") as file:
         _write_tensor(file, tensor)
     values = torch.from_file(str(path), size=tensor.numel(), dtype=tensor.dtype)
@@ -67,7 +73,8 @@ def _header_entry(name: str, tensor: Tensor) -> dict[str, Any]:
     try:
         no_rows = torch.empty((0, *tensor.shape), dtype=tensor.dtype)
         header = header_in(save({"": no_rows}))
-    except (KeyError, RuntimeError, ValueError, SafetensorError) as error:  # a dtype that safetensors lacks
+    except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
+        # a dtype that safetensors lacks
         raise _not_held(name, tensor) from error
     entry = header[""]
     return {**entry, "shape": entry["shape"][1:]}
@@ -76,6 +83,6 @@ def _header_entry(name: str, tensor: Tensor) -> dict[str, Any]:
 def _not_held(name: str, tensor: Tensor) -> AdapterFileError:
     """The error for what safetensors has no words for."""
     return AdapterFileError(
-        f"safetensors cannot hold {name!r} ({tensor.dtype}, {tensor.layout}). Name an output that ends as the base "
-        "does, such as .ckpt, or convert the base."
+        f"safetensors cannot hold {name!r} ({tensor.dtype}, {tensor.layout}). Name an "
+        "output that ends as the base does, such as .ckpt, or convert the base."
     )

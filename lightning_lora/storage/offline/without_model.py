@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.functional.factors import Factors
-from lightning_lora.layers import AdaptedMatrix, LayerAdapter, LoRALayer, matrix_factors, put_on
+from lightning_lora.layers import (
+    AdaptedMatrix,
+    LayerAdapter,
+    LoRALayer,
+    matrix_factors,
+    put_on,
+)
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
@@ -24,19 +30,26 @@ def read_without_model(path: str | Path) -> StoredAdapters:
     for name, layer in stored.layers.items():
         if layer.adapter_class is None:
             raise AdapterFileError(
-                f"Layer {name!r} in {path} is a {layer.layer_class}, adapted by your own class {layer.kind}. Only the "
-                "model itself can read it: load_adapter(model, path)."
+                f"Layer {name!r} in {path} is a {layer.layer_class}, adapted by your "
+                f"own class {layer.kind}. Only the model itself can read it: "
+                "load_adapter(model, path)."
             )
     return stored
 
 
 def tensors_beside_adapters(stored: StoredAdapters) -> dict[str, Any]:
-    """Return what a file holds besides adapters, such as trained modules. Not the buffers that a run filled."""
+    """Return what a file holds besides adapters, such as trained modules.
+
+    Not the buffers that a run filled.
+    """
     return without(stored.state, stored.adapter_names().union(stored.filled_in_state))
 
 
 def updates_of_layer(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
-    """Return A and B for each matrix of a layer, by :func:`bare` matrices. The scaling is in B."""
+    """Return A and B for each matrix of a layer, by :func:`bare` matrices.
+
+    The scaling is in B.
+    """
     if name not in stored.layers:
         return {}
     layer = stored.layers[name]
@@ -54,8 +67,13 @@ def updates_of_layer(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, F
     return updates
 
 
-def build_layer(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -> LoRALayer:
-    """Build an adapted layer that can merge these weights of the base. Its other weights are empty."""
+def build_layer(
+    stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]
+) -> LoRALayer:
+    """Build an adapted layer that can merge these weights of the base.
+
+    Its other weights are empty.
+    """
     layer = stored.layers[name]
     kind = cast(type[LoRALayer], layer.adapter_class)
     shell = nn.Module()
@@ -63,7 +81,10 @@ def build_layer(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]
         value = weights.get(matrix.weight, torch.empty(0))
         _register_weight(shell, matrix.weight, value)
     parameters = _adapter_parameters(stored, layer)
-    put_on(shell, LayerAdapter(kind, layer.settings(stored.config), layer.matrices, parameters))
+    put_on(
+        shell,
+        LayerAdapter(kind, layer.settings(stored.config), layer.matrices, parameters),
+    )
     return cast(LoRALayer, shell)
 
 
@@ -77,10 +98,13 @@ def _register_weight(module: nn.Module, name: str, value: Tensor) -> None:
     module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _adapter_parameters(stored: StoredAdapters, layer: StoredLayer) -> dict[str, nn.Parameter]:
+def _adapter_parameters(
+    stored: StoredAdapters, layer: StoredLayer
+) -> dict[str, nn.Parameter]:
     """The parameters of a layer's adapter, by their names in the layer."""
     parameters = dict[str, nn.Parameter]()
     for parameter, stored_name in layer.parameters(stored.config).items():
-        value = stored.state[stored_name].clone()  # in a file it begins anywhere, and some processors round otherwise
+        # in a file it begins anywhere, and some processors round otherwise
+        value = stored.state[stored_name].clone()
         parameters[parameter] = nn.Parameter(value, requires_grad=False)
     return parameters

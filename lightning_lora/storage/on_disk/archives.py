@@ -43,7 +43,8 @@ def check_file(path: Any, *, may_be_other: bool = False) -> None:
 
     Args:
         path: The file. One that does not exist is left to whoever reads it.
-        may_be_other: Whether files of other kinds pass unseen, because their reader is not torch.
+        may_be_other: Whether files of other kinds pass unseen, because their reader is
+            not torch.
     """
     title = path
     if str(path).startswith("http"):
@@ -60,31 +61,47 @@ def check_file(path: Any, *, may_be_other: bool = False) -> None:
             check_archive(file, title)
         is_read_by_torch = kind in (Kind.ARCHIVE, Kind.OLD)
         if not (is_read_by_torch or may_be_other):
-            raise AdapterFileError(f"{title} is no archive of torch: {what_it_is(file)}")
+            raise AdapterFileError(
+                f"{title} is no archive of torch: {what_it_is(file)}"
+            )
 
 
 def check_is_file(local: Path, title: Any) -> None:
-    """Refuse a folder, or what else is there and no file. ``title`` is its name in messages."""
+    """Refuse a folder, or what else is there and no file.
+
+    ``title`` is its name in messages.
+    """
     if (local / "checkpoint").is_dir():  # as Lightning calls it
         raise AdapterFileError(
-            f"{title} is a folder of DeepSpeed. Make it one file, by convert_zero_checkpoint_to_fp32_state_dict "
-            "of lightning.pytorch.utilities.deepspeed, and pass that."
+            f"{title} is a folder of DeepSpeed. Make it one file, by "
+            "convert_zero_checkpoint_to_fp32_state_dict of "
+            "lightning.pytorch.utilities.deepspeed, and pass that."
         )
     if local.exists() and not local.is_file():
-        raise AdapterFileError(f"{title} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
+        raise AdapterFileError(
+            f"{title} is not a file. Pass a .safetensors file or a Trainer's .ckpt "
+            "file."
+        )
 
 
 def check_archive(file: Any, title: Any) -> None:
-    """Refuse a damaged archive, which torch itself would read. The file stands at its beginning again."""
+    """Refuse a damaged archive, which torch itself would read.
+
+    The file stands at its beginning again.
+    """
     if not zipfile.is_zipfile(file):
         raise AdapterFileError(
-            f"{title} is damaged: its end is missing or is not what was written, as after a copy or a save that was "
-            "cut short. Copy it again, or use another checkpoint."
+            f"{title} is damaged: its end is missing or is not what was written, as "
+            "after a copy or a save that was cut short. Copy it again, or use another "
+            "checkpoint."
         )
     with zipfile.ZipFile(file) as archive:
         broken = _folder_in(archive) or archive.testzip()
     if broken:
-        raise AdapterFileError(f"{title} is damaged: {broken} cannot be what was written. Use another checkpoint.")
+        raise AdapterFileError(
+            f"{title} is damaged: {broken} cannot be what was written. Use another "
+            "checkpoint."
+        )
     file.seek(0)
 
 
@@ -104,8 +121,9 @@ def check_new_format(kind: Kind, title: Any) -> None:
     """Refuse the format of torch before 1.6."""
     if kind is Kind.OLD:
         raise AdapterFileError(
-            f"{title} is in the format that torch had before 1.6, which has no checksums. Write it again: "
-            "torch.save(torch.load(path, weights_only=True), path)."
+            f"{title} is in the format that torch had before 1.6, which has no "
+            "checksums. Write it again: torch.save(torch.load(path, "
+            "weights_only=True), path)."
         )
 
 
@@ -115,10 +133,16 @@ def what_it_is(file: Any) -> str:
     if not head:
         return "it is empty. Copy it again, or use another checkpoint."
     if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of git-lfs, which stands for the file. Get the file itself: git lfs pull."
+        return (
+            "it is a pointer of git-lfs, which stands for the file. Get the file "
+            "itself: git lfs pull."
+        )
     if head.lstrip().startswith(b"<"):
         return "it is a web page. Download the file itself, not the page that shows it."
-    return f"it begins with {head[:16]!r}. Pass a file that a Trainer or torch.save wrote, or copy it again."
+    return (
+        f"it begins with {head[:16]!r}. Pass a file that a Trainer or torch.save "
+        "wrote, or copy it again."
+    )
 
 
 def _head(file: Any) -> bytes:
@@ -130,7 +154,10 @@ def _head(file: Any) -> bytes:
 
 
 def _downloaded(url: Any) -> Path:
-    """Return where torch keeps a file of the web. Lightning lets torch read it from there."""
+    """Return where torch keeps a file of the web.
+
+    Lightning lets torch read it from there.
+    """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     file = folder / Path(urlparse(str(url)).path).name
     if not file.exists():

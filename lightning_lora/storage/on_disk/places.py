@@ -18,7 +18,8 @@ def check_path(path: Any) -> None:
     """Refuse what is not a path or a URL: such as a model."""
     if not isinstance(path, str | os.PathLike):
         raise AdapterFileError(
-            f"Expected a path, but a {type(path).__name__} was given. Pass the model or its class first, then the path."
+            f"Expected a path, but a {type(path).__name__} was given. Pass the model "
+            "or its class first, then the path."
         )
 
 
@@ -27,32 +28,40 @@ def is_open_file(source: Any) -> bool:
     return hasattr(source, "read")
 
 
-def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("",)) -> None:
+def check_output(
+    out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("",)
+) -> None:
     """Refuse to write where no folder is, or over or into an input. Links are followed.
 
     Args:
         out: What is written: a file, or a folder.
         inputs: What it is made from.
-        files: The files that are written inside of ``out``. By default, it is ``out`` itself.
+        files: The files that are written inside of ``out``. By default, it is ``out``
+            itself.
     """
     check_path(out)
     local = local_path(out)
     if local is None:
         return
     if not local.parent.is_dir():
-        raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
+        raise FileNotFoundError(
+            f"The folder {local.parent} does not exist. Make it first."
+        )
     written = [(local / file).resolve() for file in files]
     for each in inputs:
         source = local_path(each)
         if source is not None and _is_changed(source, written):
             raise AdapterFileError(
-                f"{out} would be written over or into {source}, which it is made from. Choose another place."
+                f"{out} would be written over or into {source}, which it is made from. "
+                "Choose another place."
             )
 
 
 def _is_changed(path: Path, written: Iterable[Path]) -> bool:
     """Whether a path is one of the files that are written, or a folder around one."""
-    return any(_are_one(path, place) for file in written for place in (file, *file.parents))
+    return any(
+        _are_one(path, place) for file in written for place in (file, *file.parents)
+    )
 
 
 def _are_one(one: Path, other: Path) -> bool:
@@ -61,7 +70,10 @@ def _are_one(one: Path, other: Path) -> bool:
 
 
 def local_path(path: Any) -> Path | None:
-    """Return the path in this machine's file system. None: it is elsewhere, such as ``s3://bucket/a.ckpt``."""
+    """Return the path in this machine's file system.
+
+    None: it is elsewhere, such as ``s3://bucket/a.ckpt``.
+    """
     if not isinstance(path, str | os.PathLike):
         return None
     place = os.fspath(path)
@@ -76,7 +88,10 @@ def path_here(path: Any) -> Path:
     """Return a path on this machine. Refuse one elsewhere."""
     local = local_path(path)
     if local is None:
-        raise AdapterFileError(f"{path} is elsewhere. Name a place on this machine, and copy the result yourself.")
+        raise AdapterFileError(
+            f"{path} is elsewhere. Name a place on this machine, and copy the result "
+            "yourself."
+        )
     return local
 
 
@@ -87,7 +102,9 @@ def opened(source: Any, mode: str = "rb") -> Iterator[Any]:
         yield source
         return
     local = local_path(source)
-    to_open = fsspec.open(os.fspath(source), mode) if local is None else local.open(mode)
+    to_open = (
+        fsspec.open(os.fspath(source), mode) if local is None else local.open(mode)
+    )
     with to_open as file:
         yield file
 

@@ -1,8 +1,9 @@
 """Archives of torch that may hold more than plain types: what is plain in them, and names for the rest.
 
-A checkpoint may hold objects of classes, for example as hyperparameters. torch.load refuses it, or imports these
-classes and runs their code. Adapters are plain tensors, so here an :class:`Unread` stands for everything but
-containers, numbers, text and tensors. Nothing that the file names is imported or called.
+A checkpoint may hold objects of classes, for example as hyperparameters. torch.load
+refuses it, or imports these classes and runs their code. Adapters are plain tensors, so
+here an :class:`Unread` stands for everything but containers, numbers, text and tensors.
+Nothing that the file names is imported or called.
 """
 
 import pickle
@@ -38,13 +39,22 @@ class Unread:
 
 
 def load_plain(source: Any, **options: Any) -> Any:
-    """Return what is plain in an archive of torch, and :class:`Unread` for the rest. ``source`` may be an open file."""
+    """Return what is plain in an archive of torch, and :class:`Unread` for the rest.
+
+    ``source`` may be an open file.
+    """
     try:
         return torch.load(source, map_location="cpu", weights_only=True, **options)
     except UnpicklingError:
         if hasattr(source, "seek"):
             source.seek(0)
-        return torch.load(source, map_location="cpu", weights_only=False, pickle_module=_PICKLE, **options)
+        return torch.load(
+            source,
+            map_location="cpu",
+            weights_only=False,
+            pickle_module=_PICKLE,
+            **options,
+        )
 
 
 def unread_in(value: Any) -> list[str]:
@@ -74,7 +84,9 @@ def _contained_in(value: Any) -> Iterable[Any]:
     return ()
 
 
-def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+def _tensor(
+    storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Tensor:
     """A tensor as torch builds it, but never beyond its storage."""
     whole = torch.empty(0, dtype=storage.dtype).set_(getattr(storage, STORAGE_BYTES))
     return whole.as_strided(size, stride, offset)
@@ -112,7 +124,8 @@ class _PlainUnpickler(pickle.Unpickler):
         called = f"{module}.{name}"
         if called not in _PLAIN:
             return _class(called)
-        return partial(_PLAIN[called])  # an object, which a pickle cannot change for others
+        # an object, which a pickle cannot change for others
+        return partial(_PLAIN[called])
 
 
 _PICKLE = SimpleNamespace(

@@ -12,7 +12,10 @@ from lightning_lora.errors import AdapterFileError
 
 @contextmanager
 def reading(source: Any, remedy: str = "") -> Iterator[None]:
-    """Turn errors of torch and safetensors into ours. ``remedy``: what to do if the file holds objects of classes."""
+    """Turn errors of torch and safetensors into ours.
+
+    ``remedy``: what to do if the file holds objects of classes.
+    """
     try:
         yield
     except (AdapterFileError, FileNotFoundError, PermissionError):
@@ -21,17 +24,20 @@ def reading(source: Any, remedy: str = "") -> Iterator[None]:
         named = re.search(r"GLOBAL (\S+)", str(error))  # torch says much else first
         found = named[1] if named else _first_line(error)
         raise AdapterFileError(
-            f"{source} holds more than plain types, such as {found!r}: reading it could run code. {remedy}"
+            f"{source} holds more than plain types, such as {found!r}: reading it "
+            f"could run code. {remedy}"
         ) from error
     except (OSError, ImportError, MemoryError) as error:
         raise AdapterFileError(
-            f"{source} cannot be read now ({type(error).__name__}: {_first_line(error)}). This is no sign of damage. "
-            "Copy the file to this machine, or provide what is missing, and load it again."
+            f"{source} cannot be read now ({type(error).__name__}: "
+            f"{_first_line(error)}). This is no sign of damage. Copy the file to this "
+            "machine, or provide what is missing, and load it again."
         ) from error
     except Exception as error:
         raise AdapterFileError(
-            f"{source} cannot be read: it is truncated, damaged or of another kind ({type(error).__name__}: "
-            f"{_first_line(error)}). Pass a file that save_adapter or a Trainer with LoRACallback wrote."
+            f"{source} cannot be read: it is truncated, damaged or of another kind "
+            f"({type(error).__name__}: {_first_line(error)}). Pass a file that "
+            "save_adapter or a Trainer with LoRACallback wrote."
         ) from error
 
 
@@ -41,7 +47,9 @@ def json_object(text: str | bytes, source: object) -> dict[str, Any]:
         found = json.loads(text)
         if isinstance(found, dict):
             return found
-    raise AdapterFileError(f"{source} is not a JSON object. Use the file as it was written.")
+    raise AdapterFileError(
+        f"{source} is not a JSON object. Use the file as it was written."
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Return a safetensors file: the same bytes each time, where the library writes its metadata in any order."""
-    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    copies = {
+        name: value.detach().to("cpu", copy=True).contiguous()
+        for name, value in tensors.items()
+    }
     metadata = {"format": "pt", **metadata}
     contents = save_in_any_order(copies, metadata)
     header = header_of({**header_in(contents), "__metadata__": metadata})

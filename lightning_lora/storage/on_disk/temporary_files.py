@@ -1,7 +1,7 @@
 """Temporary files: what is written has another name until it is whole.
 
-The name says which process writes it: so what a killed one has left can be told from what another one is writing at
-this moment.
+The name says which process writes it: so what a killed one has left can be told from
+what another one is writing at this moment.
 """
 
 import itertools
@@ -18,9 +18,11 @@ from pathlib import Path
 _NAME_NOW = r"lora-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-\d+"
 _NAME_IN_0_2_0 = "[0-9a-f]{32}"
 _PART = re.compile(rf"\..*\.({_NAME_NOW}|{_NAME_IN_0_2_0})\.part")
-_NUMBERS = itertools.count()  # for threads that write files of one name at the same time
+# for threads that write files of one name at the same time
+_NUMBERS = itertools.count()
 _BEING_WRITTEN = set[Path]()  # by this process
-_ABANDONED = 3600  # seconds after which nobody goes on with a file, if its process cannot be asked for
+# seconds after which nobody goes on with a file, if its process cannot be asked for
+_ABANDONED = 3600
 
 
 @contextmanager
@@ -42,7 +44,9 @@ def remove_left_parts(folder: Path) -> None:
     """Remove what killed processes have left of the files that they were writing into a folder, under any name."""
     for path in folder.resolve().glob(".*.part"):
         name = _PART.fullmatch(path.name)
-        with suppress(OSError):  # another process was faster, nobody may write there, or another user's is writing
+        # another process was faster, nobody may write there, or another user's is
+        # writing
+        with suppress(OSError):
             if name is not None and _is_left(path, name):
                 _delete(path)
 
@@ -53,13 +57,17 @@ def _is_left(path: Path, name: re.Match[str]) -> bool:
     if not can_be_asked_for:
         return time.time() - path.stat().st_mtime > _ABANDONED
     process = int(name["process"])
-    if process == os.getpid():  # in a container, the one that was killed often had the same number
+    # in a container, the one that was killed often had the same number
+    if process == os.getpid():
         return path not in _BEING_WRITTEN
     return not _is_running(process)
 
 
 def _is_running(process: int) -> bool:
-    """Whether a process of this machine has not ended. PermissionError: it runs, and is another user's."""
+    """Whether a process of this machine has not ended.
+
+    PermissionError: it runs, and is another user's.
+    """
     try:
         os.kill(process, 0)  # does nothing but ask for it
     except ProcessLookupError:

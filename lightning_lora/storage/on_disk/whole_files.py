@@ -18,7 +18,8 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
 
     Args:
         path: The place. What is elsewhere, such as ``s3://...``, is yielded as it is.
-        beside: Whether there is a temporary file. Otherwise this turns errors into ours, and no more.
+        beside: Whether there is a temporary file. Otherwise this turns errors into
+            ours, and no more.
     """
     local = local_path(path) if beside else None
     with write_errors(path):  # such as too long a name
@@ -29,7 +30,9 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         _refuse_device(target, path)
         with temporary_file(target) as temporary:
             yield temporary
-            temporary.replace(target)  # an error if nothing was written: Lightning has none if nobody may write there
+            # an error if nothing was written: Lightning has none if nobody may write
+            # there
+            temporary.replace(target)
 
 
 @contextmanager
@@ -42,15 +45,28 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 def _refuse_device(target: Path, path: Any) -> None:
     """Refuse a place that is neither free nor a file or folder."""
-    if target.is_char_device() or target.is_block_device() or target.is_fifo() or target.is_socket():
-        raise AdapterFileError(f"{path} is a device or a pipe, which a file would replace. Choose another name.")
+    if (
+        target.is_char_device()
+        or target.is_block_device()
+        or target.is_fifo()
+        or target.is_socket()
+    ):
+        raise AdapterFileError(
+            f"{path} is a device or a pipe, which a file would replace. Choose another "
+            "name."
+        )
 
 
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
-    """Yield a name for a temporary folder, then move it to its place. That must be free."""
+    """Yield a name for a temporary folder, then move it to its place.
+
+    That must be free.
+    """
     if not _is_free(path):
-        raise AdapterFileError(f"{path} already exists and is not an empty folder. Choose another name.")
+        raise AdapterFileError(
+            f"{path} already exists and is not an empty folder. Choose another name."
+        )
     with writing(path) as temporary:
         yield temporary
 
@@ -69,8 +85,17 @@ def write_errors(path: Any) -> Iterator[None]:
         yield
     except LoRAError:
         raise
-    except (OSError, RuntimeError, ImportError, ValueError, KeyError, SafetensorError) as error:  # as writers report it
+    except (
+        OSError,
+        RuntimeError,
+        ImportError,
+        ValueError,
+        KeyError,
+        SafetensorError,
+    ) as error:
+        # as writers report it
         raise AdapterFileError(
-            f"{path} could not be written ({type(error).__name__}: {error}). The model and its training are as they "
-            "were. Free space on the disk, choose a folder that can be written, or another ending, and save again."
+            f"{path} could not be written ({type(error).__name__}: {error}). The model "
+            "and its training are as they were. Free space on the disk, choose a "
+            "folder that can be written, or another ending, and save again."
         ) from error

@@ -1,17 +1,23 @@
 """What has changed in a run's base: its fingerprint now, beside those from before."""
 
 from lightning_lora.base.base_tensors import Change
-from lightning_lora.base.fingerprints import Fingerprint, digests_by_name, find_same_form
+from lightning_lora.base.fingerprints import (
+    Fingerprint,
+    digests_by_name,
+    find_same_form,
+)
 from lightning_lora.model.view import View
 from lightning_lora.storage.same_base.compared_tensors import base_tensors
 from lightning_lora.storage.same_base.fingerprint import fingerprint
 
 
 def note_changes(view: View, *, anew: bool = True) -> list[Fingerprint]:
-    """Note the frozen weights that have changed since the run began. Return the fingerprints of its base.
+    """Note the frozen weights that have changed since the run began.
 
-    Files hold the values of these weights from now on. So the run's fingerprints, from before the changes, stay right.
-    A base of a form that the run has not seen is another base: of this one, only the present fingerprint is known.
+    Return the fingerprints of its base. Files hold the values of these weights from now
+    on. So the run's fingerprints, from before the changes, stay right. A base of a form
+    that the run has not seen is another base: of this one, only the present fingerprint
+    is known.
     """
     record = view.record
     now = fingerprint(view, anew=anew)
@@ -25,7 +31,9 @@ def note_changes(view: View, *, anew: bool = True) -> list[Fingerprint]:
     return fingerprints
 
 
-def changes_between(view: View, before: Fingerprint, now: Fingerprint) -> dict[str, Change]:
+def changes_between(
+    view: View, before: Fingerprint, now: Fingerprint
+) -> dict[str, Change]:
     """Return what differs in two fingerprints of one form, by the names of tensors."""
     names = list(base_tensors(view))
     digests_before = digests_by_name(names, before)

@@ -17,18 +17,33 @@ from lightning_lora.base.fingerprints import (
 )
 from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.model.view import View
-from lightning_lora.storage.same_base.base_comparison import ComparedTensor, Comparison, compare
-from lightning_lora.storage.same_base.compared_tensors import base_tensors, quantised_names
+from lightning_lora.storage.same_base.base_comparison import (
+    ComparedTensor,
+    Comparison,
+    compare,
+)
+from lightning_lora.storage.same_base.compared_tensors import (
+    base_tensors,
+    quantised_names,
+)
 from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import of_type, only, without
 
 
-def check_base(view: View, stored: StoredAdapters, *, reads_base_anew: bool, refuses_other_base: bool) -> bool:
-    """Refuse another base than the one that adapters were trained on. Return whether this one is converted.
+def check_base(
+    view: View,
+    stored: StoredAdapters,
+    *,
+    reads_base_anew: bool,
+    refuses_other_base: bool,
+) -> bool:
+    """Refuse another base than the one that adapters were trained on.
 
-    The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
-    there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
+    Return whether this one is converted. The same weights in another dtype are
+    accepted: if each tensor here, converted to the dtype there, has the bits there, or
+    the other way round. Quantised weights, which other weights have no bits in common
+    with, are left out.
     """
     here = fingerprint(view, anew=reads_base_anew, renaming=stored.renaming)
     if _has_fingerprint(stored, view, here):
@@ -38,7 +53,9 @@ def check_base(view: View, stored: StoredAdapters, *, reads_base_anew: bool, ref
     same = _find_same_base(comparisons)
     if same is None:
         nearest = _nearest(comparisons, here)
-        _refuse_or_warn(_difference(base, nearest), refuses_other_base=refuses_other_base)
+        _refuse_or_warn(
+            _difference(base, nearest), refuses_other_base=refuses_other_base
+        )
         return bool(here["dtypes"] != nearest.there["dtypes"])
     if same.is_converted:
         warn(_converted_message(base, same))
@@ -74,29 +91,44 @@ class _BaseHere:
     """The base of a model, to be compared with the fingerprints in a file."""
 
     def __init__(self, view: View, here: Fingerprint, stored: StoredAdapters) -> None:
-        """Note the names that its tensors have in the file. ``here`` is its own fingerprint."""
+        """Note the names that its tensors have in the file.
+
+        ``here`` is its own fingerprint.
+        """
         self.view = view
         self.fingerprint = here
         self.stored = stored
         self.tensors = base_tensors(view)
         self.digests = digests_by_name(self.tensors, here)
         self.quantised = quantised_names(view)
-        self.names_there = {name: stored.renaming.name_there(name) for name in self.tensors}
+        self.names_there = {
+            name: stored.renaming.name_there(name) for name in self.tensors
+        }
 
     def compare(self, there: StoredFingerprint) -> Comparison:
-        """Compare it with a fingerprint. If that does not say its names, and has others, nothing is compared."""
+        """Compare it with a fingerprint.
+
+        If that does not say its names, and has others, nothing is compared.
+        """
         if "rounded" not in there:
             if there["layout"] != self.fingerprint["layout"]:
                 return Comparison(there)
             there = self._with_names(there)
         found = compare(
-            there, self._compared_tensors(), only_there=self._only_there(there), has_same_form=self._has_form_of(there)
+            there,
+            self._compared_tensors(),
+            only_there=self._only_there(there),
+            has_same_form=self._has_form_of(there),
         )
-        quantised_weights = only(self.view.parameters, set(found.quantised))  # their scales do not count
+        # their scales do not count
+        quantised_weights = only(self.view.parameters, set(found.quantised))
         return replace(found, quantised=list(quantised_weights))
 
     def _with_names(self, there: StoredFingerprint) -> StoredFingerprint:
-        """A fingerprint with the names of the tensors, which are those here. Their half digests are not known."""
+        """A fingerprint with the names of the tensors, which are those here.
+
+        Their half digests are not known.
+        """
         return {**there, "rounded": dict.fromkeys(self.names_there.values(), ())}
 
     def _has_form_of(self, there: StoredFingerprint) -> bool:
@@ -112,7 +144,9 @@ class _BaseHere:
     def _only_there(self, there: StoredFingerprint) -> list[str]:
         """The tensors there that are not here. Quantised ones may have other names."""
         others = without(there["rounded"], set(self.names_there.values()))
-        return [name for name, half_digests in others.items() if half_digests is not None]
+        return [
+            name for name, half_digests in others.items() if half_digests is not None
+        ]
 
     def _compared_tensors(self) -> list[ComparedTensor]:
         """All tensors, but those that belong to no base: of these, files hold the values."""
@@ -130,7 +164,10 @@ class _BaseHere:
         return compared
 
     def _half_digests_of(self, name: str) -> list[int]:
-        """A tensor's half digests in the base. The list is empty if code has changed the tensor, and none are known."""
+        """A tensor's half digests in the base.
+
+        The list is empty if code has changed the tensor, and none are known.
+        """
         base = self.view.record.base
         digest = self.digests[name]
         if name in base.changes:
@@ -160,8 +197,13 @@ def _converted_message(base: _BaseHere, found: Comparison) -> str:
     trained_on = f"These adapters were trained on a base in {_dtypes(found.there)}"
     result = "It is the same base, converted."
     if found.quantised:
-        result = f"What is not quantised is the same{_left_out(found)}: make sure that the base is the right one."
-    return f"{trained_on}; {base.view.title} is in {_dtypes(base.fingerprint)}. {result}"
+        result = (
+            f"What is not quantised is the same{_left_out(found)}: make sure that the "
+            "base is the right one."
+        )
+    return (
+        f"{trained_on}; {base.view.title} is in {_dtypes(base.fingerprint)}. {result}"
+    )
 
 
 def _dtypes(fingerprint: Form) -> str:
@@ -190,9 +232,10 @@ def _difference(base: _BaseHere, found: Comparison) -> _Message:
 def _nothing_compared(title: str) -> _Message:
     """All weights are quantised."""
     return _Message(
-        f"All frozen weights of {title}, or of the base that these adapters were trained on, are quantised: "
-        "there is nothing to compare.",
-        "Load it as it was loaded for training, or pass check_base=False to load_adapter.",
+        f"All frozen weights of {title}, or of the base that these adapters were "
+        "trained on, are quantised: there is nothing to compare.",
+        "Load it as it was loaded for training, or pass check_base=False to "
+        "load_adapter.",
     )
 
 
@@ -200,20 +243,25 @@ def _other_values(base: _BaseHere, found: Comparison) -> _Message:
     """Values differ."""
     title = base.view.title
     examples = listed(found.differ, 3)
-    how_many = f"{len(found.differ)} of {found.compared} frozen tensors of {title} differ, such as {examples}"
+    how_many = (
+        f"{len(found.differ)} of {found.compared} frozen tensors of {title} differ, "
+        f"such as {examples}"
+    )
     if found.has_same_form:
         return _Message(
             f"These adapters were trained on another base: {how_many}.",
-            "Load the same pretrained weights as for the training: in the module's __init__ or setup, or before "
-            "load_adapter. New layers and rows are random, so they must train: modules_to_save, "
-            "trainable_token_indices. If this model is merged, load its base.",
+            "Load the same pretrained weights as for the training: in the module's "
+            "__init__ or setup, or before load_adapter. New layers and rows are "
+            "random, so they must train: modules_to_save, trainable_token_indices. If "
+            "this model is merged, load its base.",
         )
     dtypes_there = _dtypes(found.there)
     return _Message(
-        f"These adapters were trained on another base, in {dtypes_there}: {how_many}, also after a conversion from "
-        f"{_dtypes(base.fingerprint)}{_left_out(found)}.",
-        f"Load the same pretrained weights as for the training, in {dtypes_there}, and then convert the model. A base "
-        "that was rounded twice, or to float16 there and to bfloat16 here, is not recognised.",
+        f"These adapters were trained on another base, in {dtypes_there}: {how_many}, "
+        f"also after a conversion from {_dtypes(base.fingerprint)}{_left_out(found)}.",
+        f"Load the same pretrained weights as for the training, in {dtypes_there}, and "
+        "then convert the model. A base that was rounded twice, or to float16 there "
+        "and to bfloat16 here, is not recognised.",
     )
 
 
@@ -232,9 +280,11 @@ def _other_architecture(base: _BaseHere, there: StoredFingerprint) -> _Message:
     title = base.view.title
     count_there = len(there["digests"])
     return _Message(
-        f"These adapters were trained on another architecture: their base has {count_there} frozen "
-        f"tensors, {title} has {len(base.digests)}, and names or shapes differ.",
-        f"{_example(base)}Build the model as it was built for training, with the same modules_to_save and bias.",
+        "These adapters were trained on another architecture: their base has "
+        f"{count_there} frozen tensors, {title} has {len(base.digests)}, and names or "
+        "shapes differ.",
+        f"{_example(base)}Build the model as it was built for training, with the same "
+        "modules_to_save and bias.",
     )
 
 
@@ -246,5 +296,7 @@ def _example(base: _BaseHere) -> str:
         shape_there = tuple(tensor.shape)
         shape_here = tuple(parameters[name].shape)
         if shape_here != shape_there:
-            return f"For example, {name!r} is {shape_there} there and {shape_here} here. "
+            return (
+                f"For example, {name!r} is {shape_there} there and {shape_here} here. "
+            )
     return ""

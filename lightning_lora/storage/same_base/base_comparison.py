@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_lora.base.fingerprints import HalfDigests, StoredFingerprint, digests_by_name
+from lightning_lora.base.fingerprints import (
+    HalfDigests,
+    StoredFingerprint,
+    digests_by_name,
+)
 from lightning_lora.base.readings import HALF_DTYPES
 from lightning_lora.storage.same_base.compared_tensors import is_convertible
 from lightning_lora.tensors.dicts import only, with_values
@@ -27,13 +31,18 @@ class ComparedTensor:
 
 @dataclass
 class Comparison:
-    """What a comparison of the base at hand with a fingerprint has found. Tensors are named as in the base."""
+    """What a comparison of the base at hand with a fingerprint has found.
+
+    Tensors are named as in the base.
+    """
 
     there: StoredFingerprint
     has_same_form: bool = False  # so all bits must be the same
     equal: int = 0  # how many tensors are the same, converted or not
-    converted: list[str] = field(default_factory=list)  # those of them in another precision
-    differ: list[str] = field(default_factory=list)  # also those that only one of the bases has
+    # those of them in another precision
+    converted: list[str] = field(default_factory=list)
+    # also those that only one of the bases has
+    differ: list[str] = field(default_factory=list)
     quantised: list[str] = field(default_factory=list)  # not compared
 
     @property
@@ -65,8 +74,8 @@ def compare(
         there: The fingerprint, which says the names of its tensors.
         tensors: The tensors of the base at hand.
         only_there: The names of tensors that the base at hand lacks: these differ.
-        has_same_form: Whether both have the same form. Only then are quantised tensors compared: otherwise, other bits
-            may mean the same weights.
+        has_same_form: Whether both have the same form. Only then are quantised tensors
+            compared: otherwise, other bits may mean the same weights.
     """
     base_there = _BaseThere(there)
     found = Comparison(there, has_same_form, differ=list(only_there))

@@ -17,9 +17,10 @@ Tensors = Mapping[str, Tensor]  # by name
 def base_tensors(view: View) -> dict[str, Tensor]:
     """Return the base's tensors: frozen parameters without updates, and buffers with the values from before training.
 
-    Rows that train by themselves are zero here: resizing an embedding draws others each time. Embeddings with
-    ``max_norm`` are left out: their own forward rescales the rows, always to the same values. So are the scales of
-    four-bit weights: bitsandbytes may round them when it changes the layout for inference and back.
+    Rows that train by themselves are zero here: resizing an embedding draws others each
+    time. Embeddings with ``max_norm`` are left out: their own forward rescales the
+    rows, always to the same values. So are the scales of four-bit weights: bitsandbytes
+    may round them when it changes the layout for inference and back.
     """
     left_out = _rescaled_embeddings(view) | _repacked_scales(view)
     tensors = without(base_values(view), left_out)
@@ -29,7 +30,9 @@ def base_tensors(view: View) -> dict[str, Tensor]:
 def _rescaled_embeddings(view: View) -> set[str]:
     """All names of the weights that embeddings with ``max_norm`` rescale."""
     embeddings = of_type(view.modules, nn.Embedding).values()
-    rescaled = {embedding.weight for embedding in embeddings if embedding.max_norm is not None}
+    rescaled = {
+        embedding.weight for embedding in embeddings if embedding.max_norm is not None
+    }
     return set(with_values(view.base_parameters, rescaled))
 
 
@@ -46,8 +49,13 @@ def _names_of_entries(modules: Mapping[str, nn.Module]) -> set[str]:
     return names
 
 
-def _with_zero_rows(tensors: Tensors, rows: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Copies of the embeddings whose rows train by themselves. Tied ones have one copy."""
+def _with_zero_rows(
+    tensors: Tensors, rows: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Copies of the embeddings whose rows train by themselves.
+
+    Tied ones have one copy.
+    """
     copies = dict[int, Tensor]()
     copies_by_name = dict[str, Tensor]()
     for name, tokens in rows.items():
@@ -62,10 +70,14 @@ def _with_zero_rows(tensors: Tensors, rows: Mapping[str, tuple[int, ...]]) -> di
 def rows_of(view: View) -> dict[str, tuple[int, ...]]:
     """Return which rows of embeddings train by themselves, by all names of the weights."""
     rows_by_weight = dict[Tensor | None, tuple[int, ...]]()
-    for layer, (matrix, *_) in view.matrices.items():  # what has tokens is its layer's only matrix
+    # what has tokens is its layer's only matrix
+    for layer, (matrix, *_) in view.matrices.items():
         weight = view.base_parameters.get(join(layer, matrix.weight))
         rows_by_weight[weight] = matrix.tokens
-    rows = {name: rows_by_weight.get(weight, ()) for name, weight in view.base_parameters.items()}
+    rows = {
+        name: rows_by_weight.get(weight, ())
+        for name, weight in view.base_parameters.items()
+    }
     return where(rows, bool)
 
 

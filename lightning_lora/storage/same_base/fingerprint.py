@@ -7,18 +7,28 @@ from torch import Tensor
 from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming
-from lightning_lora.storage.same_base.compared_tensors import Tensors, base_tensors, dtypes_of, rows_of
+from lightning_lora.storage.same_base.compared_tensors import (
+    Tensors,
+    base_tensors,
+    dtypes_of,
+    rows_of,
+)
 from lightning_lora.tensors.dicts import only, where_not, without
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import first_names
 
 
-def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAMES) -> Fingerprint:
-    """Return the fingerprint of an adapted model's base. Collective for one spread over processes.
+def fingerprint(
+    view: View, *, anew: bool = True, renaming: Renaming = SAME_NAMES
+) -> Fingerprint:
+    """Return the fingerprint of an adapted model's base.
+
+    Collective for one spread over processes.
 
     Args:
         view: The model.
-        anew: Whether all weights are read. Otherwise one is read again only if a quick look shows a change.
+        anew: Whether all weights are read. Otherwise one is read again only if a quick
+            look shows a change.
         renaming: By which names of a file the layout is hashed.
     """
     tensors = base_tensors(view)
@@ -31,19 +41,32 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAME
 
 
 def base_digests(view: View) -> dict[str, int]:
-    """Return the digests of an adapted model's base, read again where a quick look shows a change. Collective."""
+    """Return the digests of an adapted model's base, read again where a quick look shows a change.
+
+    Collective.
+    """
     tensors = base_tensors(view)
     digests = _digests_of_present_values(view, tensors, anew=False)
-    return dict(zip(tensors, view.record.base.digests_before_changes(digests), strict=True))
+    return dict(
+        zip(tensors, view.record.base.digests_before_changes(digests), strict=True)
+    )
 
 
-def _digests_of_present_values(view: View, tensors: Tensors, *, anew: bool) -> dict[str, int]:
-    """The digests of these tensors as they are, 0 on the meta device. Tied weights are hashed once."""
+def _digests_of_present_values(
+    view: View, tensors: Tensors, *, anew: bool
+) -> dict[str, int]:
+    """The digests of these tensors as they are, 0 on the meta device.
+
+    Tied weights are hashed once.
+    """
     present = where_not(first_names(tensors), _is_meta)
-    copies = only(present, rows_of(view))  # with rows set to zero: new ones each time, which nothing remembers
+    # with rows set to zero: new ones each time, which nothing remembers
+    copies = only(present, rows_of(view))
     weights = without(present, copies)
     readings = view.record.base.readings
-    digests = readings.digests_read_anew(weights) if anew else readings.digests_now(weights)
+    digests = (
+        readings.digests_read_anew(weights) if anew else readings.digests_now(weights)
+    )
     for name, copy in copies.items():
         digests[name] = digest(copy)
     digest_of = {tensor: digests[name] for name, tensor in present.items()}

@@ -12,7 +12,12 @@ from lightning_lora.base.fingerprints import (
 )
 from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import SAME_NAMES
-from lightning_lora.storage.same_base.compared_tensors import base_tensors, dtypes_of, is_convertible, quantised_names
+from lightning_lora.storage.same_base.compared_tensors import (
+    base_tensors,
+    dtypes_of,
+    is_convertible,
+    quantised_names,
+)
 from lightning_lora.storage.same_base.fingerprint import fingerprint, layout_of
 from lightning_lora.tensors.dicts import where, without
 
@@ -20,7 +25,8 @@ from lightning_lora.tensors.dicts import where, without
 def fingerprints_to_store(view: View) -> list[StoredFingerprint]:
     """Return the fingerprints of a model's base: in each form that the run has seen.
 
-    A base that the run has not seen is another one. It has only its present fingerprint.
+    A base that the run has not seen is another one. It has only its present
+    fingerprint.
     """
     fingerprints = view.record.adapter.fingerprints
     now = fingerprint(view)
@@ -29,7 +35,9 @@ def fingerprints_to_store(view: View) -> list[StoredFingerprint]:
     return with_half_digests(view, fingerprints)
 
 
-def with_half_digests(view: View, fingerprints: Iterable[Fingerprint]) -> list[StoredFingerprint]:
+def with_half_digests(
+    view: View, fingerprints: Iterable[Fingerprint]
+) -> list[StoredFingerprint]:
     """Return fingerprints of a model's base as files hold them: with the half digests of its tensors.
 
     Only the first call costs a pass over the weights.
@@ -37,8 +45,11 @@ def with_half_digests(view: View, fingerprints: Iterable[Fingerprint]) -> list[S
     base = _BaseNow(view)
     stored = list[StoredFingerprint]()
     for each in fingerprints:
-        entry = StoredFingerprint(layout=each["layout"], dtypes=each["dtypes"], digests=each["digests"])
-        if each["layout"] == base.form["layout"]:  # otherwise the names of its tensors are no longer known
+        entry = StoredFingerprint(
+            layout=each["layout"], dtypes=each["dtypes"], digests=each["digests"]
+        )
+        # otherwise the names of its tensors are no longer known
+        if each["layout"] == base.form["layout"]:
             entry["rounded"] = base.half_digests_for(each)
         stored.append(entry)
     return stored
@@ -49,7 +60,10 @@ class _BaseNow:
 
     def __init__(self, view: View) -> None:
         self.tensors = base_tensors(view)
-        self.form: Form = {"layout": layout_of(self.tensors, SAME_NAMES), "dtypes": dtypes_of(self.tensors)}
+        self.form: Form = {
+            "layout": layout_of(self.tensors, SAME_NAMES),
+            "dtypes": dtypes_of(self.tensors),
+        }
         self.quantised = quantised_names(view)
         self.readings = view.record.base.readings
         unchanged = without(self.tensors, {*self.quantised, *view.record.base.changes})
@@ -58,7 +72,10 @@ class _BaseNow:
     def half_digests_for(self, fingerprint: Fingerprint) -> HalfDigests:
         """Return the half digests that belong to a fingerprint: all, if the base has its form now, or those known."""
         digests = digests_by_name(self.tensors, fingerprint)
-        known: HalfDigests = {name: self.readings.known_half_digests(digest) for name, digest in digests.items()}
+        known: HalfDigests = {
+            name: self.readings.known_half_digests(digest)
+            for name, digest in digests.items()
+        }
         for name in self.quantised & digests.keys():
             known[name] = None
         if not have_same_form(fingerprint, self.form):
@@ -66,7 +83,13 @@ class _BaseNow:
         return {**known, **self._computed(digests)}
 
     def _computed(self, digests: Mapping[str, int]) -> HalfDigests:
-        """The half digests of all tensors that can be read. Each is computed once in a run."""
+        """The half digests of all tensors that can be read.
+
+        Each is computed once in a run.
+        """
         by_digest = {digests[name]: tensor for name, tensor in self.readable.items()}
         self.readings.compute_half_digests_of_dtensors(by_digest)
-        return {name: self.readings.half_digests_of(digests[name], tensor) for name, tensor in self.readable.items()}
+        return {
+            name: self.readings.half_digests_of(digests[name], tensor)
+            for name, tensor in self.readable.items()
+        }

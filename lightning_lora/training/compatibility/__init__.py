@@ -1,6 +1,10 @@
 """What else a Trainer may have beside adapters: each kind of thing has a file, and its functions are listed here."""
 
-from lightning_lora.training.compatibility.averages import average_what_trains, begin_averages, drop_averages
+from lightning_lora.training.compatibility.averages import (
+    average_what_trains,
+    begin_averages,
+    drop_averages,
+)
 from lightning_lora.training.compatibility.bars import end_bar, tell_of_interrupt
 from lightning_lora.training.compatibility.callbacks import (
     about_lightnings_table,

@@ -20,13 +20,16 @@ from lightning_lora.tensors.names import parameters_by_name
 from lightning_lora.tensors.values import replace_values
 
 
-def begin_averages(callbacks: list[Callback], pl_module: LightningModule, *, anew: bool) -> None:
+def begin_averages(
+    callbacks: list[Callback], pl_module: LightningModule, *, anew: bool
+) -> None:
     """Let averages begin from the adapted module, if they copied a plain one.
 
     With ``anew``, each begins again: values may have changed too.
     """
     names = parameters_by_name(pl_module).keys()
-    for average in _averages(callbacks):  # their setup would call configure_model, which may replace layers
+    # their setup would call configure_model, which may replace layers
+    for average in _averages(callbacks):
         average.hide_frozen_norms()
         if anew or parameters_by_name(average.copy).keys() != names:
             average.begin_from(pl_module)
@@ -47,7 +50,10 @@ def _share_frozen(frozen: Mapping[str, nn.Parameter], copied: nn.Module) -> None
 
 
 def drop_averages(callbacks: list[Callback]) -> None:
-    """Drop the average of a finished fit. Its callback would put it into a module that is only tested."""
+    """Drop the average of a finished fit.
+
+    Its callback would put it into a module that is only tested.
+    """
     for average in _averages(callbacks):
         average.drop()
 
@@ -82,19 +88,28 @@ class _Average:
     def hide_frozen_norms(self) -> None:
         """Hide frozen norms from SWA, which would estimate their statistics again.
 
-        SWA asks two methods about norms. Ours stay on the callback: without frozen norms, they do the same as its own.
+        SWA asks two methods about norms. Ours stay on the callback: without frozen
+        norms, they do the same as its own.
         """
         kind = type(self.callback)
         if hasattr(kind, "reset_batch_norm_and_save_state"):
             reset = partial(kind.reset_batch_norm_and_save_state, self.callback)
-            self.callback.reset_batch_norm_and_save_state = partial(_without_frozen_norms, reset)
+            self.callback.reset_batch_norm_and_save_state = partial(
+                _without_frozen_norms, reset
+            )
             finds = kind.pl_module_contains_batch_norm
-            self.callback.pl_module_contains_batch_norm = partial(_without_frozen_norms, finds)
+            self.callback.pl_module_contains_batch_norm = partial(
+                _without_frozen_norms, finds
+            )
 
     def skip_equal_tensors(self) -> None:
         """Average only tensors that differ."""
         average = getattr(self.callback, AVERAGES_WITH)
-        setattr(self.callback, AVERAGES_WITH, _only_where_they_differ(average, _average_tensor))
+        setattr(
+            self.callback,
+            AVERAGES_WITH,
+            _only_where_they_differ(average, _average_tensor),
+        )
 
     def drop(self) -> None:
         """Drop nothing: SWA does nothing outside of fit."""
@@ -118,12 +133,19 @@ class _TorchAverage(_Average):
         if not self.model.avg_fn and not self.model.multi_avg_fn:
             self._set_default()
         if self.model.avg_fn:
-            self.model.avg_fn = _only_where_they_differ(self.model.avg_fn, _average_tensor)
+            self.model.avg_fn = _only_where_they_differ(
+                self.model.avg_fn, _average_tensor
+            )
         else:
-            self.model.multi_avg_fn = _only_where_they_differ(self.model.multi_avg_fn, _average_tensors)
+            self.model.multi_avg_fn = _only_where_they_differ(
+                self.model.multi_avg_fn, _average_tensors
+            )
 
     def _set_default(self) -> None:
-        """Set what torch averages with by default. On CPU, the one for lists of tensors takes only float32."""
+        """Set what torch averages with by default.
+
+        On CPU, the one for lists of tensors takes only float32.
+        """
         is_on_cpu = next(self.copy.parameters()).device.type == "cpu"
         if is_on_cpu:
             self.model.avg_fn = get_swa_avg_fn()
@@ -135,13 +157,18 @@ class _TorchAverage(_Average):
         vars(self.callback)[AVERAGE] = None
 
 
-def _without_frozen_norms(method: Callable[[Any], Any], pl_module: LightningModule) -> Any:
+def _without_frozen_norms(
+    method: Callable[[Any], Any], pl_module: LightningModule
+) -> Any:
     """Call a method of SWA with a module that has no frozen norms."""
-    moving = [module for module in pl_module.modules() if not isinstance(module, FrozenNorm)]
+    moving = [
+        module for module in pl_module.modules() if not isinstance(module, FrozenNorm)
+    ]
     return method(SimpleNamespace(modules=lambda: moving, device=pl_module.device))
 
 
-# How tensors are averaged, where they are not equal: arithmetic would lose -0.0 and infinity
+# How tensors are averaged, where they are not equal: arithmetic would lose -0.0 and
+# infinity
 
 
 def _only_where_they_differ(average: Any, wrapper: Callable[..., Any]) -> Any:
@@ -150,16 +177,25 @@ def _only_where_they_differ(average: Any, wrapper: Callable[..., Any]) -> Any:
     return average if is_wrapped else partial(wrapper, average)
 
 
-def _average_tensor(average: Callable[..., Any], averaged: Tensor, current: Tensor, count: Any) -> Any:
+def _average_tensor(
+    average: Callable[..., Any], averaged: Tensor, current: Tensor, count: Any
+) -> Any:
     """Average two tensors, if they differ."""
     if _is_same(averaged, current):
         return averaged
     return average(averaged, current, count)
 
 
-def _average_tensors(average: Callable[..., Any], averaged: list[Tensor], current: list[Tensor], count: Any) -> Any:
+def _average_tensors(
+    average: Callable[..., Any],
+    averaged: list[Tensor],
+    current: list[Tensor],
+    count: Any,
+) -> Any:
     """Average two lists of tensors, of those that differ."""
-    pairs = [pair for pair in zip(averaged, current, strict=True) if not _is_same(*pair)]
+    pairs = [
+        pair for pair in zip(averaged, current, strict=True) if not _is_same(*pair)
+    ]
     if not pairs:
         return None
     some_averaged, some_current = zip(*pairs, strict=True)

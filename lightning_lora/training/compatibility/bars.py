@@ -18,6 +18,7 @@ def tell_of_interrupt(trainer: Trainer, pl_module: LightningModule) -> None:
     """Say what an interrupted fit has left, below its progress bar."""
     end_bar(trainer, pl_module)
     rank_zero_info(
-        f"Interrupted after step {trainer.global_step}: {type(pl_module).__name__} has its adapters as trained "
-        "until then. fit goes on with them; merge_adapters(model) or save_adapter(model, path) keeps them."
+        f"Interrupted after step {trainer.global_step}: {type(pl_module).__name__} has "
+        "its adapters as trained until then. fit goes on with them; "
+        "merge_adapters(model) or save_adapter(model, path) keeps them."
     )

@@ -20,8 +20,15 @@ _REFUSED = {
 }
 """Callbacks that no fit with adapters can have, and why."""
 
-_COPIES = "copies the module, which FSDP2 does not allow. Remove it, or train with strategy='ddp'."
-_REFUSED_IF_SHARDED = {**_REFUSED, "WeightAveraging": _COPIES, "StochasticWeightAveraging": _COPIES}
+_COPIES = (
+    "copies the module, which FSDP2 does not allow. Remove it, or train with "
+    "strategy='ddp'."
+)
+_REFUSED_IF_SHARDED = {
+    **_REFUSED,
+    "WeightAveraging": _COPIES,
+    "StochasticWeightAveraging": _COPIES,
+}
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -39,7 +46,9 @@ def kinds_of(trainer: Trainer) -> set[str]:
 
 def _is_ours(callback: Callback) -> bool:
     """Whether this is a LoRACallback, or of a class made from it."""
-    return any(kind.__module__ == "lightning_lora.callback" for kind in type(callback).__mro__)
+    return any(
+        kind.__module__ == "lightning_lora.callback" for kind in type(callback).__mro__
+    )
 
 
 def refuse_second_callback(callbacks: list[Callback]) -> None:
@@ -47,8 +56,8 @@ def refuse_second_callback(callbacks: list[Callback]) -> None:
     ours = list(filter(_is_ours, callbacks))
     if len(ours) > 1:
         raise ConfigError(
-            f"The Trainer has {len(ours)} LoRACallbacks. Expected one. For several adapters, fit once for each "
-            "name, or use LoRASweep."
+            f"The Trainer has {len(ours)} LoRACallbacks. Expected one. For several "
+            "adapters, fit once for each name, or use LoRASweep."
         )
 
 
@@ -75,15 +84,24 @@ def about_lightnings_table(trainer: Trainer) -> list[Text]:
             examples.setdefault("adapted", f"{name} is a {plain} with its adapter")
         elif isinstance(module, FrozenNorm):
             plain = name.removeprefix(FrozenNorm.overlaid_prefix)
-            examples.setdefault("frozen", f"{name} is a {plain} that keeps its statistics")
+            examples.setdefault(
+                "frozen", f"{name} is a {plain} that keeps its statistics"
+            )
     if not examples:
         return []
     said = ", and ".join(examples.values())
-    return [Text(f"In Lightning's own table (ModelSummary(0) hides it), {said}.", style="dim")]
+    return [
+        Text(
+            f"In Lightning's own table (ModelSummary(0) hides it), {said}.", style="dim"
+        )
+    ]
 
 
 def _modules_in_lightnings_table(trainer: Trainer) -> Iterator[nn.Module]:
-    """The modules that have a row: those up to a depth, where -1 means all. A depth of 0 hides the table."""
+    """The modules that have a row: those up to a depth, where -1 means all.
+
+    A depth of 0 hides the table.
+    """
     depths = [getattr(callback, SUMMARY_DEPTH, 0) for callback in callbacks_of(trainer)]
     for name, module in trainer.lightning_module.named_modules():
         depth = name.count(".") + 1
@@ -92,7 +110,10 @@ def _modules_in_lightnings_table(trainer: Trainer) -> Iterator[nn.Module]:
 
 
 def monitored_checkpoint(trainer: Trainer) -> Callback | None:
-    """Return the first ModelCheckpoint with a monitor. It decides which file is best."""
+    """Return the first ModelCheckpoint with a monitor.
+
+    It decides which file is best.
+    """
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "monitor", None):
             return callback
@@ -101,12 +122,15 @@ def monitored_checkpoint(trainer: Trainer) -> Callback | None:
 
 def states_are_read(callbacks: list[Callback]) -> bool:
     """Whether other callbacks read checkpoints: they may need the model's full state."""
-    return any(_reads_states(callback) for callback in callbacks if not _is_ours(callback))
+    return any(
+        _reads_states(callback) for callback in callbacks if not _is_ours(callback)
+    )
 
 
 def _reads_states(callback: Callback) -> bool:
     """Whether a callback does something when a checkpoint is loaded."""
     for kind in type(callback).__mro__:
         if "on_load_checkpoint" in vars(kind):
-            return kind.__name__ != "Callback"  # that of either Lightning package, which does nothing
+            # that of either Lightning package, which does nothing
+            return kind.__name__ != "Callback"
     return False

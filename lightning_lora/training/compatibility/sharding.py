@@ -18,9 +18,12 @@ CONFIGURE_MODEL = """
 """What a user of another sharding strategy needs to write."""
 
 
-def refuse_strategy(called: str, why: str = "shards the model in a way that") -> NoReturn:
+def refuse_strategy(
+    called: str, why: str = "shards the model in a way that"
+) -> NoReturn:
     """Refuse a strategy, and say how to shard a model instead."""
     raise StrategyError(
-        f"{called} {why} LoRACallback does not support. Use ModelParallelStrategy, and shard the model in "
+        f"{called} {why} LoRACallback does not support. Use ModelParallelStrategy, and "
+        "shard the model in "
         "configure_model:\n" + CONFIGURE_MODEL
     )

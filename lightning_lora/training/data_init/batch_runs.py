@@ -20,7 +20,9 @@ from lightning_lora.training.data_init.data_refusals import refusal_of_step
 from lightning_lora.training.data_init.first_batches import first_batches
 
 
-def run_batches(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> int:
+def run_batches(
+    trainer: Trainer, pl_module: LightningModule, config: LoRAConfig
+) -> int:
     """Run batches through the module's own step. Return their number.
 
     A step that writes to parameters is refused: these cannot be given back.
@@ -30,7 +32,9 @@ def run_batches(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig
     number = runs.run()
     written = where(versions, _Version.has_passed)
     if written:
-        raise runs.step_refusal(f"has written to {listed(written)}, so build the module anew")
+        raise runs.step_refusal(
+            f"has written to {listed(written)}, so build the module anew"
+        )
     return number
 
 
@@ -83,7 +87,9 @@ class _BatchRuns:
             raise
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            raise self.step_refusal(f"ended in {what}. (Hooks such as on_train_epoch_start run later)") from error
+            raise self.step_refusal(
+                f"ended in {what}. (Hooks such as on_train_epoch_start run later)"
+            ) from error
 
     def step_refusal(self, does: str) -> LoRAError:
         """Return the error of a step that ``does`` what cannot be done here."""

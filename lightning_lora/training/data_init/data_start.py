@@ -26,16 +26,26 @@ from lightning_lora.training.data_init.no_trace import leave_no_trace
 from lightning_lora.training.optimizers.groups import leading_layers
 
 
-def check_data_init(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> None:
+def check_data_init(
+    trainer: Trainer, pl_module: LightningModule, config: LoRAConfig
+) -> None:
     """Refuse a start from data where no batch can run yet."""
     if not _needs_data(config):
         return
     if trainer.strategy.restore_checkpoint_after_setup:
-        raise refusal(config, f"{type(trainer.strategy).__name__} shards the fit (ddp does not)", StrategyError)
+        raise refusal(
+            config,
+            f"{type(trainer.strategy).__name__} shards the fit (ddp does not)",
+            StrategyError,
+        )
     if not pl_module.automatic_optimization:
         title = type(pl_module).__name__
-        raise refusal(config, f"{title} steps optimizers there (automatic_optimization=False)")
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise refusal(
+            config, f"{title} steps optimizers there (automatic_optimization=False)"
+        )
+    if is_param_in_hook_signature(
+        pl_module.training_step, "dataloader_iter", explicit=True
+    ):
         raise refusal_of_step(config, pl_module, "takes a dataloader_iter")
 
 
@@ -45,11 +55,15 @@ def _needs_data(config: LoRAConfig) -> bool:
 
 
 def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Let adapters that have not learned start from training data, if their ``init`` does. All else stays as it was."""
+    """Let adapters that have not learned start from training data, if their ``init`` does.
+
+    All else stays as it was.
+    """
     view = view_of(pl_module)
     if not _needs_data(view.config) or not view.is_fresh():
         return
-    check_data_init(trainer, pl_module, view.config)  # again: the module's own hooks have run
+    # again: the module's own hooks have run
+    check_data_init(trainer, pl_module, view.config)
     start = _DataStart(trainer, pl_module, view.config, leading_layers(view))
     start.check_quantised()
     start.run()
@@ -59,7 +73,10 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def _send_to_all_processes(trainer: Trainer, view: View) -> None:
-    """Give all processes the adapters of the first one. Each has seen data of its own."""
+    """Give all processes the adapters of the first one.
+
+    Each has seen data of its own.
+    """
     for parameter in view.adapter_parameters.values():
         values = trainer.strategy.broadcast(parameter.detach().cpu())
         parameter.detach().copy_(values)
@@ -67,7 +84,10 @@ def _send_to_all_processes(trainer: Trainer, view: View) -> None:
 
 @dataclass(frozen=True)
 class _DataStart:
-    """A start from data in one fit. Layers of copies, which follow others, have none."""
+    """A start from data in one fit.
+
+    Layers of copies, which follow others, have none.
+    """
 
     trainer: Trainer
     module: LightningModule
@@ -83,7 +103,10 @@ class _DataStart:
         """Refuse quantised layers where gradients of weights are needed."""
         quantised = where(self.layers, _is_quantised)
         if quantised and self.initialisation.needs_gradients:
-            why = f"it needs gradients of weights, and {listed(quantised)} are quantised ('eva' needs none)"
+            why = (
+                f"it needs gradients of weights, and {listed(quantised)} are quantised "
+                "('eva' needs none)"
+            )
             raise refusal(self.config, why)
 
     def run(self) -> None:
@@ -103,7 +126,8 @@ class _DataStart:
     def _observe(self, undo: ExitStack) -> dict[str, FromData]:
         """Let layers look at the batches that will run. Some have nothing to look at.
 
-        For each of the others, return the function that computes factors from what it has seen.
+        For each of the others, return the function that computes factors from what it
+        has seen.
         """
         assert self.initialisation.observe is not None
         observed = {}
@@ -114,7 +138,10 @@ class _DataStart:
         return observed
 
     def _write(self, layer: LoRALayer, compute_factors: FromData) -> bool:
-        """Write the factors of each matrix of a layer. Return whether there were any."""
+        """Write the factors of each matrix of a layer.
+
+        Return whether there were any.
+        """
         has_started = False
         for matrix in layer.lora_matrices:
             factors = compute_factors(matrix, matrix.rank_for(layer.lora_settings.r))
@@ -124,7 +151,8 @@ class _DataStart:
             parameters = _values_of_adapter(layer)
             _write_factors(parameters, matrix, *factors)
             if self.initialisation.is_difference:
-                keep_start(matrix, parameters)  # the update counts from these: the base stays
+                # the update counts from these: the base stays
+                keep_start(matrix, parameters)
         return has_started
 
 
@@ -135,23 +163,33 @@ def _is_quantised(layer: LoRALayer) -> bool:
 
 def _values_of_adapter(layer: LoRALayer) -> dict[str, Tensor]:
     """The parameters of a layer's adapter, detached: what is written into these is in the parameters."""
-    return {name: parameter.detach() for name, parameter in layer.lora_parameters().items()}
+    return {
+        name: parameter.detach() for name, parameter in layer.lora_parameters().items()
+    }
 
 
-def _write_factors(parameters: dict[str, Tensor], matrix: AdaptedMatrix, lora_A: Tensor, lora_B: Tensor) -> None:
+def _write_factors(
+    parameters: dict[str, Tensor], matrix: AdaptedMatrix, lora_A: Tensor, lora_B: Tensor
+) -> None:
     """Write both factors of a matrix into the parameters of its adapter.
 
-    Data with fewer directions than the rank give A fewer rows: the others stay as drawn.
+    Data with fewer directions than the rank give A fewer rows: the others stay as
+    drawn.
     """
     rows = lora_A.shape[-2]
     parameters[matrix.parameter_name(Role.A)][..., :rows, :].copy_(lora_A)
     parameters[matrix.parameter_name(Role.B)].copy_(lora_B)
 
 
-def _tell(config: LoRAConfig, layers: Collection[str], started: Collection[str], batches: int) -> None:
+def _tell(
+    config: LoRAConfig, layers: Collection[str], started: Collection[str], batches: int
+) -> None:
     """Say how many layers have started from data, and which have not."""
     others = names_not_in(layers, started)
     more = ""
     if others:
         more = f" These start as with 'kaiming': {listed(others)}."
-    rank_zero_info(f"init={config.init!r}: {len(started)} layers start from {batches} batches of training data.{more}")
+    rank_zero_info(
+        f"init={config.init!r}: {len(started)} layers start from {batches} batches of "
+        f"training data.{more}"
+    )

@@ -13,27 +13,36 @@ from lightning_lora.private import LOADER_STATE, before_transfer, loader_of
 from lightning_lora.training.data_init.data_refusals import refusal
 
 
-def first_batches(trainer: Trainer, pl_module: LightningModule, config: LoRAConfig) -> Generator[Any, None, None]:
+def first_batches(
+    trainer: Trainer, pl_module: LightningModule, config: LoRAConfig
+) -> Generator[Any, None, None]:
     """Yield the fit's first batches, from copies of its loaders."""
     loader = copy(loader_of(trainer.fit_loop))
     loader.flattened = [_copy_sharing_data(each, config) for each in loader.flattened]
     try:
         for batch, *_ in loader:
-            batch = before_transfer(pl_module, trainer.precision_plugin.convert_input(batch))
+            batch = before_transfer(
+                pl_module, trainer.precision_plugin.convert_input(batch)
+            )
             yield trainer.strategy.batch_to_device(batch)
     finally:
         loader.reset()  # ends its workers
 
 
-_COPIED_WITH_POSITION: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
+_COPIED_WITH_POSITION: tuple[type, ...] = (
+    type(iter([])),
+    type(iter(())),
+    type(iter(range(0))),
+)
 """Iterators whose copies go on by themselves."""
 
 
 def _copy_sharing_data(loader: Any, config: LoRAConfig) -> Any:
     """A copy of a loader that shares its data alone, so that the loader stays where it is.
 
-    The copy of a DataLoader begins anew, and one of an iterator in ``_COPIED_WITH_POSITION`` goes on by itself. Other
-    builtin iterators are refused. One of another class is copied, which may share its position: that is said.
+    The copy of a DataLoader begins anew, and one of an iterator in
+    ``_COPIED_WITH_POSITION`` goes on by itself. Other builtin iterators are refused.
+    One of another class is copied, which may share its position: that is said.
     """
     if hasattr(loader, "__next__") and not isinstance(loader, _COPIED_WITH_POSITION):
         _refuse_shared_iterator(loader, config)
@@ -48,7 +57,11 @@ def _refuse_shared_iterator(loader: Any, config: LoRAConfig) -> None:
     """Refuse an iterator whose copy would take its batches."""
     kind = type(loader)
     if kind.__module__ in ("builtins", "itertools"):
-        raise refusal(config, f"the data are a {kind.__name__}, which can be read once (a DataLoader: twice)")
+        raise refusal(
+            config,
+            f"the data are a {kind.__name__}, which can be read once (a DataLoader: "
+            "twice)",
+        )
 
 
 def _share_data_alone(again: DataLoader[Any], config: LoRAConfig) -> None:
@@ -67,4 +80,7 @@ def _share_data_alone(again: DataLoader[Any], config: LoRAConfig) -> None:
 def _tell_of_one_reading(data: object, config: LoRAConfig) -> None:
     """Say that training goes on after these batches: the data give each only once."""
     kind = type(data).__name__
-    rank_zero_info(f"init={config.init!r}: a {kind} that is read only once goes on after these batches.")
+    rank_zero_info(
+        f"init={config.init!r}: a {kind} that is read only once goes on after these "
+        "batches."
+    )

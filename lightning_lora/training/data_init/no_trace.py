@@ -19,7 +19,9 @@ _MANY = 10_000  # a container with more holds data, which are not looked into
 _CONTAINERS = (dict, set, list, deque)
 
 
-def leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack) -> None:
+def leave_no_trace(
+    trainer: Trainer, pl_module: LightningModule, undo: ExitStack
+) -> None:
     """Let ``undo`` give back what a step changes: gradients, modes, buffers, metrics, attributes.
 
     Not the values of parameters: the caller refuses a step that writes to them.
@@ -30,7 +32,8 @@ def leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack
     _keep_trainer(trainer, undo)
     if hasattr(torch.compiler, "set_stance"):  # or compiled code would keep the hooks
         undo.enter_context(torch.compiler.set_stance("force_eager"))
-    undo.enter_context(torch.no_grad())  # while ``undo``, which runs backwards, writes what the memory holds
+    # while ``undo``, which runs backwards, writes what the memory holds
+    undo.enter_context(torch.no_grad())
     memory = _Memory(undo)
     memory.remember(pl_module)
     for optimizer in trainer.optimizers:
@@ -40,7 +43,10 @@ def leave_no_trace(trainer: Trainer, pl_module: LightningModule, undo: ExitStack
 
 
 def _keep_parameters(pl_module: LightningModule, undo: ExitStack) -> None:
-    """Let ``undo`` give parameters their memory and their gradients back. Meanwhile, they begin without gradients."""
+    """Let ``undo`` give parameters their memory and their gradients back.
+
+    Meanwhile, they begin without gradients.
+    """
     for parameter in pl_module.parameters():
         undo.callback(setattr, parameter, "grad", parameter.grad)
         undo.callback(_put_back, parameter, parameter.data)
@@ -48,14 +54,20 @@ def _keep_parameters(pl_module: LightningModule, undo: ExitStack) -> None:
 
 
 def _keep_trainer(trainer: Trainer, undo: ExitStack) -> None:
-    """Let ``undo`` give back what a step sets on the Trainer. Meanwhile, its loggers take nothing."""
+    """Let ``undo`` give back what a step sets on the Trainer.
+
+    Meanwhile, its loggers take nothing.
+    """
     undo.callback(setattr, trainer, "should_stop", trainer.should_stop)
     undo.callback(setattr, trainer, "loggers", trainer.loggers)
     trainer.loggers = [DummyLogger() for _ in trainer.loggers]
 
 
 def _log_nothing_in(pl_module: LightningModule) -> None:
-    """Let ``log`` of all LightningModules inside do nothing. Their attributes are remembered by now."""
+    """Let ``log`` of all LightningModules inside do nothing.
+
+    Their attributes are remembered by now.
+    """
     for module in pl_module.modules():
         if hasattr(module, "log_dict"):
             vars(module)["log"] = _log_nothing
@@ -66,7 +78,10 @@ def _log_nothing(*_: object, **__: object) -> None:
 
 
 class _Memory:
-    """What tensors and containers held, but no parameters. ``undo`` writes it back into the same objects."""
+    """What tensors and containers held, but no parameters.
+
+    ``undo`` writes it back into the same objects.
+    """
 
     def __init__(self, undo: ExitStack) -> None:
         self.undo = undo

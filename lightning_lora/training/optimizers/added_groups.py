@@ -15,7 +15,12 @@ from lightning_lora.errors import listed
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.dicts import with_values
 from lightning_lora.tensors.names import owner_of
-from lightning_lora.training.optimizers.groups import Group, held_by, layers_trained_by, torch_optimizers
+from lightning_lora.training.optimizers.groups import (
+    Group,
+    held_by,
+    layers_trained_by,
+    torch_optimizers,
+)
 
 
 @contextmanager
@@ -24,12 +29,15 @@ def trimming_added_groups(module: LightningModule) -> Iterator[None]:
 
     torch refuses a parameter that is held already, which would end the fit.
     """
-    wrappers = module.optimizers()  # of Lightning, on which code may call ``add_param_group`` too
+    # of Lightning, on which code may call ``add_param_group`` too
+    wrappers = module.optimizers()
     if not isinstance(wrappers, list):
         wrappers = [wrappers]
     changed = torch_optimizers([*module.trainer.optimizers, *wrappers])
     for optimizer in changed:
-        vars(optimizer)["add_param_group"] = partial(_add_param_group, module, optimizer)
+        vars(optimizer)["add_param_group"] = partial(
+            _add_param_group, module, optimizer
+        )
     try:
         yield
     finally:
@@ -39,7 +47,8 @@ def trimming_added_groups(module: LightningModule) -> Iterator[None]:
 
 def _add_param_group(model: nn.Module, optimizer: Optimizer, group: Any) -> None:
     """Add a group without what it should not hold."""
-    if isinstance(group, dict) and not isinstance(group.get("params"), set | None):  # torch says what is wrong there
+    # torch says what is wrong there
+    if isinstance(group, dict) and not isinstance(group.get("params"), set | None):
         given = group["params"]
         group["params"] = [given] if isinstance(given, torch.Tensor) else list(given)
         _trim(view_of(model), optimizer, group)
@@ -50,13 +59,20 @@ def _trim(view: View, optimizer: Optimizer, group: Group) -> None:
     """Take out what the optimizer holds already, and weights that stay frozen below or beside that."""
     held = held_by([optimizer])
     added = set(map(_parameter_of, group["params"]))
-    held_already = with_values({**view.adapter_parameters, **view.trainable_base}, held & added)
-    layers_with_a_group = dict.fromkeys([*map(owner_of, held_already), *_layers_that_train(view, held, added)])
-    if not layers_with_a_group:  # frozen weights alone are refused in the optimizer's next step
+    held_already = with_values(
+        {**view.adapter_parameters, **view.trainable_base}, held & added
+    )
+    layers_with_a_group = dict.fromkeys(
+        [*map(owner_of, held_already), *_layers_that_train(view, held, added)]
+    )
+    # frozen weights alone are refused in the optimizer's next step
+    if not layers_with_a_group:
         return
     frozen = with_values(view.frozen_base, added)
     left_out = {*held_already.values(), *frozen.values()}
-    group["params"] = [item for item in group["params"] if _parameter_of(item) not in left_out]
+    group["params"] = [
+        item for item in group["params"] if _parameter_of(item) not in left_out
+    ]
     _tell(layers_with_a_group, frozen)
 
 
@@ -65,18 +81,25 @@ def _parameter_of(item: Any) -> Any:
     return item[1] if isinstance(item, tuple) else item
 
 
-def _layers_that_train(view: View, held: set[nn.Parameter], added: set[Any]) -> list[str]:
+def _layers_that_train(
+    view: View, held: set[nn.Parameter], added: set[Any]
+) -> list[str]:
     """Layers whose weights are added, though the optimizer trains their adapters."""
     trained = layers_trained_by(held, view)
-    return [name for name in trained if not added.isdisjoint(view.base_weights_of(name))]
+    return [
+        name for name in trained if not added.isdisjoint(view.base_weights_of(name))
+    ]
 
 
 def _tell(layers: Collection[str], frozen: Collection[str]) -> None:
     """Say what was left out of an added group."""
     stays = ""
     if frozen:
-        stays = f" Frozen weights stay frozen: {listed(frozen)}. To train some, use modules_to_save."
+        stays = (
+            f" Frozen weights stay frozen: {listed(frozen)}. To train some, use "
+            "modules_to_save."
+        )
     rank_zero_info(
-        f"A parameter group was added in training. What trains in {listed(layers)} has its group already, and is left "
-        f"out of the new one.{stays}"
+        f"A parameter group was added in training. What trains in {listed(layers)} has "
+        f"its group already, and is left out of the new one.{stays}"
     )

@@ -19,8 +19,10 @@ def showing_trainable_base(module: nn.Module) -> Iterator[None]:
     """Show the user's code a trainable base, as it expects."""
     view = view_of(module)
     unfreeze(view)
-    for weight in base_weights_of(view.layers, view):  # a user's filter must keep it: its adapter takes its place
-        set_requires_grad(weight, weight.is_floating_point())  # a quantised weight cannot require a gradient
+    # a user's filter must keep it: its adapter takes its place
+    for weight in base_weights_of(view.layers, view):
+        # a quantised weight cannot require a gradient
+        set_requires_grad(weight, weight.is_floating_point())
     try:
         yield
     finally:
@@ -30,9 +32,10 @@ def showing_trainable_base(module: nn.Module) -> Iterator[None]:
 
 
 def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
-    """Run the user's ``configure_optimizers``. If adapters make it fail, run it once more without them.
+    """Run the user's ``configure_optimizers``.
 
-    Some code sorts all parameters by name, as minGPT's does, and refuses names that it does not know.
+    If adapters make it fail, run it once more without them. Some code sorts all
+    parameters by name, as minGPT's does, and refuses names that it does not know.
     """
     try:
         return build()
@@ -43,8 +46,11 @@ def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
         error_with_adapters = error
     with _without_adapters(view), suppress(Exception):
         built = build()
-        has_empty_group = not all(group.parameters for group in groups_of(strategy.optimizers))
-        if not has_empty_group:  # an empty one was meant for adapters: so this code knows them
+        has_empty_group = not all(
+            group.parameters for group in groups_of(strategy.optimizers)
+        )
+        # an empty one was meant for adapters: so this code knows them
+        if not has_empty_group:
             return built
     raise error_with_adapters
 

@@ -8,7 +8,12 @@ from torch.optim import Optimizer
 
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import parameters_by_name
-from lightning_lora.training.optimizers.groups import Params, groups_of, held_by, listed_parameters
+from lightning_lora.training.optimizers.groups import (
+    Params,
+    groups_of,
+    held_by,
+    listed_parameters,
+)
 from lightning_lora.training.optimizers.scaled_groups import find_scaled_groups
 
 
@@ -19,14 +24,19 @@ class _Written(NamedTuple):
     ours: list[Params]
 
     def is_still_in(self, groups: list[Params]) -> bool:
-        """Whether no other code has edited the groups since. The order in a group may differ."""
+        """Whether no other code has edited the groups since.
+
+        The order in a group may differ.
+        """
         return list(map(set, self.ours)) == list(map(set, groups))
 
 
 _ATTRIBUTE = "_lora_edited"
-"""An optimizer's attribute, with what we have written. LightningCLI returns the same optimizer in every fit.
+"""An optimizer's attribute, with what we have written.
 
-So it lives as long as the optimizer, even if parameters refer to that. torch copies and pickles optimizers without it.
+LightningCLI returns the same optimizer in every fit. So it lives as long as the
+optimizer, even if parameters refer to that. torch copies and pickles optimizers without
+it.
 """
 
 
@@ -49,9 +59,10 @@ class Edit:
 
 
 def built_groups(optimizer: Optimizer) -> list[Params]:
-    """Return the groups as they were built. If other code edited them since: as they are now.
+    """Return the groups as they were built.
 
-    Call ``remove_scaled_groups`` before: they would count as such an edit.
+    If other code edited them since: as they are now. Call ``remove_scaled_groups``
+    before: they would count as such an edit.
     """
     now = listed_parameters(optimizer)
     written: _Written | None = vars(optimizer).get(_ATTRIBUTE)

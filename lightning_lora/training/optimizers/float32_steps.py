@@ -1,8 +1,9 @@
 """Steps in float32 for float16 weights that train in full: modules that are saved, biases, norms.
 
-Between two steps they are float16, as their module is made for. In a step, the optimizer sees float32 values, which it
-keeps from step to step, and so does its state. In float16, Adam's epsilon is zero and its second step gives NaN, and
-steps that are small beside a weight are rounded away.
+Between two steps they are float16, as their module is made for. In a step, the
+optimizer sees float32 values, which it keeps from step to step, and so does its state.
+In float16, Adam's epsilon is zero and its second step gives NaN, and steps that are
+small beside a weight are rounded away.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,11 +23,16 @@ from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.optimizers.groups import held_by, torch_optimizers
 
-KEY = "lora_float32"  # the entry of a parameter in its optimizer's state, and so in files, with its values in float32
+# the entry of a parameter in its optimizer's state, and so in files, with its values in
+# float32
+KEY = "lora_float32"
 
 
 def float16_weights(view: View) -> dict[str, nn.Parameter]:
-    """Return the weights that train in full, and are float16. None where adapters are float16 too."""
+    """Return the weights that train in full, and are float16.
+
+    None where adapters are float16 too.
+    """
     if not view.config.autocast_adapter_dtype:
         return {}
     in_float16 = where(view.trainable_base, _is_float16)
@@ -46,8 +52,10 @@ class Float32Steps:
 
     def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
         self._weights = set(weights)
-        self._paused: dict[nn.Parameter, Tensor] = {}  # float32 values, while a step computes its loss again
-        self._shown_to: dict[nn.Parameter, Optimizer] = {}  # the weights that are float32 now, in whose step
+        # float32 values, while a step computes its loss again
+        self._paused: dict[nn.Parameter, Tensor] = {}
+        # the weights that are float32 now, in whose step
+        self._shown_to: dict[nn.Parameter, Optimizer] = {}
         self._hooks: dict[Optimizer, RemovableHandle] = {}
         self._while_open = ExitStack()
 
@@ -57,11 +65,15 @@ class Float32Steps:
         weights = float16_weights(view)
         _refuse_distributed(view.title, weights)
         steps = cls(weights.values())
-        steps._while_open.enter_context(steps_are_in_float32(view.model))  # no check refuses float16 weights then
+        # no check refuses float16 weights then
+        steps._while_open.enter_context(steps_are_in_float32(view.model))
         return steps
 
     def begin_step(self, optimizer: Optimizer) -> None:
-        """Show the float32 values to an optimizer whose gradients are there. The end of its step hides them."""
+        """Show the float32 values to an optimizer whose gradients are there.
+
+        The end of its step hides them.
+        """
         hidden = self._weights - self._shown_to.keys()
         if not hidden:
             return
@@ -74,7 +86,8 @@ class Float32Steps:
     def _pop_values(self, optimizer: Optimizer, p: nn.Parameter) -> Tensor | None:
         """Take the float32 values of a step that goes on, or of the last one.
 
-        They are no part of the state meanwhile: optimizers take an empty state for a parameter's first step.
+        They are no part of the state meanwhile: optimizers take an empty state for a
+        parameter's first step.
         """
         if p in self._paused:
             return self._paused.pop(p)
@@ -89,7 +102,10 @@ class Float32Steps:
                 optimizer.state[p][KEY] = self._hide(p)
 
     def pause_step(self) -> None:
-        """Hide them, if a step is not over. LBFGS and SAM compute the loss again in it; a GradScaler may skip it."""
+        """Hide them, if a step is not over.
+
+        LBFGS and SAM compute the loss again in it; a GradScaler may skip it.
+        """
         for p in list(self._shown_to):
             self._paused[p] = self._hide(p)
 
@@ -115,8 +131,10 @@ def _refuse_distributed(title: str, weights: dict[str, nn.Parameter]) -> None:
     distributed = where(weights, is_dtensor)
     if distributed:
         raise OptimizerError(
-            f"{listed(distributed)} of {title} would train in full in float16, in which Adam ends in NaN, and are "
-            'spread over processes. Use precision="bf16-true", or leave them out of modules_to_save and bias.'
+            f"{listed(distributed)} of {title} would train in full in float16, in "
+            "which Adam ends in NaN, and are "
+            'spread over processes. Use precision="bf16-true", or leave them out of '
+            "modules_to_save and bias."
         )
 
 
@@ -136,7 +154,10 @@ def showing_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[Non
 
 
 def _as_float32(p: nn.Parameter, values: Tensor | None) -> Tensor:
-    """A weight's values in float32. Where other code has written it since the last step, its new values count."""
+    """A weight's values in float32.
+
+    Where other code has written it since the last step, its new values count.
+    """
     if values is None:
         return p.data.float()
     values = values.to(p.device)

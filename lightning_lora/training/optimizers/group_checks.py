@@ -11,16 +11,29 @@ from torch.optim import LBFGS, Optimizer
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.dicts import only, where, with_values
-from lightning_lora.tensors.names import names_outside, owner_of, owner_or_itself, parameters_by_name
+from lightning_lora.tensors.names import (
+    names_outside,
+    owner_of,
+    owner_or_itself,
+    parameters_by_name,
+)
 from lightning_lora.training.optimizers.edits import Edit
-from lightning_lora.training.optimizers.groups import Params, held_by, parameters_in, settings_of
+from lightning_lora.training.optimizers.groups import (
+    Params,
+    held_by,
+    parameters_in,
+    settings_of,
+)
 from lightning_lora.training.optimizers.scales import Scales
 
 
-def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) -> Sequence[Edit]:
-    """Put what trains, and what no group holds, into the only group. Return the edits with it.
+def place_remaining(
+    view: View, edits: Sequence[Edit], paused: Sequence[str]
+) -> Sequence[Edit]:
+    """Put what trains, and what no group holds, into the only group.
 
-    If there are several groups, or none, it is refused. Adapters of ``paused`` layers need no place.
+    Return the edits with it. If there are several groups, or none, it is refused.
+    Adapters of ``paused`` layers need no place.
     """
     groups: list[Params] = []
     for edit in edits:
@@ -30,7 +43,9 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
         _tell_of_only_group(view, remaining)
         return _with_more_in_each_group(edits, remaining.values())
     may_wait: Collection[str] = ()
-    if groups:  # the first step judges which of these networks are backbones: only those need a place
+    # the first step judges which of these networks are backbones: only those need a
+    # place
+    if groups:
         may_wait = view.adapter.networks.under_head
     refused = names_outside(remaining, may_wait)
     if refused:
@@ -38,7 +53,9 @@ def place_remaining(view: View, edits: Sequence[Edit], paused: Sequence[str]) ->
     return edits
 
 
-def _with_more_in_each_group(edits: Iterable[Edit], parameters: Collection[nn.Parameter]) -> list[Edit]:
+def _with_more_in_each_group(
+    edits: Iterable[Edit], parameters: Collection[nn.Parameter]
+) -> list[Edit]:
     """The same edits, with these parameters at the end of each group."""
     with_more = []
     for edit in edits:
@@ -47,8 +64,13 @@ def _with_more_in_each_group(edits: Iterable[Edit], parameters: Collection[nn.Pa
     return with_more
 
 
-def _without_place(view: View, placed: set[nn.Parameter], paused: list[str]) -> dict[str, nn.Parameter]:
-    """The parameters that train and that no group holds. In ``paused`` networks, they are meant to have none."""
+def _without_place(
+    view: View, placed: set[nn.Parameter], paused: list[str]
+) -> dict[str, nn.Parameter]:
+    """The parameters that train and that no group holds.
+
+    In ``paused`` networks, they are meant to have none.
+    """
     parameters = parameters_by_name(view.model)
     without_place = {}
     for name in names_outside(parameters, paused):
@@ -63,22 +85,27 @@ def _tell_of_only_group(view: View, added: Iterable[str]) -> None:
     told = names_outside(added, view.adapter.networks.under_head)
     if told:
         rank_zero_info(
-            f"No optimizer held {listed(told)} or their weights. They were added to its only parameter group, and "
-            "train at its rate."
+            f"No optimizer held {listed(told)} or their weights. They were added to "
+            "its only parameter group, and train at its rate."
         )
 
 
-def no_place_error(title: str, names: list[str], number_of_groups: int) -> OptimizerError:
+def no_place_error(
+    title: str, names: list[str], number_of_groups: int
+) -> OptimizerError:
     """Return the error of trained parameters that no group holds, nor their weights."""
     if not number_of_groups:
         return OptimizerError(
-            f"No optimizer trains {listed(names)}: configure_optimizers of {title} returns none. Return an optimizer "
-            "of its parameters. Optimizers that code steps by itself, as hooks in the backward pass do, were made for "
-            "the base's weights, and train no adapter: keep one in their place, or train without LoRACallback."
+            f"No optimizer trains {listed(names)}: configure_optimizers of {title} "
+            "returns none. Return an optimizer of its parameters. Optimizers that code "
+            "steps by itself, as hooks in the backward pass do, were made for the "
+            "base's weights, and train no adapter: keep one in their place, or train "
+            "without LoRACallback."
         )
     return OptimizerError(
-        f"No optimizer trains {listed(names)}: none of the {number_of_groups} parameter groups holds them. Give an "
-        f"optimizer {title}.parameters(), or set exclude_modules={networks_around(map(owner_of, names))}."
+        f"No optimizer trains {listed(names)}: none of the {number_of_groups} "
+        f"parameter groups holds them. Give an optimizer {title}.parameters(), or set "
+        f"exclude_modules={networks_around(map(owner_of, names))}."
     )
 
 
@@ -90,13 +117,17 @@ def check_rates(edit: Edit, scales: Scales) -> None:
     if has_rates or is_unscaled:
         return
     raise OptimizerError(
-        f"{type(edit.optimizer).__name__} takes no learning rate for each group of parameters, so lr_scale cannot act. "
-        "Leave lr_scale out, or use another optimizer."
+        f"{type(edit.optimizer).__name__} takes no learning rate for each group of "
+        "parameters, so lr_scale cannot act. Leave lr_scale out, or use another "
+        "optimizer."
     )
 
 
 def check_emptied(view: View, number: int, edit: Edit) -> None:
-    """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
+    """Refuse an optimizer that has lost all its parameters.
+
+    What the user froze was never trained by it.
+    """
     if any(edit.groups):
         return
     held = with_values(view.base_parameters, parameters_in(edit.built))
@@ -107,8 +138,9 @@ def check_emptied(view: View, number: int, edit: Edit) -> None:
     networks = networks_around(map(owner_or_itself, lost))
     title = f"Optimizer {number} of {view.title} ({type(edit.optimizer).__name__})"
     raise OptimizerError(
-        f"{title} would train nothing: it holds only frozen weights of {listed(networks)}, whose adapters, if any, "
-        f"are in another one. Adapt layers (target_modules), set modules_to_save={networks}, or leave it out."
+        f"{title} would train nothing: it holds only frozen weights of "
+        f"{listed(networks)}, whose adapters, if any, are in another one. Adapt layers "
+        f"(target_modules), set modules_to_save={networks}, or leave it out."
     )
 
 
@@ -120,7 +152,9 @@ def networks_around(modules: Iterable[str]) -> list[str]:
     return [shared] if shared else names
 
 
-def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Parameter]) -> None:
+def check_frozen(
+    model: nn.Module, optimizer: Optimizer, frozen: set[nn.Parameter]
+) -> None:
     """Refuse frozen weights that were added to an optimizer after its set-up."""
     for group in optimizer.param_groups:
         if not frozen.isdisjoint(group["params"]):
@@ -130,6 +164,7 @@ def check_frozen(model: nn.Module, optimizer: Optimizer, frozen: set[nn.Paramete
 def _error_of_added(model: nn.Module, added: set[nn.Parameter]) -> OptimizerError:
     names = with_values(view_of(model).frozen_base, added)
     return OptimizerError(
-        f"{listed(names)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
-        "their modules in modules_to_save to train them, or remove the code or the callback that adds them."
+        f"{listed(names)} of {type(model).__name__} were added to an optimizer in "
+        "training, but are frozen. Name their modules in modules_to_save to train "
+        "them, or remove the code or the callback that adds them."
     )

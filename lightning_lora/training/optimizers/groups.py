@@ -14,7 +14,8 @@ from lightning_lora.tensors.dicts import where
 Params = list[nn.Parameter]
 Group = dict[str, Any]
 
-_MAY_BE_PEAK = ("lr", "initial_lr", "max_lr")  # settings of which the highest is the group's peak
+# settings of which the highest is the group's peak
+_MAY_BE_PEAK = ("lr", "initial_lr", "max_lr")
 _NAMES = "param_names"
 
 
@@ -32,7 +33,10 @@ class ParameterGroup:
 
     @property
     def peak_rate(self) -> float:
-        """Its highest learning rate, as a scheduler may begin with a lower one. Without a rate, zero."""
+        """Its highest learning rate, as a scheduler may begin with a lower one.
+
+        Without a rate, zero.
+        """
         peak = 0.0
         for key in _MAY_BE_PEAK:
             rate = self.settings.get(key)
@@ -54,7 +58,10 @@ class ParameterGroup:
         self.hold([p for p in self.parameters if p not in moved], names)
 
     def _names(self) -> dict[nn.Parameter, str]:
-        """The names of its parameters. They have some if the user has built the group of named parameters."""
+        """The names of its parameters.
+
+        They have some if the user has built the group of named parameters.
+        """
         return dict(zip(self.parameters, self.settings.get(_NAMES, ()), strict=False))
 
     def holds_any(self, parameters: Collection[nn.Parameter]) -> bool:
@@ -62,7 +69,10 @@ class ParameterGroup:
         return not set(self.parameters).isdisjoint(parameters)
 
     def holds_only(self, parameters: Collection[nn.Parameter]) -> bool:
-        """Whether it holds some of these parameters, and nothing else. An empty group does not."""
+        """Whether it holds some of these parameters, and nothing else.
+
+        An empty group does not.
+        """
         return bool(self.parameters) and set(self.parameters).issubset(parameters)
 
 
@@ -90,7 +100,11 @@ def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 
 def layers_trained_by(held: Set[nn.Parameter], view: View) -> dict[str, LoRALayer]:
     """Return the layers of whose training adapters some are held."""
-    return {name: layer for name, layer in view.layers.items() if not held.isdisjoint(layer.lora_trainable())}
+    return {
+        name: layer
+        for name, layer in view.layers.items()
+        if not held.isdisjoint(layer.lora_trainable())
+    }
 
 
 def leading_layers(view: View) -> dict[str, LoRALayer]:

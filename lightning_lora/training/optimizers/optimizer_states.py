@@ -15,14 +15,25 @@ from lightning_lora.tensors.dicts import where
 from lightning_lora.training.optimizers.groups import Group, torch_optimizers
 
 _NOT_SETTINGS = {"params", "param_names", "name"}
-_BY_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
+_BY_SCHEDULERS = {
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "swa_lr",
+    "max_momentum",
+    "base_momentum",
+}
 
 
 @contextmanager
-def refusing_other_states(optimizers: Sequence[Any], states: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Load states inside the ``with`` block. Refuse those of other classes; the optimizers are then as before.
+def refusing_other_states(
+    optimizers: Sequence[Any], states: Sequence[dict[str, Any]]
+) -> Iterator[None]:
+    """Load states inside the ``with`` block.
 
-    torch would load them: an optimizer takes its settings from them too, and fails in a step if one is missing.
+    Refuse those of other classes; the optimizers are then as before. torch would load
+    them: an optimizer takes its settings from them too, and fails in a step if one is
+    missing.
     """
     loading = list(map(_begin, torch_optimizers(optimizers), states))
     try:
@@ -51,7 +62,10 @@ class _Loading:
         for before, now in zip(self.groups, self.optimizer.param_groups, strict=False):
             lost = _settings(before) - _settings(now)
             if lost:
-                raise ValueError(f"it lacks the settings {listed(sorted(lost))} of {type(self.optimizer).__name__}")
+                raise ValueError(
+                    f"it lacks the settings {listed(sorted(lost))} of "
+                    f"{type(self.optimizer).__name__}"
+                )
 
     def undo(self) -> None:
         """Give the optimizer what it held before."""
@@ -68,7 +82,9 @@ class _Loading:
         classes = classes_with(settings)
         if classes and here not in classes:
             theirs = " or ".join(classes)
-            raise ValueError(f"it has the state of {theirs}, and configure_optimizers returns {here}") from error
+            raise ValueError(
+                f"it has the state of {theirs}, and configure_optimizers returns {here}"
+            ) from error
 
 
 def _begin(optimizer: Optimizer, stored: dict[str, Any]) -> _Loading:
@@ -96,7 +112,9 @@ def classes_with(settings: set[str]) -> list[str]:
 
 def _is_optimizer_class(kind: object) -> bool:
     """Whether this is a class of optimizers, and not the one above all."""
-    return inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer
+    return (
+        inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer
+    )
 
 
 def _settings(group: Group) -> set[str]:

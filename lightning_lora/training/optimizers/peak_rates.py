@@ -32,7 +32,10 @@ def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> PeakRates:
 
 
 def rates_by_layer(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
-    """Return the highest rate of each layer's adapters: in LoRA+, that of B. Those in no optimizer are left out."""
+    """Return the highest rate of each layer's adapters: in LoRA+, that of B.
+
+    Those in no optimizer are left out.
+    """
     rates = _rates_by_parameter(optimizers)
     highest: dict[str, float] = {}
     for name, layer in view.layers.items():
@@ -45,6 +48,7 @@ def rates_by_layer(view: View, optimizers: Iterable[Optimizer]) -> dict[str, flo
 def _rates_by_parameter(optimizers: Iterable[Optimizer]) -> dict[nn.Parameter, float]:
     """The highest rate of each parameter: several optimizers may hold it."""
     rates: dict[nn.Parameter, float] = {}
-    for group in sorted(groups_of(optimizers), key=attrgetter("peak_rate")):  # so the highest is written last
+    # so the highest is written last
+    for group in sorted(groups_of(optimizers), key=attrgetter("peak_rate")):
         rates.update(dict.fromkeys(group.parameters, group.peak_rate))
     return rates

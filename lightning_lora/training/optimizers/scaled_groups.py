@@ -1,8 +1,8 @@
 """Groups of adapters whose learning rates are a multiple of the module's: what ``lr_scale`` adds to an optimizer.
 
-The groups that the module's own code has built come first, the scaled ones behind them, for one fit. Each has taken the
-adapters of one scale out of one of the module's groups, and has the rates of that group, times the scale. For example,
-with ``lr_scale=10``::
+The groups that the module's own code has built come first, the scaled ones behind them,
+for one fit. Each has taken the adapters of one scale out of one of the module's groups,
+and has the rates of that group, times the scale. For example, with ``lr_scale=10``::
 
     [A and B, head] at 0.01    becomes    [head] at 0.01, [A and B] at 0.1
 
@@ -33,17 +33,23 @@ from lightning_lora.training.optimizers.scales import GroupScale, Scales
 from lightning_lora.training.optimizers.watched_steps import WatchedSteps
 
 _ATTRIBUTE = "lora_scaled_groups"  # of an optimizer that has some
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # settings of a group that are scaled
-_OTHERS = ("momentum", "betas", "weight_decay")  # settings that schedulers and users change too: they stay equal
+# settings of a group that are scaled
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+# settings that schedulers and users change too: they stay equal
+_OTHERS = ("momentum", "betas", "weight_decay")
 
 
 def add_scaled_groups(optimizer: Optimizer, scales: Scales) -> None:
-    """Move the adapters that have a scale into groups of their own. An optimizer without any stays as it is."""
+    """Move the adapters that have a scale into groups of their own.
+
+    An optimizer without any stays as it is.
+    """
     if scales.keys().isdisjoint(held_by([optimizer])):
         return
     scaled = ScaledGroups(optimizer)
     scaled.add(scales)
-    vars(optimizer)[_ATTRIBUTE] = scaled  # torch copies and pickles optimizers without it
+    # torch copies and pickles optimizers without it
+    vars(optimizer)[_ATTRIBUTE] = scaled
 
 
 def remove_scaled_groups(optimizer: Optimizer) -> None:
@@ -61,7 +67,8 @@ def find_scaled_groups(optimizer: object) -> "ScaledGroups | None":
 def update_scaled_rates(*optimizers: Any) -> None:
     """Give the scaled groups of some optimizers the rates that the module's groups have now."""
     for each in optimizers:
-        for optimizer in (each, getattr(each, "optimizer", None)):  # DeepSpeed's has the module's inside
+        # DeepSpeed's has the module's inside
+        for optimizer in (each, getattr(each, "optimizer", None)):
             scaled = find_scaled_groups(optimizer)
             if scaled is not None:
                 scaled.update_rates()
@@ -86,8 +93,10 @@ class ScaledGroups:
     """The scaled groups of one optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer: Optimizer = proxy(optimizer)  # which refers to this object: a cycle would keep its memory
-        self._first = len(optimizer.param_groups)  # the number of the first scaled group: the module's come before
+        # which refers to this object: a cycle would keep its memory
+        self._optimizer: Optimizer = proxy(optimizer)
+        # the number of the first scaled group: the module's come before
+        self._first = len(optimizer.param_groups)
         self._origins: list[_Origin] = []  # of each scaled group
         self._hidden: list[Group] = []  # the scaled groups, while a scheduler steps
         self._hooks: list[RemovableHandle] = []
@@ -117,7 +126,8 @@ class ScaledGroups:
         """Move adapters out of one of the module's groups into a new one with the same settings."""
         groups = self._optimizer.param_groups
         source = groups[number]
-        name = source.get("name", f"pg{number + 1}")  # LearningRateMonitor names groups so, and refuses equal names
+        # LearningRateMonitor names groups so, and refuses equal names
+        name = source.get("name", f"pg{number + 1}")
         scaled = deepcopy({**source, "params": [], "name": f"{name}-{scale.title}"})
         ParameterGroup(source).move(adapters, ParameterGroup(scaled))
         groups.append(scaled)
@@ -126,7 +136,9 @@ class ScaledGroups:
     def remove(self) -> None:
         """Move all adapters back into the module's groups."""
         for scaled in self._scaled_groups():
-            ParameterGroup(scaled.group).move(scaled.group["params"], ParameterGroup(scaled.source))
+            ParameterGroup(scaled.group).move(
+                scaled.group["params"], ParameterGroup(scaled.source)
+            )
         del self._optimizer.param_groups[self._slice]
         for hook in self._hooks:
             hook.remove()
@@ -139,7 +151,8 @@ class ScaledGroups:
     def _scaled_groups(self) -> Iterator[_Scaled]:
         """Go through the scaled groups.
 
-        In a step of DeepSpeed, the optimizer has only one of its groups: then there may be no scaled one.
+        In a step of DeepSpeed, the optimizer has only one of its groups: then there may
+        be no scaled one.
         """
         groups = self._optimizer.param_groups
         for group, origin in zip(groups[self._slice], self._origins, strict=False):
@@ -166,7 +179,10 @@ class ScaledGroups:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Hide the groups from a scheduler that steps inside the ``with`` block. Then they get the rates it has set."""
+        """Hide the groups from a scheduler that steps inside the ``with`` block.
+
+        Then they get the rates it has set.
+        """
         if self._hidden:  # by a scheduler that has called this one
             yield
             return
@@ -191,12 +207,19 @@ class ScaledGroups:
         stored = settings_of(state["param_groups"][self._slice], "name")
         here = settings_of(self._optimizer.param_groups[self._slice], "name")
         if stored != here:
-            raise ValueError(f"its parameter groups of adapters are {stored}, and the module's {here}")
+            raise ValueError(
+                f"its parameter groups of adapters are {stored}, and the module's "
+                f"{here}"
+            )
 
-    def begin_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+    def begin_step(
+        self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
         """Update the rates before a step. Return its arguments, if they change."""
         self._show()  # a scheduler that hides them may call the optimizer's step
-        self.update_rates()  # code may have written one rate into all groups, also into these, as a warm-up does
+        # code may have written one rate into all groups, also into these, as a warm-up
+        # does
+        self.update_rates()
         self._steps.begin(optimizer, optimizer.param_groups[self._slice])
         closure = kwargs.get("closure")
         if closure:
@@ -216,7 +239,8 @@ class ScaledGroups:
         self._steps.end(optimizer)
 
 
-# Its hooks: functions, and no methods, because some optimizers copy and pickle their hooks. A copy has no scaled groups
+# Its hooks: functions, and no methods, because some optimizers copy and pickle their
+# hooks. A copy has no scaled groups
 
 
 def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:

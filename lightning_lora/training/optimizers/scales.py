@@ -24,7 +24,8 @@ class GroupScale(NamedTuple):
 Scales = dict[nn.Parameter, GroupScale]
 """The parameters whose rates are scaled."""
 
-_FACTORS = {Role.A: "A", Role.B: "B", Role.MAGNITUDE: "A"}  # LoRA+ knows no magnitude: it gets the lower rate
+# LoRA+ knows no magnitude: it gets the lower rate
+_FACTORS = {Role.A: "A", Role.B: "B", Role.MAGNITUDE: "A"}
 
 
 def scale_of_each_factor(lr_scale: LrScale) -> dict[str, float]:
@@ -57,7 +58,10 @@ def scaled_parameters(view: View, lr_scale: LrScale) -> Scales:
 
 
 def _scales_by_role(lr_scale: LrScale) -> dict[Role, GroupScale]:
-    """The scale of each role whose rate is not the module's. If A and B have the same, they are in one group."""
+    """The scale of each role whose rate is not the module's.
+
+    If A and B have the same, they are in one group.
+    """
     scales = scale_of_each_factor(lr_scale)
     has_one_scale = scales["A"] == scales["B"]
     by_role = {}

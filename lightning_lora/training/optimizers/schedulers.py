@@ -13,7 +13,8 @@ from lightning_lora.training.optimizers.scaled_groups import find_scaled_groups
 class SchedulerOfModuleGroups(InPlace):
     """Added to a scheduler's class: it steps while scaled groups are hidden, which then get its rates."""
 
-    overlaid_prefix: ClassVar[str] = "_"  # LightningCLI looks up names of schedulers, but no private ones
+    # LightningCLI looks up names of schedulers, but no private ones
+    overlaid_prefix: ClassVar[str] = "_"
     optimizer: Optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,4 +47,8 @@ def _with_contents(values: list[Any]) -> list[Any]:
 
 def _is_scheduler(each: Any) -> bool:
     """Whether an object is a scheduler of any class: it steps an optimizer, and is none."""
-    return hasattr(each, "step") and not hasattr(each, "zero_grad") and hasattr(each, "optimizer")
+    return (
+        hasattr(each, "step")
+        and not hasattr(each, "zero_grad")
+        and hasattr(each, "optimizer")
+    )

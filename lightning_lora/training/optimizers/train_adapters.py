@@ -13,7 +13,11 @@ from lightning_lora.model.still.settle import settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.training.optimizers.edits import Edit, built_groups
-from lightning_lora.training.optimizers.group_checks import check_emptied, check_rates, place_remaining
+from lightning_lora.training.optimizers.group_checks import (
+    check_emptied,
+    check_rates,
+    place_remaining,
+)
 from lightning_lora.training.optimizers.groups import (
     Params,
     base_weights_of,
@@ -21,14 +25,23 @@ from lightning_lora.training.optimizers.groups import (
     leading_layers,
     parameters_in,
 )
-from lightning_lora.training.optimizers.scaled_groups import add_scaled_groups, remove_scaled_groups
+from lightning_lora.training.optimizers.scaled_groups import (
+    add_scaled_groups,
+    remove_scaled_groups,
+)
 from lightning_lora.training.optimizers.scales import LrScale, scaled_parameters
 
 
-def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: LrScale = 1) -> None:
-    """Replace base weights in the groups by adapters. Check all optimizers before the first is changed."""
+def train_adapters(
+    model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: LrScale = 1
+) -> None:
+    """Replace base weights in the groups by adapters.
+
+    Check all optimizers before the first is changed.
+    """
     for optimizer in optimizers:
-        remove_scaled_groups(optimizer)  # of an earlier fit: ``built_groups`` compares the others
+        # of an earlier fit: ``built_groups`` compares the others
+        remove_scaled_groups(optimizer)
     view = view_of(model)
     paused = _settle_networks(view, optimizers)
     scales = scaled_parameters(view, lr_scale)
@@ -42,11 +55,15 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
 
 
 def _settle_networks(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
-    """Take adapters off networks that stand still. Return paused layers: what their adapters have learned stays."""
+    """Take adapters off networks that stand still.
+
+    Return paused layers: what their adapters have learned stays.
+    """
     paused = settle(view, _not_held(view, optimizers))
     if paused:
         rank_zero_info(
-            f"The adapters of {listed(paused)} have learned. No optimizer holds them now: they do not train."
+            f"The adapters of {listed(paused)} have learned. No optimizer holds them "
+            "now: they do not train."
         )
     return paused
 
@@ -54,7 +71,8 @@ def _settle_networks(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
 def _not_held(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """The base's parameters that no optimizer holds, neither themselves nor by their adapters.
 
-    If optimizers hold no adapted weight at all, the set is empty: that says nothing about single networks.
+    If optimizers hold no adapted weight at all, the set is empty: that says nothing
+    about single networks.
     """
     held = _in_built_groups(optimizers)
     held |= base_weights_of(layers_trained_by(held, view), view)
@@ -100,8 +118,8 @@ class _Placement:
     - The one that the user's code has put it in.
     - Otherwise that of its weight. If a weight is in two groups, the first.
 
-    For example, where V and W are adapted, the groups ``[V], [W, bias]`` become ``[A and B of V], [A and B of W,
-    bias]``, without the bias if that is frozen.
+    For example, where V and W are adapted, the groups ``[V], [W, bias]`` become ``[A
+    and B of V], [A and B of W, bias]``, without the bias if that is frozen.
     """
 
     replacements: dict[nn.Parameter, Params]
@@ -111,12 +129,17 @@ class _Placement:
     """All parameters that the user's code has put into groups, also of other optimizers."""
 
     def groups_with_adapters(self, built: list[Params]) -> list[Params]:
-        """Return one optimizer's groups, of what trains in them. Their order stays: files keep states by it."""
+        """Return one optimizer's groups, of what trains in them.
+
+        Their order stays: files keep states by it.
+        """
         already_placed = set[nn.Parameter]()
         groups = []
         for group in built:
             placed_elsewhere = already_placed | self.placed_by_user.difference(group)
-            placed_here = [p for p in self._candidates(group) if p not in placed_elsewhere]
+            placed_here = [
+                p for p in self._candidates(group) if p not in placed_elsewhere
+            ]
             already_placed.update(placed_here)
             groups.append(placed_here)
         return groups

@@ -38,12 +38,15 @@ class WatchedSteps:
 
     def __init__(self) -> None:
         self._before_step: list[_Before] = []  # what the groups held, during a step
-        self._has_trained = False  # whether a step has changed a parameter, or kept a state for it
-        self._could_train = False  # whether a parameter has had a gradient, which a step may end without
+        # whether a step has changed a parameter, or kept a state for it
+        self._has_trained = False
+        # whether a parameter has had a gradient, which a step may end without
+        self._could_train = False
 
     def begin(self, optimizer: Optimizer, groups: Iterable[Group]) -> None:
         """Keep copies of what these groups hold before a step."""
-        may_skip = hasattr(optimizer, "found_inf")  # by which a GradScaler may skip the step
+        # by which a GradScaler may skip the step
+        may_skip = hasattr(optimizer, "found_inf")
         if self._has_trained or may_skip:
             return
         for group in groups:
@@ -63,10 +66,13 @@ class WatchedSteps:
     def end(self, optimizer: Optimizer) -> None:
         """After a step, refuse an optimizer that has trained nothing of these groups."""
         self.note_gradients()
-        self._has_trained |= any(each.was_trained_by(optimizer) for each in self._before_step)
+        self._has_trained |= any(
+            each.was_trained_by(optimizer) for each in self._before_step
+        )
         self._before_step.clear()
         if self._could_train and not self._has_trained:
             raise OptimizerError(
-                f"{type(optimizer).__name__} did not train the adapters: it does not look at the parameter groups that "
-                "lr_scale adds. Leave lr_scale out, or use another optimizer."
+                f"{type(optimizer).__name__} did not train the adapters: it does not "
+                "look at the parameter groups that lr_scale adds. Leave lr_scale out, "
+                "or use another optimizer."
             )

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of the generators
+# the checkpoint entry with the states of the generators
+RANDOM = "lightning_lora_random"
 
-_OTHERS = Struct("<625Iid625Id")  # numpy's and Python's: 624 numbers of a Mersenne twister, its place, and what waits
+# numpy's and Python's: 624 numbers of a Mersenne twister, its place, and what waits
+_OTHERS = Struct("<625Iid625Id")
 
 States = dict[str, Tensor]
 """The states of generators, by name: "cpu", "cuda", and "others" for those of numpy and Python."""
@@ -35,7 +37,8 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()):
         return trainer.strategy.all_gather(state)
     rows = [torch.empty_like(state) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, state)  # Lightning's own all_gather is for gradients too; torch warns about that
+    # Lightning's own all_gather is for gradients too; torch warns about that
+    dist.all_gather(rows, state)
     return torch.stack(rows)
 
 
@@ -47,13 +50,17 @@ def states_here(device: torch.device) -> States:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    if np.random.get_state(legacy=False)["bit_generator"] == "MT19937":  # otherwise, the user has set another one
+    # otherwise, the user has set another one
+    if np.random.get_state(legacy=False)["bit_generator"] == "MT19937":
         states["others"] = _state_of_others()
     return states
 
 
 def _state_of_others() -> Tensor:
-    """The states of numpy's and Python's generators. Speech models of transformers mask their audio with numpy's."""
+    """The states of numpy's and Python's generators.
+
+    Speech models of transformers mask their audio with numpy's.
+    """
     _, numpys_numbers, *numpys_rest = np.random.get_state(legacy=True)
     _, pythons_numbers, waiting = random.getstate()
     if waiting is None:
@@ -84,15 +91,23 @@ def _set_state_of_others(state: Tensor) -> None:
 
 
 def stored_here(stored: Mapping[str, Any], trainer: Trainer) -> States:
-    """Return this process's states of a file. Those of another machine, or of other processes, are left out."""
+    """Return this process's states of a file.
+
+    Those of another machine, or of other processes, are left out.
+    """
     states: States = {}
     for name, here in states_here(trainer.strategy.root_device).items():
         rows = stored.get(name)
         if _fits(rows, here, trainer.world_size):
-            states[name] = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
+            # torch crashes on a row that is a view
+            states[name] = rows[trainer.global_rank].clone()
     return states
 
 
 def _fits(rows: object, here: Tensor, processes: int) -> TypeGuard[Tensor]:
     """Whether there is a state for each process, as it is here."""
-    return isinstance(rows, Tensor) and rows.dtype == here.dtype and rows.shape == (processes, len(here))
+    return (
+        isinstance(rows, Tensor)
+        and rows.dtype == here.dtype
+        and rows.shape == (processes, len(here))
+    )

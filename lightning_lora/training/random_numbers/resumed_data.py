@@ -1,7 +1,8 @@
 """How a resumed run goes on with the random numbers of its checkpoint, and so with the same batches.
 
-Loaders draw when they begin, their workers draw ahead, and other code may draw or seed at any time. So the generators
-are set twice: when Lightning begins the data, and for the first step.
+Loaders draw when they begin, their workers draw ahead, and other code may draw or seed
+at any time. So the generators are set twice: when Lightning begins the data, and for
+the first step.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,13 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_lora.private import begin_loaders_again, loader_of, loader_states
-from lightning_lora.training.random_numbers.generator_states import RANDOM, States, set_states, states_here, stored_here
+from lightning_lora.training.random_numbers.generator_states import (
+    RANDOM,
+    States,
+    set_states,
+    states_here,
+    stored_here,
+)
 
 
 class RandomNumbers:
@@ -30,8 +37,11 @@ class ResumedNumbers(RandomNumbers):
         self.trainer = trainer
         self.device = trainer.strategy.root_device
         self.stored = stored_here(checkpoint[RANDOM], trainer)
-        self.epoch: int = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        self.is_beginning_data = False  # a loader is being set up with the stored states
+        self.epoch: int = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"][
+            "processed"
+        ]
+        # a loader is being set up with the stored states
+        self.is_beginning_data = False
         self.after_the_data: States = {}  # the states when the data have begun
         self.loop: Any = trainer.fit_loop
         self.loader_states: Any = []
@@ -53,7 +63,10 @@ class ResumedNumbers(RandomNumbers):
             self.after_the_data = states_here(self.device)
 
     def begin_data(self, loader: Any) -> None:
-        """Set the generators for a loader that begins next, and its sampler's epoch. Workers draw ahead."""
+        """Set the generators for a loader that begins next, and its sampler's epoch.
+
+        Workers draw ahead.
+        """
         if self.trainer.training:
             self.is_beginning_data = True
             set_states(self.stored, self.device)
@@ -62,15 +75,22 @@ class ResumedNumbers(RandomNumbers):
     # When the training begins
 
     def set_for_first_step(self) -> None:
-        """Set the generators for the first step. Data that began with other numbers begin again.
+        """Set the generators for the first step.
 
-        - Where Lightning begins the epoch's data later (before 2.6), they get the states of the file.
-        - Where it goes on within an epoch (since 2.6), the first step does: its data had begun in the file.
-        - Otherwise, this epoch's data have begun here, and the states are those from then.
+        Data that began with other numbers begin again.
+
+        - Where Lightning begins the epoch's data later (before 2.6), they get the
+          states of the file.
+        - Where it goes on within an epoch (since 2.6), the first step does: its data
+          had begun in the file.
+        - Otherwise, this epoch's data have begun here, and the states are those from
+          then.
         """
         has_another_epoch = self._set_another_epoch()
         begins_data_later = self._begins_data_later()
-        if not begins_data_later and (has_another_epoch or self._began_without_states()):
+        if not begins_data_later and (
+            has_another_epoch or self._began_without_states()
+        ):
             self._begin_data_again()
         if begins_data_later or self._goes_on_within_an_epoch():
             set_states(self.stored, self.device)
@@ -78,11 +98,16 @@ class ResumedNumbers(RandomNumbers):
             set_states(self.after_the_data, self.device)
 
     def _set_another_epoch(self) -> bool:
-        """Set the epoch of loaders that began with another one. Return whether one has an epoch."""
+        """Set the epoch of loaders that began with another one.
+
+        Return whether one has an epoch.
+        """
         epoch = self.loop.epoch_progress.current.processed
         if epoch == self.epoch:
             return False
-        have_an_epoch = [_set_epoch(loader, epoch) for loader in loader_of(self.loop).flattened]
+        have_an_epoch = [
+            _set_epoch(loader, epoch) for loader in loader_of(self.loop).flattened
+        ]
         return any(have_an_epoch)
 
     def _begins_data_later(self) -> bool:
@@ -108,7 +133,10 @@ class ResumedNumbers(RandomNumbers):
         if not (self._knows_resuming and self.loop.restarting):
             return False
         epoch_loop = self.loop.epoch_loop
-        is_over = epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch
+        is_over = (
+            epoch_loop.restarted_on_train_batch_end
+            and epoch_loop.batch_progress.is_last_batch
+        )
         return not is_over
 
     @property
@@ -118,7 +146,10 @@ class ResumedNumbers(RandomNumbers):
 
 
 def _set_epoch(loader: Any, epoch: int) -> bool:
-    """Set the epoch of a loader's samplers, as Lightning does later. Return whether one has an epoch."""
+    """Set the epoch of a loader's samplers, as Lightning does later.
+
+    Return whether one has an epoch.
+    """
     was_set = False
     for owner in (loader, getattr(loader, "batch_sampler", None)):
         sampler = getattr(owner, "sampler", None)

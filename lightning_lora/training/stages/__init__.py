@@ -1,1 +1,4 @@
-"""One stage of a Trainer: fit, validate, test or predict. How the module came to it, and how it is given back."""
+"""One stage of a Trainer: fit, validate, test or predict.
+
+How the module came to it, and how it is given back.
+"""

@@ -1,6 +1,7 @@
-"""What a module had before its own hooks ran. These may fill buffers, and load the base.
+"""What a module had before its own hooks ran.
 
-So a buffer that differs afterwards was filled by them, and a tensor of the base that differs is the base from then on.
+These may fill buffers, and load the base. So a buffer that differs afterwards was
+filled by them, and a tensor of the base that differs is the base from then on.
 """
 
 from collections.abc import Mapping
@@ -35,10 +36,15 @@ class BeforeHooks:
     def of(cls, pl_module: LightningModule) -> "BeforeHooks":
         """Look at a module as it came."""
         view = View(pl_module)
-        return cls(set(view.modules), _digests_of_buffers(view), _kept_by_adapters(view))
+        return cls(
+            set(view.modules), _digests_of_buffers(view), _kept_by_adapters(view)
+        )
 
     def take_filled_buffers(self, pl_module: LightningModule) -> set[str]:
-        """Return the buffers that the hooks have filled in modules that were there. Later, it is others who do."""
+        """Return the buffers that the hooks have filled in modules that were there.
+
+        Later, it is others who do.
+        """
         filled = set[str]()
         if not self.modules:
             return filled
@@ -50,10 +56,16 @@ class BeforeHooks:
 
     def changed_base_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return those of these tensors that are new, or have other values now."""
-        return {name: tensor for name, tensor in tensors.items() if not self._is_as_before(name, tensor)}
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not self._is_as_before(name, tensor)
+        }
 
     def _is_as_before(self, name: str, tensor: Tensor) -> bool:
-        return name in self.base_tensors and self.base_tensors[name].has_same_values(tensor)
+        return name in self.base_tensors and self.base_tensors[name].has_same_values(
+            tensor
+        )
 
 
 def _kept_by_adapters(view: View) -> dict[str, Seen]:

@@ -1,4 +1,7 @@
-"""Which of a module's adapters a stage uses. The module may come with another one, which is shown again afterwards."""
+"""Which of a module's adapters a stage uses.
+
+The module may come with another one, which is shown again afterwards.
+"""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -31,7 +34,10 @@ class ChosenAdapter:
         return self.name or record.adapter.name
 
     def is_shown_by(self, pl_module: LightningModule) -> bool:
-        """Whether the module computes with this adapter. One without adapters shows no other."""
+        """Whether the module computes with this adapter.
+
+        One without adapters shows no other.
+        """
         record = find_record(pl_module)
         return record is None or record.name_in_effect == self.name_in(record)
 
@@ -43,18 +49,26 @@ class ChosenAdapter:
         adapter = record.adapter_states.get(self.name_in(record))
         if adapter is not None and adapter.sum_of:
             raise AdapterStateError(
-                f"{type(pl_module).__name__} shows a sum of adapters, {adapter.name!r}, which is not trained. "
-                "Train one of them, LoRACallback(name=...), or make one of the sum with combine_adapters."
+                f"{type(pl_module).__name__} shows a sum of adapters, "
+                f"{adapter.name!r}, which is not trained. Train one of them, "
+                "LoRACallback(name=...), or make one of the sum with combine_adapters."
             )
 
     def activate(self, pl_module: LightningModule, config: LoRAConfig | None) -> None:
-        """Make this adapter the active one. ``config`` is that of one that may be new."""
+        """Make this adapter the active one.
+
+        ``config`` is that of one that may be new.
+        """
         names = adapters(pl_module)
         name = self.name or names[0]  # the active one
         self.is_new = name not in names
         self.undo_switch = activate(pl_module, name, config)
 
     def switch_back(self, pl_module: LightningModule) -> None:
-        """Show again what the module showed before ``activate``. The second time, this does nothing."""
-        if not any(map(is_dtensor, pl_module.parameters())):  # shards cannot be switched
+        """Show again what the module showed before ``activate``.
+
+        The second time, this does nothing.
+        """
+        # shards cannot be switched
+        if not any(map(is_dtensor, pl_module.parameters())):
             self.undo_switch.close()

@@ -5,14 +5,17 @@ from typing import NamedTuple
 
 
 class Phase(Enum):
-    """How far a stage has come. Until training begins, an error undoes what the stage did to the module.
+    """How far a stage has come.
 
-    The methods of ``Stage`` that change it:
+    Until training begins, an error undoes what the stage did to the module. The methods
+    of ``Stage`` that change it:
 
     - ``note_loaded``: SET_UP to LOADED, where a file's adapters are on the module.
-    - ``note_failed_loading``: LOADED to SET_UP, where the optimizers do not fit that file.
+    - ``note_failed_loading``: LOADED to SET_UP, where the optimizers do not fit that
+      file.
     - ``begin_training``: SET_UP or LOADED to TRAINING.
-    - ``end_fit``: LOADED or TRAINING to OVER, at the end of a fit. The module keeps them, or is merged.
+    - ``end_fit``: LOADED or TRAINING to OVER, at the end of a fit. The module keeps
+      them, or is merged.
     - ``end`` and ``end_after_error``: to OVER, from each.
     """
 
@@ -29,7 +32,10 @@ class Outcome(Enum):
     """All that the stage did is undone. The module is as it came."""
 
     SHOWN_AGAIN = "shown again"
-    """The module shows what it showed before, and is merged again if it came so. Adapters that were loaded stay."""
+    """The module shows what it showed before, and is merged again if it came so.
+
+    Adapters that were loaded stay.
+    """
 
     KEPT = "kept"
     """The module keeps adapters that may be trained."""
@@ -44,7 +50,10 @@ class End(NamedTuple):
     without_error: Outcome
 
     after_error: tuple[Outcome, ...]
-    """The first of these that is possible. ``WayBack.allows`` says which are: LEFT always is."""
+    """The first of these that is possible.
+
+    ``WayBack.allows`` says which are: LEFT always is.
+    """
 
 
 _GIVEN_BACK_OR_LEFT = (Outcome.GIVEN_BACK, Outcome.LEFT)
@@ -58,8 +67,10 @@ _EVALUATION = {
 """How an evaluation ends. It never comes to training."""
 
 _FIT = {
-    Phase.SET_UP: End(Outcome.GIVEN_BACK, _GIVEN_BACK_OR_LEFT),  # it has trained nothing
-    # Without an error, only Tuner.lr_find and the like end so: they load what they saved before their trials, and stop.
+    # it has trained nothing
+    Phase.SET_UP: End(Outcome.GIVEN_BACK, _GIVEN_BACK_OR_LEFT),
+    # Without an error, only Tuner.lr_find and the like end so: they load what they
+    # saved before their trials, and stop.
     Phase.LOADED: End(Outcome.SHOWN_AGAIN, _KEPT_IF_POSSIBLE),
     Phase.TRAINING: End(Outcome.LEFT, _KEPT_IF_POSSIBLE),
     Phase.OVER: End(Outcome.LEFT, (Outcome.LEFT,)),

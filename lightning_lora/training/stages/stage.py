@@ -102,7 +102,10 @@ class Stage:
         self.adapter.activate(pl_module, None)
 
     def runs_merged(self, pl_module: LightningModule) -> bool:
-        """Whether a merged module is evaluated as it is. Weights that were written since the merge are an error."""
+        """Whether a merged module is evaluated as it is.
+
+        Weights that were written since the merge are an error.
+        """
         view = View(pl_module)
         if not view.is_merged:
             return False
@@ -111,28 +114,35 @@ class Stage:
 
     # Take what the module or a file has
 
-    def take_config(self, pl_module: LightningModule, found: LoRAConfig, source: object) -> bool:
+    def take_config(
+        self, pl_module: LightningModule, found: LoRAConfig, source: object
+    ) -> bool:
         """Complete the arguments by those ``found`` in a file, or by those of the module's adapters.
 
-        Return whether adapters were replaced, because they were made with other arguments.
+        Return whether adapters were replaced, because they were made with other
+        arguments.
         """
         config = self.config.completed(found, self.given)
         if config == self.config:
             return False
         taken = ", ".join(_changed_arguments(config, self.config))
-        rank_zero_info(f"LoRACallback takes {taken} from {source}, instead of the defaults.")
+        rank_zero_info(
+            f"LoRACallback takes {taken} from {source}, instead of the defaults."
+        )
         self.config = config
         return self._take_off_or_begin_again(pl_module)
 
     def _take_off_or_begin_again(self, pl_module: LightningModule) -> bool:
         """Replace the adapters that this stage has made. Return whether there were any.
 
-        One that is new beside others begins again. Those of a plain module are only taken off: ``adapt`` makes others.
+        One that is new beside others begins again. Those of a plain module are only
+        taken off: ``adapt`` makes others.
         """
         was_made_here = self.way_back.came == "plain" or self.adapter.is_new
         if find_record(pl_module) is None or not was_made_here:
             return False
-        self.set_base_from_hooks(view_of(pl_module))  # before: adapters that go put the base's values back
+        # before: adapters that go put the base's values back
+        self.set_base_from_hooks(view_of(pl_module))
         if self.adapter.is_new:
             self.adapter.switch_back(pl_module)
             self._activate_adapter(pl_module)
@@ -142,7 +152,9 @@ class Stage:
 
     # Adapt
 
-    def should_be_adapted(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
+    def should_be_adapted(
+        self, pl_module: LightningModule, *, for_file: bool = False
+    ) -> bool:
         """Whether the module shall run with adapters, so that it gets those that it lacks.
 
         ``for_file``: a file's adapters will be loaded, which need their layers.
@@ -160,13 +172,20 @@ class Stage:
         return for_file or self.came_adapted
 
     def adapt(
-        self, pl_module: LightningModule, *, file_config: LoRAConfig | None = None, replaced: bool = False
+        self,
+        pl_module: LightningModule,
+        *,
+        file_config: LoRAConfig | None = None,
+        replaced: bool = False,
     ) -> None:
-        """Adapt the module after its own hooks have run. The weights that they have loaded become the base.
+        """Adapt the module after its own hooks have run.
+
+        The weights that they have loaded become the base.
 
         Args:
             pl_module: The module.
-            file_config: The arguments of the adapters in a file, for which the module is adapted.
+            file_config: The arguments of the adapters in a file, for which the module
+                is adapted.
             replaced: Whether these adapters come in place of others of this stage.
         """
         self.filled_buffers |= self.before_hooks.take_filled_buffers(pl_module)
@@ -175,12 +194,20 @@ class Stage:
         self.add_adapters(pl_module, file_config)
         view = view_of(pl_module)
         view.record.base.note_filled(self.filled_buffers)
-        if self.phase is Phase.SET_UP:  # later, the base and the callbacks' averages are those of a checkpoint
-            begin_averages(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
+        # later, the base and the callbacks' averages are those of a checkpoint
+        if self.phase is Phase.SET_UP:
+            begin_averages(
+                self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced
+            )
             self.set_base_from_hooks(view)
 
-    def add_adapters(self, pl_module: LightningModule, file_config: LoRAConfig | None = None) -> None:
-        """Add adapters to layers without them. ``file_config`` says which layers a file left out."""
+    def add_adapters(
+        self, pl_module: LightningModule, file_config: LoRAConfig | None = None
+    ) -> None:
+        """Add adapters to layers without them.
+
+        ``file_config`` says which layers a file left out.
+        """
         name = self.adapter.name or "default"
         record = find_record(pl_module)
         if record is not None:
@@ -189,14 +216,23 @@ class Stage:
             if file_config is None:
                 inject(pl_module, self.config, name=name)
             else:
-                inject_from_file(pl_module, self.config.excluding(file_config.exclude_modules), name=name)
+                inject_from_file(
+                    pl_module,
+                    self.config.excluding(file_config.exclude_modules),
+                    name=name,
+                )
 
     def set_base_from_hooks(self, view: View) -> bool:
         """Make what the module's hooks changed in this stage the base.
 
-        Return whether it is. Once something was trained or loaded, the base stays, and so does its fingerprint.
+        Return whether it is. Once something was trained or loaded, the base stays, and
+        so does its fingerprint.
         """
-        if self.phase is not Phase.SET_UP or view.adapter.may_have_learned or not view.is_fresh():
+        if (
+            self.phase is not Phase.SET_UP
+            or view.adapter.may_have_learned
+            or not view.is_fresh()
+        ):
             return False
         changed = self.before_hooks.changed_base_tensors(tensors_with_originals(view))
         view.adapter.set_originals(changed)
@@ -219,7 +255,10 @@ class Stage:
         self.phase = Phase.TRAINING
 
     def take_random_numbers(self) -> None:
-        """Let the first step have the random numbers of the checkpoint. Later, nothing is set."""
+        """Let the first step have the random numbers of the checkpoint.
+
+        Later, nothing is set.
+        """
         self.random_numbers.set_for_first_step()
         self.random_numbers = RandomNumbers()
 
@@ -234,25 +273,37 @@ class Stage:
         """End the stage: the module becomes what ``end_of`` says."""
         reached = self._close()
         outcome = end_of(reached, is_fit=self.is_fit).without_error
-        self.way_back.bring_about(outcome, pl_module, has_loaded=reached is Phase.LOADED)
+        self.way_back.bring_about(
+            outcome, pl_module, has_loaded=reached is Phase.LOADED
+        )
 
-    def end_after_error(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> bool:
-        """End a stage that has failed. Return whether the module keeps adapters that may be trained.
+    def end_after_error(
+        self, pl_module: LightningModule, *, others_may_be_missing: bool
+    ) -> bool:
+        """End a stage that has failed.
 
-        ``others_may_be_missing``: other processes may not be here, so nothing that needs them is done.
+        Return whether the module keeps adapters that may be trained.
+        ``others_may_be_missing``: other processes may not be here, so nothing that
+        needs them is done.
         """
-        outcome = self._outcome_after_error(pl_module, others_may_be_missing=others_may_be_missing)
+        outcome = self._outcome_after_error(
+            pl_module, others_may_be_missing=others_may_be_missing
+        )
         self.way_back.bring_about(outcome, pl_module)
         is_kept = outcome is Outcome.KEPT
         if is_kept and not others_may_be_missing:
             note_changes(view_of(pl_module))
         return is_kept
 
-    def _outcome_after_error(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> Outcome:
+    def _outcome_after_error(
+        self, pl_module: LightningModule, *, others_may_be_missing: bool
+    ) -> Outcome:
         """End the stage. Return the first outcome that is possible."""
         end = end_of(self._close(), is_fit=self.is_fit)
         for outcome in end.after_error:
-            if self.way_back.allows(outcome, pl_module, others_may_be_missing=others_may_be_missing):
+            if self.way_back.allows(
+                outcome, pl_module, others_may_be_missing=others_may_be_missing
+            ):
                 return outcome
         return Outcome.LEFT
 
@@ -289,7 +340,10 @@ class Fit(Stage):
 
 
 def shows_adapters(pl_module: LightningModule) -> bool:
-    """Whether a module computes with adapters on its layers. Otherwise it is only evaluated, or its fit has ended."""
+    """Whether a module computes with adapters on its layers.
+
+    Otherwise it is only evaluated, or its fit has ended.
+    """
     return state_of(pl_module) is State.ADAPTED
 
 

@@ -27,7 +27,10 @@ class WayBack:
     """How the module came."""
 
     undo: ExitStack = field(default_factory=ExitStack)
-    """Gives the module back as it came. Only ``bring_about`` closes it, and not where loaded adapters stay."""
+    """Gives the module back as it came.
+
+    Only ``bring_about`` closes it, and not where loaded adapters stay.
+    """
 
     # The way there
 
@@ -37,7 +40,11 @@ class WayBack:
             self.came = "adapted"
 
     def unmerge(self, pl_module: LightningModule) -> None:
-        """Undo a merge. If its weights were replaced since, they are a new base, and its record is forgotten."""
+        """Undo a merge.
+
+        If its weights were replaced since, they are a new base, and its record is
+        forgotten.
+        """
         record = find_record(pl_module)
         if unmerge_or_forget(pl_module):
             self.came = "merged"
@@ -57,29 +64,46 @@ class WayBack:
 
     # The way back
 
-    def allows(self, outcome: Outcome, pl_module: LightningModule, *, others_may_be_missing: bool) -> bool:
+    def allows(
+        self,
+        outcome: Outcome,
+        pl_module: LightningModule,
+        *,
+        others_may_be_missing: bool,
+    ) -> bool:
         """Whether an outcome is possible after an error.
 
-        ``others_may_be_missing``: other processes may not be here, so nothing that needs them is done.
+        ``others_may_be_missing``: other processes may not be here, so nothing that
+        needs them is done.
         """
         if outcome is Outcome.KEPT:
             return View(pl_module).is_on_layers
         if outcome is Outcome.GIVEN_BACK:
-            return self._can_give_back(pl_module, others_may_be_missing=others_may_be_missing)
+            return self._can_give_back(
+                pl_module, others_may_be_missing=others_may_be_missing
+            )
         return True
 
-    def _can_give_back(self, pl_module: LightningModule, *, others_may_be_missing: bool) -> bool:
+    def _can_give_back(
+        self, pl_module: LightningModule, *, others_may_be_missing: bool
+    ) -> bool:
         """Whether a module can be given back.
 
-        Not one that is merged now: it was evaluated so, or its own code has merged what it trained. And where others
-        may be missing, none that came merged, as a merge is collective: its adapters stay.
+        Not one that is merged now: it was evaluated so, or its own code has merged what
+        it trained. And where others may be missing, none that came merged, as a merge
+        is collective: its adapters stay.
         """
         if View(pl_module).is_merged:
             return False
         return not (others_may_be_missing and self.came == "merged")
 
-    def bring_about(self, outcome: Outcome, pl_module: LightningModule, *, has_loaded: bool = False) -> None:
-        """Do to the module what an outcome says. ``has_loaded``: it has a file's adapters."""
+    def bring_about(
+        self, outcome: Outcome, pl_module: LightningModule, *, has_loaded: bool = False
+    ) -> None:
+        """Do to the module what an outcome says.
+
+        ``has_loaded``: it has a file's adapters.
+        """
         if outcome is Outcome.GIVEN_BACK:
             self.undo.close()
         elif outcome is Outcome.SHOWN_AGAIN and find_record(pl_module) is not None:
@@ -91,14 +115,17 @@ class WayBack:
         merge(pl_module)
         if has_loaded and self.adapter.is_shown_by(pl_module):
             title = type(pl_module).__name__
-            rank_zero_info(f"LoRA: merged the checkpoint's adapters. {title} is plain again, and keeps these weights.")
+            rank_zero_info(
+                f"LoRA: merged the checkpoint's adapters. {title} is plain again, and "
+                "keeps these weights."
+            )
 
 
 def _remove_all(pl_module: LightningModule) -> None:
     """Remove the adapters of the layers that have some now.
 
-    Code in the fit may have replaced some of the adapted layers. ``remove_adapters`` refuses a record that names these,
-    so it names only those that are left.
+    Code in the fit may have replaced some of the adapted layers. ``remove_adapters``
+    refuses a record that names these, so it names only those that are left.
     """
     record = find_record(pl_module)
     if record is not None:

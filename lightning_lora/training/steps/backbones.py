@@ -1,4 +1,7 @@
-"""Which frozen networks are backbones: what trains is computed from their outputs. The first step tells."""
+"""Which frozen networks are backbones: what trains is computed from their outputs.
+
+The first step tells.
+"""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -19,7 +22,9 @@ from lightning_lora.tensors.names import names_inside, names_outside, owner_of
 from lightning_lora.tensors.values import is_tensor
 from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
 
-_UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its graph is made in the backward pass
+# stands for whatever a reentrant checkpoint has computed: its graph is made in the
+# backward pass
+_UNKNOWN = 0
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,18 @@ class Judged:
 class Backbones:
     """Watches frozen networks in the first step, to tell which are backbones.
 
-    The inputs of a head are computed from its backbone, as the graphs behind them say. Nothing that trains is computed
-    from a teacher, or from a network in the loss.
+    The inputs of a head are computed from its backbone, as the graphs behind them say.
+    Nothing that trains is computed from a teacher, or from a network in the loss.
     """
 
     def __init__(self, trainer: Trainer, view: View) -> None:
         self.trainer = trainer
-        self.unjudged: dict[str, set[int]] = {}  # by network, the ids of its adapters' parameters
+        # by network, the ids of its adapters' parameters
+        self.unjudged: dict[str, set[int]] = {}
         self.have_run: set[str] = set()  # of these networks
         self.what_trains_has_run = False
-        self.leaves_read: set[int] = set()  # the ids of parameters from which inputs of what trains were computed
+        # the ids of parameters from which inputs of what trains were computed
+        self.leaves_read: set[int] = set()
         self.hooks: list[RemovableHandle] = []
         for network in view.adapter.networks.under_head:
             self.unjudged[network] = set()
@@ -52,13 +59,21 @@ class Backbones:
                 self._watch_layer(network, view.layers[name])
         if self.unjudged:
             # if only a head without an adapter trains, its inputs count
-            for module in _modules_that_train(view, self.unjudged) or _modules_without_adapters(view):
-                self.hooks.append(module.register_forward_pre_hook(self._look_at_inputs, with_kwargs=True))
+            for module in _modules_that_train(
+                view, self.unjudged
+            ) or _modules_without_adapters(view):
+                self.hooks.append(
+                    module.register_forward_pre_hook(
+                        self._look_at_inputs, with_kwargs=True
+                    )
+                )
 
     def _watch_layer(self, network: str, layer: LoRALayer) -> None:
         """Note when a layer of a network runs."""
         self.unjudged[network].update(map(id, layer.lora_trainable()))
-        self.hooks.append(layer.register_forward_pre_hook(partial(self._note_network, network)))
+        self.hooks.append(
+            layer.register_forward_pre_hook(partial(self._note_network, network))
+        )
 
     def _note_network(self, network: str, *_: Any) -> None:
         if self.trainer.training:  # in a validation of the fit, all may run
@@ -68,13 +83,17 @@ class Backbones:
         if not torch.is_grad_enabled():
             return
         self.what_trains_has_run = True
-        if not self.have_run.isdisjoint(self.unjudged):  # what feeds a layer has run before it
+        # what feeds a layer has run before it
+        if not self.have_run.isdisjoint(self.unjudged):
             self.leaves_read |= _leaves_behind(tree_leaves((args, kwargs)))
 
-    def judge(self, networks: Iterable[str], is_agreed: Callable[[bool], bool]) -> Judged:
-        """Judge these networks, once each. ``is_agreed`` says whether something is true in all processes.
+    def judge(
+        self, networks: Iterable[str], is_agreed: Callable[[bool], bool]
+    ) -> Judged:
+        """Judge these networks, once each.
 
-        A network waits for another step until it and what trains have run in all of them.
+        ``is_agreed`` says whether something is true in all processes. A network waits
+        for another step until it and what trains have run in all of them.
         """
         judged = Judged()
         for name in networks:

@@ -16,10 +16,14 @@ from lightning_lora.tensors.dicts import only, where, with_values
 from lightning_lora.tensors.names import owner_or_itself
 from lightning_lora.tensors.values import is_tensor
 
-IN_A_STEP = "Or ask for gradients of what trains: [p for p in self.parameters() if p.requires_grad]."
+IN_A_STEP = (
+    "Or ask for gradients of what trains: [p for p in self.parameters() if "
+    "p.requires_grad]."
+)
 IN_BACKWARD = (
-    "If this is a checkpoint of your own, use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) instead, or "
-    "let it ask for gradients of the weights that require one."
+    "If this is a checkpoint of your own, use torch.utils.checkpoint.checkpoint(..., "
+    "use_reentrant=False) instead, or let it ask for gradients of the weights that "
+    "require one."
 )
 
 
@@ -32,8 +36,9 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
     if names:
         layers = list(dict.fromkeys(map(owner_or_itself, names)))
         raise TargetError(
-            f"autograd.grad asks for gradients of {listed(names)} of {type(model).__name__}, which are frozen. "
-            f"Train their layers in full: modules_to_save={layers}. {advice}"
+            f"autograd.grad asks for gradients of {listed(names)} of "
+            f"{type(model).__name__}, which are frozen. Train their layers in full: "
+            f"modules_to_save={layers}. {advice}"
         ) from error
 
 
@@ -58,7 +63,8 @@ def _asked_for(error: BaseException) -> list[object]:
     for frame in _calls_behind(error):
         if frame.f_code is code:
             values = frame.f_locals
-            return tree_leaves(values.get(INPUTS_OF_GRAD, values["inputs"]))  # a generator in them is empty by now
+            # a generator in them is empty by now
+            return tree_leaves(values.get(INPUTS_OF_GRAD, values["inputs"]))
     return []
 
 

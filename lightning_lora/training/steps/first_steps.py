@@ -13,13 +13,17 @@ class FirstSteps:
     """The first two steps, and the first batch, which may have several."""
 
     def __init__(self, guards: Guard) -> None:
-        self.guards = guards  # they look in the first process alone: all see the same weights
+        # they look in the first process alone: all see the same weights
+        self.guards = guards
         self._copies = FrozenCopies()
         self._begun = 0
         self._is_in_first_batch = True
 
     def begin_step(self, model: nn.Module) -> None:
-        """Note weights before the first step. After it, refuse copies that other code has moved away."""
+        """Note weights before the first step.
+
+        After it, refuse copies that other code has moved away.
+        """
         if self._begun > 1:
             return
         self._begun += 1

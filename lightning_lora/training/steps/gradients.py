@@ -25,10 +25,13 @@ from lightning_lora.training.steps.received import Received
 class Gradients:
     """Watches the gradients of one run: frozen weights get none, and each optimizer's first step shows who has some.
 
-    That step also shows which networks copy others. With ``begins_copies``, these begin with the originals' adapters.
+    That step also shows which networks copy others. With ``begins_copies``, these begin
+    with the originals' adapters.
     """
 
-    def __init__(self, model: nn.Module, received: Received, *, begins_copies: bool) -> None:
+    def __init__(
+        self, model: nn.Module, received: Received, *, begins_copies: bool
+    ) -> None:
         self.model = model
         self.received = received
         self.begins_copies = begins_copies
@@ -46,7 +49,10 @@ class Gradients:
             self.checkpoints.prepare(loss)
 
     def end_backward(self) -> None:
-        """Remove the gradients of frozen weights. Under DDP, give unused adapters a zero gradient."""
+        """Remove the gradients of frozen weights.
+
+        Under DDP, give unused adapters a zero gradient.
+        """
         self.had_backward = True
         self._keep_frozen()
         self.received.end_backward()
@@ -66,16 +72,18 @@ class Gradients:
     def _tell_of_thawed(self, thawed: Set[nn.Parameter]) -> None:
         names = with_values(view_of(self.model).frozen_base, thawed)
         rank_zero_info(
-            f"requires_grad of {listed(names)} was set in training. LoRACallback keeps the base frozen: to train "
-            "these too, name their modules in modules_to_save."
+            f"requires_grad of {listed(names)} was set in training. LoRACallback keeps "
+            "the base frozen: to train these too, name their modules in "
+            "modules_to_save."
         )
 
     # The first step of each optimizer
 
     def begin_step(self, optimizer: Optimizer) -> list[str]:
-        """Begin an optimizer's step. In its first one, return the layers without a gradient there.
+        """Begin an optimizer's step.
 
-        Copies of networks with a gradient are not among them: they are meant to follow.
+        In its first one, return the layers without a gradient there. Copies of networks
+        with a gradient are not among them: they are meant to follow.
         """
         if not self.had_backward:
             self._keep_frozen()  # a step by hand may call loss.backward()
@@ -83,7 +91,8 @@ class Gradients:
             return []
         held = self.held_by(optimizer)
         unreached = self.received.unreached(held)
-        has_any_gradient = self.had_backward or unreached != held  # code may call loss.backward() itself
+        # code may call loss.backward() itself
+        has_any_gradient = self.had_backward or unreached != held
         if not has_any_gradient:
             return []
         self.optimizers.append(optimizer)
@@ -93,15 +102,22 @@ class Gradients:
         """Return the module's parameters that an optimizer trains."""
         return held_by([optimizer])
 
-    def _begin_first_step(self, held: Set[nn.Parameter], unreached: Set[nn.Parameter]) -> list[str]:
-        """Check the weights, and settle which copies follow. Return the other layers without a gradient."""
+    def _begin_first_step(
+        self, held: Set[nn.Parameter], unreached: Set[nn.Parameter]
+    ) -> list[str]:
+        """Check the weights, and settle which copies follow.
+
+        Return the other layers without a gradient.
+        """
         view = view_of(self.model)
         refuse_computed_weights(view)  # hooks may compute them since training began
         unreached_layers = layers_trained_by(unreached, view)
         copies = self._settle_copies(view, layers_trained_by(held, view))
         return names_outside(unreached_layers, copies)
 
-    def _settle_copies(self, view: View, layers: Mapping[str, LoRALayer]) -> dict[str, str]:
+    def _settle_copies(
+        self, view: View, layers: Mapping[str, LoRALayer]
+    ) -> dict[str, str]:
         """Find networks among these layers that copy others, and have no gradient yet.
 
         In a fit that goes on, they have adapters of their own from the file.
@@ -113,8 +129,9 @@ class Gradients:
         begin_as_originals(view, copies, without_gradient)
         if copies:
             rank_zero_info(
-                f"Copies in {view.title} that have received no gradient yet: {pairs_of(copies)}. They begin with the "
-                "same adapters, for other code to move, or to train in other batches."
+                f"Copies in {view.title} that have received no gradient yet: "
+                f"{pairs_of(copies)}. They begin with the same adapters, for other "
+                "code to move, or to train in other batches."
             )
         return copies
 
@@ -149,12 +166,14 @@ def check_loss(model: LightningModule, loss: object) -> None:
         return
     if not model.trainer.training:
         raise AdapterStateError(
-            f"The loss of {type(model).__name__} has no graph to go back through: outside of training, a Trainer "
-            "computes without gradients. Set Trainer(inference_mode=False), and put the forward pass and the loss "
-            "into a block of torch.enable_grad()."
+            f"The loss of {type(model).__name__} has no graph to go back through: "
+            "outside of training, a Trainer computes without gradients. Set "
+            "Trainer(inference_mode=False), and put the forward pass and the loss into "
+            "a block of torch.enable_grad()."
         )
     view = view_of(model)
     raise TargetError(
-        f"The loss of {view.title} depends on no adapter: {listed(view.layers)} have them, and are not called, or "
-        "run without gradients (torch.no_grad, detach). Adapt others (target_modules), or set modules_to_save."
+        f"The loss of {view.title} depends on no adapter: {listed(view.layers)} have "
+        "them, and are not called, or run without gradients (torch.no_grad, detach). "
+        "Adapt others (target_modules), or set modules_to_save."
     )

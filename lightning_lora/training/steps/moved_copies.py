@@ -1,8 +1,9 @@
 """Frozen copies without adapters that other code moves after a network with adapters.
 
-A target network that is left out (``exclude_modules``) has other parameters than its original: ``zip(net.parameters(),
-target.parameters())`` then meets A and B where the copy has its weights, and torch broadcasts an A of one row into
-them. A reference model, which is such a copy too, is never moved: that tells them apart.
+A target network that is left out (``exclude_modules``) has other parameters than its
+original: ``zip(net.parameters(), target.parameters())`` then meets A and B where the
+copy has its weights, and torch broadcasts an A of one row into them. A reference model,
+which is such a copy too, is never moved: that tells them apart.
 """
 
 from dataclasses import dataclass
@@ -53,7 +54,9 @@ class FrozenCopies:
         """Return the weights of a copy that have changed since."""
         moved = []
         for name in names_inside(only(view.base_parameters, self._before), [copy]):
-            if not self._before[name].seen.may_have_same_values(view.base_parameters[name]):
+            if not self._before[name].seen.may_have_same_values(
+                view.base_parameters[name]
+            ):
                 moved.append(name)
         return moved
 
@@ -63,8 +66,13 @@ class FrozenCopies:
 
     def _is_towards_original(self, view: View, name: str, copy: str) -> bool:
         """Whether a weight lies between what it was and its original, with or without the update."""
-        weights_of_original = _weights_with_update(view, self.name_in_original(name, copy))
-        if not weights_of_original or weights_of_original[0].shape != view.base_parameters[name].shape:
+        weights_of_original = _weights_with_update(
+            view, self.name_in_original(name, copy)
+        )
+        if (
+            not weights_of_original
+            or weights_of_original[0].shape != view.base_parameters[name].shape
+        ):
             return False
         now = samples(view.base_parameters[name])
         ends = [self._before[name].some_values.to(now)]
@@ -82,7 +90,10 @@ def _are_between(values: Tensor, ends: Tensor) -> bool:
 
 
 def _weights_with_update(view: View, name: str) -> list[Tensor]:
-    """A weight of an adapted network: as it is, and with its update, if it has one. Nothing, if there is no such."""
+    """A weight of an adapted network: as it is, and with its update, if it has one.
+
+    Nothing, if there is no such.
+    """
     if name not in view.base_parameters:
         return []
     weights = [view.base_parameters[name].detach()]
@@ -94,13 +105,15 @@ def _weights_with_update(view: View, name: str) -> list[Tensor]:
     return weights
 
 
-def _error_of_moved_copy(view: View, copy: str, original: str, weight: str) -> AdapterStateError:
+def _error_of_moved_copy(
+    view: View, copy: str, original: str, weight: str
+) -> AdapterStateError:
     return AdapterStateError(
-        f"Code has moved {copy!r} of {view.title}, a frozen copy of {original!r}, away from it: for "
-        f"example {weight!r}. {original!r} has adapters, and {copy!r} has none, so code that goes "
-        "through parameters() of both writes adapters into other weights. Let the copy have adapters too, "
-        "which then follow: take it out of exclude_modules, or into target_modules. Then build "
-        f"{view.title} anew."
+        f"Code has moved {copy!r} of {view.title}, a frozen copy of {original!r}, away "
+        f"from it: for example {weight!r}. {original!r} has adapters, and {copy!r} has "
+        "none, so code that goes through parameters() of both writes adapters into "
+        "other weights. Let the copy have adapters too, which then follow: take it out "
+        f"of exclude_modules, or into target_modules. Then build {view.title} anew."
     )
 
 
@@ -109,13 +122,18 @@ def _error_of_moved_copy(view: View, copy: str, original: str, weight: str) -> A
 
 def _copies_without_adapters(view: View) -> dict[str, str]:
     """Frozen copies without adapters, and the adapted networks that they copy."""
-    if any(map(is_dtensor, view.base_parameters.values())):  # each process would judge by its shard
+    # each process would judge by its shard
+    if any(map(is_dtensor, view.base_parameters.values())):
         return {}
     adapted = modules_around(view.layers)
     busy = adapted | modules_around(map(owner_of, view.trainable_base))
-    still = {p for name, p in view.base_parameters.items() if owner_of(name) not in busy}
+    still = {
+        p for name, p in view.base_parameters.items() if owner_of(name) not in busy
+    }
     owners_of_matrices = set(map(owner_of, where(view.base_parameters, _is_matrix)))
-    found = find_copies(view.modules, view.base_parameters, owners_of_matrices, still, may_lack=True)
+    found = find_copies(
+        view.modules, view.base_parameters, owners_of_matrices, still, may_lack=True
+    )
     copies_of_adapted = with_values(found, adapted)
     return without(copies_of_adapted, adapted)
 

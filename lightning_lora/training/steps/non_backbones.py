@@ -20,11 +20,14 @@ from lightning_lora.training.optimizers.groups import groups_of, held_by
 from lightning_lora.training.steps.backbones import Backbones, Judged
 
 
-def strip_non_backbones(model: LightningModule, optimizer: Optimizer, strategy: Any, backbones: Backbones) -> bool:
-    """Remove the adapters of networks that are no backbones. No optimizer has changed them yet.
+def strip_non_backbones(
+    model: LightningModule, optimizer: Optimizer, strategy: Any, backbones: Backbones
+) -> bool:
+    """Remove the adapters of networks that are no backbones.
 
-    All processes judge together. Return whether there were such networks. Refuse a backbone if no optimizer has a place
-    for its adapters.
+    No optimizer has changed them yet. All processes judge together. Return whether
+    there were such networks. Refuse a backbone if no optimizer has a place for its
+    adapters.
     """
     to_judge = _judged_with(optimizer, strategy.optimizers, backbones.unjudged)
     judged = backbones.judge(to_judge, strategy.reduce_boolean_decision)
@@ -42,7 +45,9 @@ def strip_non_backbones(model: LightningModule, optimizer: Optimizer, strategy: 
     return True
 
 
-def refuse_non_backbones(model: LightningModule, strategy: Any, backbones: Backbones) -> None:
+def refuse_non_backbones(
+    model: LightningModule, strategy: Any, backbones: Backbones
+) -> None:
     """Refuse networks that are no backbones: DeepSpeed's optimizer cannot lose their adapters."""
     judged = backbones.judge(list(backbones.unjudged), strategy.reduce_boolean_decision)
     if judged.backbones:
@@ -55,7 +60,11 @@ def refuse_non_backbones(model: LightningModule, strategy: Any, backbones: Backb
         )
 
 
-def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks: Mapping[str, Set[int]]) -> list[str]:
+def _judged_with(
+    optimizer: Optimizer,
+    optimizers: Sequence[Optimizer],
+    networks: Mapping[str, Set[int]],
+) -> list[str]:
     """The networks that an optimizer trains, or that none does."""
     held_here = set(map(id, held_by([optimizer])))
     held_anywhere = set(map(id, held_by(optimizers)))
@@ -66,7 +75,9 @@ def _judged_with(optimizer: Optimizer, optimizers: Sequence[Optimizer], networks
     return judged
 
 
-def _check_places(view: View, backbones: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
+def _check_places(
+    view: View, backbones: Sequence[str], optimizers: Sequence[Optimizer]
+) -> None:
     """Refuse backbones whose adapters no optimizer holds."""
     placed = with_values(view.adapter_parameters, held_by(optimizers))
     unplaced = names_inside(without(view.adapter_parameters, placed), backbones)
@@ -79,8 +90,9 @@ def _tell_of_backbones(view: View, judged: Judged) -> None:
     beside = names_outside(view.layers, (*judged.backbones, *judged.others))
     if beside:
         rank_zero_info(
-            f"Without LoRACallback, only a head of {view.title} would train. With it, adapters train in "
-            f"{listed(judged.backbones)} too. To leave that as it is: exclude_modules={judged.backbones}."
+            f"Without LoRACallback, only a head of {view.title} would train. With it, "
+            f"adapters train in {listed(judged.backbones)} too. To leave that as it "
+            f"is: exclude_modules={judged.backbones}."
         )
 
 
@@ -90,5 +102,7 @@ def _take_out_frozen(model: nn.Module, optimizer: Optimizer) -> None:
     trained = set(model.parameters()) - set(view.frozen_base.values())
     groups = []
     for group in optimizer.param_groups:
-        groups.append([parameter for parameter in group["params"] if parameter in trained])
+        groups.append(
+            [parameter for parameter in group["params"] if parameter in trained]
+        )
     rewrite_groups(view, optimizer, groups)

@@ -18,9 +18,10 @@ _FIRST_LOSSES = 100  # a first step may accumulate the gradients of many
 class OwnCheckpoints:
     """Lets such checkpoints work, as latent diffusion has them.
 
-    One is an autograd function that notes all weights of a block. Its backward pass runs the block again, and asks for
-    the gradients of these weights, of which some may be unused. So here it notes detached ones in place of those that
-    are frozen: they have the same values, require a gradient as torch wants it, and are unused.
+    One is an autograd function that notes all weights of a block. Its backward pass
+    runs the block again, and asks for the gradients of these weights, of which some may
+    be unused. So here it notes detached ones in place of those that are frozen: they
+    have the same values, require a gradient as torch wants it, and are unused.
     """
 
     def __init__(self, frozen: Set[nn.Parameter]) -> None:
@@ -29,7 +30,10 @@ class OwnCheckpoints:
         self.losses_seen = 0
 
     def prepare(self, loss: Tensor) -> None:
-        """Let those behind ``loss`` ask for gradients of frozen weights. Where the first losses have none, stop."""
+        """Let those behind ``loss`` ask for gradients of frozen weights.
+
+        Where the first losses have none, stop.
+        """
         self.losses_seen += 1
         if self.losses_seen > _FIRST_LOSSES and not self.were_found:
             return
@@ -38,7 +42,10 @@ class OwnCheckpoints:
                 self._detach_weights_of(node)
 
     def _detach_weights_of(self, node: Any) -> None:
-        """Replace the frozen weights that a function has noted. Its context, where they are, is this node."""
+        """Replace the frozen weights that a function has noted.
+
+        Its context, where they are, is this node.
+        """
         for name, noted in list(vars(node).items()):
             if any(map(self._is_frozen, tree_leaves(noted))):
                 self.were_found = True
@@ -51,7 +58,11 @@ class OwnCheckpoints:
 
     def _is_frozen(self, value: Any) -> bool:
         """Whether a value is a frozen weight that no code has thawed since."""
-        return isinstance(value, nn.Parameter) and value in self.frozen and not value.requires_grad
+        return (
+            isinstance(value, nn.Parameter)
+            and value in self.frozen
+            and not value.requires_grad
+        )
 
 
 def _may_have_gradient(p: nn.Parameter) -> bool:

@@ -52,14 +52,18 @@ class NotedGradients(Received):
 class CompletedGradients(NotedGradients):
     """Gives parameters that a batch has not used a zero gradient.
 
-    DDP waits for a gradient of each parameter, and fails if a batch does not use a layer (an expert, an unused pooler).
-    So ``find_unused_parameters``, which searches the graph in every step, is not needed.
+    DDP waits for a gradient of each parameter, and fails if a batch does not use a
+    layer (an expert, an unused pooler). So ``find_unused_parameters``, which searches
+    the graph in every step, is not needed.
     """
 
-    def __init__(self, model: nn.Module, wrapped: Any, awaited: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module, wrapped: Any, awaited: Sequence[nn.Parameter]
+    ) -> None:
         super().__init__(model)
         self.wrapped = wrapped
-        self.awaited = dict.fromkeys([*self.trained, *awaited])  # each once, in an order that all processes have
+        # each once, in an order that all processes have
+        self.awaited = dict.fromkeys([*self.trained, *awaited])
 
     def end_backward(self) -> None:
         """Complete a pass, unless it only accumulates."""
@@ -70,8 +74,13 @@ class CompletedGradients(NotedGradients):
             self.reached.clear()  # these have not received any
 
 
-def received_gradients(model: nn.Module, wrapped: object, awaited: Sequence[nn.Parameter]) -> Received:
-    """Return what knows of a model's gradients. If DDP has wrapped it, that waits for those in ``awaited`` too."""
+def received_gradients(
+    model: nn.Module, wrapped: object, awaited: Sequence[nn.Parameter]
+) -> Received:
+    """Return what knows of a model's gradients.
+
+    If DDP has wrapped it, that waits for those in ``awaited`` too.
+    """
     if _waits_for_all(wrapped):
         return CompletedGradients(model, wrapped, awaited)
     return Received()
@@ -85,7 +94,10 @@ def _waits_for_all(wrapped: object) -> bool:
 
 
 def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
-    """Add zero gradients for DDP to count. Parameters that the user froze in the run keep the gradient they have."""
+    """Add zero gradients for DDP to count.
+
+    Parameters that the user froze in the run keep the gradient they have.
+    """
     frozen = {p: p.grad for p in parameters if not p.requires_grad}
     for p in frozen:
         p.requires_grad_()

@@ -21,8 +21,9 @@ _RUNNING: list[nn.Module] = []
 def letting_gradients_pass(model: nn.Module) -> Iterator[None]:
     """Let gradients pass reentrant checkpoints in a training step.
 
-    torch offers no hook there: its function finds no input that requires a gradient, and keeps nothing of the call. So
-    for a step, another function takes its place, unless other code has put its own there.
+    torch offers no hook there: its function finds no input that requires a gradient,
+    and keeps nothing of the call. So for a step, another function takes its place,
+    unless other code has put its own there.
     """
     _RUNNING.append(model)
     if recompute.CheckpointFunction is CHECKPOINT_FUNCTION:
@@ -38,7 +39,8 @@ def letting_gradients_pass(model: nn.Module) -> Iterator[None]:
 class _RequiringGradients(CHECKPOINT_FUNCTION):
     """The same function, but its inputs require gradients if none of them does.
 
-    Not while adapters are disabled: the backward pass would compute the layers with them.
+    Not while adapters are disabled: the backward pass would compute the layers with
+    them.
     """
 
     @classmethod

@@ -14,15 +14,25 @@ class StepDropout:
         self._has_begun = False
 
     def begin_step(self, model: nn.Module) -> None:
-        """Let it act in ``model``. It ends with the step, or where ``eval()`` is called."""
+        """Let it act in ``model``.
+
+        It ends with the step, or where ``eval()`` is called.
+        """
         if not self._has_begun:
             self._has_begun = True
-            self._steps = [layer.lora_step for layer in View(model).layers.values() if layer.lora_settings.dropout]
+            self._steps = [
+                layer.lora_step
+                for layer in View(model).layers.values()
+                if layer.lora_settings.dropout
+            ]
         for step in self._steps:
             step.runs = True
 
     def end_step(self) -> None:
-        """End a step. Its backward pass, which may compute layers again, is over too."""
+        """End a step.
+
+        Its backward pass, which may compute layers again, is over too.
+        """
         for step in self._steps:
             step.runs = False
 

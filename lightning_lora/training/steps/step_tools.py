@@ -11,8 +11,9 @@ from lightning_lora.training.steps.step_dropout import StepDropout
 class StepTools:
     """The guards of a stage, and what acts in its training steps.
 
-    Which guards a moment is told to: those in the first process, if all processes see the same, so that it is said
-    once. Those in each process, if one may see it alone, or if all look at it together, as at shards.
+    Which guards a moment is told to: those in the first process, if all processes see
+    the same, so that it is said once. Those in each process, if one may see it alone,
+    or if all look at it together, as at shards.
     """
 
     def __init__(self, *, is_first_process: bool = False) -> None:
@@ -30,9 +31,13 @@ class StepTools:
         self.float32.pause_step()  # the loss is computed in float16
 
     def end_batch(self, model: nn.Module) -> None:
-        """End the steps of a batch. After the first batch, guards name what they have seen in it."""
+        """End the steps of a batch.
+
+        After the first batch, guards name what they have seen in it.
+        """
         self.dropout.end_step()
-        self.float32.pause_step()  # one that a GradScaler has skipped does not end by itself
+        # one that a GradScaler has skipped does not end by itself
+        self.float32.pause_step()
         self.first_steps.end_batch(model)
 
     def end_training(self) -> None:

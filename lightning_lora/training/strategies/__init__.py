@@ -1,1 +1,4 @@
-"""Methods of the Trainer's strategy that we patch. Each kind of strategy has a file, and a line in ``for_strategy``."""
+"""Methods of the Trainer's strategy that we patch.
+
+Each kind of strategy has a file, and a line in ``for_strategy``.
+"""

@@ -1,4 +1,7 @@
-"""Read a Trainer's checkpoint with the strategy's own method. Only plain types are read, unless the user trusts it."""
+"""Read a Trainer's checkpoint with the strategy's own method.
+
+Only plain types are read, unless the user trusts it.
+"""
 
 import os
 from inspect import signature
@@ -17,8 +20,13 @@ _TRUST_VARIABLE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 """With this environment variable, torch lets all files run code."""
 
 
-def read_checkpoint(methods: StrategyPatch, path: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let a strategy read a file. It must have plain types only, unless the user trusts it."""
+def read_checkpoint(
+    methods: StrategyPatch, path: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Let a strategy read a file.
+
+    It must have plain types only, unless the user trusts it.
+    """
     places.check_path(path)
     _refuse_safetensors(path)
     is_trusted = _is_trusted(*args, **kwargs)
@@ -30,13 +38,19 @@ def read_checkpoint(methods: StrategyPatch, path: Any, *args: Any, **kwargs: Any
 
 
 def _read_plain_types(methods: StrategyPatch, path: Any) -> Any:
-    """Let a strategy read a file of plain types. One that cannot be told so reads it in its own way."""
+    """Let a strategy read a file of plain types.
+
+    One that cannot be told so reads it in its own way.
+    """
     load = methods.original.load_checkpoint
     if _takes_weights_only(methods):
         return load(path, weights_only=True)
-    if methods.is_by_other_code("load_checkpoint") or not has_lightnings_io(methods.strategy):
+    if methods.is_by_other_code("load_checkpoint") or not has_lightnings_io(
+        methods.strategy
+    ):
         return load(path)
-    with places.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
+    # Lightning before 2.6 cannot be told to accept only plain types
+    with places.opened(path) as file:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -44,8 +58,9 @@ def _refuse_safetensors(path: Any) -> None:
     """Refuse a file that no Trainer has written, and say what loads it."""
     if str(path).endswith(".safetensors"):
         raise AdapterFileError(
-            f"{path} is no Trainer's checkpoint. If save_merged wrote it, call safetensors.torch.load_model(model, "
-            "path), otherwise load_adapter(model, path). Then use the Trainer without ckpt_path."
+            f"{path} is no Trainer's checkpoint. If save_merged wrote it, call "
+            "safetensors.torch.load_model(model, path), otherwise load_adapter(model, "
+            "path). Then use the Trainer without ckpt_path."
         )
 
 
@@ -53,7 +68,8 @@ def _is_trusted(*args: Any, **kwargs: Any) -> bool:
     """Whether the user lets files of objects be read: by a variable, which torch reads too, or by an argument."""
     if os.environ.get(_TRUST_VARIABLE, "0").lower() in ("1", "y", "yes", "true"):
         return True
-    arguments = [*args, kwargs.get("weights_only")]  # by place or by name: it is the only one behind the path
+    # by place or by name: it is the only one behind the path
+    arguments = [*args, kwargs.get("weights_only")]
     return False in arguments
 
 
@@ -61,13 +77,21 @@ def _how_to_trust(methods: StrategyPatch) -> str:
     """What to do with a file of objects."""
     trust = f"set {_TRUST_VARIABLE}=1"
     if _takes_weights_only(methods):
-        trust = "pass weights_only=False too, as in trainer.fit(model, ckpt_path=path, weights_only=False)"
-    return f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."
+        trust = (
+            "pass weights_only=False too, as in trainer.fit(model, ckpt_path=path, "
+            "weights_only=False)"
+        )
+    return (
+        f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, "
+        "path)."
+    )
 
 
 def _takes_weights_only(methods: StrategyPatch) -> bool:
     """Whether the strategy can be told to read plain types only: since Lightning 2.6."""
-    return "weights_only" in signature(type(methods.strategy).load_checkpoint).parameters
+    return (
+        "weights_only" in signature(type(methods.strategy).load_checkpoint).parameters
+    )
 
 
 def has_lightnings_io(strategy: Any) -> bool:
@@ -80,7 +104,9 @@ def _reads_with_torch(methods: StrategyPatch) -> bool:
     plugin = methods.strategy.checkpoint_io
     while hasattr(plugin, "checkpoint_io"):
         plugin = plugin.checkpoint_io
-    return _is_lightnings_own(plugin) and not methods.is_by_other_code("load_checkpoint")
+    return _is_lightnings_own(plugin) and not methods.is_by_other_code(
+        "load_checkpoint"
+    )
 
 
 def _is_lightnings_own(plugin: Any) -> bool:

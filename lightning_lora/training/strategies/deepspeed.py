@@ -15,7 +15,10 @@ from lightning_lora.model.records import find_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import where
 from lightning_lora.training.compatibility import refuse_strategy
-from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
+from lightning_lora.training.optimizers.building import (
+    build_optimizers,
+    showing_trainable_base,
+)
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.optimizers.schedulers import hide_scaled_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
@@ -44,21 +47,29 @@ class DeepSpeedMethods(LateRestoreMethods):
     """The methods for DeepSpeedStrategy."""
 
     # DeepSpeedStrategy's own read and write a folder, with a file of each process
-    skipped_overrides = frozenset({"load_checkpoint", "load_model_state_dict", "save_checkpoint"})
+    skipped_overrides = frozenset(
+        {"load_checkpoint", "load_model_state_dict", "save_checkpoint"}
+    )
 
     def __init__(self, strategy: Any) -> None:
         super().__init__(strategy)
-        self.partitions: Sequence[Partition] = ()  # what this process trains of each group
-        self._placeholders: dict[str, nn.Parameter] = {}  # what keeps the places of groups which train nothing, by name
+        # what this process trains of each group
+        self.partitions: Sequence[Partition] = ()
+        # what keeps the places of groups which train nothing, by name
+        self._placeholders: dict[str, nn.Parameter] = {}
 
     @classmethod
     def check(cls, strategy: Any) -> None:
         """Accept ZeRO stage 1 or 2."""
-        settings = strategy.config.get("zero_optimization") or {}  # from its arguments or from a file
+        # from its arguments or from a file
+        settings = strategy.config.get("zero_optimization") or {}
         stage = int(settings.get("stage", 0))
         title = type(strategy).__name__
         if stage == 0:
-            raise StrategyError(f"{title} without ZeRO shards nothing. Use strategy='ddp', or ZeRO stage 1 or 2.")
+            raise StrategyError(
+                f"{title} without ZeRO shards nothing. Use strategy='ddp', or ZeRO "
+                "stage 1 or 2."
+            )
         if stage not in (1, 2):
             refuse_strategy(f"{title} with ZeRO stage {stage}")
 
@@ -73,7 +84,9 @@ class DeepSpeedMethods(LateRestoreMethods):
     def _init_optimizers(self) -> Any:
         """Build the user's optimizer, then let it train the adapters."""
         with showing_trainable_base(self.module):
-            optimizer, scheduler = build_optimizers(self.strategy, self.original._init_optimizers)
+            optimizer, scheduler = build_optimizers(
+                self.strategy, self.original._init_optimizers
+            )
         train_adapters(self.module, [optimizer], self.stage.lr_scale)
         hide_scaled_groups([scheduler and scheduler.scheduler], self.module)
         self._fill_empty_groups(optimizer)
@@ -84,7 +97,10 @@ class DeepSpeedMethods(LateRestoreMethods):
         for number, group in enumerate(optimizer.param_groups):
             if not group["params"]:
                 name = f"lora_idle_{number}"
-                self._placeholders[name] = nn.Parameter(torch.zeros(2 * dist.get_world_size()))  # some for each process
+                # some for each process
+                self._placeholders[name] = nn.Parameter(
+                    torch.zeros(2 * dist.get_world_size())
+                )
                 self.module.register_parameter(name, self._placeholders[name])
                 group["params"].append(self._placeholders[name])
 
@@ -97,7 +113,8 @@ class DeepSpeedMethods(LateRestoreMethods):
         self.original.init_deepspeed()
         record = find_record(self.module)
         if record is not None:
-            keep_record(self.module, record)  # with its hook: for an evaluation, Lightning has removed all
+            # with its hook: for an evaluation, Lightning has removed all
+            keep_record(self.module, record)
 
     def _build_for_fit(self) -> None:
         """Build the engine of a fit, and find this process's shards in it."""
@@ -123,8 +140,8 @@ class DeepSpeedMethods(LateRestoreMethods):
         if layers_with_dora:
             remedy += " and use_dora=False"
         raise StrategyError(
-            "In half precision, DeepSpeed trains all parameters in one dtype, and the adapters are float32. Set "
-            f"{remedy}: its own copies are float32."
+            "In half precision, DeepSpeed trains all parameters in one dtype, and the "
+            f"adapters are float32. Set {remedy}: its own copies are float32."
         )
 
     def _trains_in_one_dtype(self, view: View) -> bool:
@@ -141,7 +158,10 @@ class DeepSpeedMethods(LateRestoreMethods):
     def _check_scale(self) -> None:
         """Refuse a rate for the adapters alone, if DeepSpeed makes the optimizer."""
         if self.stage.lr_scale != 1 and "optimizer" in self.strategy.config:
-            raise StrategyError("DeepSpeed's own optimizer takes no lr_scale. Return one from configure_optimizers.")
+            raise StrategyError(
+                "DeepSpeed's own optimizer takes no lr_scale. Return one from "
+                "configure_optimizers."
+            )
 
     @patches_strategy
     def on_train_start(self) -> None:
@@ -164,8 +184,11 @@ class DeepSpeedMethods(LateRestoreMethods):
         engine.destroy()
         for optimizer in self.strategy.optimizers:
             # without strict: a set-up that failed has found no partitions
-            for partition, group in zip(self.partitions, optimizer.param_groups, strict=False):
-                group["params"] = partition.parameters  # a module may return the same optimizer in its next fit
+            for partition, group in zip(
+                self.partitions, optimizer.param_groups, strict=False
+            ):
+                # a module may return the same optimizer in its next fit
+                group["params"] = partition.parameters
 
     # Files
 
@@ -181,7 +204,9 @@ class DeepSpeedMethods(LateRestoreMethods):
         (state,) = checkpoint["optimizer_states"]
         optimizer.optimizer.load_state_dict(scattered_state(self.partitions, state))
         if _FLOAT32_SHARDS in state:
-            for partition, values in zip(self.partitions, state[_FLOAT32_SHARDS], strict=True):
+            for partition, values in zip(
+                self.partitions, state[_FLOAT32_SHARDS], strict=True
+            ):
                 partition.shard.detach().copy_(partition.scatter(values))
         if _LOSS_SCALER in state and hasattr(optimizer, "loss_scaler"):
             vars(optimizer.loss_scaler).update(state[_LOSS_SCALER])
@@ -192,7 +217,10 @@ class DeepSpeedMethods(LateRestoreMethods):
         device = self.strategy.root_device
         state = gathered_state(self.partitions, optimizer, device)
         if any(map(Partition.has_other_dtype, self.partitions)):
-            shards = [partition.gather(partition.shard.detach(), device) for partition in self.partitions]
+            shards = [
+                partition.gather(partition.shard.detach(), device)
+                for partition in self.partitions
+            ]
             state[_FLOAT32_SHARDS] = shards
         scaler = vars(optimizer).get("loss_scaler")
         if scaler is not None and scaler.dynamic:
@@ -219,7 +247,8 @@ class PartitionedGradients(Gradients):
     """Gradients of parameters that DeepSpeed's optimizer trains by its float32 shards of them."""
 
     def __init__(self, model: nn.Module, partitions: Iterable[Partition]) -> None:
-        # what is written to a parameter now is lost: the shards have the values, so copies keep their adapters
+        # what is written to a parameter now is lost: the shards have the values, so
+        # copies keep their adapters
         super().__init__(model, NotedGradients(model), begins_copies=False)
         self.sharded = set[nn.Parameter]()
         for partition in partitions:

@@ -1,4 +1,7 @@
-"""Patch a Trainer's strategy with our methods. A kind of strategy is one file, and one line here."""
+"""Patch a Trainer's strategy with our methods.
+
+A kind of strategy is one file, and one line here.
+"""
 
 from typing import Any
 
@@ -13,7 +16,10 @@ KINDS: dict[str, type[StrategyMethods]] = {
     "DeepSpeedStrategy": DeepSpeedMethods,
     "ModelParallelStrategy": ShardedMethods,
 }
-"""Our methods for strategies of a class with this name, or a subclass of it. Both Lightning packages have them."""
+"""Our methods for strategies of a class with this name, or a subclass of it.
+
+Both Lightning packages have them.
+"""
 
 
 def patch_strategy(strategy: Any, stage: Stage) -> StrategyMethods:

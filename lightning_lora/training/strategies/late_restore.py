@@ -9,7 +9,10 @@ from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
 
 class LateRestoreMethods(StrategyMethods):
-    """The methods for a strategy that restores checkpoints after its set-up. Its files are those of the others."""
+    """The methods for a strategy that restores checkpoints after its set-up.
+
+    Its files are those of the others.
+    """
 
     @patches_strategy
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
@@ -22,12 +25,18 @@ class LateRestoreMethods(StrategyMethods):
         """Adapt nothing: the layers are set up by now."""
 
     @patches_strategy
-    def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
-        """Write one file, as the other strategies do. A folder in its place is found by all: none waits for others."""
+    def save_checkpoint(
+        self, checkpoint: Any, filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Write one file, as the other strategies do.
+
+        A folder in its place is found by all: none waits for others.
+        """
         path = local_path(filepath)
         if path is not None and path.is_dir():
             raise AdapterFileError(
-                f"{filepath} is a folder, perhaps a sharded checkpoint. A run with adapters writes one file: give it "
-                "another name, or move the folder away."
+                f"{filepath} is a folder, perhaps a sharded checkpoint. A run with "
+                "adapters writes one file: give it another name, or move the folder "
+                "away."
             )
         super().save_checkpoint(checkpoint, filepath, storage_options)

@@ -26,7 +26,10 @@ from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import showing_float32
 from lightning_lora.training.optimizers.optimizer_states import refusing_other_states
 from lightning_lora.training.stages.phases import Phase
-from lightning_lora.training.strategies.checkpoint_files import Checkpoint, read_checkpoint
+from lightning_lora.training.strategies.checkpoint_files import (
+    Checkpoint,
+    read_checkpoint,
+)
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
 from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
@@ -37,17 +40,22 @@ class LoadMethods(SetUpMethods):
     # The file
 
     @patches_strategy
-    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Checkpoint:
+    def load_checkpoint(
+        self, checkpoint_path: Any, *args: Any, **kwargs: Any
+    ) -> Checkpoint:
         """Read the checkpoint, then adapt the module. Return what the file holds.
 
         - adapters: with the base beside them, which hooks expect.
-        - adapters beside a merged model: the same; the merged model alone, for a plain module that is evaluated.
-        - a full model: as the base of the fine-tune; as it is, for a plain module that is evaluated.
+        - adapters beside a merged model: the same; the merged model alone, for a plain
+          module that is evaluated.
+        - a full model: as the base of the fine-tune; as it is, for a plain module that
+          is evaluated.
         """
         self._remove_left_parts(checkpoint_path)
         self.stage.file = checkpoint_path
         checkpoint: Checkpoint = read_checkpoint(self, checkpoint_path, *args, **kwargs)
-        merged_weights = reduce_to_adapters(checkpoint)  # which it had beside them, if any
+        # which it had beside them, if any
+        merged_weights = reduce_to_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
         remove_callback_state(checkpoint)
         if merged_weights and self._evaluates_plain_module():
@@ -55,7 +63,8 @@ class LoadMethods(SetUpMethods):
         if self.stage.phase is not Phase.OVER:
             self.adapt_to_file(checkpoint, checkpoint_path)
             self._take_updates_out(merged_weights, checkpoint, checkpoint_path)
-        if find_record(self.module) is None:  # a plain module, outside of a stage or evaluated as it is
+        # a plain module, outside of a stage or evaluated as it is
+        if find_record(self.module) is None:
             return checkpoint
         if KEY not in checkpoint:
             return _new_base_in(checkpoint, checkpoint_path)
@@ -64,7 +73,11 @@ class LoadMethods(SetUpMethods):
     def _remove_left_parts(self, path: Any) -> None:
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
         local = local_path(path)
-        if local is not None and self.stage.is_running_fit and self.strategy.is_global_zero:
+        if (
+            local is not None
+            and self.stage.is_running_fit
+            and self.strategy.is_global_zero
+        ):
             remove_left_parts(local.parent)
 
     def _evaluates_plain_module(self) -> bool:
@@ -74,29 +87,40 @@ class LoadMethods(SetUpMethods):
     def adapt_to_file(self, checkpoint: Checkpoint, path: Any) -> None:
         """Adapt the module as its arguments and the file say."""
         stage = self.stage
-        if View(self.module).is_merged and not stage.is_fit:  # until now, it was evaluated as it is
+        # until now, it was evaluated as it is
+        if View(self.module).is_merged and not stage.is_fit:
             stage.begin(self.module)
         file_config = _config_in(checkpoint)
         replaced = False
-        if file_config is not None and stage.phase is not Phase.TRAINING:  # in training, the adapters stay
+        # in training, the adapters stay
+        if file_config is not None and stage.phase is not Phase.TRAINING:
             replaced = stage.take_config(self.module, file_config, path)
         self.adapt(file_config=file_config, replaced=replaced)
         if replaced and stage.is_running_fit:
             self.rebuild_optimizers()
 
     def rebuild_optimizers(self) -> None:
-        """Build optimizers again that were built of adapters replaced since. Here, none are built yet."""
+        """Build optimizers again that were built of adapters replaced since.
 
-    def _take_updates_out(self, merged_weights: Checkpoint, checkpoint: Checkpoint, path: Any) -> None:
+        Here, none are built yet.
+        """
+
+    def _take_updates_out(
+        self, merged_weights: Checkpoint, checkpoint: Checkpoint, path: Any
+    ) -> None:
         """Make the weights the base again, if other code has loaded the file's merged weights into the module."""
         if restore_base_from(self.module, merged_weights, checkpoint):
             rank_zero_info(
-                f"{type(self.module).__name__} holds the merged weights of {path}. Their updates are taken "
-                "out, up to rounding. For the same bits, load the base's own weights."
+                f"{type(self.module).__name__} holds the merged weights of {path}. "
+                "Their updates are taken out, up to rounding. For the same bits, load "
+                "the base's own weights."
             )
 
     def _completed(self, checkpoint: Checkpoint, path: Any) -> Checkpoint:
-        """Return a checkpoint of adapters with what hooks expect in it. A fit must be able to go on from it."""
+        """Return a checkpoint of adapters with what hooks expect in it.
+
+        A fit must be able to go on from it.
+        """
         if self.stage.is_running_fit and self.stage.phase is not Phase.TRAINING:
             check_resumable(checkpoint, path)
         checkpoints.complete_averages(self.module, checkpoint)
@@ -107,18 +131,25 @@ class LoadMethods(SetUpMethods):
 
     @patches_strategy
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
-        reduce_to_adapters(checkpoint)  # takes out the base that ``show_base`` has added for hooks
+        """Load what training changed.
+
+        Base keys may be missing. Adapter keys may not, even with ``strict=False``.
+        """
+        # takes out the base that ``show_base`` has added for hooks
+        reduce_to_adapters(checkpoint)
         self._rebuild_replaced_layers(checkpoint)
         self.adapt_replaced_layers(checkpoint)
-        if KEY not in checkpoint and find_record(self.module) is None:  # a plain module, only to be evaluated
+        # a plain module, only to be evaluated
+        if KEY not in checkpoint and find_record(self.module) is None:
             self.load_plain(checkpoint, strict=strict)
             return
         self.note_base()
         self.convert_to_float64()
         are_read = compatibility.states_are_read(self.stage.callbacks)
         with checkpoints.naming_the_file(self.stage.file):
-            checkpoints.load_checkpoint_state(self.module, checkpoint, completes_states=are_read)
+            checkpoints.load_checkpoint_state(
+                self.module, checkpoint, completes_states=are_read
+            )
         if KEY in checkpoint:
             self.stage.note_loaded()
 
@@ -141,19 +172,30 @@ class LoadMethods(SetUpMethods):
 
     @patches_strategy
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Load the optimizers' states, if they fit. Lightning leaves out those that have no counterpart."""
+        """Load the optimizers' states, if they fit.
+
+        Lightning leaves out those that have no counterpart.
+        """
         states = checkpoint["optimizer_states"]
         optimizers = self.strategy.optimizers
         try:
             if KEY in checkpoint and len(states) != len(optimizers):
-                raise ValueError(f"it has {len(states)} states, and the module {len(optimizers)} optimizers")
-            with refusing_other_states(optimizers, states), showing_float32(self.module, optimizers):
+                raise ValueError(
+                    f"it has {len(states)} states, and the module {len(optimizers)} "
+                    "optimizers"
+                )
+            with (
+                refusing_other_states(optimizers, states),
+                showing_float32(self.module, optimizers),
+            ):
                 self.load_states(checkpoint)
         except Exception as error:
             self.stage.note_failed_loading()
             raise OptimizerError(
-                f"The checkpoint is of a run with other optimizers ({type(error).__name__}: {error}). Return the same, "
-                "with the same kind of lr_scale. Or load_adapter(model, path), and fit without ckpt_path."
+                "The checkpoint is of a run with other optimizers "
+                f"({type(error).__name__}: {error}). Return the same, "
+                "with the same kind of lr_scale. Or load_adapter(model, path), and fit "
+                "without ckpt_path."
             ) from error
 
     def load_states(self, checkpoint: Any) -> None:
@@ -163,7 +205,10 @@ class LoadMethods(SetUpMethods):
 
 def _new_base_in(checkpoint: Checkpoint, path: Any) -> Checkpoint:
     """What a file of a full model holds for a fine-tune, which begins anew on this base."""
-    rank_zero_info(f"{path} holds a full model and no adapters: it is the base of the fine-tune, which begins anew.")
+    rank_zero_info(
+        f"{path} holds a full model and no adapters: it is the base of the fine-tune, "
+        "which begins anew."
+    )
     return without_run_state(checkpoint)
 
 

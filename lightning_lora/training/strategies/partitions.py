@@ -35,31 +35,44 @@ class Piece(NamedTuple):
 
 
 class Partition:
-    """A group of parameters that lie end to end in one vector. Each process trains one ``shard`` of it.
+    """A group of parameters that lie end to end in one vector.
 
-    ``spans`` says what each parameter shares with this process's shard (:class:`.OwnSpan`): the first number in the
-    parameter, the first in the shard, and how many. For example, with a shard of 4 numbers for each of two processes,
-    parameters of 6, 1 and 1 numbers have the spans ``(0, 0, 4), (0, 0, 0), (0, 0, 0)`` in the first one, and
-    ``(4, 0, 2), (0, 2, 1), (0, 3, 1)`` in the second.
+    Each process trains one ``shard`` of it. ``spans`` says what each parameter shares
+    with this process's shard (:class:`.OwnSpan`): the first number in the parameter,
+    the first in the shard, and how many. For example, with a shard of 4 numbers for
+    each of two processes, parameters of 6, 1 and 1 numbers have the spans ``(0, 0, 4),
+    (0, 0, 0), (0, 0, 0)`` in the first one, and ``(4, 0, 2), (0, 2, 1), (0, 3, 1)`` in
+    the second.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], shard: Tensor, spans: list[tuple[int, int, int]]) -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        shard: Tensor,
+        spans: list[tuple[int, int, int]],
+    ) -> None:
         self.parameters = parameters
         self.shard = shard
-        self.pieces = [Piece(p, *span) for p, span in zip(parameters, spans, strict=True)]
+        self.pieces = [
+            Piece(p, *span) for p, span in zip(parameters, spans, strict=True)
+        ]
 
     # Values
 
     def gather(self, shard: Tensor, device: torch.device) -> list[Tensor]:
-        """Return the values of all parameters, from the shards of all processes. Collective.
+        """Return the values of all parameters, from the shards of all processes.
 
-        ``shard``: this process's, of the parameters or of something else that is sharded as they are.
+        Collective. ``shard``: this process's, of the parameters or of something else
+        that is sharded as they are.
         """
         all_values = []
         for piece in self.pieces:
-            values = torch.zeros(piece.parameter.shape, dtype=shard.dtype, device=device)
+            values = torch.zeros(
+                piece.parameter.shape, dtype=shard.dtype, device=device
+            )
             piece.of_parameter(values).copy_(piece.of_shard(shard))
-            dist.all_reduce(values.view(-1).view(torch.uint8))  # as bytes: a sum of numbers loses the sign of zero
+            # as bytes: a sum of numbers loses the sign of zero
+            dist.all_reduce(values.view(-1).view(torch.uint8))
             all_values.append(values)
         return all_values
 
@@ -68,7 +81,10 @@ class Partition:
         return self._scatter_some(dict(enumerate(all_values)))
 
     def _scatter_some(self, values_by_number: Mapping[int, Tensor]) -> Tensor:
-        """The same, of the parameters with these numbers. The others' values are zero."""
+        """The same, of the parameters with these numbers.
+
+        The others' values are zero.
+        """
         shard = torch.zeros_like(self.shard)
         for number, values in values_by_number.items():
             piece = self.pieces[number]
@@ -92,8 +108,13 @@ class Partition:
 
     # States of the optimizer
 
-    def gather_states(self, state: OptimizerState, device: torch.device) -> list[OptimizerState]:
-        """Return the optimizer's state of each parameter. Collective. ``state``: that of this process's shard."""
+    def gather_states(
+        self, state: OptimizerState, device: torch.device
+    ) -> list[OptimizerState]:
+        """Return the optimizer's state of each parameter.
+
+        Collective. ``state``: that of this process's shard.
+        """
         states: list[OptimizerState] = [{} for _ in self.parameters]
         for name, value in state.items():
             values = self._gather_entry(value, device)
@@ -108,16 +129,25 @@ class Partition:
         return [deepcopy(value) for _ in self.parameters]
 
     def scatter_states(self, states: Sequence[OptimizerState]) -> OptimizerState:
-        """Return the optimizer's state of this process's shard. ``states``: that of each parameter."""
-        entries: dict[str, dict[int, Any]] = defaultdict(dict)  # by name, the values of the parameters that have one
+        """Return the optimizer's state of this process's shard.
+
+        ``states``: that of each parameter.
+        """
+        # by name, the values of the parameters that have one
+        entries: dict[str, dict[int, Any]] = defaultdict(dict)
         for number, state in enumerate(states):
             for name, value in where(state, _is_there).items():
                 entries[name][number] = value
-        return {name: self._scatter_entry(name, values) for name, values in entries.items()}
+        return {
+            name: self._scatter_entry(name, values) for name, values in entries.items()
+        }
 
     def _scatter_entry(self, name: str, values: dict[int, Any]) -> Any:
         """One entry of this shard's state: its part of the parameters' values, or one value for all."""
-        if all(_has_shape_of(self.parameters[number], value) for number, value in values.items()):
+        if all(
+            _has_shape_of(self.parameters[number], value)
+            for number, value in values.items()
+        ):
             return self._scatter_some(values)
         for_all, *_ = values.values()
         if isinstance(for_all, Tensor) and for_all.dim():
@@ -138,18 +168,24 @@ def _has_shape_of(tensor: Tensor, value: object) -> bool:
 # The states of a whole optimizer
 
 
-def gathered_state(partitions: Sequence[Partition], optimizer: Any, device: torch.device) -> OptimizerState:
+def gathered_state(
+    partitions: Sequence[Partition], optimizer: Any, device: torch.device
+) -> OptimizerState:
     """Return the state of an optimizer as of the full parameters."""
     states: list[OptimizerState] = []
     groups = []
     for partition, group in zip(partitions, optimizer.param_groups, strict=True):
         first = len(states)
-        states += partition.gather_states(optimizer.state.get(partition.shard, {}), device)
+        states += partition.gather_states(
+            optimizer.state.get(partition.shard, {}), device
+        )
         groups.append({**group, "params": list(range(first, len(states)))})
     return {"state": _without_empty(states), "param_groups": groups}
 
 
-def scattered_state(partitions: Sequence[Partition], state: OptimizerState) -> OptimizerState:
+def scattered_state(
+    partitions: Sequence[Partition], state: OptimizerState
+) -> OptimizerState:
     """Return the state of an optimizer as of this process's shards."""
     _check_sizes(partitions, state)
     states: list[OptimizerState] = []
@@ -171,7 +207,9 @@ def _check_sizes(partitions: Sequence[Partition], state: OptimizerState) -> None
     saved = [len(group["params"]) for group in state["param_groups"]]
     expected = [len(partition.parameters) for partition in partitions]
     if saved != expected:
-        raise ValueError(f"its groups have {saved} parameters, and the module's have {expected}")
+        raise ValueError(
+            f"its groups have {saved} parameters, and the module's have {expected}"
+        )
 
 
 # The groups of DeepSpeed's optimizer
@@ -180,7 +218,9 @@ def _check_sizes(partitions: Sequence[Partition], state: OptimizerState) -> None
 def partitions_of(optimizer: Any, placeholders: set[nn.Parameter]) -> list[Partition]:
     """Return the groups of DeepSpeed's optimizer, without placeholders."""
     partitions = []
-    for parameters, group in zip(_parameters_by_group(optimizer), optimizer.param_groups, strict=True):
+    for parameters, group in zip(
+        _parameters_by_group(optimizer), optimizer.param_groups, strict=True
+    ):
         used = [p for p in parameters if p not in placeholders]
         (shard,) = group["params"]
         partitions.append(Partition(used, shard, list(map(own_span, used))))
@@ -188,12 +228,15 @@ def partitions_of(optimizer: Any, placeholders: set[nn.Parameter]) -> list[Parti
 
 
 def _parameters_by_group(optimizer: Any) -> Any:
-    """The parameters of each group. The optimizer has two classes: one is for bfloat16 with gradients in float32."""
+    """The parameters of each group.
+
+    The optimizer has two classes: one is for bfloat16 with gradients in float32.
+    """
     for name in ("bit16_groups", "bf16_groups"):
         groups = getattr(optimizer, name, None)
         if groups is not None:
             return groups
     raise StrategyError(
-        f"DeepSpeed chose {type(optimizer).__name__} for its configuration, which shares nothing between the "
-        "processes. Use ZeRO stage 2, or strategy='ddp'."
+        f"DeepSpeed chose {type(optimizer).__name__} for its configuration, which "
+        "shares nothing between the processes. Use ZeRO stage 2, or strategy='ddp'."
     )

@@ -15,7 +15,10 @@ from lightning_lora.tensors.names import names_inside
 from lightning_lora.training import compatibility
 from lightning_lora.training.reports import logged_metrics
 from lightning_lora.training.stages.phases import Phase
-from lightning_lora.training.strategies.checkpoint_files import Checkpoint, has_lightnings_io
+from lightning_lora.training.strategies.checkpoint_files import (
+    Checkpoint,
+    has_lightnings_io,
+)
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
 from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
@@ -25,7 +28,10 @@ class SaveMethods(SetUpMethods):
 
     @patches_strategy
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what training changed. The base is never gathered, not even with ``save_weights_only``."""
+        """Return what training changed.
+
+        The base is never gathered, not even with ``save_weights_only``.
+        """
         self._forget_replaced_merge()
         if find_record(self.module) is not None:
             return adapter_state_dict(self.module)
@@ -33,42 +39,61 @@ class SaveMethods(SetUpMethods):
         return state
 
     @patches_strategy
-    def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint with only the adapters. ``save="model"`` adds the whole merged model."""
+    def save_checkpoint(
+        self, checkpoint: Any, filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint with only the adapters.
+
+        ``save="model"`` adds the whole merged model.
+        """
         if self.stage.is_fit and self.stage.phase is Phase.SET_UP:
             self._keep_copies_for_trial()
         # other code may write while training goes on: it gets copies of the values
-        may_write_later = not has_lightnings_io(self.strategy) or self.is_by_other_code("save_checkpoint")
-        if "state_dict" in checkpoint:  # a module's hook may write files of its own instead
+        may_write_later = not has_lightnings_io(self.strategy) or self.is_by_other_code(
+            "save_checkpoint"
+        )
+        # a module's hook may write files of its own instead
+        if "state_dict" in checkpoint:
             checkpoint = self._as_written(checkpoint, written_later=may_write_later)
-        # the process that writes at once does so beside the file, which is replaced when all is written
+        # the process that writes at once does so beside the file, which is replaced
+        # when all is written
         writes_beside = self.strategy.is_global_zero and not may_write_later
         with writing(filepath, beside=writes_beside) as path:
             self.original.save_checkpoint(checkpoint, path, storage_options)
 
     def _as_written(self, checkpoint: Checkpoint, *, written_later: bool) -> Checkpoint:
-        """A checkpoint with what training changed, and perhaps the merged model. A plain module's stays."""
+        """A checkpoint with what training changed, and perhaps the merged model.
+
+        A plain module's stays.
+        """
         module = self.module
         self._forget_replaced_merge()
         if find_record(module) is None:
             return checkpoint
         stage = self.stage
         metrics = logged_metrics(module)
-        checkpoint = checkpoints.adapter_only(module, checkpoint, metrics, written_later=written_later)
+        checkpoint = checkpoints.adapter_only(
+            module, checkpoint, metrics, written_later=written_later
+        )
         if stage.phase is Phase.TRAINING:
             stage.tools.guards_in_first_process.base_compared(View(module))
         if stage.save == "adapters":
             return with_callback_state(checkpoint, view_of(module).adapter.name)
         if self.strategy.is_global_zero:
-            checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=written_later)
-            stage.tools.guards_in_each_process.merged_in_checkpoint(type(module).__name__, lost)
+            checkpoint, lost = checkpoints.with_merged_model(
+                module, checkpoint, written_later=written_later
+            )
+            stage.tools.guards_in_each_process.merged_in_checkpoint(
+                type(module).__name__, lost
+            )
         return checkpoint
 
     def _forget_replaced_merge(self) -> None:
         """Forget a merge, if other code has loaded other weights since.
 
-        The record of the merge is no longer true then, and a file of the whole model holds what was loaded. A file of
-        adapters alone goes on to hold those that were merged.
+        The record of the merge is no longer true then, and a file of the whole model
+        holds what was loaded. A file of adapters alone goes on to hold those that were
+        merged.
         """
         if self.stage.save == "model" and not is_as_merged(View(self.module)):
             unmerge_or_forget(self.module)  # drops the record, and says so

@@ -16,12 +16,18 @@ from lightning_lora.storage.same_base.compared_tensors import base_tensors, dtyp
 from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training import compatibility
-from lightning_lora.training.optimizers.building import build_optimizers, showing_trainable_base
+from lightning_lora.training.optimizers.building import (
+    build_optimizers,
+    showing_trainable_base,
+)
 from lightning_lora.training.optimizers.schedulers import hide_scaled_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.stages.phases import Phase
 from lightning_lora.training.stages.stage import Stage, shows_adapters
-from lightning_lora.training.strategies.strategy_patch import StrategyPatch, patches_strategy
+from lightning_lora.training.strategies.strategy_patch import (
+    StrategyPatch,
+    patches_strategy,
+)
 
 
 class SetUpMethods(StrategyPatch):
@@ -43,20 +49,26 @@ class SetUpMethods(StrategyPatch):
         if "FSDPStrategy" in class_names(strategy):
             compatibility.refuse_strategy(type(strategy).__name__)
         if strategy.restore_checkpoint_after_setup:
-            compatibility.refuse_strategy(type(strategy).__name__, "restores checkpoints after its set-up, which")
+            compatibility.refuse_strategy(
+                type(strategy).__name__, "restores checkpoints after its set-up, which"
+            )
 
     @property
     def module(self) -> LightningModule:
         """The LightningModule of the run."""
         module: LightningModule | None = self.strategy.lightning_module
         if module is None:
-            raise AdapterStateError("Hooks of LoRACallback act only while the Trainer runs. Call trainer.fit(model).")
+            raise AdapterStateError(
+                "Hooks of LoRACallback act only while the Trainer runs. Call "
+                "trainer.fit(model)."
+            )
         return module
 
     @patches_strategy
     def setup(self, trainer: Trainer) -> None:
         """Adapt the module before it is converted, moved and wrapped."""
-        if self.stage.phase is Phase.OVER:  # this Trainer has no LoRACallback: it gets the strategy as it was
+        # this Trainer has no LoRACallback: it gets the strategy as it was
+        if self.stage.phase is Phase.OVER:
             self.unpatch()
             self.original.setup(trainer)
         else:
@@ -69,7 +81,8 @@ class SetUpMethods(StrategyPatch):
             self._tell_of_plain_weights(trainer)
             self.original.setup(trainer)
             return
-        if self.stage.phase is Phase.SET_UP:  # a checkpoint was loaded after the base was noted
+        # a checkpoint was loaded after the base was noted
+        if self.stage.phase is Phase.SET_UP:
             self.note_base()
         with compatibility.keeping_adapters(self.strategy.precision_plugin):
             self.original.setup(trainer)
@@ -77,15 +90,23 @@ class SetUpMethods(StrategyPatch):
         reinitialise_if_base_changed(view)  # the base may have been converted
         self._note_converted_base(view)
 
-    def adapt(self, *, file_config: LoRAConfig | None = None, replaced: bool = False) -> None:
-        """Adapt the module after its own hooks have run. :meth:`.Stage.adapt` has the arguments."""
+    def adapt(
+        self, *, file_config: LoRAConfig | None = None, replaced: bool = False
+    ) -> None:
+        """Adapt the module after its own hooks have run.
+
+        :meth:`.Stage.adapt` has the arguments.
+        """
         self.stage.adapt(self.module, file_config=file_config, replaced=replaced)
 
     def _tell_of_plain_weights(self, trainer: Trainer) -> None:
         """Say that a plain module is evaluated, unless a file comes."""
         if find_record(self.module) is None and not trainer.ckpt_path:
             title = type(self.module).__name__
-            rank_zero_info(f"{title} has no adapters, and no ckpt_path was given: its plain weights are evaluated.")
+            rank_zero_info(
+                f"{title} has no adapters, and no ckpt_path was given: its plain "
+                "weights are evaluated."
+            )
 
     def note_base(self, *, anew: bool = True) -> None:
         """Note the base's fingerprint as it was loaded: later, a checkpoint or a conversion may change it.
@@ -115,10 +136,16 @@ class SetUpMethods(StrategyPatch):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizers, then let them train the adapters.
 
-        DDP has wrapped the module by now, and waits for all that requires a gradient: some of it may be frozen here.
+        DDP has wrapped the module by now, and waits for all that requires a gradient:
+        some of it may be frozen here.
         """
         self.awaited_by_ddp = [p for p in self.module.parameters() if p.requires_grad]
         with showing_trainable_base(self.module):
-            build_optimizers(self.strategy, partial(self.original.setup_optimizers, trainer))
+            build_optimizers(
+                self.strategy, partial(self.original.setup_optimizers, trainer)
+            )
         train_adapters(self.module, self.strategy.optimizers, self.stage.lr_scale)
-        hide_scaled_groups([config.scheduler for config in self.strategy.lr_scheduler_configs], self.module)
+        hide_scaled_groups(
+            [config.scheduler for config in self.strategy.lr_scheduler_configs],
+            self.module,
+        )

@@ -1,7 +1,7 @@
 """ModelParallelStrategy (FSDP2): each process holds the adapters in full, and one message averages their gradients.
 
-A distributed tensor is sharded or replicated. FSDP2 averages the gradients of what is sharded over processes with their
-own data. All others are averaged here.
+A distributed tensor is sharded or replicated. FSDP2 averages the gradients of what is
+sharded over processes with their own data. All others are averaged here.
 """
 
 from collections.abc import Iterable, Iterator
@@ -36,9 +36,15 @@ from lightning_lora.training.strategies.strategy_patch import patches_strategy
 class ShardedMethods(LateRestoreMethods):
     """The methods for ModelParallelStrategy."""
 
-    # ModelParallelStrategy's own read and write a folder of shards, and states by the names of parameters
+    # ModelParallelStrategy's own read and write a folder of shards, and states by the
+    # names of parameters
     skipped_overrides = frozenset(
-        {"load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict"}
+        {
+            "load_checkpoint",
+            "save_checkpoint",
+            "optimizer_state",
+            "load_optimizer_state_dict",
+        }
     )
     shards_before_adapters = True
     averages_gradients = True
@@ -49,7 +55,8 @@ class ShardedMethods(LateRestoreMethods):
         """Refuse versions of torch whose FSDP2 lacks what adapters need."""
         if Version(torch.__version__) < Version("2.7"):
             raise StrategyError(
-                f"{type(strategy).__name__} with LoRACallback needs torch 2.7. Found {torch.__version__}."
+                f"{type(strategy).__name__} with LoRACallback needs torch 2.7. Found "
+                f"{torch.__version__}."
             )
 
     # Set up
@@ -57,7 +64,10 @@ class ShardedMethods(LateRestoreMethods):
     @patches_strategy
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Keep adapters from before out of the shards. They are off their layers while ``configure_model`` runs."""
+        """Keep adapters from before out of the shards.
+
+        They are off their layers while ``configure_model`` runs.
+        """
         view = View(self.module)
         adapters = detach_adapters(view) if view.is_on_layers else {}
         try:
@@ -67,7 +77,10 @@ class ShardedMethods(LateRestoreMethods):
             attach_adapters(View(self.module), adapters)
 
     def setup_in_stage(self, trainer: Trainer) -> None:
-        """Adapt the sharded module. What is not sharded is the same in every process from then on, as under DDP."""
+        """Adapt the sharded module.
+
+        What is not sharded is the same in every process from then on, as under DDP.
+        """
         module = self.module
         shards.reshard(module)
         self._check_mesh()
@@ -86,26 +99,35 @@ class ShardedMethods(LateRestoreMethods):
 
     def _warn_of_whole_model(self) -> None:
         """Warn of a model that is not sharded."""
-        if self.strategy.is_global_zero and not any(map(shards.is_sharded, self.module.parameters())):
+        if self.strategy.is_global_zero and not any(
+            map(shards.is_sharded, self.module.parameters())
+        ):
             warn(
-                f"Nothing of {type(self.module).__name__} is sharded: each process holds the whole model, and "
-                f"{self.mesh.size()} of {self.strategy.world_size} read their own data. "
-                "Call fully_shard in configure_model, with ModelParallelStrategy(data_parallel_size=..., "
+                f"Nothing of {type(self.module).__name__} is sharded: each process "
+                f"holds the whole model, and {self.mesh.size()} of "
+                f"{self.strategy.world_size} read their own data. Call fully_shard in "
+                "configure_model, with ModelParallelStrategy(data_parallel_size=..., "
                 "tensor_parallel_size=1). Or use strategy='ddp'."
             )
 
     def _check_mesh(self) -> None:
         """Refuse a module that is sharded over other processes than those with their own batches."""
         size = self.mesh.size()
-        for name, p in where(parameters_by_name(self.module), shards.is_sharded_over_data).items():
+        for name, p in where(
+            parameters_by_name(self.module), shards.is_sharded_over_data
+        ).items():
             count = shards.data_processes(p)
             if count != size:
                 raise StrategyError(
-                    f"{name!r} of {type(self.module).__name__} is sharded over {count} processes, but the mesh "
-                    f'"data_parallel" has {size}. Call fully_shard(module, mesh=self.device_mesh["data_parallel"]).'
+                    f"{name!r} of {type(self.module).__name__} is sharded over {count} "
+                    "processes, but the mesh "
+                    f'"data_parallel" has {size}. Call fully_shard(module, '
+                    'mesh=self.device_mesh["data_parallel"]).'
                 )
 
-    def adapt(self, *, file_config: LoRAConfig | None = None, replaced: bool = False) -> None:
+    def adapt(
+        self, *, file_config: LoRAConfig | None = None, replaced: bool = False
+    ) -> None:
         """Adapt the module, beside its shards."""
         super().adapt(file_config=file_config, replaced=replaced)
         if find_record(self.module) is None:
@@ -119,8 +141,9 @@ class ShardedMethods(LateRestoreMethods):
         sharded = where(view.adapter_parameters, shards.is_sharded_over_data)
         if sharded:
             raise StrategyError(
-                f"{listed(sharded)} of {type(self.module).__name__} were sharded with the base. Do not call "
-                "inject_adapters or load_adapter in configure_model: LoRACallback adds the adapters after it."
+                f"{listed(sharded)} of {type(self.module).__name__} were sharded with "
+                "the base. Do not call inject_adapters or load_adapter in "
+                "configure_model: LoRACallback adds the adapters after it."
             )
 
     def note_base(self, *, anew: bool = True) -> None:
@@ -150,7 +173,9 @@ class ShardedMethods(LateRestoreMethods):
 
     def load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states, each process its own shards."""
-        states = map(distributed_state, checkpoint["optimizer_states"], self.strategy.optimizers)
+        states = map(
+            distributed_state, checkpoint["optimizer_states"], self.strategy.optimizers
+        )
         super().load_states({**checkpoint, "optimizer_states": list(states)})
 
     @patches_strategy
@@ -182,7 +207,8 @@ class ShardedMethods(LateRestoreMethods):
         """Turn the averages of gradients on or off: ours, and those of FSDP2."""
         self.averages_gradients = flag
         for module in self.module.modules():
-            set_sync: Any = getattr(module, "set_requires_gradient_sync", None)  # of FSDP2's modules
+            # of FSDP2's modules
+            set_sync: Any = getattr(module, "set_requires_gradient_sync", None)
             if set_sync is not None:
                 set_sync(flag, recurse=False)
 
@@ -192,15 +218,21 @@ class ShardedMethods(LateRestoreMethods):
 
 
 class ShardedGradients(Gradients):
-    """Averages the gradients that FSDP2 does not. A layer that one process leaves out gets zero there."""
+    """Averages the gradients that FSDP2 does not.
 
-    def __init__(self, model: nn.Module, methods: ShardedMethods, *, begins_copies: bool) -> None:
+    A layer that one process leaves out gets zero there.
+    """
+
+    def __init__(
+        self, model: nn.Module, methods: ShardedMethods, *, begins_copies: bool
+    ) -> None:
         super().__init__(model, NotedGradients(model), begins_copies=begins_copies)
         self.methods = methods
         self.mesh = methods.mesh
         left_to_us = where(parameters_by_name(model), _is_left_to_us)
         self.parameters_by_dtype = grouped(left_to_us.values(), _dtype_of)
-        self.statistics: list[Tensor] = []  # the buffers of modules that train in full, such as norms
+        # the buffers of modules that train in full, such as norms
+        self.statistics: list[Tensor] = []
         for module in view_of(model).saved:
             self.statistics += filterfalse(shards.is_dtensor, module.buffers())
 
@@ -234,9 +266,10 @@ def _dtype_of(p: nn.Parameter) -> torch.dtype:
 
 
 def _local_gradient(p: nn.Parameter) -> Tensor:
-    """This process's part of a gradient, which can be written to. One that is missing is zero.
+    """This process's part of a gradient, which can be written to.
 
-    A parameter that the user froze in the run gets none: of it, the zeros are only sent.
+    One that is missing is zero. A parameter that the user froze in the run gets none:
+    of it, the zeros are only sent.
     """
     gradient = p.grad
     if gradient is None:
@@ -255,7 +288,9 @@ def _distribute_beside_others(view: View) -> None:
     first, *_ = distributed.values()
     mesh = first.device_mesh
     for layer in view.layers.values():
-        for name, factor in where_not(layer.lora_parameters(), shards.is_dtensor).items():
+        for name, factor in where_not(
+            layer.lora_parameters(), shards.is_dtensor
+        ).items():
             set_parameter(layer, name, shards.replicated(factor, mesh))
 
 
@@ -264,7 +299,8 @@ def _broadcast_from_first(tensors: Iterable[Tensor]) -> None:
     """Give every process the values of the first one."""
     for tensor in tensors:
         values = tensor.detach().contiguous()
-        dist.broadcast(values.view(-1).view(torch.uint8), 0)  # as bytes: gloo of torch 2.7 takes not all dtypes
+        # as bytes: gloo of torch 2.7 takes not all dtypes
+        dist.broadcast(values.view(-1).view(torch.uint8), 0)
         if values.data_ptr() != tensor.data_ptr():
             tensor.copy_(values)
 

@@ -12,7 +12,11 @@ from lightning_lora.model.view import View
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.steps.backbones import Backbones
-from lightning_lora.training.steps.explained_errors import IN_A_STEP, IN_BACKWARD, explain
+from lightning_lora.training.steps.explained_errors import (
+    IN_A_STEP,
+    IN_BACKWARD,
+    explain,
+)
 from lightning_lora.training.steps.gradients import Gradients, check_loss
 from lightning_lora.training.steps.non_backbones import strip_non_backbones
 from lightning_lora.training.steps.received import received_gradients
@@ -38,7 +42,8 @@ class StepMethods(SetUpMethods):
         stage.tools.begin_step(module)
         self.begin_first_steps(module)
         output = self._run(self.original.training_step, IN_A_STEP, *args, **kwargs)
-        if not module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
+        # otherwise, a backward pass comes, which may recompute layers
+        if not module.automatic_optimization:
             stage.tools.dropout.end_step()
         return output
 
@@ -48,13 +53,19 @@ class StepMethods(SetUpMethods):
 
     @patches_strategy
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
+        """Run a backward pass.
+
+        What comes until the next step is evaluation, such as a callback's.
+        """
         module = self.strategy.lightning_module
-        if not compatibility.has_own(module, "backward"):  # which may have a graph of its own
+        # which may have a graph of its own
+        if not compatibility.has_own(module, "backward"):
             check_loss(module, closure_loss)
         self._check_adapters_are_shown(module)
         # checkpoints run their layers again
-        loss = self._run(self.original.backward, IN_BACKWARD, closure_loss, *args, **kwargs)
+        loss = self._run(
+            self.original.backward, IN_BACKWARD, closure_loss, *args, **kwargs
+        )
         if module.automatic_optimization:
             self.stage.tools.dropout.end_step()
         return loss
@@ -62,9 +73,13 @@ class StepMethods(SetUpMethods):
     def _check_adapters_are_shown(self, module: LightningModule) -> None:
         """Let guards look at a backward pass that begins while adapters are disabled."""
         if state_of(module).shows_base:
-            self.stage.tools.guards_in_each_process.backward_begins_without_adapters(View(module))
+            self.stage.tools.guards_in_each_process.backward_begins_without_adapters(
+                View(module)
+            )
 
-    def _run(self, part: Callable[..., Any], advice: str, /, *args: Any, **kwargs: Any) -> Any:
+    def _run(
+        self, part: Callable[..., Any], advice: str, /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run a part of a step: with gradients through the module's checkpoints, watched, and with errors explained."""
         module = self.strategy.lightning_module
         with letting_gradients_pass(module), self.watching(module):
@@ -81,8 +96,13 @@ class StepMethods(SetUpMethods):
     # What a training watch asks for
 
     def gradients(self, *, is_new_fit: bool) -> Gradients:
-        """Return what watches the gradients of a fit. ``is_new_fit``: it has loaded no adapters."""
-        received = received_gradients(self.module, self.strategy.model, self.awaited_by_ddp)
+        """Return what watches the gradients of a fit.
+
+        ``is_new_fit``: it has loaded no adapters.
+        """
+        received = received_gradients(
+            self.module, self.strategy.model, self.awaited_by_ddp
+        )
         return Gradients(self.module, received, begins_copies=is_new_fit)
 
     def float32_steps(self, view: View) -> Float32Steps:
@@ -90,5 +110,8 @@ class StepMethods(SetUpMethods):
         return Float32Steps.of(view)
 
     def strip_non_backbones(self, optimizer: Optimizer, backbones: Backbones) -> bool:
-        """Remove the adapters of networks that are no backbones. Return whether fewer parameters train."""
+        """Remove the adapters of networks that are no backbones.
+
+        Return whether fewer parameters train.
+        """
         return strip_non_backbones(self.module, optimizer, self.strategy, backbones)

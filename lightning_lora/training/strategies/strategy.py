@@ -6,29 +6,41 @@ from lightning_lora.training.strategies.step_methods import StepMethods
 
 
 class StrategyMethods(LoadMethods, SaveMethods, StepMethods):
-    """Our methods for one strategy. They stay after a stage: files are written then too.
+    """Our methods for one strategy.
 
-    Each part of a run has a file: the set-up, loading, saving, and the steps. A method that is marked
-    ``@patches_strategy`` is called by Lightning in place of the strategy's own, which it calls in turn. The reason for
-    each: Lightning has no public hook at that moment, or none that keeps what the method promises.
+    They stay after a stage: files are written then too. Each part of a run has a file:
+    the set-up, loading, saving, and the steps. A method that is marked
+    ``@patches_strategy`` is called by Lightning in place of the strategy's own, which
+    it calls in turn. The reason for each: Lightning has no public hook at that moment,
+    or none that keeps what the method promises.
 
-    - ``setup``: after ``configure_model``, before the module is converted. A ``configure_model`` set on the module
-      would be in its copies and pickles, and EMA would call it. ``on_fit_start`` comes after the tuners' trials.
-    - ``setup_optimizers``: the same, with ``configure_optimizers``, which may return six forms.
-    - ``load_checkpoint``: a ``checkpoint_io`` is not asked by all strategies, and is by launchers.
-    - ``load_model_state_dict``: ``load_state_dict`` writes what fits before it says what does not.
+    - ``setup``: after ``configure_model``, before the module is converted. A
+      ``configure_model`` set on the module would be in its copies and pickles, and EMA
+      would call it. ``on_fit_start`` comes after the tuners' trials.
+    - ``setup_optimizers``: the same, with ``configure_optimizers``, which may return
+      six forms.
+    - ``load_checkpoint``: a ``checkpoint_io`` is not asked by all strategies, and is by
+      launchers.
+    - ``load_model_state_dict``: ``load_state_dict`` writes what fits before it says
+      what does not.
     - ``load_optimizer_state_dict``: all states are loaded, or none.
-    - ``lightning_module_state_dict``: hooks that save see what the file will hold, and the base is not copied.
-    - ``save_checkpoint``: only the first process asks a ``checkpoint_io``, but each refuses what cannot be saved.
-    - ``process_dataloader``: after the user's code has made the loader, before its workers draw.
-    - ``training_step``, ``backward``: something around each call, which also ends after an error. An optimizer may run
-      several of them in a batch.
+    - ``lightning_module_state_dict``: hooks that save see what the file will hold, and
+      the base is not copied.
+    - ``save_checkpoint``: only the first process asks a ``checkpoint_io``, but each
+      refuses what cannot be saved.
+    - ``process_dataloader``: after the user's code has made the loader, before its
+      workers draw.
+    - ``training_step``, ``backward``: something around each call, which also ends after
+      an error. An optimizer may run several of them in a batch.
 
     What a kind of strategy may override, beside these:
 
-    - ``check``: which strategies are accepted. ``shards_before_adapters``: whether ``configure_model`` shards.
+    - ``check``: which strategies are accepted. ``shards_before_adapters``: whether
+      ``configure_model`` shards.
     - ``setup_in_stage``, ``adapt``, ``note_base``: the parts of the set-up.
-    - ``rebuild_optimizers``, ``load_plain``, ``adapt_replaced_layers``, ``load_states``: the parts of loading.
+    - ``rebuild_optimizers``, ``load_plain``, ``adapt_replaced_layers``,
+      ``load_states``: the parts of loading.
     - ``begin_first_steps``, ``watching``: what looks at the first steps.
-    - ``gradients``, ``float32_steps``, ``strip_non_backbones``: what a training watch asks for.
+    - ``gradients``, ``float32_steps``, ``strip_non_backbones``: what a training watch
+      asks for.
     """

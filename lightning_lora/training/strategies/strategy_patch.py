@@ -8,13 +8,15 @@ from typing import Any, ClassVar, TypeVar
 from lightning_lora.tensors.dicts import only
 
 _ATTRIBUTE = "lora_patch"  # of a strategy: the patch on it
-_MARK = "lora_patches_strategy"  # of a method of ours, which replaces the strategy's of the same name
+# of a method of ours, which replaces the strategy's of the same name
+_MARK = "lora_patches_strategy"
 
 
 class PatchedMethod:
     """What a strategy has in place of one of its methods: ours runs, until it has stepped aside for the ``original``.
 
-    Other code may have wrapped it in a method of its own, or kept it: so it stays callable for good.
+    Other code may have wrapped it in a method of its own, or kept it: so it stays
+    callable for good.
     """
 
     def __init__(self, ours: Callable[..., Any], original: Callable[..., Any]) -> None:
@@ -59,23 +61,33 @@ def _patching_names(kind: type) -> list[str]:
 
 
 class StrategyPatch:
-    """Methods of ours for one strategy. Its own are in ``original``, by which ours call them."""
+    """Methods of ours for one strategy.
+
+    Its own are in ``original``, by which ours call them.
+    """
 
     skipped_overrides: ClassVar[frozenset[str]] = frozenset()
-    """Methods that the strategy's class overrides. In ``original`` are those of Lightning's ``Strategy`` instead."""
+    """Methods that the strategy's class overrides.
+
+    In ``original`` are those of Lightning's ``Strategy`` instead.
+    """
 
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.original: Any = SimpleNamespace()
         self._patched: dict[str, PatchedMethod] = {}
-        self._by_other_code: dict[str, Any] = {}  # methods that other code had set on the strategy before ours
+        # methods that other code had set on the strategy before ours
+        self._by_other_code: dict[str, Any] = {}
 
     def __reduce__(self) -> Any:
         """Pickle and copy nothing: a copied strategy is as it was before."""
         return type(None), ()
 
     def patch(self) -> None:
-        """Set our methods on the strategy. If other code has set some since the last time, ours call those."""
+        """Set our methods on the strategy.
+
+        If other code has set some since the last time, ours call those.
+        """
         on_strategy = vars(self.strategy)
         on_strategy[_ATTRIBUTE] = self
         for name in _patching_names(type(self)):
@@ -114,7 +126,10 @@ class StrategyPatch:
         return self._bound_method(kind, name)
 
     def _bound_method(self, kind: type, name: str) -> Any:
-        """A class's method for the strategy. None: the class has none, so nothing calls ours."""
+        """A class's method for the strategy.
+
+        None: the class has none, so nothing calls ours.
+        """
         method = getattr(kind, name, None)
         return None if method is None else method.__get__(self.strategy)
 
@@ -140,4 +155,6 @@ def patch_of(strategy: Any) -> Any:
 
 def _class_of_all_strategies(kind: type) -> type:
     """The class above all strategies, of either Lightning package."""
-    return next(ancestor for ancestor in kind.__mro__ if ancestor.__name__ == "Strategy")
+    return next(
+        ancestor for ancestor in kind.__mro__ if ancestor.__name__ == "Strategy"
+    )

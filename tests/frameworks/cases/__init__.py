@@ -1,1 +1,4 @@
-"""One file for each framework. It is imported in the framework's own environment alone."""
+"""One file for each framework.
+
+It is imported in the framework's own environment alone.
+"""

@@ -1,4 +1,7 @@
-"""anomalib: Fastflow has a frozen extractor, and STFPM a frozen teacher. An Engine has the Trainer."""
+"""anomalib: Fastflow has a frozen extractor, and STFPM a frozen teacher.
+
+An Engine has the Trainer.
+"""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +17,10 @@ from torch.utils.data import DataLoader
 from tests.frameworks.case import Case, Way, noise, quiet
 
 make = timm.create_model
-timm.create_model = lambda *args, **options: make(*args, **{**options, "pretrained": False})  # nothing is downloaded
+# nothing is downloaded
+timm.create_model = lambda *args, **options: make(
+    *args, **{**options, "pretrained": False}
+)
 
 
 class FastFlow(Case):
@@ -26,14 +32,30 @@ class FastFlow(Case):
 
     def parts(self) -> dict[str, Any]:
         pre = Fastflow.configure_pre_processor((64, 64))
-        return {"pre_processor": pre, "post_processor": False, "evaluator": False, "visualizer": False}
+        return {
+            "pre_processor": pre,
+            "post_processor": False,
+            "evaluator": False,
+            "visualizer": False,
+        }
 
     def data(self) -> Any:
-        items = [ImageItem(image=image, gt_label=torch.tensor(0)) for image in noise(8, 3, 64, 64).sigmoid()]
-        return DataLoader(items, batch_size=4, shuffle=True, collate_fn=ImageBatch.collate)
+        items = [
+            ImageItem(image=image, gt_label=torch.tensor(0))
+            for image in noise(8, 3, 64, 64).sigmoid()
+        ]
+        return DataLoader(
+            items, batch_size=4, shuffle=True, collate_fn=ImageBatch.collate
+        )
 
-    def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Any:
-        kwargs = {**quiet(callbacks, folder), "enable_checkpointing": True, "limit_val_batches": 0}
+    def train(
+        self, model: Any, callbacks: list[Any], folder: Path, **options: Any
+    ) -> Any:
+        kwargs = {
+            **quiet(callbacks, folder),
+            "enable_checkpointing": True,
+            "limit_val_batches": 0,
+        }
         Engine(callbacks=callbacks, **kwargs).fit(model, self.data(), **options)
         return model
 

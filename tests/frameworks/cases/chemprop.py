@@ -11,19 +11,41 @@ from torch import Tensor
 
 from tests.frameworks.case import Case, Run, Way
 
-SMILES = ["CCO", "CCN", "c1ccccc1", "CC(=O)O", "CCCl", "C1CCCCC1", "CC#N", "COC", "CCCCO", "c1ccncc1", "CC(C)O", "NCCO"]
-POINTS = [MoleculeDatapoint.from_smi(smiles, np.array([float(len(smiles))])) for smiles in SMILES]
+SMILES = [
+    "CCO",
+    "CCN",
+    "c1ccccc1",
+    "CC(=O)O",
+    "CCCl",
+    "C1CCCCC1",
+    "CC#N",
+    "COC",
+    "CCCCO",
+    "c1ccncc1",
+    "CC(C)O",
+    "NCCO",
+]
+POINTS = [
+    MoleculeDatapoint.from_smi(smiles, np.array([float(len(smiles))]))
+    for smiles in SMILES
+]
 
 
 class Molecules(Case):
     def new(self) -> MPNN:
-        return MPNN(BondMessagePassing(d_h=32), MeanAggregation(), RegressionFFN(input_dim=32, hidden_dim=32))
+        return MPNN(
+            BondMessagePassing(d_h=32),
+            MeanAggregation(),
+            RegressionFFN(input_dim=32, hidden_dim=32),
+        )
 
     def data(self) -> Any:
         return build_dataloader(MoleculeDataset(POINTS), batch_size=4)
 
     def predict(self, model: MPNN) -> Tensor:
-        (batch,) = build_dataloader(MoleculeDataset(POINTS), batch_size=12, shuffle=False)
+        (batch,) = build_dataloader(
+            MoleculeDataset(POINTS), batch_size=12, shuffle=False
+        )
         return model(batch.bmg)
 
     def ways(self) -> dict[str, Way]:

@@ -13,7 +13,9 @@ from torch import Tensor
 from tests.frameworks.case import Case, Run, Way
 
 NOISE = np.random.default_rng(0).normal(size=(150, 1))
-SERIES = TimeSeries.from_values((np.sin(np.arange(150)[:, None] / 5) + 0.1 * NOISE).astype(np.float32))
+SERIES = TimeSeries.from_values(
+    (np.sin(np.arange(150)[:, None] / 5) + 0.1 * NOISE).astype(np.float32)
+)
 
 
 class TiDE(Case):
@@ -21,10 +23,20 @@ class TiDE(Case):
     within = "model"
 
     def new(self, callbacks: Sequence[Any] = (), folder: Path = Path("none")) -> Any:
-        quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-        saves = {"work_dir": str(folder), "model_name": "model", "save_checkpoints": bool(callbacks)}
+        quiet = {
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        saves = {
+            "work_dir": str(folder),
+            "model_name": "model",
+            "save_checkpoints": bool(callbacks),
+        }
         options = {"pl_trainer_kwargs": {"callbacks": [*callbacks], **quiet}, **saves}
-        return self.of(input_chunk_length=24, output_chunk_length=6, n_epochs=2, **options)
+        return self.of(
+            input_chunk_length=24, output_chunk_length=6, n_epochs=2, **options
+        )
 
     def of(self, **options: Any) -> Any:
         return TiDEModel(**options, hidden_size=32)
@@ -38,7 +50,9 @@ class TiDE(Case):
         return model
 
     def fit(self, callbacks: list[Any], folder: Path) -> Any:
-        return self.load(folder.parent / "base", callbacks=callbacks, folder=folder).fit(SERIES)
+        return self.load(
+            folder.parent / "base", callbacks=callbacks, folder=folder
+        ).fit(SERIES)
 
     def resume(self, file: Path, callbacks: list[Any], folder: Path) -> Any:
         return self.from_checkpoint(Run(None, file.parent), file).fit(SERIES)
@@ -65,18 +79,24 @@ class TiDE(Case):
     def from_checkpoint(self, run: Run, file: Path | None = None) -> Any:
         kind = type(self.new())
         name = None if file is None else str(file)
-        return kind.load_from_checkpoint("model", str(run.folder), file_name=name, best=False, trusted=True)
+        return kind.load_from_checkpoint(
+            "model", str(run.folder), file_name=name, best=False, trusted=True
+        )
 
     def weights_from_checkpoint(self, run: Run) -> Any:
         model = self.new()
-        model.load_weights_from_checkpoint("model", str(run.folder), best=False, trusted=True)
+        model.load_weights_from_checkpoint(
+            "model", str(run.folder), best=False, trusted=True
+        )
         return model
 
 
 class Transformer(TiDE):
     def of(self, **options: Any) -> Any:
         layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
-        return TransformerModel(**options, d_model=16, nhead=2, dim_feedforward=32, **layers)
+        return TransformerModel(
+            **options, d_model=16, nhead=2, dim_feedforward=32, **layers
+        )
 
 
 CASES = {"TiDE": TiDE, "Transformer": Transformer}

@@ -1,4 +1,7 @@
-"""gluonts: an estimator trains a predictor, which has the network. It loads its own best file at the end."""
+"""gluonts: an estimator trains a predictor, which has the network.
+
+It loads its own best file at the end.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,21 +16,42 @@ from torch import Tensor
 
 from tests.frameworks.case import Case, Way, quiet
 
-VALUES = np.sin(np.arange(120) / 5) + 0.1 * np.random.default_rng(0).normal(size=(3, 120)) + 2
-SERIES = ListDataset([{"start": pd.Period("2020-01-01", "D"), "target": each} for each in VALUES], freq="D")
+VALUES = (
+    np.sin(np.arange(120) / 5)
+    + 0.1 * np.random.default_rng(0).normal(size=(3, 120))
+    + 2
+)
+SERIES = ListDataset(
+    [{"start": pd.Period("2020-01-01", "D"), "target": each} for each in VALUES],
+    freq="D",
+)
 
 
 class PatchTST(Case):
     within = "prediction_net"
 
     def estimator(self, callbacks: list[Any], folder: Path) -> PatchTSTEstimator:
-        kwargs = {**quiet(callbacks, folder), "enable_checkpointing": True, "callbacks": callbacks}
-        small = {"batch_size": 8, "d_model": 16, "dim_feedforward": 32, "nhead": 2, "num_encoder_layers": 1}
-        return PatchTSTEstimator(6, 8, **small, num_batches_per_epoch=20, lr=0.005, trainer_kwargs=kwargs)
+        kwargs = {
+            **quiet(callbacks, folder),
+            "enable_checkpointing": True,
+            "callbacks": callbacks,
+        }
+        small = {
+            "batch_size": 8,
+            "d_model": 16,
+            "dim_feedforward": 32,
+            "nhead": 2,
+            "num_encoder_layers": 1,
+        }
+        return PatchTSTEstimator(
+            6, 8, **small, num_batches_per_epoch=20, lr=0.005, trainer_kwargs=kwargs
+        )
 
     def new(self) -> Predictor:
         estimator = self.estimator([], Path())
-        return estimator.create_predictor(estimator.create_transformation(), estimator.create_lightning_module())
+        return estimator.create_predictor(
+            estimator.create_transformation(), estimator.create_lightning_module()
+        )
 
     def save(self, model: Any, path: Path) -> None:
         path.mkdir()
@@ -36,14 +60,21 @@ class PatchTST(Case):
     def load(self, path: Path) -> Predictor:
         return Predictor.deserialize(path)
 
-    def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Predictor:
+    def train(
+        self, model: Any, callbacks: list[Any], folder: Path, **options: Any
+    ) -> Predictor:
         return self.estimator(callbacks, folder).train_from(model, SERIES, **options)
 
     def predict(self, model: Any) -> Tensor:
-        return torch.from_numpy(np.stack([forecast.mean for forecast in model.predict(SERIES)]))
+        return torch.from_numpy(
+            np.stack([forecast.mean for forecast in model.predict(SERIES)])
+        )
 
     def ways(self) -> dict[str, Way]:
-        return {"serialize, deserialize": self.saved, "load_state_dict": self.from_state}
+        return {
+            "serialize, deserialize": self.saved,
+            "load_state_dict": self.from_state,
+        }
 
 
 CASES = {"PatchTST": PatchTST}

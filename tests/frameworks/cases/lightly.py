@@ -7,7 +7,11 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from lightly.loss import DINOLoss, NegativeCosineSimilarity
-from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, DINOProjectionHead
+from lightly.models.modules import (
+    BYOLPredictionHead,
+    BYOLProjectionHead,
+    DINOProjectionHead,
+)
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,16 +36,24 @@ class LitBYOL(L.LightningModule):
         return self.prediction_head(self.projection_head(self.backbone(x).flatten(1)))
 
     def forward_momentum(self, x: Tensor) -> Tensor:
-        return self.projection_head_momentum(self.backbone_momentum(x).flatten(1)).detach()
+        return self.projection_head_momentum(
+            self.backbone_momentum(x).flatten(1)
+        ).detach()
 
     def copies(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(self.backbone, self.backbone_momentum), (self.projection_head, self.projection_head_momentum)]
+        return [
+            (self.backbone, self.backbone_momentum),
+            (self.projection_head, self.projection_head_momentum),
+        ]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         for network, its_copy in self.copies():
             update_momentum(network, its_copy, m=0.9)
         one, other = batch.unbind(1)
-        losses = (self.criterion(self(a), self.forward_momentum(b)) for a, b in ((one, other), (other, one)))
+        losses = (
+            self.criterion(self(a), self.forward_momentum(b))
+            for a, b in ((one, other), (other, one))
+        )
         return sum(losses) / 2
 
     def configure_optimizers(self) -> Any:
@@ -51,7 +63,9 @@ class LitBYOL(L.LightningModule):
 class LitDINO(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.student_backbone = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
+        self.student_backbone = VisionTransformer(
+            32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64
+        )
         self.student_backbone.heads = nn.Identity()
         self.teacher_backbone = copy.deepcopy(self.student_backbone)
         self.student_head = DINOProjectionHead(32, 64, 32, 128, freeze_last_layer=1)
@@ -67,7 +81,10 @@ class LitDINO(L.LightningModule):
         return self.teacher_head(self.teacher_backbone(x))
 
     def copies(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(self.student_backbone, self.teacher_backbone), (self.student_head, self.teacher_head)]
+        return [
+            (self.student_backbone, self.teacher_backbone),
+            (self.student_head, self.teacher_head),
+        ]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         for network, its_copy in self.copies():

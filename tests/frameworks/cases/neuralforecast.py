@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 from tests.frameworks.case import Case, Run, Way, quiet
 
-VALUES = np.sin(np.arange(120) / 5) + 0.1 * np.random.default_rng(0).normal(size=(3, 120))
-WHEN = {"unique_id": np.repeat(list("abc"), 120), "ds": np.tile(pd.date_range("2020", periods=120), 3)}
+VALUES = np.sin(np.arange(120) / 5) + 0.1 * np.random.default_rng(0).normal(
+    size=(3, 120)
+)
+WHEN = {
+    "unique_id": np.repeat(list("abc"), 120),
+    "ds": np.tile(pd.date_range("2020", periods=120), 3),
+}
 FRAME = pd.DataFrame({**WHEN, "y": VALUES.ravel()})
 
 
@@ -22,9 +27,19 @@ class Forecast(Case):
     resumes = False
 
     def new(self) -> NeuralForecast:
-        small = {"mlp_units": [[32, 32]] * 3, "learning_rate": 0.005, "windows_batch_size": 16}
-        rest = {key: value for key, value in quiet([], Path()).items() if key not in ("max_epochs", "default_root_dir")}
-        return NeuralForecast([NHITS(h=6, input_size=24, max_steps=20, **small, **rest)], freq="D")
+        small = {
+            "mlp_units": [[32, 32]] * 3,
+            "learning_rate": 0.005,
+            "windows_batch_size": 16,
+        }
+        rest = {
+            key: value
+            for key, value in quiet([], Path()).items()
+            if key not in ("max_epochs", "default_root_dir")
+        }
+        return NeuralForecast(
+            [NHITS(h=6, input_size=24, max_steps=20, **small, **rest)], freq="D"
+        )
 
     def save(self, model: NeuralForecast, path: Path) -> None:
         model.save(str(path), overwrite=True)
@@ -32,8 +47,12 @@ class Forecast(Case):
     def load(self, path: Path) -> NeuralForecast:
         return NeuralForecast.load(str(path))
 
-    def train(self, model: NeuralForecast, callbacks: list[Any], folder: Path, **options: Any) -> NeuralForecast:
-        model.models[0].trainer_kwargs.update(callbacks=callbacks, enable_checkpointing=bool(callbacks))
+    def train(
+        self, model: NeuralForecast, callbacks: list[Any], folder: Path, **options: Any
+    ) -> NeuralForecast:
+        model.models[0].trainer_kwargs.update(
+            callbacks=callbacks, enable_checkpointing=bool(callbacks)
+        )
         model.fit(FRAME)
         return model
 

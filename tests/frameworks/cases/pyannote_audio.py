@@ -17,7 +17,12 @@ SOUNDS = noise(16, 1, 16000)
 class Speech:
     """What a model needs of a task: the framework's own tasks read audio files."""
 
-    specifications = Specifications(Problem.BINARY_CLASSIFICATION, Resolution.FRAME, duration=1.0, classes=["speech"])
+    specifications = Specifications(
+        Problem.BINARY_CLASSIFICATION,
+        Resolution.FRAME,
+        duration=1.0,
+        classes=["speech"],
+    )
     model: Any
 
     def prepare_data(self) -> None: ...
@@ -29,7 +34,9 @@ class Speech:
     def setup_validation_metric(self) -> None: ...
 
     def train_dataloader(self) -> Any:
-        return DataLoader(TensorDataset(SOUNDS, SOUNDS.mean(2)), batch_size=4, shuffle=True)
+        return DataLoader(
+            TensorDataset(SOUNDS, SOUNDS.mean(2)), batch_size=4, shuffle=True
+        )
 
     def val_dataloader(self) -> Any:
         return []
@@ -41,8 +48,16 @@ class Speech:
 
 class Segmentation(Case):
     def new(self) -> PyanNet:
-        lstm = {"hidden_size": 16, "num_layers": 1, "dropout": 0.0, "monolithic": True, "bidirectional": True}
-        return PyanNet(lstm=lstm, linear={"hidden_size": 32, "num_layers": 2}, task=Speech())
+        lstm = {
+            "hidden_size": 16,
+            "num_layers": 1,
+            "dropout": 0.0,
+            "monolithic": True,
+            "bidirectional": True,
+        }
+        return PyanNet(
+            lstm=lstm, linear={"hidden_size": 32, "num_layers": 2}, task=Speech()
+        )
 
     def save(self, model: PyanNet, path: Path) -> None:
         model.trainer.save_checkpoint(path)
@@ -56,7 +71,10 @@ class Segmentation(Case):
         return model(SOUNDS[:4])
 
     def ways(self) -> dict[str, Way]:
-        return {"load_from_checkpoint": self.from_checkpoint, "from_pretrained": lambda run: self.load(run.file)}
+        return {
+            "load_from_checkpoint": self.from_checkpoint,
+            "from_pretrained": lambda run: self.load(run.file),
+        }
 
 
 CASES = {"PyanNet": Segmentation}

@@ -25,13 +25,22 @@ class CategoryEmbedding(Case):
     resumes = False
 
     def new(self) -> TabularModel:
-        quiet = {"trainer_kwargs": {"enable_model_summary": False}, "progress_bar": "none"}
+        quiet = {
+            "trainer_kwargs": {"enable_model_summary": False},
+            "progress_bar": "none",
+        }
         rest = {"load_best": False, "early_stopping": None, **quiet}
         return TabularModel(
-            data_config=DataConfig(target=["y"], continuous_cols=list("abcd"), categorical_cols=["kind"]),
-            model_config=CategoryEmbeddingModelConfig(task="regression", layers="32-16", learning_rate=0.01),
+            data_config=DataConfig(
+                target=["y"], continuous_cols=list("abcd"), categorical_cols=["kind"]
+            ),
+            model_config=CategoryEmbeddingModelConfig(
+                task="regression", layers="32-16", learning_rate=0.01
+            ),
             optimizer_config=OptimizerConfig(),
-            trainer_config=TrainerConfig(batch_size=16, max_epochs=2, accelerator="cpu", **rest),
+            trainer_config=TrainerConfig(
+                batch_size=16, max_epochs=2, accelerator="cpu", **rest
+            ),
             verbose=False,
         )
 
@@ -41,10 +50,16 @@ class CategoryEmbedding(Case):
     def load(self, path: Path) -> TabularModel:
         return TabularModel.load_model(str(path))
 
-    def train(self, model: TabularModel, callbacks: list[Any], folder: Path, **options: Any) -> TabularModel:
+    def train(
+        self, model: TabularModel, callbacks: list[Any], folder: Path, **options: Any
+    ) -> TabularModel:
         model.config.checkpoints_path = str(folder)
         data = model.prepare_dataloader(FRAME, FRAME, seed=0)
-        model.train(model.model if model.has_model else model.prepare_model(data), data, callbacks=callbacks)
+        model.train(
+            model.model if model.has_model else model.prepare_model(data),
+            data,
+            callbacks=callbacks,
+        )
         return model
 
     def predict(self, model: TabularModel) -> Tensor:

@@ -24,14 +24,19 @@ class SchNet(Case):
     def new(self) -> Any:
         model = spk.model.NeuralNetworkPotential(
             representation=spk.representation.SchNet(
-                32, 2, spk.nn.GaussianRBF(n_rbf=16, cutoff=CUTOFF), spk.nn.CosineCutoff(CUTOFF)
+                32,
+                2,
+                spk.nn.GaussianRBF(n_rbf=16, cutoff=CUTOFF),
+                spk.nn.CosineCutoff(CUTOFF),
             ),
             input_modules=[spk.atomistic.PairwiseDistances()],
             output_modules=[spk.atomistic.Atomwise(n_in=32, output_key="energy")],
             postprocessors=[trn.CastTo64(), trn.AddOffsets("energy", add_mean=True)],
         )
         energy = spk.task.ModelOutput("energy", loss_fn=torch.nn.MSELoss(), metrics={})
-        return spk.task.AtomisticTask(model=model, outputs=[energy], optimizer_args={"lr": 0.002})
+        return spk.task.AtomisticTask(
+            model=model, outputs=[energy], optimizer_args={"lr": 0.002}
+        )
 
     def save(self, model: Any, path: Path) -> None:
         """Without the mean, which has another shape once it is known."""
@@ -45,16 +50,31 @@ class SchNet(Case):
     def data(self) -> AtomsDataModule:
         """Molecules with energies far from zero, and the split of the first fit."""
         if not Path("molecules.db").exists():
-            database = ASEAtomsData.create("molecules.db", distance_unit="Ang", property_unit_dict={"energy": "eV"})
+            database = ASEAtomsData.create(
+                "molecules.db", distance_unit="Ang", property_unit_dict={"energy": "eV"}
+            )
             distances = [each.get_all_distances() for each in MOLECULES]
-            database.add_systems([{"energy": numpy.array([each.sum() - 100])} for each in distances], MOLECULES)
-        transforms = [trn.ASENeighborList(CUTOFF), trn.RemoveOffsets("energy", remove_mean=True), trn.CastTo32()]
+            database.add_systems(
+                [{"energy": numpy.array([each.sum() - 100])} for each in distances],
+                MOLECULES,
+            )
+        transforms = [
+            trn.ASENeighborList(CUTOFF),
+            trn.RemoveOffsets("energy", remove_mean=True),
+            trn.CastTo32(),
+        ]
         sizes = {"batch_size": 4, "num_train": 20, "num_val": 4, "num_workers": 0}
-        return AtomsDataModule("molecules.db", transforms=transforms, split_file="split.npz", **sizes)
+        return AtomsDataModule(
+            "molecules.db", transforms=transforms, split_file="split.npz", **sizes
+        )
 
     def predict(self, model: Any) -> Tensor:
-        convert = spk.interfaces.AtomsConverter(trn.ASENeighborList(CUTOFF), dtype=torch.float32)
-        return torch.cat([model.model(convert(each))["energy"] for each in MOLECULES[:4]])
+        convert = spk.interfaces.AtomsConverter(
+            trn.ASENeighborList(CUTOFF), dtype=torch.float32
+        )
+        return torch.cat(
+            [model.model(convert(each))["energy"] for each in MOLECULES[:4]]
+        )
 
     def ways(self) -> dict[str, Way]:
         return {**super().ways(), "torch.save(task.model)": self.whole}

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from tests.frameworks.case import Case, Run, Way, quiet
 
-COUNTS = AnnData(np.random.default_rng(0).poisson(3.0, size=(64, 40)).astype(np.float32))
+COUNTS = AnnData(
+    np.random.default_rng(0).poisson(3.0, size=(64, 40)).astype(np.float32)
+)
 scvi.settings.seed = 0  # without it, each run splits the data in another way
 scvi.model.SCVI.setup_anndata(COUNTS)
 
 
 class SCVI(Case):
     within, prefix = "module", "module."
-    arguments: ClassVar = {"exclude_modules": ["l_encoder", "px_r_decoder"]}  # not used by default
+    # not used by default
+    arguments: ClassVar = {"exclude_modules": ["l_encoder", "px_r_decoder"]}
 
     def new(self) -> Any:
         return scvi.model.SCVI(COUNTS, n_hidden=32, n_latent=4)
@@ -29,8 +32,16 @@ class SCVI(Case):
     def load(self, path: Path) -> Any:
         return scvi.model.SCVI.load(path, COUNTS)
 
-    def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Any:
-        model.train(batch_size=16, train_size=0.75, callbacks=callbacks, **quiet(callbacks, folder), **options)
+    def train(
+        self, model: Any, callbacks: list[Any], folder: Path, **options: Any
+    ) -> Any:
+        model.train(
+            batch_size=16,
+            train_size=0.75,
+            callbacks=callbacks,
+            **quiet(callbacks, folder),
+            **options,
+        )
         return model
 
     def remembers(self, model: Any) -> nn.Module:
@@ -40,7 +51,11 @@ class SCVI(Case):
         return torch.from_numpy(model.get_latent_representation())
 
     def ways(self) -> dict[str, Way]:
-        return {"save, load": self.saved, "module.state_dict": self.from_module, "load_state_dict": self.from_state}
+        return {
+            "save, load": self.saved,
+            "module.state_dict": self.from_module,
+            "load_state_dict": self.from_state,
+        }
 
     def from_module(self, run: Run) -> Any:
         model = self.base(run.folder.parent)

@@ -23,15 +23,28 @@ class Prithvi(Case):
             "backbone_bands": BANDS,
             "backbone_num_frames": 1,
             "backbone_img_size": 32,
-            "necks": [{"name": "SelectIndices", "indices": [-1]}, {"name": "ReshapeTokensToImage"}],
+            "necks": [
+                {"name": "SelectIndices", "indices": [-1]},
+                {"name": "ReshapeTokensToImage"},
+            ],
             "decoder": "FCNDecoder",
             "decoder_channels": 32,
             "num_classes": 3,
         }
-        return SemanticSegmentationTask(network, "EncoderDecoderFactory", ignore_index=-1, lr=0.001, plot_on_val=False)
+        return SemanticSegmentationTask(
+            network,
+            "EncoderDecoderFactory",
+            ignore_index=-1,
+            lr=0.001,
+            plot_on_val=False,
+        )
 
     def data(self) -> Any:
-        return DataLoader(StackDataset(image=IMAGES, mask=IMAGES.argmax(1)), batch_size=4, shuffle=True)
+        return DataLoader(
+            StackDataset(image=IMAGES, mask=IMAGES.argmax(1)),
+            batch_size=4,
+            shuffle=True,
+        )
 
     def predict(self, model: Any) -> Tensor:
         """In float64: an untrained backbone shows how float32 rounds."""

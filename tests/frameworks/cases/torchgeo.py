@@ -17,20 +17,29 @@ class ResNet(Case):
     label = "label"
 
     def new(self, **options: Any) -> Any:
-        return ClassificationTask(model="resnet18", in_channels=3, num_classes=5, lr=0.001, **options)
+        return ClassificationTask(
+            model="resnet18", in_channels=3, num_classes=5, lr=0.001, **options
+        )
 
     def labels(self) -> Tensor:
         return torch.arange(16) % 5
 
     def data(self) -> Any:
-        samples = StackDataset(**{"image": noise(16, 3, 32, 32), self.label: self.labels()})
-        return LightningDataModule.from_datasets(samples, samples, batch_size=4)  # the scheduler needs val_loss
+        samples = StackDataset(
+            **{"image": noise(16, 3, 32, 32), self.label: self.labels()}
+        )
+        # the scheduler needs val_loss
+        return LightningDataModule.from_datasets(samples, samples, batch_size=4)
 
     def predict(self, model: Any) -> Tensor:
         return model(noise(16, 3, 32, 32, seed=1))
 
     def ways(self) -> dict[str, Way]:
-        return {**super().ways(), "weights=path": self.as_weights, "model.state_dict": self.saved}
+        return {
+            **super().ways(),
+            "weights=path": self.as_weights,
+            "model.state_dict": self.saved,
+        }
 
     def as_weights(self, run: Run) -> Any:
         """The backbone alone: the head is that of the run."""
@@ -45,7 +54,12 @@ class UNet(ResNet):
 
     def new(self, **options: Any) -> Any:
         return SemanticSegmentationTask(
-            model="unet", backbone="resnet18", in_channels=3, task="multiclass", num_classes=5, lr=0.001
+            model="unet",
+            backbone="resnet18",
+            in_channels=3,
+            task="multiclass",
+            num_classes=5,
+            lr=0.001,
         )
 
     def labels(self) -> Tensor:

@@ -37,8 +37,15 @@ def unet() -> Any:
 
 def text_encoder() -> Any:
     torch.manual_seed(4)
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.CLIPTextConfig(vocab_size=20, max_position_embeddings=16, **sizes)
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = transformers.CLIPTextConfig(
+        vocab_size=20, max_position_embeddings=16, **sizes
+    )
     return transformers.CLIPTextModel(config).eval()
 
 
@@ -51,8 +58,15 @@ def transformer() -> Any:
 
 
 def pixart() -> Any:
-    sizes = {"sample_size": 8, "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2}
-    return diffusers.PixArtTransformer2DModel(**sizes, cross_attention_dim=8, caption_channels=8, norm_num_groups=2)
+    sizes = {
+        "sample_size": 8,
+        "num_layers": 1,
+        "attention_head_dim": 4,
+        "num_attention_heads": 2,
+    }
+    return diffusers.PixArtTransformer2DModel(
+        **sizes, cross_attention_dim=8, caption_channels=8, norm_num_groups=2
+    )
 
 
 @torch.no_grad()
@@ -92,7 +106,10 @@ def loaded(model: Any, path: Path) -> Tensor:
 
 def renamed(folder: Path, change: Callable[[str], str] = str) -> Path:
     """Change the names in a file, and leave out its header."""
-    save_file({change(name): value for name, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    save_file(
+        {change(name): value for name, value in load_file(folder / WEIGHTS).items()},
+        folder / WEIGHTS,
+    )
     return folder
 
 
@@ -100,14 +117,31 @@ def renamed(folder: Path, change: Callable[[str], str] = str) -> Path:
 
 
 PIPELINES: list[tuple[Callable[[], Any], dict[str, Any]]] = [
-    (unet, {"alpha": 5, "target_modules": "all", "use_rslora": True, "rank_pattern": {"to_q": 3}}),
-    (unet, {"target_modules": ["to_v", "conv1"], "use_dora": True, "alpha_pattern": {"to_v": 7}}),
+    (
+        unet,
+        {
+            "alpha": 5,
+            "target_modules": "all",
+            "use_rslora": True,
+            "rank_pattern": {"to_q": 3},
+        },
+    ),
+    (
+        unet,
+        {
+            "target_modules": ["to_v", "conv1"],
+            "use_dora": True,
+            "alpha_pattern": {"to_v": 7},
+        },
+    ),
     (transformer, {"alpha": 5, "init": "pissa"}),
 ]
 
 
 @pytest.mark.parametrize(("build", "config"), PIPELINES)
-def test_a_pipeline_computes_the_same(build: Callable[[], Any], config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_pipeline_computes_the_same(
+    build: Callable[[], Any], config: dict[str, Any], tmp_path: Path
+) -> None:
     model = trained(build(), ll.LoRAConfig(r=2, **config), scale=0.1)
     here = run(model)
     assert (here - run(build())).norm() > 1e-3 * here.norm()
@@ -117,7 +151,8 @@ def test_a_pipeline_computes_the_same(build: Callable[[], Any], config: dict[str
     part = build()
     part.load_lora_adapter(tmp_path, prefix=build.__name__, use_safetensors=True)
     check_equal(run(part), here)
-    for folder in (tmp_path, renamed(tmp_path)):  # the second one as to diffusers before 0.34
+    # the second one as to diffusers before 0.34
+    for folder in (tmp_path, renamed(tmp_path)):
         part = build()
         pipeline(part).load_lora_weights(folder)
         check_equal(run(part), here)
@@ -130,7 +165,9 @@ def test_a_card_says_how_a_pipeline_reads_the_folder(tmp_path: Path) -> None:
     assert card.data.library_name == "diffusers"
     assert card.data.tags == ["base_model:adapter:me/tiny", "lora"]
     assert 'DiffusionPipeline.from_pretrained("me/tiny")\n' in card.text
-    (loading,) = [line for line in card.text.splitlines() if "load_lora_weights" in line]
+    (loading,) = [
+        line for line in card.text.splitlines() if "load_lora_weights" in line
+    ]
     part = unet()
     names = {"pipeline": pipeline(part)}
     exec(loading.replace("path/of/this/folder", str(tmp_path)), names)
@@ -143,28 +180,49 @@ TARGETS = {"target_modules": ["to_q"]}
 @pytest.mark.parametrize(
     ("build", "config", "says"),
     [
-        (unet, {**TARGETS, "modules_to_save": ["conv_out"]}, "would refuse 'conv_out.weight', 'conv_out.bias'"),
-        (lambda: TinyLM(tied=False), {"target_modules": ["q_proj"]}, "TinyLM is none that is known"),
-        (pixart, TARGETS, "PixArtTransformer2DModel is none .*PixArt has none.*PeftModel"),
+        (
+            unet,
+            {**TARGETS, "modules_to_save": ["conv_out"]},
+            "would refuse 'conv_out.weight', 'conv_out.bias'",
+        ),
+        (
+            lambda: TinyLM(tied=False),
+            {"target_modules": ["q_proj"]},
+            "TinyLM is none that is known",
+        ),
+        (
+            pixart,
+            TARGETS,
+            "PixArtTransformer2DModel is none .*PixArt has none.*PeftModel",
+        ),
     ],
 )
-def test_what_a_pipeline_cannot_hold(build: Any, config: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_what_a_pipeline_cannot_hold(
+    build: Any, config: dict[str, Any], says: str, tmp_path: Path
+) -> None:
     model = trained(build(), ll.LoRAConfig(**config))
     ll.save_adapter(model, tmp_path / "a.safetensors")
-    for source, why in ((model, says), (tmp_path / "a.safetensors", r"none that is known.*Load a file onto its model")):
+    for source, why in (
+        (model, says),
+        (tmp_path / "a.safetensors", r"none that is known.*Load a file onto its model"),
+    ):
         with pytest.raises(ll.ExportError, match=why):
             ll.export_peft(source, tmp_path / "out", format="diffusers")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_pipeline_cannot_hold_rows(tmp_path: Path) -> None:
-    config = ll.LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"token_embedding": [1]})
+    config = ll.LoRAConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices={"token_embedding": [1]}
+    )
     model = trained(text_encoder(), config)
     with pytest.raises(ll.ExportError, match=r"Rows .* fit in PEFT's format alone"):
         ll.export_peft(model, tmp_path / "out", format="diffusers")
 
 
-def test_a_folder_of_peft_tells_diffusers_its_scaling_and_its_configuration_may_be_edited(tmp_path: Path) -> None:
+def test_a_folder_of_peft_tells_diffusers_its_scaling_and_its_configuration_may_be_edited(
+    tmp_path: Path,
+) -> None:
     model = trained(unet(), ll.LoRAConfig(r=2, alpha=8, target_modules=["to_q"]))
     part = unet()
     ll.export_peft(model, tmp_path)
@@ -183,16 +241,24 @@ def test_a_folder_of_peft_tells_diffusers_its_scaling_and_its_configuration_may_
 def test_a_file_that_diffusers_wrote(tmp_path: Path) -> None:
     part = unet()
     ranks = {"target_modules": ["to_q", "conv1"], "rank_pattern": {"to_q": 3}}
-    part.add_adapter(LoraConfig(r=2, lora_alpha=6, use_rslora=True, use_dora=True, **ranks))
+    part.add_adapter(
+        LoraConfig(r=2, lora_alpha=6, use_rslora=True, use_dora=True, **ranks)
+    )
     change(part)
     part.save_lora_adapter(tmp_path)
     check_equal(loaded(unet(), tmp_path), run(part))
     assert (run(unet()) - run(part)).norm() > 1e-3 * run(part).norm()
 
 
-@pytest.mark.parametrize(("a", "b"), [(".lora_A.", ".lora_B."), (".lora.down.", ".lora.up.")])
-def test_a_file_without_a_header_is_read_as_diffusers_reads_it(tmp_path: Path, a: str, b: str) -> None:
-    ll.export_peft(trained(unet(), ll.LoRAConfig(r=2, **TARGETS)), tmp_path, format="diffusers")
+@pytest.mark.parametrize(
+    ("a", "b"), [(".lora_A.", ".lora_B."), (".lora.down.", ".lora.up.")]
+)
+def test_a_file_without_a_header_is_read_as_diffusers_reads_it(
+    tmp_path: Path, a: str, b: str
+) -> None:
+    ll.export_peft(
+        trained(unet(), ll.LoRAConfig(r=2, **TARGETS)), tmp_path, format="diffusers"
+    )
     renamed(tmp_path, lambda name: name.replace(".lora_A.", a).replace(".lora_B.", b))
     part = unet()
     pipeline(part).load_lora_weights(tmp_path)
@@ -205,7 +271,9 @@ def parts_in(folder: Path, *, use_dora: bool = False) -> dict[str, Any]:
     models = {"unet": unet(), "text_encoder": text_encoder()}
     given = dict[str, Any]()
     for name, model in models.items():
-        settings = LoraConfig(r=len(name), use_rslora=name == "unet", target_modules=["to_q", "q_proj"])
+        settings = LoraConfig(
+            r=len(name), use_rslora=name == "unet", target_modules=["to_q", "q_proj"]
+        )
         settings.use_dora = use_dora and name == "unet"
         inject_adapter_in_model(settings, model)
         model.peft_config = {"default": settings}
@@ -216,7 +284,8 @@ def parts_in(folder: Path, *, use_dora: bool = False) -> dict[str, Any]:
     return models
 
 
-class DreamBooth(L.LightningModule):  # a UNet and a text encoder that train together, beside other parts
+# a UNet and a text encoder that train together, beside other parts
+class DreamBooth(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
@@ -225,17 +294,32 @@ class DreamBooth(L.LightningModule):  # a UNet and a text encoder that train tog
         self.head = nn.Linear(2, 2)
 
 
-BOTH: dict[str, Any] = {"r": 2, "alpha": 3, "target_modules": ["to_q", "q_proj"], "rank_pattern": {"q_proj": 1}}
+BOTH: dict[str, Any] = {
+    "r": 2,
+    "alpha": 3,
+    "target_modules": ["to_q", "q_proj"],
+    "rank_pattern": {"q_proj": 1},
+}
 BOTH["exclude_modules"] = ["vae"]
 
 
-def test_all_parts_of_a_module_are_written_into_one_file_and_read(tmp_path: Path) -> None:
+def test_all_parts_of_a_module_are_written_into_one_file_and_read(
+    tmp_path: Path,
+) -> None:
     module: Any = trained(DreamBooth(), ll.LoRAConfig(**BOTH), scale=0.1)
     ll.save_adapter(module, tmp_path / "adapter.safetensors")
-    export = ["export", str(tmp_path / "adapter.safetensors"), str(tmp_path / "file"), "--format", "diffusers"]
+    export = [
+        "export",
+        str(tmp_path / "adapter.safetensors"),
+        str(tmp_path / "file"),
+        "--format",
+        "diffusers",
+    ]
     assert main(export) == 0
     ll.export_peft(module, tmp_path / "model", format="diffusers")
-    assert_same_tensors(load_file(tmp_path / "file" / WEIGHTS), load_file(tmp_path / "model" / WEIGHTS))
+    assert_same_tensors(
+        load_file(tmp_path / "file" / WEIGHTS), load_file(tmp_path / "model" / WEIGHTS)
+    )
     whole = pipeline(unet())
     whole.load_lora_weights(tmp_path / "file")
     fresh = DreamBooth()
@@ -246,18 +330,38 @@ def test_all_parts_of_a_module_are_written_into_one_file_and_read(tmp_path: Path
         assert (here - plain).norm() > 1e-3 * plain.norm()
         for other in (whole, fresh):
             check_equal(run(getattr(other, build.__name__)), here)
-    with pytest.raises(ll.ExportError, match=r"'text_encoder\..* outside of 'unet'.*all of them if root is left out"):
+    with pytest.raises(
+        ll.ExportError,
+        match=r"'text_encoder\..* outside of 'unet'.*all of them if root is left out",
+    ):
         ll.export_peft(module, tmp_path / "one", root="unet", format="diffusers")
-    with pytest.warns(ll.LoRAWarning, match="held 'text_encoder' too, which is replaced"):
-        ll.export_peft(trained(unet(), ll.LoRAConfig(**TARGETS)), tmp_path / "file", format="diffusers")
+    with pytest.warns(
+        ll.LoRAWarning, match="held 'text_encoder' too, which is replaced"
+    ):
+        ll.export_peft(
+            trained(unet(), ll.LoRAConfig(**TARGETS)),
+            tmp_path / "file",
+            format="diffusers",
+        )
     module = trained(DreamBooth(), ll.LoRAConfig(**BOTH, modules_to_save=["head"]))
-    with pytest.raises(ll.ExportError, match=r"'head.bias', 'head.weight' .* outside of 'unet', 'text_encoder'"):
+    with pytest.raises(
+        ll.ExportError,
+        match=r"'head.bias', 'head.weight' .* outside of 'unet', 'text_encoder'",
+    ):
         ll.export_peft(module, tmp_path / "one", format="diffusers")
 
 
 def test_a_part_goes_where_its_name_is(tmp_path: Path) -> None:
-    parts: Any = nn.ModuleDict({"unet": unet(), "text_encoder": text_encoder(), "text_encoder_2": text_encoder()})
-    config = ll.LoRAConfig(r=2, target_modules=["q_proj"], exclude_modules=["text_encoder"])
+    parts: Any = nn.ModuleDict(
+        {
+            "unet": unet(),
+            "text_encoder": text_encoder(),
+            "text_encoder_2": text_encoder(),
+        }
+    )
+    config = ll.LoRAConfig(
+        r=2, target_modules=["q_proj"], exclude_modules=["text_encoder"]
+    )
     model: Any = trained(parts, config)
     ll.export_peft(model, tmp_path, format="diffusers")
     ll.load_adapter(parts, tmp_path)
@@ -273,7 +377,10 @@ def test_a_module_or_a_model_gets_its_parts_of_a_file(tmp_path: Path) -> None:
         check_equal(run(getattr(module, build.__name__)), run(models[build.__name__]))
         with pytest.warns(ll.LoRAWarning, match=f"also holds adapters of '{other}'"):
             check_equal(loaded(build(), tmp_path), run(models[build.__name__]))
-    with pytest.raises(ll.AdapterMismatchError, match="several parts of a pipeline: 'text_encoder', 'unet'"):
+    with pytest.raises(
+        ll.AdapterMismatchError,
+        match="several parts of a pipeline: 'text_encoder', 'unet'",
+    ):
         ll.load_adapter(TinyLM(), tmp_path)
     parts_in(tmp_path, use_dora=True)
     with pytest.raises(ll.AdapterFileError, match="parts with other use_dora"):
@@ -281,25 +388,44 @@ def test_a_module_or_a_model_gets_its_parts_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["{", json.dumps({"text_encoder.peft_type": "LOKR"}), json.dumps({"text_encoder.r": "two"})]
+    "header",
+    [
+        "{",
+        json.dumps({"text_encoder.peft_type": "LOKR"}),
+        json.dumps({"text_encoder.r": "two"}),
+    ],
 )
 def test_a_header_that_says_something_else(tmp_path: Path, header: str) -> None:
-    ll.export_peft(trained(text_encoder(), ll.LoRAConfig(target_modules=["q_proj"])), tmp_path, format="diffusers")
+    ll.export_peft(
+        trained(text_encoder(), ll.LoRAConfig(target_modules=["q_proj"])),
+        tmp_path,
+        format="diffusers",
+    )
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {METADATA: header})
     with pytest.raises(ll.AdapterFileError, match=WEIGHTS):
         ll.load_adapter(text_encoder(), tmp_path)
 
 
 def test_a_file_without_a_header_and_without_any_a(tmp_path: Path) -> None:
-    save_file({"text_encoder.q_proj.lora.up.weight": torch.ones(4, 2)}, tmp_path / WEIGHTS)
+    save_file(
+        {"text_encoder.q_proj.lora.up.weight": torch.ones(4, 2)}, tmp_path / WEIGHTS
+    )
     says = pytest.warns(ll.LoRAWarning, match="does not say with which lora_alpha")
-    with says, pytest.raises(ll.AdapterFileError, match="only one of A and B of 'q_proj'"):
-        ll.load_adapter(nn.ModuleDict({"text_encoder": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})}), tmp_path)
+    with (
+        says,
+        pytest.raises(ll.AdapterFileError, match="only one of A and B of 'q_proj'"),
+    ):
+        ll.load_adapter(
+            nn.ModuleDict({"text_encoder": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})}),
+            tmp_path,
+        )
 
 
 def test_a_pipeline_of_adapted_models_is_written_merged(tmp_path: Path) -> None:
     parts: Any = nn.ModuleDict({"unet": unet(), "text_encoder": text_encoder()})
-    parts = trained(parts, ll.LoRAConfig(r=2, target_modules=["to_q", "conv1", "q_proj"]))
+    parts = trained(
+        parts, ll.LoRAConfig(r=2, target_modules=["to_q", "conv1", "q_proj"])
+    )
     whole = pipeline(parts["unet"])
     whole.text_encoder = parts["text_encoder"]
     with pytest.warns(ll.LoRAWarning, match="writes merged weights") as said:

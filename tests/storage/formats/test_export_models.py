@@ -18,17 +18,40 @@ from tests.support.models import Around
 from tests.support.parameters import move_randomly
 from tests.support.peft_export import check_equal, check_read, exports, read, trained
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-DECODER = {**SMALL, "vocab_size": 60, "num_key_value_heads": 2, "max_position_embeddings": 64}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+DECODER = {
+    **SMALL,
+    "vocab_size": 60,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 EXPERTS = {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}
 OTHERS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60},
-    "T5": {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 60},
+    "T5": {
+        "d_model": 32,
+        "d_ff": 48,
+        "d_kv": 8,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 60,
+    },
     "Bert": {**SMALL, "vocab_size": 60},
     "Falcon": {**SMALL, "vocab_size": 60, "bias": True},
     "Gemma3Text": {**DECODER, "head_dim": 8},
     "GptOss": {**EXPERTS, "head_dim": 8, "sliding_window": 8},
-    "Jamba": {**DECODER, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "Jamba": {
+        **DECODER,
+        "num_experts": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
 }
 IDS = torch.arange(2, 14).view(2, 6)
 version = Version(transformers.__version__)
@@ -37,13 +60,18 @@ DOUBLE = {"dtype" if version >= Version("4.56") else "torch_dtype": torch.float6
 
 
 def tiny(kind: str, head: str) -> Any:
-    """A tiny model with random weights. Biases and norms are not at their start either."""
+    """A tiny model with random weights.
+
+    Biases and norms are not at their start either.
+    """
     if kind == "Mixtral" and is_old:
         pytest.skip("its experts are modules there, each with linear layers")
     if not hasattr(transformers, f"{kind}Config"):
         pytest.skip("a later transformers has it")
     settings = EXPERTS if kind == "Mixtral" else OTHERS.get(kind, DECODER)
-    config = getattr(transformers, f"{kind}Config")(**settings, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    config = getattr(transformers, f"{kind}Config")(
+        **settings, pad_token_id=0, bos_token_id=1, eos_token_id=1
+    )
     model = getattr(transformers, kind + head)(config).eval()
     move_randomly(model.parameters(), 0.1)
     return model
@@ -64,34 +92,71 @@ def load_adapter(base: Any, directory: Path) -> nn.Module:
     return model.eval()
 
 
-T5 = ["q", "v"] if is_old else ["q", "v", "shared"]  # encoder and decoder use one embedding layer there
+# encoder and decoder use one embedding layer there
+T5 = ["q", "v"] if is_old else ["q", "v", "shared"]
 STACKS = ["gate_up_proj", "down_proj"]
 CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("Qwen2", "ForCausalLM", {"target_modules": "all-linear", "bias": "all", "alpha": 5, "init": "pissa"}),
-    ("GPT2", "LMHeadModel", {"target_slices": {"c_attn": ["q", "v"]}, "target_modules": ["c_attn", "mlp.c_fc"]}),
+    (
+        "Qwen2",
+        "ForCausalLM",
+        {"target_modules": "all-linear", "bias": "all", "alpha": 5, "init": "pissa"},
+    ),
+    (
+        "GPT2",
+        "LMHeadModel",
+        {
+            "target_slices": {"c_attn": ["q", "v"]},
+            "target_modules": ["c_attn", "mlp.c_fc"],
+        },
+    ),
     ("T5", "ForConditionalGeneration", {"target_modules": T5, "use_rslora": True}),
-    ("Bert", "ForSequenceClassification", {"modules_to_save": ["classifier"], "bias": "lora_only"}),
-    ("Falcon", "ForCausalLM", {"target_modules": "all-linear", "use_dora": True}),  # x @ W.T + b, in its own forward
-    ("Gemma3Text", "Model", {"target_modules": ["embed_tokens", "q_proj"], "alpha": 3}),  # scaled embeddings
-    ("Mixtral", "ForCausalLM", {"target_modules": ["q_proj"], "target_parameters": [*STACKS, "gate.weight"]}),
+    (
+        "Bert",
+        "ForSequenceClassification",
+        {"modules_to_save": ["classifier"], "bias": "lora_only"},
+    ),
+    # x @ W.T + b, in its own forward
+    ("Falcon", "ForCausalLM", {"target_modules": "all-linear", "use_dora": True}),
+    # scaled embeddings
+    ("Gemma3Text", "Model", {"target_modules": ["embed_tokens", "q_proj"], "alpha": 3}),
+    (
+        "Mixtral",
+        "ForCausalLM",
+        {"target_modules": ["q_proj"], "target_parameters": [*STACKS, "gate.weight"]},
+    ),
     ("GptOss", "ForCausalLM", {"target_modules": [], "target_parameters": STACKS}),
     ("Jamba", "ForCausalLM", {"target_modules": "all-linear"}),  # a state-space hybrid
     ("Lfm2", "ForCausalLM", {"target_modules": "all-linear"}),  # short convolutions
     ("Olmoe", "ForCausalLM", {"target_modules": "all-linear"}),
     ("Cohere2", "ForCausalLM", {"target_modules": "all-linear"}),  # a tied head
-    ("Persimmon", "ForCausalLM", {"target_modules": "all-linear"}),  # one layer for q, k and v
+    # one layer for q, k and v
+    ("Persimmon", "ForCausalLM", {"target_modules": "all-linear"}),
     ("StableLm", "ForCausalLM", {"target_modules": "all-linear"}),
-    ("Llama", "ForCausalLM", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
-    ("Llama", "ForCausalLM", {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"v_proj": 5}}),
+    (
+        "Llama",
+        "ForCausalLM",
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    ),
+    (
+        "Llama",
+        "ForCausalLM",
+        {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"v_proj": 5}},
+    ),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:For .* pass uniform=True|The folder holds:lightning_lora.LoRAWarning")
-@pytest.mark.filterwarnings("ignore:llama.cpp does not|.* would leave out:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:For .* pass uniform=True|The folder holds:lightning_lora.LoRAWarning"
+)
+@pytest.mark.filterwarnings(
+    "ignore:llama.cpp does not|.* would leave out:lightning_lora.LoRAWarning"
+)
 @pytest.mark.filterwarnings("ignore:.*may be untrained:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize(("kind", "head", "config"), CASES)
 @torch.no_grad()
-def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_models_inside_a_lightning_module(
+    kind: str, head: str, config: dict[str, Any], tmp_path: Path
+) -> None:
     base = tiny(kind, head)
     model = trained(Around(base), LoRAConfig(**{"r": 2} | config), scale=0.1)
     here = run(model.model)
@@ -103,24 +168,39 @@ def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str
 
 
 SCALED: list[tuple[dict[str, Any], str]] = [
-    ({"rank_pattern": {"v_proj": 1}, "alpha": 2, "alpha_pattern": {"v_proj": 1}}, "^For llama.cpp, pass"),
-    ({"rank_pattern": {"v_proj": 1}, "alpha": 2}, "^For vLLM, SGLang, TGI, LoRAX, pass"),
-    ({"alpha_pattern": {"v_proj": 4}}, "^For vLLM, SGLang, TGI, LoRAX, llama.cpp, pass"),
+    (
+        {"rank_pattern": {"v_proj": 1}, "alpha": 2, "alpha_pattern": {"v_proj": 1}},
+        "^For llama.cpp, pass",
+    ),
+    (
+        {"rank_pattern": {"v_proj": 1}, "alpha": 2},
+        "^For vLLM, SGLang, TGI, LoRAX, pass",
+    ),
+    (
+        {"alpha_pattern": {"v_proj": 4}},
+        "^For vLLM, SGLang, TGI, LoRAX, llama.cpp, pass",
+    ),
     ({"use_rslora": True}, "^For SGLang, llama.cpp, pass"),
 ]
 
 
 @pytest.mark.parametrize(("config", "says"), SCALED)
-def test_readers_that_would_scale_otherwise_are_named(config: Any, says: str, tmp_path: Path) -> None:
+def test_readers_that_would_scale_otherwise_are_named(
+    config: Any, says: str, tmp_path: Path
+) -> None:
     """vLLM scales all layers by one number, llama.cpp by lora_alpha over the rank of each A."""
     base = tiny("Llama", "ForCausalLM")
-    model = trained(base, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], **config))
+    model = trained(
+        base, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], **config)
+    )
     export_peft(model, tmp_path / "uniform", uniform=True)  # without a word
     with pytest.warns(LoRAWarning, match=says):
         export_peft(model, tmp_path / "peft")
 
 
-@pytest.mark.filterwarnings("ignore:The folder holds 'model.lm_head' whole:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:The folder holds 'model.lm_head' whole:lightning_lora.LoRAWarning"
+)
 @pytest.mark.parametrize("uniform", [False, True])
 @torch.no_grad()
 def test_a_tied_weight_that_trains_whole(tmp_path: Path, uniform: bool) -> None:
@@ -175,7 +255,9 @@ def test_minilm(tmp_path: Path) -> None:
     """A pretrained model, which transformers' Auto class loads with its adapters."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     base = pretrained_minilm()
-    model = trained(Around(base), LoRAConfig(r=8, target_modules=["query", "value"]), scale=0.02)
+    model = trained(
+        Around(base), LoRAConfig(r=8, target_modules=["query", "value"]), scale=0.02
+    )
     export_peft(model, tmp_path / "peft")  # which names the base's folder
     found = transformers.AutoModel.from_pretrained(tmp_path / "peft", **DOUBLE).eval()
     check_equal(run(found), run(model.model))

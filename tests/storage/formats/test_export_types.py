@@ -26,18 +26,27 @@ from tests.support.storage import rewrite
 if not hasattr(hf, "Glm4MoeConfig") or int(hf.__version__.partition(".")[0]) < 5:
     pytest.skip("experts are modules there", allow_module_level=True)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* would leave out:lightning_lora.LoRAWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* would leave out:lightning_lora.LoRAWarning"
+)
 
 WeightRenaming = pytest.importorskip("transformers.core_model_loading").WeightRenaming
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}
-DECODER = {**SMALL, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+DECODER = {
+    **SMALL,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 EXPERTS = {**DECODER, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
 GATED = ["gate_proj", "up_proj", "down_proj"]
 EACH = ["experts.gate_up_proj", "experts.down_proj"]
 MOE = ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]})
 MAMBA = ("Mamba", {**SMALL, "state_size": 4})
-NOT_AS_PARAMETER = "layers.0.mlp.down_proj.*experts .*'qwen3_moe'.*use_dora=False and dropout=0"
+NOT_AS_PARAMETER = (
+    "layers.0.mlp.down_proj.*experts .*'qwen3_moe'.*use_dora=False and dropout=0"
+)
 CASES: list[tuple[tuple[str, dict[str, Any]], dict[str, Any], str]] = [
     (MOE, {"use_dora": True}, NOT_AS_PARAMETER),
     (MOE, {"dropout": 0.1}, NOT_AS_PARAMETER),
@@ -66,10 +75,16 @@ def assert_moved(model: Any, base: Any) -> None:
     assert (run(model) - plain).norm() > 1e-4 * plain.norm()
 
 
-@pytest.mark.filterwarnings("ignore:target_modules=|For .* pass uniform=True:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:target_modules=|For .* pass uniform=True:lightning_lora.LoRAWarning"
+)
 @pytest.mark.parametrize(("model", "config", "match"), CASES)
 def test_what_peft_does_not_hold_is_named(
-    model: tuple[str, dict[str, Any]], config: dict[str, Any], match: str, tmp_path: Path, caplog: Any
+    model: tuple[str, dict[str, Any]],
+    config: dict[str, Any],
+    match: str,
+    tmp_path: Path,
+    caplog: Any,
 ) -> None:
     caplog.set_level(logging.INFO)
     base = tiny(*model)
@@ -87,12 +102,16 @@ ADVISED: list[tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = [
 
 
 @pytest.mark.filterwarnings(
-    "ignore:target_modules=|For .* pass uniform=True|.* would leave out:lightning_lora.LoRAWarning"
+    "ignore:target_modules=|For .* pass uniform=True|.* would leave "
+    "out:lightning_lora.LoRAWarning"
 )
 @pytest.mark.parametrize(("model", "config"), ADVISED)
 @torch.no_grad()
 def test_the_advice_on_what_peft_does_not_hold_is_right(
-    model: tuple[str, dict[str, Any]], config: dict[str, Any], tmp_path: Path, caplog: Any
+    model: tuple[str, dict[str, Any]],
+    config: dict[str, Any],
+    tmp_path: Path,
+    caplog: Any,
 ) -> None:
     caplog.set_level(logging.INFO)
     base = tiny(*model)
@@ -116,8 +135,20 @@ def check_arrives(base: Any, config: dict[str, Any], tmp_path: Path) -> None:
 # Layers that peft takes for experts
 
 
-LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
-ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+ROUTED = {
+    **EXPERTS,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
 LINEAR = {
     **LAYERS,
@@ -129,17 +160,29 @@ LINEAR = {
 BESIDE_EXPERTS = {
     "DeepseekV3": {**ROUTED, **LATENT},
     "Glm4Moe": {**ROUTED, "head_dim": 8},
-    "Qwen3Next": {**EXPERTS, **LINEAR, "num_experts": 4, "shared_expert_intermediate_size": 8, "head_dim": 8},
+    "Qwen3Next": {
+        **EXPERTS,
+        **LINEAR,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 8,
+        "head_dim": 8,
+    },
     "Ernie4_5_Moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2},
     "Dots1": {**ROUTED, "n_shared_experts": 1},
 }
 
 
-@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:For .* pass uniform=True:lightning_lora.LoRAWarning"
+)
 @pytest.mark.parametrize("kind", BESIDE_EXPERTS)
-@pytest.mark.parametrize("config", [{}, {"use_rslora": True, "rank_pattern": {"up_proj": 3}, "bias": "all"}])
+@pytest.mark.parametrize(
+    "config", [{}, {"use_rslora": True, "rank_pattern": {"up_proj": 3}, "bias": "all"}]
+)
 @torch.no_grad()
-def test_the_default_arrives_beside_experts(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_the_default_arrives_beside_experts(
+    kind: str, config: dict[str, Any], tmp_path: Path
+) -> None:
     base = tiny(kind, BESIDE_EXPERTS[kind])
     check_arrives(base, config, tmp_path)
     written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -150,21 +193,39 @@ def test_the_default_arrives_beside_experts(kind: str, config: dict[str, Any], t
 # Tensors that peft gives other names
 
 
-LAGUNA = {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8, "head_dim": 8}
+LAGUNA = {
+    **EXPERTS,
+    "num_experts": 4,
+    "shared_expert_intermediate_size": 8,
+    "head_dim": 8,
+}
 
 
-@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
-@pytest.mark.parametrize("config", [{}, {"target_modules": "all"}, {"exclude_modules": GATED, "use_dora": True}])
+@pytest.mark.filterwarnings(
+    "ignore:For .* pass uniform=True:lightning_lora.LoRAWarning"
+)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"target_modules": "all"}, {"exclude_modules": GATED, "use_dora": True}],
+)
 @torch.no_grad()
-def test_tensors_are_written_under_names_that_arrive(config: dict[str, Any], tmp_path: Path) -> None:
+def test_tensors_are_written_under_names_that_arrive(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
     check_arrives(tiny("Laguna", LAGUNA), config, tmp_path)
 
 
 @torch.no_grad()
-def test_what_no_name_in_a_file_becomes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_name_in_a_file_becomes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = trained(tiny("Laguna", LAGUNA), ll.LoRAConfig(r=2))
-    monkeypatch.setattr(WeightRenaming, "reverse_transform", deepcopy)  # it does not know the way back
-    with pytest.raises(ll.ExportError, match=r"shared_experts.gate_proj'.* PEFT gives .* other names .*'laguna'"):
+    # it does not know the way back
+    monkeypatch.setattr(WeightRenaming, "reverse_transform", deepcopy)
+    with pytest.raises(
+        ll.ExportError,
+        match=r"shared_experts.gate_proj'.* PEFT gives .* other names .*'laguna'",
+    ):
         ll.export_peft(model, tmp_path / "peft")
 
 
@@ -175,16 +236,25 @@ def test_a_tensor_beside_factors_that_does_not_arrive_is_refused(
     converts = pytest.importorskip("peft.utils.transformers_weight_conversion")
     known = converts.get_model_conversion_mapping
     more = WeightRenaming("lora_magnitude_vector", "scale")
-    monkeypatch.setattr(converts, "get_model_conversion_mapping", lambda model: [*known(model), more])
-    model = trained(tiny("Laguna", LAGUNA), ll.LoRAConfig(r=2, use_dora=True, exclude_modules=GATED))
-    with pytest.raises(ll.ExportError, match=r"lora_magnitude_vector.weight'.* other names .*: they would not arrive"):
+    monkeypatch.setattr(
+        converts, "get_model_conversion_mapping", lambda model: [*known(model), more]
+    )
+    model = trained(
+        tiny("Laguna", LAGUNA), ll.LoRAConfig(r=2, use_dora=True, exclude_modules=GATED)
+    )
+    with pytest.raises(
+        ll.ExportError,
+        match=r"lora_magnitude_vector.weight'.* other names .*: they would not arrive",
+    ):
         ll.export_peft(model, tmp_path / "peft")
 
 
 # Files, which say of which models they are
 
 
-@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:For .* pass uniform=True:lightning_lora.LoRAWarning"
+)
 @pytest.mark.parametrize("kind", ["Laguna", "Glm4Moe"])
 @torch.no_grad()
 def test_a_file_is_written_for_its_type_of_model(kind: str, tmp_path: Path) -> None:
@@ -201,7 +271,9 @@ def test_a_file_gives_the_same_folder_if_tensors_are_renamed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}])
-def test_one_class_of_models_serves_two_types(config: dict[str, Any], tmp_path: Path) -> None:
+def test_one_class_of_models_serves_two_types(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
     """PEFT takes no layer of a Sarvam MoE for experts, as it does with a GLM-4 MoE, whose class it has."""
     pytest.importorskip("transformers.models.sarvam_moe")
     type_of_model = hf.AutoConfig.for_model("sarvam_moe", **BESIDE_EXPERTS["Glm4Moe"])
@@ -212,30 +284,48 @@ def test_one_class_of_models_serves_two_types(config: dict[str, Any], tmp_path: 
     check_equal(run(read(base, tmp_path / "of_file")), here)
 
 
-@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings(
+    "ignore:For .* pass uniform=True:lightning_lora.LoRAWarning"
+)
 @torch.no_grad()
 def test_a_file_of_0_2_0_does_not_say_its_type(tmp_path: Path) -> None:
-    base = tiny("Qwen2Moe", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8})
+    base = tiny(
+        "Qwen2Moe", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8}
+    )
     model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
     file = tmp_path / "adapter.safetensors"
     ll.save_adapter(model, file)
     rewrite(file, of_0_2_0)
-    with pytest.warns(ll.LoRAWarning, match=r"does not say for which type .*Load the file onto its model"):
+    with pytest.warns(
+        ll.LoRAWarning,
+        match=r"does not say for which type .*Load the file onto its model",
+    ):
         ll.export_peft(file, tmp_path / "peft")
     check_equal(run(read(base, tmp_path / "peft")), run(model))
 
 
-@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
-def test_without_peft_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:For .* pass uniform=True:lightning_lora.LoRAWarning"
+)
+def test_without_peft_nobody_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)  # it is not installed
     model = trained(tiny(*MAMBA), ll.LoRAConfig(r=2))
-    with pytest.warns(ll.LoRAWarning, match="onto a mamba. PEFT is not installed here.* Install peft"):
+    with pytest.warns(
+        ll.LoRAWarning, match="onto a mamba. PEFT is not installed here.* Install peft"
+    ):
         ll.export_peft(model, tmp_path / "peft")
 
 
 def vlm() -> Any:
     """Gemma 3, whose vision tower has a pooling head with an nn.MultiheadAttention."""
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = hf.Gemma3Config(
         text_config={**DECODER, "head_dim": 8, "vocab_size": 60},
         vision_config={**vision, "image_size": 8, "patch_size": 4},
@@ -257,10 +347,14 @@ def zero_updates_of(model: Any, name: str) -> None:
 def test_updates_of_zero_that_peft_cannot_hold_are_left_out(tmp_path: Path) -> None:
     base = vlm()
     model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
-    with pytest.raises(ll.ExportError, match=r"head.attention.*adds the update .* twice"):
+    with pytest.raises(
+        ll.ExportError, match=r"head.attention.*adds the update .* twice"
+    ):
         ll.export_peft(model, tmp_path / "peft")
     zero_updates_of(model, "vision_tower")  # it was trained on text
-    with pytest.warns(ll.LoRAWarning, match="head.attention' have updates of zero.*left out") as told:
+    with pytest.warns(
+        ll.LoRAWarning, match="head.attention' have updates of zero.*left out"
+    ) as told:
         ll.export_peft(model, tmp_path / "peft")
     assert len(told) == 1
     assert_moved(model, base)
@@ -275,6 +369,9 @@ def test_updates_of_zero_that_peft_cannot_hold_are_left_out(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["logger", "BertConfig", "nothing", "BertPooler"])
 def test_what_a_file_calls_its_model_is_not_made_unless_it_is_one(name: str) -> None:
-    classes = (f"transformers.models.bert.modeling_bert.{name}", "transformers.modeling_utils.PreTrainedModel")
+    classes = (
+        f"transformers.models.bert.modeling_bert.{name}",
+        "transformers.modeling_utils.PreTrainedModel",
+    )
     with pytest.raises(ImportError, match=f"transformers has no model {name}"):
         shell_of({"": StoredModule(classes)})

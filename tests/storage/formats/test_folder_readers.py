@@ -35,7 +35,9 @@ def lines(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return lines_of
 
 
-def exported(folder: Path, kind: str = "Llama", uniform: bool = False, **config: Any) -> str:
+def exported(
+    folder: Path, kind: str = "Llama", uniform: bool = False, **config: Any
+) -> str:
     """A folder of a tiny language model. Returns what the export warned of."""
     usual = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
     base = tiny(kind, "ForCausalLM")
@@ -70,8 +72,13 @@ def test_what_trains_whole_is_named(lines: Any, tmp_path: Path) -> None:
     exported(tmp_path, modules_to_save=["norm", "lm_head"])
     found = lines(tmp_path)
     assert found["PEFT"] == found["transformers"] == TAKES_IT
-    assert found["SGLang"] == "ignores whole heads ('lm_head'), whole norms ('model.norm')"
-    assert found["llama.cpp"] == "refuses whole heads ('lm_head'); ignores whole norms ('model.norm')"
+    assert (
+        found["SGLang"] == "ignores whole heads ('lm_head'), whole norms ('model.norm')"
+    )
+    assert (
+        found["llama.cpp"]
+        == "refuses whole heads ('lm_head'); ignores whole norms ('model.norm')"
+    )
 
 
 def test_each_other_kind_is_named(lines: Any, tmp_path: Path) -> None:
@@ -80,11 +87,17 @@ def test_each_other_kind_is_named(lines: Any, tmp_path: Path) -> None:
     assert found["vLLM"].startswith("refuses DoRA, biases")
     assert found["TGI"] == "ignores DoRA, biases"
     exported(tmp_path / "embedding", target_modules=["embed_tokens"])
-    assert lines(tmp_path / "embedding")["LoRAX"] == "ignores adapted embeddings ('model.embed_tokens')"
+    assert (
+        lines(tmp_path / "embedding")["LoRAX"]
+        == "ignores adapted embeddings ('model.embed_tokens')"
+    )
     exported(tmp_path / "experts", kind="Mixtral", target_parameters=["down_proj"])
     found = lines(tmp_path / "experts")
     assert found["PEFT"] == TAKES_IT
-    assert found["llama.cpp"] == "not known: experts ('model.layers.0.mlp.experts', 'model.layers.1.mlp.experts')"
+    assert (
+        found["llama.cpp"]
+        == "not known: experts ('model.layers.0.mlp.experts', 'model.layers.1.mlp.experts')"
+    )
 
 
 ALPHA_OF_ONE = {"alpha_pattern": {"0.mlp.experts.down_proj": 7}}
@@ -115,49 +128,78 @@ def test_trained_rows_are_named(lines: Any, tmp_path: Path) -> None:
     exported(tmp_path, trainable_token_indices={"embed_tokens": [1, 2]})
     found = lines(tmp_path)
     assert found["PEFT"] == TAKES_IT
-    assert found["vLLM"] == found["llama.cpp"] == "refuses trained rows ('model.embed_tokens')"
+    assert (
+        found["vLLM"]
+        == found["llama.cpp"]
+        == "refuses trained rows ('model.embed_tokens')"
+    )
 
 
 def test_another_alpha_of_single_experts_is_named(lines: Any, tmp_path: Path) -> None:
     exported(tmp_path, "Mixtral", target_parameters=["down_proj"], **ALPHA_OF_ONE)
     found = lines(tmp_path)
     for reader in ("vLLM", "SGLang", "TGI", "LoRAX", "llama.cpp"):
-        assert found[reader].startswith("scales otherwise: alphas of single layers"), reader
+        assert found[reader].startswith("scales otherwise: alphas of single layers"), (
+            reader
+        )
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # which peft asks for
+# which peft asks for
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_folder_that_peft_wrote_is_read(lines: Any, tmp_path: Path) -> None:
     config = peft.LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4}, modules_to_save=["norm"]
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"v_proj": 4},
+        modules_to_save=["norm"],
     )
     peft.get_peft_model(tiny("Llama", "ForCausalLM"), config).save_pretrained(tmp_path)
     found = lines(tmp_path)
     assert found["transformers"] == TAKES_IT
     norm = "model.layers.0.input_layernorm"
-    assert found["vLLM"].startswith(f"scales otherwise: ranks of single layers; refuses whole norms ({norm!r}")
+    assert found["vLLM"].startswith(
+        f"scales otherwise: ranks of single layers; refuses whole norms ({norm!r}"
+    )
     assert found["llama.cpp"].startswith(f"ignores whole norms ({norm!r}")
 
 
 def test_a_head_with_a_bias_is_no_norm(lines: Any, tmp_path: Path) -> None:
-    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)})
-    export_peft(trained(model, LoRAConfig(r=2, target_modules=["layer"], modules_to_save=["head"])), tmp_path)
+    model = torch.nn.ModuleDict(
+        {"layer": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)}
+    )
+    export_peft(
+        trained(
+            model, LoRAConfig(r=2, target_modules=["layer"], modules_to_save=["head"])
+        ),
+        tmp_path,
+    )
     assert lines(tmp_path)["SGLang"] == "ignores whole heads ('head')"
 
 
-ADVICE = "holds no adapters in PEFT's format. Pass a folder that PEFT reads. From a file of this package"
+ADVICE = (
+    "holds no adapters in PEFT's format. Pass a folder that PEFT reads. From a file of "
+    "this package"
+)
 
 
-def test_a_folder_or_a_file_without_adapters_of_pefts_is_told_how_to_get_one(capsys: Any, tmp_path: Path) -> None:
+def test_a_folder_or_a_file_without_adapters_of_pefts_is_told_how_to_get_one(
+    capsys: Any, tmp_path: Path
+) -> None:
     def says(path: Path) -> str:
         assert main(["readers", str(path)]) == 1
         return " ".join(capsys.readouterr().err.split())
 
-    save_adapter(trained(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoRAConfig(r=2)), tmp_path / "a.safetensors")
+    save_adapter(
+        trained(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoRAConfig(r=2)),
+        tmp_path / "a.safetensors",
+    )
     assert f"{tmp_path} {ADVICE}" in says(tmp_path)
     assert f"{tmp_path / 'a.safetensors'} {ADVICE}" in says(tmp_path / "a.safetensors")
 
 
-def test_the_advice_on_what_is_no_folder_is_for_this_command(capsys: Any, tmp_path: Path) -> None:
+def test_the_advice_on_what_is_no_folder_is_for_this_command(
+    capsys: Any, tmp_path: Path
+) -> None:
     text = tmp_path / "README.md"
     text.write_text("# Adapters")
     assert main(["readers", str(text)]) == 1
@@ -172,4 +214,6 @@ def test_what_is_no_folder_of_pefts_is_an_error(capsys: Any, tmp_path: Path) -> 
     save_file({"weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     assert main(["readers", str(tmp_path)]) == 1
-    assert "holds no adapters in PEFT's format" in " ".join(capsys.readouterr().err.split())
+    assert "holds no adapters in PEFT's format" in " ".join(
+        capsys.readouterr().err.split()
+    )

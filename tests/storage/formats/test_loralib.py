@@ -37,11 +37,15 @@ class Plain(nn.Module):
 class Theirs(Plain):
     """The same, of loralib's layers."""
 
-    def __init__(self, enabled: tuple[bool, ...] = (True, False, True), r: int = 2) -> None:
+    def __init__(
+        self, enabled: tuple[bool, ...] = (True, False, True), r: int = 2
+    ) -> None:
         super().__init__()
         self.embed = loralib.Embedding(12, 8, r=r, lora_alpha=6)
         self.linear = loralib.Linear(8, 8, r=r, lora_alpha=6)
-        self.c_attn = loralib.MergedLinear(8, 24, r=r, lora_alpha=6, enable_lora=list(enabled))
+        self.c_attn = loralib.MergedLinear(
+            8, 24, r=r, lora_alpha=6, enable_lora=list(enabled)
+        )
 
 
 @torch.no_grad()
@@ -60,15 +64,20 @@ SLICES = {"c_attn": ["q", "v"]}
 
 
 @pytest.mark.parametrize(
-    ("enabled", "slices", "r"), [((True, False, True), ["q", "v"], 16), ((False, True, False), ["k"], 2)]
+    ("enabled", "slices", "r"),
+    [((True, False, True), ["q", "v"], 16), ((False, True, False), ["k"], 2)],
 )
-def test_outputs_are_those_of_loralib(tmp_path: Path, enabled: Any, slices: list[str], r: int) -> None:
+def test_outputs_are_those_of_loralib(
+    tmp_path: Path, enabled: Any, slices: list[str], r: int
+) -> None:
     theirs = trained(Theirs(enabled, r), built(Plain))
     torch.save(loralib.lora_state_dict(theirs), tmp_path / "a.bin")
     loaded = built(Plain)
     around = Around(built(Plain)).eval()
     for model in (loaded, around):
-        ll.load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices={"c_attn": slices})
+        ll.load_adapter(
+            model, tmp_path / "a.bin", alpha=6, target_slices={"c_attn": slices}
+        )
         assert gap(model(INDEX), theirs(INDEX)) < 1e-5
 
 
@@ -78,7 +87,9 @@ def as_it_is(held: dict[str, Tensor]) -> dict[str, Any]:
 
 def wrapped(held: dict[str, Tensor]) -> dict[str, Any]:
     """As training loops write a model inside DistributedDataParallel."""
-    return {"model_state_dict": {f"module.{name}": value for name, value in held.items()}}
+    return {
+        "model_state_dict": {f"module.{name}": value for name, value in held.items()}
+    }
 
 
 @pytest.mark.parametrize("write", [as_it_is, wrapped])
@@ -107,10 +118,15 @@ def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
     config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=12, n_positions=8)
     model = built(lambda: GPT2Model(config))
     expected = built(lambda: GPT2Model(config))
-    theirs = loralib.MergedLinear(8, 24, r=2, lora_alpha=4, enable_lora=[True, False, True], fan_in_fan_out=True)
+    theirs = loralib.MergedLinear(
+        8, 24, r=2, lora_alpha=4, enable_lora=[True, False, True], fan_in_fan_out=True
+    )
     expected.h[0].attn.c_attn = trained(theirs, expected.h[0].attn.c_attn)
     held = loralib.lora_state_dict(expected)
-    torch.save({f"transformer.{name}": value for name, value in held.items()}, tmp_path / "a.pt")
+    torch.save(
+        {f"transformer.{name}": value for name, value in held.items()},
+        tmp_path / "a.pt",
+    )
     around = nn.ModuleDict({"transformer": model})
     ll.load_adapter(around, tmp_path / "a.pt", alpha=4, target_slices=SLICES)
     assert gap(model(INDEX), expected(INDEX)) < 1e-5
@@ -127,17 +143,39 @@ def test_alpha_of_other_files_is_in_them(tmp_path: Path, name: str) -> None:
 
 SAID: dict[str, Any] = {"alpha": 6, "target_slices": SLICES}
 CASES: list[tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]] = [
-    ({}, {"alpha": None}, ll.ConfigError, r"is in no file: load_adapter.*inject_adapters"),
-    ({}, {"target_slices": None}, ll.AdapterMismatchError, r"MergedLinear.*enable_lora.*'c_attn'"),
-    ({}, {"target_slices": {"c_attn": ["q", "k", "v"]}}, ll.AdapterMismatchError, "2 slices.*name 3"),
+    (
+        {},
+        {"alpha": None},
+        ll.ConfigError,
+        r"is in no file: load_adapter.*inject_adapters",
+    ),
+    (
+        {},
+        {"target_slices": None},
+        ll.AdapterMismatchError,
+        r"MergedLinear.*enable_lora.*'c_attn'",
+    ),
+    (
+        {},
+        {"target_slices": {"c_attn": ["q", "k", "v"]}},
+        ll.AdapterMismatchError,
+        "2 slices.*name 3",
+    ),
     ({}, {"target_slices": {**SLICES, "c_proj": ["q"]}}, ll.TargetError, "c_proj"),
-    ({"linear.lora_A": torch.ones(2, 8, 1)}, {}, ll.AdapterMismatchError, "MergedLinear and Embedding"),
+    (
+        {"linear.lora_A": torch.ones(2, 8, 1)},
+        {},
+        ll.AdapterMismatchError,
+        "MergedLinear and Embedding",
+    ),
     ({"linear.weight": torch.ones(8, 8)}, {}, ll.BaseMismatchError, "'linear.weight'"),
 ]
 
 
 @pytest.mark.parametrize(("change", "arguments", "error", "match"), CASES)
-def test_what_does_not_fit(tmp_path: Path, change: Any, arguments: Any, error: type[Exception], match: str) -> None:
+def test_what_does_not_fit(
+    tmp_path: Path, change: Any, arguments: Any, error: type[Exception], match: str
+) -> None:
     theirs = trained(Theirs(), built(Plain))
     torch.save({**loralib.lora_state_dict(theirs), **change}, tmp_path / "a.bin")
     model = built(Plain)

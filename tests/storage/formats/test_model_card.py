@@ -18,10 +18,15 @@ from tests.storage.formats.test_export_models import run, tiny
 from tests.support.models import Around, LitTiny, data, lora, trainer
 from tests.support.peft_export import check_equal, contents, trained
 
-CONFIG = ll.LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], use_rslora=True)
+CONFIG = ll.LoRAConfig(
+    r=2, alpha=4, target_modules=["q_proj", "v_proj"], use_rslora=True
+)
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # which peft asks for
+    pytest.mark.filterwarnings(
+        "ignore:For .* pass uniform=True:lightning_lora.LoRAWarning"
+    ),
+    # which peft asks for
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
 
 
@@ -54,7 +59,9 @@ def base(tmp_path: Path) -> Any:
 
 
 def test_a_hub_reads_what_it_reads_of_pefts_card(base: Any, tmp_path: Path) -> None:
-    ll.export_peft(trained(Around(base), CONFIG), tmp_path / "ours", base_name="me/tiny")
+    ll.export_peft(
+        trained(Around(base), CONFIG), tmp_path / "ours", base_name="me/tiny"
+    )
     base.config._name_or_path = "me/tiny"
     base.name_or_path = "me/tiny"
     (tmp_path / "theirs").mkdir()
@@ -92,23 +99,41 @@ def test_its_code_builds_the_base_where_a_head_trained(tmp_path: Path) -> None:
     tiny("Bert", "Model").save_pretrained(tmp_path / "base")
     build = transformers.BertForSequenceClassification.from_pretrained
     base = build(tmp_path / "base", num_labels=3).eval()
-    model = trained(base, ll.LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
+    model = trained(
+        base,
+        ll.LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]),
+    )
     ll.export_peft(model, tmp_path / "peft")
     loading, _ = blocks(tmp_path / "peft")
     path = repr(str(tmp_path / "base"))
-    assert f"base = BertForSequenceClassification.from_pretrained({path})    # as for the training" in loading
+    assert (
+        f"base = BertForSequenceClassification.from_pretrained({path})    # as for the "
+        "training" in loading
+    )
     found = execute(loading.replace(path, f"{path}, num_labels=3"))["model"].eval()
     check_equal(run(found), run(model))
 
 
-def test_a_folder_of_this_machine_is_no_repository(base: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_folder_of_this_machine_is_no_repository(
+    base: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     """A hub refuses a card whose base_model is none."""
     model = trained(Around(base), CONFIG)
     monkeypatch.chdir(tmp_path)
-    for name in (tmp_path / "base", str(tmp_path / "base"), "base", "./me/tiny", "a/b/c", ""):
+    for name in (
+        tmp_path / "base",
+        str(tmp_path / "base"),
+        "base",
+        "./me/tiny",
+        "a/b/c",
+        "",
+    ):
         ll.export_peft(model, tmp_path / "peft", base_name=name)
         assert card(tmp_path / "peft").data.base_model is None
-    assert "# LoRA adapters for LlamaForCausalLM\n" in (tmp_path / "peft" / "README.md").read_text()
+    assert (
+        "# LoRA adapters for LlamaForCausalLM\n"
+        in (tmp_path / "peft" / "README.md").read_text()
+    )
 
 
 class Logging(LitTiny):
@@ -124,9 +149,13 @@ class Logging(LitTiny):
 
 
 @pytest.mark.parametrize("save", ["adapters", "model"])
-def test_a_checkpoint_gives_the_metrics_of_its_moment(save: str, tmp_path: Path) -> None:
+def test_a_checkpoint_gives_the_metrics_of_its_moment(
+    save: str, tmp_path: Path
+) -> None:
     model = Logging()
-    saves = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    saves = L.pytorch.callbacks.ModelCheckpoint(
+        tmp_path, save_top_k=-1, filename="{epoch}"
+    )
     fit = trainer(tmp_path, [lora(save=save, merge=False), saves])
     fit.fit(model, data(), data())
     for epoch in (0, 1):
@@ -138,7 +167,8 @@ def test_a_checkpoint_gives_the_metrics_of_its_moment(save: str, tmp_path: Path)
         assert f"- step: {4 * epoch + 3}\n" in text
     loss = float(fit.callback_metrics["val_loss"])
     assert f"- val_loss: {loss:.4g}\n" in text
-    ll.export_peft(model, tmp_path / "of_model")  # whether it still is what was validated, nobody knows
+    # whether it still is what was validated, nobody knows
+    ll.export_peft(model, tmp_path / "of_model")
     assert "Metrics" not in (tmp_path / "of_model" / "README.md").read_text()
 
 
@@ -172,7 +202,10 @@ def test_a_card_that_was_changed_stays(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     changed = readme.read_text().replace("Trained", "TRAINED")
     readme.write_text(changed)
-    with pytest.warns(ll.LoRAWarning, match="README.md was changed after export_peft wrote it, so it stays"):
+    with pytest.warns(
+        ll.LoRAWarning,
+        match="README.md was changed after export_peft wrote it, so it stays",
+    ):
         ll.export_peft(small(2), tmp_path)
     assert readme.read_text() == changed
     assert '"r": 2' in (tmp_path / "adapter_config.json").read_text()
@@ -185,7 +218,9 @@ def test_a_readme_of_others_stays_without_a_word(theirs: bytes, tmp_path: Path) 
     assert (tmp_path / "README.md").read_bytes() == theirs
 
 
-def test_a_card_that_cannot_be_written_leaves_all_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_card_that_cannot_be_written_leaves_all_as_it_was(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     ll.export_peft(small(1), tmp_path)
     before = contents(tmp_path)
     write = Path.write_bytes

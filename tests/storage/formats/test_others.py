@@ -16,20 +16,40 @@ from tests.support.models import as_trained
 ONE = torch.ones(2, 4)
 MODEL = "base_model.model.q_proj"
 NAMES: list[tuple[list[str], str]] = [
-    (["diffusion_model.qkv.lora_A.weight", "diffusion_model.qkv.lora_B.weight"], "kohya's.*diffusers"),
-    (["lora_unet_to_q.hada_w1_a", "lora_unet_to_q.hada_w1_b", "lora_unet_to_q.alpha"], "another tool.*merged model"),
-    ([f"{MODEL}.lora_A.default.weight", f"{MODEL}.base_layer.weight"], "PEFT, as state.*save_pretrained"),
+    (
+        ["diffusion_model.qkv.lora_A.weight", "diffusion_model.qkv.lora_B.weight"],
+        "kohya's.*diffusers",
+    ),
+    (
+        [
+            "lora_unet_to_q.hada_w1_a",
+            "lora_unet_to_q.hada_w1_b",
+            "lora_unet_to_q.alpha",
+        ],
+        "another tool.*merged model",
+    ),
+    (
+        [f"{MODEL}.lora_A.default.weight", f"{MODEL}.base_layer.weight"],
+        "PEFT, as state.*save_pretrained",
+    ),
     (["model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"], "another tool"),
 ]
 
 
 @pytest.mark.parametrize(("names", "match"), NAMES, ids=str)
-def test_names_of_tensors_tell_the_tool(tmp_path: Path, names: list[str], match: str, capsys: Any) -> None:
+def test_names_of_tensors_tell_the_tool(
+    tmp_path: Path, names: list[str], match: str, capsys: Any
+) -> None:
     tensors = {name: ONE.clone() for name in names}
     save_file(tensors, tmp_path / "a.safetensors")
-    torch.save({"state_dict": tensors, "pytorch-lightning_version": "2.4.0"}, tmp_path / "a.ckpt")
+    torch.save(
+        {"state_dict": tensors, "pytorch-lightning_version": "2.4.0"},
+        tmp_path / "a.ckpt",
+    )
     for path in tmp_path.iterdir():
-        with pytest.raises(ll.AdapterFileError, match=f"adapters of {match}.*train anew here"):
+        with pytest.raises(
+            ll.AdapterFileError, match=f"adapters of {match}.*train anew here"
+        ):
             ll.load_adapter(nn.Linear(4, 4), path)
         assert main(["inspect", str(path)]) != 0
         assert match.partition(".")[0] in capsys.readouterr().err
@@ -39,18 +59,28 @@ def test_a_folder_with_files_of_two_formats_is_named(tmp_path: Path) -> None:
     """One of them may be of an older export."""
     model = as_trained(nn.Sequential(nn.Linear(4, 4)))
     ll.export_peft(model, tmp_path)
-    save_file({"unet.q.lora_A.weight": ONE}, tmp_path / "pytorch_lora_weights.safetensors")
+    save_file(
+        {"unet.q.lora_A.weight": ONE}, tmp_path / "pytorch_lora_weights.safetensors"
+    )
     other = nn.Sequential(nn.Linear(4, 4))
-    message = "also holds 'pytorch_lora_weights.safetensors'. 'adapter_model.safetensors' is read"
+    message = (
+        "also holds 'pytorch_lora_weights.safetensors'. 'adapter_model.safetensors' is "
+        "read"
+    )
     with pytest.warns(ll.LoRAWarning, match=message):
         ll.load_adapter(other, tmp_path)
     assert torch.equal(other[0].lora_A, model[0].lora_A)
 
 
-def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_is_read_from_the_cache_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"someone/lora is no file .*snapshot_download\('someone/lora'\)"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"someone/lora is no file .*snapshot_download\('someone/lora'\)",
+    ):
         ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), "someone/lora")
     kept = tmp_path / "models--someone--lora"
     for folder in ("refs", "snapshots"):
@@ -61,10 +91,15 @@ def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypa
     other = nn.Sequential(nn.Linear(4, 4))
     ll.load_adapter(other, "someone/lora")
     assert torch.equal(other[0].lora_A, model[0].lora_A)
-    with pytest.raises(FileNotFoundError, match=r"someone/lora.ckpt'"):  # a file's name is none of the hub
+    # a file's name is none of the hub
+    with pytest.raises(FileNotFoundError, match=r"someone/lora.ckpt'"):
         ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), "someone/lora.ckpt")
 
 
 def test_the_type_of_format_names_all_that_are_written() -> None:
-    (words,) = [get_args(each) for name, each in get_type_hints(ll.export_peft).items() if name == "format"]
+    (words,) = [
+        get_args(each)
+        for name, each in get_type_hints(ll.export_peft).items()
+        if name == "format"
+    ]
     assert words == tuple(WRITTEN)

@@ -28,11 +28,17 @@ ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "sharing.md").read_text()
 IN_MODELS = dict.fromkeys(COLUMNS, "test_models_inside_a_lightning_module")
 IN_MODELS[ROWS] = "test_files_of_peft_are_read_and_written_as_they_are"
-IN_PIPELINES = dict.fromkeys((RANKS, ALPHAS, RSLORA, DORA), "test_a_pipeline_computes_the_same")
-IN_PIPELINES |= dict.fromkeys((HEADS, NORMS, BIASES), "test_what_a_pipeline_cannot_hold") | {
-    ROWS: "test_a_pipeline_cannot_hold_rows"
+IN_PIPELINES = dict.fromkeys(
+    (RANKS, ALPHAS, RSLORA, DORA), "test_a_pipeline_computes_the_same"
+)
+IN_PIPELINES |= dict.fromkeys(
+    (HEADS, NORMS, BIASES), "test_what_a_pipeline_cannot_hold"
+) | {ROWS: "test_a_pipeline_cannot_hold_rows"}
+MEASURED = {
+    PEFT.name: IN_MODELS,
+    TRANSFORMERS.name: IN_MODELS,
+    DIFFUSERS.name: IN_PIPELINES,
 }
-MEASURED = {PEFT.name: IN_MODELS, TRANSFORMERS.name: IN_MODELS, DIFFUSERS.name: IN_PIPELINES}
 
 
 def row(reader: Reader) -> str:
@@ -63,7 +69,9 @@ def test_each_cell_is_said_and_what_was_measured_has_a_test(reader: Reader) -> N
     assert set(reader.cells.values()) <= set(MEANINGS)
     if not reader.known_from.startswith("tests"):
         return
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(
+        path.read_text() for path in Path(__file__).parent.glob("test_*.py")
+    )
     for what, does in reader.cells.items():
         if does != "not known":
             assert f"def {MEASURED[reader.name][what]}(" in tests

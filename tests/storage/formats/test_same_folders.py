@@ -52,7 +52,10 @@ def linear_layers(*names: str) -> nn.ModuleDict:
 
 
 def assert_same(model: nn.Module, folder: Path, **kwargs: Any) -> str:
-    """Expect the same of a model, of its file, and of the merged model. Return the warnings."""
+    """Expect the same of a model, of its file, and of the merged model.
+
+    Return the warnings.
+    """
     file = folder / "adapter.safetensors"
     ll.save_adapter(model, file)
     told = export(model, folder / "of_model", **kwargs)
@@ -73,7 +76,10 @@ def base(tmp_path: Path) -> Any:
     return type(model).from_pretrained(tmp_path / "base").eval()
 
 
-SCALED: dict[str, Any] = {"alpha_pattern": {"layers.1.*": 4}, "rank_pattern": {"q_proj": 1}}
+SCALED: dict[str, Any] = {
+    "alpha_pattern": {"layers.1.*": 4},
+    "rank_pattern": {"q_proj": 1},
+}
 LLAMA: list[dict[str, Any]] = [
     QV,
     {**QV, "use_rslora": True, "bias": "all"},
@@ -85,17 +91,26 @@ LLAMA: list[dict[str, Any]] = [
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
 @pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize(("root", "name"), [(None, "LlamaForCausalLM"), ("model.model", "LlamaModel")])
+@pytest.mark.parametrize(
+    ("root", "name"), [(None, "LlamaForCausalLM"), ("model.model", "LlamaModel")]
+)
 @pytest.mark.parametrize("config", LLAMA)
-def test_a_language_model(config: Any, root: Any, name: str, uniform: bool, base: Any, tmp_path: Path) -> None:
+def test_a_language_model(
+    config: Any, root: Any, name: str, uniform: bool, base: Any, tmp_path: Path
+) -> None:
     model = adapted(Around(base), **config)
     told = assert_same(model, tmp_path, root=root, uniform=uniform)
     written = config_in(tmp_path / "of_file")
     assert isinstance(written["target_modules"], list)  # SGLang refuses an expression
     assert written["base_model_name_or_path"] == str(tmp_path / "base")
-    assert written["auto_mapping"] == {"base_model_class": name, "parent_library": LIBRARY}
+    assert written["auto_mapping"] == {
+        "base_model_class": name,
+        "parent_library": LIBRARY,
+    }
     is_scaled_otherwise = not config.keys().isdisjoint(("use_rslora", "alpha_pattern"))
-    assert ("pass uniform=True" in told) == (is_scaled_otherwise and root is None and not uniform)
+    assert ("pass uniform=True" in told) == (
+        is_scaled_otherwise and root is None and not uniform
+    )
 
 
 def test_the_whole_module_has_no_name(base: Any, tmp_path: Path) -> None:
@@ -122,7 +137,11 @@ def test_whole_modules_that_servers_drop_are_named(
     model = adapted(base, target_modules=linear, modules_to_save=[whole])
     told = assert_same(model, tmp_path, uniform=uniform)
     assert (
-        told.count(f"The folder holds 'model.{whole}' whole (modules_to_save), for PEFT and transformers.") == is_served
+        told.count(
+            f"The folder holds 'model.{whole}' whole (modules_to_save), for PEFT and "
+            "transformers."
+        )
+        == is_served
     )
     assert told.count("without a word (SGLang, TGI, LoRAX, llama.cpp)") == is_served
 
@@ -145,13 +164,19 @@ NESTED: list[tuple[dict[str, Any], list[str] | str]] = [
 
 
 @pytest.mark.parametrize(("config", "targets"), NESTED)
-def test_a_name_that_is_the_end_of_another_is_an_expression(config: Any, targets: Any, tmp_path: Path) -> None:
+def test_a_name_that_is_the_end_of_another_is_an_expression(
+    config: Any, targets: Any, tmp_path: Path
+) -> None:
     assert_same(adapted(Nested(), **config), tmp_path)
     assert config_in(tmp_path / "of_file")["target_modules"] == targets
 
 
-def test_a_saved_module_whose_name_is_the_end_of_another_is_refused(tmp_path: Path) -> None:
-    model = adapted(linear_layers("q", "k", "out_k"), target_modules=["q"], modules_to_save=["k"])
+def test_a_saved_module_whose_name_is_the_end_of_another_is_refused(
+    tmp_path: Path,
+) -> None:
+    model = adapted(
+        linear_layers("q", "k", "out_k"), target_modules=["q"], modules_to_save=["k"]
+    )
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     for source in (model, tmp_path / "adapter.safetensors"):
         with pytest.raises(ll.ExportError, match="would also save 'out_k'"):
@@ -169,9 +194,12 @@ def test_layers_that_read_past_peft_are_named(kind: Any, tmp_path: Path) -> None
     assert told.startswith("'0' are layers of nn.TransformerEncoder")
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # which peft asks for
+# which peft asks for
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @torch.no_grad()
-def test_peft_and_transformers_find_the_base_of_a_file(base: Any, tmp_path: Path) -> None:
+def test_peft_and_transformers_find_the_base_of_a_file(
+    base: Any, tmp_path: Path
+) -> None:
     model = adapted(Around(base), **QV)
     file = tmp_path / "adapter.safetensors"
     ll.save_adapter(model, file)
@@ -207,7 +235,8 @@ def test_a_file_of_0_2_0_needs_the_name_of_its_base(base: Any, tmp_path: Path) -
     ll.export_peft(file, tmp_path / "peft", base_name=str(tmp_path / "base"))
     written = config_in(tmp_path / "peft")
     assert written["auto_mapping"] is None
-    assert isinstance(written["target_modules"], str)  # it does not say which names end alike
+    # it does not say which names end alike
+    assert isinstance(written["target_modules"], str)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "peft").eval()
     check_equal(run(found), run(model.model))
 
@@ -217,12 +246,16 @@ def test_a_checkpoint_gives_the_same_folder(tmp_path: Path) -> None:
     fit = trainer(tmp_path, [lora(merge=False)])
     fit.fit(model, data())
     fit.save_checkpoint(tmp_path / "last.ckpt")
-    assert export(tmp_path / "last.ckpt", tmp_path / "of_file") == export(model, tmp_path / "of_model")
+    assert export(tmp_path / "last.ckpt", tmp_path / "of_file") == export(
+        model, tmp_path / "of_model"
+    )
     assert contents(tmp_path / "of_file") == contents(tmp_path / "of_model")
 
 
 @pytest.mark.parametrize("is_of_0_2_0", [False, True])
-def test_a_sum_of_files_is_as_they_are(is_of_0_2_0: bool, base: Any, tmp_path: Path) -> None:
+def test_a_sum_of_files_is_as_they_are(
+    is_of_0_2_0: bool, base: Any, tmp_path: Path
+) -> None:
     files = []
     for target in ("q_proj", "v_proj"):
         model = adapted(Around(base), target_modules=[target])

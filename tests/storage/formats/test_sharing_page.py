@@ -15,7 +15,10 @@ from tests.support.peft_export import check_equal, trained
 
 PAGE = (Path(__file__).parents[3] / "docs" / "sharing.md").read_text()
 TEXTS = ["the cat sat on a mat", "a dog ran"]
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # which peft asks for
+# which peft asks for
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)
 
 
 def code_of(section: str) -> str:
@@ -29,7 +32,11 @@ def execute(section: str, base: str = "", **names: Any) -> dict[str, Any]:
     """Run the code of a section, with another base. Return its names."""
     code = re.sub(r'"owner/\w+"', repr(base), code_of(section))
     assert code
-    names |= {"torch": torch, "export_peft": ll.export_peft, "merge_adapters": ll.merge_adapters}
+    names |= {
+        "torch": torch,
+        "export_peft": ll.export_peft,
+        "merge_adapters": ll.merge_adapters,
+    }
     exec(code, names)
     return names
 
@@ -79,10 +86,14 @@ def save_tiny_encoder(folder: Path) -> None:
     bert.save_pretrained(folder / "bert")
     words = " ".join(["[PAD] [UNK] [CLS] [SEP] [MASK]", *TEXTS]).split()
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(words)))
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(
+        folder / "bert"
+    )
     transformer = modules.Transformer(str(folder / "bert"))
     pooling = modules.Pooling(bert.config.hidden_size)
-    package.SentenceTransformer(modules=[transformer, pooling]).save(str(folder / "encoder"))
+    package.SentenceTransformer(modules=[transformer, pooling]).save(
+        str(folder / "encoder")
+    )
 
 
 def test_a_sentence_encoder(here: Path) -> None:
@@ -113,7 +124,9 @@ def test_onnx(here: Path) -> None:
     inputs = torch.linspace(-1, 1, 24).view(3, 8)
     learned = module(inputs)
     execute("ONNX", module=module, inputs=inputs)
-    session = runtime.InferenceSession(here / "model.onnx", providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(
+        here / "model.onnx", providers=["CPUExecutionProvider"]
+    )
     (name,) = [each.name for each in session.get_inputs()]
     outputs, *_ = session.run(None, {name: inputs.numpy()})
     check_equal(torch.from_numpy(outputs), learned)

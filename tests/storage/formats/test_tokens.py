@@ -45,16 +45,23 @@ def assert_same_rows(here: dict[str, Tensor], there: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.filterwarnings(
-    "ignore:.*may be untrained|llama.cpp does not|.* would leave out:lightning_lora.LoRAWarning"
+    "ignore:.*may be untrained|llama.cpp does not|.* would leave "
+    "out:lightning_lora.LoRAWarning"
 )
 @pytest.mark.parametrize(("kind", "head", "targets"), MODELS.values(), ids=MODELS)
 def test_files_of_peft_are_read_and_written_as_they_are(
     tmp_path: Path, kind: str, head: str, targets: list[str]
 ) -> None:
     def make() -> Any:
-        return built(partial(tiny, kind, head)).double()  # these models round to 2e-6 in float32
+        # these models round to 2e-6 in float32
+        return built(partial(tiny, kind, head)).double()
 
-    peft = write_peft(tmp_path / "there", make(), target_modules=targets, trainable_token_indices=TOKENS)
+    peft = write_peft(
+        tmp_path / "there",
+        make(),
+        target_modules=targets,
+        trainable_token_indices=TOKENS,
+    )
     model = make()
     ll.load_adapter(model, tmp_path / "there")
     assert gap(run(model), run(peft)) < 1e-6
@@ -62,7 +69,9 @@ def test_files_of_peft_are_read_and_written_as_they_are(
     ll.export_peft(model, tmp_path / "here")
     ll.export_peft(tmp_path / "own.safetensors", tmp_path / "from a file")
     for folder in (tmp_path / "here", tmp_path / "from a file"):
-        assert_same_rows(load_file(folder / WEIGHTS), load_file(tmp_path / "there" / WEIGHTS))
+        assert_same_rows(
+            load_file(folder / WEIGHTS), load_file(tmp_path / "there" / WEIGHTS)
+        )
         again = read(make(), folder)
         assert gap(run(again), run(model)) < 1e-6
         assert gap(run(load_adapter(make(), folder)), run(model)) < 1e-6
@@ -81,16 +90,28 @@ def tied(bias: bool = False, told: bool = True) -> Any:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (partial(tied, told=False), "'embed', 'lm_head' have one weight, and PEFT knows"),
+        (
+            partial(tied, told=False),
+            "'embed', 'lm_head' have one weight, and PEFT knows",
+        ),
         (partial(tied, bias=True), "'lm_head' has a bias, which PEFT leaves out"),
     ],
 )
-def test_what_peft_computes_otherwise_is_refused_both_ways(tmp_path: Path, make: Any, match: str) -> None:
-    write_peft(tmp_path / "there", TinyLM(), target_modules=["q_proj"], trainable_token_indices={"embed": [1, 2]})
+def test_what_peft_computes_otherwise_is_refused_both_ways(
+    tmp_path: Path, make: Any, match: str
+) -> None:
+    write_peft(
+        tmp_path / "there",
+        TinyLM(),
+        target_modules=["q_proj"],
+        trainable_token_indices={"embed": [1, 2]},
+    )
     with pytest.raises(ll.AdapterMismatchError, match=match):
         ll.load_adapter(make(), tmp_path / "there")
     model = make()
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, trainable_token_indices={"embed": [1, 2]}))
+    ll.inject_adapters(
+        model, ll.LoRAConfig(r=2, trainable_token_indices={"embed": [1, 2]})
+    )
     ll.save_adapter(model, tmp_path / "a.safetensors")
     for source in (model, tmp_path / "a.safetensors"):
         with pytest.raises(ll.ExportError, match=match):
@@ -99,18 +120,36 @@ def test_what_peft_computes_otherwise_is_refused_both_ways(tmp_path: Path, make:
 
 def marian(share: bool) -> Any:
     """A model whose decoder's embedding is tied to the head, and to the encoder's only if they share it."""
-    sizes = {"d_model": 16, "vocab_size": 20, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 16}
-    tokens = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True}
+    sizes = {
+        "d_model": 16,
+        "vocab_size": 20,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "max_position_embeddings": 16,
+    }
+    tokens = {
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": True,
+    }
     config = hf.MarianConfig(**sizes, **tokens, share_encoder_decoder_embeddings=share)
     return built(lambda: hf.MarianMTModel(config))
 
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.filterwarnings("ignore:.*may be untrained:lightning_lora.LoRAWarning")
-def test_peft_ties_layers_to_the_embedding_of_the_inputs_alone(share: bool, tmp_path: Path) -> None:
+def test_peft_ties_layers_to_the_embedding_of_the_inputs_alone(
+    share: bool, tmp_path: Path
+) -> None:
     """Rows of the decoder's embedding change the head too, and in PEFT they do not."""
-    rows_of_decoder = {"target_modules": ["q_proj"], "trainable_token_indices": {"decoder.embed_tokens": [1, 2]}}
-    match = "have one weight, and PEFT ties layers to .*'model.encoder.embed_tokens', alone"
+    rows_of_decoder = {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"decoder.embed_tokens": [1, 2]},
+    }
+    match = (
+        "have one weight, and PEFT ties layers to .*'model.encoder.embed_tokens', alone"
+    )
     write_peft(tmp_path / "there", marian(share), **rows_of_decoder)
     with pytest.raises(ll.AdapterMismatchError, match=match):
         ll.load_adapter(marian(share), tmp_path / "there")
@@ -122,19 +161,32 @@ def test_peft_ties_layers_to_the_embedding_of_the_inputs_alone(share: bool, tmp_
             ll.export_peft(source, tmp_path / "here")
 
 
-def test_a_file_of_0_2_0_does_not_say_what_peft_knows_of_a_tied_weight(tmp_path: Path) -> None:
+def test_a_file_of_0_2_0_does_not_say_what_peft_knows_of_a_tied_weight(
+    tmp_path: Path,
+) -> None:
     model = tied()
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed": [1]}))
+    ll.inject_adapters(
+        model,
+        ll.LoRAConfig(
+            r=2, target_modules=["q_proj"], trainable_token_indices={"embed": [1]}
+        ),
+    )
     ll.save_adapter(model, tmp_path / "a.safetensors")
     ll.export_peft(tmp_path / "a.safetensors", tmp_path / "here")
     rewrite(tmp_path / "a.safetensors", lambda about, _: about.pop("copies"))
-    with pytest.raises(ll.ExportError, match=r"'embed', 'lm_head' have one weight\. Load the file onto its model"):
+    with pytest.raises(
+        ll.ExportError,
+        match=r"'embed', 'lm_head' have one weight\. Load the file onto its model",
+    ):
         ll.export_peft(tmp_path / "a.safetensors", tmp_path / "other")
 
 
 def rows(*numbers: int) -> dict[str, Any]:
     """A configuration that trains these rows."""
-    return {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": list(numbers)}}
+    return {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed": list(numbers)},
+    }
 
 
 def test_a_peft_folder_of_other_rows_is_refused(tmp_path: Path) -> None:
@@ -147,13 +199,24 @@ def test_a_peft_folder_of_other_rows_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "how"), [([], {}), (["q_proj"], {"uniform": True}), (["q_proj"], {"format": "diffusers", "root": ""})]
+    ("targets", "how"),
+    [
+        ([], {}),
+        (["q_proj"], {"uniform": True}),
+        (["q_proj"], {"format": "diffusers", "root": ""}),
+    ],
 )
-def test_readers_that_know_no_rows_are_not_given_any(tmp_path: Path, targets: list[str], how: dict[str, Any]) -> None:
-    config = ll.LoRAConfig(target_modules=targets, trainable_token_indices={"embed": [1]})
+def test_readers_that_know_no_rows_are_not_given_any(
+    tmp_path: Path, targets: list[str], how: dict[str, Any]
+) -> None:
+    config = ll.LoRAConfig(
+        target_modules=targets, trainable_token_indices={"embed": [1]}
+    )
     model = TinyLM(tied=False)
     ll.inject_adapters(model, config)
-    with pytest.raises(ll.ExportError, match="fit in PEFT's format alone, beside adapters, not uniform"):
+    with pytest.raises(
+        ll.ExportError, match="fit in PEFT's format alone, beside adapters, not uniform"
+    ):
         ll.export_peft(model, tmp_path / "here", **how)
 
 
@@ -165,7 +228,9 @@ def rows_file(tmp_path: Path) -> Path:
     return tmp_path / "a.safetensors"
 
 
-@pytest.mark.parametrize("names", [["embed.weight"], ["embed.weight", "lm_head.weight"]])
+@pytest.mark.parametrize(
+    "names", [["embed.weight"], ["embed.weight", "lm_head.weight"]]
+)
 def test_files_are_merged_without_the_model(tmp_path: Path, names: list[str]) -> None:
     base = tmp_path / "base.safetensors"
     file = tmp_path / "a.safetensors"
@@ -187,7 +252,9 @@ def test_files_are_merged_without_the_model(tmp_path: Path, names: list[str]) ->
         merge_files(base, file, tmp_path / "other.safetensors")
 
 
-def test_files_with_rows_are_shown_and_not_added_up(tmp_path: Path, rows_file: Path, capsys: Any) -> None:
+def test_files_with_rows_are_shown_and_not_added_up(
+    tmp_path: Path, rows_file: Path, capsys: Any
+) -> None:
     assert main(["inspect", str(rows_file)]) == 0
     assert "Rows of embed train: 2." in capsys.readouterr().out
     with pytest.raises(ll.AdapterMismatchError, match="trains single rows of 'embed'"):
@@ -197,7 +264,9 @@ def test_files_with_rows_are_shown_and_not_added_up(tmp_path: Path, rows_file: P
 def test_a_file_says_its_names_in_a_model_around_another(tmp_path: Path) -> None:
     inner: Any = TinyLM(tied=False)
     plain = deepcopy(inner)
-    module = as_trained(Around(inner), init="pissa", trainable_token_indices={"embed": TOKENS})
+    module = as_trained(
+        Around(inner), init="pissa", trainable_token_indices={"embed": TOKENS}
+    )
     ll.save_adapter(module, tmp_path / "a.safetensors")
     with pytest.warns(ll.LoRAWarning, match="begin with 'model'"):
         ll.load_adapter(plain, tmp_path / "a.safetensors")

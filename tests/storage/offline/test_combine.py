@@ -29,26 +29,52 @@ class Several(nn.Module):  # layers of several kinds
 
 BASE = Several()
 LINEAR: dict[str, Any] = {"target_modules": ["linear"]}
-EXPERTS: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.stack", "experts.mix"]}
+EXPERTS: dict[str, Any] = {
+    "target_modules": [],
+    "target_parameters": ["experts.stack", "experts.mix"],
+}
 CONFIGS: dict[str, list[dict[str, Any]]] = {
-    "all": [{"target_modules": "all"}, {"target_modules": "all", "r": 3, "alpha": 5, "use_rslora": True}],
+    "all": [
+        {"target_modules": "all"},
+        {"target_modules": "all", "r": 3, "alpha": 5, "use_rslora": True},
+    ],
     "ranks": [
         {"target_modules": ["linear", "conv"], "rank_pattern": {"conv": 1}},
         {"target_modules": ["conv"], "r": 4},
     ],
-    "slices": [{"target_modules": ["fused"], "target_slices": {"fused": {"q": (0, 8), "v": (16, 24)}}}] * 2,
-    "own ranks": [{**EXPERTS, "rank_pattern": {"experts.stack": 1}, "alpha_pattern": {"experts.mix": 7}}] * 2,
-    "pissa": [{"target_modules": ["linear"], "init": "pissa"}, {"target_modules": ["linear"]}],
+    "slices": [
+        {
+            "target_modules": ["fused"],
+            "target_slices": {"fused": {"q": (0, 8), "v": (16, 24)}},
+        }
+    ]
+    * 2,
+    "own ranks": [
+        {
+            **EXPERTS,
+            "rank_pattern": {"experts.stack": 1},
+            "alpha_pattern": {"experts.mix": 7},
+        }
+    ]
+    * 2,
+    "pissa": [
+        {"target_modules": ["linear"], "init": "pissa"},
+        {"target_modules": ["linear"]},
+    ],
 }
 
 
 def update(model: nn.Module) -> dict[str, Tensor]:
     """What the adapters add to each weight."""
     ll.merge_adapters(model)
-    return {name: value - BASE.state_dict()[name] for name, value in state(model).items()}
+    return {
+        name: value - BASE.state_dict()[name] for name, value in state(model).items()
+    }
 
 
-def saved(folder: Path, configs: list[dict[str, Any]]) -> tuple[list[Path], list[dict[str, Tensor]]]:
+def saved(
+    folder: Path, configs: list[dict[str, Any]]
+) -> tuple[list[Path], list[dict[str, Tensor]]]:
     """Files, and their updates by the name of the weight."""
     paths = []
     deltas = []
@@ -64,7 +90,9 @@ def saved(folder: Path, configs: list[dict[str, Any]]) -> tuple[list[Path], list
 
 @pytest.mark.parametrize("r", [None, 12])
 @pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
-def test_it_is_the_exact_sum_also_if_cut_where_the_rank_suffices(tmp_path: Path, configs: Any, r: Any) -> None:
+def test_it_is_the_exact_sum_also_if_cut_where_the_rank_suffices(
+    tmp_path: Path, configs: Any, r: Any
+) -> None:
     paths, (one, other) = saved(tmp_path, configs)
     out = tmp_path / "sum.safetensors"
     combine_files(paths, out, (0.7, -0.4), r)
@@ -72,7 +100,9 @@ def test_it_is_the_exact_sum_also_if_cut_where_the_rank_suffices(tmp_path: Path,
     ll.load_adapter(model, out)
     found = update(model)
     for name in found:
-        torch.testing.assert_close(found[name], 0.7 * one[name] - 0.4 * other[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found[name], 0.7 * one[name] - 0.4 * other[name], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_cut_below_that_is_the_best_approximation(tmp_path: Path) -> None:
@@ -87,9 +117,12 @@ def test_a_cut_below_that_is_the_best_approximation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "weights", "says"), [(1, (1.0,), "at least two"), (2, (1.0, 1.0, 1.0), "3 weights")]
+    ("number", "weights", "says"),
+    [(1, (1.0,), "at least two"), (2, (1.0, 1.0, 1.0), "3 weights")],
 )
-def test_other_numbers_of_files_or_weights_are_refused(tmp_path: Path, number: int, weights: Any, says: str) -> None:
+def test_other_numbers_of_files_or_weights_are_refused(
+    tmp_path: Path, number: int, weights: Any, says: str
+) -> None:
     paths, _ = saved(tmp_path, [LINEAR, LINEAR])
     with pytest.raises(ll.ConfigError, match=says):
         combine_files(paths[:number], tmp_path / "sum.safetensors", weights)
@@ -101,7 +134,9 @@ def test_files_that_cannot_be_combined_are_refused(tmp_path: Path) -> None:
     _, other = paths
     whole = as_trained(copy.deepcopy(BASE), **LINEAR, modules_to_save=["embed"])
     ll.save_adapter(whole, other)
-    with pytest.raises(ll.AdapterMismatchError, match=r"also holds 'embed.weight', .*trained in full"):
+    with pytest.raises(
+        ll.AdapterMismatchError, match=r"also holds 'embed.weight', .*trained in full"
+    ):
         combine_files(paths, out, (1.0, 1.0))
     model = copy.deepcopy(BASE)
     model.embed.weight.data += 1

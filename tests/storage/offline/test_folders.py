@@ -31,9 +31,14 @@ def write_base(folder: Path, state: dict[str, Tensor], files: list[str]) -> None
 
 
 def divided(folder: Path, files: list[str]) -> dict[str, Tensor]:
-    """Write a base whose eight tensors are in these files, and adapters. Return the merged model's state."""
+    """Write a base whose eight tensors are in these files, and adapters.
+
+    Return the merged model's state.
+    """
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    base = nn.Sequential(
+        nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+    )
     write_base(folder / "base", base.state_dict(), files)
     saved(folder / "a.safetensors", base)
     merge_adapters(base)
@@ -60,11 +65,15 @@ def merged(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def assert_same_in_any_order(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same_in_any_order(
+    found: dict[str, Tensor], expected: dict[str, Tensor]
+) -> None:
     assert_same_tensors(dict(sorted(found.items())), dict(sorted(expected.items())))
 
 
-def test_weights_stay_in_their_places_and_what_an_index_says_besides_is_kept(tmp_path: Path) -> None:
+def test_weights_stay_in_their_places_and_what_an_index_says_besides_is_kept(
+    tmp_path: Path,
+) -> None:
     files = ["w.safetensors"] * 2 + ["a/w.safetensors"] * 3 + ["a/b/w.data"] * 3
     expected = divided(tmp_path, files)
     index = read_index(tmp_path / "base")
@@ -77,7 +86,13 @@ def test_weights_stay_in_their_places_and_what_an_index_says_besides_is_kept(tmp
     assert read_index(tmp_path / "out")["metadata"] == {"total_size": size, "more": "x"}
 
 
-KEPT = ["config.json", "tok/vocab.txt", "1_Pooling/config.json", ".gitattributes", "spiece.model"]
+KEPT = [
+    "config.json",
+    "tok/vocab.txt",
+    "1_Pooling/config.json",
+    ".gitattributes",
+    "spiece.model",
+]
 
 
 LEFT = ["vision.safetensors", "q.GGUF", "pytorch_model.bin", "2_Dense/w.pt", ".cache/x"]
@@ -97,14 +112,17 @@ def replace_by_link(base: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("has_index", [True, False])
-def test_all_other_files_are_copied_but_other_weights(tmp_path: Path, has_index: bool) -> None:
+def test_all_other_files_are_copied_but_other_weights(
+    tmp_path: Path, has_index: bool
+) -> None:
     expected = divided(tmp_path, ["model.safetensors"] * 8)
     base = tmp_path / "base"
     out = tmp_path / "out"
     if not has_index:
         (base / INDEX).unlink()
     write_beside(base)
-    replace_by_link(base, "model.safetensors")  # the cache of the hub holds links to files
+    # the cache of the hub holds links to files
+    replace_by_link(base, "model.safetensors")
     replace_by_link(base, "config.json")
     assert_same_in_any_order(merged(tmp_path), expected)
     found = contents(out)
@@ -114,20 +132,31 @@ def test_all_other_files_are_copied_but_other_weights(tmp_path: Path, has_index:
         assert found[name] == name.encode()
 
 
-@pytest.mark.parametrize("file", ["a/../../w.safetensors", str(Path(__file__).absolute()), "gone.safetensors"])
+@pytest.mark.parametrize(
+    "file",
+    ["a/../../w.safetensors", str(Path(__file__).absolute()), "gone.safetensors"],
+)
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, file: str) -> None:
     divided(tmp_path, ["w.safetensors"] * 8)
-    (tmp_path / "base" / INDEX).write_text(json.dumps({"weight_map": {"0.weight": file}}))
-    with pytest.raises(AdapterFileError, match=rf"index\.json names {file!r}.*Get all files"):
+    (tmp_path / "base" / INDEX).write_text(
+        json.dumps({"weight_map": {"0.weight": file}})
+    )
+    with pytest.raises(
+        AdapterFileError, match=rf"index\.json names {file!r}.*Get all files"
+    ):
         merged(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"0.weight": 3}}'])
+@pytest.mark.parametrize(
+    "text", ["{}", '{"weight_map": []}', '{"weight_map": {"0.weight": 3}}']
+)
 def test_an_index_that_names_no_files_is_refused(tmp_path: Path, text: str) -> None:
     divided(tmp_path, ["w.safetensors"] * 8)
     (tmp_path / "base" / INDEX).write_text(text)
-    with pytest.raises(AdapterFileError, match="has no 'weight_map' from tensors to files"):
+    with pytest.raises(
+        AdapterFileError, match="has no 'weight_map' from tensors to files"
+    ):
         merged(tmp_path)
 
 
@@ -139,10 +168,15 @@ def test_an_index_without_metadata_is_read(tmp_path: Path) -> None:
     assert read_index(tmp_path / "out")["metadata"].keys() == {"total_size"}
 
 
-def test_an_index_that_names_what_its_file_does_not_hold_is_refused(tmp_path: Path) -> None:
+def test_an_index_that_names_what_its_file_does_not_hold_is_refused(
+    tmp_path: Path,
+) -> None:
     divided(tmp_path, ["w.safetensors"] * 8)
     index = tmp_path / "base" / INDEX
     index.write_text(index.read_text().replace("3.bias", "3.bia"))
-    with pytest.raises(AdapterFileError, match=r"names '3.bia' in w.safetensors, which does not hold them"):
+    with pytest.raises(
+        AdapterFileError,
+        match=r"names '3.bia' in w.safetensors, which does not hold them",
+    ):
         merge_files(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()

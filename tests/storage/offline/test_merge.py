@@ -39,9 +39,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all": {"target_modules": "all"},
     "dora": {"target_modules": ["linear", "narrow", "embed"], "use_dora": True},
     "pissa": {"target_modules": ["linear", "conv"], "init": "pissa"},
-    "slices of an attention": {"target_modules": ["attention"], "target_slices": {"attention": ["q"]}},
+    "slices of an attention": {
+        "target_modules": ["attention"],
+        "target_slices": {"attention": ["q"]},
+    },
     "experts": {"target_modules": [], "target_parameters": ["experts.stack"]},
-    "biases": {"target_modules": ["linear"], "bias": "all", "use_rslora": True, "alpha": 3},
+    "biases": {
+        "target_modules": ["linear"],
+        "bias": "all",
+        "use_rslora": True,
+        "alpha": 3,
+    },
 }
 
 
@@ -74,7 +82,11 @@ def merged(folder: Path, adapter: str = "adapter.safetensors") -> dict[str, Tens
 
 
 def refused(
-    folder: Path, error: Any, says: str, base: str = "base.safetensors", out: str = "merged.safetensors"
+    folder: Path,
+    error: Any,
+    says: str,
+    base: str = "base.safetensors",
+    out: str = "merged.safetensors",
 ) -> None:
     with pytest.raises(error, match=says):
         merge_files(folder / base, folder / "adapter.safetensors", folder / out)
@@ -83,7 +95,9 @@ def refused(
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.MergePrecisionWarning")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_the_merged_file_has_the_bits_of_the_merged_model(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_the_merged_file_has_the_bits_of_the_merged_model(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     model = Mixed()
     save_files(tmp_path, model, **{"modules_to_save": ["norm"], **config})
     ll.merge_adapters(model)
@@ -99,7 +113,9 @@ def test_a_folder_is_merged_as_it_is_divided(tmp_path: Path) -> None:
     model.model.save_pretrained(tmp_path / "base", max_shard_size="5KB")
     saved(tmp_path / "adapter.safetensors", model, r=2, modules_to_save=["pooler"])
     ll.merge_adapters(model)
-    merge_files(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged")
+    merge_files(
+        tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged"
+    )
     loaded = BertModel.from_pretrained(tmp_path / "merged")
     assert_same_state(loaded, model.model)
 
@@ -129,16 +145,26 @@ def test_a_new_head_is_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Code has written:lightning_lora.LoRAWarning")
-def test_a_frozen_weight_that_changed_in_training_is_merged_as_it_was_then(tmp_path: Path) -> None:
+def test_a_frozen_weight_that_changed_in_training_is_merged_as_it_was_then(
+    tmp_path: Path,
+) -> None:
     base = LitTiny().state_dict()
-    save_file({**base, "q_proj.weight": base["q_proj.weight"] + 1}, tmp_path / "base.safetensors")
+    save_file(
+        {**base, "q_proj.weight": base["q_proj.weight"] + 1},
+        tmp_path / "base.safetensors",
+    )
     changes = At(1, lambda _, model: model.get_parameter("q_proj.weight").data.add_(2))
     model = fitted(tmp_path / "a.ckpt", LitTiny(), lora(), changes)
-    assert_same_tensors(merged(tmp_path, adapter="a.ckpt"), dict(sorted(model.state_dict().items())))
+    assert_same_tensors(
+        merged(tmp_path, adapter="a.ckpt"), dict(sorted(model.state_dict().items()))
+    )
 
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.MergePrecisionWarning")
-@pytest.mark.parametrize(("there", "here"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
 def test_the_same_base_in_another_precision_is_merged_with_a_warning(
     tmp_path: Path, there: torch.dtype, here: torch.dtype
 ) -> None:
@@ -157,7 +183,12 @@ def test_the_same_base_in_another_precision_is_merged_with_a_warning(
 
 
 OTHER_BASES: list[tuple[str, Callable[[Tensor], Tensor], type[Exception], str]] = [
-    ("embed.weight", lambda weight: weight + 1, ll.BaseMismatchError, "another base: 1 .* such as 'embed.weight'"),
+    (
+        "embed.weight",
+        lambda weight: weight + 1,
+        ll.BaseMismatchError,
+        "another base: 1 .* such as 'embed.weight'",
+    ),
     (
         "linear.weight",
         lambda weight: weight[:4].clone(),
@@ -170,12 +201,19 @@ OTHER_BASES: list[tuple[str, Callable[[Tensor], Tensor], type[Exception], str]] 
         ll.AdapterMismatchError,
         "float8_e4m3fn .* float32, bfloat16",
     ),
-    ("linear.weight", lambda weight: weight.to(torch.int8), ll.AdapterMismatchError, "torch.int8"),
+    (
+        "linear.weight",
+        lambda weight: weight.to(torch.int8),
+        ll.AdapterMismatchError,
+        "torch.int8",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "change", "error", "says"), OTHER_BASES)
-def test_another_base_is_refused(tmp_path: Path, name: str, change: Any, error: Any, says: str) -> None:
+def test_another_base_is_refused(
+    tmp_path: Path, name: str, change: Any, error: Any, says: str
+) -> None:
     path = tmp_path / "base.safetensors"
     save_files(tmp_path, Mixed(), target_modules=["linear"])
     base = load_file(path)
@@ -184,19 +222,27 @@ def test_another_base_is_refused(tmp_path: Path, name: str, change: Any, error: 
     refused(tmp_path, error, says)
 
 
-def test_a_base_that_was_quantised_as_a_whole_cannot_be_compared(tmp_path: Path) -> None:
+def test_a_base_that_was_quantised_as_a_whole_cannot_be_compared(
+    tmp_path: Path,
+) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     weight = torch.randn(64, 64)
     layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
     save_files(tmp_path, nn.Sequential(layer.to("cpu")))
     save_file({"0.weight": weight}, tmp_path / "base.safetensors")
-    refused(tmp_path, ll.BaseMismatchError, "Nothing in .* can be compared .* were quantised. Merge in memory")
+    refused(
+        tmp_path,
+        ll.BaseMismatchError,
+        "Nothing in .* can be compared .* were quantised. Merge in memory",
+    )
 
 
 def test_tied_weights_are_refused(tmp_path: Path) -> None:
     save_files(tmp_path, TinyLM(), target_modules=["embed"])
-    refused(tmp_path, ll.AdapterMismatchError, r"'embed.weight' are tied.*merge_adapters")
+    refused(
+        tmp_path, ll.AdapterMismatchError, r"'embed.weight' are tied.*merge_adapters"
+    )
 
 
 class Two(nn.Module):
@@ -234,7 +280,9 @@ def test_a_base_with_a_damaged_name_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
-def test_a_tensor_that_a_library_knows_by_another_name_is_no_other_base(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_tensor_that_a_library_knows_by_another_name_is_no_other_base(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     """As files of BERT have gamma, which transformers reads as weight."""
     path = tmp_path / "base.safetensors"
     save_files(tmp_path, Two(), target_modules=["a"])
@@ -255,7 +303,9 @@ BITS: dict[str, bytes] = {"a hyperparameter": b"gain", "a name": b"b.weight"}
 
 
 @pytest.mark.parametrize("place", BITS.values(), ids=BITS)
-def test_a_bit_of_a_base_that_is_a_checkpoint_is_noticed(tmp_path: Path, place: bytes) -> None:
+def test_a_bit_of_a_base_that_is_a_checkpoint_is_noticed(
+    tmp_path: Path, place: bytes
+) -> None:
     path = tmp_path / "base.ckpt"
     save_files(tmp_path, Two(), target_modules=["a"])
     checkpoint = {"state_dict": Two().state_dict(), "hyper_parameters": {"gain": 1.5}}
@@ -263,7 +313,9 @@ def test_a_bit_of_a_base_that_is_a_checkpoint_is_noticed(tmp_path: Path, place: 
     contents = bytearray(path.read_bytes())
     contents[contents.index(place)] ^= 1
     path.write_bytes(contents)
-    refused(tmp_path, ll.AdapterFileError, "is damaged", base="base.ckpt", out="merged.ckpt")
+    refused(
+        tmp_path, ll.AdapterFileError, "is damaged", base="base.ckpt", out="merged.ckpt"
+    )
 
 
 def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
@@ -273,7 +325,9 @@ def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, FileNotFoundError, "nothing", base="nothing.safetensors")
     refused(tmp_path, ll.AdapterFileError, "neither", base="empty", out="merged")
     refused(tmp_path, ll.AdapterFileError, "cannot be written from", out="merged.ckpt")
-    refused(tmp_path, ll.AdapterFileError, "no weights", base="list.pt", out="merged.ckpt")
+    refused(
+        tmp_path, ll.AdapterFileError, "no weights", base="list.pt", out="merged.ckpt"
+    )
 
 
 def prefixed(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -285,7 +339,11 @@ def test_a_base_that_holds_the_model_twice_is_refused(tmp_path: Path) -> None:
     save_files(tmp_path, nn.Sequential(nn.Linear(8, 8)))
     net = load_file(path)
     save_file(prefixed("ema", net) | prefixed("net", net), path)
-    refused(tmp_path, ll.AdapterMismatchError, r"several places: 'ema.0.weight', 'net.0.weight'")
+    refused(
+        tmp_path,
+        ll.AdapterMismatchError,
+        r"several places: 'ema.0.weight', 'net.0.weight'",
+    )
 
 
 def test_what_was_trained_outside_of_the_model_is_refused(tmp_path: Path) -> None:
@@ -293,7 +351,13 @@ def test_what_was_trained_outside_of_the_model_is_refused(tmp_path: Path) -> Non
     model.pooler = nn.Linear(4, 4)
     model.model.save_pretrained(tmp_path / "base")
     save_files(tmp_path, model, target_modules=["query"], modules_to_save=["pooler"])
-    refused(tmp_path, ll.AdapterMismatchError, r"'pooler.weight'.*outside of 'model'", base="base", out="merged")
+    refused(
+        tmp_path,
+        ll.AdapterMismatchError,
+        r"'pooler.weight'.*outside of 'model'",
+        base="base",
+        out="merged",
+    )
 
 
 def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,13 +373,17 @@ def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert opened == [tmp_path / "base.safetensors"]  # its header may be long
 
 
-def test_an_update_that_half_precision_cannot_hold_is_told_or_refused(tmp_path: Path) -> None:
+def test_an_update_that_half_precision_cannot_hold_is_told_or_refused(
+    tmp_path: Path,
+) -> None:
     adapter = tmp_path / "adapter.safetensors"
     model: Any = TinyLM(tied=False).half()
     save_files(tmp_path, model)
     randomise(model, scale=1e-3)
     ll.save_adapter(model, adapter)
-    with pytest.warns(ll.MergePrecisionWarning, match="in 2 of 2 layers.*into the base in float32"):
+    with pytest.warns(
+        ll.MergePrecisionWarning, match="in 2 of 2 layers.*into the base in float32"
+    ):
         merged(tmp_path)
     (tmp_path / "merged.safetensors").unlink()
     nn.init.constant_(model.q_proj.lora_B, 1e9)
@@ -326,19 +394,37 @@ def test_an_update_that_half_precision_cannot_hold_is_told_or_refused(tmp_path: 
 def test_a_pipe_as_base_is_refused(tmp_path: Path) -> None:
     save_files(tmp_path, LitTiny(), r=2)
     os.mkfifo(tmp_path / "pipe.ckpt")  # to open it would wait for ever
-    with pytest.raises(ll.AdapterFileError, match=r"pipe\.ckpt is a pipe or a device, not a file"):
-        merge_files(tmp_path / "pipe.ckpt", tmp_path / "a.safetensors", tmp_path / "out.ckpt")
+    with pytest.raises(
+        ll.AdapterFileError, match=r"pipe\.ckpt is a pipe or a device, not a file"
+    ):
+        merge_files(
+            tmp_path / "pipe.ckpt", tmp_path / "a.safetensors", tmp_path / "out.ckpt"
+        )
 
 
-@pytest.mark.parametrize("value", [torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex128)])
-def test_a_tensor_that_safetensors_cannot_hold_is_named(tmp_path: Path, value: Tensor) -> None:
+@pytest.mark.parametrize(
+    "value", [torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex128)]
+)
+def test_a_tensor_that_safetensors_cannot_hold_is_named(
+    tmp_path: Path, value: Tensor
+) -> None:
     model = LitTiny()
     torch.save({**model.state_dict(), "odd": value}, tmp_path / "base.ckpt")
-    ll.save_adapter(saved(tmp_path / "a.safetensors", model), tmp_path / "a.safetensors")
-    with pytest.raises(ll.AdapterFileError, match=r"safetensors cannot hold 'odd' .*such as \.ckpt"):
-        merge_files(tmp_path / "base.ckpt", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    ll.save_adapter(
+        saved(tmp_path / "a.safetensors", model), tmp_path / "a.safetensors"
+    )
+    with pytest.raises(
+        ll.AdapterFileError, match=r"safetensors cannot hold 'odd' .*such as \.ckpt"
+    ):
+        merge_files(
+            tmp_path / "base.ckpt",
+            tmp_path / "a.safetensors",
+            tmp_path / "out.safetensors",
+        )
     assert not (tmp_path / "out.safetensors").exists()
-    merge_files(tmp_path / "base.ckpt", tmp_path / "a.safetensors", tmp_path / "out.ckpt")
+    merge_files(
+        tmp_path / "base.ckpt", tmp_path / "a.safetensors", tmp_path / "out.ckpt"
+    )
 
 
 class Counts(LitTiny):
@@ -361,7 +447,14 @@ def test_what_is_no_tensor_is_never_lost_in_a_merge(tmp_path: Path) -> None:
     model = Counts()
     torch.save(model.state_dict(), tmp_path / "base.ckpt")
     fitted(tmp_path / "a.ckpt", model)
-    with pytest.raises(ll.AdapterFileError, match=r"'_extra_state' in .* are not tensors.*\.ckpt.*save_merged"):
-        merge_files(tmp_path / "base.ckpt", tmp_path / "a.ckpt", tmp_path / "out.safetensors")
+    with pytest.raises(
+        ll.AdapterFileError,
+        match=r"'_extra_state' in .* are not tensors.*\.ckpt.*save_merged",
+    ):
+        merge_files(
+            tmp_path / "base.ckpt", tmp_path / "a.ckpt", tmp_path / "out.safetensors"
+        )
     merge_files(tmp_path / "base.ckpt", tmp_path / "a.ckpt", tmp_path / "out.ckpt")
-    assert torch.load(tmp_path / "out.ckpt", weights_only=True)["_extra_state"] == {"steps": model.steps}
+    assert torch.load(tmp_path / "out.ckpt", weights_only=True)["_extra_state"] == {
+        "steps": model.steps
+    }

@@ -68,9 +68,14 @@ OVER: list[tuple[Callable[..., object], list[str]]] = [
 
 
 @pytest.mark.parametrize(("write", "names"), OVER)
-def test_no_result_is_written_over_what_it_is_made_from(folder: Path, write: Any, names: list[str]) -> None:
+def test_no_result_is_written_over_what_it_is_made_from(
+    folder: Path, write: Any, names: list[str]
+) -> None:
     before = contents(folder)
-    with pytest.raises((ll.AdapterFileError, FileExistsError), match=r"over .* Choose another|b.* holds adapters"):
+    with pytest.raises(
+        (ll.AdapterFileError, FileExistsError),
+        match=r"over .* Choose another|b.* holds adapters",
+    ):
         write(*names)
     assert contents(folder) == before
 
@@ -88,7 +93,10 @@ def test_a_full_disk_is_named_as_the_reason(tmp_path: Path, name: str) -> None:
     saved.net = Own(nn.Linear(64, 64))
     as_trained(saved)
     limit(1000)
-    with pytest.raises(ll.AdapterFileError, match=rf"{re.escape(name)} could not be written .*Free space"):
+    with pytest.raises(
+        ll.AdapterFileError,
+        match=rf"{re.escape(name)} could not be written .*Free space",
+    ):
         ll.save_merged(saved, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -98,7 +106,9 @@ BESIDE: dict[str, torch.Tensor] = {
     "uint16": torch.zeros(8, 8).to(torch.uint16),
 }
 if hasattr(torch, "float4_e2m1fn_x2"):  # from torch 2.8 on
-    BESIDE["float4"] = torch.arange(64, dtype=torch.uint8).view(8, 8).view(torch.float4_e2m1fn_x2)
+    BESIDE["float4"] = (
+        torch.arange(64, dtype=torch.uint8).view(8, 8).view(torch.float4_e2m1fn_x2)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)")
@@ -115,7 +125,11 @@ def test_a_tensor_beside_is_kept_bit_for_bit(folder: Path, value: torch.Tensor) 
 
 
 def test_tensors_are_aligned_behind_those_of_odd_sizes(folder: Path) -> None:
-    base = {"0": torch.ones(3, dtype=torch.bool), **model().state_dict(), "9": torch.zeros(5, dtype=torch.float16)}
+    base = {
+        "0": torch.ones(3, dtype=torch.bool),
+        **model().state_dict(),
+        "9": torch.zeros(5, dtype=torch.float16),
+    }
     save_file(base, folder / "odd.safetensors")
     merge("odd.safetensors", "a.safetensors", "out.safetensors")
     found = load_file(folder / "out.safetensors")
@@ -136,7 +150,9 @@ def merged_through(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("is_plain", [True, False])
-def test_a_checkpoint_stays_of_its_kind_with_entries_that_are_no_tensors(folder: Path, is_plain: bool) -> None:
+def test_a_checkpoint_stays_of_its_kind_with_entries_that_are_no_tensors(
+    folder: Path, is_plain: bool
+) -> None:
     base = {**model().state_dict(), "extra": {"n": 1}}
     if is_plain:
         state = merged_through(folder, base)
@@ -170,7 +186,9 @@ def most_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("out", ["out.ckpt", "out.safetensors"])
-def test_a_checkpoint_is_merged_with_one_weight_in_memory(folder: Path, most_at_once: list[int], out: str) -> None:
+def test_a_checkpoint_is_merged_with_one_weight_in_memory(
+    folder: Path, most_at_once: list[int], out: str
+) -> None:
     torch.save(checkpoint_of(model().state_dict()), folder / "base.ckpt")
     files = set(contents(folder))
     merge("base.ckpt", "a.safetensors", out)

@@ -1,6 +1,7 @@
 """PEFT's counterparts of our adapters: one table, at the end.
 
-An adapter that is not in the table is refused, so a new one has to be put into it before it is written or read.
+An adapter that is not in the table is refused, so a new one has to be put into it
+before it is written or read.
 """
 
 import math
@@ -32,11 +33,16 @@ def _as_they_are(factors: Factors, _: Shape, __: Options) -> Factors:
 class Counterpart:
     """What PEFT has for one of our adapters."""
 
-    rules: tuple[Callable[[StoredLayer], Reason], ...]  # why PEFT computes something else for one such layer
-    to_peft: Callable[[Factors, Shape, Options], Factors] = _as_they_are  # our factors of a weight as PEFT has them
-    from_peft: Callable[[Factors, Shape, Options], Factors] = _as_they_are  # PEFT's factors as ours
-    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")  # the ends of the names of A and B
-    is_parameter: bool = False  # whether PEFT wraps a parameter (target_parameters), not a layer
+    # why PEFT computes something else for one such layer
+    rules: tuple[Callable[[StoredLayer], Reason], ...]
+    # our factors of a weight as PEFT has them
+    to_peft: Callable[[Factors, Shape, Options], Factors] = _as_they_are
+    # PEFT's factors as ours
+    from_peft: Callable[[Factors, Shape, Options], Factors] = _as_they_are
+    # the ends of the names of A and B
+    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+    # whether PEFT wraps a parameter (target_parameters), not a layer
+    is_parameter: bool = False
 
 
 def counterpart_of(layer: StoredLayer) -> Counterpart:
@@ -50,7 +56,10 @@ def has_counterpart(layer: StoredLayer) -> bool:
 
 
 def wraps_layers_of(kind: type[kinds.LoRALayer] | None) -> bool:
-    """Return whether PEFT wraps the layers that get this adapter here. It wraps parameters of others."""
+    """Return whether PEFT wraps the layers that get this adapter here.
+
+    It wraps parameters of others.
+    """
     return kind in _COUNTERPARTS and not _COUNTERPARTS[kind].is_parameter
 
 
@@ -75,14 +84,20 @@ def _because_used_in_several_places(layer: StoredLayer) -> Reason:
     """The model has the layer under several names."""
     other_names = layer.other_names
     if other_names:
-        return f"the layer is used as {listed(other_names)} too, and PEFT would adapt the first use alone."
+        return (
+            f"the layer is used as {listed(other_names)} too, and PEFT would adapt the "
+            "first use alone."
+        )
     return ""
 
 
 def _because_magnitude_is_zero(magnitude: Tensor | None) -> Reason:
     """DoRA has a magnitude of zero: the base has a row of zeros."""
     if magnitude is not None and (magnitude == 0).any():
-        return "with use_dora, PEFT scales an output whose magnitude is zero by zero; here it is not scaled."
+        return (
+            "with use_dora, PEFT scales an output whose magnitude is zero by zero; "
+            "here it is not scaled."
+        )
     return ""
 
 
@@ -95,14 +110,19 @@ def _is_registered(layer_class: str) -> bool:
     """Whether a user has registered this class of layers."""
     if layer_class.startswith(("torch.", "transformers.", "bitsandbytes.")):
         return False
-    registered = [full_name(layer_type) for layer_type in kinds.ADAPTERS if isinstance(layer_type, type)]
+    registered = [
+        full_name(layer_type)
+        for layer_type in kinds.ADAPTERS
+        if isinstance(layer_type, type)
+    ]
     return layer_class in registered
 
 
 # Layers that add the update to their output
 
 
-_COMPUTES_THE_SAME = "transformers.models.falcon.modeling_falcon.FalconLinear"  # its forward is x @ W.T + bias
+# its forward is x @ W.T + bias
+_COMPUTES_THE_SAME = "transformers.models.falcon.modeling_falcon.FalconLinear"
 _SCALED_EMBEDDING = re.compile(r"transformers\..*ScaledWordEmbedding")
 
 
@@ -110,11 +130,17 @@ def _because_of_own_forward(layer: StoredLayer) -> Reason:
     """The layer's own forward would run without the update."""
     if layer.is_additive or layer.layer_class == _COMPUTES_THE_SAME:
         return ""
-    return f"{_class_name(layer)} has a forward of its own, and PEFT adds the update outside of it, with other results."
+    return (
+        f"{_class_name(layer)} has a forward of its own, and PEFT adds the update "
+        "outside of it, with other results."
+    )
 
 
 def _because_of_own_lookup(layer: StoredLayer) -> Reason:
-    """The embedding has a forward of its own. PEFT knows one: it scales the update of a scaled embedding too."""
+    """The embedding has a forward of its own.
+
+    PEFT knows one: it scales the update of a scaled embedding too.
+    """
     if _SCALED_EMBEDDING.fullmatch(layer.layer_class):
         return ""
     return _because_of_own_forward(layer)
@@ -143,7 +169,10 @@ def _because_of_groups(layer: StoredLayer) -> Reason:
     """The channels are in several groups."""
     groups = layer.options.get("groups", 1)
     if groups > 1:
-        return f"it has groups={groups}. PEFT's A reads the channels of all groups; here, those of one."
+        return (
+            f"it has groups={groups}. PEFT's A reads the channels of all groups; here, "
+            "those of one."
+        )
     return ""
 
 
@@ -179,7 +208,10 @@ def _because_read_elsewhere(layer: StoredLayer) -> Reason:
     """A parameter belongs to a layer inside, and may be read past its forward."""
     for matrix in layer.matrices:
         if "." in matrix.weight:
-            return f"{matrix.weight!r} belongs to a layer inside it. PEFT would update it only where that is called."
+            return (
+                f"{matrix.weight!r} belongs to a layer inside it. PEFT would update it "
+                "only where that is called."
+            )
     return ""
 
 
@@ -192,7 +224,10 @@ def _because_one_transposed_expert(layer: StoredLayer) -> Reason:
 
 
 def _flattened_stack(factors: Factors, shape: Shape, options: Options) -> Factors:
-    """A by experts, B with the expert running fastest. In a transposed stack, each weight is (in, out)."""
+    """A by experts, B with the expert running fastest.
+
+    In a transposed stack, each weight is (in, out).
+    """
     if len(shape) == 2:
         return factors
     a, b = _turned(factors, options)
@@ -220,20 +255,33 @@ def _turned(factors: Factors, options: Options) -> Factors:
     return b.mT, a.mT
 
 
-_CONVOLUTION = (_because_dilated, _because_of_padding_mode, _because_of_groups, _because_of_own_forward)
+_CONVOLUTION = (
+    _because_dilated,
+    _because_of_padding_mode,
+    _because_of_groups,
+    _because_of_own_forward,
+)
 _PARAMETERS = (_because_read_elsewhere, _because_one_transposed_expert)
 
-_COUNTERPARTS: dict[type[kinds.LoRALayer] | None, Counterpart] = {  # None: a user's own adapter
+# None: a user's own adapter
+_COUNTERPARTS: dict[type[kinds.LoRALayer] | None, Counterpart] = {
     kinds.LoRALinear: Counterpart((_because_of_own_forward,)),
     kinds.LoRALinear4bit: Counterpart((_because_of_own_forward,)),
     kinds.LoRALinear8bit: Counterpart((_because_of_own_forward,)),
     kinds.LoRAConv1D: Counterpart((_because_of_own_forward,)),
-    kinds.LoRAEmbedding: Counterpart((_because_of_own_lookup,), keys=("lora_embedding_A", "lora_embedding_B")),
+    kinds.LoRAEmbedding: Counterpart(
+        (_because_of_own_lookup,), keys=("lora_embedding_A", "lora_embedding_B")
+    ),
     kinds.LoRATokens: Counterpart((_because_of_own_lookup,)),
-    kinds.LoRAConvNd: Counterpart(_CONVOLUTION, to_peft=_with_kernel, from_peft=_without_kernel),
+    kinds.LoRAConvNd: Counterpart(
+        _CONVOLUTION, to_peft=_with_kernel, from_peft=_without_kernel
+    ),
     kinds.LoRAAttention: Counterpart((_because_of_kdim,)),
     kinds.LoRARecurrent: Counterpart(_PARAMETERS, is_parameter=True),
     kinds.LoRAParameters: Counterpart(
-        _PARAMETERS, to_peft=_flattened_stack, from_peft=_unflattened_stack, is_parameter=True
+        _PARAMETERS,
+        to_peft=_flattened_stack,
+        from_peft=_unflattened_stack,
+        is_parameter=True,
     ),
 }

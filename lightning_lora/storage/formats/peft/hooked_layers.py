@@ -1,4 +1,7 @@
-"""Hooks around the forward of an adapted layer. PEFT's wrapper is around them; here they are around the adapter."""
+"""Hooks around the forward of an adapted layer.
+
+PEFT's wrapper is around them; here they are around the adapter.
+"""
 
 from collections.abc import Iterable
 
@@ -11,7 +14,8 @@ def warn_of_hooks(layers: Iterable[StoredLayer]) -> None:
     hooked = [layer.name for layer in layers if layer.has_hooks]
     if hooked:
         warn(
-            f"{listed(hooked)} have forward hooks. A PeftModel runs these on the layer without its update; here, and "
-            "after its merge_and_unload(), they run on the layer with it. If they change inputs or outputs, it "
-            "computes something else until it is merged. If they only look, nothing differs."
+            f"{listed(hooked)} have forward hooks. A PeftModel runs these on the layer "
+            "without its update; here, and after its merge_and_unload(), they run on "
+            "the layer with it. If they change inputs or outputs, it computes "
+            "something else until it is merged. If they only look, nothing differs."
         )

@@ -17,9 +17,12 @@ from lightning_lora.tensors.names import starts_of
 class PeftConfig(NamedTuple):
     """What PEFT's configuration says."""
 
-    as_ours: LoRAConfig  # the fields that we have too; names and patterns in it mean what they mean in PEFT
-    tokens: dict[str, list[int]]  # the rows of embeddings that train, by the end of their names
-    layer_numbers: list[int] | None  # PEFT adapts only what lies in blocks with these numbers. None: in all
+    # the fields that we have too; names and patterns in it mean what they mean in PEFT
+    as_ours: LoRAConfig
+    # the rows of embeddings that train, by the end of their names
+    tokens: dict[str, list[int]]
+    # PEFT adapts only what lies in blocks with these numbers. None: in all
+    layer_numbers: list[int] | None
 
     @property
     def modules_to_save(self) -> Sequence[str]:
@@ -28,7 +31,11 @@ class PeftConfig(NamedTuple):
 
     def adapts(self, name: str) -> bool:
         """Return whether PEFT adapts the module of this name, if it is of a kind that PEFT adapts."""
-        return self._is_target(name) and self._is_of_layers(name) and not self.as_ours.is_excluded(name)
+        return (
+            self._is_target(name)
+            and self._is_of_layers(name)
+            and not self.as_ours.is_excluded(name)
+        )
 
     def _is_target(self, name: str) -> bool:
         """Whether ``target_modules`` names a module."""
@@ -42,8 +49,11 @@ class PeftConfig(NamedTuple):
         if self.layer_numbers is None:
             return True
         components = name.split(".")
-        may_be_numbers = components[2:-1]  # PEFT's expression wants two names before a number, and one after it
-        numbers = {int(component) for component in may_be_numbers if component.isdecimal()}
+        # PEFT's expression wants two names before a number, and one after it
+        may_be_numbers = components[2:-1]
+        numbers = {
+            int(component) for component in may_be_numbers if component.isdecimal()
+        }
         return bool(numbers) and numbers.issubset(self.layer_numbers)
 
     def names_parameter(self, name: str) -> bool:
@@ -60,7 +70,8 @@ class PeftConfig(NamedTuple):
     def leaves_to_saving(self, name: str) -> bool:
         """Return whether PEFT adapts nothing here: ``modules_to_save`` names the module, or one around it.
 
-        Here PEFT compares whole components, in contrast to :meth:`saves`: with ``head``, it may adapt ``overhead``.
+        Here PEFT compares whole components, in contrast to :meth:`saves`: with
+        ``head``, it may adapt ``overhead``.
         """
         return any(map(self.as_ours.is_saved, starts_of(name)))
 
@@ -80,10 +91,13 @@ def _matches_any(entries: Iterable[str], name: str) -> bool:
 def value_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the most common value, and a pattern for the others, as PEFT's ``r`` and ``rank_pattern``.
 
-    ``{"q": 8, "v": 8, "k": 4}`` -> ``8, {"^k": 4}``. Each expression means exactly one name.
+    ``{"q": 8, "v": 8, "k": 4}`` -> ``8, {"^k": 4}``. Each expression means exactly one
+    name.
     """
     ((most, _),) = Counter(values.values()).most_common(1)
-    others = {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
+    others = {
+        f"^{re.escape(name)}": value for name, value in values.items() if value != most
+    }
     return most, others
 
 
@@ -92,16 +106,18 @@ def read_config(weights: Any) -> PeftConfig:
     path = config_beside(weights)
     if path is None:
         raise AdapterFileError(
-            f"{weights} holds adapters of PEFT. Their rank and scaling are in {PEFT_CONFIG}, which is not there: put "
-            "it beside the tensors, in a folder on this machine."
+            f"{weights} holds adapters of PEFT. Their rank and scaling are in "
+            f"{PEFT_CONFIG}, which is not there: put it beside the tensors, in a "
+            "folder on this machine."
         )
     return config_of(json_object(path.read_bytes(), path), path)
 
 
 def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
-    """Return what these fields say. Those that are not known are ignored, with a warning.
+    """Return what these fields say.
 
-    ``source`` is where they come from, for messages.
+    Those that are not known are ignored, with a warning. ``source`` is where they come
+    from, for messages.
     """
     _check_fields(fields, source)
     _warn_of_unknown(fields, source)
@@ -111,7 +127,9 @@ def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
     try:
         config = LoRAConfig(**{"r": 8, "alpha": 8, "init": init, **arguments})
     except ConfigError as error:
-        raise AdapterFileError(f"{source} holds other values than PEFT writes there: {error}") from error
+        raise AdapterFileError(
+            f"{source} holds other values than PEFT writes there: {error}"
+        ) from error
     return PeftConfig(config, _tokens(fields), _layer_numbers(fields))
 
 
@@ -124,11 +142,14 @@ def _check_fields(fields: Mapping[str, Any], source: object) -> None:
     """Refuse what makes another update than LoRA's."""
     kind = fields.get("peft_type")
     if kind != "LORA":
-        raise AdapterFileError(f"{source} says peft_type={kind!r}. Only 'LORA' can be read. {MERGE_THERE}")
+        raise AdapterFileError(
+            f"{source} says peft_type={kind!r}. Only 'LORA' can be read. {MERGE_THERE}"
+        )
     refused = [name for name in _REFUSED if fields.get(name)]
     if refused:
         raise AdapterFileError(
-            f"{source} sets {listed(refused)}, which this package does not have: its update is another. {MERGE_THERE}"
+            f"{source} sets {listed(refused)}, which this package does not have: its "
+            f"update is another. {MERGE_THERE}"
         )
 
 
@@ -137,24 +158,32 @@ def _warn_of_unknown(fields: Mapping[str, Any], source: object) -> None:
     unknown = without(where(fields, bool), {*_OURS, *_OTHERS})
     if unknown:
         warn(
-            f"{source} sets {listed(unknown)}, which PEFT 0.21 does not know: ignored, as PEFT does. If a newer PEFT "
-            "wrote it, and it changes what is computed, merge the adapters there, and use the merged model."
+            f"{source} sets {listed(unknown)}, which PEFT 0.21 does not know: ignored, "
+            "as PEFT does. If a newer PEFT wrote it, and it changes what is computed, "
+            "merge the adapters there, and use the merged model."
         )
 
 
 def _init_of(fields: Mapping[str, Any], source: object) -> str:
-    """Our ``init`` for PEFT's ``init_lora_weights``. Refuse what changed the base before the training."""
+    """Our ``init`` for PEFT's ``init_lora_weights``.
+
+    Refuse what changed the base before the training.
+    """
     init = str(fields.get("init_lora_weights")).lower()
     if init not in _INITIALISATIONS:
         raise AdapterFileError(
-            f"{source} says init_lora_weights={init!r}: training began from a changed base, which cannot be computed "
-            "again. Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+            f"{source} says init_lora_weights={init!r}: training began from a changed "
+            "base, which cannot be computed again. Convert it with PEFT: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     return _INITIALISATIONS[init]
 
 
 def _tokens(fields: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The rows that train, by the end of an embedding's name. A list is meant for each embedding."""
+    """The rows that train, by the end of an embedding's name.
+
+    A list is meant for each embedding.
+    """
     rows = fields.get("trainable_token_indices") or {}
     return rows if isinstance(rows, dict) else {"": rows}
 
@@ -166,11 +195,15 @@ def _layer_numbers(fields: Mapping[str, Any]) -> list[int] | None:
     if not numbers:
         return None
     if fields.get("layers_pattern"):
-        return []  # which blocks these numbers mean is not known here, so no module is missed in a file
+        # which blocks these numbers mean is not known here, so no module is missed in a
+        # file
+        return []
     return numbers
 
 
-MERGE_THERE = "Merge it with PEFT (merge_and_unload), if that can, and use the merged model."
+MERGE_THERE = (
+    "Merge it with PEFT (merge_and_unload), if that can, and use the merged model."
+)
 
 _OURS = {
     "r": "r",
@@ -199,7 +232,9 @@ _INITIALISATIONS = {
     "olora": "olora",
     # an update of zero, so nothing depends on it after the training
     "gaussian": "gaussian",
-    **dict.fromkeys(("true", "false", "none", "orthogonal", "eva", "mica", "lora_ga"), "kaiming"),
+    **dict.fromkeys(
+        ("true", "false", "none", "orthogonal", "eva", "mica", "lora_ga"), "kaiming"
+    ),
 }
 """PEFT's words for how training began, and ours: those that need no other base than the one before the training."""
 
@@ -212,4 +247,7 @@ _OTHERS = {
     "megatron_core", "qalora_group_size", "runtime_config", "velora_config", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config",
 }  # fmt: skip
-"""The other fields that are known. They do not decide what is computed, or the tensors say it too."""
+"""The other fields that are known.
+
+They do not decide what is computed, or the tensors say it too.
+"""

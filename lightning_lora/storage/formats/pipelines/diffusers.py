@@ -12,10 +12,23 @@ from lightning_lora.errors import warn
 from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.export import Export
-from lightning_lora.storage.formats.format import HEADER, LoadArguments, WrittenFormat, tensors_in
-from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of, value_and_pattern
+from lightning_lora.storage.formats.format import (
+    HEADER,
+    LoadArguments,
+    WrittenFormat,
+    tensors_in,
+)
+from lightning_lora.storage.formats.peft.peft_config import (
+    PeftConfig,
+    config_of,
+    value_and_pattern,
+)
 from lightning_lora.storage.formats.peft.writing.exported import exported
-from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard, repository_of
+from lightning_lora.storage.formats.peft.writing.model_card import (
+    FOLDER,
+    ModelCard,
+    repository_of,
+)
 from lightning_lora.storage.formats.peft_names import METADATA, PREFIX, peft_key
 from lightning_lora.storage.formats.peft_or_diffusers import MEMBER_NAME, is_diffusers
 from lightning_lora.storage.formats.pipelines.pipeline import (
@@ -35,7 +48,8 @@ from lightning_lora.storage.stored_modules import StoredModule
 from lightning_lora.tensors.dicts import prefixed
 from lightning_lora.tensors.names import owner_of
 
-_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # the newer one first
+# the newer one first
+_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
 # Write
 
@@ -53,7 +67,10 @@ def write(export: Export, directory: Path, *, uniform: bool) -> None:
     file = _FILES[0]
     warn_of_replaced(directory / file, tensors, _member_of)
     card = ModelCard(export, "diffusers", _code_that_loads(export.stored_inner))
-    contents = {file: save(tensors, {METADATA: json.dumps(header)}), **card.files(directory)}
+    contents = {
+        file: save(tensors, {METADATA: json.dumps(header)}),
+        **card.files(directory),
+    }
     write_files(directory, contents)
 
 
@@ -74,8 +91,13 @@ def _member_of(name: str) -> str:
 # Read
 
 
-def recognise(contents: Mapping[str, Any], path: Any, _: LoadArguments) -> ReadFor | None:
-    """Return how to read these contents of a file, if diffusers wrote it. Or PEFT did, with the same header."""
+def recognise(
+    contents: Mapping[str, Any], path: Any, _: LoadArguments
+) -> ReadFor | None:
+    """Return how to read these contents of a file, if diffusers wrote it.
+
+    Or PEFT did, with the same header.
+    """
     if not is_diffusers(contents, path):
         return None
     text = contents.get(HEADER, {}).get(METADATA, "{}")
@@ -95,14 +117,20 @@ class _DiffusersFile(PipelineFile):
     header: Mapping[str, Any]  # the configurations, which older files do not have
 
     def members(self) -> set[str]:
-        """Return the members, by what names begin with. A file of one model alone may have the empty one."""
+        """Return the members, by what names begin with.
+
+        A file of one model alone may have the empty one.
+        """
         of_tensors = set(map(_member_of, self.tensors))
         if not self.header:
             is_pipeline = any(map(MEMBER_NAME.fullmatch, of_tensors))
-            return of_tensors if is_pipeline else {""}  # of one model, whose names begin with its own modules
+            # of one model, whose names begin with its own modules
+            return of_tensors if is_pipeline else {""}
         of_header = set(map(owner_of, self.header))
-        is_one_model = not of_header.isdisjoint(("", PREFIX))  # with PEFT's prefix, or with none
-        return of_header if is_one_model else of_header | of_tensors  # the header may lack some
+        # with PEFT's prefix, or with none
+        is_one_model = not of_header.isdisjoint(("", PREFIX))
+        # the header may lack some
+        return of_header if is_one_model else of_header | of_tensors
 
     def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
         """Return the tensors and the configuration of one member."""
@@ -110,13 +138,17 @@ class _DiffusersFile(PipelineFile):
         return PeftContents(tensors, self._config_of(member, tensors))
 
     def _config_of(self, member: str, tensors: Mapping[str, Tensor]) -> PeftConfig:
-        """The configuration of one member. If the header has none, it follows from the tensors."""
+        """The configuration of one member.
+
+        If the header has none, it follows from the tensors.
+        """
         fields = by_names_inside(member, self.header)
         if not fields:
             fields = _without_scaling(tensors)
             warn(
-                f"{self.path} does not say with which lora_alpha it was trained. As in diffusers, it is taken to be "
-                "the rank. If it was another, save the file again with save_lora_weights(..., "
+                f"{self.path} does not say with which lora_alpha it was trained. As in "
+                "diffusers, it is taken to be the rank. If it was another, save the "
+                "file again with save_lora_weights(..., "
                 "unet_lora_adapter_metadata=...)."
             )
         return config_of({"peft_type": "LORA", **fields}, self.path)
@@ -146,5 +178,10 @@ def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 DIFFUSERS = WrittenFormat(
-    name="diffusers", tool="diffusers", recognise=recognise, write=write, files=_FILES, expected_files=_FILES[0]
+    name="diffusers",
+    tool="diffusers",
+    recognise=recognise,
+    write=write,
+    files=_FILES,
+    expected_files=_FILES[0],
 )

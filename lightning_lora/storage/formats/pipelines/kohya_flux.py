@@ -38,7 +38,8 @@ _BLOCKS = {
 """The blocks of diffusers, the original ones, and what is in them."""
 
 _LAYER = re.compile(rf"(({'|'.join(_BLOCKS)})\.(\d+))\.(.+)")
-_SIZES = {"proj_mlp": 4}  # how many times the outputs of q a layer has, if it is not once
+# how many times the outputs of q a layer has, if it is not once
+_SIZES = {"proj_mlp": 4}
 
 
 class _Original(NamedTuple):
@@ -49,7 +50,10 @@ class _Original(NamedTuple):
 
 
 def name_in_flux(layer: str) -> str:
-    """Return the name in a file of the original layer around one of diffusers. Empty: there is none."""
+    """Return the name in a file of the original layer around one of diffusers.
+
+    Empty: there is none.
+    """
     return _original_around(layer).name
 
 
@@ -77,9 +81,10 @@ def _original_around(layer: str) -> _Original:
 
 
 def _stacked(parts: Sequence[str], updates: Mapping[str, Factors]) -> Factors:
-    """All A below each other, with one rank, and all B along a diagonal. A part without update gets zeros.
+    """All A below each other, with one rank, and all B along a diagonal.
 
-    From q and v: A is ``[A_q, 0, A_v]``, one below the other, and B has B_q, 0 and B_v as blocks on its diagonal.
+    A part without update gets zeros. From q and v: A is ``[A_q, 0, A_v]``, one below
+    the other, and B has B_q, 0 and B_v as blocks on its diagonal.
     """
     first, (a, b) = next(iter(updates.items()))
     outputs_of_q = len(b) // _size(first)
@@ -87,7 +92,10 @@ def _stacked(parts: Sequence[str], updates: Mapping[str, Factors]) -> Factors:
     stacked_a = list[Tensor]()
     stacked_b = list[Tensor]()
     for part in parts:
-        zero = a.new_zeros(rank, a.shape[1]), b.new_zeros(outputs_of_q * _size(part), rank)
+        zero = (
+            a.new_zeros(rank, a.shape[1]),
+            b.new_zeros(outputs_of_q * _size(part), rank),
+        )
         part_a, part_b = with_rank(updates.get(part, zero), rank)
         stacked_a.append(part_a)
         stacked_b.append(part_b)

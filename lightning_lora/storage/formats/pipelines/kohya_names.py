@@ -1,7 +1,8 @@
 """What kohya's sd-scripts, ComfyUI and A1111 call the layers of a pipeline's members.
 
-A name begins with a prefix for the member, and has underscores for points. In SDXL, a layer of the UNet has its name in
-the original model. Only layers that ComfyUI, A1111 and diffusers all know have a name.
+A name begins with a prefix for the member, and has underscores for points. In SDXL, a
+layer of the UNet has its name in the original model. Only layers that ComfyUI, A1111
+and diffusers all know have a name.
 """
 
 import re
@@ -16,7 +17,8 @@ MEMBERS = {
 }
 """The prefixes of names in a file, and the members of a pipeline that they mean."""
 
-NameOf = Callable[[str], str]  # from a layer's name in a member to that in a file; empty if it has none
+# from a layer's name in a member to that in a file; empty if it has none
+NameOf = Callable[[str], str]
 
 
 def member_prefix(name: str) -> str:
@@ -25,11 +27,15 @@ def member_prefix(name: str) -> str:
 
 
 def naming_forms(prefix: str, modules: Collection[str]) -> list[NameOf]:
-    """Return all ways in which files name the layers of a member, which has these modules. The first one is written."""
+    """Return all ways in which files name the layers of a member, which has these modules.
+
+    The first one is written.
+    """
     if prefix != "lora_unet":
         return [partial(_name_in_text_encoder, prefix)]
     original = _OriginalUnet(modules).name_of
-    if "add_embedding.linear_1" in modules:  # SDXL; some tools have the names of diffusers there too
+    # SDXL; some tools have the names of diffusers there too
+    if "add_embedding.linear_1" in modules:
         return [original, _name_in_unet]
     return [_name_in_unet, original]
 
@@ -62,7 +68,9 @@ _IN_RESNET = {
 _IN_TRANSFORMER = r"attn[12]\.to_[qkv]|attn[12]\.to_out\.0|ff\.net\.0\.proj|ff\.net\.2"
 _IN_ATTENTION = rf"proj_in|proj_out|transformer_blocks\.\d+\.(?:{_IN_TRANSFORMER})"
 _BLOCK = r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)"
-_IN_BLOCK = re.compile(rf"({_BLOCK}\.(?:attentions|resnets)\.\d+)\.({_IN_ATTENTION}|{'|'.join(_IN_RESNET)})")
+_IN_BLOCK = re.compile(
+    rf"({_BLOCK}\.(?:attentions|resnets)\.\d+)\.({_IN_ATTENTION}|{'|'.join(_IN_RESNET)})"
+)
 _SAMPLER = re.compile(rf"{_BLOCK}\.(down|up)samplers\.0\.conv")
 
 
@@ -74,10 +82,11 @@ def _name_in_unet(layer: str) -> str:
 
 
 class _OriginalUnet:
-    """The original names in a UNet. They number ResNets and samplers through, where diffusers has blocks.
+    """The original names in a UNet.
 
-    With two ResNets in a block, ``down_blocks.1.resnets.0`` is ``input_blocks.4.0``: before it are ``conv_in``, two
-    ResNets and a sampler.
+    They number ResNets and samplers through, where diffusers has blocks. With two
+    ResNets in a block, ``down_blocks.1.resnets.0`` is ``input_blocks.4.0``: before it
+    are ``conv_in``, two ResNets and a sampler.
     """
 
     def __init__(self, modules: Collection[str]) -> None:
@@ -87,19 +96,30 @@ class _OriginalUnet:
             "mid_block.attentions.0": "middle_block.1",
             "mid_block.resnets.1": "middle_block.2",
         }
-        resnets = [name for name in modules if re.fullmatch(r"down_blocks\.0\.resnets\.\d+", name)]
+        resnets = [
+            name
+            for name in modules
+            if re.fullmatch(r"down_blocks\.0\.resnets\.\d+", name)
+        ]
         for block in range(4):  # no such UNet has more
             self._add_block(block, len(resnets))
-            if f"up_blocks.{block}.attentions.0" in modules:  # without one, diffusers would read another layer
+            # without one, diffusers would read another layer
+            if f"up_blocks.{block}.attentions.0" in modules:
                 self._add_upsampler(block, len(resnets))
 
     def _add_block(self, block: int, resnets: int) -> None:
         """Add a block on each side. The one that goes up has one more ResNet."""
         first = block * (resnets + 1)
         for number in range(resnets + 1):
-            self._add_to_block(f"down_blocks.{block}", number, f"input_blocks.{first + number + 1}")
-            self._add_to_block(f"up_blocks.{block}", number, f"output_blocks.{first + number}")
-        self.layers[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{first + resnets + 1}.0.op"
+            self._add_to_block(
+                f"down_blocks.{block}", number, f"input_blocks.{first + number + 1}"
+            )
+            self._add_to_block(
+                f"up_blocks.{block}", number, f"output_blocks.{first + number}"
+            )
+        self.layers[f"down_blocks.{block}.downsamplers.0.conv"] = (
+            f"input_blocks.{first + resnets + 1}.0.op"
+        )
 
     def _add_to_block(self, block: str, number: int, original: str) -> None:
         """Add a ResNet and the attention behind it."""
@@ -109,7 +129,9 @@ class _OriginalUnet:
     def _add_upsampler(self, block: int, resnets: int) -> None:
         """Add the upsampler behind an attention."""
         last = block * (resnets + 1) + resnets
-        self.layers[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{last}.2.conv"
+        self.layers[f"up_blocks.{block}.upsamplers.0.conv"] = (
+            f"output_blocks.{last}.2.conv"
+        )
 
     def name_of(self, layer: str) -> str:
         """Return the name of a layer in a file."""

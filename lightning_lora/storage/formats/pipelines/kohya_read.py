@@ -10,18 +10,29 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.storage.formats.format import LoadArguments, tensors_in
 from lightning_lora.storage.formats.peft.peft_config import config_of, value_and_pattern
-from lightning_lora.storage.formats.pipelines.kohya_names import MEMBERS, member_prefix, naming_forms
-from lightning_lora.storage.formats.pipelines.pipeline import PeftContents, PipelineFile, adapters_in_pipeline
+from lightning_lora.storage.formats.pipelines.kohya_names import (
+    MEMBERS,
+    member_prefix,
+    naming_forms,
+)
+from lightning_lora.storage.formats.pipelines.pipeline import (
+    PeftContents,
+    PipelineFile,
+    adapters_in_pipeline,
+)
 from lightning_lora.storage.formats.unread import KOHYA_REMEDY
 from lightning_lora.storage.stored import ReadFor
 from lightning_lora.tensors.dicts import only, with_values, without
 
-_ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}  # of names in a file, and PEFT's
+# of names in a file, and PEFT's
+_ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
 _ALPHA = "alpha"
 _LAYER = re.compile(rf"({'|'.join(MEMBERS)})_\w+")
 
 
-def recognise(contents: Mapping[str, Any], path: Any, _: LoadArguments) -> ReadFor | None:
+def recognise(
+    contents: Mapping[str, Any], path: Any, _: LoadArguments
+) -> ReadFor | None:
     """Return how to read these contents of a file, if it has the names of kohya's scripts."""
     if not any(map(_is_factor, map(str, contents))):
         return None
@@ -46,8 +57,8 @@ def _check_names(names: Iterable[str], path: Any) -> None:
             odd.append(name)
     if odd:
         raise AdapterFileError(
-            f"{path} holds {listed(odd)}, of another method than LoRA (such as DoRA, LoHa, LoKr, or a core of a "
-            "convolution). Use the merged model."
+            f"{path} holds {listed(odd)}, of another method than LoRA (such as DoRA, "
+            "LoHa, LoKr, or a core of a convolution). Use the merged model."
         )
 
 
@@ -72,14 +83,19 @@ class _KohyaFile(PipelineFile):
                 unknown[layer_in_file] = None
         if unknown:
             raise AdapterMismatchError(
-                f"{self.path} holds adapters of {listed(unknown)}, and the model has no such layers of a UNet or a "
-                f"CLIP text encoder. Pass the model that they were trained on. {KOHYA_REMEDY}."
+                f"{self.path} holds adapters of {listed(unknown)}, and the model has "
+                "no such layers of a UNet or a CLIP text encoder. Pass the model that "
+                f"they were trained on. {KOHYA_REMEDY}."
             )
         return PeftContents(adapters.tensors, config_of(adapters.config(), self.path))
 
     def _tensors_of(self, member: str) -> dict[str, Tensor]:
         """The tensors of one member."""
-        return {name: value for name, value in self.tensors.items() if _member_of(name) == member}
+        return {
+            name: value
+            for name, value in self.tensors.items()
+            if _member_of(name) == member
+        }
 
 
 def _member_of(name: str) -> str:
@@ -93,7 +109,8 @@ def _layers_by_name(member: str, modules: Collection[str]) -> dict[str, str]:
     for prefix in with_values(MEMBERS, [member]):
         for name_of in naming_forms(prefix, modules):
             by_name = {name_of(layer): layer for layer in modules}
-            layers |= without(by_name, [""])  # the empty name of all that this format cannot hold
+            # the empty name of all that this format cannot hold
+            layers |= without(by_name, [""])
     return layers
 
 
@@ -115,11 +132,16 @@ class _Adapters:
             self.ranks[layer] = len(value)
 
     def config(self) -> dict[str, Any]:
-        """Return the fields of PEFT's configuration. A layer without alpha is not scaled."""
+        """Return the fields of PEFT's configuration.
+
+        A layer without alpha is not scaled.
+        """
         if not self.ranks:  # a damaged file, which is refused with the name of a layer
             return {"peft_type": "LORA"}
         r, other_ranks = value_and_pattern(self.ranks)
-        alpha, other_alphas = value_and_pattern({**self.ranks, **only(self.alphas, self.ranks)})
+        alpha, other_alphas = value_and_pattern(
+            {**self.ranks, **only(self.alphas, self.ranks)}
+        )
         return {
             "peft_type": "LORA",
             "r": r,

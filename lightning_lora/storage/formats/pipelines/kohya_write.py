@@ -17,9 +17,23 @@ from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.layer_updates import pair_of
 from lightning_lora.storage.formats.peft.writing.exported import exported
 from lightning_lora.storage.formats.peft_names import peft_key
-from lightning_lora.storage.formats.pipelines.kohya_flux import FLUX_CLASS, name_in_flux, stacked_update
-from lightning_lora.storage.formats.pipelines.kohya_names import ATTENTION, OUTER, NameOf, member_prefix, naming_forms
-from lightning_lora.storage.formats.pipelines.pipeline import checked_member, exports_of_members, warn_of_replaced
+from lightning_lora.storage.formats.pipelines.kohya_flux import (
+    FLUX_CLASS,
+    name_in_flux,
+    stacked_update,
+)
+from lightning_lora.storage.formats.pipelines.kohya_names import (
+    ATTENTION,
+    OUTER,
+    NameOf,
+    member_prefix,
+    naming_forms,
+)
+from lightning_lora.storage.formats.pipelines.pipeline import (
+    checked_member,
+    exports_of_members,
+    warn_of_replaced,
+)
 from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.on_disk.safetensors_bytes import save
 from lightning_lora.storage.renaming import by_names_inside
@@ -50,7 +64,10 @@ def write(export: Export, directory: Path, *, uniform: bool) -> None:
 
 
 def _tensors_of(name: str, factors: Factors, alpha: int) -> dict[str, Tensor]:
-    """The tensors of a layer, whose update is B @ A. Readers scale it by alpha over the rank: B makes up for that."""
+    """The tensors of a layer, whose update is B @ A.
+
+    Readers scale it by alpha over the rank: B makes up for that.
+    """
     a, b = factors
     return {
         f"{name}.lora_down.weight": a,
@@ -66,8 +83,9 @@ def _refuse_dora(export: Export) -> None:
     """Refuse DoRA, of which diffusers drops the magnitudes."""
     if export.stored.config.use_dora:
         raise ExportError(
-            "Of a file of kohya's with DoRA, diffusers would read A and B alone, another update. Write "
-            "format='diffusers', or merge: save_merged(model, path)."
+            "Of a file of kohya's with DoRA, diffusers would read A and B alone, "
+            "another update. Write format='diffusers', or merge: save_merged(model, "
+            "path)."
         )
 
 
@@ -88,23 +106,28 @@ def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
         attention, _, leaf = layer.rpartition(".")
         if leaf in ATTENTION:
             for other in ATTENTION:
-                whole.setdefault(join(attention, other), (torch.zeros_like(a), torch.zeros_like(b)))
+                whole.setdefault(
+                    join(attention, other), (torch.zeros_like(a), torch.zeros_like(b))
+                )
     return whole
 
 
 # Their names
 
 
-def _names_in_file(export: Export, member: str, layers: Iterable[str], modules: set[str]) -> dict[str, str]:
+def _names_in_file(
+    export: Export, member: str, layers: Iterable[str], modules: set[str]
+) -> dict[str, str]:
     """The names in the file of a member's layers. Refuse layers without one."""
     name_of = _naming(export, member, modules)
     names = {layer: name_of(layer) for layer in layers}
     unnamed = where_not(names, bool)
     if unnamed:
         raise ExportError(
-            f"In kohya's format, {listed(unnamed)} of {member!r} have no name that all its readers know. It is for the "
-            "UNet and the CLIP text encoders of Stable Diffusion and SDXL, and for the blocks of Flux. Leave these "
-            "layers out (exclude_modules), or write format='diffusers', which ComfyUI reads too."
+            f"In kohya's format, {listed(unnamed)} of {member!r} have no name that all "
+            "its readers know. It is for the UNet and the CLIP text encoders of Stable "
+            "Diffusion and SDXL, and for the blocks of Flux. Leave these layers out "
+            "(exclude_modules), or write format='diffusers', which ComfyUI reads too."
         )
     _warn_of_skipped(export, member, names)
     return names
@@ -114,11 +137,15 @@ def _warn_of_skipped(export: Export, member: str, names: Mapping[str, str]) -> N
     """Warn of layers that some reader skips, or may skip."""
     outer = only(names, OUTER)
     if outer:
-        warn(f"kohya's own scripts skip {listed(outer)} without an error. ComfyUI, A1111 and diffusers read them.")
+        warn(
+            f"kohya's own scripts skip {listed(outer)} without an error. ComfyUI, "
+            "A1111 and diffusers read them."
+        )
     if member == "text_encoder" and export.stored.root == "":
         warn(
-            "Nothing around this text encoder says whose it is: it is named as that of Stable Diffusion. If it is one "
-            "of SDXL or Flux, A1111 and kohya's scripts would skip it: export the module around the whole pipeline."
+            "Nothing around this text encoder says whose it is: it is named as that of "
+            "Stable Diffusion. If it is one of SDXL or Flux, A1111 and kohya's scripts "
+            "would skip it: export the module around the whole pipeline."
         )
 
 
@@ -131,24 +158,42 @@ def _naming(export: Export, member: str, modules: set[str]) -> NameOf:
     return first
 
 
-def _grouped_by_name(layers: Mapping[str, Factors], names: Mapping[str, str]) -> dict[str, dict[str, Factors]]:
-    """The updates of layers, by their names in the file. In Flux, several are parts of one original layer."""
+def _grouped_by_name(
+    layers: Mapping[str, Factors], names: Mapping[str, str]
+) -> dict[str, dict[str, Factors]]:
+    """The updates of layers, by their names in the file.
+
+    In Flux, several are parts of one original layer.
+    """
     named = dict[str, dict[str, Factors]]()
     for layer, factors in layers.items():
         named.setdefault(names[layer], {})[layer] = factors
     return named
 
 
-_WITH_TWO_TEXT_ENCODERS = ("text_encoder_2", "add_embedding", "single_transformer_blocks")
+_WITH_TWO_TEXT_ENCODERS = (
+    "text_encoder_2",
+    "add_embedding",
+    "single_transformer_blocks",
+)
 """The names of modules that only SDXL and Flux have."""
 
 
 def _prefix_for(member: str, modules: Iterable[str]) -> str:
-    """The prefix of a member's names in a file. Empty: this format has no such member."""
+    """The prefix of a member's names in a file.
+
+    Empty: this format has no such member.
+    """
     last_components = {name.rpartition(".")[2] for name in modules}
-    if member == "text_encoder" and not last_components.isdisjoint(_WITH_TWO_TEXT_ENCODERS):
+    if member == "text_encoder" and not last_components.isdisjoint(
+        _WITH_TWO_TEXT_ENCODERS
+    ):
         return "lora_te1"
-    return {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}.get(member, "")
+    return {
+        "unet": "lora_unet",
+        "text_encoder": "lora_te",
+        "text_encoder_2": "lora_te2",
+    }.get(member, "")
 
 
 def _known_modules(export: Export) -> set[str]:

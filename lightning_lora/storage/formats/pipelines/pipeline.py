@@ -11,7 +11,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
+from lightning_lora.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    ExportError,
+    listed,
+    warn,
+)
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.layer_updates import LayerUpdate
@@ -28,9 +34,10 @@ from lightning_lora.tensors.names import first_names, is_in_any, starts_of, subm
 
 
 def member_name(model: nn.Module | None, root: str) -> str:
-    """Return what a pipeline calls a model, such as ``unet``. Empty: it is no member of one.
+    """Return what a pipeline calls a model, such as ``unet``.
 
-    ``root`` is its name in the module around it, which says more than its class.
+    Empty: it is no member of one. ``root`` is its name in the module around it, which
+    says more than its class.
     """
     name = root.rpartition(".")[2]
     if MEMBER_NAME.fullmatch(name):
@@ -38,7 +45,9 @@ def member_name(model: nn.Module | None, root: str) -> str:
     for ancestor in type(model).__mro__:
         if ancestor.__module__.startswith("diffusers.models.unets"):
             return "unet"
-        if ancestor.__module__.startswith("diffusers.models.transformers") and hasattr(model, "load_lora_adapter"):
+        if ancestor.__module__.startswith("diffusers.models.transformers") and hasattr(
+            model, "load_lora_adapter"
+        ):
             return "transformer"
         if ancestor.__name__ == "PreTrainedModel":
             return "text_encoder"
@@ -48,8 +57,8 @@ def member_name(model: nn.Module | None, root: str) -> str:
 def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     """Return a pipeline's members among modules: their names in the model, by what the pipeline calls them.
 
-    Nothing inside of a member is another one. If the pipeline would call two the same, such as two text encoders by
-    their class, the one that has this name here is meant.
+    Nothing inside of a member is another one. If the pipeline would call two the same,
+    such as two text encoders by their class, the one that has this name here is meant.
     """
     roots = dict[str, str]()
     for name, module in without(modules, [""]).items():
@@ -77,8 +86,9 @@ def exports_of_members(export: Export, format: str) -> list[Export]:
         outside -= stored.state.keys()
     if outside:
         raise ExportError(
-            f"{listed(sorted(outside))} were trained outside of {listed(roots)}. With format={format!r}, a file holds "
-            "parts of a pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
+            f"{listed(sorted(outside))} were trained outside of {listed(roots)}. With "
+            f"format={format!r}, a file holds parts of a pipeline, all of them if root "
+            "is left out, under its names for them, such as 'text_encoder_2'."
         )
     return exports
 
@@ -86,8 +96,9 @@ def exports_of_members(export: Export, format: str) -> list[Export]:
 def _roots_of_members(export: Export) -> list[str]:
     """The names of the adapted members in the model.
 
-    The root is one by itself. Otherwise they lie anywhere in the model. If none does, the root is returned after all:
-    :func:`checked_member` then refuses it, after what is wrong with its layers has been said.
+    The root is one by itself. Otherwise they lie anywhere in the model. If none does,
+    the root is returned after all: :func:`checked_member` then refuses it, after what
+    is wrong with its layers has been said.
     """
     root = export.stored.root
     if member_name(export.inner, root):
@@ -114,33 +125,47 @@ def _adapters_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
 
 
 def checked_member(export: Export, tensors: Iterable[str], format: str) -> str:
-    """Return what a pipeline calls the member with these tensors. Refuse what it would not read."""
+    """Return what a pipeline calls the member with these tensors.
+
+    Refuse what it would not read.
+    """
     stored = export.stored
     member = member_name(export.inner, stored.root)
     if not member:
         raise ExportError(
-            f"format={format!r} is for parts of a pipeline that read adapters, and {stored.source} is none that is "
-            "known: a model of diffusers with load_lora_adapter (PixArt has none), a text encoder, or root='unet'. "
-            "Load a file onto its model, and export that. Without format, PeftModel.from_pretrained reads the folder."
+            f"format={format!r} is for parts of a pipeline that read adapters, and "
+            f"{stored.source} is none that is known: a model of diffusers with "
+            "load_lora_adapter (PixArt has none), a text encoder, or root='unet'. Load "
+            "a file onto its model, and export that. Without format, "
+            "PeftModel.from_pretrained reads the folder."
         )
     not_of_adapters = [name for name in tensors if peft_key(name).role is None]
     if not_of_adapters:
         raise ExportError(
-            f"A pipeline of diffusers reads updates alone, and would refuse {listed(not_of_adapters)}. Train without "
-            "bias and modules_to_save, or leave format out, which writes a folder for PEFT."
+            "A pipeline of diffusers reads updates alone, and would refuse "
+            f"{listed(not_of_adapters)}. Train without bias and modules_to_save, or "
+            "leave format out, which writes a folder for PEFT."
         )
     return member
 
 
-def warn_of_replaced(path: Path, tensors: Iterable[str], member_of: Callable[[str], str]) -> None:
-    """Warn if a file that is to be written anew holds other members. ``member_of``: that of a tensor's name."""
+def warn_of_replaced(
+    path: Path, tensors: Iterable[str], member_of: Callable[[str], str]
+) -> None:
+    """Warn if a file that is to be written anew holds other members.
+
+    ``member_of``: that of a tensor's name.
+    """
     held = set[str]()
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         held = {member_of(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
     written = {member_of(name) for name in tensors}
     replaced = held - written
     if replaced:
-        warn(f"{path} held {listed(sorted(replaced))} too, which is replaced. The module around all parts writes all.")
+        warn(
+            f"{path} held {listed(sorted(replaced))} too, which is replaced. The "
+            "module around all parts writes all."
+        )
 
 
 # Read
@@ -181,21 +206,29 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
     for member in sorted(members & roots.keys()):
         root = roots[member]
         tensors, config = file.contents_of(member, by_names_inside(root, view.modules))
-        updates_of_member, rest_of_member = read_updates(view, tensors, config, file.path, root)
+        updates_of_member, rest_of_member = read_updates(
+            view, tensors, config, file.path, root
+        )
         updates += updates_of_member
         rest |= rest_of_member
         modules_to_save += config.modules_to_save
         configs.append(config.as_ours)
-    return stored_from_updates(view, updates, rest, _settings_of_all(configs, file.path), modules_to_save)
+    return stored_from_updates(
+        view, updates, rest, _settings_of_all(configs, file.path), modules_to_save
+    )
 
 
 def _settings_of_all(configs: Sequence[LoRAConfig], path: Any) -> LoRAConfig:
-    """The settings that all members have. Ranks and scalings may differ: each update has its own."""
+    """The settings that all members have.
+
+    Ranks and scalings may differ: each update has its own.
+    """
     first, *others = configs
     for other in others:
         if (other.use_dora, other.init) != (first.use_dora, first.init):
             raise AdapterFileError(
-                f"{path} has parts with other use_dora or init_lora_weights. Load each onto its model."
+                f"{path} has parts with other use_dora or init_lora_weights. Load each "
+                "onto its model."
             )
     return first
 
@@ -206,18 +239,26 @@ def _roots_in_model(members: set[str], view: View) -> dict[str, str]:
     itself = member_name(submodule(view.model, root), root)
     roots = {itself: root} if itself else members_in(view.modules)
     is_of_one = len(members) == 1
-    if is_of_one and members.isdisjoint(roots):  # under any name it is meant for this model
+    # under any name it is meant for this model
+    if is_of_one and members.isdisjoint(roots):
         return dict.fromkeys(members, root)
     return roots
 
 
 def _check_members(members: set[str], roots: Mapping[str, str], path: Any) -> None:
-    """Refuse a file of which the model has no member. Warn of those that it does not have."""
+    """Refuse a file of which the model has no member.
+
+    Warn of those that it does not have.
+    """
     if members.isdisjoint(roots):
         raise AdapterMismatchError(
-            f"{path} holds adapters of several parts of a pipeline: {listed(sorted(members))}. Pass one of these "
-            "models, or a module with attributes of these names."
+            f"{path} holds adapters of several parts of a pipeline: "
+            f"{listed(sorted(members))}. Pass one of these models, or a module with "
+            "attributes of these names."
         )
     left = members - roots.keys()
     if left:
-        warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")
+        warn(
+            f"{path} also holds adapters of {listed(sorted(left))}. Only those of the "
+            "model's own parts are loaded."
+        )

@@ -37,12 +37,17 @@ def _is_of_transformers(module: StoredModule) -> bool:
 
 
 def _shell_of_model(model: StoredModule) -> nn.Module:
-    """A model of this class without anything inside. Its configuration says the type alone."""
+    """A model of this class without anything inside.
+
+    Its configuration says the type alone.
+    """
     if not model.classes:
         return nn.Module()
     model_class: Any = getattr(import_module(model.library), model.class_name, None)
     if not _is_class_of_models(model_class):
-        raise ImportError(f"transformers has no model {model.class_name} in {model.library}")
+        raise ImportError(
+            f"transformers has no model {model.class_name} in {model.library}"
+        )
     shell = model_class.__new__(model_class)
     nn.Module.__init__(shell)
     model_type = model.model_type or getattr(model_class.config_class, "model_type", "")
@@ -51,7 +56,10 @@ def _shell_of_model(model: StoredModule) -> nn.Module:
 
 
 def _is_class_of_models(found: object) -> bool:
-    """Whether something is a class of transformers' models. A file may name anything."""
+    """Whether something is a class of transformers' models.
+
+    A file may name anything.
+    """
     models = import_module("transformers").PreTrainedModel
     return isinstance(found, type) and issubclass(found, models)
 

@@ -1,7 +1,8 @@
 """What PEFT does to a file when it loads it onto a model of transformers.
 
-It converts what was written for transformers 4: it renames tensors, and takes layers for matrices of experts. Names of
-transformers 5 may look like the older ones. PEFT's own code is asked what becomes of them, so it has to be installed.
+It converts what was written for transformers 4: it renames tensors, and takes layers
+for matrices of experts. Names of transformers 5 may look like the older ones. PEFT's
+own code is asked what becomes of them, so it has to be installed.
 """
 
 from collections.abc import Mapping
@@ -39,10 +40,10 @@ class PeftLoading:
         return False
 
     def names_in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return the names under which tensors have to be written to arrive. What cannot arrive has none.
+        """Return the names under which tensors have to be written to arrive.
 
-        If PEFT renames ``block_sparse_moe`` to ``mlp``, this has ``{"mlp.gate.lora_A.weight":
-        "block_sparse_moe.gate.lora_A.weight"}``.
+        What cannot arrive has none. If PEFT renames ``block_sparse_moe`` to ``mlp``,
+        this has ``{"mlp.gate.lora_A.weight": "block_sparse_moe.gate.lora_A.weight"}``.
         """
         return dict(zip(tensors, tensors, strict=True))
 
@@ -51,7 +52,8 @@ def loading_of(export: Export) -> PeftLoading:
     """Return how PEFT loads these adapters onto the reader's model."""
     if export.inner is not None:
         leaves = set(map(_leaf, export.modules_for_reader))
-        return _loading_onto(export.inner, may_be_mamba="conv1d" in leaves)  # a layer's name that Mamba's models have
+        # a layer's name that Mamba's models have
+        return _loading_onto(export.inner, may_be_mamba="conv1d" in leaves)
     if not export.stored_modules:
         return _OntoUnknownModel(export.stored)
     try:
@@ -62,7 +64,10 @@ def loading_of(export: Export) -> PeftLoading:
 
 
 def _loading_onto(model: nn.Module, *, may_be_mamba: bool) -> PeftLoading:
-    """How PEFT loads a file onto a model. It is imported, which takes seconds, only if it may change something."""
+    """How PEFT loads a file onto a model.
+
+    It is imported, which takes seconds, only if it may change something.
+    """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if not model_type:
@@ -113,7 +118,10 @@ class _OntoModel(PeftLoading):
         with suppress(ValueError):
             check(self.peft.LoraConfig(), self.model, leaf)
             return ""
-        return f"PEFT refuses {leaf!r} in a model of type {self.model_type!r} (leave out: exclude_modules={[leaf]})."
+        return (
+            f"PEFT refuses {leaf!r} in a model of type {self.model_type!r} (leave out: "
+            f"exclude_modules={[leaf]})."
+        )
 
 
 class _OntoConvertedModel(_OntoModel):
@@ -127,13 +135,17 @@ class _OntoConvertedModel(_OntoModel):
     def is_taken_for_experts(self, layer: str) -> bool:
         """Return whether PEFT takes a layer for a matrix of experts, if ``target_modules`` names it."""
         config = self.peft.LoraConfig(target_modules=[layer])
-        with suppress(ValueError):  # it lacks the other matrix that is fused with this one
+        # it lacks the other matrix that is fused with this one
+        with suppress(ValueError):
             self._convert.convert_peft_config_for_transformers(config, self.model, None)
             return layer not in config.target_modules
         return True
 
     def names_in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return the names under which tensors have to be written to arrive. What cannot arrive has none."""
+        """Return the names under which tensors have to be written to arrive.
+
+        What cannot arrive has none.
+        """
         names = dict(zip(tensors, tensors, strict=True))
         arriving = self._arriving(tensors, names)
         renamed = names_not_in(tensors, arriving)
@@ -143,14 +155,18 @@ class _OntoConvertedModel(_OntoModel):
             names[name] = self._name_in_checkpoint(name)
         return self._arriving(tensors, names)
 
-    def _arriving(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, str]:
+    def _arriving(
+        self, tensors: Mapping[str, Tensor], names: Mapping[str, str]
+    ) -> dict[str, str]:
         """Those of these names in a file under which tensors arrive where they belong, and as they are.
 
-        PEFT's own code converts a file with these names, and the result is compared with what was written.
+        PEFT's own code converts a file with these names, and the result is compared
+        with what was written.
         """
         written = dict[str, Tensor]()
         for name, in_file in names.items():
-            written[f"{PREFIX}.{in_file}"] = tensors[name].detach()  # each is an object of its own
+            # each is an object of its own
+            written[f"{PREFIX}.{in_file}"] = tensors[name].detach()
         convert = self._convert.convert_peft_adapter_state_dict_for_transformers
         loaded = convert(self.model, self.peft.LoraConfig(), written)
         arriving = dict[str, str]()
@@ -171,7 +187,9 @@ class _OntoConvertedModel(_OntoModel):
         mapping = import_module("transformers.conversion_mapping")
         loading = import_module("transformers.core_model_loading")
         back = list[Any]()
-        for conversion in mapping.get_model_conversion_mapping(self.model, add_legacy=False):
+        for conversion in mapping.get_model_conversion_mapping(
+            self.model, add_legacy=False
+        ):
             if isinstance(conversion, loading.WeightRenaming):
                 back.append(conversion.reverse_transform())
         back.reverse()
@@ -190,8 +208,9 @@ class _WithoutPeft(PeftLoading):
     def warn_if_unsure(self) -> None:
         """Warn that PEFT may change something."""
         warn(
-            f"PEFT may rename or refuse something when it loads this onto a {self.model_type}. PEFT is not installed "
-            "here, so that was not checked. Install peft and transformers, and export again."
+            "PEFT may rename or refuse something when it loads this onto a "
+            f"{self.model_type}. PEFT is not installed here, so that was not checked. "
+            "Install peft and transformers, and export again."
         )
 
 
@@ -205,8 +224,9 @@ class _OntoUnknownModel(PeftLoading):
         """Warn that PEFT renames tensors of some types."""
         if self._has_experts:
             warn(
-                f"{self.stored.source} does not say for which type of model it is, and PEFT renames tensors of some "
-                "mixtures of experts when it loads them. Load the file onto its model, and export that."
+                f"{self.stored.source} does not say for which type of model it is, and "
+                "PEFT renames tensors of some mixtures of experts when it loads them. "
+                "Load the file onto its model, and export that."
             )
 
     def is_taken_for_experts(self, layer: str) -> bool:
@@ -215,7 +235,10 @@ class _OntoUnknownModel(PeftLoading):
 
     @cached_property
     def _has_experts(self) -> bool:
-        """Whether the base has experts, by its tensors' names. Not every file says these."""
+        """Whether the base has experts, by its tensors' names.
+
+        Not every file says these.
+        """
         names = list[str]()
         for fingerprint in self.stored.base:
             names += names_in(fingerprint)

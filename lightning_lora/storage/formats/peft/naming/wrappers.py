@@ -9,14 +9,18 @@ from torch import Tensor
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers.kinds import LoRAAttention
 from lightning_lora.storage.formats.export import Export
-from lightning_lora.storage.formats.peft.counterparts import counterpart_of, has_counterpart
+from lightning_lora.storage.formats.peft.counterparts import (
+    counterpart_of,
+    has_counterpart,
+)
 from lightning_lora.storage.formats.peft_names import TOKENS
 from lightning_lora.storage.formats.weight_updates import WeightUpdate
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import where, without
 from lightning_lora.tensors.names import is_bias, join, names_not_in
 
-Wrapper = dict[str, Tensor]  # its tensors, by the ends of their names, such as "lora_A.weight"
+# its tensors, by the ends of their names, such as "lora_A.weight"
+Wrapper = dict[str, Tensor]
 
 
 def tensors_of(export: Export, updates: Iterable[WeightUpdate]) -> dict[str, Tensor]:
@@ -40,9 +44,12 @@ def tensors_of(export: Export, updates: Iterable[WeightUpdate]) -> dict[str, Ten
 def stand_ins_of(export: Export) -> dict[str, dict[str, Tensor]]:
     """Return, for each layer, small tensors with the names that its own will have.
 
-    PEFT is asked what becomes of these names when it loads them. So a layer is refused before the training already.
+    PEFT is asked what becomes of these names when it loads them. So a layer is refused
+    before the training already.
     """
-    layers = where(without(export.stored.layers, export.layers_with_rows), has_counterpart)
+    layers = where(
+        without(export.stored.layers, export.layers_with_rows), has_counterpart
+    )
     wrappers = _Wrappers()
     for layer in layers.values():
         for _ in layer.shapes:
@@ -56,7 +63,8 @@ def _wrappers_of(updates: Iterable[WeightUpdate]) -> "_Wrappers":
     wrappers = _Wrappers()
     for update in updates:
         wrappers.add(update.name, _wrapper_of(update))
-        if update.layer.adapter_class is LoRAAttention:  # PEFT adapts its output projection too: by zero here
+        # PEFT adapts its output projection too: by zero here
+        if update.layer.adapter_class is LoRAAttention:
             out_proj = join(update.name, "out_proj")
             wrappers.add(out_proj, _zero_like(update.factors))
     return wrappers
@@ -68,7 +76,8 @@ def _wrapper_of(update: WeightUpdate) -> Wrapper:
     shape = update.layer.shapes[update.weight]
     factors = counterpart.to_peft(update.factors, shape, update.layer.options)
     tensors = dict(zip(counterpart.keys, factors, strict=True))
-    if update.magnitude is not None:  # without .weight in its name, transformers would ignore it
+    # without .weight in its name, transformers would ignore it
+    if update.magnitude is not None:
         _, b = factors
         tensors["lora_magnitude_vector.weight"] = _magnitude_beside(b, update.magnitude)
     return tensors
@@ -93,12 +102,13 @@ def _zero_like(factors: Factors) -> Wrapper:
 class _Wrappers:
     """What PEFT wraps around modules: if a module has several wrappers, they lie in each other, the last outermost.
 
-    Two wrappers around ``experts``, the first with the tensors ``{"lora_A.weight": a1}``, the second with
-    ``{"lora_A.weight": a2}``, have the tensors ``experts.lora_A.weight`` (a2) and ``experts.base_layer.lora_A.weight``
-    (a1).
+    Two wrappers around ``experts``, the first with the tensors ``{"lora_A.weight":
+    a1}``, the second with ``{"lora_A.weight": a2}``, have the tensors
+    ``experts.lora_A.weight`` (a2) and ``experts.base_layer.lora_A.weight`` (a1).
     """
 
-    around: dict[str, list[Wrapper]] = field(default_factory=dict)  # by the name of the module
+    # by the name of the module
+    around: dict[str, list[Wrapper]] = field(default_factory=dict)
 
     def add(self, name: str, tensors: Wrapper) -> None:
         """Wrap a module once more, around its other wrappers."""
@@ -140,8 +150,12 @@ class _Wrappers:
 
 
 def trained_biases(stored: StoredAdapters) -> list[str]:
-    """Return the biases that the configuration trains. They may lie in modules trained whole too."""
+    """Return the biases that the configuration trains.
+
+    They may lie in modules trained whole too.
+    """
     if stored.config.bias == "none":
         return []
-    of_others = stored.adapter_names().union(stored.changed)  # a slice's own name may say "bias" too
+    # a slice's own name may say "bias" too
+    of_others = stored.adapter_names().union(stored.changed)
     return [name for name in names_not_in(stored.state, of_others) if is_bias(name)]

@@ -33,7 +33,12 @@ from lightning_lora.storage.formats.peft_or_diffusers import is_peft
 from lightning_lora.tensors.dicts import renamed
 from lightning_lora.tensors.names import names_joined, starts_of
 
-_WORDS = {DIFFERS: "scales otherwise:", REFUSES: "refuses", IGNORES: "ignores", UNKNOWN: "not known:"}
+_WORDS = {
+    DIFFERS: "scales otherwise:",
+    REFUSES: "refuses",
+    IGNORES: "ignores",
+    UNKNOWN: "not known:",
+}
 """How a line begins what a reader does. The worst comes first."""
 
 
@@ -41,11 +46,15 @@ _WORDS = {DIFFERS: "scales otherwise:", REFUSES: "refuses", IGNORES: "ignores", 
 class Contents:
     """What a folder holds of the kinds of training in which readers differ."""
 
-    kinds: dict[str, list[str]] = field(default_factory=dict)  # the modules of each: {"adapted embeddings": ["wte"]}
+    # the modules of each: {"adapted embeddings": ["wte"]}
+    kinds: dict[str, list[str]] = field(default_factory=dict)
     has_one_scaling: bool = True
 
     def add(self, kind: str, name: str = "") -> None:
-        """Note a kind, and the name of a module that is of it. Some kinds are said of all modules at once."""
+        """Note a kind, and the name of a module that is of it.
+
+        Some kinds are said of all modules at once.
+        """
         names = self.kinds.setdefault(kind, [])
         if name and name not in names:
             names.append(name)
@@ -66,8 +75,8 @@ def lines_of_readers(contents: Mapping[str, Any], path: Any) -> dict[str, str]:
 def no_adapters_of_peft(path: object) -> AdapterFileError:
     """Return the error for a file or a folder that PEFT does not read."""
     return AdapterFileError(
-        f"{path} holds no adapters in PEFT's format. Pass a folder that PEFT reads. From a file of this package, "
-        "lightning-lora export FILE FOLDER writes one."
+        f"{path} holds no adapters in PEFT's format. Pass a folder that PEFT reads. "
+        "From a file of this package, lightning-lora export FILE FOLDER writes one."
     )
 
 
@@ -139,7 +148,8 @@ def _is_scaled_otherwise(name: str, peft: PeftConfig) -> bool:
 
 def _add_others(held: Contents, peft: PeftConfig, others: Mapping[str, Tensor]) -> None:
     """Note tensors that are no adapter's: of modules that trained whole, and biases."""
-    most_dimensions = dict[str, int]()  # of a tensor in each whole module: a head has a matrix, and perhaps a bias
+    # of a tensor in each whole module: a head has a matrix, and perhaps a bias
+    most_dimensions = dict[str, int]()
     for name, tensor in others.items():
         module = _whole_module_around(name, peft)
         if module is None:
@@ -183,7 +193,11 @@ def _kinds_with(reader: Reader, held: Contents, does: str) -> list[str]:
 
 def _is_harmless(reader: Reader, held: Contents, kind: str) -> bool:
     """Whether a reader that knows one scaling has the right one: ranks and alphas differ, and not their quotient."""
-    return kind in (RANKS, ALPHAS) and reader.cells[RANKS] == DIFFERS and held.has_one_scaling
+    return (
+        kind in (RANKS, ALPHAS)
+        and reader.cells[RANKS] == DIFFERS
+        and held.has_one_scaling
+    )
 
 
 def with_names(kind: str, names: Iterable[str]) -> str:

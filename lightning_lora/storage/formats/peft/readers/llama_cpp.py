@@ -12,8 +12,10 @@ def warn_of_tied_embeddings(export: Export) -> None:
     embeddings = where(export.stored.layers, _is_tied_embedding)
     if embeddings:
         warn(
-            f"llama.cpp cannot run {listed(embeddings)}: an adapted embedding whose weight another layer has ends it "
-            "as it loads. For it, set config.tie_word_embeddings = False and merge with save_merged(model, path)."
+            f"llama.cpp cannot run {listed(embeddings)}: an adapted embedding whose "
+            "weight another layer has ends it as it loads. For it, set "
+            "config.tie_word_embeddings = False and merge with save_merged(model, "
+            "path)."
         )
 
 
@@ -22,8 +24,9 @@ def warn_of_transposed_layers(export: Export) -> None:
     layers = where(export.stored.layers, _is_conv1d)
     if layers:
         warn(
-            f"llama.cpp does not load adapters of {listed(layers)}: their class is Conv1D of transformers, which holds "
-            "weights transposed. For it, merge with save_merged(model, path)."
+            f"llama.cpp does not load adapters of {listed(layers)}: their class is "
+            "Conv1D of transformers, which holds weights transposed. For it, merge "
+            "with save_merged(model, path)."
         )
 
 

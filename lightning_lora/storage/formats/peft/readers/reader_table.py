@@ -46,7 +46,8 @@ class Reader:
 
     name: str
     known_from: str
-    cells: Mapping[str, str]  # what it does (TAKES, ...) with each kind of training (RANKS, ...)
+    # what it does (TAKES, ...) with each kind of training (RANKS, ...)
+    cells: Mapping[str, str]
     note: str = ""
 
 
@@ -83,8 +84,8 @@ VLLM = Reader(
         BIASES: REFUSES,
         EXPERTS: UNKNOWN,
     },
-    "Versions after 0.30 read the scalings of single layers. Late versions take a head called 'score'. Of "
-    "experts, gate_up_proj alone is down_proj to it.",
+    "Versions after 0.30 read the scalings of single layers. Late versions take a head "
+    "called 'score'. Of experts, gate_up_proj alone is down_proj to it.",
 )
 
 SGLANG = Reader(
@@ -102,17 +103,24 @@ SGLANG = Reader(
         BIASES: UNKNOWN,
         EXPERTS: UNKNOWN,
     },
-    "Late versions refuse ranks and alphas of single layers. All refuse a target_modules that is an expression.",
+    "Late versions refuse ranks and alphas of single layers. All refuse a "
+    "target_modules that is an expression.",
 )
 
 TGI = Reader(
     "TGI",
     "source, db931fcf",
     _ONE_SCALING_AND_LINEAR_LAYERS,
-    "If a kind of layer lacks adapters in one block, it leaves out that kind in all blocks.",
+    "If a kind of layer lacks adapters in one block, it leaves out that kind in all "
+    "blocks.",
 )
 
-LORAX = Reader("LoRAX", "source, a7394ba3", _ONE_SCALING_AND_LINEAR_LAYERS, "As TGI, from which it shares this code.")
+LORAX = Reader(
+    "LoRAX",
+    "source, a7394ba3",
+    _ONE_SCALING_AND_LINEAR_LAYERS,
+    "As TGI, from which it shares this code.",
+)
 
 LLAMA_CPP = Reader(
     "llama.cpp",
@@ -129,7 +137,8 @@ LLAMA_CPP = Reader(
         BIASES: REFUSES,
         EXPERTS: UNKNOWN,
     },
-    "Ollama uses it. An adapted embedding that is tied with the head ends it while it loads (merge for it).",
+    "Ollama uses it. An adapted embedding that is tied with the head ends it while it "
+    "loads (merge for it).",
 )
 
 DIFFUSERS = Reader(

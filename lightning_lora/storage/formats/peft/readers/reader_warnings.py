@@ -9,8 +9,14 @@ from torch import nn
 from lightning_lora.errors import listed, warn
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.hooked_layers import warn_of_hooks
-from lightning_lora.storage.formats.peft.readers.folder_readers import Contents, with_names
-from lightning_lora.storage.formats.peft.readers.llama_cpp import warn_of_tied_embeddings, warn_of_transposed_layers
+from lightning_lora.storage.formats.peft.readers.folder_readers import (
+    Contents,
+    with_names,
+)
+from lightning_lora.storage.formats.peft.readers.llama_cpp import (
+    warn_of_tied_embeddings,
+    warn_of_transposed_layers,
+)
 from lightning_lora.storage.formats.peft.readers.reader_table import (
     ALPHAS,
     DIFFERS,
@@ -46,13 +52,17 @@ def _warn_of_tied_weights(export: Export) -> None:
     for layer in tied.values():
         others += chain.from_iterable(layer.tied.values())
     warn(
-        f"The weights of {listed(tied)} are also {listed(others)}. A PeftModel computes right, but its "
-        "merge_and_unload() changes these too. Merge with save_merged(model, path): it writes a weight for each."
+        f"The weights of {listed(tied)} are also {listed(others)}. A PeftModel "
+        "computes right, but its merge_and_unload() changes these too. Merge with "
+        "save_merged(model, path): it writes a weight for each."
     )
 
 
 def _is_tied(layer: StoredLayer) -> bool:
-    """Whether an update of a layer's weights would reach other layers. Rows of tokens belong to all of them."""
+    """Whether an update of a layer's weights would reach other layers.
+
+    Rows of tokens belong to all of them.
+    """
     return bool(layer.tied) and not layer.tokens
 
 
@@ -61,8 +71,9 @@ def _warn_of_encoders(export: Export) -> None:
     encoders = _encoder_layers(export)
     if encoders:
         warn(
-            f"{listed(encoders)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's "
-            "layers: a PeftModel computes the base there. Call its merge_and_unload(), which is right."
+            f"{listed(encoders)} are layers of nn.TransformerEncoder. In eval mode "
+            "they read weights past PEFT's layers: a PeftModel computes the base "
+            "there. Call its merge_and_unload(), which is right."
         )
 
 
@@ -80,7 +91,9 @@ def _is_encoder_layer(module: StoredModule) -> bool:
     return full_name(nn.TransformerEncoderLayer) in module.classes
 
 
-def warn_of_scalings(export: Export, updates: Iterable[WeightUpdate], config: dict[str, Any]) -> None:
+def warn_of_scalings(
+    export: Export, updates: Iterable[WeightUpdate], config: dict[str, Any]
+) -> None:
     """Name readers that would scale otherwise: most know one number, llama.cpp lora_alpha over each rank."""
     if not _is_causal_lm(export.stored_inner):
         return
@@ -93,7 +106,10 @@ def warn_of_scalings(export: Export, updates: Iterable[WeightUpdate], config: di
         readers += readers_that(DIFFERS, RSLORA)
     if readers:
         names = ", ".join(dict.fromkeys(readers))
-        warn(f"For {names}, pass uniform=True: they may scale this adapter otherwise, without a word.")
+        warn(
+            f"For {names}, pass uniform=True: they may scale this adapter otherwise, "
+            "without a word."
+        )
 
 
 def warn_of_layers(export: Export) -> None:
@@ -109,10 +125,13 @@ def warn_of_whole_modules(export: Export) -> None:
     if not whole or not _is_served(export.stored_inner, whole):
         return
     takers = " and ".join(readers_that(TAKES, NORMS))
-    ignorers = ", ".join(dict.fromkeys([*readers_that(IGNORES, NORMS), *readers_that(IGNORES, HEADS)]))
+    ignorers = ", ".join(
+        dict.fromkeys([*readers_that(IGNORES, NORMS), *readers_that(IGNORES, HEADS)])
+    )
     warn(
-        f"The folder holds {listed(whole)} whole (modules_to_save), for {takers}. Other readers refuse that, or "
-        f"leave it out without a word ({ignorers}): 'lightning-lora readers FOLDER' tells which. For them, merge with "
+        f"The folder holds {listed(whole)} whole (modules_to_save), for {takers}. "
+        f"Other readers refuse that, or leave it out without a word ({ignorers}): "
+        "'lightning-lora readers FOLDER' tells which. For them, merge with "
         "save_merged(model, path), or 'lightning-lora merge'."
     )
 
@@ -134,15 +153,18 @@ def warn_of_left_out(export: Export, contents: Contents) -> None:
             readers |= dict.fromkeys(ignoring)
     if left_out:
         warn(
-            f"{' and '.join(readers)} would leave out {', '.join(left_out)}, without a word. For them, merge with "
-            "save_merged(model, path), or 'lightning-lora merge'."
+            f"{' and '.join(readers)} would leave out {', '.join(left_out)}, without a "
+            "word. For them, merge with save_merged(model, path), or 'lightning-lora "
+            "merge'."
         )
 
 
 def _is_served(model: StoredModule, whole: Iterable[str]) -> bool:
     """Whether servers of language models read a model's adapters: also those of a decoder with a head for classes."""
     leaves = [name.rpartition(".")[2] for name in whole]
-    classifies = model.class_name.endswith("ForSequenceClassification") and "score" in leaves
+    classifies = (
+        model.class_name.endswith("ForSequenceClassification") and "score" in leaves
+    )
     return classifies or _is_causal_lm(model)
 
 
@@ -151,7 +173,9 @@ def _is_causal_lm(model: StoredModule) -> bool:
     return model.class_name.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _is_any_scaled_otherwise(updates: Iterable[WeightUpdate], config: dict[str, Any]) -> bool:
+def _is_any_scaled_otherwise(
+    updates: Iterable[WeightUpdate], config: dict[str, Any]
+) -> bool:
     """Whether the configuration's r and lora_alpha do not say how each update is scaled."""
     power = 0.5 if config["use_rslora"] else 1
     scaling = config["lora_alpha"] / config["r"] ** power

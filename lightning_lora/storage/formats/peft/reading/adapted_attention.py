@@ -10,7 +10,10 @@ from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.layers.kinds import LoRAAttention
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.layer_updates import LayerUpdate, pair_of
-from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule, Matrices
+from lightning_lora.storage.formats.peft.reading.adapted_module import (
+    AdaptedModule,
+    Matrices,
+)
 from lightning_lora.storage.formats.peft_names import without_wrappers
 
 
@@ -21,13 +24,19 @@ class AdaptedAttention(AdaptedModule):
         """Return the update of the attention, with the matrices of which the file has one."""
         tensors, *_ = self.adapters.values()
         layer = self.checked_layer(
-            LoRAAttention, LoRAAttention.lora_matrices_of(self.module), tensors.get(Role.MAGNITUDE)
+            LoRAAttention,
+            LoRAAttention.lora_matrices_of(self.module),
+            tensors.get(Role.MAGNITUDE),
         )
         in_file = self._factors_by_matrix(layer.matrices)
         factors = list[Factors]()
         for matrix, pair in in_file.items():
             factors.append(self.checked_factors(layer, matrix, pair, self.name_in_file))
-        layer = replace(layer, scaling=self.settings.scaling(self.name_in_file), matrices=tuple(in_file))
+        layer = replace(
+            layer,
+            scaling=self.settings.scaling(self.name_in_file),
+            matrices=tuple(in_file),
+        )
         return LayerUpdate(layer, tuple(factors))
 
     def _factors_by_matrix(self, matrices: Matrices) -> dict[AdaptedMatrix, Factors]:
@@ -41,17 +50,26 @@ class AdaptedAttention(AdaptedModule):
                 for matrix, block in zip(qkv, blocks, strict=True):
                     in_file[matrix] = (a, block)
             elif name.endswith(".base_layer.out_proj"):
-                in_file[out] = (a, 2 * b)  # PEFT adds the update of the output projection twice
+                # PEFT adds the update of the output projection twice
+                in_file[out] = (a, 2 * b)
             else:
                 self._warn_of_uncalled(name)
         return in_file
 
     def _warn_of_uncalled(self, name: str) -> None:
-        """Warn of a layer inside that nothing calls. Refuse it, if PEFT took a start off its weight."""
+        """Warn of a layer inside that nothing calls.
+
+        Refuse it, if PEFT took a start off its weight.
+        """
         if self.is_difference:
             raise AdapterMismatchError(
-                f"The file adapts {name!r} with init_lora_weights={self.settings.init!r}. Its nn.MultiheadAttention "
-                "never calls that layer: PEFT's model computes with what the start has left of the weight. Train "
-                f"again without this layer, or adapt {self.name_in_file!r} itself."
+                f"The file adapts {name!r} with "
+                f"init_lora_weights={self.settings.init!r}. Its nn.MultiheadAttention "
+                "never calls that layer: PEFT's model computes with what the start has "
+                "left of the weight. Train again without this layer, or adapt "
+                f"{self.name_in_file!r} itself."
             )
-        warn(f"Nothing calls {name!r} in an nn.MultiheadAttention: its update is left out, as PEFT does.")
+        warn(
+            f"Nothing calls {name!r} in an nn.MultiheadAttention: its update is left "
+            "out, as PEFT does."
+        )

@@ -21,9 +21,14 @@ class AdaptedLayer(AdaptedModule):
         """Return the update of the layer."""
         tensors, *others = self.adapters.values()
         magnitude = tensors.get(Role.MAGNITUDE)
-        layer = self.checked_layer(self.kind, self.kind.lora_matrices_of(self.module), magnitude)
+        layer = self.checked_layer(
+            self.kind, self.kind.lora_matrices_of(self.module), magnitude
+        )
         if others:
-            raise AdapterFileError(f"The file holds {listed(self.adapters)}: two updates of one {self.class_name}.")
+            raise AdapterFileError(
+                f"The file holds {listed(self.adapters)}: two updates of one "
+                f"{self.class_name}."
+            )
         factors = pair_of(self.name_in_file, tensors)
         self._check_is_not_olora_of_conv1d()
         target = self.name_in_file
@@ -48,7 +53,8 @@ class AdaptedLayer(AdaptedModule):
         """Refuse an update that cannot be computed again."""
         if self.kind is LoRAConv1D and self.settings.init == "olora":
             raise AdapterMismatchError(
-                f"{self.name_in_file!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from "
-                "another matrix than its weight, so its update cannot be computed again. Merge it with PEFT, and use "
-                "the merged model."
+                f"{self.name_in_file!r} is a Conv1D, trained with "
+                "init_lora_weights='olora'. PEFT starts it from another matrix than "
+                "its weight, so its update cannot be computed again. Merge it with "
+                "PEFT, and use the merged model."
             )

@@ -12,8 +12,15 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer
-from lightning_lora.storage.formats.layer_updates import AdapterTensors, LayerUpdate, check_shapes
-from lightning_lora.storage.formats.peft.counterparts import counterpart_of, why_no_counterpart
+from lightning_lora.storage.formats.layer_updates import (
+    AdapterTensors,
+    LayerUpdate,
+    check_shapes,
+)
+from lightning_lora.storage.formats.peft.counterparts import (
+    counterpart_of,
+    why_no_counterpart,
+)
 from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.tensors.dicts import names_of_each
@@ -26,12 +33,13 @@ Matrices = tuple[AdaptedMatrix, ...]
 class AdaptedModule:
     """A module that PEFT adapts, and the adapters of it that a file holds.
 
-    Most modules have one, by their own name. An attention ``attn`` may have two, ``attn`` (of q, k and v) and
-    ``attn.base_layer.out_proj``. Of a module's parameters, each has one: ``experts`` and, inside of it,
-    ``experts.base_layer``.
+    Most modules have one, by their own name. An attention ``attn`` may have two,
+    ``attn`` (of q, k and v) and ``attn.base_layer.out_proj``. Of a module's parameters,
+    each has one: ``experts`` and, inside of it, ``experts.base_layer``.
 
-    With pissa and olora, adapters start from a part of the weight, and PEFT takes this start off its base. The update
-    here is the difference from the start, which is computed again from the weight as it was.
+    With pissa and olora, adapters start from a part of the weight, and PEFT takes this
+    start off its base. The update here is the difference from the start, which is
+    computed again from the weight as it was.
     """
 
     file: PeftFile
@@ -57,27 +65,44 @@ class AdaptedModule:
         """The name of its class, for messages."""
         return type(self.module).__name__
 
-    def checked_layer(self, kind: type[LoRALayer], matrices: Matrices, magnitude: Tensor | None = None) -> StoredLayer:
-        """Return the layer with this adapter. Refuse one with which PEFT computes something else."""
-        layer = described(self.file.view, self.file.renaming.name_here(self.name_in_file), kind, matrices)
+    def checked_layer(
+        self, kind: type[LoRALayer], matrices: Matrices, magnitude: Tensor | None = None
+    ) -> StoredLayer:
+        """Return the layer with this adapter.
+
+        Refuse one with which PEFT computes something else.
+        """
+        layer = described(
+            self.file.view,
+            self.file.renaming.name_here(self.name_in_file),
+            kind,
+            matrices,
+        )
         reason = why_no_counterpart(layer, magnitude)
         if reason:
             raise AdapterMismatchError(
-                f"The file has an update of {self.name_in_file!r}, which cannot be read: {reason} Pass the model "
-                "that the file was trained on, or merge it with PEFT, and use the merged model."
+                f"The file has an update of {self.name_in_file!r}, which cannot be "
+                f"read: {reason} Pass the model that the file was trained on, or merge "
+                "it with PEFT, and use the merged model."
             )
         return layer
 
-    def checked_factors(self, layer: StoredLayer, matrix: AdaptedMatrix, in_file: Factors, target: str) -> Factors:
+    def checked_factors(
+        self, layer: StoredLayer, matrix: AdaptedMatrix, in_file: Factors, target: str
+    ) -> Factors:
         """Return A and B of one matrix as they are here.
 
-        ``target`` is what the configuration means by it: the name of the module, or of a parameter.
+        ``target`` is what the configuration means by it: the name of the module, or of
+        a parameter.
         """
         self._check_start_of_tied(layer, matrix)
         rank = self._checked_rank(matrix, in_file, target)
         factors = in_file
-        with suppress(IndexError, RuntimeError):  # of other shapes, which cannot be turned: they are refused below
-            factors = counterpart_of(layer).from_peft(in_file, layer.shapes[matrix.weight], layer.options)
+        # of other shapes, which cannot be turned: they are refused below
+        with suppress(IndexError, RuntimeError):
+            factors = counterpart_of(layer).from_peft(
+                in_file, layer.shapes[matrix.weight], layer.options
+            )
         check_shapes(layer, matrix, factors, rank)
         return factors
 
@@ -95,22 +120,30 @@ class AdaptedModule:
         uses = names_of_each(base)[weight]
         if len(uses) > 1:
             raise AdapterMismatchError(
-                f"{listed(uses)} are one weight, and init_lora_weights is {self.settings.init!r}: PEFT takes a "
-                "start off it for each use, and its merge gives another model. Train anew, from another start."
+                f"{listed(uses)} are one weight, and init_lora_weights is "
+                f"{self.settings.init!r}: PEFT takes a start off it for each use, and "
+                "its merge gives another model. Train anew, from another start."
             )
 
-    def _checked_rank(self, matrix: AdaptedMatrix, factors: Factors, target: str) -> int:
-        """The rank of A. Refuse another one than in the configuration: the scaling depends on it."""
+    def _checked_rank(
+        self, matrix: AdaptedMatrix, factors: Factors, target: str
+    ) -> int:
+        """The rank of A.
+
+        Refuse another one than in the configuration: the scaling depends on it.
+        """
         a, _ = factors
         rows = a.shape[0] if a.dim() else 0
         rank = rows // math.prod(matrix.stack)
         configured = self.settings.rank(target)
         possible = [configured]
         if self.is_difference:
-            possible.append(min(configured, matrix.largest_rank))  # its start has no more
+            # its start has no more
+            possible.append(min(configured, matrix.largest_rank))
         if rank not in possible:
             raise AdapterFileError(
-                f"lora_A of {target!r} has rank {rank}, but the configuration says {configured}: the scaling is not "
-                "known. Use the adapter_config.json that was written with these tensors."
+                f"lora_A of {target!r} has rank {rank}, but the configuration says "
+                f"{configured}: the scaling is not known. Use the adapter_config.json "
+                "that was written with these tensors."
             )
         return rank

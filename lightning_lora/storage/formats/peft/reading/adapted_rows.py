@@ -24,10 +24,13 @@ class AdaptedRows(AdaptedModule):
         (matrix,) = LoRATokens.lora_matrices_of(self.module)
         indices = self.file.config.token_rows(self.name_in_file)
         self._check_rows(matrix, rows, indices)
-        reason = why_rows_differ(self.file.view.modules, self.file.renaming.name_here(self.name_in_file))
+        reason = why_rows_differ(
+            self.file.view.modules, self.file.renaming.name_here(self.name_in_file)
+        )
         if reason:
             raise AdapterMismatchError(
-                f"The rows of {self.name_in_file!r} cannot be read: {reason} Merge it with PEFT."
+                f"The rows of {self.name_in_file!r} cannot be read: {reason} Merge it "
+                "with PEFT."
             )
         matrix = replace(matrix, tokens=tuple(sorted(indices)))
         layer = self.checked_layer(LoRATokens, (matrix,))
@@ -37,7 +40,9 @@ class AdaptedRows(AdaptedModule):
         in_order = torch.tensor(indices).argsort()
         return RowsUpdate(layer, rows=rows[in_order])
 
-    def _check_rows(self, matrix: AdaptedMatrix, rows: Tensor, indices: list[int]) -> None:
+    def _check_rows(
+        self, matrix: AdaptedMatrix, rows: Tensor, indices: list[int]
+    ) -> None:
         """Refuse rows that are not those in the configuration, or that the embedding does not have."""
         count = len(indices)
         distinct = set(indices)
@@ -46,6 +51,8 @@ class AdaptedRows(AdaptedModule):
         is_each_once = len(distinct) == count > 0
         if not (are_in_weight and are_in_file and is_each_once):
             raise AdapterMismatchError(
-                f"The file holds {len(rows)} rows of {self.name_in_file!r} {(matrix.reads, matrix.writes)}, and its "
-                f"configuration names {count}, up to {max(indices, default=0)}. Resize it first, as for the training."
+                f"The file holds {len(rows)} rows of {self.name_in_file!r} "
+                f"{(matrix.reads, matrix.writes)}, and its configuration names "
+                f"{count}, up to {max(indices, default=0)}. Resize it first, as for "
+                "the training."
             )

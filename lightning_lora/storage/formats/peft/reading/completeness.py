@@ -14,37 +14,46 @@ from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile
 from lightning_lora.storage.formats.peft_names import PEFT_CONFIG, without_wrappers
 from lightning_lora.storage.renaming import entries_inside
 from lightning_lora.tensors.dicts import only, where, without
-from lightning_lora.tensors.names import modules_around, names_joined, owner_of, starts_of
+from lightning_lora.tensors.names import (
+    modules_around,
+    names_joined,
+    owner_of,
+    starts_of,
+)
 
 
 def check_complete(file: PeftFile) -> None:
     """Refuse a file that lacks some of what its configuration names in the model, or warn of it."""
     comparison = _Comparison(file)
     lacking = _missing_rows(file)
-    elsewhere = list[str]()  # the file may be of a part of the model, such as its encoder
+    # the file may be of a part of the model, such as its encoder
+    elsewhere = list[str]()
     for name in _modules_inside(file):
         if comparison.is_saved_in_part(name):
             lacking.append(name)
         elif comparison.lacks_update_of(name):
-            is_beside_others = comparison.has_something_in(owner_of(name))  # PEFT would have written it with them
+            # PEFT would have written it with them
+            is_beside_others = comparison.has_something_in(owner_of(name))
             place = lacking if is_beside_others else elsewhere
             place.append(name)
     if lacking:
         raise AdapterFileError(
-            f"{_says(lacking, file)}Use all that was saved, on the model of the training. If they are to stay as "
-            "they are, name them in exclude_modules of the configuration, or remove them from modules_to_save."
+            f"{_says(lacking, file)}Use all that was saved, on the model of the "
+            "training. If they are to stay as they are, name them in exclude_modules "
+            "of the configuration, or remove them from modules_to_save."
         )
     if elsewhere:
         warn(
-            f"{_says(elsewhere, file)}They stay as they are. To hide this warning, name them in exclude_modules there."
+            f"{_says(elsewhere, file)}They stay as they are. To hide this warning, "
+            "name them in exclude_modules there."
         )
 
 
 def _says(names: list[str], file: PeftFile) -> str:
     """What the configuration says and the file does not hold, for messages."""
     return (
-        f"{PEFT_CONFIG} also names {listed(names)} in {file.view.title}, and {file.path} holds "
-        "no tensors for them: it is not whole, or of another model. "
+        f"{PEFT_CONFIG} also names {listed(names)} in {file.view.title}, and "
+        f"{file.path} holds no tensors for them: it is not whole, or of another model. "
     )
 
 
@@ -66,23 +75,34 @@ def _missing_rows(file: PeftFile) -> list[str]:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Compares what a file's configuration names in the model with what its tensors are of. Names are the model's."""
+    """Compares what a file's configuration names in the model with what its tensors are of.
+
+    Names are the model's.
+    """
 
     file: PeftFile
 
     def has_something_in(self, name: str) -> bool:
-        """Return whether the file has tensors inside of a module. The model itself always counts."""
+        """Return whether the file has tensors inside of a module.
+
+        The model itself always counts.
+        """
         return name in self._names_with_something
 
     @cached_property
     def _names_with_something(self) -> set[str]:
         """The names of the modules around all that the file has."""
-        return {"", *modules_around(map(owner_of, (*self.file.layers, *self.file.rest)))}
+        return {
+            "",
+            *modules_around(map(owner_of, (*self.file.layers, *self.file.rest))),
+        }
 
     def lacks_update_of(self, name: str) -> bool:
         """Return whether PEFT would adapt a module, and the file has no update of it, or of a module around it."""
         around = {self.file.view.modules[start] for start in starts_of(name)}
-        return around.isdisjoint(self._modules_with_update) and self._is_adapted_by_peft(name)
+        return around.isdisjoint(
+            self._modules_with_update
+        ) and self._is_adapted_by_peft(name)
 
     @cached_property
     def _modules_with_update(self) -> set[nn.Module]:
@@ -95,7 +115,9 @@ class _Comparison:
         if self.file.config.leaves_to_saving(name_in_file):
             return False
         module = self.file.view.modules[name]
-        if self.file.config.adapts(name_in_file) and wraps_layers_of(adapter_for(module)):
+        if self.file.config.adapts(name_in_file) and wraps_layers_of(
+            adapter_for(module)
+        ):
             return True
         parameters = names_joined(name_in_file, module._parameters)
         return any(map(self.file.config.names_parameter, parameters))

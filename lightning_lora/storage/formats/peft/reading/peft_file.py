@@ -22,8 +22,10 @@ class PeftFile:
     config: PeftConfig  # beside the tensors
     view: View  # of the model
     renaming: Renaming  # how names in the file become names in the model
-    adapters: Mapping[str, AdapterTensors]  # by the name in the file of what PEFT wraps, as "attn.base_layer.out_proj"
-    rest: Mapping[str, Tensor]  # what trains in full, and copies of the base's, by name in the model
+    # by the name in the file of what PEFT wraps, as "attn.base_layer.out_proj"
+    adapters: Mapping[str, AdapterTensors]
+    # what trains in full, and copies of the base's, by name in the model
+    rest: Mapping[str, Tensor]
 
     @cached_property
     def layers(self) -> list[str]:

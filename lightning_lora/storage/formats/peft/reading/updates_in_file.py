@@ -9,10 +9,14 @@ from lightning_lora.layers.kinds import LoRAAttention, LoRARecurrent
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.layer_updates import AdapterTensors, LayerUpdate
 from lightning_lora.storage.formats.peft.hooked_layers import warn_of_hooks
-from lightning_lora.storage.formats.peft.reading.adapted_attention import AdaptedAttention
+from lightning_lora.storage.formats.peft.reading.adapted_attention import (
+    AdaptedAttention,
+)
 from lightning_lora.storage.formats.peft.reading.adapted_layer import AdaptedLayer
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule
-from lightning_lora.storage.formats.peft.reading.adapted_parameters import AdaptedParameters
+from lightning_lora.storage.formats.peft.reading.adapted_parameters import (
+    AdaptedParameters,
+)
 from lightning_lora.storage.formats.peft.reading.adapted_rows import AdaptedRows
 from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile
 from lightning_lora.storage.formats.peft_names import without_wrappers
@@ -42,7 +46,9 @@ def _module_of(wrapped: str, file: PeftFile) -> str:
     return name
 
 
-def _adapted_as(file: PeftFile, name_in_file: str, adapters: Mapping[str, AdapterTensors]) -> AdaptedModule:
+def _adapted_as(
+    file: PeftFile, name_in_file: str, adapters: Mapping[str, AdapterTensors]
+) -> AdaptedModule:
     """The module as PEFT adapts it: its parameters, its rows, or it itself as an attention or another layer."""
     module = file.module(name_in_file)
     kind = adapter_for(module)

@@ -1,1 +1,4 @@
-"""What PEFT cannot hold, or would compute otherwise. It is refused before anything is written."""
+"""What PEFT cannot hold, or would compute otherwise.
+
+It is refused before anything is written.
+"""

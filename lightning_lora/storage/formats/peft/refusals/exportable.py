@@ -5,18 +5,25 @@ from collections.abc import Collection
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.naming.wrappers import trained_biases
-from lightning_lora.storage.formats.peft.refusals.refused_layers import adapted_around, refused_layers
+from lightning_lora.storage.formats.peft.refusals.refused_layers import (
+    adapted_around,
+    refused_layers,
+)
 from lightning_lora.storage.renaming import entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import names_not_in
 
-_LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and save the whole model."
+_LEAVE_OUT = (
+    "Train without it (exclude_modules), or call merge_adapters and save the whole "
+    "model."
+)
 
 
 def check_exportable(export: Export) -> None:
     """Refuse what PEFT cannot hold, or would compute otherwise."""
-    saved = export.saved_tensors  # before all else: this refuses a file that lacks some of them
+    # before all else: this refuses a file that lacks some of them
+    saved = export.saved_tensors
     _refuse_layers(export)
     _check_modules_to_save(export)
     _check_is_in_root(export.stored)
@@ -34,7 +41,8 @@ def _refuse_layers(export: Export) -> None:
         reasons.append(f"{listed(names)}: {reason}")
     if reasons:
         raise ExportError(
-            f"PEFT's format cannot hold all adapters of {export.stored.source}. {' '.join(reasons)} {_LEAVE_OUT}"
+            f"PEFT's format cannot hold all adapters of {export.stored.source}. "
+            f"{' '.join(reasons)} {_LEAVE_OUT}"
         )
 
 
@@ -49,15 +57,16 @@ def _check_modules_to_save(export: Export) -> None:
         around = adapted_around(module, export.stored)
         if around:
             raise ExportError(
-                f"modules_to_save names {module!r}, inside of {listed(around)}, whose parameters are adapted: PEFT "
-                f"would not find it. {_LEAVE_OUT}"
+                f"modules_to_save names {module!r}, inside of {listed(around)}, whose "
+                f"parameters are adapted: PEFT would not find it. {_LEAVE_OUT}"
             )
         name = export.name_for_reader(module)
         alike = [other for other in others if other.endswith(name)]
         if alike:
             raise ExportError(
-                f"modules_to_save names {module!r}, and PEFT would also save {listed(alike)}, because these names end "
-                "alike. Name all, or rename one."
+                f"modules_to_save names {module!r}, and PEFT would also save "
+                f"{listed(alike)}, because these names end alike. Name all, or rename "
+                "one."
             )
 
 
@@ -66,17 +75,23 @@ def _check_is_in_root(stored: StoredAdapters) -> None:
     outside = without(stored.state, entries_inside(stored.root, stored.state))
     if outside:
         raise ExportError(
-            f"{listed(outside)} were trained outside of {stored.root!r}, and a file for that module cannot hold them. "
-            'For a file of the whole module, set root="" (--root ""): PeftModel.from_pretrained(module, folder).'
+            f"{listed(outside)} were trained outside of {stored.root!r}, and a file "
+            "for that module cannot hold them. "
+            'For a file of the whole module, set root="" (--root ""): '
+            "PeftModel.from_pretrained(module, folder)."
         )
 
 
 def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
-    """Refuse what PEFT's file cannot hold. It has adapters, biases and the entries of modules trained whole."""
+    """Refuse what PEFT's file cannot hold.
+
+    It has adapters, biases and the entries of modules trained whole.
+    """
     exportable = stored.adapter_names().union(saved, trained_biases(stored))
     left = names_not_in(stored.state, exportable)
     if left:
         raise ExportError(
-            f"PEFT's format has no place for {listed(left)}: it takes whole modules that are not tied to others, and "
-            "no single parameters or buffers. Load a file onto its model and export that, or save the whole model."
+            f"PEFT's format has no place for {listed(left)}: it takes whole modules "
+            "that are not tied to others, and no single parameters or buffers. Load a "
+            "file onto its model and export that, or save the whole model."
         )

@@ -9,7 +9,11 @@ from lightning_lora.errors import listed
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.reasons import Reason, first_reason
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.storage.stored_modules import UNKNOWN, StoredModule, input_embedding_in
+from lightning_lora.storage.stored_modules import (
+    UNKNOWN,
+    StoredModule,
+    input_embedding_in,
+)
 from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.names import find_parameter, join, starts_of
 
@@ -20,24 +24,33 @@ class _Uses(NamedTuple):
     names: list[str]
     biased: list[str]  # those of them with a bias
     says_tied: bool  # whether a configuration says that the weight is tied
-    other_input: str  # the embedding of the model's inputs, if it is another one: PEFT ties layers to it alone
+    # the embedding of the model's inputs, if it is another one: PEFT ties layers to it
+    # alone
+    other_input: str
 
 
 def why_rows_differ(modules: Mapping[str, nn.Module], name: str) -> Reason:
     """Return why PEFT computes something else with rows of the layer ``name`` among ``modules``."""
     uses = _uses_of_weight(modules, name)
-    biased = [use for layer, use in uses.items() if getattr(layer, "bias", None) is not None]
+    biased = [
+        use for layer, use in uses.items() if getattr(layer, "bias", None) is not None
+    ]
     other_input = _input_embedding_around(name, modules)
     if other_input and modules[other_input] is modules[name]:
         other_input = ""
-    return first_reason(_RULES, _Uses(list(uses.values()), biased, _says_tied(modules), other_input))
+    return first_reason(
+        _RULES, _Uses(list(uses.values()), biased, _says_tied(modules), other_input)
+    )
 
 
 def why_rows_of_file_differ(layer: StoredLayer, export: Export) -> Reason:
     """Return why PEFT computes something else with a layer's rows, by what a file says of modules."""
     uses = [layer.name, *layer.others_with_its_weights()]
     if len(uses) > 1 and not export.stored_modules:
-        return f"{listed(uses)} have one weight. Load the file onto its model, which says whether PEFT knows that."
+        return (
+            f"{listed(uses)} have one weight. Load the file onto its model, which says "
+            "whether PEFT knows that."
+        )
     names = list(map(export.name_for_reader, uses))
     known = only(export.stored_modules, names)
     biased = [use for use, module in known.items() if module.has_bias]
@@ -51,14 +64,20 @@ def why_rows_of_file_differ(layer: StoredLayer, export: Export) -> Reason:
 def _because_of_bias(uses: _Uses) -> Reason:
     """A layer adds a bias to what it computes with the weight."""
     if uses.biased:
-        return f"{listed(uses.biased)} has a bias, which PEFT leaves out with trainable_token_indices."
+        return (
+            f"{listed(uses.biased)} has a bias, which PEFT leaves out with "
+            "trainable_token_indices."
+        )
     return ""
 
 
 def _because_tied_by_hand(uses: _Uses) -> Reason:
     """The weight is tied, and no configuration says so."""
     if len(uses.names) > 1 and not uses.says_tied:
-        return f"{listed(uses.names)} have one weight, and PEFT knows that only from config.tie_word_embeddings."
+        return (
+            f"{listed(uses.names)} have one weight, and PEFT knows that only from "
+            "config.tie_word_embeddings."
+        )
     return ""
 
 
@@ -66,8 +85,9 @@ def _because_tied_to_another(uses: _Uses) -> Reason:
     """The weight is tied, and PEFT looks only at another layer that has it."""
     if len(uses.names) > 1 and uses.other_input:
         return (
-            f"{listed(uses.names)} have one weight, and PEFT ties layers to the embedding of the model's inputs, "
-            f"{uses.other_input!r}, alone. If that has this weight too, name it in trainable_token_indices."
+            f"{listed(uses.names)} have one weight, and PEFT ties layers to the "
+            f"embedding of the model's inputs, {uses.other_input!r}, alone. If that "
+            "has this weight too, name it in trainable_token_indices."
         )
     return ""
 
@@ -99,7 +119,9 @@ def _input_embedding_by_file(layer: str, modules: Mapping[str, StoredModule]) ->
 # The layers with one weight, in a model
 
 
-def _uses_of_weight(modules: Mapping[str, nn.Module], name: str) -> dict[nn.Module, str]:
+def _uses_of_weight(
+    modules: Mapping[str, nn.Module], name: str
+) -> dict[nn.Module, str]:
     """The layers that have the weight of this one, each with the last of its names."""
     weight = find_parameter(modules[name], "weight")
     uses = dict[nn.Module, str]()

@@ -1,4 +1,7 @@
-"""Adapters as PEFT has them: tensors by its names, and its configuration. Every format that is written begins here."""
+"""Adapters as PEFT has them: tensors by its names, and its configuration.
+
+Every format that is written begins here.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,10 +12,20 @@ from torch import Tensor
 from lightning_lora.errors import ExportError
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.naming.wrappers import tensors_of
-from lightning_lora.storage.formats.peft.readers.reader_warnings import warn_of_merges, warn_of_scalings
-from lightning_lora.storage.formats.peft.writing.what_fits import with_what_peft_can_hold
+from lightning_lora.storage.formats.peft.readers.reader_warnings import (
+    warn_of_merges,
+    warn_of_scalings,
+)
+from lightning_lora.storage.formats.peft.writing.what_fits import (
+    with_what_peft_can_hold,
+)
 from lightning_lora.storage.formats.peft.writing.written_config import written_config
-from lightning_lora.storage.formats.weight_updates import WeightUpdate, weight_updates, with_largest_rank, with_scaling
+from lightning_lora.storage.formats.weight_updates import (
+    WeightUpdate,
+    weight_updates,
+    with_largest_rank,
+    with_scaling,
+)
 
 
 class PeftExport(NamedTuple):
@@ -22,13 +35,16 @@ class PeftExport(NamedTuple):
     config: dict[str, Any]  # the fields of adapter_config.json
 
 
-def exported(export: Export, *, uniform: bool, scaling: float | None = None) -> PeftExport:
+def exported(
+    export: Export, *, uniform: bool, scaling: float | None = None
+) -> PeftExport:
     """Return PEFT's tensors and configuration.
 
     Args:
         export: The adapters.
         uniform: Give all updates one rank, and one scaling.
-        scaling: The one that all get. None: each keeps its own, or, if uniform, all get the most common one.
+        scaling: The one that all get. None: each keeps its own, or, if uniform, all get
+            the most common one.
     """
     export = with_what_peft_can_hold(export)
     updates = weight_updates(export)
@@ -60,4 +76,7 @@ def _most_common_scaling(updates: Iterable[WeightUpdate]) -> float:
 def _refuse_rows(export: Export) -> None:
     """Refuse single rows that train: they have no rank or scaling of their own."""
     if export.layers_with_rows:
-        raise ExportError("Rows (trainable_token_indices) fit in PEFT's format alone, beside adapters, not uniform.")
+        raise ExportError(
+            "Rows (trainable_token_indices) fit in PEFT's format alone, beside "
+            "adapters, not uniform."
+        )

@@ -1,4 +1,7 @@
-"""The README.md of an exported folder: a model card, which a hub shows. It says how the adapters are loaded."""
+"""The README.md of an exported folder: a model card, which a hub shows.
+
+It says how the adapters are loaded.
+"""
 
 import json
 import re
@@ -40,7 +43,10 @@ class ModelCard:
         if mark is _Mark.UNCHANGED:
             return ours
         if mark is _Mark.CHANGED:
-            warn(f"{place} was changed after export_peft wrote it, so it stays as it is. It may be of other adapters.")
+            warn(
+                f"{place} was changed after export_peft wrote it, so it stays as it "
+                "is. It may be of other adapters."
+            )
         return {}
 
     def text(self) -> str:
@@ -56,7 +62,11 @@ class ModelCard:
         ]
         metrics = self.export.stored.metrics
         if metrics:
-            parts += ["## Metrics", "Logged last before the checkpoint was written:", _listed_metrics(metrics)]
+            parts += [
+                "## Metrics",
+                "Logged last before the checkpoint was written:",
+                _listed_metrics(metrics),
+            ]
         return "\n\n".join(parts) + "\n"
 
     def _header(self) -> str:
@@ -85,7 +95,10 @@ class ModelCard:
 
 
 def repository_of(model: StoredModule) -> str:
-    """Return the repository of the hub that a model came from. Empty: it is a folder, or not known."""
+    """Return the repository of the hub that a model came from.
+
+    Empty: it is a folder, or not known.
+    """
     return model.pretrained if is_repository(model.pretrained) else ""
 
 
@@ -115,12 +128,16 @@ def _listed_metrics(metrics: dict[str, float]) -> str:
     return "\n".join(f"- {name}: {value:.4g}" for name, value in metrics.items())
 
 
-# Whose a README.md is. The mark at the end has a checksum of what is above: so changes by hand are seen
+# Whose a README.md is. The mark at the end has a checksum of what is above: so changes
+# by hand are seen
 
 
 def _marked(text: str) -> str:
     """Add the mark to a card."""
-    mark = f"<!-- lightning_lora {_checksum(text)}: the next export_peft replaces this file, if it is unchanged -->"
+    mark = (
+        f"<!-- lightning_lora {_checksum(text)}: the next export_peft replaces this "
+        "file, if it is unchanged -->"
+    )
     return f"{text}\n{mark}\n"
 
 

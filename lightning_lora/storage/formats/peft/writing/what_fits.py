@@ -35,7 +35,8 @@ def _without_zeros(export: Export) -> Export:
     If all are zero, none is left out: nothing would remain.
     """
     stored = export.stored
-    if stored.config.use_dora or INITIALISATIONS[stored.config.init].is_difference:  # B alone does not tell
+    # B alone does not tell
+    if stored.config.use_dora or INITIALISATIONS[stored.config.init].is_difference:
         return export
     zeros = list[str]()
     for name in chain.from_iterable(refused_layers(export).values()):
@@ -44,7 +45,10 @@ def _without_zeros(export: Export) -> Export:
     are_all = len(zeros) == len(stored.layers)
     if not zeros or are_all:
         return export
-    warn(f"{listed(zeros)} have updates of zero, and PEFT cannot hold them: they are left out.")
+    warn(
+        f"{listed(zeros)} have updates of zero, and PEFT cannot hold them: they are "
+        "left out."
+    )
     return replace(export, stored=_without_layers(stored, zeros))
 
 
@@ -62,7 +66,11 @@ def _has_zero_update(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
 def _without_layers(stored: StoredAdapters, names: Collection[str]) -> StoredAdapters:
     """All adapters but those of some layers."""
     left_out = replace(stored, layers=only(stored.layers, names))
-    return replace(stored, layers=without(stored.layers, names), state=without(stored.state, left_out.adapter_names()))
+    return replace(
+        stored,
+        layers=without(stored.layers, names),
+        state=without(stored.state, left_out.adapter_names()),
+    )
 
 
 # Modules with one weight
@@ -71,7 +79,8 @@ def _without_layers(stored: StoredAdapters, names: Collection[str]) -> StoredAda
 def _with_tied_modules(export: Export) -> Export:
     """Save tied modules whole, if one of them is: PEFT gives each its own weight.
 
-    An embedding is saved whole, and its head has the same weight: here that trains both, so both are written.
+    An embedding is saved whole, and its head has the same weight: here that trains
+    both, so both are written.
     """
     stored = export.stored
     entries_to_save = chain.from_iterable(stored.saved.values())
@@ -88,11 +97,16 @@ def _with_tied_modules(export: Export) -> Export:
 
 def _own_weights(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
     """The weights of these modules, without those of modules inside of them."""
-    return set(chain.from_iterable(module.parameters(recurse=False) for module in modules))
+    return set(
+        chain.from_iterable(module.parameters(recurse=False) for module in modules)
+    )
 
 
 def _modules_with(entries: Iterable[str], export: Export) -> dict[str, nn.Module]:
-    """The modules that hold these entries of a state, by name. From a file there are none, as it holds no modules."""
+    """The modules that hold these entries of a state, by name.
+
+    From a file there are none, as it holds no modules.
+    """
     modules = export.modules_of_model
     names = dict.fromkeys(map(owner_of, entries))
     return {name: modules[name] for name in only(names, modules)}

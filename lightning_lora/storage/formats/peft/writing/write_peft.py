@@ -18,7 +18,13 @@ from lightning_lora.storage.formats.peft.readers.reader_warnings import (
 )
 from lightning_lora.storage.formats.peft.writing.exported import exported
 from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard
-from lightning_lora.storage.formats.peft_names import METADATA, NAMES_HERE, PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
+from lightning_lora.storage.formats.peft_names import (
+    METADATA,
+    NAMES_HERE,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    PREFIX,
+)
 from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.on_disk.safetensors_bytes import save
 from lightning_lora.tensors.dicts import prefixed, renamed
@@ -28,8 +34,9 @@ from lightning_lora.tensors.names import names_not_in
 def write(export: Export, directory: Path, *, uniform: bool) -> None:
     """Write PEFT's two files, and a model card.
 
-    The header of the tensors repeats the configuration. If PEFT renames tensors while it loads them, the header also
-    has their names in the model, which a reader of this package takes.
+    The header of the tensors repeats the configuration. If PEFT renames tensors while
+    it loads them, the header also has their names in the model, which a reader of this
+    package takes.
     """
     tensors, config = exported(export, uniform=uniform)
     names = _names_in_file(export, tensors)
@@ -40,7 +47,9 @@ def write(export: Export, directory: Path, *, uniform: bool) -> None:
     by_name_in_file = renamed(tensors, names.__getitem__)
     is_any_renamed = any(name != in_file for name, in_file in names.items())
     if is_any_renamed:
-        header[NAMES_HERE] = json.dumps({in_file: name for name, in_file in names.items()}, sort_keys=True)
+        header[NAMES_HERE] = json.dumps(
+            {in_file: name for name, in_file in names.items()}, sort_keys=True
+        )
     card = ModelCard(export, "peft", _code_that_loads(export))
     contents = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
@@ -58,8 +67,9 @@ def _names_in_file(export: Export, tensors: Mapping[str, Tensor]) -> dict[str, s
     lost = names_not_in(tensors, names)
     if lost:
         raise ExportError(
-            f"PEFT gives {listed(lost)} other names when it loads a model of type {loading.model_type!r}: they would "
-            "not arrive. Call merge_adapters and save the whole model."
+            f"PEFT gives {listed(lost)} other names when it loads a model of type "
+            f"{loading.model_type!r}: they would not arrive. Call merge_adapters and "
+            "save the whole model."
         )
     return names
 
@@ -67,10 +77,13 @@ def _names_in_file(export: Export, tensors: Mapping[str, Tensor]) -> dict[str, s
 def _code_that_loads(export: Export) -> str:
     """The lines of Python that load the folder: PEFT builds a model of transformers whose name and class are there.
 
-    It builds it with the arguments of the stored base. A head or an embedding that trained may have another size.
+    It builds it with the arguments of the stored base. A head or an embedding that
+    trained may have another size.
     """
     model = export.stored_inner
-    is_from_transformers = model.pretrained and model.library.startswith("transformers.")
+    is_from_transformers = model.pretrained and model.library.startswith(
+        "transformers."
+    )
     if not is_from_transformers:
         name = model.class_name or "the model"
         return f"""from peft import PeftModel

@@ -7,14 +7,19 @@ from typing import Any
 from lightning_lora.layers.kinds import LoRAConv1D, LoRALinear
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.counterparts import counterpart_of
-from lightning_lora.storage.formats.peft.naming.when_loaded import PeftLoading, loading_of
+from lightning_lora.storage.formats.peft.naming.when_loaded import (
+    PeftLoading,
+    loading_of,
+)
 from lightning_lora.storage.formats.peft.peft_config import value_and_pattern
 from lightning_lora.storage.formats.weight_updates import WeightUpdate
 from lightning_lora.storage.stored_modules import StoredModule
 from lightning_lora.tensors.names import join
 
 
-def written_config(export: Export, updates: Iterable[WeightUpdate], *, use_rslora: bool) -> dict[str, Any]:
+def written_config(
+    export: Export, updates: Iterable[WeightUpdate], *, use_rslora: bool
+) -> dict[str, Any]:
     """Return the contents of ``adapter_config.json``."""
     settings = export.stored.config
     targets = _PeftTargets(loading_of(export))
@@ -40,7 +45,10 @@ def written_config(export: Export, updates: Iterable[WeightUpdate], *, use_rslor
         config["lora_dropout"] = 0.0  # PEFT refuses it for parameters
         if settings.bias == "lora_only":
             config["bias"] = "none"  # PEFT stops at an LSTM's bias=True
-    rows = {export.name_for_reader(name): list(layer.tokens) for name, layer in export.layers_with_rows.items()}
+    rows = {
+        export.name_for_reader(name): list(layer.tokens)
+        for name, layer in export.layers_with_rows.items()
+    }
     if rows:
         config["trainable_token_indices"] = rows
     modules_to_save = list(map(export.name_for_reader, export.stored.saved))
@@ -64,7 +72,9 @@ class _PeftTargets:
     def add(self, update: WeightUpdate) -> None:
         """Name what has one more update."""
         name = update.name
-        if counterpart_of(update.layer).is_parameter or self.loading.is_taken_for_experts(name):
+        if counterpart_of(
+            update.layer
+        ).is_parameter or self.loading.is_taken_for_experts(name):
             name = join(name, update.weight)
             self.parameters.append(name)
         else:
@@ -75,7 +85,11 @@ class _PeftTargets:
 
     def are_transposed(self) -> bool:
         """Return whether PEFT is told that the weights are (in, out): of GPT-2's layers, if no others are beside."""
-        return LoRAConv1D in self.kinds and LoRALinear not in self.kinds and not self.parameters
+        return (
+            LoRAConv1D in self.kinds
+            and LoRALinear not in self.kinds
+            and not self.parameters
+        )
 
 
 def _as_integer(value: float) -> float:
@@ -85,7 +99,12 @@ def _as_integer(value: float) -> float:
 
 def _pretrained(model: StoredModule) -> dict[str, Any]:
     """What PEFT says of a model that came from a folder or the hub."""
-    config = dict[str, Any](auto_mapping=None, base_model_name_or_path=model.pretrained or None)
+    config = dict[str, Any](
+        auto_mapping=None, base_model_name_or_path=model.pretrained or None
+    )
     if model.pretrained and model.classes:
-        config["auto_mapping"] = {"base_model_class": model.class_name, "parent_library": model.library}
+        config["auto_mapping"] = {
+            "base_model_class": model.class_name,
+            "parent_library": model.library,
+        }
     return config
