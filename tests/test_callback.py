@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.given_arguments import defaults_of
 from lightning_lora.layers import LoRALayer
 from tests.support.cases import At, StopError, stop, tensors
 from tests.support.compared import assert_all_have_moved
@@ -189,6 +190,18 @@ def test_an_evaluation_that_merges_a_file_says_so(tmp_path: Path, caplog: Any) -
     )
     assert said not in caplog.text
     assert is_plain(model)
+
+
+@pytest.mark.parametrize(("lr_scale", "is_told"), [(1, True), (5, False)])
+def test_a_low_rate_is_told_where_all_arguments_are_given_and_none_scales(
+    tmp_path: Path, caplog: Any, lr_scale: int, is_told: bool
+) -> None:
+    arguments = {
+        **defaults_of(ll.LoRACallback),
+        "lr_scale": lr_scale,
+    }  # as LightningCLI
+    trainer(tmp_path, [ll.LoRACallback(**arguments)]).fit(LitTiny(lr=1e-5), data())
+    assert ("as in full fine-tuning" in caplog.text) == is_told
 
 
 def test_a_second_fit_says_that_it_goes_on(tmp_path: Path, caplog: Any) -> None:

@@ -35,9 +35,10 @@ class LoRATokens(LoRAEmbedding):
     weight: nn.Parameter
 
     def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the layer, and replace what it computes with the rows."""
-        if not _computes_as_torch(original_class(self)):
-            return self.lora_forward_on_sum(*args, **kwargs)
+        """Compute the layer, and replace what it computes with the rows.
+
+        A layer with a forward of its own is computed with the sum of its weight.
+        """
         return _forward_with_rows(self, self, *args, **kwargs)
 
     def lora_rows_for(self, device: torch.device) -> "Rows":
