@@ -107,8 +107,8 @@ def warn_of_scalings(
     if readers:
         names = ", ".join(dict.fromkeys(readers))
         warn(
-            f"For {names}, pass uniform=True: they may scale this adapter otherwise, "
-            "without a word."
+            f"For {names}, pass uniform=True (--uniform): they may scale this adapter "
+            "otherwise, without a word."
         )
 
 
