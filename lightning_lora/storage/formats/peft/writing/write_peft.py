@@ -11,6 +11,7 @@ from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.naming.when_loaded import loading_of
 from lightning_lora.storage.formats.peft.peft_config import config_of
 from lightning_lora.storage.formats.peft.readers.folder_readers import contents_of
+from lightning_lora.storage.formats.peft.readers.new_rows import warn_of_new_rows
 from lightning_lora.storage.formats.peft.readers.reader_warnings import (
     warn_of_layers,
     warn_of_left_out,
@@ -43,6 +44,7 @@ def write(export: Export, directory: Path, *, uniform: bool) -> None:
     warn_of_whole_modules(export)
     warn_of_left_out(export, contents_of(tensors, config_of(config, directory)))
     warn_of_layers(export)
+    warn_of_new_rows(export)
     header = {METADATA: json.dumps(prefixed(PREFIX, config))}
     by_name_in_file = renamed(tensors, names.__getitem__)
     is_any_renamed = any(name != in_file for name, in_file in names.items())
