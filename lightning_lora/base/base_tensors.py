@@ -72,8 +72,12 @@ class Base:
     class change a fact.
     """
 
-    trained_before: dict[str, bool] = field(default_factory=dict)
-    """Whether each parameter required a gradient before the adapters came, and froze it."""
+    user_trains: dict[str, bool] = field(default_factory=dict)
+    """Whether the user wants each parameter to train.
+
+    At first, this is whether it required a gradient before the adapters came and froze
+    it. If the user freezes or thaws it later, the flag follows (``user_flags.py``).
+    """
 
     frozen_since: set[str] = field(default_factory=set)
     """The parameters that the user has frozen since their adapters learned."""
@@ -120,33 +124,30 @@ class Base:
         """Add what is known of an inner module that was adapted on its own.
 
         ``prefix`` is its name in the model. Only two facts still matter: which
-        parameters trained before, and which tensors code has changed. If the module is
+        parameters the user lets train, and which tensors code has changed. If the module is
         merged, its values as they are now are the model's base, so nothing of it counts
         as changed. What the model itself knows of a tensor stays.
         """
-        for name, did_train in inner.trained_before.items():
-            self.trained_before.setdefault(join(prefix, name), did_train)
+        for name, did_train in inner.user_trains.items():
+            self.user_trains.setdefault(join(prefix, name), did_train)
         if not is_merged:
             for name, change in inner.changes.items():
                 self.changes.setdefault(join(prefix, name), change)
 
-    # What trained before the adapters, and what the user has frozen or thawed since
+    # What the user lets train, and what the user has frozen or thawed since
 
-    def note_trained_before(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Note which parameters train. It is called before the base is frozen.
+    def note_user_trains(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note which parameters the user lets train. It is called before they are frozen.
 
         What is known of a parameter stays: only new ones are added.
         """
         for name, parameter in parameters.items():
-            self.trained_before.setdefault(name, parameter.requires_grad)
+            self.user_trains.setdefault(name, parameter.requires_grad)
 
-    def set_trained_before(self, names: Iterable[str], *, flag: bool) -> None:
-        """Note whether the user wants these to train.
-
-        It then counts as if they had been so before the adapters came.
-        """
+    def set_user_trains(self, names: Iterable[str], *, flag: bool) -> None:
+        """Note whether the user wants these to train, whatever was noted before."""
         for name in names:
-            self.trained_before[name] = flag
+            self.user_trains[name] = flag
 
     def note_frozen_since(self, names: Iterable[str]) -> None:
         """Note that the user has frozen these below adapters that have learned."""
@@ -221,12 +222,12 @@ class Base:
         """
         for name, parameter in parameters.items():
             trains_now = parameter.requires_grad
-            did_train = self.trained_before.get(name, trains_now)
+            did_train = self.user_trains.get(name, trains_now)
             if did_train and not trains_now:
                 self.note_frozen_since([name])
             elif trains_now and not did_train:
                 self.note_thawed_since([name])
-            self.trained_before[name] = trains_now
+            self.user_trains[name] = trains_now
         self.after_merge = AfterMerge()
 
     def note_hidden(self, name: str, values: Tensor, *, requires_grad: bool) -> None:

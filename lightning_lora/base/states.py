@@ -59,7 +59,7 @@ class Rule:
     in_block: bool = True
     """Whether it may start in a block of ``adapter_names``.
 
-    What changes adapters may not.
+    A call that changes adapters may not.
     """
 
 
@@ -101,7 +101,8 @@ def refusal(call: str, state: State, title: str, adapter: str) -> str:
             f"The adapter {adapter!r} is merged into the weights of {title}. Call "
             "unmerge_adapters(model) before another one is used."
         )
-    # In all states that are left, the base is shown
+    # every call may start where adapters have their effect, or was answered above:
+    # so the base is shown
     return (
         f"{title} shows its base now. Call set_adapter(model, {adapter!r}) first. (In "
         "a block of disable_adapters: do this after it.)"

@@ -96,7 +96,7 @@ def _composed(
     lora_B: Tensor,
     scaling: float,
 ) -> Tensor:
-    """Y in operations that torch differentiates."""
+    """Compute the output in single operations, which torch can differentiate."""
     return F.linear(x, weight, bias) + low_rank_update(dropped, lora_A, lora_B, scaling)
 
 
@@ -146,7 +146,7 @@ def _keeps_small_updates(dtype: torch.dtype) -> bool:
 
 
 def _updated(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """W + ΔW in the memory layout of W. So a product with it uses the same kernel."""
+    """W + ΔW in the memory layout of W, so that a product uses the same kernel."""
     return torch.addmm(
         weight, lora_B, lora_A, alpha=scaling, out=torch.empty_like(weight)
     )
@@ -178,7 +178,7 @@ class _AdaptedLinear(torch.autograd.Function):
             h = _dropped_product(a, tokens, dropout, seed)
         else:
             h = a @ tokens.T
-        # here x is still in the cache, and then y is for addmm_
+        # in this order, the cache still holds x for F.linear, and then y for addmm_
         y = F.linear(x, weight, bias).contiguous()
         y_tokens = y.view(-1, y.shape[-1])
         y_tokens.addmm_(h.T, b.T, alpha=scaling / (1 - dropout))
@@ -191,10 +191,11 @@ class _AdaptedLinear(torch.autograd.Function):
         y, h, ctx.seed = _AdaptedLinear.run(*args)
         # the elements that dropout keeps are scaled up
         ctx.scaling_of_kept = scaling / (1 - ctx.dropout)
-        # only the gradient of x depends on it
+        # only the gradient of x depends on the weight
         weight_for_x = weight if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x, weight_for_x, bias, lora_A, lora_B, h)
-        return y.data  # no view: an activation may change it in place
+        # to autograd, .data is no view: so an activation may change it in place
+        return y.data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -215,7 +216,8 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, _, lora_A, lora_B = inputs
         for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
         scaling = ctx.scaling_of_kept
-        has_multiplied_by_sum = h is None  # in the forward pass
+        # a forward pass that multiplied by the sum W + s B A has stored no h
+        has_multiplied_by_sum = h is None
         tokens = x.reshape(-1, x.shape[-1])
         grad_y = grad.reshape(-1, grad.shape[-1])
         a = as_dtype(lora_A, x.dtype)
@@ -230,13 +232,14 @@ class _AdaptedLinear(torch.autograd.Function):
         if for_x and has_multiplied_by_sum:
             grad_x = grad_y.view(grad.shape) @ _updated(weight, a, b, scaling)
         elif for_x:
-            # no view: torch may add to it in place
+            # grad_x is no view, because torch may add to it in place
             grad_x = grad_y.view(grad.shape) @ weight
-            # a view, to which the update's part is added below
+            # grad_tokens is a view of grad_x: the update's part is added to it below
             grad_tokens = grad_x.view(tokens.shape)
         grad_A = None
         if ctx.dropout:
-            g.mul_(scaling)  # not g A, which could overflow in half precision
+            # g is scaled, not g A: that could overflow in half precision
+            g.mul_(scaling)
             grad_A = _add_gradients_with_dropout(
                 g, a, tokens, grad_tokens, ctx.dropout, ctx.seed
             )
@@ -247,7 +250,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 grad_A = torch.addmm(a, g, tokens, beta=0, alpha=scaling)
         grad_weight = grad_y.T @ tokens if for_weight else None
         grad_bias = grad_y.sum(0) if for_bias else None
-        # torch converts to dtypes of A and B
+        # torch converts the gradients of A and B to their dtypes
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None
 
     @staticmethod
@@ -256,12 +259,12 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Let torch differentiate the separate operations, for second derivatives.
 
-        Inputs count as independent.
+        The inputs count as independent of each other.
         """
         # x may depend on A if a layer is used twice
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         x, weight, bias, lora_A, lora_B = inputs
-        # it was not saved, because no gradient depends on its values
+        # the weight was not saved, because no gradient depends on its values
         if weight is None:
             for_weight = ctx.needs_input_grad[1]
             weight = x.new_zeros(len(lora_B), x.shape[-1], requires_grad=for_weight)
@@ -300,7 +303,7 @@ def _add_gradients_with_dropout(
 ) -> Tensor:
     """Return the gradient of A, and add the update's part to ``grad_tokens`` in place, if these are wanted.
 
-    Both in one pass, for which the seed draws the elements of the forward pass again.
+    Both are computed in one pass, for which the seed draws the elements of the forward pass again.
     ``g`` is scaled already.
     """
     grad_A = torch.zeros_like(a)

@@ -58,7 +58,7 @@ def _spaced(length: int, count: int, device: torch.device) -> Tensor:
 def is_uniform(block: Tensor, bound: float) -> bool:
     """Whether the values look drawn uniformly from [-bound, bound]."""
     largest = block.abs().max().item() / bound
-    # or more: the largest of so many values is hardly ever below
+    # the largest of so many values is hardly ever below this
     expected = 1 - 10 / block.numel()
     reaches_bound = expected - _ROUNDING <= largest <= 1 + _ROUNDING
     return reaches_bound and _has_moments(block / bound, _OF_UNIFORM)

@@ -20,7 +20,7 @@ def drops(
 ) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
     r"""Yield blocks of rows, each with a function that drops elements in place.
 
-    It takes contiguous matrices. Each element is dropped with probability ``p`` in (0,
+    Each function takes a contiguous matrix of the block's shape. Each element is dropped with probability ``p`` in (0,
     1), and always the same ones for the same seed.
 
     On a CPU, drawing random numbers is the main cost of dropout. The number of kept

@@ -24,7 +24,7 @@ class FrozenInModulesToSave(Guard):
 def _look_at(view: View, name: str, module: nn.Module) -> None:
     """Look at one module that trains in full."""
     trained = names_joined(name, where(parameters_by_name(module), _trains))
-    flags_of_user = view.record.base.trained_before
+    flags_of_user = view.record.base.user_trains
     frozen_by_user = [each for each in trained if flags_of_user.get(each) is False]
     if 0 < len(frozen_by_user) < len(trained):
         warn_in_each_fit(

@@ -69,5 +69,5 @@ def _frozen_by_user(view: View) -> list[str]:
 
 def _unfrozen_weights(view: View) -> list[str]:
     """The weights that would train without adapters, and are frozen now."""
-    flags = only(view.record.base.trained_before, view.frozen_base)
+    flags = only(view.record.base.user_trains, view.frozen_base)
     return list(where(flags, bool))

@@ -68,7 +68,7 @@ class LayerAsModule(AdapterOnLayer):
         """Give parameters that were converted the dtype that they should have, with the values from before."""
         for name, spec in self.lora_specs().items():
             p = own_parameter(self, name)
-            # it has been converted as the weight was
+            # p has been converted as the weight was
             dtype = spec.dtype(p.dtype, self.lora_settings)
             if p.dtype == dtype:
                 continue
@@ -123,6 +123,7 @@ class LayerAsModule(AdapterOnLayer):
         )
         if holds_adapter:
             return
+        # the state holds no adapter: the adapter begins anew, or stays
         got_values = self._lora_leave_meta()
         if got_values or is_merged:
             self.lora_initialise()
@@ -132,7 +133,7 @@ class LayerAsModule(AdapterOnLayer):
     def _lora_leave_meta(self) -> bool:
         """Give the adapter memory if its weight has some: the base was loaded with ``assign=True``.
 
-        Return whether.
+        Return whether the adapter got memory.
         """
         weight = own_parameter(self, self.lora_matrices[0].weight)
         if weight.is_meta or not self._lora_is_on_meta():

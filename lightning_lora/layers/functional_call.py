@@ -1,11 +1,14 @@
-"""Run a layer on other weights, as ``torch.func.functional_call`` does, but without changing it meanwhile."""
+"""Run a layer with other weights or attributes, as ``torch.func.functional_call`` does.
+
+The layer itself does not change meanwhile.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass
@@ -31,53 +34,52 @@ class _Copied:
 def functional_call(
     module: nn.Module,
     cls: Any,
-    weights: Mapping[str, Tensor | None],
+    attributes: Mapping[str, Any],
     derived: Collection[str],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run the forward of ``cls`` on a copy of ``module`` with other weights.
+    """Run the forward of ``cls`` on a copy of ``module`` with other attributes.
 
-    Modules inside it may hold some of them. ``module`` itself does not change
+    Most are weights, but any attribute can be given. A name with a dot, such as
+    ``out_proj.weight``, is that of a module inside. ``module`` itself does not change
     meanwhile, so other threads may run it too. Attributes that forward sets are copied
     back at the end, but for those in ``derived``, which it sets from the weights.
     """
     copied: list[_Copied] = []
-    copy = _with_weights(module, cls, weights, copied)
-    # not the instance's, where other code may wrap that of ``module``
+    copy = _with_attributes(module, cls, attributes, copied)
+    # the forward of the class, as one on the instance may be a wrapper of other code
     output = cls.forward(copy, *args, **kwargs)
     for each in copied:
         each.copy_back(derived)
     return output
 
 
-def _with_weights(
-    module: nn.Module,
-    cls: type,
-    weights: Mapping[str, Tensor | None],
-    copied: list[_Copied],
+def _with_attributes(
+    module: nn.Module, cls: type, given: Mapping[str, Any], copied: list[_Copied]
 ) -> Any:
-    """A copy that shares everything with ``module`` but some weights.
+    """A copy that shares everything with ``module`` but the given attributes.
 
-    ``copied`` gets it, and copies inside it.
+    ``copied`` gets this copy, and the copies of modules inside.
     """
     copy: Any = object.__new__(cls)
     attributes = vars(copy)
     attributes.update(vars(module))
     for name, value in vars(module).items():
+        # a method that is set on the module must run on the copy
         if isinstance(value, MethodType) and value.__self__ is module:
             attributes[name] = MethodType(value.__func__, copy)
-    # by the child that holds them: "out_proj" -> "weight"
-    weights_inside: dict[str, dict[str, Tensor | None]] = {}
-    for name, weight in weights.items():
+    # for "out_proj.weight": {"out_proj": {"weight": value}}
+    given_inside: dict[str, dict[str, Any]] = {}
+    for name, value in given.items():
         child, _, name_in_child = name.partition(".")
         if name_in_child:
-            weights_inside.setdefault(child, {})[name_in_child] = weight
+            given_inside.setdefault(child, {})[name_in_child] = value
         else:
-            attributes[name] = weight  # instance attributes come before parameters
-    for child, its_weights in weights_inside.items():
+            attributes[name] = value  # instance attributes come before parameters
+    for child, given_to_child in given_inside.items():
         inner = module.get_submodule(child)
-        inner_copy = _with_weights(inner, type(inner), its_weights, copied)
+        inner_copy = _with_attributes(inner, type(inner), given_to_child, copied)
         attributes["_modules"] = {**attributes["_modules"], child: inner_copy}
     copied.append(_Copied(module, copy, attributes_before=dict(attributes)))
     return copy

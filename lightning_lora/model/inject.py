@@ -166,8 +166,10 @@ def _refuse_start(model: nn.Module, name: str) -> None:
     if name not in names:
         refuse_in_block(model, "inject_adapters")
     is_new_base = state_of(model) is not State.ADAPTED
-    if is_new_base and len(names) > 1:  # those that are not merged would be lost
-        raise refusal_to_start(model, SWITCH)  # it says that the model is merged
+    # the inactive adapters, which are not merged, would be lost
+    if is_new_base and len(names) > 1:
+        # the rule of SWITCH has the message for a merged model
+        raise refusal_to_start(model, SWITCH)
 
 
 @contextmanager
@@ -199,10 +201,10 @@ def _attach_and_freeze(model: nn.Module, plan: Plan, asked: View, name: str) -> 
     follow_originals(view)
     freeze(view)
     view.adapter.layers = tuple(view.layers)
-    # later, trained values would be taken for the base's
+    # if originals were kept later, trained values would be taken for the base's
     begins_now = new_adapters or view.is_fresh()
     if begins_now:
-        keep_originals(view)  # those that are kept already stay
+        keep_originals(view)  # originals that are kept already stay
 
 
 def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, LayerAdapter]:

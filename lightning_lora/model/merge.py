@@ -176,7 +176,10 @@ def _merged_weights(layer: LoRALayer) -> tuple[dict[str, Tensor], float]:
 
 
 def _overflow_first(share: float) -> tuple[bool, float]:
-    """By which shares are compared: one that is infinite or NaN, by values that a dtype cannot hold, is the largest."""
+    """The key by which shares are compared: one that is infinite or NaN is the largest.
+
+    It comes from values that a dtype cannot hold.
+    """
     is_overflow = math.isinf(share) or math.isnan(share)
     return is_overflow, share
 
@@ -184,7 +187,7 @@ def _overflow_first(share: float) -> tuple[bool, float]:
 def _put_in_place(view: View, name: str, merged: Tensor, undo: Undo) -> Tensor:
     """Give a weight its values with the update. Return those of the base."""
     parameter = view.parameters[name]
-    base = set_aside(parameter)  # saves GPU memory
+    base = set_aside(parameter)  # which saves GPU memory
     undo.callback(put_back, parameter, base, parameter.device)
     view.record.base.readings.note_copied(name, parameter, base)
     replace_values(parameter, merged)

@@ -62,6 +62,7 @@ def _remove_one(model: nn.Module, record: Record, name: str) -> None:
     Without the active one, the model shows its base.
     """
     if name == record.adapter.name:
+        # only an inactive adapter can be deleted: so another one becomes active
         with activate(model, next(iter(record.inactive_adapters))) as undo:
             switch_to(model, None)
             undo.keep()

@@ -11,7 +11,7 @@ from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
-# where a parameter would become an inference tensor, which never trains again
+# in inference mode, a parameter would become an inference tensor and never train again
 @torch.inference_mode(False)
 def show_base(view: View) -> None:
     """Turn the updates off.
@@ -20,10 +20,10 @@ def show_base(view: View) -> None:
     """
     values = _values_to_show(view)
     _read_merged_digests(view)
-    # not what was tied, and is in no module until it is unmerged
+    # a parameter that was tied may be in no module until the unmerge: it stays as it is
     present = first_names(view.tensors)
     for name, tensor in with_values(present, values).items():
-        # the memory of a spread one is written into
+        # replace_values writes into the memory of a spread tensor: so it is copied
         hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data
         view.record.base.note_hidden(name, hidden, requires_grad=tensor.requires_grad)
         # a gradient at the base's values would move what was trained
@@ -39,7 +39,7 @@ def _values_to_show(view: View) -> dict[Tensor, Tensor]:
     record = view.record
     for name, tensor in tensors_with_originals(view).items():
         original = record.adapter.originals[name]
-        # otherwise the model was adapted before it had values
+        # without values here, the model was adapted before it had any
         has_base_value = not original.is_meta
         if has_base_value and name not in record.base.filled:
             values[tensor] = original.to(tensor, copy=True)
@@ -54,7 +54,7 @@ def _read_merged_digests(view: View) -> None:
     """Read spread weights of a merged model: their memory is written into, and only a digest tells the values apart."""
     spread = where(view.parameters, is_dtensor)
     for seen in only(view.record.base.after_merge.seen, spread).values():
-        seen.digest()
+        seen.digest()  # it keeps the digest that it computes
 
 
 @torch.inference_mode(False)
@@ -62,10 +62,10 @@ def show_adapter(view: View) -> None:
     """Give the active adapter, or the merged weights, their effect back."""
     reshard(view.model)  # so that the next forward pass gathers what is put back
     hidden_tensors = only(view.record.base.hidden, view.tensors)
-    # all, before any is written: an error changes nothing
+    # all are converted before any is written: so an error changes nothing
     converted = dict[str, Tensor]()
     for name, hidden in hidden_tensors.items():
-        # which may have been moved or converted since
+        # the tensors of the model may have been moved or converted since
         converted[name] = hidden.values.to(view.tensors[name])
     for name, hidden in hidden_tensors.items():
         replace_values(view.tensors[name], converted[name])

@@ -91,7 +91,7 @@ class SwitchBlock(AbstractContextManager[None]):
         if record is None:  # all were removed in the block
             return
         if self.shown_before is None and self.active_before in record.inactive_adapters:
-            # the base was shown over this one
+            # the base was shown over the adapter that was active before
             switch_to(self.model, self.active_before)
         switch_to(self.model, self.shown_before)
 
@@ -242,7 +242,8 @@ def _check_not_resized(view: View, state: AdapterState) -> None:
 def _exchange(view: View, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: an inactive one, or a new one that has no layers yet."""
     prepare_for_model(view, coming)
-    put = _tensors_to_put(view, coming)  # what needs memory comes first
+    # copies need memory, so they are made before the layers change
+    put = _tensors_to_put(view, coming)
     refuse_lost_adapters(view)
     if view.record.state.shows_base:
         show_adapter(view)
@@ -291,11 +292,12 @@ def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
 def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> Undo:
     """Make an adapter active, with ``config`` perhaps a new one without layers.
 
-    Use it as a ``with`` block: at its end the former adapter is active again, unless
-    ``keep`` was called.
+    Use it as a ``with`` block: at its end, the former adapter is active again, a new
+    one is dropped, and the base is shown if it was before. ``keep`` prevents all this.
     """
     names = adapters(model)
-    undo = Undo()
+    former = names[0]
+    undo = Undo()  # runs its steps from the last to the first
     if state_of(model).shows_base:
         undo.callback(switch_to, model, None)
     if config is None or name in names:
@@ -303,5 +305,5 @@ def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> U
     else:
         _exchange(View(model), AdapterState(config, name))
         undo.callback(lambda: record_of(model).inactive_adapters.pop(name))
-    undo.callback(switch_to, model, names[0])
+    undo.callback(switch_to, model, former)
     return undo

@@ -1,7 +1,15 @@
 """Which weights the user froze or thawed since the adapters came.
 
 Who freezes an adapter means the weight below it, which the adapter had frozen already:
-so the record notes the weight.
+so the record notes the weight. There are two facts of a weight (``Base``):
+``user_trains``, whether the user wants it to train, and ``frozen_since``, whether the
+user has frozen it after its adapter had learned::
+
+    What the user or other code did         user_trains   frozen_since
+    thawed a frozen weight of the base      True          taken out
+    copied a network with its adapters      True          unchanged
+    froze an adapter that has learned       unchanged     added
+    froze an adapter that has not           False         unchanged
 """
 
 from torch import nn
@@ -56,44 +64,45 @@ def _has_trainable_parameters(layer: LoRALayer) -> bool:
 
 
 def _note_thawed(view: View) -> None:
-    """Note as thawed: frozen weights of the base that require a gradient."""
+    """Note as thawed: weights that the adapters had frozen, and that require a gradient."""
     base = view.record.base
     trainable_now = where(view.frozen_base, _requires_grad)
-    thawed = only(trainable_now, base.trained_before)
+    thawed = only(trainable_now, base.user_trains)
     base.note_thawed_since(thawed)
-    base.set_trained_before(thawed, flag=True)
+    base.set_user_trains(thawed, flag=True)
 
 
 def _note_copied(view: View) -> None:
-    """Note as trained before: the weights of networks that other code copied with their adapters.
+    """Note as wanted by the user: the weights of networks that other code copied with their adapters.
 
-    The adapters have frozen them, and nobody else: a copy looks as its original does.
+    Only the adapters have frozen these weights: in a copy, they are frozen as in the
+    original.
     """
     copied = where(without(view.layers, view.recorded), _has_trainable_parameters)
     weights = names_inside(view.base_parameters, copied.keys())
-    view.record.base.set_trained_before(weights, flag=True)
+    view.record.base.set_user_trains(weights, flag=True)
 
 
 def _note_frozen_after_learning(view: View) -> None:
     """Note as frozen since: the weights of layers whose adapters have learned, and train no more."""
     if not view.adapter.may_have_learned:
         return
-    trained_before = where(view.record.base.trained_before, bool)
+    user_trains = where(view.record.base.user_trains, bool)
     for name, layer in _frozen_layers(view).items():
-        weights = trained_before.keys() & names_joined(name, layer.lora_weights())
+        weights = user_trains.keys() & names_joined(name, layer.lora_weights())
         view.record.base.note_frozen_since(weights)
 
 
 def note_frozen_before_learning(view: View) -> None:
-    """Note as not trained before: the weights of layers whose new adapters the user has frozen.
+    """Note as frozen by the user: the weights of layers whose new adapters the user has frozen.
 
-    Nothing has been learned there, so the weights are meant.
+    No adapter has learned anything, so the user means the weights.
     """
     if view.adapter.may_have_learned:
         return
     frozen = _frozen_layers(view)
     weights = [weight for weight in view.base_parameters if owner_of(weight) in frozen]
-    view.record.base.set_trained_before(weights, flag=False)
+    view.record.base.set_user_trains(weights, flag=False)
 
 
 def _frozen_layers(view: View) -> dict[str, LoRALayer]:

@@ -19,9 +19,11 @@ from lightning_lora.tensors.shards import is_dtensor
 class View(TensorsView):
     """The layers, adapters, parameters and buffers of a model, by name.
 
-    A shared one has several names. A call makes one view, and looks again after classes
-    or parameters have changed. Where modules were replaced, a new one is needed. With
-    ``config``, it shows what a new configuration selects, before the record has it.
+    A shared layer or tensor has several names. A call makes one view. What it has seen
+    must be forgotten after classes, parameters or noted networks have changed:
+    functions of ``changes/attach.py`` that attach or detach do so, and other code calls
+    ``look_again``. Where modules were replaced, a new view is needed. With ``config``,
+    it shows what a new configuration selects, before the record has it.
 
     It is built in three steps, each a base class: layers (:class:`.LayersView`),
     tensors (:class:`.TensorsView`), and here, which of ``base_parameters`` train beside
@@ -86,7 +88,7 @@ class View(TensorsView):
     def frozen_by_user(self) -> set[str]:
         """The parameters that the user froze.
 
-        If all are frozen, that says nothing about a single one: none.
+        If all are frozen, that says nothing about a single one: then the set is empty.
         """
         flags_before = self._flags_before()
         can_train = where(self.base_parameters, _is_plain_float)
@@ -97,15 +99,15 @@ class View(TensorsView):
         return frozen if frozen != can_train.keys() else set()
 
     def _flags_before(self) -> dict[str, bool]:
-        """Whether parameters required a gradient before the adapters came.
+        """Whether the user wants parameters to train.
 
         Where records differ, the model's counts.
         """
         flags = dict[str, bool]()
-        # the model's own is the first of them
+        # the model's own record is the first one, so here it comes last, and wins
         for prefix, record in reversed(records_in(self.modules).items()):
             if not record.state.is_merged:
-                flags.update(prefixed(prefix, record.base.trained_before))
+                flags.update(prefixed(prefix, record.base.user_trains))
         return flags
 
 

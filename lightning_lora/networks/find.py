@@ -21,9 +21,9 @@ HEAD_LAYERS = 2
 HEAD_SHARE = 0.25
 """What trains is a head if it has no more layers, or no larger share of the weights.
 
-So have most heads of torchvision's and transformers' classifiers, but not VGG's and
-AlexNet's, nor those of detection and segmentation. The last blocks of some are as
-small, but have names like those of earlier blocks.
+Most heads of torchvision's and transformers' classifiers are as small as that, but not
+VGG's and AlexNet's, nor those of detection and segmentation. The last blocks of some
+networks are as small too, but have names like those of earlier blocks.
 """
 
 _LATER_BLOCK_SHARE = 0.5
@@ -66,15 +66,15 @@ def find_networks(
     # all layers train; or the model is only evaluated
     if not still_layers or not something_trains:
         return StillNetworks(copies=copies)
-    # they train, and get adapters in any case
+    # they train, or are in a copy, or the user names their matrices
     other_layers = layers - set(still_layers)
     largest = _largest_modules(still_layers, {*training, *other_layers, *named_by_user})
     if training and other_layers:
         pretrained = names_outside(training, find_untrained())
         if pretrained and not _is_head(pretrained, still_layers, matrices):
-            # they are a teacher beside its student
+            # the largest are teachers beside a student
             return StillNetworks(beside_training=largest, copies=copies)
-    # they are an encoder under a head
+    # the largest are encoders under a head
     return StillNetworks(under_head=largest, copies=copies)
 
 

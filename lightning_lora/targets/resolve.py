@@ -46,7 +46,7 @@ class ResolvedArguments:
     def layers_to_adapt(self) -> set[nn.Module]:
         """Return the modules that get an adapter.
 
-        One in which rows train gets no other.
+        A module in which single rows train gets no other adapter.
         """
         targets = self.remaining_targets - self.token_rows.layers
         return targets.union(self.parameters, self.token_rows.matrices)
@@ -65,9 +65,9 @@ def resolve_arguments(lookup: Lookup, config: LoRAConfig) -> ResolvedArguments:
     named_targets = _named_by_target_modules(lookup, config)
     remaining_targets = named_targets - left_out_modules - holders
 
-    # no single rows train in what is named elsewhere
+    # in modules that another argument names, no single rows train
     named_elsewhere = holders | _modules_of(lookup, saved)
-    # "all" leaves these embeddings to their rows
+    # but a word such as "all" leaves embeddings to trainable_token_indices
     if config.target_modules not in AUTOMATIC:
         named_elsewhere |= remaining_targets
     token_rows = find_token_rows(lookup, config, named_elsewhere)
@@ -105,8 +105,9 @@ def _named_by_target_modules(lookup: Lookup, config: LoRAConfig) -> set[nn.Modul
         found = only(lookup.modules, set(lookup.find("target_modules", targets)))
         # an expression does not mean containers and norms
         fitting = where(found, adapter_for)
-    is_list = not isinstance(targets, str)  # a list means each of its names
-    if is_list or not fitting:  # an error says why what is found does not fit
+    is_list = not isinstance(targets, str)
+    # a list means each of its names; if nothing fits, a later error says why
+    if is_list or not fitting:
         return set(found.values())
     return set(fitting.values())
 
@@ -146,9 +147,9 @@ def _holders_of(parameters: Mapping[nn.Module, Iterable[str]]) -> set[nn.Module]
 def _reader_of(lookup: Lookup, parameter: str) -> str:
     """The module that gets the adapter of a parameter: the one whose code reads it.
 
-    The model has no name. That is the module which holds it. If this is a layer, such
-    as the ``gate`` of ``gate.weight``, it is the module around it: for the layer
-    itself, there is ``target_modules``.
+    This is the module that holds the parameter. But if that module is a layer, such as
+    the ``gate`` of ``gate.weight``, it is the module around the layer: to adapt the
+    layer itself, there is ``target_modules``. The model itself has the name ``""``.
     """
     owner = owner_of(parameter)
     module = lookup.all_modules[owner]

@@ -40,21 +40,19 @@ def test_changes_in_a_module_are_the_models_unless_it_was_merged_into_a_base_of_
 
 def test_what_the_user_froze_in_a_merged_model_was_frozen_since_it_learned() -> None:
     frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
-    base = Base(trained_before={"weight": True, "bias": False})
+    base = Base(user_trains={"weight": True, "bias": False})
     base.note_unmerged({"weight": frozen, "bias": frozen})
     assert base.frozen_since == {"weight"}
-    assert base.trained_before == {"weight": False, "bias": False}
+    assert base.user_trains == {"weight": False, "bias": False}
 
 
 def test_what_a_part_noted_does_not_replace_what_the_model_knows() -> None:
-    model = Base(
-        trained_before={"part.weight": True}, changes={"part.bias": Change(3, 4)}
-    )
+    model = Base(user_trains={"part.weight": True}, changes={"part.bias": Change(3, 4)})
     part = Base(
-        trained_before={"weight": False, "bias": False}, changes={"bias": Change(1, 2)}
+        user_trains={"weight": False, "bias": False}, changes={"bias": Change(1, 2)}
     )
     model.absorb("part", part, is_merged=False)
-    assert model.trained_before == {"part.weight": True, "part.bias": False}
+    assert model.user_trains == {"part.weight": True, "part.bias": False}
     assert model.changes == {"part.bias": Change(3, 4)}
 
 
@@ -63,12 +61,12 @@ def test_whether_a_parameter_trained_before_is_noted_once_and_can_be_corrected()
 ):
     parameter = nn.Parameter(torch.zeros(2))
     base = Base()
-    base.note_trained_before({"weight": parameter})
+    base.note_user_trains({"weight": parameter})
     parameter.requires_grad_(False)
-    base.note_trained_before({"weight": parameter, "bias": parameter})
-    assert base.trained_before == {"weight": True, "bias": False}
-    base.set_trained_before(["bias"], flag=True)
-    assert base.trained_before == {"weight": True, "bias": True}
+    base.note_user_trains({"weight": parameter, "bias": parameter})
+    assert base.user_trains == {"weight": True, "bias": False}
+    base.set_user_trains(["bias"], flag=True)
+    assert base.user_trains == {"weight": True, "bias": True}
 
 
 def test_what_trains_again_is_not_frozen_since() -> None:
@@ -83,13 +81,13 @@ def test_what_trains_again_is_not_frozen_since() -> None:
 def test_what_the_user_thawed_in_a_merged_model_is_not_frozen_since() -> None:
     trains = nn.Parameter(torch.zeros(2))
     base = Base(
-        trained_before={"weight": False},
+        user_trains={"weight": False},
         frozen_since={"weight"},
         after_merge=AfterMerge({}, {"a": trains}),
     )
     base.note_unmerged({"weight": trains, "new": trains})
     assert base.frozen_since == set()
-    assert base.trained_before == {"weight": True, "new": True}
+    assert base.user_trains == {"weight": True, "new": True}
     assert base.after_merge == AfterMerge()
 
 
@@ -131,12 +129,12 @@ def test_what_was_kept_for_an_error_does_not_follow_the_base() -> None:
     tensor = torch.zeros(2)
     base = Base()
     before = base.snapshot()
-    base.note_trained_before({"weight": nn.Parameter(tensor)})
+    base.note_user_trains({"weight": nn.Parameter(tensor)})
     base.note_changes({"weight": Change(1, 2)})
     base.note_filled(["buffer"])
     base.note_hidden("weight", tensor, requires_grad=True)
     base.readings.digests_now({"weight": tensor})
-    assert (before.trained_before, before.changes, before.filled, before.hidden) == (
+    assert (before.user_trains, before.changes, before.filled, before.hidden) == (
         {},
         {},
         set(),

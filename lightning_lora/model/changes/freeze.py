@@ -10,7 +10,7 @@ from lightning_lora.tensors.values import set_requires_grad
 
 def freeze(view: View) -> None:
     """Freeze all parameters that do not train, and the running statistics of norms."""
-    view.record.base.note_trained_before(
+    view.record.base.note_user_trains(
         view.base_parameters
     )  # before any flag changes: a tied parameter has several names
     for name, parameter in view.base_parameters.items():
@@ -24,9 +24,9 @@ def freeze(view: View) -> None:
 
 def unfreeze(view: View) -> None:
     """Make the base trainable again, as it was before: every parameter, and the running statistics of every norm."""
-    trained_before = view.record.base.trained_before
-    for name, parameter in only(view.parameters, trained_before).items():
-        set_requires_grad(parameter, trained_before[name] and _can_train(parameter))
+    user_trains = view.record.base.user_trains
+    for name, parameter in only(view.parameters, user_trains).items():
+        set_requires_grad(parameter, user_trains[name] and _can_train(parameter))
     for module in view.modules.values():
         set_frozen(module, False)
 

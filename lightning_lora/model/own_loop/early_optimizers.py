@@ -50,7 +50,7 @@ def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
         return
     held = _Held(optimizer)
     _refuse_detached_adapters(held)
-    # of what trains, in each process
+    # in several processes, each optimizer may hold only a share of what trains
     may_hold_a_share = dist.is_available() and dist.is_initialized()
     for model in list(_ADAPTED):
         view = View(model)
@@ -80,7 +80,7 @@ def _refuse_frozen_weights(view: View, held: _Held) -> None:
     if not adapters or not held.parameters.isdisjoint(adapters):
         return
     trains_others = held.frozen != held.parameters
-    # this one is for the others
+    # another optimizer holds the adapters, and this one is for other parameters
     if trains_others and _are_held_by_another(adapters, held.optimizer):
         return
     raise OptimizerError(
@@ -154,6 +154,7 @@ def _layers_of_frozen_weights(view: View, frozen: set[nn.Parameter]) -> dict[str
     """The names of those of these weights that have an adapter which trains, and their layers."""
     layers_by_weight = dict[str, str]()
     frozen_weights = with_values(view.base_parameters, frozen)
+    # lora_trainable gives an empty list, which is false, if nothing of it trains
     for name, layer in where(view.layers, LoRALayer.lora_trainable).items():
         frozen_of_layer = only(frozen_weights, names_joined(name, layer.lora_weights()))
         layers_by_weight.update(dict.fromkeys(frozen_of_layer, name))

@@ -119,7 +119,7 @@ class _Block(ExitStack):
         for module in around.values():
             self._leave_inference_path(module)
         for each in mixed:
-            # bound to it: a copy gets one of the copy
+            # bound to the module: in a copy of the module, it is bound to the copy
             forward = MethodType(each.forward, each.module)
             set_own_attribute(each.module, "forward", forward, self)
         return self
@@ -127,7 +127,7 @@ class _Block(ExitStack):
     def _move_used_adapters(self, view: View) -> list[AdapterState]:
         """Move the adapters of the rows to where the model is.
 
-        Return them, and the active one.
+        Return these adapters, and the active one.
         """
         names = {view.adapter.name, *self.names}
         for state in only(view.record.inactive_adapters, names).values():
@@ -135,7 +135,7 @@ class _Block(ExitStack):
         return list(only(view.record.adapter_states, names).values())
 
     def _leave_inference_path(self, module: nn.Module) -> None:
-        """Let a module call those inside it, until the end of the block."""
+        """Let a module call the modules inside it, until the end of the block."""
         path = inference_path(module)
         if path is not None:
             set_own_attribute(module, *path, self)
@@ -158,7 +158,7 @@ def _adapters_by_module(
 def _values_besides_adapters(
     view: View, states: Collection[AdapterState]
 ) -> dict[nn.Module, Values]:
-    """The tensors besides the adapters in which these differ.
+    """The base's tensors in which adapters differ, beside the layers' own adapters.
 
     The key is the module whose forward reads them.
     """
@@ -179,9 +179,11 @@ def _values_besides_adapters(
 def _values_of(
     view: View, name: str, here: Tensor, states: Iterable[AdapterState]
 ) -> dict[Name, Tensor]:
-    """A tensor of the base for each adapter, and as the base has it.
+    """The values that a tensor has with each name.
 
-    ``here`` is the model's, the active adapter's.
+    - The base (None): the original values, if they are known.
+    - The active adapter: ``here``, the tensor that is in the model now.
+    - Another adapter: a tensor of its own, or else the base's.
     """
     original = view.adapter.originals.get(name, here)
     base = here

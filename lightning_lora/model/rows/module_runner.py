@@ -21,9 +21,9 @@ Values = dict[Name, dict[str, Any]]
 """What a module has with each name, in the place of its own tensors."""
 
 _DERIVED = LoRARecurrent.lora_from_weights
-"""What a module may have made of its weights, to be made anew.
+"""Attributes that a module may have made of its weights, and must make anew.
 
-Only recurrent layers have some, or these names.
+Only recurrent layers have attributes of these names.
 """
 
 
@@ -83,7 +83,7 @@ class ModuleRunner:
     def can_add_updates(self) -> bool:
         """Whether one run as the base, and one product that adds the updates of all rows, do for all names.
 
-        Not while dropout acts: each name has masks of its own.
+        They do not while dropout acts: each name has masks of its own.
         """
         dropout_acts = self.has_dropout and (self.module.training or self.step.runs)
         return self.is_additive and not dropout_acts

@@ -46,7 +46,7 @@ def known_still_networks(
 ) -> StillNetworks:
     """Return which networks get no adapter as before, and which are exact copies.
 
-    No other is looked for.
+    No other network is looked for.
     """
     return _known_networks(
         view, kinds, still_parameters, copies_may_be_smaller=False
@@ -60,12 +60,13 @@ def _known_networks(
     *,
     copies_may_be_smaller: bool,
 ) -> StillNetworks:
-    """Those of before that still stand still, and all copies.
+    """The networks of before that still stand still, and all copies.
 
-    A smaller copy lacks some of its original's weights.
+    With ``copies_may_be_smaller``, a copy may lack some of its original's weights. An
+    earlier copy is kept even if it trains now: ``settle`` takes such copies out.
     """
     before = view.adapter.networks if view.is_on_layers else StillNetworks()
-    copies = _copies_as_before(view, before)  # if none of them trains now
+    copies = _copies_as_before(view, before)
     copies |= find_copies(
         view.modules,
         view.base_parameters,
@@ -113,8 +114,8 @@ def _still_as_before(view: View, before: StillNetworks) -> tuple[str, ...]:
     """Networks that stood still, and in which the user has thawed nothing since."""
     if not before.beside_training:
         return ()
-    requires_grad = view.record.base.trained_before
-    thawed = [name for name in view.base_parameters if requires_grad.get(name, True)]
+    user_trains = view.record.base.user_trains
+    thawed = [name for name in view.base_parameters if user_trains.get(name, True)]
     return tuple(names_not_in(before.beside_training, modules_around(thawed)))
 
 

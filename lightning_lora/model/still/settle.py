@@ -27,16 +27,18 @@ from lightning_lora.tensors.names import (
 
 
 def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
-    """Remove the adapters of networks that stand still.
+    """Remove, pause or resume adapters, now that the optimizers are known.
 
-    These are frozen, or in no optimizer (``unheld``). An adapter there that has learned
-    is paused, and stays. Return the layers of those that are paused.
+    A network stands still if it is frozen, or in no optimizer (``unheld``). If other
+    networks train beside it, it loses its adapters, but for adapters that have learned:
+    these are paused. Adapters of earlier fits may train again, and those of copies
+    follow their originals. Return the layers whose adapters are paused.
     """
     still_parameters = unheld | parameters_frozen_by_user(view)
     found = find_still_networks(view, _kinds_that_train(view), still_parameters)
     copies = _copies_that_stand_still(view, found, still_parameters)
 
-    # what has learned is kept, in whatever network it is
+    # an adapter that has learned is kept, in whatever network it is
     paused = _pause_layers(view, unheld, copies)
     _resume_layers(view, paused, copies)
     _say_and_forget_frozen(view, paused)
@@ -44,8 +46,9 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     # all networks are noted before flags are set by them
     _note_networks(view, found.under_head, copies)
     strip_adapters(view, found.beside_training)
-    view.look_again()  # what trains of the base depends on the networks that are noted
-    freeze(view)  # nothing of a copy trains, not even what trains in full elsewhere
+    # view.trainable_base depends on the networks that were noted above
+    view.look_again()
+    freeze(view)  # in a copy, not even modules_to_save and biases train
     follow_originals(view)
     return paused
 
@@ -62,14 +65,14 @@ def _kinds_that_train(view: View) -> dict[str, type]:
 def _copies_that_stand_still(
     view: View, found: StillNetworks, still_parameters: Set[nn.Parameter]
 ) -> dict[str, str]:
-    """The copies in which nothing trains by itself.
+    """The copies among the networks found in which nothing trains by itself.
 
-    One that an optimizer trains now is a copy no more.
+    A network that an optimizer trains now is a copy no more.
     """
-    trained_before = view.record.base.trained_before
+    user_trains = view.record.base.user_trains
     training = []
     for name, parameter in view.base_parameters.items():
-        if trained_before.get(name) and parameter not in still_parameters:
+        if user_trains.get(name) and parameter not in still_parameters:
             training.append(name)
     return without(found.copies, modules_around(training))
 
@@ -77,9 +80,11 @@ def _copies_that_stand_still(
 def _pause_layers(
     view: View, unheld: Set[nn.Parameter], copies: Mapping[str, str]
 ) -> list[str]:
-    """Pause adapters that have learned, if no optimizer holds them or their weights.
+    """Pause adapters that have learned, if no optimizer holds their weights.
 
-    Return their layers.
+    Return their layers. Adapters under a head train although no optimizer holds their
+    weights, and those of copies follow their originals. Only networks that an earlier
+    fit noted as under a head count: those found now hold no adapter that has learned.
     """
     may_be_unheld = {*view.adapter.networks.under_head, *copies}
     paused = []

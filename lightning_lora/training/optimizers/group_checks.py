@@ -131,8 +131,8 @@ def check_emptied(view: View, number: int, edit: Edit) -> None:
     if any(edit.groups):
         return
     held = with_values(view.base_parameters, parameters_in(edit.built))
-    trained_before = where(view.record.base.trained_before, bool)
-    lost = only(held, trained_before)
+    user_trains = where(view.record.base.user_trains, bool)
+    lost = only(held, user_trains)
     if not lost:
         return
     networks = networks_around(map(owner_or_itself, lost))

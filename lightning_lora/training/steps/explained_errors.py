@@ -44,8 +44,8 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
 
 def _names_of(view: View, asked: Collection[object]) -> list[str]:
     """The names of those that are frozen, and would train without adapters."""
-    trained_before = where(view.record.base.trained_before, bool)
-    candidates = where(only(view.frozen_base, trained_before), _is_still_frozen)
+    user_trains = where(view.record.base.user_trains, bool)
+    candidates = where(only(view.frozen_base, user_trains), _is_still_frozen)
     return list(with_values(candidates, set(filter(is_tensor, asked))))
 
 
