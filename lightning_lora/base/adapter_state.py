@@ -100,7 +100,7 @@ class AdapterState:
         """Make this inactive adapter a sum of others, with these weights: it never trains."""
         self.sum_of = dict(weights)
         for adapter in self.inactive_layer_adapters.values():
-            # others decide its values
+            # the adapters of the sum decide its values
             adapter.settings = replace(adapter.settings, trains=False)
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)
@@ -111,8 +111,8 @@ class AdapterState:
         """Make :attr:`originals` hold exactly these names, in CPU memory.
 
         A name that is known keeps its first copy: its values may be trained by now. For
-        the same reason, digests are only taken over by an adapter that has learned
-        nothing yet.
+        the same reason, ``extra_state_digests`` is only noted while the adapter has
+        learned nothing.
         """
         if not self.may_have_learned:
             self.extra_state_digests = extra_state_digests

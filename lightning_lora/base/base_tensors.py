@@ -176,7 +176,10 @@ class Base:
         self.computed_back.update(computed_back)
 
     def note_loaded(self, values: Tensors) -> None:
-        """Note that the changed tensors have a file's values now."""
+        """Note that the changed tensors have a file's values now.
+
+        ``values`` must have every tensor in :attr:`changes`.
+        """
         for name, change in self.changes.items():
             self.changes[name] = Change(digest(values[name]), change.digest_before)
 

@@ -32,7 +32,8 @@ class Fingerprint(Form):
 class StoredFingerprint(Fingerprint, total=False):
     """What a file says of a base."""
 
-    # of all tensors. Absent: the base had other names when the file was written
+    # the half digests of all tensors, by name; the key says "rounded", because files
+    # have it. Absent: the base had other names when the file was written
     rounded: HalfDigests
 
 

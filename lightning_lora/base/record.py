@@ -118,9 +118,9 @@ class Record:
     def note_fingerprint(self, fingerprint: Fingerprint) -> None:
         """Note the base's fingerprint, as read before a fit.
 
-        A new one is that of a new base. What was known of changes to the earlier base
-        is dropped then. An adapter without fingerprints is new, and the base may be the
-        same as before: changes that other adapters left are still known.
+        If the adapter has other fingerprints, this is a new base: what was known of
+        changes to the earlier base is dropped. If it has none, the adapter is new, and
+        the base may be the same as before: what is known of changes stays.
         """
         fingerprints = self.adapter.fingerprints
         if fingerprint in fingerprints:

@@ -31,7 +31,8 @@ class LayerAsText(LayerAsModule):
         ends_as_usual = text.endswith(")")  # as in Linear(...)
         if not ends_as_usual:
             return f"{class_name}: {text}, {about}"
-        # nn.Module's own calls extra_repr, others such as Conv1D's do not
+        # nn.Module's __repr__ calls extra_repr, but those of other classes, such as
+        # Conv1D, do not
         if about not in text:
             text = f"{text.removesuffix(')')}, {about})"
         if text.startswith(class_name):

@@ -30,7 +30,7 @@ class LoRALayer(LayerAsText):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with its update."""
-        # a bound forward that other code has kept longer than the adapter
+        # other code may have kept this bound method longer than the adapter was there
         if not isinstance(self, LoRALayer):
             return type(self).forward(self, *args, **kwargs)
         if not self.lora_enabled:

@@ -46,7 +46,7 @@ class InferencePath(NamedTuple):
 def update_bypasses(modules: Mapping[str, nn.Module]) -> None:
     """Turn off what would bypass adapted layers.
 
-    Turn it on again if no layer is adapted any more.
+    Turn a shortcut on again if no adapted layer needs it off any more.
     """
     any_adapted = _is_any_adapted(modules.values())
     for module in modules.values():

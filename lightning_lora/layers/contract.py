@@ -158,7 +158,8 @@ class LayerKind(InPlace, nn.Module):
         Not where the input is indices: a token that training never sees keeps the zero
         column that it starts with.
         """
-        return cls.lora_drops_input  # it has features then, and no indices
+        # dropout needs an input of features, so lora_drops_input is false for indices
+        return cls.lora_drops_input
 
     @classmethod
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:

@@ -42,7 +42,7 @@ def new_adapter(
 
 
 def _split_as_weights(layer: nn.Module, adapter: LayerAdapter) -> None:
-    """Split the parameters as tensor parallelism has split the weights."""
+    """Split the parameters of a new adapter as tensor parallelism has split the weights."""
     for name, spec in adapter.specs.items():
         p = adapter.parameters[name]
         weight = own_parameter(layer, spec.matrix.weight)
@@ -84,8 +84,8 @@ class _Initialiser:
 
     layer: nn.Module
     adapter: LayerAdapter
-    # written in place, by name in the layer: parameters, or full copies of distributed
-    # ones
+    # the tensors that are written in place, by name in the layer: the parameters, or
+    # full tensors in place of distributed parameters
     values: dict[str, Tensor]
 
     def initialise_factors(self, matrix: AdaptedMatrix) -> None:

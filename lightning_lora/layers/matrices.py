@@ -89,8 +89,8 @@ class AdaptedMatrix:
     reads: int  # its columns: input features
     writes: int  # its own rows: output features
     first: int = 0  # the index of its first row in the weight
-    # those of the whole weight. A few kinds leave it at 0 if it is the whole (see
-    # ``weight_rows``)
+    # the number of rows of the whole weight. A few kinds leave it at 0 if the matrix is
+    # the whole weight: ``weight_rows`` is right in any case
     rows: int = 0
     # the end of its factors' names, after lora_A_ and lora_B_; empty if the layer has
     # only one matrix
@@ -168,9 +168,9 @@ class ParameterSpec(NamedTuple):
     def split_dim(self) -> int | None:
         """Its dimension that tensor parallelism splits.
 
-        None: each process keeps it whole. It splits a weight by its inputs, which are
-        the last dimension of A, or by its outputs, which are the first one of B and of
-        the magnitudes.
+        Tensor parallelism splits a weight by its inputs, which are the last dimension
+        of A, or by its outputs, which are the first dimension of B and of the
+        magnitudes. None: each process keeps the whole parameter.
         """
         if self.role.reads_input:
             return -1

@@ -101,7 +101,7 @@ class AdapterOnLayer(UpdatedWeights):
         if not (self.lora_is_fresh() and original.lora_is_fresh()):
             return
         for name, spec in self.lora_specs().items():
-            # these are values of its own weights
+            # magnitudes and rows are values of the layer's own weights
             if spec.role in (Role.MAGNITUDE, Role.ROWS):
                 continue
             p = own_parameter(self, name)

@@ -22,7 +22,7 @@ def note_plain_state(
 
     ``notes`` are torch's.
     """
-    record = record_of(model)  # an error while the base is shown
+    record = record_of(model)  # raises an error while the base is shown
     view = View(model)
     by_plain_names = renamed(state, plain_name)
     given = beginning_with(plain_name(prefix), by_plain_names)
@@ -34,7 +34,8 @@ def note_plain_state(
     if given_adapters:
         if frozen.keys() <= given.keys():
             _take_statistics(view, given)
-    elif not frozen.keys().isdisjoint(given):  # otherwise only what trains: not a base
+    # a state that holds nothing of the frozen base has only what trains: it is no base
+    elif not frozen.keys().isdisjoint(given):
         _take_base(view, given, notes)
 
 

@@ -19,8 +19,8 @@ def start_call(model: nn.Module, call: str) -> Record | None:
     rule = CALLS[call]
     if not rule.in_block:
         refuse_in_block(model, call)
-    # FSDP2 may show full weights after an evaluation, and the caller wants the model's
-    # own
+    # after an evaluation, FSDP2 may show full weights in place of the model's own
+    # parameters, which all calls need
     reshard(model)
     if state_of(model) not in rule.states:
         raise refusal_to_start(model, call)

@@ -136,10 +136,11 @@ def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: Undo) -
     module = view.modules[layer]
     shown = own_parameter(module, weight)
     undo.callback(put_back, shown, set_aside(shown), shown.device)
-    if was_tied(base):  # restore the shared parameter
+    if was_tied(base):  # base is the parameter that was shared: it comes back
         undo.callback(set_parameter, module, weight, shown)
         undo.callback(replace_values, base, base.data)
-        # if all its layers are merged, none held it: it was not moved
+        # if all layers that shared it are merged, no module held it: so a move of the
+        # model did not move it
         replace_values(base, base.data.to(shown))
         set_requires_grad(base, shown.requires_grad)
         set_parameter(module, weight, base)

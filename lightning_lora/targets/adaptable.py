@@ -110,8 +110,8 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str:
 def has_computed_weight(layer: nn.Module) -> bool:
     """Whether a weight of a layer is computed from other parameters.
 
-    In a parametrized one, a list holds these. That list counts too: its parameters are
-    no weights of their own.
+    In a parametrized layer, a ``ParametrizationList`` holds these parameters. The list
+    counts as such a layer too: its parameters are no weights of their own.
     """
     kind = adapter_for(layer)
     if kind is None:

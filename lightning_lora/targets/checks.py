@@ -39,7 +39,7 @@ def check_not_lazy(lookup: Lookup) -> None:
         for name, buffer in module._buffers.items():
             if _is_lazy(buffer):
                 lazy.append(join(prefix, name))
-        # a file gave its shapes
+        # a file gave the parameters their shapes, and the class is still the lazy one
         if (
             isinstance(module, LazyModuleMixin)
             and not module.has_uninitialized_params()
@@ -124,7 +124,7 @@ def no_layer_selected(
 def _about_targets_left_out(
     lookup: Lookup, config: LoRAConfig, targets: Collection[str]
 ) -> str:
-    """What a selection is of which each layer is in another argument too."""
+    """What is said if each targeted layer is in another argument too."""
     saved = [name for name in targets if _is_in_saved_module(config, name)]
     if saved:
         layers, argument, why = (

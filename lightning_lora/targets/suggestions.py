@@ -18,7 +18,7 @@ _BESIDE_NAME = re.compile(r" +[\[(].*$")
 """What a table says behind a name: its parts, and how many layers are like it."""
 
 _RANGES = re.compile(r"(?!\d+$)\d+(-\d+)?(,\d+(-\d+)?)*")
-"""Numbers of blocks, as a table groups them: ``0,2-5``. A single number is none."""
+"""Numbers of blocks, as a table groups them: ``0,2-5``. A single number is no match."""
 
 _MOST_SIMILAR = 5
 

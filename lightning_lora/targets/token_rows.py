@@ -60,7 +60,8 @@ def _rows_by_key(
 def _meant_by(lookup: Lookup, key: str) -> list[str]:
     """The names of embeddings that a key means.
 
-    A whole name means no end of another.
+    The whole name of a module means this module alone. Other keys may be the ends of
+    several names.
     """
     if key in lookup.modules:
         return [key]
@@ -70,8 +71,8 @@ def _meant_by(lookup: Lookup, key: str) -> list[str]:
 class TokenRows:
     """The embeddings whose rows train, and the layers that are tied to them.
 
-    Several layers may have one weight. All are in ``layers``, and the one that the
-    argument names is in ``matrices``.
+    Several layers may have one weight. All of them are in ``layers``. Only the layer
+    that the argument names gets the adapter: it is in ``matrices``.
     """
 
     def __init__(self, lookup: Lookup, named_elsewhere: Container[object]) -> None:

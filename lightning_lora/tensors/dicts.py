@@ -14,7 +14,7 @@ Kind = TypeVar("Kind")
 
 
 def dict_or_empty(value: Any) -> dict[str, Any]:
-    """Return a value that should be a dict, or an empty one: what else a file may hold says nothing by name."""
+    """Return a value if it is a dict, and otherwise an empty dict: a file may hold anything."""
     return value if isinstance(value, dict) else {}
 
 
@@ -38,7 +38,10 @@ def where_not(
 def with_values(
     named: Mapping[str, Thing], things: Container[object]
 ) -> dict[str, Thing]:
-    """Return those that are some of these things: of tensors, a set."""
+    """Return those that are among these things. If these are tensors, give a set of them.
+
+    ``in`` would compare the elements of tensors in a list.
+    """
     return {name: thing for name, thing in named.items() if thing in things}
 
 

@@ -87,6 +87,6 @@ def original_class(instance: object) -> type:
 def class_names(value: object) -> set[str]:
     """Return the names of an object's class and its base classes.
 
-    There are two Lightning packages with the same.
+    Names are compared, because two Lightning packages have classes of the same names.
     """
     return {ancestor.__name__ for ancestor in type(value).__mro__}

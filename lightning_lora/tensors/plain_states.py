@@ -60,7 +60,8 @@ def load_state_dict(
     # with the prefixes of torch's wrappers
     names_in_model = {plain_name(name): name for name in present}
     loaded: dict[str, Any] = {}
-    # as they are: ``state`` may leave out entries that a user's code asks for
+    # these entries stay as they are in the model, unless ``state`` has them: a user's
+    # code may ask for entries that ``state`` leaves out
     for plain in _read_in_own_way(model):
         name = names_in_model.get(plain)
         if name is not None:
@@ -74,7 +75,7 @@ def load_state_dict(
 
 
 def _read_in_own_way(model: nn.Module) -> list[str]:
-    """The entries of modules that load in their own way: each may read any of its own."""
+    """The names of entries that modules with a loading code of their own may read."""
     names: list[str] = []
     for prefix, module in where(modules_by_name(model), loads_in_own_way).items():
         names += names_joined(

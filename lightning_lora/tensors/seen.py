@@ -156,7 +156,8 @@ class Seen:
         if tensor.is_meta or self.has_same_values(tensor):
             return True
         local = to_local(tensor)
-        # has_same_values has compared the digests, if that of then is known
+        # has_same_values above has called digest(), which has set self._digest if the
+        # values of then could still be read
         all_values_were_compared = (
             self._digest is not None and local.dtype == self.dtype
         )

@@ -75,7 +75,7 @@ def set_aside(tensor: Tensor) -> Tensor:
 
 def put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
     """Give a tensor on ``device`` the values that :func:`set_aside` has returned."""
-    # frees what the tensor holds on the device, before the copy there
+    # this frees the device memory that the tensor holds, before the copy needs some
     replace_values(tensor, values)
     replace_values(tensor, values.to(device))
 

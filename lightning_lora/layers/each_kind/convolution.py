@@ -102,9 +102,9 @@ def _is_pointwise(layer: Any, kernel_size: torch.Size) -> bool:
 
 
 def _pads(layer: Any) -> bool:
-    """Whether a convolution of size 1 has more places than its input.
+    """Whether the output of a convolution of size 1 has more places than its input.
 
-    ``"same"`` and ``"valid"`` add none.
+    The paddings ``"same"`` and ``"valid"`` add no places to a kernel of size 1.
     """
     return not isinstance(layer.padding, str) and any(_each(layer.padding))
 

@@ -36,8 +36,8 @@ class LoRALinear(LoRALayer):
             return super().lora_forward(input)
         # most layers skip two calls here, whose time counts with a few tokens
         dropout = settings.dropout and self.lora_dropout()
-        has_slices = self.lora_matrices[0].name
-        # or a DTensor, or a replica
+        has_slices = self.lora_matrices[0].name != ""
+        # lora_A is no plain parameter if it is a DTensor, or if this is a replica
         if (
             has_slices
             or settings.is_difference

@@ -133,7 +133,8 @@ class LoraGaObserver:
         grad = grad.to(own_parameter(self.layer, matrix.weight).device)
         rank = min(4 * r, *grad.shape[-2:])
         left, _, right = torch.svd_lowrank(grad, rank, niter=4)
-        end = min(2 * r, left.shape[-1])  # a small matrix has fewer than 2 r directions
+        # B takes the directions r to 2 r, or the last r that a small matrix has
+        end = min(2 * r, left.shape[-1])
         scale = matrix.writes**0.25 / GAMMA**0.5
         a = scale * right[..., :r].mT
         b = scale * left[..., end - r : end]

@@ -45,23 +45,24 @@ class MixedModule:
         used = {name: adapters[name] for name in names if name in adapters}
         self.runner = ModuleRunner(self.module, used, values, running)
 
-        # each name with its rows
+        # the names whose rows run apart here
         self.names = list(names)
         only_adapters_differ = not values and not self.module._modules
-        if only_adapters_differ:  # then it runs as the base, wherever it has no adapter
+        # without an adapter here, a name then runs as the base, whose name is None
+        if only_adapters_differ:
             self.names = [name if name in used else None for name in names]
         rows = grouped(range(len(self.names)), self.names.__getitem__)
         self.rows = {name: torch.tensor(its_rows) for name, its_rows in rows.items()}
 
         self.factors = _FactorsOfRows(used, self.names)
-        # what differs has a value with each name, also with None: an adapter trains it
+        # a tensor that differs has a value with each name, so also with None
         weight_differs = "weight" in values.get(None, ())
         self.trains_statistics = has_running_statistics(self.module) and weight_differs
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in the place of its own forward.
 
-        A copy of it, or the base alone, runs as always.
+        A copy of the module, or a model that shows its base, runs as always.
         """
         if module is not self.module or self.record.state.shows_base:
             return type(module).forward(module, *args, **kwargs)

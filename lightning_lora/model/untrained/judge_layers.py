@@ -91,7 +91,8 @@ def _looks_initialised(
     layer = view.modules[name]
     values = to_local(weight)
     block = block_of(values)
-    if block.numel() < min(FEWEST, number_of_values(weight)):  # the others are zero
+    # block_of leaves out rows of zeros: so many rows of this weight are zero
+    if block.numel() < min(FEWEST, number_of_values(weight)):
         return isinstance(layer, nn.Linear) and not has_bias and not values.any()
     if any(is_uniform(block, bound) for bound in _bounds(layer, weight)):
         return True
