@@ -245,7 +245,8 @@ class LoRAConfig:
                 taken[name] = getattr(stored, name)
         completed = dataclasses.replace(self, **taken)
         names_its_own_targets = completed.target_modules != stored.target_modules
-        # an exclusion belongs to the targets beside it
+        # An exclusion belongs to the targets beside it: with other targets, the stored
+        # one means nothing. With the same ones, what either leaves out is left out.
         if names_its_own_targets or "exclude_modules" in given:
             return completed
         return completed.excluding(stored.exclude_modules)

@@ -25,7 +25,9 @@ def notes_given_arguments(cls: _Class) -> _Class:
     def noting(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         given = {*names[: len(args)], *kwargs}
-        if given.issuperset(names):  # a command line gives them all
+        if given.issuperset(names):
+            # A command line gives all arguments, also those that its user left out. So
+            # only those count that are not at their defaults, which `completed` sees.
             given = set()
         self.given = frozenset(given)
 

@@ -1,4 +1,8 @@
-"""What a Trainer calls in one fine-tune: the hooks of the callback, in their order."""
+"""What a Trainer calls in one fine-tune: the hooks of the callback, in their order.
+
+``view_of(module)`` raises an error where the module has no adapters. ``View(module)``
+takes any module.
+"""
 
 from contextlib import ExitStack, closing, suppress
 from typing import Any
@@ -111,14 +115,14 @@ class LoRAHooks(Callback):
                 return
         self._stage.begin(pl_module)
         self._take_config_of(pl_module)
-        # otherwise, configure_model would shard the adapters
+        # configure_model may shard the module: then adapters come later, and stay whole
         if not self._strategy_methods.shards_before_adapters:
             self._adapt_early(pl_module)
 
     def _new_stage(
         self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool
     ) -> Stage:
-        # if not, the module's active adapter is meant
+        # without a name, the callback means the adapter that the module shows
         is_named = self.name != "default" or "name" in self.given
         kind = Fit if is_fit else Stage
         return kind(
@@ -156,10 +160,10 @@ class LoRAHooks(Callback):
 
     def _adapt_early(self, pl_module: LightningModule) -> None:
         """Adapt the layers that are there, before other callbacks copy the module."""
-        # a plain module gets none for an evaluation
+        # a plain module that is only evaluated gets no adapters
         if self._stage.should_be_adapted(pl_module):
-            # the module may still create the layers: then the strategy adapts them
-            # later
+            # layers may be missing that the module creates in a later hook: the strategy
+            # adapts them then
             with suppress(LoRAError):
                 self._stage.add_adapters(pl_module)
 
@@ -213,7 +217,8 @@ class LoRAHooks(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the module, after its own hooks and the checkpoint, and watch its training from here on."""
         self._check_set_up()
-        # first: it says more than view_of would
+        # a weight that is computed now has lost its adapter, and view_of would only say
+        # that the adapter is missing
         refuse_computed_weights(View(pl_module))
         view = view_of(pl_module)
         refuse_targets_without_adapters(view)
@@ -222,18 +227,22 @@ class LoRAHooks(Callback):
         # the checkpoint may have been written with another lr_scale
         update_scaled_rates(*trainer.optimizers)
         # the module's hooks may have loaded weights since the set-up
-        if self._stage.set_base_from_hooks(view):
-            # its fingerprint, for which only what has changed is read
+        may_be_new = self._stage.set_base_from_hooks(view)
+        if may_be_new:
+            # the fingerprint of the base is taken again: only changed tensors are read
             self._strategy_methods.note_base(anew=False)
         self._watch_training(trainer, pl_module)
 
     def _watch_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what looks wrong, let new adapters start from data, and watch the steps."""
-        view = view_of(pl_module)  # a new one, since tensors may have been exchanged
-        # after on_fit_start, which may load weights
+        # a view of its own: tensors may have been exchanged since the last one
+        view = view_of(pl_module)
+        # guards look only now, because on_fit_start may load weights
         tell_of_start(view, self._stage.tools.guards_in_first_process)
-        # before adapters start from data: the user's code runs then, and may change it
+        # the base is read before adapters start from data: the user's code runs then,
+        # and may change the base
         base = base_digests(view)
+        # the phase says whether a checkpoint was loaded, until the training begins
         is_new = self._stage.phase is Phase.SET_UP
         if is_new:
             start_from_data(trainer, pl_module)
@@ -253,7 +262,7 @@ class LoRAHooks(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Let the module's own checkpoints ask for gradients of frozen weights."""
+        """Let activation checkpoints in the module send gradients through frozen weights."""
         if trainer.training:  # an evaluation may call manual_backward too
             self._watch.begin_backward(loss)
 
@@ -307,11 +316,12 @@ class LoRAHooks(Callback):
                 "before."
             )
             return
-        # not view_of: check_layers_stayed says more of layers that have lost their
-        # adapters
+        # view_of would raise an error of layers that have lost their adapters, and
+        # check_layers_stayed says more of them
         view = View(pl_module)
         merging.check_layers_stayed(view)
-        # gradients of the last step would take memory, and count in a step by hand
+        # gradients of the last step would take memory, and a later step by hand would
+        # use them
         pl_module.zero_grad()
         self._stage.tools.guards_in_each_process.fit_ended(
             view, trainer.optimizers, trainer.global_step

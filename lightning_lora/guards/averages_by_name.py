@@ -99,4 +99,5 @@ def _endings(name: str) -> Iterator[str]:
     """A name, and what follows each of its dots: ``net.0.weight``, ``0.weight`` and ``weight``."""
     yield name
     for start in starts_of(name):
-        yield name.removeprefix(start).removeprefix(".")
+        if start != name:
+            yield name.removeprefix(start).removeprefix(".")

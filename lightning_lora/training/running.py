@@ -99,12 +99,14 @@ class TrainingWatch:
 
     def _prepare_layers(self, view: View) -> None:
         """Let all layers begin to train, those too that came since the set-up."""
-        reinitialise_if_base_changed(view)  # hooks may have loaded the base late
-        # or copied networks
-        follow_new_copies(view, view.layers.keys() - view.recorded)
-        view.look_again()  # what follows another network does not train
+        # hooks may have loaded the base since the set-up
+        reinitialise_if_base_changed(view)
+        # hooks may have copied networks too: their layers are not recorded yet
+        new_layers = view.layers.keys() - view.recorded
+        follow_new_copies(view, new_layers)
+        view.look_again()  # layers that follow another network do not train now
         view.adapter.layers = tuple(view.layers)
-        # so it counts from here on, before the first step
+        # an adapter counts as trained as soon as its training begins
         view.adapter.may_have_learned = True
         self.stage.tools.guards_in_first_process.adapters_ready(view)
 
@@ -122,7 +124,7 @@ class TrainingWatch:
             )
 
     def begin_backward(self, loss: Tensor) -> None:
-        """Let the module's own checkpoints ask for gradients of frozen weights."""
+        """Let activation checkpoints in the module send gradients through frozen weights."""
         self.gradients.begin_backward(loss)
 
     def end_backward(self) -> None:
