@@ -295,6 +295,7 @@ class LoRAHooks(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
         self._check_set_up()
+        self._watch.check_adapter()
         self._stage.tools.guards_in_each_process.training_ended(view_of(pl_module))
         self._end_training()
 

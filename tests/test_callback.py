@@ -482,3 +482,38 @@ def test_callbacks_that_change_the_base_are_refused(
     assert attributes_of_adapters(model) == []
     if not first:  # listed first, it has frozen its part already
         assert trainable_names(model) == names_of_parameters(model)
+
+
+class Switches(L.Callback):
+    """Shows another adapter for the validation, and may set the trained one back."""
+
+    def __init__(self, *, sets_back: bool) -> None:
+        self.sets_back = sets_back
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, model: Any) -> None:
+        ll.set_adapter(model, "reference")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, model: Any) -> None:
+        if self.sets_back:
+            ll.set_adapter(model, "new")
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_another_adapter_that_a_hook_left_active_is_neither_trained_nor_merged(
+    tmp_path: Path, epochs: int
+) -> None:
+    def fit(model: Any, *, sets_back: bool) -> None:
+        callbacks = [lora(name="new"), Switches(sets_back=sets_back)]
+        options = {"max_epochs": epochs, "num_sanity_val_steps": 0}
+        trainer(tmp_path, callbacks, **options).fit(model, data(), data())
+
+    model = LitTiny()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2), name="reference")
+    with pytest.raises(
+        ll.AdapterStateError, match=r"'reference' became .* that trains 'new'"
+    ):
+        fit(model, sets_back=False)
+    again = LitTiny()
+    ll.inject_adapters(again, ll.LoRAConfig(r=2), name="reference")
+    fit(again, sets_back=True)
+    assert is_plain(again)

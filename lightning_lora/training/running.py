@@ -6,7 +6,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.changes.attach import reinitialise_if_base_changed
+from lightning_lora.model.records import find_record
 from lightning_lora.model.still.follow import follow_new_copies
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.fingerprint import base_digests
@@ -48,6 +50,9 @@ class NoTraining:
         update_scaled_rates(optimizer)
         return False
 
+    def check_adapter(self) -> None:
+        """Do nothing."""
+
     def end_batch(self) -> None:
         """Refuse a batch whose training had begun when the callback came."""
         raise late_callback_error()
@@ -73,6 +78,7 @@ class TrainingWatch:
         self._at_the_end = ExitStack()
         # digests, until the first step
         self._base_at_the_start: dict[str, int] | None = None
+        self._adapter_name = ""  # of the adapter that trains
 
     def begin(
         self, methods: StrategyMethods, *, is_new: bool, base: dict[str, int]
@@ -86,6 +92,7 @@ class TrainingWatch:
         self._prepare_layers(view)
         average_what_trains(callbacks_of(self.trainer), view)
         self._base_at_the_start = base
+        self._adapter_name = view.adapter.name
         self.methods = methods
         self.gradients = self._at_the_end.enter_context(
             closing(methods.gradients(is_new_fit=is_new))
@@ -139,6 +146,7 @@ class TrainingWatch:
 
         Return whether fewer train from now on.
         """
+        self.check_adapter()
         train_fewer = False
         if self.backbones.unjudged:  # only until all networks are judged
             train_fewer = self.methods.strip_non_backbones(optimizer, self.backbones)
@@ -151,6 +159,20 @@ class TrainingWatch:
             )
         self.stage.tools.float32.begin_step(optimizer)
         return train_fewer
+
+    def check_adapter(self) -> None:
+        """Refuse another active adapter than the one whose training has begun."""
+        record = find_record(self.module)
+        trained = self._adapter_name
+        if record is not None and record.adapter.name != trained:
+            active = record.adapter.name
+            raise AdapterStateError(
+                f"{active!r} became the active adapter of "
+                f"{type(self.module).__name__} in a fit that trains {trained!r}: "
+                f"{trained!r} would get no step, and {active!r} would be merged. If a "
+                f"hook calls set_adapter, call set_adapter(model, {trained!r}) before "
+                "the next training step."
+            )
 
     def end_batch(self) -> None:
         """End dropout until the next step.
