@@ -47,9 +47,10 @@ class AdapterState:
     """
 
     random_weights: tuple[str, ...] | None = None
-    """Frozen weights that look random, not pretrained.
+    """The names of frozen weights that look random, not pretrained.
 
-    Files hold them. None: they have not been looked for.
+    Files hold their values. After a file of this package was loaded, the buffers that
+    hooks filled are named here too. None: nobody has looked for such weights.
     """
 
     may_have_learned: bool = False

@@ -100,7 +100,11 @@ def _refuse_without_place(
 
 
 def _noted(view: View, state: Any) -> dict[str, Any]:
-    """Note each merged layer, and the model, in torch's notes of a state dict."""
+    """Note each merged layer, and the model, in torch's notes of a state dict.
+
+    By ``HAS_UPDATE``, an adapted model that loads this state knows that its weights
+    contain the updates.
+    """
     merged_modules = {"", *view.matrices}
     notes = dict(getattr(state, STATE_NOTES, {}))
     for name, note in notes.items():

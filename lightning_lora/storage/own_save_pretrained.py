@@ -20,12 +20,14 @@ from lightning_lora.tensors.shards import reshard
 
 def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Let an adapted model's ``save_pretrained`` write what the model computes, whoever calls it."""
-    reshard(model)
+    reshard(model)  # FSDP2 may still show gathered parameters after an evaluation
     save = type(model).save_pretrained
     args, kwargs = _by_name(save, args, kwargs)
     given = kwargs.get("state_dict")
     view = View(model)
+    # computed here for all layers: the view keeps it when some are left out below
     adapters = view.adapter_parameters
+    # ``answering``, here or in ``save_merged``, gives the model this attribute
     is_inside_another_save = "state_dict" in vars(model)
     if is_inside_another_save or _is_plain_state(given, adapters):
         return save(model, *args, **kwargs)
@@ -47,8 +49,8 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
 def _leave_out_disabled_layers(view: View) -> None:
     """Leave out layers that compute without updates, while the model shows its base: none is merged.
 
-    The view must have looked at the parameters of all adapters before. So none of these
-    is written either.
+    A caller must have read ``view.adapter_parameters`` before. So it still names the
+    adapters of these layers, and they are not written either.
     """
     view.layers = {
         name: layer for name, layer in view.layers.items() if layer.lora_enabled

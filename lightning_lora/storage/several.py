@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.argument_checks import check_adapter_name
 from lightning_lora.base.record import Record
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.dtypes import wide
@@ -188,7 +188,7 @@ def combine_adapters(
         ('fr', 'de', 'both')
     """
     record = record_of(model, "combine_adapters")
-    AdapterState(record.adapter.config, name)  # checks the name
+    check_adapter_name(name)
     if name in record.adapter_states:
         raise AdapterStateError(
             f"{type(plain_module(model)).__name__} has an adapter {name!r} already. "

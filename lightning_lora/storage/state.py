@@ -87,20 +87,22 @@ def is_note(name: object) -> bool:
 
 
 def values_to_store(
-    view: View, state: StateDict, random: Collection[str] = ()
+    view: View, state: StateDict, of_no_base: Collection[str] = ()
 ) -> dict[str, Any]:
     """Return what files hold of a state of the model, which may be an average of it.
 
     1. All that trains. The model's own values stand in for what user code has dropped
        from the state.
-    2. Frozen weights and buffers whose values are not the base's, or that look
-       untrained (``random``).
+    2. Frozen weights and buffers whose values are not the base's, or that belong to no
+       base (``of_no_base``: weights that look untrained, filled buffers).
     3. What else is in the state, such as entries of modules' own code.
 
-    Of 2 and 3, what still has the value that is kept of the base is left out.
+    Of 2 and 3, a value is left out if the adapter keeps the base's value
+    (``AdapterState.originals``) and both are the same.
     """
     trained = _without_graphs(trained_tensors(view))
-    noted = {*view.record.base.changes, *random}
+    # these are stored even if their value is the one that is kept of the base
+    noted = {*view.record.base.changes, *of_no_base}
     frozen = _frozen_that_may_differ(view, noted)
     in_state = without(
         _besides_frozen(view, state), _tied_names_with_merged_values(view)
@@ -110,22 +112,23 @@ def values_to_store(
 
 
 def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Tensor]:
-    """The values of what does not train, if it is noted, or if it has a file's values and the base's are kept."""
+    """The frozen weights that are noted or have a kept value of the base, and the changed buffers."""
     frozen = only(frozen_values(view), {*noted, *view.adapter.originals})
     changed_buffers = only(view.buffers, view.record.base.changes)
     return _without_graphs({**frozen, **changed_buffers})
 
 
 def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
-    """What a state of the model holds besides frozen weights.
+    """What a state of the model holds besides frozen weights and quantised entries.
 
-    An adapter is in it under its own name alone.
+    A shared adapter has several names. Only its own name is left.
     """
-    other_names = (
+    other_names_of_adapters = (
         own_adapters_in(view, view.parameters).keys() - view.adapter_parameters.keys()
     )
     return without(
-        renamed(state, plain_name), {*view.frozen_base, *view.entries, *other_names}
+        renamed(state, plain_name),
+        {*view.frozen_base, *view.entries, *other_names_of_adapters},
     )
 
 

@@ -116,10 +116,11 @@ def _tensors_by_module(names: Iterable[str]) -> Counter[str]:
 
 
 def is_value_of_base(view: View, name: str, value: Tensor) -> bool:
-    """Whether a value is the base's. Two dtypes are compared in the narrower one."""
+    """Whether a value is the base's, or one of the two is the other, converted."""
     base = kept_or_present_value(view, name).cpu()
     if base.is_meta:  # it has no values to compare
         return True
+    # each call converts its second tensor to the dtype of its first
     return same_bits(base, value) or same_bits(value, base)
 
 

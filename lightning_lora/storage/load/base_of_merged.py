@@ -70,6 +70,7 @@ def _take_update_out(layer: LoRALayer) -> None:
     """Subtract the update of a layer from its weights."""
     for name in layer.lora_weights():
         weight = own_parameter(layer, name)
+        # the effective weight is the present weight (now the merged one) + the update
         update = layer.lora_effective_weight(name).sub_(weight)
         base = weight.to(wide(weight.dtype)) - update
         replace_values(weight, base.to(weight.dtype))

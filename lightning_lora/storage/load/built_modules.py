@@ -52,10 +52,11 @@ def _build_by_cli(
 
 
 def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]":
-    """A subclass whose module keeps the state that Lightning loads into it.
+    """Return a subclass whose module keeps the state that Lightning loads, and the list of these states.
 
-    Also the list of these states. Its hook is where the new module can be reached
-    before Lightning loads: it gets a ``load_state_dict`` of its own.
+    Lightning calls the subclass's ``on_load_checkpoint`` on the new module before it
+    loads. There the module gets a ``load_state_dict`` of its own, which only keeps the
+    state.
     """
     states: list[Any] = []
 

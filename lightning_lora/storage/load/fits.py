@@ -141,11 +141,11 @@ def _check_same_rows(view: View, stored: StoredAdapters) -> None:
 def _check_names_of_file(view: View, stored: StoredAdapters) -> None:
     """Refuse a file with missing or unexpected names.
 
-    What it says that it holds must be there too.
+    The changed weights that its description names must be in its state too.
     """
     needed = {**trained_tensors(view), **only(view.base_parameters, stored.changed)}
     untrained: Collection[str] = ()
-    # another library's may hold what looks untrained, and does not say so
+    # a file of another library may hold weights that look untrained, and not say so
     if not stored.names_its_base:
         untrained = view.adapter.known_random_weights
     _check_names(
@@ -169,16 +169,19 @@ def _check_names(
     unexpected = names_not_in(
         state, {*needed, *view.buffers, *tensors_with_originals(view)}
     )
-    if unexpected:  # what modules' own code adds may be there too
-        unexpected = names_not_in(
-            unexpected, values_to_store(view, state_dict(view.model), may_hold)
-        )
+    if unexpected:
+        unexpected = names_not_in(unexpected, _names_in_own_file(view, may_hold))
     missing = names_not_in(needed, state)
     wrong = misfits({"missing": missing, "unexpected": unexpected})
     if wrong:
         raise AdapterMismatchError(
             f"These adapters do not fit {view.title}: {wrong}. {remedy}"
         )
+
+
+def _names_in_own_file(view: View, may_hold: Collection[str]) -> Collection[str]:
+    """The names that a file of this model would have now: also what modules' own code adds."""
+    return values_to_store(view, state_dict(view.model), may_hold)
 
 
 # The base

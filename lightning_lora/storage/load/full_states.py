@@ -24,9 +24,11 @@ def load_base(model: nn.Module, state: StateDict, *, call: str) -> None:
     state = renamed(state, plain_name)
     _check_base_fits(model, state)
     with unmerged(model):
+        # new adapters, as a state without adapters does not say their values
         for layer in View(model).layers.values():
             layer.lora_initialise()
         load_state_dict(model, state)
+        # those that start from the base's weights (such as PiSSA) take the new ones
         reinitialise_if_base_changed(View(model))
     record = record_of(model)
     record.adapter.fingerprints = []

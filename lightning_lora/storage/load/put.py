@@ -52,7 +52,9 @@ def adapt_and_put(
     An error changes nothing.
 
     Args:
-        model: The model. One that was merged stays unmerged then.
+        model: The model. If it was merged, and the active adapter is replaced, it stays
+            unmerged. If another adapter is loaded beside the active one, the model is
+            merged again, with the active one.
         read: Reads the file.
         name: The adapter's name. Beside the active adapter, another one is loaded, and
             stays inactive. None: the active one.
@@ -65,6 +67,7 @@ def adapt_and_put(
         )
         return
     active = record.adapter
+    # the model is not merged inside this block, so the inner call has no merge to undo
     with unmerged(model), activate(model, name, active.config) as undo:
         _put_in_place_of_active(
             model, read, name, refuses_other_base=refuses_other_base
@@ -115,7 +118,11 @@ def _put_in_place_of_active(
         _write_adapters(view, stored)
 
 
-# Open a model for the change: take a merge out of it, and undo all after an error
+# Open a model for the change: take a merge out of it, and restore it after an error
+#
+# Three parts do this. Values: the ``Undo`` in ``_write_state``. Adapters, records and
+# ``requires_grad``: ``undone_on_error`` in ``_opened_to_adapt``. A merge: ``unmerged``
+# in ``_opened``, and ``_restore_merge`` in ``_opened_to_adapt``.
 
 
 @contextmanager
@@ -203,7 +210,7 @@ def _base_values_of_trained(view: View, *, is_new: bool) -> dict[str, Tensor]:
 
 
 def _frozen_in_adapters(view: View) -> dict[str, Tensor]:
-    """What adapters have computed from the base, and do not train."""
+    """The adapters' parameters that do not train: they were computed from the base."""
     frozen = dict[str, Tensor]()
     for layer_name, layer in view.layers.items():
         for parameter, spec in layer.lora_specs().items():
@@ -223,7 +230,8 @@ BEING_WRITTEN = "lightning_lora_written"
 def _write_adapters(view: View, stored: StoredAdapters) -> None:
     """Write adapters that have been checked.
 
-    Files of this package say which weights and buffers belong to no base.
+    Files of this package say which weights and buffers belong to no base. The model
+    remembers both as ``random_weights``.
     """
     if stored.names_its_base:
         view.adapter.random_weights = tuple(stored.of_no_base)
@@ -238,6 +246,7 @@ def _write_state(view: View, state: StateDict) -> None:
     """
     keep_frozen(view, only(view.frozen_base, state))
     with Undo() as undo:
+        # this callback loads the old values, and only after an error
         undo.callback(
             load_state_dict,
             view.model,
@@ -270,5 +279,5 @@ def _write_filled_buffers(view: View, state: StateDict, undo: Undo) -> None:
 
 
 def _left_to_the_base(view: View, state: StateDict) -> Iterable[str]:
-    """What has other values than the base, does not train, and is not in a state: it gets the base's."""
+    """The names of tensors that get the base's values: kept, not trained, not in a state."""
     return names_not_in(view.adapter.originals, {*state, *view.trainable_base})

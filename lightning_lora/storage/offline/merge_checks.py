@@ -110,9 +110,11 @@ def _check_complete(plan: MergePlan) -> None:
 def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
     """The tensors of a fingerprint that the base does not have.
 
-    A tied tensor is there under one of its names. And a library may know another name
-    for one, as transformers reads ``gamma`` for ``weight``: the values tell. But a name
-    that differs in one character was damaged.
+    Three cases look absent. A tied tensor is in the base under one of its names only:
+    ``embed.weight``, not ``head.weight``. It is not lost. A library may have another
+    name for a tensor, as transformers reads ``norm.gamma`` for ``norm.weight``: if an
+    unnamed tensor has its values, it is not lost. But if the name of an unnamed tensor
+    differs in one character, ``norm.weighs``, the file is damaged, and the tensor lost.
     """
     absent = _absent_tensors(plan, fingerprint)
     if not absent:
@@ -162,7 +164,8 @@ def _absent_tensors(
 
 def _expected_tensors(plan: MergePlan, half_digests: HalfDigests) -> list[str]:
     """The tensors of the base that its file must hold: not those of the adapters' file, or outside of the model."""
-    # None: quantised. Empty: integers, which other versions may not store
+    # None: quantised. Empty: integers, which other versions may not store, or a tensor
+    # whose half digests are not known
     weights = where(half_digests, bool)
     return [
         name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)

@@ -65,7 +65,8 @@ class MergePlan:
 
         None: it has none.
         """
-        # then it may have the name of another tensor of the base
+        # A name outside of the renamed prefix stays as it is: in the base, it may be
+        # the name of another tensor.
         if not self.has_place(name):
             return None
         base_name = self.name_in_base(name)
@@ -92,7 +93,11 @@ class MergePlan:
 
     @property
     def not_of_the_base(self) -> set[str]:
-        """The names of tensors that the adapters' file holds, or that look untrained: each run has others."""
+        """The names of the tensors that are not compared with the base.
+
+        The adapters' file holds the changed ones. Those of no base (weights that look
+        untrained, filled buffers) have other values in each run.
+        """
         return {*self.stored.changed, *self.stored.of_no_base}
 
     def _find_adapted(self) -> dict[str, AdaptedWeight]:
@@ -113,9 +118,10 @@ class MergePlan:
         return [base_name for base_name in base_names if base_name is not None]
 
     def _find_replaced(self) -> dict[str, Any]:
-        """What the adapters' file holds besides adapters.
+        """The values of the adapters' file that are no adapters, by their names in the base.
 
-        Of buffers that its run filled, the base's.
+        A buffer that the file's run filled is among them only if the base's file has a
+        tensor of its name.
         """
         replaced = renamed(tensors_beside_adapters(self.stored), self.name_in_base)
         for name in self.stored.filled_in_state:
@@ -156,7 +162,7 @@ def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
 def _check_inside(
     renaming: Renaming, files: TensorFiles, stored: StoredAdapters
 ) -> None:
-    """Refuse what the adapters' file holds for modules that the base has not."""
+    """Refuse an adapters' file with trained values of modules that the base lacks."""
     outside = names_outside(renaming.there, tensors_beside_adapters(stored))
     if outside:
         raise AdapterMismatchError(

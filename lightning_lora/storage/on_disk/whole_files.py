@@ -30,8 +30,8 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         _refuse_device(target, path)
         with temporary_file(target) as temporary:
             yield temporary
-            # an error if nothing was written: Lightning has none if nobody may write
-            # there
+            # This raises an error if no file was written. Lightning raises none where
+            # writing is not allowed.
             temporary.replace(target)
 
 

@@ -4,4 +4,9 @@ Read first which tensors are compared (``compared_tensors.py``), then what a bas
 ``fingerprint.py`` is. What changed since is in ``base_changes.py``, what files hold in
 ``stored_fingerprints.py``. ``base_check.py`` refuses another base: it compares the base
 at hand ("here") with the fingerprints in a file ("there"), by ``base_comparison.py``.
+
+A fingerprint in a file has one digest for each tensor. Its entry ``rounded`` has
+half digests by the tensors' names: those of the values in bfloat16 and in float16.
+None: the tensor is quantised. Empty: the tensor has integers, or its half digests are
+not known. A file without this entry does not say the names.
 """

@@ -14,10 +14,10 @@ from lightning_lora.storage.same_base.fingerprint import fingerprint
 def note_changes(view: View, *, anew: bool = True) -> list[Fingerprint]:
     """Note the frozen weights that have changed since the run began.
 
-    Return the fingerprints of its base. Files hold the values of these weights from now
-    on. So the run's fingerprints, from before the changes, stay right. A base of a form
-    that the run has not seen is another base: of this one, only the present fingerprint
-    is known.
+    Return the fingerprints of the run's base, for a file. Files hold the values of these
+    weights from now on. So the run's fingerprints, from before the changes, stay right.
+    A base of a form that the run has not seen is another base: then only its present
+    fingerprint is returned.
     """
     record = view.record
     now = fingerprint(view, anew=anew)

@@ -40,10 +40,10 @@ def check_base(
 ) -> bool:
     """Refuse another base than the one that adapters were trained on.
 
-    Return whether this one is converted. The same weights in another dtype are
-    accepted: if each tensor here, converted to the dtype there, has the bits there, or
-    the other way round. Quantised weights, which other weights have no bits in common
-    with, are left out.
+    Return whether this one is converted: of another base that is only named, whether
+    its dtypes differ. The same weights in another dtype are accepted: if each tensor
+    here, converted to the dtype there, has the bits there, or the other way round.
+    Quantised weights are left out: they have no bits in common with others.
     """
     here = fingerprint(view, anew=reads_base_anew, renaming=stored.renaming)
     if _has_fingerprint(stored, view, here):

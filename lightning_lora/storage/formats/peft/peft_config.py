@@ -189,7 +189,10 @@ def _tokens(fields: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _layer_numbers(fields: Mapping[str, Any]) -> list[int] | None:
-    """The numbers of the only blocks that PEFT adapts. None: all."""
+    """The numbers of the only blocks that PEFT adapts.
+
+    None: it adapts all. Empty: it is not known which blocks the numbers mean.
+    """
     given: Any = fields.get("layers_to_transform")
     numbers: list[int] = [given] if type(given) is int else given
     if not numbers:

@@ -58,7 +58,7 @@ def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     """Return a pipeline's members among modules: their names in the model, by what the pipeline calls them.
 
     Nothing inside of a member is another one. If the pipeline would call two the same,
-    such as two text encoders by their class, the one that has this name here is meant.
+    such as two text encoders by their class, the one whose name here ends so is meant.
     """
     roots = dict[str, str]()
     for name, module in without(modules, [""]).items():

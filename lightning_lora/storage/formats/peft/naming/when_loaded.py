@@ -135,11 +135,13 @@ class _OntoConvertedModel(_OntoModel):
     def is_taken_for_experts(self, layer: str) -> bool:
         """Return whether PEFT takes a layer for a matrix of experts, if ``target_modules`` names it."""
         config = self.peft.LoraConfig(target_modules=[layer])
-        # it lacks the other matrix that is fused with this one
-        with suppress(ValueError):
+        try:
             self._convert.convert_peft_config_for_transformers(config, self.model, None)
-            return layer not in config.target_modules
-        return True
+        # PEFT fuses this matrix of experts with another one, which this configuration
+        # of one layer does not name
+        except ValueError:
+            return True
+        return layer not in config.target_modules
 
     def names_in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Return the names under which tensors have to be written to arrive.
