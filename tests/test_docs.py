@@ -406,6 +406,17 @@ def test_the_recipe_of_a_command_line_runs(
     runpy.run_path(str(written(here, [main_file])), run_name="__main__")
 
 
+def test_the_first_program_learns_what_it_says(fitted: dict[str, Any]) -> None:
+    after, before = re.findall(
+        r"loss ([\d.]+), before ([\d.]+)$", BLOCKS[0], re.MULTILINE
+    )[0]
+    trainer = fitted["trainer"]
+    (found,) = trainer.test(fitted["model"], ckpt_path="best", verbose=False)
+    assert found["test_loss"] == pytest.approx(float(after), abs=0.05)
+    (found,) = trainer.test(MyModule(), verbose=False)
+    assert found["test_loss"] == pytest.approx(float(before), abs=0.05)
+
+
 def test_files_of_the_recipe_hold_what_was_learned(fitted: dict[str, Any]) -> None:
     (shares,) = [code for code in RECIPES if "save_merged(" in code]
     run_block(shares, fitted)
