@@ -502,18 +502,20 @@ class Switches(L.Callback):
 def test_another_adapter_that_a_hook_left_active_is_neither_trained_nor_merged(
     tmp_path: Path, epochs: int
 ) -> None:
-    def fit(model: Any, *, sets_back: bool) -> None:
+    def trainer_that_switches(*, sets_back: bool) -> L.Trainer:
         callbacks = [lora(name="new"), Switches(sets_back=sets_back)]
         options = {"max_epochs": epochs, "num_sanity_val_steps": 0}
-        trainer(tmp_path, callbacks, **options).fit(model, data(), data())
+        return trainer(tmp_path, callbacks, **options)
 
     model = LitTiny()
     ll.inject_adapters(model, ll.LoRAConfig(r=2), name="reference")
     with pytest.raises(
         ll.AdapterStateError, match=r"'reference' became .* that trains 'new'"
     ):
-        fit(model, sets_back=False)
+        t = trainer_that_switches(sets_back=False)
+        t.fit(model, data(), data())
+    assert t.global_step == len(data())  # not one of the second epoch
     again = LitTiny()
     ll.inject_adapters(again, ll.LoRAConfig(r=2), name="reference")
-    fit(again, sets_back=True)
+    trainer_that_switches(sets_back=True).fit(again, data(), data())
     assert is_plain(again)
