@@ -509,10 +509,10 @@ def test_another_adapter_that_a_hook_left_active_is_neither_trained_nor_merged(
 
     model = LitTiny()
     ll.inject_adapters(model, ll.LoRAConfig(r=2), name="reference")
+    t = trainer_that_switches(sets_back=False)
     with pytest.raises(
         ll.AdapterStateError, match=r"'reference' became .* that trains 'new'"
     ):
-        t = trainer_that_switches(sets_back=False)
         t.fit(model, data(), data())
     assert t.global_step == len(data())  # not one of the second epoch
     again = LitTiny()
