@@ -9,23 +9,28 @@ from torch import Tensor
 
 from lightning_lora.functional.explicit import can_be_explicit
 from lightning_lora.functional.update import added, magnitude_scale
-from lightning_lora.layers.as_text import LayerAsText
+from lightning_lora.layers.as_module import LayerAsModule
 from lightning_lora.layers.functional_call import functional_call
 
 
-class LoRALayer(LayerAsText):
+class LoRALayer(LayerAsModule):
     """Base class of all adapted layers.
 
-    Each class above it adds one thing, from what a kind declares to how a layer
-    computes::
+    Each of its base classes has one subject, and knows only those before it::
 
-        LayerKind         contract.py    what differs from kind to kind, and the class of a layer
+        LayerKind         contract.py    what differs from kind to kind
         UpdatedWeights    weights.py     the weights with their updates
         AdapterOnLayer    on_layer.py    the adapter: its parameters, beginning and end
-        LayerAsModule     as_module.py   moving and loading, as modules do
-        LayerAsText       as_text.py     how it is printed
-        LoRALayer         base.py        forward
-        LoRALinear, ...   each_kind/     a kind
+        LayerAsModule     as_module.py   how it moves, loads and is printed, as a module
+        LoRALayer         base.py        how it computes
+        LoRALinear, ...   each_kind/     one kind
+
+    What it has, besides what its own class gives it::
+
+        lora_layer_types, lora_zero, ...    a kind declares them: LayerKind has the defaults
+        lora_kind, lora_plain_class, ...    LayerKind.note_overlaid sets them, for all layers of a class
+        lora_settings, lora_matrices, ...   put_on sets them, on each layer: UpdatedWeights lists them
+        lora_A, lora_B, ...                 put_on sets them: the parameters, one or more for each Role
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -27,9 +27,12 @@ def full_name(cls: type) -> str:
 
 
 def of_nearest_class(table: Mapping[Any, Entry], module: nn.Module) -> Entry | None:
-    """Return what a table has for a module's class, or the nearest base class, itself or by its full name."""
+    """Return what a table has for a module's class, or else for its nearest base class.
+
+    A key of the table is a class, or the full name of one.
+    """
     for ancestor in type(module).__mro__:
-        # full_name, faster
+        # full_name is written out: so many calls would take longer
         entry = table.get(ancestor) or table.get(
             f"{ancestor.__module__}.{ancestor.__qualname__}"
         )
@@ -70,8 +73,6 @@ class LayerKind(InPlace, nn.Module):
 
     It has nothing to do with :attr:`lora_reads_rows`, which is about the input.
     """
-    lora_input: ClassVar[str]
-    """The name of the first argument of ``forward``."""
     lora_reads_rows: ClassVar[bool] = False
     """Whether it multiplies each row of its one input by the weight, as nn.Linear does.
 
@@ -97,12 +98,15 @@ class LayerKind(InPlace, nn.Module):
     After a call on other weights, they are dropped.
     """
 
-    # Noted when a layer gets an adapter
+    # A kind declares no more. These are set on the class of adapted layers, by
+    # note_overlaid:
 
     lora_kind: ClassVar[type["LayerKind"]]
     """The adapter class of an adapted layer."""
     lora_plain_class: ClassVar[Any]
     """The class that the layer had before."""
+    lora_input: ClassVar[str]
+    """The name of the first argument of ``forward``."""
     _lora_is_additive: ClassVar[bool]
     """Whether the update is added to the output.
 
@@ -155,10 +159,10 @@ class LayerKind(InPlace, nn.Module):
     def lora_may_start_from_weight(cls) -> bool:
         """Whether both factors may differ from zero at first.
 
-        Not where the input is indices: a token that training never sees keeps the zero
-        column that it starts with.
+        They may if the input has features (:attr:`lora_drops_input`). If it is indices
+        of tokens, a token that training never sees keeps the zero column that it starts
+        with.
         """
-        # dropout needs an input of features, so lora_drops_input is false for indices
         return cls.lora_drops_input
 
     @classmethod

@@ -89,8 +89,8 @@ class AdaptedMatrix:
     reads: int  # its columns: input features
     writes: int  # its own rows: output features
     first: int = 0  # the index of its first row in the weight
-    # the number of rows of the whole weight. A few kinds leave it at 0 if the matrix is
-    # the whole weight: ``weight_rows`` is right in any case
+    # the number of rows of the whole weight. It may be 0 if the matrix is the whole
+    # weight, as in some kinds and files: ``weight_rows`` is right in any case
     rows: int = 0
     # the end of its factors' names, after lora_A_ and lora_B_; empty if the layer has
     # only one matrix
@@ -204,21 +204,19 @@ def parameter_specs(matrices: Iterable[AdaptedMatrix], settings: Settings) -> Sp
 
 
 def matrix_factors(
-    matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]
+    matrix: AdaptedMatrix, settings: Settings, read: Callable[[str], Tensor]
 ) -> Factors:
-    """Return A and B of a matrix's update, from parameters by name.
+    """Return A and B of a matrix's update.
 
-    It may be the difference from initial values.
+    ``read`` returns a parameter of the adapter by its name in the layer. If the update
+    is the difference from initial values, A and B have twice the rank.
     """
-    factors = (
-        tensor(matrix.parameter_name(Role.A)),
-        tensor(matrix.parameter_name(Role.B)),
-    )
+    factors = (read(matrix.parameter_name(Role.A)), read(matrix.parameter_name(Role.B)))
     if not settings.is_difference:
         return factors
     initial = (
-        tensor(matrix.parameter_name(Role.A0)),
-        tensor(matrix.parameter_name(Role.B0)),
+        read(matrix.parameter_name(Role.A0)),
+        read(matrix.parameter_name(Role.B0)),
     )
     return difference(factors, initial)
 
@@ -227,11 +225,14 @@ def weight_factors(
     weight: str,
     matrices: Iterable[AdaptedMatrix],
     settings: Settings,
-    tensor: Callable[[str], Tensor],
+    read: Callable[[str], Tensor],
 ) -> Factors:
-    r"""Return A: (\*, r', in) and B: (\*, out, r') of a weight's update: those of its matrices, stacked."""
+    r"""Return A: (\*, r', in) and B: (\*, out, r') of a weight's update: those of its matrices, stacked.
+
+    ``read`` is as in :func:`matrix_factors`.
+    """
     its_matrices = matrices_of_weight(weight, matrices)
-    updates = [matrix_factors(matrix, settings, tensor) for matrix in its_matrices]
+    updates = [matrix_factors(matrix, settings, read) for matrix in its_matrices]
     if len(its_matrices) == 1 and its_matrices[0].has_all_rows:
         return updates[0]
     first_rows = [matrix.first for matrix in its_matrices]

@@ -28,10 +28,6 @@ from lightning_lora.tensors.values import replace_values, set_requires_grad
 class AdapterOnLayer(UpdatedWeights):
     """A layer with the parameters of an adapter."""
 
-    lora_base_digests: dict[str, int]  # both as in LayerAdapter
-    lora_start_digests: dict[str, int]
-    lora_enabled: bool  # not while the base is shown, without its update
-
     # The parameters
 
     def lora_specs(self) -> Specs:
@@ -115,20 +111,20 @@ class AdapterOnLayer(UpdatedWeights):
             has_factors = not matrix.tokens
             if has_factors and not _is_zero(matrix, self.lora_settings, values):
                 return False
+        # in float32, as they were noted: another dtype alone is no other value
         starts = self.lora_start_digests
         return starts == {name: digest(values[name].float()) for name in starts}
 
     def lora_initialise_if_base_changed(self) -> None:
         """Initialise an untrained adapter again, if it starts from weights that have other values now."""
-        first_weight = self.lora_matrices[0].weight
-        starts_from_weights = (
-            bool(self.lora_base_digests) and not self._lora_weight(first_weight).is_meta
-        )
-        if (
-            starts_from_weights
-            and self.lora_is_fresh()
-            and self._lora_base_has_changed()
-        ):
+        starts_from_weights = bool(self.lora_base_digests)
+        if not starts_from_weights:
+            return
+        weight = self._lora_weight(self.lora_matrices[0].weight)
+        if weight.is_meta:
+            return
+        # the weights are read last, because that takes longest
+        if self.lora_is_fresh() and self._lora_base_has_changed():
             self.lora_initialise()
 
     def _lora_base_has_changed(self) -> bool:
@@ -165,10 +161,7 @@ class AdapterOnLayer(UpdatedWeights):
         )
 
     def lora_is_resized(self) -> bool:
-        """Whether a weight has another shape than at the injection.
-
-        Packed weights never have.
-        """
+        """Whether a weight has another shape than when the adapter came (:func:`is_resized`)."""
         return is_resized(self, self.lora_kind, self.lora_matrices)
 
 
@@ -195,9 +188,9 @@ def put_on(layer: nn.Module, adapter: LayerAdapter) -> None:
 
 
 def is_resized(layer: nn.Module, kind: Any, matrices: Iterable[AdaptedMatrix]) -> bool:
-    """Whether a weight of a layer no longer fits an adapter of this kind.
+    """Whether a weight of a layer has another shape than these matrices, which its adapter updates.
 
-    Packed weights always do.
+    A packed weight has no such shape, and counts as not resized.
     """
     if kind.lora_is_quantised(layer):
         return False
@@ -210,7 +203,7 @@ def is_resized(layer: nn.Module, kind: Any, matrices: Iterable[AdaptedMatrix]) -
 
 
 def attributes_of(adapter: LayerAdapter) -> dict[str, Any]:
-    """Return the attributes of a layer that this adapter is on, besides its parameters."""
+    """Return the attributes that a layer with this adapter has, besides the adapter's parameters."""
     return {
         "lora_settings": adapter.settings,
         "lora_matrices": adapter.matrices,

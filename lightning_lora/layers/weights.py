@@ -38,6 +38,8 @@ from lightning_lora.tensors.shards import (
 class UpdatedWeights(LayerKind):
     """A layer whose weights have updates.
 
+    The adapter is parameters of the layer, and the attributes that are declared below.
+
     - ``lora_factors``: A and B of one weight's update, whatever its matrices are.
     - ``_lora_delta``: the update itself, after dropout.
     - ``lora_effective_weight``: W + ΔW, with DoRA's magnitudes, in float32 or wider.
@@ -46,9 +48,13 @@ class UpdatedWeights(LayerKind):
       can, a few rows at a time.
     """
 
+    # put_on in on_layer.py sets these. All but lora_enabled are as in LayerAdapter.
     lora_matrices: tuple[AdaptedMatrix, ...]
     lora_settings: Settings
+    lora_base_digests: dict[str, int]
+    lora_start_digests: dict[str, int]
     lora_step: Step
+    lora_enabled: bool  # false while the base is shown, without its update
 
     def lora_weights(self) -> tuple[str, ...]:
         """Return the names of the weights that have updates."""
@@ -137,18 +143,20 @@ class UpdatedWeights(LayerKind):
         return read(self.lora_matrices[0].parameter_name(Role.MAGNITUDE))
 
     def _lora_reader(self, weight: str) -> Callable[[str], Tensor]:
-        """Return the function that reads the adapter's parameters by name, to compute with.
+        """Return the function that reads the adapter's parameters by name, to compute with this weight.
 
-        Beside a plain weight, it reads them without their DTensors.
+        torch computes with DTensors alone, or with none. So beside a plain weight, a
+        replicated parameter is read as the plain tensor in it.
         """
         if is_dtensor(self._lora_weight(weight)):
             return partial(getattr, self)
         return lambda name: without_dtensor(getattr(self, name))
 
     def _lora_scaling(self, name: str) -> float:
-        """The scaling of a weight.
+        """The scaling of a weight's update.
 
-        All matrices in one have the same: patterns mean layers, and whole parameters.
+        All matrices of one weight have the same scaling, because a key of
+        ``alpha_pattern`` means a layer or a whole parameter.
         """
         first, *_ = matrices_of_weight(name, self.lora_matrices)
         return first.scaling_for(self.lora_settings.scaling)
@@ -163,5 +171,8 @@ class UpdatedWeights(LayerKind):
 
 
 def _gathered_for(weight: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor of the adapter to compute with a weight: all of it, unless the weight is distributed too."""
+    """A tensor of the adapter, to compute with these values of a weight: all of it, unless they are distributed too.
+
+    A merge computes with the full weight, and so it needs full factors.
+    """
     return tensor if is_dtensor(weight) else full_tensor(tensor)
