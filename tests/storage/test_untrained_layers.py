@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 import lightning_lora as ll
 from tests.support import fits
 from tests.support.cases import tensors
-from tests.support.compared import assert_same_state, assert_state
+from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.models import (
     LitTiny,
     X,
@@ -21,7 +22,7 @@ from tests.support.models import (
     state,
     trainer,
 )
-from tests.support.storage import saved
+from tests.support.storage import refused, saved
 
 HEAD = {"head.weight", "head.bias"}
 
@@ -100,6 +101,31 @@ def test_a_state_without_a_file_holds_the_head_too() -> None:
     other = as_trained(NewHead(), r=2, target_modules=["q_proj"])
     ll.load_adapter_state_dict(other, ll.adapter_state_dict(model))
     assert torch.equal(other(X), model(X))
+
+
+class Trained(nn.Linear):
+    """A pretrained head, which refuses to be loaded with any other values."""
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        if not torch.equal(state[f"{prefix}weight"], self.weight):
+            raise RuntimeError("It is another head.")
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def test_a_loading_that_fails_leaves_no_word_of_the_files_head(tmp_path: Path) -> None:
+    fit(tmp_path, NewHead(), callback(merge=False), max_epochs=1)
+    checkpoint = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    model = NewHead()
+    model.head = Trained(*model.head.weight.T.shape)
+    aged(model.head)
+    as_trained(model, r=2, target_modules=["q_proj", "v_proj"])
+    before = ll.adapter_state_dict(model)
+    with pytest.raises(RuntimeError, match="another head"):
+        model.load_state_dict(checkpoint["state_dict"])
+    assert_same_tensors(ll.adapter_state_dict(model), before)
+    with_head = {**before, "head.bias": model.head.bias}
+    with refused(model, ll.AdapterMismatchError, "unexpected 'head.bias'"):
+        ll.load_adapter_state_dict(model, with_head)
 
 
 def test_processes_write_the_same_head(tmp_path: Path) -> None:

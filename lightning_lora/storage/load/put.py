@@ -231,33 +231,46 @@ def _write_adapters(view: View, stored: StoredAdapters) -> None:
     """Write adapters that have been checked.
 
     Files of this package say which weights and buffers belong to no base. The model
-    remembers both as ``random_weights``.
+    remembers both as ``random_weights``. It does so at the end, when nothing can fail
+    any more: no :class:`.Undo` would take this back.
     """
+    _write_state(view, stored.state, filled=stored.filled_in_state)
     if stored.names_its_base:
         view.adapter.random_weights = tuple(stored.of_no_base)
         view.record.base.note_filled(stored.filled_in_state)
-    _write_state(view, stored.state)
 
 
-def _write_state(view: View, state: StateDict) -> None:
-    """Write a state that has been checked.
+def _write_state(view: View, state: StateDict, filled: Iterable[str] = ()) -> None:
+    """Write a state that has been checked. If a module's own loading fails, restore the old values.
 
-    If a module's own loading fails, restore the old values.
+    Args:
+        view: The model.
+        state: The values.
+        filled: The buffers in the state that hooks have filled where it comes from.
+            The model may have filled others.
     """
-    keep_frozen(view, only(view.frozen_base, state))
     with Undo() as undo:
-        # this callback loads the old values, and only after an error
+        # what undoes all that follows is the loading of the old values
         undo.callback(
             load_state_dict,
             view.model,
             _copies_of_written(view, state),
             notes=[BEING_WRITTEN],
         )
-        _write_filled_buffers(view, state, undo)
+        _keep_frozen(view, state, undo)
+        filled_anywhere = {*filled, *view.record.base.filled}
+        _write_filled_buffers(view, only(state, filled_anywhere), undo)
         restore_originals(view, _left_to_the_base(view, state), undo)
         load_state_dict(view.model, state, notes=[BEING_WRITTEN])
         view.record.note_values_loaded(base_values(view))
         undo.keep()
+
+
+def _keep_frozen(view: View, state: StateDict, undo: Undo) -> None:
+    """Keep the base's values of the frozen weights that get a file's."""
+    adapter = view.adapter
+    undo.callback(setattr, adapter, "originals", dict(adapter.originals))
+    keep_frozen(view, only(view.frozen_base, state))
 
 
 def _copies_of_written(view: View, state: StateDict) -> dict[str, Tensor]:
@@ -266,9 +279,9 @@ def _copies_of_written(view: View, state: StateDict) -> dict[str, Tensor]:
     return copies_of(only(present, {*state, *view.adapter.originals}))
 
 
-def _write_filled_buffers(view: View, state: StateDict, undo: Undo) -> None:
+def _write_filled_buffers(view: View, values: StateDict, undo: Undo) -> None:
     """Write buffers that hooks filled: they may have another shape here, and a dtype that would round."""
-    for name, value in only(state, view.record.base.filled).items():
+    for name, value in values.items():
         buffer = view.buffers[name]
         dtype = buffer.dtype
         # a model in half precision stays so: its code may compute in nothing else
