@@ -64,10 +64,10 @@ def adapted_linear(
         4.1, equation 3.
     """
     differentiates = torch.is_grad_enabled()
+    # with few tokens and no gradient, the checks below would take longer than the update
     is_short_inference = (
         not (dropout or differentiates or tracing()) and x.numel() <= lora_A.numel()
     )
-    # it needs none of the checks below, which would take longer than the update
     if is_short_inference:
         return _add_for_few_tokens(
             F.linear(x, weight, bias), x, lora_A, lora_B, scaling
@@ -103,9 +103,9 @@ def _composed(
 def _add_for_few_tokens(
     output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
-    """Add the update in the wider dtype.
+    """Add the update, computed in the wider dtype of the tokens and the factors.
 
-    The tokens are smaller than the factors, and so cheaper to convert.
+    There are fewer numbers in the tokens than in A, and so they are cheap to convert.
     """
     if not x.dtype is lora_A.dtype is lora_B.dtype:
         dtype = torch.promote_types(x.dtype, lora_A.dtype)
@@ -165,7 +165,10 @@ class _AdaptedLinear(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> tuple[Tensor, Tensor | None, int]:
-        """Return y, h (None if unused) and the seed."""
+        """Return y, h and the seed of the dropout.
+
+        There is no h (None) if x is multiplied by the sum of weight and update.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         a = as_dtype(lora_A, x.dtype)
         b = as_dtype(lora_B, x.dtype)
@@ -178,9 +181,10 @@ class _AdaptedLinear(torch.autograd.Function):
             h = _dropped_product(a, tokens, dropout, seed)
         else:
             h = a @ tokens.T
-        # in this order, the cache still holds x for F.linear, and then y for addmm_
+        # h comes first: so the cache holds x when F.linear reads it, and y for addmm_
         y = F.linear(x, weight, bias).contiguous()
         y_tokens = y.view(-1, y.shape[-1])
+        # the elements that dropout keeps are scaled up here, not in h
         y_tokens.addmm_(h.T, b.T, alpha=scaling / (1 - dropout))
         return y, h, seed
 
@@ -189,18 +193,17 @@ class _AdaptedLinear(torch.autograd.Function):
         """Compute y."""
         x, weight, bias, lora_A, lora_B, scaling, ctx.dropout = args
         y, h, ctx.seed = _AdaptedLinear.run(*args)
-        # the elements that dropout keeps are scaled up
-        ctx.scaling_of_kept = scaling / (1 - ctx.dropout)
+        ctx.scaling_of_kept = scaling / (1 - ctx.dropout)  # as in run
         # only the gradient of x depends on the weight
         weight_for_x = weight if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x, weight_for_x, bias, lora_A, lora_B, h)
-        # to autograd, .data is no view: so an activation may change it in place
+        # autograd takes y.data for no view, so an activation may change it in place
         return y.data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of all inputs that need one."""
-        if is_autocast_enabled(grad):  # forward has settled the dtypes
+        if is_autocast_enabled(grad):  # the dtypes are those of the forward pass
             with torch.autocast(grad.device.type, enabled=False):
                 return _AdaptedLinear.backward(ctx, grad)
         *inputs, h = ctx.saved_tensors
@@ -212,11 +215,16 @@ class _AdaptedLinear(torch.autograd.Function):
     def gradients(
         ctx: Any, grad: Tensor, inputs: Sequence[Any], h: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Compute the gradients as written out."""
+        """Compute the gradients as written out in :func:`adapted_linear`.
+
+        The gradient of x has two parts. That of the weight comes first. That of the
+        update is added to it in place: ``grad_tokens`` is its view, with a row for each
+        token. After a forward pass that multiplied by the sum W + s B A, and so stored
+        no ``h``, one product has both parts.
+        """
         x, weight, _, lora_A, lora_B = inputs
         for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
         scaling = ctx.scaling_of_kept
-        # a forward pass that multiplied by the sum W + s B A has stored no h
         has_multiplied_by_sum = h is None
         tokens = x.reshape(-1, x.shape[-1])
         grad_y = grad.reshape(-1, grad.shape[-1])
@@ -227,14 +235,14 @@ class _AdaptedLinear(torch.autograd.Function):
         if for_B:
             if h is None:
                 h = a @ tokens.T
+            # with beta=0, b.T gives only the shape; alpha scales without another pass
             grad_B = torch.addmm(b.T, h, grad_y, beta=0, alpha=scaling).T
         grad_x = grad_tokens = None
         if for_x and has_multiplied_by_sum:
             grad_x = grad_y.view(grad.shape) @ _updated(weight, a, b, scaling)
         elif for_x:
-            # grad_x is no view, because torch may add to it in place
+            # a product of its own, no view: torch may add to the gradient in place
             grad_x = grad_y.view(grad.shape) @ weight
-            # grad_tokens is a view of grad_x: the update's part is added to it below
             grad_tokens = grad_x.view(tokens.shape)
         grad_A = None
         if ctx.dropout:
@@ -270,7 +278,7 @@ class _AdaptedLinear(torch.autograd.Function):
             weight = x.new_zeros(len(lora_B), x.shape[-1], requires_grad=for_weight)
             inputs[1] = weight
         mask = torch.ones_like(x, memory_format=torch.contiguous_format)
-        if ctx.dropout:
+        if ctx.dropout:  # drop the same elements of the mask as of x
             tokens = mask.view(-1, x.shape[-1])
             for block, drop in drops(tokens, ctx.dropout, ctx.seed):
                 drop(tokens[block])
@@ -301,10 +309,10 @@ def _add_gradients_with_dropout(
     dropout: float,
     seed: int,
 ) -> Tensor:
-    """Return the gradient of A, and add the update's part to ``grad_tokens`` in place, if these are wanted.
+    """Return the gradient of A, and add the update's part to ``grad_tokens`` in place, if it is given.
 
-    Both are computed in one pass, for which the seed draws the elements of the forward pass again.
-    ``g`` is scaled already.
+    Both are computed in one pass, for which the seed draws the same elements as in the
+    forward pass. ``g`` is scaled already.
     """
     grad_A = torch.zeros_like(a)
     for block, drop in drops(tokens, dropout, seed):

@@ -20,8 +20,9 @@ def drops(
 ) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
     r"""Yield blocks of rows, each with a function that drops elements in place.
 
-    Each function takes a contiguous matrix of the block's shape. Each element is dropped with probability ``p`` in (0,
-    1), and always the same ones for the same seed.
+    Such a function takes a contiguous matrix of the block's shape. Each element is
+    dropped with probability ``p`` in (0, 1), and always the same ones for the same
+    seed.
 
     On a CPU, drawing random numbers is the main cost of dropout. The number of kept
     elements between two dropped ones has a geometric distribution, :math:`P(k) = (1 -

@@ -12,10 +12,10 @@ _WITHOUT_OWN_OPERATIONS = {Tensor, nn.Parameter, type(None)}
 
 
 def can_be_explicit(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether no other code needs to see the single operations.
+    """Whether nothing but torch's plain operations runs here, and nobody looks at each of them.
 
-    What compiles, traces, counts or transforms operations does, and so do classes of
-    tensors with operations of their own.
+    Code that compiles, traces, counts or transforms operations looks at them. Some
+    classes of tensors have operations of their own.
     """
     return (
         not torch.compiler.is_compiling()
@@ -28,7 +28,7 @@ def can_be_explicit(x: Tensor, *others: Tensor | None) -> bool:
         and not private.count_modes()  # modes that count, trace or store operations
         and not private.is_forward_differentiating()
         and not private.tracing()
-        # a replay would use the same seed again
+        # a replay of a CUDA graph would drop the same elements, by the same seed
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 

@@ -1,4 +1,7 @@
-"""Combine updates B A of one weight into one: the sum of the factors would add one's A times another's B too."""
+"""Combine updates B A and B' A' of one weight into one.
+
+Sums of the factors would not do: (B + B') (A + A') has the products B A' and B' A too.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +60,9 @@ def with_rank(update: Factors, r: int) -> Factors:
     Shape:
         A: (\*, R, in) and B: (\*, out, R). Returns (\*, r, in) and (\*, out, r).
 
-    If r is larger than R, zeros are added. If it is smaller, it must be in or out: a
-    matrix has no larger rank than the smaller of these. Then one factor is B A, and the
-    other the identity.
+    If r is larger than R, zeros are added. If it is smaller, it must be the smaller of
+    in and out, the largest rank of such a matrix. Then one factor is B A, and the other
+    the identity.
     """
     a = update[0].to(wide(update[0].dtype))
     b = update[1].to(wide(update[1].dtype))

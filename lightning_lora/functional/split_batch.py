@@ -16,10 +16,7 @@ from lightning_lora.private import tree_flatten, tree_unflatten
 
 
 class NoRowsError(ValueError):
-    """Outputs of parts of a batch have a value that cannot be put together.
-
-    Its type is the argument.
-    """
+    """Outputs of parts of a batch have a value that cannot be put together: the message is the name of its type."""
 
 
 def take_rows(
@@ -31,11 +28,10 @@ def take_rows(
     it may be as long.
     """
     leaves, spec = tree_flatten(values)
-    dim = 0
     for place, leaf in enumerate(leaves):
+        dim = _batch_dim(place, states_dim)
         if leaf is not mask and _has_rows(leaf, dim, n):
             leaves[place] = leaf.index_select(dim, rows.to(leaf.device))
-        dim = states_dim
     return tree_unflatten(leaves, spec)
 
 
@@ -56,10 +52,9 @@ def put_together(
         leaves_by_output.append(leaves)
     order = torch.cat(list(rows)).argsort()
     together = []
-    dim = 0
-    for parts in zip(*leaves_by_output, strict=True):
+    for place, parts in enumerate(zip(*leaves_by_output, strict=True)):
+        dim = _batch_dim(place, states_dim)
         together.append(_put_parts_together(parts, rows, order, dim))
-        dim = states_dim
     return tree_unflatten(together, spec)
 
 
@@ -83,5 +78,11 @@ def _put_parts_together(
     return first
 
 
+def _batch_dim(place: int, states_dim: int) -> int:
+    """The dimension in which the value at this place has the rows of the batch."""
+    return 0 if place == 0 else states_dim
+
+
 def _has_rows(leaf: Any, dim: int, n: int) -> bool:
+    """Whether a value is a tensor that is as long as the batch of n rows."""
     return isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == n

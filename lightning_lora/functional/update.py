@@ -39,7 +39,7 @@ def merged(
     norms: list[Tensor] = []
     for rows in row_blocks(weight):
         delta = delta_weight(lora_A, lora_B[rows], scaling)
-        if delta.dtype == weight.dtype:
+        if delta.dtype == weight.dtype:  # then no rounding follows
             torch.add(weight[rows], delta, out=values[rows])
             continue
         size_of_update = delta.norm()

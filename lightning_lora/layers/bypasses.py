@@ -11,7 +11,7 @@ from torch import nn
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.packed import repacks, unpack
 
-# on a module whose path is off: the value of its switch before
+# the attribute of a module whose path is off: it holds the switch's earlier value
 _SWITCH_BEFORE = "_lora_switched"
 
 
@@ -28,7 +28,7 @@ class _SavePretrained:
         self.__signature__ = signature(model.save_pretrained)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # It lies above this room: so it is imported by its name, and when it is called.
+        # storage lies above this room, so it is imported by name, when this is called
         files = import_module("lightning_lora.storage.own_save_pretrained")
         return files.save_pretrained(self.model(), *args, **kwargs)
 
@@ -53,11 +53,13 @@ def update_bypasses(modules: Mapping[str, nn.Module]) -> None:
         if hasattr(type(module), "save_pretrained"):
             _update_save_pretrained(module)
         path = inference_path(module)
-        if path is not None:
-            is_off = _is_any_adapted(module.modules()) or (
-                any_adapted and repacks(module)
-            )
-            _update_path(module, path, is_off=is_off)
+        if path is None:
+            continue
+        is_off = _is_any_adapted(module.modules())
+        # the gradients of adapted layers also go through layers without an adapter
+        if any_adapted and repacks(module):
+            is_off = True
+        _update_path(module, path, is_off=is_off)
 
 
 def _is_any_adapted(modules: Iterable[nn.Module]) -> bool:
@@ -82,7 +84,7 @@ def _update_path(module: nn.Module, path: InferencePath, *, is_off: bool) -> Non
     attributes = vars(module)
     if is_off:
         unpack(module)
-        # the first time: later, it is off already
+        # only the first time: after that, the switch is off already
         attributes.setdefault(_SWITCH_BEFORE, getattr(module, path.switch))
         setattr(module, path.switch, path.off)
     elif _SWITCH_BEFORE in attributes:
@@ -91,10 +93,10 @@ def _update_path(module: nn.Module, path: InferencePath, *, is_off: bool) -> Non
 
 def inference_path(module: nn.Module) -> InferencePath | None:
     """Return a module's inference path, which would bypass adapted layers."""
-    # in eval mode, it reads the weights of its layers itself
+    # in eval mode, an encoder layer reads the weights of its linear layers itself
     if isinstance(module, nn.TransformerEncoderLayer):
         return InferencePath("activation_relu_or_gelu", 0)
-    # it packs padded batches, which layers without that path cannot read
+    # an encoder packs padded batches, which its layers cannot read with their path off
     if isinstance(module, nn.TransformerEncoder):
         return InferencePath("use_nested_tensor", off=False)
     # bitsandbytes repacks weights for some processors, and passes no gradient through

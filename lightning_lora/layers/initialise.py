@@ -36,6 +36,7 @@ def new_adapter(
         dtype = spec.dtype(kind.lora_dtype(layer, weight), settings)
         values = torch.empty(spec.shape(settings.r), dtype=dtype, device=weight.device)
         adapter.parameters[name] = nn.Parameter(values, requires_grad=spec.role.trains)
+    # full factors are initialised, and then split
     initialise(layer, adapter)
     _split_as_weights(layer, adapter)
     return adapter
@@ -51,26 +52,32 @@ def _split_as_weights(layer: nn.Module, adapter: LayerAdapter) -> None:
 
 
 def initialise(layer: nn.Module, adapter: LayerAdapter) -> None:
-    """Initialise an adapter for a layer.
+    """Give an adapter's parameters their first values.
 
-    If it depends on the layer's weights, it remembers their digests.
+    If these are computed from the layer's weights, the adapter keeps the weights'
+    digests. A new adapter has plain parameters here. One that begins anew may have
+    DTensors, in place of which full tensors are initialised.
     """
     adapter.base_digests = {}
     adapter.start_digests = {}
     full_values = _full_values(adapter)
-    initialiser = _Initialiser(layer, adapter, {**adapter.parameters, **full_values})
+    values = {**adapter.parameters, **full_values}
+    initialiser = _Initialiser(layer, adapter, values)
     for matrix in adapter.matrices:
         if matrix.tokens:
             initialiser.initialise_rows(matrix)
         else:
             initialiser.initialise_factors(matrix)
-    for name, values in full_values.items():
+    for name, full in full_values.items():
         p = adapter.parameters[name]
-        replace_values(p, distributed_as(values, p))
+        replace_values(p, distributed_as(full, p))
 
 
 def _full_values(adapter: LayerAdapter) -> dict[str, Tensor]:
-    """Full tensors to initialise in place of DTensors: each process draws full factors, and keeps its shard."""
+    """Empty full tensors for the DTensors among the parameters.
+
+    Each process draws full factors, and keeps its shard.
+    """
     distributed = where(adapter.parameters, is_dtensor)
     return {
         name: torch.empty(p.shape, dtype=p.dtype, device=p.device)
@@ -84,8 +91,8 @@ class _Initialiser:
 
     layer: nn.Module
     adapter: LayerAdapter
-    # the tensors that are written in place, by name in the layer: the parameters, or
-    # full tensors in place of distributed parameters
+    # by name in the layer, the tensors to write: each is a parameter, or the full tensor
+    # in place of a DTensor
     values: dict[str, Tensor]
 
     def initialise_factors(self, matrix: AdaptedMatrix) -> None:
@@ -159,7 +166,7 @@ class _Initialiser:
 
     @torch.no_grad()
     def set_from_base(self, matrix: AdaptedMatrix, role: Role, value: Tensor) -> None:
-        """Set a parameter that starts from the weight, and note its digest: once it has another one, it has learned."""
+        """Set a parameter to values from the weight, and note its digest: once it has another one, it has learned."""
         name = matrix.parameter_name(role)
         self.values[name].copy_(value)
         if not value.is_meta:

@@ -90,7 +90,7 @@ def register_adapter(
             f"register_adapter got ({layer_class!r}, {adapter_class!r}). Expected a "
             "class of layers, and a subclass of lightning_lora.layers.LoRALayer."
         )
-    # not those of the class that it extends
+    # the types of the class that it extends are not its own
     types_of_its_own = vars(adapter_class).get("lora_layer_types", ())
     if layer_class not in types_of_its_own:
         adapter_class.lora_layer_types = (*types_of_its_own, layer_class)

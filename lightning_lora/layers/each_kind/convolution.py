@@ -102,9 +102,9 @@ def _is_pointwise(layer: Any, kernel_size: torch.Size) -> bool:
 
 
 def _pads(layer: Any) -> bool:
-    """Whether the output of a convolution of size 1 has more places than its input.
+    """Whether a convolution with a kernel of size 1 pads its input, and so has more places in its output.
 
-    The paddings ``"same"`` and ``"valid"`` add no places to a kernel of size 1.
+    The paddings ``"same"`` and ``"valid"`` add no places for such a kernel.
     """
     return not isinstance(layer.padding, str) and any(_each(layer.padding))
 

@@ -22,22 +22,23 @@ from lightning_lora.tensors.names import find_parameter, own_parameter
 class LoRATokens(LoRAEmbedding):
     r"""An embedding or an output head in which trained rows replace some of the weight.
 
-    A head has no padding. The weight of both has a row for each token. So a head is
-    taken as an embedding too: its matrix is (width, tokens).
+    The weight of both has a row for each token. So a head is taken as an embedding too:
+    its matrix is (width, tokens).
 
     Shape:
         weight: (num_embeddings, embedding_dim); lora_rows: (tokens, embedding_dim),
         which start as these rows.
     """
 
-    # in no table: only token_rows chooses it
+    # it is in no table of kinds: targets/token_rows.py chooses it
     lora_layer_types: ClassVar[LayerTypes] = (nn.Embedding, nn.Linear)
     weight: nn.Parameter
 
     def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer, and replace what it computes with the rows.
 
-        A layer with a forward of its own is computed with the sum of its weight.
+        This is for torch's own forward. A layer with another forward runs on the weight
+        with its rows, by ``lora_forward_on_sum``.
         """
         return _forward_with_rows(self, self, *args, **kwargs)
 
@@ -98,7 +99,7 @@ class TiedLayer(InPlace, nn.Module):
 def tie_layers(modules: Collection[nn.Module]) -> None:
     """Tie layers to the embeddings with rows whose weight they share.
 
-    No others stay tied.
+    A layer that was tied before is untied first: its embedding may have no rows now.
     """
     owners: dict[nn.Parameter | None, LoRATokens] = {}
     for module in modules:
@@ -115,10 +116,7 @@ def tie_layers(modules: Collection[nn.Module]) -> None:
 
 
 def tied_to(module: nn.Module) -> nn.Module:
-    """Return the embedding that a layer is tied to.
-
-    A layer that is not tied is its own.
-    """
+    """Return the embedding that a layer is tied to, or the layer itself if it is not tied."""
     (embedding,) = vars(module).get("lora_tied_to", (module,))
     return embedding  # type: ignore[no-any-return]
 
@@ -131,9 +129,9 @@ def _computes_as_torch(layer_class: type[nn.Module]) -> bool:
 def _forward_with_rows(
     layer: Any, embedding: LoRATokens, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Compute a layer of torch that has the weight of ``embedding``, with its rows.
+    """Compute a layer with torch's own forward, which has the weight of ``embedding``, with its rows.
 
-    The others are not copied.
+    The output is changed where rows train, so the weight is not copied.
     """
     layer_class: Any = original_class(layer)
     output: Tensor = layer_class.forward(layer, *args, **kwargs)

@@ -51,11 +51,13 @@ class EvaObserver:
         x = x[x.isfinite().all(1)]
         if not len(x):
             return
-        mean = x.mean(0)
-        rows = x - mean
+        batch_mean = x.mean(0)
+        mean = batch_mean
+        rows = x - batch_mean
         if self.count:
-            rows = self.with_earlier(rows, mean)
-            mean = self.mean + (mean - self.mean) * (len(x) / (self.count + len(x)))
+            rows = self.with_earlier(rows, batch_mean)
+            share_of_batch = len(x) / (self.count + len(x))
+            mean = self.mean + (batch_mean - self.mean) * share_of_batch
         rank = min(self.most_directions, *rows.shape)
         with torch.autocast(x.device.type, enabled=False):
             _, self.sizes, right = torch.svd_lowrank(rows, rank, niter=4)
@@ -63,16 +65,17 @@ class EvaObserver:
         self.mean = mean
         self.directions = right.T
 
-    def with_earlier(self, rows: Tensor, mean: Tensor) -> Tensor:
-        """Return rows with the directions of all inputs, from earlier ones and the rows of a batch less its mean.
+    def with_earlier(self, rows: Tensor, batch_mean: Tensor) -> Tensor:
+        """Return rows that have the directions of all inputs so far.
 
-        For n inputs with one mean and m with another, there is one more row: (mean_n -
-        mean_m) sqrt(n m / (n + m)).
+        They are the earlier directions, ``rows``, which are a batch less its mean, and
+        one row for the distance of both means. If n inputs have one mean and m others
+        another, this row is (mean_n - mean_m) sqrt(n m / (n + m)).
         """
         n = self.count
         m = len(rows)
         earlier = self.sizes.unsqueeze(1) * self.directions
-        shift = (self.mean - mean) * (n * m / (n + m)) ** 0.5
+        shift = (self.mean - batch_mean) * (n * m / (n + m)) ** 0.5
         return torch.cat([earlier, rows, shift.unsqueeze(0)])
 
     def factors(self, matrix: Any, r: int) -> Factors | None:
@@ -80,12 +83,12 @@ class EvaObserver:
 
         A has fewer rows than r if the inputs have fewer directions.
         """
-        is_direction = self.sizes > self.sizes[:1] * 1e-6  # and not rounding
-        directions = int(is_direction.sum())  # none if there were no inputs, or NaN
-        if not directions:
+        is_direction = self.sizes > self.sizes[:1] * 1e-6  # smaller ones are rounding
+        count = int(is_direction.sum())  # 0 if there were no inputs, or NaN
+        if not count:
             return None
         zeros = self.mean.new_zeros(matrix.writes, r)
-        return self.directions[: min(r, directions)], zeros
+        return self.directions[: min(r, count)], zeros
 
 
 class LoraGaObserver:
@@ -131,9 +134,9 @@ class LoraGaObserver:
             return None
         grad = self.layer.lora_as_matrix(total).narrow(-2, matrix.first, matrix.writes)
         grad = grad.to(own_parameter(self.layer, matrix.weight).device)
-        rank = min(4 * r, *grad.shape[-2:])
+        rank = min(4 * r, *grad.shape[-2:])  # some to spare
         left, _, right = torch.svd_lowrank(grad, rank, niter=4)
-        # B takes the directions r to 2 r, or the last r that a small matrix has
+        # B takes the r directions before this one: a small matrix has fewer than 2 r
         end = min(2 * r, left.shape[-1])
         scale = matrix.writes**0.25 / GAMMA**0.5
         a = scale * right[..., :r].mT
@@ -149,9 +152,9 @@ def observe_inputs(layer: Any, undo: ExitStack) -> FromData | None:
 
 
 def observe_gradients(layer: Any, undo: ExitStack) -> FromData | None:
-    """Look at the gradients of a layer's weights.
+    """Look at the gradients of a layer's weights, if both factors may differ from zero at first.
 
-    An embedding would change for tokens never seen.
+    Rows that train by themselves have no factors.
     """
     if layer.lora_may_start_from_weight() and not layer.lora_matrices[0].tokens:
         return LoraGaObserver(layer, undo).factors
