@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.argument_checks import Merge, Save
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import LoRAError, listed
+from lightning_lora.errors import LoRAError
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.inject import refuse_targets_without_adapters
 from lightning_lora.model.records import find_record
@@ -48,6 +48,7 @@ from lightning_lora.what_trains import (
     log_what_trains,
     show_what_trains,
     tell_that_fewer_train,
+    tell_where_it_begins,
 )
 
 
@@ -58,7 +59,10 @@ class LoRAHooks(Callback):
 
     config: LoRAConfig
     given: frozenset[str]
-    """The names of those that the user gave."""
+    """The names of those that the user gave, as far as that is known.
+
+    One that is not at its default was given too: a command line leaves this empty.
+    """
     merge: Merge
     save: Save
     lr_scale: float | dict[str, float]
@@ -73,21 +77,21 @@ class LoRAHooks(Callback):
 
     _stage: Stage
     _strategy_methods: StrategyMethods
-    """Ours, on the Trainer's strategy: there from the set-up on."""
+    """Our methods on the Trainer's strategy. Before the set-up, the attribute is missing."""
     _watch: NoTraining | TrainingWatch
     """NoTraining until the training begins."""
     _until_training_ends: ExitStack
-    """What training uses is closed with it."""
+    """Closes what training uses."""
 
     def _prepare(self) -> None:
         """Make what a new object needs besides its arguments, and one that was unpickled in another process."""
-        extend_launchers()  # of this process
+        extend_launchers()  # a new process has Lightning's own
         self._filled_buffers = WeakKeyDictionary()
         self._leave_stage()
 
     def _leave_stage(self) -> None:
         """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
-        # files may be written after a stage too
+        # a file may be written after a stage too, and asks for one
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         vars(self).pop("_strategy_methods", None)
         self._watch = NoTraining()
@@ -106,23 +110,27 @@ class LoRAHooks(Callback):
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
         self._strategy_methods = patch_strategy(trainer.strategy, self._stage)
         compatibility.refuse_second_callback(self._stage.callbacks)
+        # the checks of a fit ask how the module came
         self._stage.way_back.note_adapters(pl_module)
         if self._stage.is_fit:
             self._check_fit(trainer, pl_module)
         else:
+            # a callback would put the average of an earlier fit into the module
             compatibility.drop_averages(self._stage.callbacks)
             if self._stage.runs_merged(pl_module):
                 return
+        # all checks are made: from here on, the module changes
         self._stage.begin(pl_module)
         self._take_config_of(pl_module)
-        # configure_model may shard the module: then adapters come later, and stay whole
+        # if configure_model shards the module, the strategy adds adapters after it: they
+        # stay whole
         if not self._strategy_methods.shards_before_adapters:
             self._adapt_early(pl_module)
 
     def _new_stage(
         self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool
     ) -> Stage:
-        # without a name, the callback means the adapter that the module shows
+        # without a name, the callback means the module's active adapter
         is_named = self.name != "default" or "name" in self.given
         kind = Fit if is_fit else Stage
         return kind(
@@ -162,8 +170,8 @@ class LoRAHooks(Callback):
         """Adapt the layers that are there, before other callbacks copy the module."""
         # a plain module that is only evaluated gets no adapters
         if self._stage.should_be_adapted(pl_module):
-            # layers may be missing that the module creates in a later hook: the strategy
-            # adapts them then
+            # targets may name layers that the module creates in a later hook: the
+            # strategy adapts them then, or repeats the error
             with suppress(LoRAError):
                 self._stage.add_adapters(pl_module)
 
@@ -175,10 +183,12 @@ class LoRAHooks(Callback):
         # a tuner may have evaluated, after which FSDP2 still shows full weights
         reshard(pl_module)
         merging.check_merge_weights(trainer, pl_module, self.merge, self.save)
+        # code may add groups to an optimizer until training ends: what it holds already,
+        # and what is frozen, is taken out of them
         self._until_training_ends.enter_context(trimming_added_groups(pl_module))
         update_scaled_rates(*trainer.optimizers)  # a tuner may have set other rates
         show_what_trains(trainer, pl_module)
-        # otherwise, the checkpoint is not loaded yet
+        # some strategies load the checkpoint after this hook: on_train_start reports then
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
 
@@ -188,31 +198,20 @@ class LoRAHooks(Callback):
             raise compatibility.late_callback_error()
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say and log how the adapters train, once the checkpoint is loaded."""
+        """Say and log how the adapters train. The checkpoint is loaded now, if there is one."""
         view = view_of(pl_module)
-        # its name may be mistyped
-        if self._stage.adapter.is_new and not view.adapter.may_have_learned:
-            others = listed(view.record.inactive_adapters)
-            rank_zero_info(
-                f"LoRACallback begins a new adapter {view.adapter.name!r} beside "
-                f"{others}."
-            )
-        elif view.adapter.may_have_learned and self._stage.phase is Phase.SET_UP:
-            # no checkpoint was loaded
-            rank_zero_info(
-                f"LoRACallback goes on with the adapters of {view.title}. To begin "
-                "anew, build it again."
-            )
+        tell_where_it_begins(
+            view,
+            is_new_beside_others=self._stage.adapter.is_new,
+            loaded_checkpoint=self._stage.phase is not Phase.SET_UP,
+        )
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
         self._stage.tools.guards_in_first_process.optimizers_built(
             view, trainer.optimizers, is_scaled=is_scaled
         )
-        own_arguments = {
-            "merge": self.merge,
-            "save": self.save,
-            "lr_scale": self.lr_scale,
-        }
-        log_what_trains(trainer, pl_module, own_arguments)
+        log_what_trains(
+            trainer, pl_module, merge=self.merge, save=self.save, lr_scale=self.lr_scale
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the module, after its own hooks and the checkpoint, and watch its training from here on."""
@@ -227,36 +226,49 @@ class LoRAHooks(Callback):
         # the checkpoint may have been written with another lr_scale
         update_scaled_rates(*trainer.optimizers)
         # the module's hooks may have loaded weights since the set-up
-        may_be_new = self._stage.set_base_from_hooks(view)
-        if may_be_new:
+        if self._stage.takes_base_from_hooks(view):
+            self._stage.set_base_from_hooks(view)
             # the fingerprint of the base is taken again: only changed tensors are read
             self._strategy_methods.note_base(anew=False)
-        self._watch_training(trainer, pl_module)
+        self._begin_training(trainer, pl_module)
 
-    def _watch_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of what looks wrong, let new adapters start from data, and watch the steps."""
-        # a view of its own: tensors may have been exchanged since the last one
+    def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of what looks wrong, let new adapters start from data, and watch the steps.
+
+        In this order:
+
+        1. Guards look. Only now, because the module's ``on_fit_start`` may load
+           weights.
+        2. The base is read. Then adapters start from data: that runs the user's code,
+           which may change the base, and the watch compares it with what was read.
+        3. The phase changes, which has said until now whether a checkpoint was loaded.
+           From here on, the module keeps its adapters if the fit fails.
+        4. The watch begins.
+        5. The first step gets the random numbers of the checkpoint: all before may have
+           drawn some.
+        """
+        # a new view, because tensors may have been exchanged since the last one
         view = view_of(pl_module)
-        # guards look only now, because on_fit_start may load weights
         tell_of_start(view, self._stage.tools.guards_in_first_process)
-        # the base is read before adapters start from data: the user's code runs then,
-        # and may change the base
         base = base_digests(view)
-        # the phase says whether a checkpoint was loaded, until the training begins
-        is_new = self._stage.phase is Phase.SET_UP
-        if is_new:
+        is_new_fit = self._stage.phase is Phase.SET_UP
+        if is_new_fit:
             start_from_data(trainer, pl_module)
-        # from here on, the module keeps its adapters if the fit fails
         self._stage.begin_training()
-        watch = TrainingWatch(trainer, pl_module, self._stage)
+        watch = TrainingWatch(
+            trainer,
+            self._stage,
+            self._strategy_methods,
+            is_new_fit=is_new_fit,
+            base=base,
+        )
         self._watch = self._until_training_ends.enter_context(closing(watch))
-        watch.begin(self._strategy_methods, is_new=is_new, base=base)
         self._stage.take_random_numbers()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Before the first step, warn of what hooks made new."""
+        """Before the first batch, warn of weights that hooks have made new."""
         self._watch.begin_batch()
 
     def on_before_backward(
@@ -293,7 +305,7 @@ class LoRAHooks(Callback):
         self._watch.end_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop watching gradients."""
+        """Stop watching the training."""
         self._check_set_up()
         self._watch.check_adapter()
         self._stage.tools.guards_in_each_process.training_ended(view_of(pl_module))
@@ -311,14 +323,16 @@ class LoRAHooks(Callback):
         trained any has nothing to merge.
         """
         self._check_set_up()
-        if not self._stage.end_fit():
+        has_loaded_or_trained = self._stage.phase is not Phase.SET_UP
+        if not has_loaded_or_trained:
             rank_zero_info(
                 f"This fit trained nothing: {type(pl_module).__name__} stays as it was "
                 "before."
             )
             return
-        # view_of would raise an error of layers that have lost their adapters, and
-        # check_layers_stayed says more of them
+        self._stage.end_fit()
+        # not view_of: it would refuse layers that have lost their adapters, of which
+        # check_layers_stayed says more
         view = View(pl_module)
         merging.check_layers_stayed(view)
         # gradients of the last step would take memory, and a later step by hand would
@@ -352,7 +366,7 @@ class LoRAHooks(Callback):
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
         methods = methods_of(trainer.strategy)
-        # over processes, of which some may be gone
+        # a sharded module is spread over processes, of which some may be gone
         is_sharded = methods is not None and methods.shards_before_adapters
         is_kept = self._stage.end_after_error(
             pl_module, others_may_be_missing=is_sharded
@@ -365,10 +379,11 @@ class LoRAHooks(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Store the states of the random number generators, and see that the strategy stores adapters."""
-        if find_record(pl_module) is None:  # the file is Lightning's own
+        # a module without adapters gets a file as Lightning writes it
+        if find_record(pl_module) is None:
             return
         checkpoint[RANDOM] = random_states(trainer)
-        # the main process may save after a spawned run: it had no set-up
+        # after a run in spawned processes, the main process may save: it had no set-up
         if methods_of(trainer.strategy) is None:
             self._stage.callbacks = compatibility.callbacks_of(trainer)
             patch_strategy(trainer.strategy, self._stage)

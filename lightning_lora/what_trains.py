@@ -5,6 +5,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_lora.errors import listed
+from lightning_lora.model.view import View
 from lightning_lora.printing import fitting_console
 from lightning_lora.summary import summarize
 from lightning_lora.training.compatibility import about_lightnings_table, shows_summary
@@ -22,8 +24,26 @@ def show_what_trains(trainer: Trainer, pl_module: LightningModule) -> None:
     fitting_console().print(table, *about_lightnings_table(trainer))
 
 
+def tell_where_it_begins(
+    view: View, *, is_new_beside_others: bool, loaded_checkpoint: bool
+) -> None:
+    """Say that a fit begins a new adapter beside others, or goes on with one though it loaded no checkpoint."""
+    has_learned = view.adapter.may_have_learned
+    # the user may have mistyped the name of another adapter
+    if is_new_beside_others and not has_learned:
+        others = listed(view.record.inactive_adapters)
+        rank_zero_info(
+            f"LoRACallback begins a new adapter {view.adapter.name!r} beside {others}."
+        )
+    if has_learned and not loaded_checkpoint:
+        rank_zero_info(
+            f"LoRACallback goes on with the adapters of {view.title}. To begin anew, "
+            "build it again."
+        )
+
+
 def log_what_trains(
-    trainer: Trainer, pl_module: LightningModule, own_arguments: dict[str, Any]
+    trainer: Trainer, pl_module: LightningModule, **own_arguments: Any
 ) -> None:
     """Log the arguments of the adapters and those of the callback, and the share of parameters that train."""
     if trainer.is_global_zero and trainer.loggers:

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack, closing
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,7 +21,6 @@ from lightning_lora.training.optimizers.group_checks import check_frozen
 from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
 from lightning_lora.training.stages.stage import Stage
 from lightning_lora.training.steps.backbones import Backbones
-from lightning_lora.training.steps.gradients import Gradients
 from lightning_lora.training.strategies.strategy import StrategyMethods
 from lightning_lora.training.untrained_at_start import tell_of_new_base
 
@@ -59,70 +58,58 @@ class NoTraining:
 
 
 class TrainingWatch:
-    """Watches one training.
+    """Watches one training, from its start until ``close``.
 
     The callback's hooks call it only in training steps, not in evaluations between
     them.
     """
 
-    methods: StrategyMethods
-    gradients: Gradients
-    backbones: Backbones
-
     def __init__(
-        self, trainer: Trainer, pl_module: LightningModule, stage: Stage
+        self,
+        trainer: Trainer,
+        stage: Stage,
+        methods: StrategyMethods,
+        *,
+        is_new_fit: bool,
+        base: dict[str, int],
     ) -> None:
-        self.trainer = trainer
-        self.module = pl_module
-        self.stage = stage
-        self._at_the_end = ExitStack()
-        # digests, until the first step
-        self._base_at_the_start: dict[str, int] | None = None
-        self._adapter_name = ""  # of the adapter that trains
+        """Begin to watch the training of ``trainer.lightning_module``.
 
-    def begin(
-        self, methods: StrategyMethods, *, is_new: bool, base: dict[str, int]
-    ) -> None:
-        """Begin to watch.
-
-        ``is_new``: no checkpoint was loaded. ``base``: the digests of the base.
-        ``methods`` are ours for the Trainer's strategy.
+        Args:
+            trainer: The Trainer.
+            stage: Its fit.
+            methods: Our methods on its strategy.
+            is_new_fit: Whether no checkpoint was loaded: then networks that copy others
+                begin with the adapters of these.
+            base: The digests of the base before adapters started from data.
         """
-        view = view_of(self.module)
-        self._prepare_layers(view)
-        average_what_trains(callbacks_of(self.trainer), view)
-        self._base_at_the_start = base
-        self._adapter_name = view.adapter.name
+        self.module = trainer.lightning_module
+        self.stage = stage
         self.methods = methods
-        self.gradients = self._at_the_end.enter_context(
-            closing(methods.gradients(is_new_fit=is_new))
-        )
-        self.backbones = self._at_the_end.enter_context(
-            closing(Backbones(self.trainer, view))
-        )
-        self.stage.tools.float32 = self._at_the_end.enter_context(
-            closing(methods.float32_steps(view))
-        )
-
-    def _prepare_layers(self, view: View) -> None:
-        """Let all layers begin to train, those too that came since the set-up."""
-        # hooks may have loaded the base since the set-up
-        reinitialise_if_base_changed(view)
-        # hooks may have copied networks too: their layers are not recorded yet
-        new_layers = view.layers.keys() - view.recorded
-        follow_new_copies(view, new_layers)
-        view.look_again()  # layers that follow another network do not train now
-        view.adapter.layers = tuple(view.layers)
-        # an adapter counts as trained as soon as its training begins
-        view.adapter.may_have_learned = True
-        self.stage.tools.guards_in_first_process.adapters_ready(view)
+        # None: the first batch has begun
+        self._base_before_first_batch: dict[str, int] | None = base
+        view = view_of(self.module)
+        self._trained_adapter = view.adapter.name
+        _let_layers_train(view)
+        stage.tools.guards_in_first_process.adapters_ready(view)
+        average_what_trains(callbacks_of(trainer), view)
+        # an error in this block closes what was begun before it
+        with ExitStack() as begun:
+            self.gradients = begun.enter_context(
+                closing(methods.gradients(is_new_fit=is_new_fit))
+            )
+            self.backbones = begun.enter_context(closing(Backbones(trainer, view)))
+            stage.tools.float32 = begun.enter_context(
+                closing(methods.float32_steps(view))
+            )
+            self._at_the_end = begun.pop_all()
 
     def begin_batch(self) -> None:
-        """Before the first step, warn of weights that hooks have made new since."""
-        if self._base_at_the_start is None:
+        """Before the first batch, tell of weights that hooks have made new since the training began."""
+        before = self._base_before_first_batch
+        if before is None:
             return
-        before = self._base_at_the_start
-        self._base_at_the_start = None
+        self._base_before_first_batch = None
         now = base_digests(view_of(self.module))
         changed = dict(now.items() - before.items())
         if changed:
@@ -144,11 +131,14 @@ class TrainingWatch:
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
         """Check that the optimizer trains adapters, and nothing frozen.
 
-        Return whether fewer train from now on.
+        Networks that the first step shows to be no backbones lose their adapters before
+        guards hear of adapters without a gradient, as these would be among them. Return
+        whether fewer parameters train from now on.
         """
         self.check_adapter()
         train_fewer = False
-        if self.backbones.unjudged:  # only until all networks are judged
+        # some networks are unjudged until their first step
+        if self.backbones.unjudged:
             train_fewer = self.methods.strip_non_backbones(optimizer, self.backbones)
         check_frozen(self.module, optimizer, self.gradients.frozen)
         update_scaled_rates(optimizer)
@@ -163,7 +153,7 @@ class TrainingWatch:
     def check_adapter(self) -> None:
         """Refuse another active adapter than the one whose training has begun."""
         record = find_record(self.module)
-        trained = self._adapter_name
+        trained = self._trained_adapter
         if record is not None and record.adapter.name != trained:
             active = record.adapter.name
             raise AdapterStateError(
@@ -175,12 +165,25 @@ class TrainingWatch:
             )
 
     def end_batch(self) -> None:
-        """End dropout until the next step.
+        """Let dropout do nothing until the next step.
 
-        After the first, name weights that other code reads.
+        After the first batch, guards name the weights that other code has read.
         """
         self.stage.tools.end_batch(self.module)
 
     def close(self) -> None:
         """Stop watching."""
         self._at_the_end.close()
+
+
+def _let_layers_train(view: View) -> None:
+    """Let all layers begin to train, those too that came since the set-up."""
+    # hooks may have loaded the base since the set-up
+    reinitialise_if_base_changed(view)
+    # hooks may have copied networks too: the record does not know the copies' layers
+    new_layers = view.layers.keys() - view.recorded
+    follow_new_copies(view, new_layers)
+    view.look_again()  # layers that follow another network do not train now
+    view.adapter.layers = tuple(view.layers)
+    # an adapter counts as trained as soon as its training begins
+    view.adapter.may_have_learned = True

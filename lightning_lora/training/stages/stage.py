@@ -104,7 +104,7 @@ class Stage:
     def runs_merged(self, pl_module: LightningModule) -> bool:
         """Whether a merged module is evaluated as it is.
 
-        Weights that were written since the merge are an error.
+        Merged layers that have the adapters of another model now are an error.
         """
         view = View(pl_module)
         if not view.is_merged:
@@ -141,8 +141,10 @@ class Stage:
         was_made_here = self.way_back.came == "plain" or self.adapter.is_new
         if find_record(pl_module) is None or not was_made_here:
             return False
-        # before: adapters that go put the base's values back
-        self.set_base_from_hooks(view_of(pl_module))
+        # first, because adapters that are taken off put the base's values back
+        view = view_of(pl_module)
+        if self.takes_base_from_hooks(view):
+            self.set_base_from_hooks(view)
         if self.adapter.is_new:
             self.adapter.switch_back(pl_module)
             self._activate_adapter(pl_module)
@@ -199,6 +201,7 @@ class Stage:
             begin_averages(
                 self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced
             )
+        if self.takes_base_from_hooks(view):
             self.set_base_from_hooks(view)
 
     def add_adapters(
@@ -222,21 +225,20 @@ class Stage:
                     name=name,
                 )
 
-    def set_base_from_hooks(self, view: View) -> bool:
-        """Make what the module's hooks changed in this stage the base.
+    def takes_base_from_hooks(self, view: View) -> bool:
+        """Whether what the module's hooks load is the base.
 
-        Return whether it is. Once something was trained or loaded, the base stays, and
-        so does its fingerprint.
+        Once something was trained or loaded, the base stays, and so does its
+        fingerprint.
         """
-        if (
-            self.phase is not Phase.SET_UP
-            or view.adapter.may_have_learned
-            or not view.is_fresh()
-        ):
+        if self.phase is not Phase.SET_UP or view.adapter.may_have_learned:
             return False
+        return view.is_fresh()
+
+    def set_base_from_hooks(self, view: View) -> None:
+        """Make what the module's hooks changed in this stage the base."""
         changed = self.before_hooks.changed_base_tensors(tensors_with_originals(view))
         view.adapter.set_originals(changed)
-        return True
 
     # From one phase to the next
 
@@ -262,12 +264,9 @@ class Stage:
         self.random_numbers.set_for_first_step()
         self.random_numbers = RandomNumbers()
 
-    def end_fit(self) -> bool:
-        """End a fit. Return whether it loaded or trained adapters, which stay."""
-        if self.phase is Phase.SET_UP:
-            return False
+    def end_fit(self) -> None:
+        """End a fit that has loaded or trained adapters, which stay."""
         self.phase = Phase.OVER
-        return True
 
     def end(self, pl_module: LightningModule) -> None:
         """End the stage: the module becomes what ``end_of`` says."""
