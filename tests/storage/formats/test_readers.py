@@ -9,18 +9,15 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
     ALPHAS,
     BIASES,
     COLUMNS,
-    DIFFUSERS,
     DORA,
     HEADS,
     MEANINGS,
     NORMS,
-    PEFT,
     RANKS,
     READERS,
     ROWS,
     RSLORA,
     TAKES,
-    TRANSFORMERS,
     Reader,
 )
 
@@ -34,11 +31,7 @@ IN_PIPELINES = dict.fromkeys(
 IN_PIPELINES |= dict.fromkeys(
     (HEADS, NORMS, BIASES), "test_what_a_pipeline_cannot_hold"
 ) | {ROWS: "test_a_pipeline_cannot_hold_rows"}
-MEASURED = {
-    PEFT.name: IN_MODELS,
-    TRANSFORMERS.name: IN_MODELS,
-    DIFFUSERS.name: IN_PIPELINES,
-}
+MEASURED = {"PEFT": IN_MODELS, "transformers": IN_MODELS, "diffusers": IN_PIPELINES}
 
 
 def row(reader: Reader) -> str:

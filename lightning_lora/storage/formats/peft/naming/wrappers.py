@@ -1,4 +1,7 @@
-"""The tensors that PEFT has for adapters, by its names: it wraps layers, so what is inside of one gets another name."""
+"""The tensors that PEFT has for adapters, by its names.
+
+PEFT wraps layers, so what is inside of a wrapped layer gets another name.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,12 +22,16 @@ from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import where, without
 from lightning_lora.tensors.names import is_bias, join, names_not_in
 
-# its tensors, by the ends of their names, such as "lora_A.weight"
-Wrapper = dict[str, Tensor]
+# the tensors of one wrapper, by the ends of their names: {"lora_A.weight": a, ...}
+WrapperTensors = dict[str, Tensor]
 
 
-def tensors_of(export: Export, updates: Iterable[WeightUpdate]) -> dict[str, Tensor]:
-    """Return all tensors of a file, by PEFT's names without its prefix."""
+def peft_tensors(export: Export, updates: Iterable[WeightUpdate]) -> dict[str, Tensor]:
+    """Return all tensors of a file, by PEFT's names without its prefix.
+
+    They are, in this order: A and B of all updates, rows that train, biases, and
+    modules that train whole.
+    """
     stored = export.stored
     wrappers = _wrappers_of(updates)
     tensors = wrappers.tensors()
@@ -44,40 +51,44 @@ def tensors_of(export: Export, updates: Iterable[WeightUpdate]) -> dict[str, Ten
 def stand_ins_of(export: Export) -> dict[str, dict[str, Tensor]]:
     """Return, for each layer, small tensors with the names that its own will have.
 
-    PEFT is asked what becomes of these names when it loads them. So a layer is refused
-    before the training already.
+    ``{"layers.0.q": {"layers.0.q.lora_A.weight": ..., "layers.0.q.lora_B.weight":
+    ...}}``. PEFT is asked what becomes of these names when it loads them.
     """
     layers = where(
         without(export.stored.layers, export.layers_with_rows), has_counterpart
     )
     wrappers = _Wrappers()
-    for layer in layers.values():
-        for _ in layer.shapes:
+    for name, layer in layers.items():
+        for _ in layer.shapes:  # PEFT has a wrapper for each weight
             tensors = dict.fromkeys(counterpart_of(layer).keys, torch.zeros(1, 1))
-            wrappers.add(export.name_for_reader(layer.name), tensors)
-    return {name: wrappers.tensors_of(export.name_for_reader(name)) for name in layers}
+            wrappers.add(export.name_for_reader(name), tensors)
+    stand_ins = dict[str, dict[str, Tensor]]()
+    for name in layers:
+        stand_ins[name] = wrappers.tensors_around(export.name_for_reader(name))
+    return stand_ins
 
 
 def _wrappers_of(updates: Iterable[WeightUpdate]) -> "_Wrappers":
-    """What PEFT wraps for these updates."""
+    """The wrappers that PEFT has for these updates."""
     wrappers = _Wrappers()
     for update in updates:
-        wrappers.add(update.name, _wrapper_of(update))
-        # PEFT adapts its output projection too: by zero here
+        wrappers.add(update.name, _tensors_of(update))
+        # PEFT also wraps the output projection of an attention, here with an update of
+        # zero
         if update.layer.adapter_class is LoRAAttention:
             out_proj = join(update.name, "out_proj")
             wrappers.add(out_proj, _zero_like(update.factors))
     return wrappers
 
 
-def _wrapper_of(update: WeightUpdate) -> Wrapper:
-    """What PEFT has for an update."""
+def _tensors_of(update: WeightUpdate) -> WrapperTensors:
+    """The tensors that PEFT has for an update."""
     counterpart = counterpart_of(update.layer)
     shape = update.layer.shapes[update.weight]
     factors = counterpart.to_peft(update.factors, shape, update.layer.options)
     tensors = dict(zip(counterpart.keys, factors, strict=True))
-    # without .weight in its name, transformers would ignore it
     if update.magnitude is not None:
+        # transformers would ignore a magnitude without .weight in its name
         _, b = factors
         tensors["lora_magnitude_vector.weight"] = _magnitude_beside(b, update.magnitude)
     return tensors
@@ -91,7 +102,7 @@ def _magnitude_beside(b: Tensor, magnitude: Tensor) -> Tensor:
     return magnitude.view(1, -1, *kernel)
 
 
-def _zero_like(factors: Factors) -> Wrapper:
+def _zero_like(factors: Factors) -> WrapperTensors:
     """An update of zero, of a square matrix that reads as many features."""
     a, _ = factors
     zero = torch.zeros_like(a)
@@ -100,17 +111,18 @@ def _zero_like(factors: Factors) -> Wrapper:
 
 @dataclass
 class _Wrappers:
-    """What PEFT wraps around modules: if a module has several wrappers, they lie in each other, the last outermost.
+    """What PEFT wraps around modules.
 
-    Two wrappers around ``experts``, the first with the tensors ``{"lora_A.weight":
+    If a module has several wrappers, they lie in each other, and the last one is the
+    outermost. Two wrappers around ``experts``, the first with the tensors ``{"lora_A.weight":
     a1}``, the second with ``{"lora_A.weight": a2}``, have the tensors
     ``experts.lora_A.weight`` (a2) and ``experts.base_layer.lora_A.weight`` (a1).
     """
 
     # by the name of the module
-    around: dict[str, list[Wrapper]] = field(default_factory=dict)
+    around: dict[str, list[WrapperTensors]] = field(default_factory=dict)
 
-    def add(self, name: str, tensors: Wrapper) -> None:
+    def add(self, name: str, tensors: WrapperTensors) -> None:
         """Wrap a module once more, around its other wrappers."""
         self.around.setdefault(name, []).append(tensors)
 
@@ -132,10 +144,10 @@ class _Wrappers:
         """Return the tensors of all wrappers by name."""
         named = dict[str, Tensor]()
         for name in self.around:
-            named |= self.tensors_of(name)
+            named |= self.tensors_around(name)
         return named
 
-    def tensors_of(self, name: str) -> dict[str, Tensor]:
+    def tensors_around(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of all wrappers of one module by name."""
         named = dict[str, Tensor]()
         place = self.name_inside(name)
@@ -152,10 +164,10 @@ class _Wrappers:
 def trained_biases(stored: StoredAdapters) -> list[str]:
     """Return the biases that the configuration trains.
 
-    They may lie in modules trained whole too.
+    Some may lie in modules that train whole.
     """
     if stored.config.bias == "none":
         return []
-    # a slice's own name may say "bias" too
+    # an adapter's tensor has the name of its slice, which may say "bias" too
     of_others = stored.adapter_names().union(stored.changed)
     return [name for name in names_not_in(stored.state, of_others) if is_bias(name)]

@@ -20,12 +20,12 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
     HEADS,
     IGNORES,
     NORMS,
+    NOT_KNOWN,
     PEFT_READERS,
     RANKS,
     REFUSES,
     ROWS,
     RSLORA,
-    UNKNOWN,
     Reader,
 )
 from lightning_lora.storage.formats.peft_names import PREFIX, peft_key, without_wrappers
@@ -37,38 +37,40 @@ _WORDS = {
     DIFFERS: "scales otherwise:",
     REFUSES: "refuses",
     IGNORES: "ignores",
-    UNKNOWN: "not known:",
+    NOT_KNOWN: "not known:",
 }
 """How a line begins what a reader does. The worst comes first."""
 
 
 @dataclass
-class Contents:
-    """What a folder holds of the kinds of training in which readers differ."""
+class KindsOfTraining:
+    """The kinds of training in one folder, as far as readers differ in them."""
 
-    # the modules of each: {"adapted embeddings": ["wte"]}
-    kinds: dict[str, list[str]] = field(default_factory=dict)
+    # the modules of each kind: {"adapted embeddings": ["wte"], "rsLoRA": []}
+    modules: dict[str, list[str]] = field(default_factory=dict)
+    # whether alpha over rank is the same everywhere
     has_one_scaling: bool = True
 
     def add(self, kind: str, name: str = "") -> None:
-        """Note a kind, and the name of a module that is of it.
+        """Add a kind, and the name of a module that is of it.
 
-        Some kinds are said of all modules at once.
+        A kind that the configuration says of all modules at once, such as rsLoRA, comes
+        without a name.
         """
-        names = self.kinds.setdefault(kind, [])
+        names = self.modules.setdefault(kind, [])
         if name and name not in names:
             names.append(name)
 
 
 def lines_of_readers(contents: Mapping[str, Any], path: Any) -> dict[str, str]:
-    """Return, by its name, what each reader does with a folder."""
+    """Return, by its name, what each reader does with the folder of a file that holds these contents."""
     if not isinstance(contents, dict) or not is_peft(contents, path):
         raise no_adapters_of_peft(path)
-    tensors = renamed(tensors_in(contents, path), _name_in_base)
-    held = contents_of(tensors, read_config(path))
+    tensors = renamed(tensors_in(contents, path), _without_prefix)
+    kinds = kinds_in(tensors, read_config(path))
     lines = dict[str, str]()
     for reader in PEFT_READERS:
-        lines[reader.name] = _line(reader, held)
+        lines[reader.name] = _line(reader, kinds)
     return lines
 
 
@@ -80,7 +82,7 @@ def no_adapters_of_peft(path: object) -> AdapterFileError:
     )
 
 
-def _name_in_base(key: str) -> str:
+def _without_prefix(key: str) -> str:
     """A tensor's name without PEFT's prefix."""
     return key.removeprefix(f"{PREFIX}.")
 
@@ -88,25 +90,28 @@ def _name_in_base(key: str) -> str:
 # What is in the folder
 
 
-def contents_of(tensors: Mapping[str, Tensor], peft: PeftConfig) -> Contents:
-    """Return what these tensors and this configuration are, in the columns of the table."""
-    held = Contents()
-    _add_settings(held, peft)
+def kinds_in(tensors: Mapping[str, Tensor], peft: PeftConfig) -> KindsOfTraining:
+    """Return the kinds of training that these tensors and this configuration come from."""
+    kinds = KindsOfTraining()
+    _add_settings(kinds, peft)
     others = dict[str, Tensor]()
     for name, tensor in tensors.items():
         wrapped, role = peft_key(name)
+        name_in_base = without_wrappers(wrapped)
         if role is None:
-            others[without_wrappers(name)] = tensor
+            others[name_in_base] = tensor
+        elif role is Role.ROWS:
+            kinds.add(ROWS, name_in_base)
         else:
-            _add_adapter(held, peft, role, without_wrappers(wrapped))
+            _add_update(kinds, peft, name_in_base)
             if "lora_embedding_" in name:
-                held.add(EMBEDDINGS, without_wrappers(wrapped))
-    _add_others(held, peft, others)
-    return held
+                kinds.add(EMBEDDINGS, name_in_base)
+    _add_others(kinds, peft, others)
+    return kinds
 
 
-def _add_settings(held: Contents, peft: PeftConfig) -> None:
-    """Note what the configuration says of all layers."""
+def _add_settings(kinds: KindsOfTraining, peft: PeftConfig) -> None:
+    """Add what the configuration says of all layers."""
     config = peft.as_ours
     settings = {
         RANKS: config.rank_pattern,
@@ -117,24 +122,27 @@ def _add_settings(held: Contents, peft: PeftConfig) -> None:
     }
     for kind, is_set in settings.items():
         if is_set:
-            held.add(kind)
+            kinds.add(kind)
 
 
-def _add_adapter(held: Contents, peft: PeftConfig, role: Role, layer: str) -> None:
-    """Note whether an adapter is of rows or of experts, and whether it is scaled as all others."""
-    if role is Role.ROWS:
-        held.add(ROWS, layer)
-        return
-    adapted = [layer]
-    if peft.as_ours.target_parameters and not peft.adapts(layer):
-        held.add(EXPERTS, layer)
-        adapted = _parameters_in(layer, peft.as_ours.target_parameters)
-    if any(_is_scaled_otherwise(name, peft) for name in adapted):
-        held.has_one_scaling = False
+def _add_update(kinds: KindsOfTraining, peft: PeftConfig, module: str) -> None:
+    """Add whether an update of this module is of experts, and whether it is scaled as most are.
+
+    An update of experts is one of the module's parameters. The configuration tells: its
+    ``target_parameters`` names some, and its ``target_modules`` does not name the
+    module.
+    """
+    names = [module]  # those by which patterns may give the update its scaling
+    parameters = peft.as_ours.target_parameters
+    if parameters and not peft.adapts(module):
+        kinds.add(EXPERTS, module)
+        names = _parameters_in(module, parameters)
+    if any(_is_scaled_otherwise(name, peft) for name in names):
+        kinds.has_one_scaling = False
 
 
 def _parameters_in(module: str, entries: Iterable[str]) -> list[str]:
-    """The parameters of a module that these entries may mean: each is a name, or its last components."""
+    """The parameters of a module that these entries may mean: ``experts.down_proj`` for ``mlp.experts.down_proj``."""
     leaves = [entry.rpartition(".")[2] for entry in entries]
     return names_joined(module, dict.fromkeys(leaves))
 
@@ -146,19 +154,24 @@ def _is_scaled_otherwise(name: str, peft: PeftConfig) -> bool:
     return difference > 1e-6 * without_patterns
 
 
-def _add_others(held: Contents, peft: PeftConfig, others: Mapping[str, Tensor]) -> None:
-    """Note tensors that are no adapter's: of modules that trained whole, and biases."""
-    # of a tensor in each whole module: a head has a matrix, and perhaps a bias
-    most_dimensions = dict[str, int]()
+def _add_others(
+    kinds: KindsOfTraining, peft: PeftConfig, others: Mapping[str, Tensor]
+) -> None:
+    """Add what tensors that are no adapter's come from: whole norms, whole heads, and biases.
+
+    A module that trained whole is a norm if its tensors have one dimension at most. A
+    head has a matrix.
+    """
+    most_dimensions = dict[str, int]()  # of the tensors of each whole module
     for name, tensor in others.items():
         module = _whole_module_around(name, peft)
         if module is None:
-            held.add(BIASES)
+            kinds.add(BIASES)
         else:
             most_dimensions[module] = max(tensor.dim(), most_dimensions.get(module, 0))
     for module, dimensions in most_dimensions.items():
         kind = NORMS if dimensions <= 1 else HEADS
-        held.add(kind, module)
+        kinds.add(kind, module)
 
 
 def _whole_module_around(name: str, peft: PeftConfig) -> str | None:
@@ -172,34 +185,39 @@ def _whole_module_around(name: str, peft: PeftConfig) -> str | None:
 # What readers do with it
 
 
-def _line(reader: Reader, held: Contents) -> str:
-    """What a reader does with a folder, in a line."""
+def _line(reader: Reader, kinds: KindsOfTraining) -> str:
+    """What a reader does with a folder: ``refuses biases; ignores whole heads (score)``."""
     parts = list[str]()
     for does, words in _WORDS.items():
-        kinds = _kinds_with(reader, held, does)
-        if kinds:
-            parts.append(f"{words} {', '.join(kinds)}")
+        found = _kinds_with(reader, kinds, does)
+        if found:
+            parts.append(f"{words} {', '.join(found)}")
     return "; ".join(parts) or "takes it as it is"
 
 
-def _kinds_with(reader: Reader, held: Contents, does: str) -> list[str]:
-    """The kinds in a folder with which a reader does this, and the modules."""
+def _kinds_with(reader: Reader, kinds: KindsOfTraining, does: str) -> list[str]:
+    """The kinds in a folder with which a reader does this, each with its modules."""
     found = list[str]()
-    for kind, names in held.kinds.items():
-        if reader.cells[kind] == does and not _is_harmless(reader, held, kind):
-            found.append(with_names(kind, names))
+    for kind, modules in kinds.modules.items():
+        if reader.cells[kind] == does and not _is_harmless(reader, kinds, kind):
+            found.append(with_modules(kind, modules))
     return found
 
 
-def _is_harmless(reader: Reader, held: Contents, kind: str) -> bool:
-    """Whether a reader that knows one scaling has the right one: ranks and alphas differ, and not their quotient."""
+def _is_harmless(reader: Reader, kinds: KindsOfTraining, kind: str) -> bool:
+    """Whether the ranks and alphas of single layers change nothing for a reader.
+
+    One that does not read the ranks of single layers scales all updates by one alpha
+    over one rank. That is right, if only ranks and alphas differ, and not their
+    quotient.
+    """
     return (
         kind in (RANKS, ALPHAS)
         and reader.cells[RANKS] == DIFFERS
-        and held.has_one_scaling
+        and kinds.has_one_scaling
     )
 
 
-def with_names(kind: str, names: Iterable[str]) -> str:
-    """Return a kind, and the modules that are of it, if they are known."""
-    return f"{kind} ({listed(names)})" if names else kind
+def with_modules(kind: str, modules: Iterable[str]) -> str:
+    """Return a kind, and the modules that are of it, if they are known: ``whole heads (score)``."""
+    return f"{kind} ({listed(modules)})" if modules else kind

@@ -31,8 +31,10 @@ def warn_of_transposed_layers(export: Export) -> None:
 
 
 def _is_tied_embedding(layer: StoredLayer) -> bool:
+    """Whether a layer is an embedding with factors, and its weight has other names in the model."""
     return bool(layer.tied) and layer.kind == LoRAEmbedding.__name__
 
 
 def _is_conv1d(layer: StoredLayer) -> bool:
+    """Whether a layer is a Conv1D of transformers."""
     return layer.kind == LoRAConv1D.__name__

@@ -49,7 +49,7 @@ def _rows_of(pretrained: str) -> int | None:
     path = Path(pretrained) / "config.json"
     if not pretrained or not path.is_file():
         return None
-    with suppress(OSError, ValueError):  # it is another tool's file
+    with suppress(OSError, ValueError):  # the file is of another tool
         config = json.loads(path.read_text(encoding="utf-8"))
         size = config.get("vocab_size")
         return size if isinstance(size, int) else None
@@ -57,7 +57,7 @@ def _rows_of(pretrained: str) -> int | None:
 
 
 def _name_of(module: nn.Module, modules: Mapping[str, nn.Module]) -> str:
-    """The first of a module's names."""
+    """The first name that a module has among all."""
     return next(name for name, each in modules.items() if each is module)
 
 

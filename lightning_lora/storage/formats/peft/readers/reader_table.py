@@ -9,14 +9,14 @@ TAKES = "takes"
 REFUSES = "refuses"
 IGNORES = "ignores"
 DIFFERS = "differs"
-UNKNOWN = "not known"
+NOT_KNOWN = "not known"
 
 MEANINGS = {
     TAKES: "it computes what was trained",
     REFUSES: "it ends in an error",
     IGNORES: "it leaves this out, without a word",
     DIFFERS: "it scales the update otherwise, without a word",
-    UNKNOWN: "neither run nor read",
+    NOT_KNOWN: "neither run nor read",
 }
 
 # With which kind of training
@@ -35,8 +35,11 @@ EXPERTS = "experts"
 SCALINGS = (RANKS, ALPHAS, RSLORA, DORA)
 PARTS = (EMBEDDINGS, ROWS, HEADS, NORMS, BIASES, EXPERTS)
 COLUMNS = (*SCALINGS, *PARTS)
-"""In PEFT's words: rank_pattern, alpha_pattern, rows in trainable_token_indices, whole modules in modules_to_save,
-experts in target_parameters.
+"""All kinds of training.
+
+In PEFT's words: ``rank_pattern``, ``alpha_pattern``, rows in
+``trainable_token_indices``, whole modules in ``modules_to_save``, experts in
+``target_parameters``.
 """
 
 
@@ -65,11 +68,11 @@ _ONE_SCALING_AND_LINEAR_LAYERS = {
     EXPERTS: IGNORES,
 }
 
-PEFT = Reader("PEFT", "tests, peft 0.21", _ALL_TAKEN)
+_PEFT = Reader("PEFT", "tests, peft 0.21", _ALL_TAKEN)
 
-TRANSFORMERS = Reader("transformers", "tests, transformers 5.24", _ALL_TAKEN)
+_TRANSFORMERS = Reader("transformers", "tests, transformers 5.24", _ALL_TAKEN)
 
-VLLM = Reader(
+_VLLM = Reader(
     "vLLM",
     "source, e745baff and 0306474e",
     {
@@ -82,13 +85,13 @@ VLLM = Reader(
         HEADS: REFUSES,
         NORMS: REFUSES,
         BIASES: REFUSES,
-        EXPERTS: UNKNOWN,
+        EXPERTS: NOT_KNOWN,
     },
     "Versions after 0.30 read the scalings of single layers. Late versions take a head "
     "called 'score'. Of experts, gate_up_proj alone is down_proj to it.",
 )
 
-SGLANG = Reader(
+_SGLANG = Reader(
     "SGLang",
     "source, 002c60aa and 0ceb81fe",
     {
@@ -96,18 +99,18 @@ SGLANG = Reader(
         ALPHAS: DIFFERS,
         RSLORA: DIFFERS,
         DORA: REFUSES,
-        EMBEDDINGS: UNKNOWN,
-        ROWS: UNKNOWN,
+        EMBEDDINGS: NOT_KNOWN,
+        ROWS: NOT_KNOWN,
         HEADS: IGNORES,
         NORMS: IGNORES,
-        BIASES: UNKNOWN,
-        EXPERTS: UNKNOWN,
+        BIASES: NOT_KNOWN,
+        EXPERTS: NOT_KNOWN,
     },
     "Late versions refuse ranks and alphas of single layers. All refuse a "
     "target_modules that is an expression.",
 )
 
-TGI = Reader(
+_TGI = Reader(
     "TGI",
     "source, db931fcf",
     _ONE_SCALING_AND_LINEAR_LAYERS,
@@ -115,14 +118,14 @@ TGI = Reader(
     "blocks.",
 )
 
-LORAX = Reader(
+_LORAX = Reader(
     "LoRAX",
     "source, a7394ba3",
     _ONE_SCALING_AND_LINEAR_LAYERS,
     "As TGI, from which it shares this code.",
 )
 
-LLAMA_CPP = Reader(
+_LLAMA_CPP = Reader(
     "llama.cpp",
     "source, 0b03adaa and 0650ea8c",
     {
@@ -135,13 +138,13 @@ LLAMA_CPP = Reader(
         HEADS: REFUSES,
         NORMS: IGNORES,
         BIASES: REFUSES,
-        EXPERTS: UNKNOWN,
+        EXPERTS: NOT_KNOWN,
     },
     "Ollama uses it. An adapted embedding that is tied with the head ends it while it "
     "loads (merge for it).",
 )
 
-DIFFUSERS = Reader(
+_DIFFUSERS = Reader(
     "diffusers",
     "tests, diffusers 0.42",
     {
@@ -149,20 +152,20 @@ DIFFUSERS = Reader(
         ALPHAS: TAKES,
         RSLORA: TAKES,
         DORA: TAKES,
-        EMBEDDINGS: UNKNOWN,
+        EMBEDDINGS: NOT_KNOWN,
         ROWS: REFUSES,
         HEADS: REFUSES,
         NORMS: REFUSES,
         BIASES: REFUSES,
-        EXPERTS: UNKNOWN,
+        EXPERTS: NOT_KNOWN,
     },
     "Where it refuses, so does the export, before anything is written.",
 )
 
-PEFT_READERS = (PEFT, TRANSFORMERS, VLLM, SGLANG, TGI, LORAX, LLAMA_CPP)
+PEFT_READERS = (_PEFT, _TRANSFORMERS, _VLLM, _SGLANG, _TGI, _LORAX, _LLAMA_CPP)
 """Those that read the folder of PEFT's format. diffusers has one of its own."""
 
-READERS = (*PEFT_READERS, DIFFUSERS)
+READERS = (*PEFT_READERS, _DIFFUSERS)
 
 
 def readers_that(does: str, kind: str) -> list[str]:

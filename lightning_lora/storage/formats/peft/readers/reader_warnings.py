@@ -1,4 +1,4 @@
-"""What is said where a reader of PEFT's files would compute something else: a merge there, vLLM, llama.cpp, SGLang."""
+"""What is said where PEFT's merge, or another reader of its files, such as vLLM, would compute something else."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -10,8 +10,8 @@ from lightning_lora.errors import listed, warn
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.hooked_layers import warn_of_hooks
 from lightning_lora.storage.formats.peft.readers.folder_readers import (
-    Contents,
-    with_names,
+    KindsOfTraining,
+    with_modules,
 )
 from lightning_lora.storage.formats.peft.readers.llama_cpp import (
     warn_of_tied_embeddings,
@@ -44,7 +44,7 @@ def warn_of_merges(export: Export) -> None:
 
 
 def _warn_of_tied_weights(export: Export) -> None:
-    """Warn of weights that another layer has too: a merge there changes them for it."""
+    """Warn of weights that another layer has too: PEFT's merge changes them for that layer too."""
     tied = where(export.stored.layers, _is_tied)
     if not tied:
         return
@@ -59,9 +59,9 @@ def _warn_of_tied_weights(export: Export) -> None:
 
 
 def _is_tied(layer: StoredLayer) -> bool:
-    """Whether an update of a layer's weights would reach other layers.
+    """Whether an update of a layer's weights would reach other layers, which do not have it here.
 
-    Rows of tokens belong to all of them.
+    Single rows that train do reach them here too.
     """
     return bool(layer.tied) and not layer.tokens
 
@@ -94,7 +94,11 @@ def _is_encoder_layer(module: StoredModule) -> bool:
 def warn_of_scalings(
     export: Export, updates: Iterable[WeightUpdate], config: dict[str, Any]
 ) -> None:
-    """Name readers that would scale otherwise: most know one number, llama.cpp lora_alpha over each rank."""
+    """Name the readers that would scale otherwise.
+
+    Most scale all updates by one number. llama.cpp takes one alpha over the rank of
+    each layer.
+    """
     if not _is_causal_lm(export.stored_inner):
         return
     readers = list[str]()
@@ -120,7 +124,7 @@ def warn_of_layers(export: Export) -> None:
 
 
 def warn_of_whole_modules(export: Export) -> None:
-    """Name modules that train whole, where servers of language models read the folder: some drop them."""
+    """Name modules that train whole, if servers of language models read the folder: some leave them out."""
     whole = list(export.stored.saved)
     if not whole or not _is_served(export.stored_inner, whole):
         return
@@ -137,19 +141,19 @@ def warn_of_whole_modules(export: Export) -> None:
 
 
 _SAID_OTHERWISE = (RANKS, ALPHAS, RSLORA, HEADS, NORMS)
-"""The kinds of training of which other warnings are."""
+"""The kinds of training that :func:`warn_of_scalings` and :func:`warn_of_whole_modules` speak of."""
 
 
-def warn_of_left_out(export: Export, contents: Contents) -> None:
+def warn_of_left_out(export: Export, kinds: KindsOfTraining) -> None:
     """Name what servers of language models would leave out of a folder, and compute without it."""
     if not _is_causal_lm(export.stored_inner):
         return
     left_out = list[str]()
     readers = dict[str, None]()
-    for kind, modules in without(contents.kinds, _SAID_OTHERWISE).items():
+    for kind, modules in without(kinds.modules, _SAID_OTHERWISE).items():
         ignoring = readers_that(IGNORES, kind)
         if ignoring:
-            left_out.append(with_names(kind, modules))
+            left_out.append(with_modules(kind, modules))
             readers |= dict.fromkeys(ignoring)
     if left_out:
         warn(
@@ -160,7 +164,11 @@ def warn_of_left_out(export: Export, contents: Contents) -> None:
 
 
 def _is_served(model: StoredModule, whole: Iterable[str]) -> bool:
-    """Whether servers of language models read a model's adapters: also those of a decoder with a head for classes."""
+    """Whether servers of language models read a model's adapters.
+
+    They read those of models that write text, and those of decoders with a head for
+    classes, which is called ``score``.
+    """
     leaves = [name.rpartition(".")[2] for name in whole]
     classifies = (
         model.class_name.endswith("ForSequenceClassification") and "score" in leaves

@@ -22,7 +22,7 @@ _LEAVE_OUT = (
 
 def check_exportable(export: Export) -> None:
     """Refuse what PEFT cannot hold, or would compute otherwise."""
-    # before all else: this refuses a file that lacks some of them
+    # this comes before all else, because it refuses a file that lacks some tensors
     saved = export.saved_tensors
     _refuse_layers(export)
     _check_modules_to_save(export)
@@ -50,7 +50,10 @@ def _refuse_layers(export: Export) -> None:
 
 
 def _check_modules_to_save(export: Export) -> None:
-    """Refuse modules that PEFT would not find, and names by which it would save others too: it takes any ending."""
+    """Refuse modules that PEFT would not find, and names by which it would save others too.
+
+    PEFT saves each module whose name ends as an entry: ``head`` saves ``overhead``.
+    """
     saved_for_reader = list(map(export.name_for_reader, export.stored.saved))
     others = names_not_in(export.stored_modules, saved_for_reader)
     for module in export.stored.saved:

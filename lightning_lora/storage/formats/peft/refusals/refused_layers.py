@@ -28,40 +28,42 @@ from lightning_lora.tensors.names import join, names_not_in, owner_of, starts_of
 
 
 @dataclass(frozen=True)
-class _Loading:
-    """What PEFT does when it loads an export onto the reader's model."""
+class _Arrival:
+    """An export, and what becomes of it when PEFT loads it onto the reader's model."""
 
     export: Export
-    by_peft: PeftLoading
+    loading: PeftLoading
     lost: list[str]  # the layers whose tensors would not arrive
 
 
 def refused_layers(export: Export) -> dict[Reason, list[str]]:
     """Return the layers that PEFT cannot hold, or would compute otherwise, by the reason."""
-    loading = _loading_of_stand_ins(export)
+    arrival = _arrival_of(export)
     refused = dict[Reason, list[str]]()
     for layer in export.stored.layers.values():
-        reason = first_reason(_RULES, layer, loading)
+        reason = first_reason(_RULES, layer, arrival)
         if reason:
             refused.setdefault(reason, []).append(layer.name)
     return refused
 
 
-def _loading_of_stand_ins(export: Export) -> _Loading:
+def _arrival_of(export: Export) -> _Arrival:
     """Ask PEFT which layers would arrive.
 
-    Small tensors stand in for theirs, which need no values yet.
+    Small tensors stand in for the layers' own: PEFT is only asked what becomes of their
+    names.
     """
-    by_peft = loading_of(export)
+    loading = loading_of(export)
     stand_ins = stand_ins_of(export)
     of_all_layers = dict[str, Tensor]()
     for tensors in stand_ins.values():
         of_all_layers |= tensors
-    arriving = by_peft.names_in_file(of_all_layers)
-    lost = [
-        layer for layer, tensors in stand_ins.items() if names_not_in(tensors, arriving)
-    ]
-    return _Loading(export, by_peft, lost)
+    arriving = loading.names_in_file(of_all_layers)
+    lost = list[str]()
+    for layer, tensors in stand_ins.items():
+        if names_not_in(tensors, arriving):
+            lost.append(layer)
+    return _Arrival(export, loading, lost)
 
 
 def adapted_around(name: str, stored: StoredAdapters) -> list[str]:
@@ -72,17 +74,17 @@ def adapted_around(name: str, stored: StoredAdapters) -> list[str]:
 # The rules
 
 
-def _because_of_its_kind(layer: StoredLayer, loading: _Loading) -> Reason:
-    """PEFT has no counterpart for its adapter, or one that computes something else."""
+def _because_of_its_kind(layer: StoredLayer, arrival: _Arrival) -> Reason:
+    """PEFT has no counterpart for the layer's adapter, or one that computes something else."""
     magnitude = layer.matrices[0].parameter_name(Role.MAGNITUDE)
     return why_no_counterpart(
-        layer, loading.export.stored.state.get(join(layer.name, magnitude))
+        layer, arrival.export.stored.state.get(join(layer.name, magnitude))
     )
 
 
-def _because_it_is_the_root(layer: StoredLayer, loading: _Loading) -> Reason:
-    """The reader has this layer alone."""
-    if layer.name == loading.export.stored.root:
+def _because_it_is_the_root(layer: StoredLayer, arrival: _Arrival) -> Reason:
+    """The reader has the layer alone, with nothing around it."""
+    if layer.name == arrival.export.stored.root:
         return (
             'PEFT adapts layers inside a module, not the module itself. Pass root="", '
             "or the module around it."
@@ -90,8 +92,8 @@ def _because_it_is_the_root(layer: StoredLayer, loading: _Loading) -> Reason:
     return ""
 
 
-def _because_out_proj_counts_twice(layer: StoredLayer, _: _Loading) -> Reason:
-    """It is an attention whose output projection is adapted."""
+def _because_out_proj_counts_twice(layer: StoredLayer, _: _Arrival) -> Reason:
+    """The layer is an attention whose output projection is adapted."""
     if "out_proj.weight" not in layer.shapes:
         return ""
     leaf = layer.name.rpartition(".")[2]
@@ -102,9 +104,9 @@ def _because_out_proj_counts_twice(layer: StoredLayer, _: _Loading) -> Reason:
     )
 
 
-def _because_inside_of_adapted(layer: StoredLayer, loading: _Loading) -> Reason:
-    """It has adapted parameters, and so has a module around it."""
-    around = adapted_around(layer.name, loading.export.stored)
+def _because_inside_of_adapted(layer: StoredLayer, arrival: _Arrival) -> Reason:
+    """The layer has adapted parameters, and so has a module around it."""
+    around = adapted_around(layer.name, arrival.export.stored)
     if around and counterpart_of(layer).is_parameter:
         return (
             f"PEFT finds no parameters inside of {listed(around)}, whose parameters "
@@ -113,9 +115,9 @@ def _because_inside_of_adapted(layer: StoredLayer, loading: _Loading) -> Reason:
     return ""
 
 
-def _because_of_its_rows(layer: StoredLayer, loading: _Loading) -> Reason:
-    """Single rows of it train, and PEFT computes something else with them."""
-    export = loading.export
+def _because_of_its_rows(layer: StoredLayer, arrival: _Arrival) -> Reason:
+    """Single rows of the layer train, and PEFT computes something else with them."""
+    export = arrival.export
     if not layer.tokens:
         return ""
     if export.modules_for_reader:
@@ -125,35 +127,38 @@ def _because_of_its_rows(layer: StoredLayer, loading: _Loading) -> Reason:
     return why_rows_of_file_differ(layer, export)
 
 
-def _because_it_does_not_arrive(layer: StoredLayer, loading: _Loading) -> Reason:
-    """PEFT renames its tensors, whatever their names in the file."""
-    if layer.name in loading.lost:
+def _because_it_does_not_arrive(layer: StoredLayer, arrival: _Arrival) -> Reason:
+    """PEFT renames the layer's tensors, whatever their names in the file are."""
+    if layer.name in arrival.lost:
         return (
             "PEFT gives their tensors other names when it loads a model of type "
-            f"{loading.by_peft.model_type!r}."
+            f"{arrival.loading.model_type!r}."
         )
     return ""
 
 
-def _because_of_its_name(layer: StoredLayer, loading: _Loading) -> Reason:
-    """PEFT refuses a layer of this name in a model of this type."""
+def _because_of_its_name(layer: StoredLayer, arrival: _Arrival) -> Reason:
+    """PEFT refuses a layer of this name in a model of the reader's type."""
     if counterpart_of(layer).is_parameter:
         return ""
-    return loading.by_peft.why_refused(layer.name)
+    return arrival.loading.why_refused(layer.name)
 
 
-def _because_taken_for_experts(layer: StoredLayer, loading: _Loading) -> Reason:
-    """PEFT takes it for experts, and it cannot be named as a parameter, which would stay what it is."""
-    if counterpart_of(layer).is_parameter or not loading.by_peft.is_taken_for_experts(
+def _because_taken_for_experts(layer: StoredLayer, arrival: _Arrival) -> Reason:
+    """PEFT takes the layer for experts, and refuses its weight as a parameter.
+
+    Named as a parameter, in ``target_parameters``, it would not be taken for experts.
+    """
+    if counterpart_of(layer).is_parameter or not arrival.loading.is_taken_for_experts(
         layer.name
     ):
         return ""
-    config = loading.export.stored.config
+    config = arrival.export.stored.config
     if layer.adapter_class is LoRALinear and not config.use_dora and not config.dropout:
         return ""
     return (
         "PEFT takes them for experts in a model of type "
-        f"{loading.by_peft.model_type!r}, unless target_parameters names them, which "
+        f"{arrival.loading.model_type!r}, unless target_parameters names them, which "
         "it refuses with DoRA, dropout or a quantised weight. Train with "
         "use_dora=False and dropout=0."
     )

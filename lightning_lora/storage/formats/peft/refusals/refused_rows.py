@@ -19,9 +19,9 @@ from lightning_lora.tensors.names import find_parameter, join, starts_of
 
 
 class _Uses(NamedTuple):
-    """The layers that have the embedding's weight."""
+    """The layers that use the weight of an embedding of which single rows train."""
 
-    names: list[str]
+    names: list[str]  # such as ["wte", "lm_head"]
     biased: list[str]  # those of them with a bias
     says_tied: bool  # whether a configuration says that the weight is tied
     # the embedding of the model's inputs, if it is another one: PEFT ties layers to it
@@ -32,14 +32,20 @@ class _Uses(NamedTuple):
 def why_rows_differ(modules: Mapping[str, nn.Module], name: str) -> Reason:
     """Return why PEFT computes something else with rows of the layer ``name`` among ``modules``."""
     uses = _uses_of_weight(modules, name)
-    biased = [
-        use for layer, use in uses.items() if getattr(layer, "bias", None) is not None
-    ]
-    other_input = _input_embedding_around(name, modules)
-    if other_input and modules[other_input] is modules[name]:
-        other_input = ""
+    biased = list[str]()
+    for layer, use in uses.items():
+        if getattr(layer, "bias", None) is not None:
+            biased.append(use)
+    input_embedding = _input_embedding_around(name, modules)
+    is_other = input_embedding and modules[input_embedding] is not modules[name]
     return first_reason(
-        _RULES, _Uses(list(uses.values()), biased, _says_tied(modules), other_input)
+        _RULES,
+        _Uses(
+            names=list(uses.values()),
+            biased=biased,
+            says_tied=_says_tied(modules),
+            other_input=input_embedding if is_other else "",
+        ),
     )
 
 
@@ -52,13 +58,21 @@ def why_rows_of_file_differ(layer: StoredLayer, export: Export) -> Reason:
             "whether PEFT knows that."
         )
     names = list(map(export.name_for_reader, uses))
-    known = only(export.stored_modules, names)
-    biased = [use for use, module in known.items() if module.has_bias]
+    known_uses = only(export.stored_modules, names)
+    biased = [use for use, module in known_uses.items() if module.has_bias]
     says_tied = any(module.says_tied for module in export.stored_modules.values())
-    other_input = _input_embedding_by_file(names[0], export.stored_modules)
-    if other_input in map(export.name_for_reader, [layer.name, *layer.other_names]):
-        other_input = ""
-    return first_reason(_RULES, _Uses(names, biased, says_tied, other_input))
+    input_embedding = _input_embedding_by_file(names[0], export.stored_modules)
+    names_of_layer = map(export.name_for_reader, [layer.name, *layer.other_names])
+    is_other = input_embedding not in names_of_layer
+    return first_reason(
+        _RULES,
+        _Uses(
+            names=names,
+            biased=biased,
+            says_tied=says_tied,
+            other_input=input_embedding if is_other else "",
+        ),
+    )
 
 
 def _because_of_bias(uses: _Uses) -> Reason:
@@ -93,13 +107,14 @@ def _because_tied_to_another(uses: _Uses) -> Reason:
 
 
 _RULES = (_because_of_bias, _because_tied_by_hand, _because_tied_to_another)
+"""In the order in which they are asked: the first reason is said."""
 
 
 # The embedding of the inputs of the outermost model around a layer
 
 
 def _input_embedding_around(layer: str, modules: Mapping[str, nn.Module]) -> str:
-    """Its name among the modules of a model. Empty: no model says which it is."""
+    """The embedding's name among the modules of a model. Empty: no module says which one it is."""
     for outer in ("", *starts_of(layer)):
         inner = input_embedding_in(modules[outer])
         if inner:
@@ -108,7 +123,7 @@ def _input_embedding_around(layer: str, modules: Mapping[str, nn.Module]) -> str
 
 
 def _input_embedding_by_file(layer: str, modules: Mapping[str, StoredModule]) -> str:
-    """Its name, by what a file says of modules. Empty: it does not say which it is."""
+    """The embedding's name, by what a file says of modules. Empty: it does not say which one it is."""
     for outer in ("", *starts_of(layer)):
         inner = modules.get(outer, UNKNOWN).input_embedding
         if inner:

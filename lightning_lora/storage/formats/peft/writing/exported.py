@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lora.errors import ExportError
 from lightning_lora.storage.formats.export import Export
-from lightning_lora.storage.formats.peft.naming.wrappers import tensors_of
+from lightning_lora.storage.formats.peft.naming.wrappers import peft_tensors
 from lightning_lora.storage.formats.peft.readers.reader_warnings import (
     warn_of_merges,
     warn_of_scalings,
@@ -40,11 +40,16 @@ def exported(
 ) -> PeftExport:
     """Return PEFT's tensors and configuration.
 
-    Args:
-        export: The adapters.
-        uniform: Give all updates one rank, and one scaling.
-        scaling: The one that all get. None: each keeps its own, or, if uniform, all get
-            the most common one.
+    In them, each update has:
+
+    uniform  scaling  rank                the scaling of the update
+    -------  -------  ------------------  --------------------------
+    no       None     its own             its own
+    yes      None     the largest of any  the most common one of all
+    no       given    its own             the given one
+    yes      given    the largest of any  the given one
+
+    B makes up for a new scaling, so each update is as before.
     """
     export = with_what_peft_can_hold(export)
     updates = weight_updates(export)
@@ -58,12 +63,12 @@ def exported(
     use_rslora = export.stored.config.use_rslora
     if scaling is not None:
         updates = with_scaling(updates, scaling)
-        use_rslora = False  # alpha alone says the scaling
+        use_rslora = False  # each alpha is now the scaling times the rank
     config = written_config(export, updates, use_rslora=use_rslora)
     warn_of_merges(export)
     if scaling is None:
         warn_of_scalings(export, updates, config)
-    return PeftExport(tensors_of(export, updates), config)
+    return PeftExport(peft_tensors(export, updates), config)
 
 
 def _most_common_scaling(updates: Iterable[WeightUpdate]) -> float:

@@ -35,15 +35,14 @@ def _without_zeros(export: Export) -> Export:
     If all are zero, none is left out: nothing would remain.
     """
     stored = export.stored
-    # B alone does not tell
+    # with these, an update may be something else than zero if B is zero
     if stored.config.use_dora or INITIALISATIONS[stored.config.init].is_difference:
         return export
     zeros = list[str]()
     for name in chain.from_iterable(refused_layers(export).values()):
         if _has_zero_update(stored.layers[name], stored.state):
             zeros.append(name)
-    are_all = len(zeros) == len(stored.layers)
-    if not zeros or are_all:
+    if not zeros or len(zeros) == len(stored.layers):
         return export
     warn(
         f"{listed(zeros)} have updates of zero, and PEFT cannot hold them: they are "
@@ -53,8 +52,8 @@ def _without_zeros(export: Export) -> Export:
 
 
 def _has_zero_update(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
-    """Whether each B of a layer is zero. Single rows have none."""
-    if layer.tokens:
+    """Whether each B of a layer is zero."""
+    if layer.tokens:  # single rows have no B
         return False
     for matrix in layer.matrices:
         b = state[join(layer.name, matrix.parameter_name(Role.B))]
@@ -64,7 +63,7 @@ def _has_zero_update(layer: StoredLayer, state: Mapping[str, Tensor]) -> bool:
 
 
 def _without_layers(stored: StoredAdapters, names: Collection[str]) -> StoredAdapters:
-    """All adapters but those of some layers."""
+    """The adapters without those of some layers."""
     left_out = replace(stored, layers=only(stored.layers, names))
     return replace(
         stored,
@@ -77,35 +76,31 @@ def _without_layers(stored: StoredAdapters, names: Collection[str]) -> StoredAda
 
 
 def _with_tied_modules(export: Export) -> Export:
-    """Save tied modules whole, if one of them is: PEFT gives each its own weight.
+    """Save a module whole too, if it has a weight of a module that is saved whole.
 
-    An embedding is saved whole, and its head has the same weight: here that trains
-    both, so both are written.
+    An embedding and its head have one weight, and ``modules_to_save`` names the
+    embedding. Here both train. PEFT would train a copy for the embedding alone, so the
+    head is saved too.
     """
     stored = export.stored
-    entries_to_save = chain.from_iterable(stored.saved.values())
-    saved_modules = set(_modules_with(entries_to_save, export).values())
-    their_weights = _own_weights(saved_modules)
+    saved_entries = chain.from_iterable(stored.saved.values())
+    saved_modules = set(_modules_with(saved_entries, export).values())
+    saved_weights = set[nn.Parameter]()
+    for module in saved_modules:
+        saved_weights.update(module.parameters(recurse=False))
     tied = dict[str, list[str]]()
     trained_in_full = without(_modules_with(stored.state, export), stored.layers)
     for name, module in trained_in_full.items():
-        shares_weights = not their_weights.isdisjoint(_own_weights([module]))
-        if shares_weights and module not in saved_modules:
+        is_tied = not saved_weights.isdisjoint(module.parameters(recurse=False))
+        if is_tied and module not in saved_modules:
             tied[name] = names_joined(name, module.state_dict())
     return replace(export, stored=replace(stored, saved={**stored.saved, **tied}))
-
-
-def _own_weights(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
-    """The weights of these modules, without those of modules inside of them."""
-    return set(
-        chain.from_iterable(module.parameters(recurse=False) for module in modules)
-    )
 
 
 def _modules_with(entries: Iterable[str], export: Export) -> dict[str, nn.Module]:
     """The modules that hold these entries of a state, by name.
 
-    From a file there are none, as it holds no modules.
+    If a file is exported, there are none.
     """
     modules = export.modules_of_model
     names = dict.fromkeys(map(owner_of, entries))

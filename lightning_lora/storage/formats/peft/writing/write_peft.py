@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from lightning_lora.errors import ExportError, listed
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.naming.when_loaded import loading_of
 from lightning_lora.storage.formats.peft.peft_config import config_of
-from lightning_lora.storage.formats.peft.readers.folder_readers import contents_of
+from lightning_lora.storage.formats.peft.readers.folder_readers import kinds_in
 from lightning_lora.storage.formats.peft.readers.new_rows import warn_of_new_rows
 from lightning_lora.storage.formats.peft.readers.reader_warnings import (
     warn_of_layers,
@@ -33,36 +34,41 @@ from lightning_lora.tensors.names import names_not_in
 
 
 def write(export: Export, directory: Path, *, uniform: bool) -> None:
-    """Write PEFT's two files, and a model card.
-
-    The header of the tensors repeats the configuration. If PEFT renames tensors while
-    it loads them, the header also has their names in the model, which a reader of this
-    package takes.
-    """
+    """Write PEFT's two files, and a model card, after all of it has been computed and checked."""
     tensors, config = exported(export, uniform=uniform)
-    names = _names_in_file(export, tensors)
+    names_in_file = _names_in_file(export, tensors)
     warn_of_whole_modules(export)
-    warn_of_left_out(export, contents_of(tensors, config_of(config, directory)))
+    warn_of_left_out(export, kinds_in(tensors, config_of(config, directory)))
     warn_of_layers(export)
     warn_of_new_rows(export)
-    header = {METADATA: json.dumps(prefixed(PREFIX, config))}
-    by_name_in_file = renamed(tensors, names.__getitem__)
-    is_any_renamed = any(name != in_file for name, in_file in names.items())
-    if is_any_renamed:
-        header[NAMES_HERE] = json.dumps(
-            {in_file: name for name, in_file in names.items()}, sort_keys=True
-        )
+    by_name_in_file = renamed(tensors, names_in_file.__getitem__)
+    header = _header(config, names_in_file)
     card = ModelCard(export, "peft", _code_that_loads(export))
-    contents = {
+    files = {
         PEFT_CONFIG: json.dumps(config, indent=2).encode(),
         PEFT_WEIGHTS[0]: save(prefixed(PREFIX, by_name_in_file), header),
         **card.files(directory),
     }
-    write_files(directory, contents)
+    write_files(directory, files)
+
+
+def _header(
+    config: Mapping[str, Any], names_in_file: Mapping[str, str]
+) -> dict[str, str]:
+    """The header of the file of tensors, which repeats the configuration.
+
+    If tensors have other names in the file than in the model, the header has their
+    names in the model too, by those in the file. Only this package reads them.
+    """
+    header = {METADATA: json.dumps(prefixed(PREFIX, config))}
+    if any(name != in_file for name, in_file in names_in_file.items()):
+        names_in_model = {in_file: name for name, in_file in names_in_file.items()}
+        header[NAMES_HERE] = json.dumps(names_in_model, sort_keys=True)
+    return header
 
 
 def _names_in_file(export: Export, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names in the file of all tensors, with which PEFT loads them onto the reader's model."""
+    """For each tensor, the name in the file under which PEFT loads it onto the reader's model."""
     loading = loading_of(export)
     loading.warn_if_unsure()
     names = loading.names_in_file(tensors)
@@ -77,10 +83,12 @@ def _names_in_file(export: Export, tensors: Mapping[str, Tensor]) -> dict[str, s
 
 
 def _code_that_loads(export: Export) -> str:
-    """The lines of Python that load the folder: PEFT builds a model of transformers whose name and class are there.
+    """The lines of Python that load the folder.
 
-    It builds it with the arguments of the stored base. A head or an embedding that
-    trained may have another size.
+    1. PEFT itself builds a model of transformers whose name and class are known.
+    2. If a head or an embedding trained, it may have another size than the stored
+       base's, so the user builds the model, as for the training.
+    3. Other models, only the user can build.
     """
     model = export.stored_inner
     is_from_transformers = model.pretrained and model.library.startswith(

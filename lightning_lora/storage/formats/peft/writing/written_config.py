@@ -27,7 +27,8 @@ def written_config(
         targets.add(update)
     r, rank_pattern = value_and_pattern(targets.ranks)
     alpha, alpha_pattern = value_and_pattern(targets.alphas)
-    config = {
+    modules_to_save = list(map(export.name_for_reader, export.stored.saved))
+    return {
         "peft_type": "LORA",
         **_pretrained(export.stored_inner),
         "inference_mode": True,
@@ -39,28 +40,36 @@ def written_config(
         "bias": settings.bias,
         "fan_in_fan_out": targets.are_transposed(),
         "target_modules": export.as_targets(targets.modules),
+        **_instead_for_parameters(targets.parameters, settings.bias),
+        **_rows(export),
+        "modules_to_save": modules_to_save or None,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
     }
-    if targets.parameters:
-        config["target_parameters"] = targets.parameters
-        config["lora_dropout"] = 0.0  # PEFT refuses it for parameters
-        if settings.bias == "lora_only":
-            config["bias"] = "none"  # PEFT stops at an LSTM's bias=True
-    rows = {
-        export.name_for_reader(name): list(layer.tokens)
-        for name, layer in export.layers_with_rows.items()
-    }
-    if rows:
-        config["trainable_token_indices"] = rows
-    modules_to_save = list(map(export.name_for_reader, export.stored.saved))
-    config["modules_to_save"] = modules_to_save or None
-    config["rank_pattern"] = rank_pattern
-    config["alpha_pattern"] = alpha_pattern
-    return config
+
+
+def _instead_for_parameters(parameters: list[str], bias: str) -> dict[str, Any]:
+    """The fields that are otherwise, or there at all, if PEFT adapts parameters."""
+    if not parameters:
+        return {}
+    # PEFT refuses dropout for parameters
+    fields = {"target_parameters": parameters, "lora_dropout": 0.0}
+    if bias == "lora_only":
+        fields["bias"] = "none"  # PEFT stops at an LSTM's bias=True
+    return fields
+
+
+def _rows(export: Export) -> dict[str, Any]:
+    """The field that names the rows of embeddings that train, if there are any."""
+    rows = dict[str, list[int]]()
+    for name, layer in export.layers_with_rows.items():
+        rows[export.name_for_reader(name)] = list(layer.tokens)
+    return {"trainable_token_indices": rows} if rows else {}
 
 
 @dataclass
 class _PeftTargets:
-    """What PEFT is to adapt: the names of layers and of parameters, with the rank and alpha of each."""
+    """What PEFT is to adapt: layers and parameters, and the rank and the alpha of each by its name."""
 
     loading: PeftLoading
     modules: list[str] = field(default_factory=list)
@@ -70,11 +79,10 @@ class _PeftTargets:
     kinds: set[Any] = field(default_factory=set)  # the classes of our adapters
 
     def add(self, update: WeightUpdate) -> None:
-        """Name what has one more update."""
+        """Add the layer, or the parameter, that has this update."""
         name = update.name
-        if counterpart_of(
-            update.layer
-        ).is_parameter or self.loading.is_taken_for_experts(name):
+        is_parameter = counterpart_of(update.layer).is_parameter
+        if is_parameter or self.loading.is_taken_for_experts(name):
             name = join(name, update.weight)
             self.parameters.append(name)
         else:
@@ -84,7 +92,11 @@ class _PeftTargets:
         self.kinds.add(update.layer.adapter_class)
 
     def are_transposed(self) -> bool:
-        """Return whether PEFT is told that the weights are (in, out): of GPT-2's layers, if no others are beside."""
+        """Return whether PEFT is told that all weights are (in, out).
+
+        Those of Conv1D are, as GPT-2 has them. PEFT is not told so if others are beside
+        them.
+        """
         return (
             LoRAConv1D in self.kinds
             and LoRALinear not in self.kinds
@@ -93,7 +105,7 @@ class _PeftTargets:
 
 
 def _as_integer(value: float) -> float:
-    """The same number without a point, if it is one."""
+    """A number, as an integer if it is one: ``8`` for ``8.0``."""
     return int(value) if value == int(value) else value
 
 
