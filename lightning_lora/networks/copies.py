@@ -20,9 +20,9 @@ from lightning_lora.tensors.names import (
 from lightning_lora.tensors.shards import to_local
 
 _LEAST_COSINE = 0.9
-"""That between a copy's weights and the original's.
+"""The cosine between the weights of a copy and those of its original is larger.
 
-An average lags behind; other networks have about 0.
+An average lags behind its original. Networks that are no copies have about 0.
 """
 
 _SAMPLES = 10_000  # values of a weight that are compared
@@ -34,16 +34,24 @@ def find_copies(
     layers: Set[str],
     still_parameters: Set[nn.Parameter],
     *,
-    may_lack: bool = False,
+    may_be_smaller: bool = False,
 ) -> dict[str, str]:
-    """Return the copies among networks that stand still, with their originals.
+    """Return the copies among networks that stand still, each with its original: ``{"momentum": "encoder"}``.
 
-    An original trains. If several are alike, the copies are shared out among them. With
-    ``may_lack``, a copy may have fewer parameters: a teacher may lack a mask.
+    An original trains. If several originals are alike, the copies are shared out among
+    them. With ``may_be_smaller``, a copy may have fewer parameters than its original:
+    a teacher may lack the token that masks its student's words.
+
+    Args:
+        modules: The modules of the model.
+        base: Its parameters, without those of adapters.
+        layers: The layers with adapters, or those that would get them.
+        still_parameters: Those that stand still: frozen, or in no optimizer.
+        may_be_smaller: Whether a copy may lack parameters.
     """
     if not still_parameters:
         return {}
-    return _Search(modules, base, layers, still_parameters, may_lack).run()
+    return _Search(modules, base, layers, still_parameters, may_be_smaller).run()
 
 
 def pairs_of(copies: Mapping[str, str]) -> str:
@@ -53,7 +61,12 @@ def pairs_of(copies: Mapping[str, str]) -> str:
 
 
 class _Search:
-    """One search for copies: what is asked of each network is computed once."""
+    """One search for copies: what is asked of each network is computed once.
+
+    ``parameters_in`` has the parameters of each module by their names in it, also those
+    of modules inside: ``{"encoder": {"proj.weight": W}, "encoder.proj": {"weight": W}}``.
+    ``adapted_in`` has only those of layers with adapters.
+    """
 
     def __init__(
         self,
@@ -61,10 +74,10 @@ class _Search:
         base: Parameters,
         layers: Set[str],
         still_parameters: Set[nn.Parameter],
-        may_lack: bool,
+        may_be_smaller: bool,
     ) -> None:
         self.modules = modules
-        self.may_lack = may_lack
+        self.may_be_smaller = may_be_smaller
         owners_of_training = [
             owner_of(name)
             for name, parameter in base.items()
@@ -76,7 +89,7 @@ class _Search:
         self.adapted_in = _parameters_by_module(only(base, set(adapted)))
         originals = only(self.parameters_in, self.around_training)
         self.originals_by_class = grouped(originals, self._class_of)
-        self.copies_of: Counter[str] = Counter()  # how many each network has
+        self.number_of_copies: Counter[str] = Counter()  # of each original
         self.samples = _Samples()
 
     def run(self) -> dict[str, str]:
@@ -88,7 +101,7 @@ class _Search:
             original = self._original_of(name)
             if original is not None:
                 found[name] = original
-                self.copies_of[original] += 1
+                self.number_of_copies[original] += 1
         return found
 
     def _class_of(self, name: str) -> type:
@@ -103,40 +116,54 @@ class _Search:
         """
         if name in self.around_training:
             return False
-        is_beside_what_trains = owner_of(name) in {"", *self.around_training}
         has_several_layers = bool(self.modules[name]._modules)
+        module_around = owner_of(name)
+        is_beside_what_trains = (
+            module_around == "" or module_around in self.around_training
+        )
         return has_several_layers or is_beside_what_trains
 
     def _original_of(self, name: str) -> str | None:
         """The network that trains and is like this one: of several, one with the fewest copies."""
         originals = self.originals_by_class.get(self._class_of(name), [])
-        for original in sorted(originals, key=self.copies_of.__getitem__):
-            if self._share_an_adapted_weight(
-                name, original
-            ) and self._have_nearly_same_weights(name, original):
+        for original in sorted(originals, key=self.number_of_copies.__getitem__):
+            if self._is_copy_of(name, original):
                 return original
         return None
+
+    def _is_copy_of(self, name: str, original: str) -> bool:
+        """Whether a network has the layers of another one, and nearly its weights."""
+        return (
+            self._share_an_adapted_weight(name, original)
+            and self._have_same_shapes(name, original)
+            and self._have_nearly_same_weights(name, original)
+        )
 
     def _share_an_adapted_weight(self, copy: str, original: str) -> bool:
         """Whether some weight is adapted in both networks: only then can one follow the other."""
         adapted = self.adapted_in.get(copy, {})
         return not adapted.keys().isdisjoint(self.adapted_in.get(original, {}))
 
-    def _have_nearly_same_weights(self, copy: str, original: str) -> bool:
-        """Whether one network has names and shapes of the other, and nearly the same weights."""
-        of_copy = self.parameters_in[copy]
-        of_original = self.parameters_in[original]
-        shapes = _shapes(of_copy)
-        shapes_of_original = _shapes(of_original)
-        if self.may_lack:
+    def _have_same_shapes(self, copy: str, original: str) -> bool:
+        """Whether both networks have parameters of the same names and shapes."""
+        shapes = _shapes(self.parameters_in[copy])
+        shapes_of_original = _shapes(self.parameters_in[original])
+        if self.may_be_smaller:
             shapes_of_original = only(shapes_of_original, shapes)
-        if shapes != shapes_of_original:
-            return False
+        return shapes == shapes_of_original
+
+    def _have_nearly_same_weights(self, copy: str, original: str) -> bool:
+        """Whether the cosine between the weights of both networks is nearly one.
+
+        If no weight can be compared, it is not.
+        """
+        parameters_of_original = self.parameters_in[original]
         products = products_of_norms = 0.0
-        for name, parameter in of_copy.items():
-            if _is_compared(parameter, of_original[name]):
+        for name, parameter in self.parameters_in[copy].items():
+            parameter_of_original = parameters_of_original[name]
+            if _is_compared(parameter, parameter_of_original):
                 one = self.samples.of(parameter)
-                other = self.samples.of(of_original[name])
+                other = self.samples.of(parameter_of_original)
                 products += float(one.values @ other.values)
                 products_of_norms += one.norm * other.norm
         return products > _LEAST_COSINE * products_of_norms
@@ -168,10 +195,10 @@ class _Sample:
 
 
 class _Samples:
-    """Some values of weights. Each weight is sampled once.
+    """Some values of weights, read once from each.
 
-    They are more than those of :func:`.seen.samples`: a cosine needs more than a look
-    for changes.
+    :func:`.seen.samples` has fewer: they show whether a weight has changed, and a
+    cosine needs more.
     """
 
     def __init__(self) -> None:

@@ -23,13 +23,14 @@ HEAD_SHARE = 0.25
 
 Most heads of torchvision's and transformers' classifiers are as small as that, but not
 VGG's and AlexNet's, nor those of detection and segmentation. The last blocks of some
-networks are as small too, but have names like those of earlier blocks.
+networks are as small too: :func:`_are_later_blocks` tells them from heads.
 """
 
 _LATER_BLOCK_SHARE = 0.5
-"""What trains is a later block if so much of what stands still has names like its own, but for numbers."""
+"""What trains are later blocks of a network if this share of it has the same names, but for numbers."""
 
-_Matrices = Mapping[str, list[nn.Parameter]]  # of each module
+_MatricesByModule = Mapping[str, list[nn.Parameter]]
+"""The matrices that each module holds itself: ``{"encoder.blocks.0.q": [weight]}``."""
 
 
 def find_networks(
@@ -42,11 +43,16 @@ def find_networks(
     copies: Mapping[str, str] = MappingProxyType({}),
     find_untrained: Callable[[], Collection[str]] = lambda: (),
 ) -> StillNetworks:
-    """Return the largest modules around the layers that stand still.
+    """Return the networks that stand still: the largest modules around layers that do not train.
 
-    A student trains beside its teacher, which stands still and gets no adapters. A new
-    head trains over an encoder, which stands still and gets adapters. If nothing
-    trains, there is no network to be told from another one.
+    What else trains decides what they are:
+
+    1. Nothing trains: the model is only evaluated. Or no layer stands still. Then no
+       network is told from another one.
+    2. A student trains, which is a pretrained network, and other layers are to be
+       adapted. Those that stand still are its teachers, and get no adapters.
+    3. Otherwise, what trains is a head, or new, or has nothing to adapt. Those that
+       stand still are encoders under it, and get adapters.
 
     Args:
         modules: The modules of the model.
@@ -55,48 +61,50 @@ def find_networks(
         still_parameters: Those that stand still: frozen, or in no optimizer.
         named_by_user: Modules and parameters that the user trains in full, or leaves
             out.
-        copies: The copies that were found: they are no other networks.
+        copies: The copies that were found: their layers are in no other network.
         find_untrained: Returns what looks untrained, as a new head. It takes long, and
             is only asked where it decides.
     """
-    matrices = _matrices_of(base, named_by_user)
+    matrices = _matrices_by_module(base, named_by_user)
     still_layers = _still_layers(only(matrices, layers), still_parameters, copies)
     training = _training_modules(modules, matrices, still_parameters)
     something_trains = training or named_by_user
-    # all layers train; or the model is only evaluated
     if not still_layers or not something_trains:
         return StillNetworks(copies=copies)
-    # they train, or are in a copy, or the user names their matrices
+    # these train, or are in a copy, or the user names their matrices
     other_layers = layers - set(still_layers)
-    largest = _largest_modules(still_layers, {*training, *other_layers, *named_by_user})
+    networks = _largest_modules(
+        still_layers, {*training, *other_layers, *named_by_user}
+    )
+    # without other layers, no layer at all would get an adapter
     if training and other_layers:
         pretrained = names_outside(training, find_untrained())
-        if pretrained and not _is_head(pretrained, still_layers, matrices):
-            # the largest are teachers beside a student
-            return StillNetworks(beside_training=largest, copies=copies)
-    # the largest are encoders under a head
-    return StillNetworks(under_head=largest, copies=copies)
+        if pretrained and not _are_head(pretrained, still_layers, matrices):
+            return StillNetworks(beside_training=networks, copies=copies)
+    return StillNetworks(under_head=networks, copies=copies)
 
 
-def _matrices_of(
+def _matrices_by_module(
     base: Parameters, named_by_user: Collection[str]
 ) -> dict[str, list[nn.Parameter]]:
-    """The matrices of each module, without those that the user names."""
+    """The matrices that each module holds itself, without those that the user names."""
     matrices = where(base, _is_matrix)
     not_named = names_outside(matrices, named_by_user)
     return by_owner(only(matrices, set(not_named)))
 
 
 def _still_layers(
-    layers: _Matrices, still_parameters: Set[nn.Parameter], copies: Collection[str]
+    matrices: _MatricesByModule,
+    still_parameters: Set[nn.Parameter],
+    copies: Collection[str],
 ) -> list[str]:
     """The layers all of whose matrices stand still, and which are in no copy."""
-    entirely_still = where(layers, set(still_parameters).issuperset)
+    entirely_still = where(matrices, set(still_parameters).issuperset)
     return names_outside(entirely_still, copies)
 
 
 def _training_modules(
-    modules: Modules, matrices: _Matrices, still_parameters: Set[nn.Parameter]
+    modules: Modules, matrices: _MatricesByModule, still_parameters: Set[nn.Parameter]
 ) -> list[str]:
     """The modules all of whose matrices train.
 
@@ -116,22 +124,38 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def _largest_modules(layers: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
-    """The largest modules that hold these layers and none of the others."""
+    """The largest modules that hold these layers and none of the others.
+
+    ``teacher`` for ``teacher.0`` and ``teacher.1``, if all others are in ``student``.
+    """
     around_others = modules_around(others)
     largest = [largest_free_of(around_others, name) for name in layers]
     return tuple(dict.fromkeys(largest))
 
 
-def _is_head(training: list[str], still_layers: list[str], matrices: _Matrices) -> bool:
-    """Whether what trains is small, and no later block of the network that stands still."""
-    still_size = _size(still_layers, matrices)
-    earlier_blocks = _alike_but_for_numbers(still_layers, training)
-    if _size(earlier_blocks, matrices) >= _LATER_BLOCK_SHARE * still_size:
+def _are_head(
+    training: list[str], still_layers: list[str], matrices: _MatricesByModule
+) -> bool:
+    """Whether the modules that train are a head of what stands still: small, and no later blocks of it."""
+    if _are_later_blocks(training, still_layers, matrices):
         return False
+    if len(training) <= HEAD_LAYERS:
+        return True
     training_size = _size(training, matrices)
-    return len(training) <= HEAD_LAYERS or training_size <= HEAD_SHARE * (
-        training_size + still_size
-    )
+    still_size = _size(still_layers, matrices)
+    return training_size <= HEAD_SHARE * (training_size + still_size)
+
+
+def _are_later_blocks(
+    training: list[str], still_layers: list[str], matrices: _MatricesByModule
+) -> bool:
+    """Whether the modules that train go on with a network that stands still.
+
+    ``blocks.11.q`` trains so after ``blocks.0.q`` to ``blocks.10.q``.
+    """
+    earlier_blocks = _alike_but_for_numbers(still_layers, training)
+    still_size = _size(still_layers, matrices)
+    return _size(earlier_blocks, matrices) >= _LATER_BLOCK_SHARE * still_size
 
 
 def _alike_but_for_numbers(names: Iterable[str], others: Iterable[str]) -> list[str]:
@@ -146,9 +170,10 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _size(names: Iterable[str], matrices: _Matrices) -> int:
-    numbers = 0
+def _size(names: Iterable[str], matrices: _MatricesByModule) -> int:
+    """The number of values in the matrices of these modules."""
+    size = 0
     for name in names:
-        for parameter in matrices[name]:
-            numbers += parameter.numel()
-    return numbers
+        for matrix in matrices[name]:
+            size += matrix.numel()
+    return size

@@ -15,19 +15,19 @@ class StillNetworks:
     """
 
     beside_training: tuple[str, ...] = ()
-    """Other networks train beside them, as a student beside its teacher.
+    """Networks beside which other networks train: a teacher, beside its student.
 
     They get no adapters.
     """
 
     under_head: tuple[str, ...] = ()
-    """No network with adapters trains beside them, but perhaps a head, as over a frozen encoder.
+    """Networks beside which no other network with adapters trains: a frozen encoder, under a new head.
 
     They get adapters.
     """
 
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Copies, each with its original.
+    """Copies, each with its original: ``{"momentum": "encoder"}``.
 
     Other code moves their weights, and their adapters follow those of the original.
     """
@@ -54,10 +54,7 @@ class StillNetworks:
         return replace(self, bare_layers=tuple(sorted(bare_layers)))
 
     def originals_of(self, layers: Iterable[str]) -> dict[str, str]:
-        """Return the original of each layer of a copy.
-
-        Layers that are in no copy are left out.
-        """
+        """Return the original of each layer that is in a copy: ``{"momentum.0": "encoder.0"}``."""
         originals: dict[str, str] = {}
         for copy, original in self.copies.items():
             for name in names_inside(layers, [copy]):

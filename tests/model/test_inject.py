@@ -17,6 +17,7 @@ import lightning_lora as ll
 from lightning_lora import moments
 from lightning_lora.model.own_loop.trainer_only import TRAINER_ONLY
 from lightning_lora.model.start_call import record_of
+from lightning_lora.model.still.settle import strip_adapters
 from lightning_lora.model.view import View
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import fails_at, kinds, unchanged
@@ -318,3 +319,14 @@ def test_guards_are_told_of_the_chosen_layers_before_adapters_are_put_on(
     monkeypatch.setattr(moments, "GUARDS", [Noting])
     names = ll.inject_adapters(LitTiny(), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
     assert numbers_of_adapted == [(0, len(names))]
+
+
+def test_a_network_that_lost_its_adapters_before_is_left_out_once() -> None:
+    names = ("net", "teacher", "other")
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 4)) for name in names})
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    view = View(model)
+    strip_adapters(view, ("teacher",))
+    strip_adapters(view, ("teacher", "other"))
+    assert view.adapter.networks.beside_training == ("teacher", "other")
+    assert list(view.layers) == ["net.0"]

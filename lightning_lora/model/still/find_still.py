@@ -23,9 +23,13 @@ def find_still_networks(
 ) -> StillNetworks:
     """Return which networks get no adapter, and which follow another one.
 
-    Layers that the user names always get an adapter, and one that has learned is kept.
-    So networks are looked for only where a word such as ``"all-linear"`` has chosen the
-    layers.
+    1. The record's networks without adapters stay so, unless the user has thawed some
+       of them.
+    2. Copies are looked for, and the record's copies are kept.
+    3. Other networks are looked for, in the other layers.
+
+    Layers that the user names always get an adapter. So the third step, and copies that
+    lack some weights, are only for a word such as ``"all-linear"``.
 
     Args:
         view: The model, adapted or not.
@@ -35,10 +39,12 @@ def find_still_networks(
     """
     if view.config.target_modules not in AUTOMATIC:
         return known_still_networks(view, kinds, still_parameters)
-    known = _known_networks(view, kinds, still_parameters, copies_may_be_smaller=True)
+    networks = _recorded_and_copies(
+        view, kinds, still_parameters, copies_may_be_smaller=True
+    )
     if still_parameters:
-        known = _with_networks_found(view, known, kinds, still_parameters)
-    return known.with_bare_layers(kinds.keys())
+        networks = _with_other_networks(view, networks, kinds, still_parameters)
+    return networks.with_bare_layers(kinds.keys())
 
 
 def known_still_networks(
@@ -48,75 +54,81 @@ def known_still_networks(
 
     No other network is looked for.
     """
-    return _known_networks(
+    networks = _recorded_and_copies(
         view, kinds, still_parameters, copies_may_be_smaller=False
-    ).with_bare_layers(kinds.keys())
+    )
+    return networks.with_bare_layers(kinds.keys())
 
 
-def _known_networks(
+def _recorded_and_copies(
     view: View,
     kinds: Mapping[str, type],
     still_parameters: Set[nn.Parameter],
     *,
     copies_may_be_smaller: bool,
 ) -> StillNetworks:
-    """The networks of before that still stand still, and all copies.
+    """The record's networks that still stand still, and all copies.
 
-    With ``copies_may_be_smaller``, a copy may lack some of its original's weights. An
-    earlier copy is kept even if it trains now: ``settle`` takes such copies out.
+    A copy in the record is kept even if it trains now: ``settle``, which knows the
+    optimizers, takes it out.
     """
-    before = view.adapter.networks if view.is_on_layers else StillNetworks()
-    copies = _copies_as_before(view, before)
-    copies |= find_copies(
+    recorded = view.adapter.networks if view.is_on_layers else StillNetworks()
+    copies = find_copies(
         view.modules,
         view.base_parameters,
         kinds.keys(),
         still_parameters,
-        may_lack=copies_may_be_smaller,
+        may_be_smaller=copies_may_be_smaller,
     )
-    return StillNetworks(beside_training=_still_as_before(view, before), copies=copies)
+    return StillNetworks(
+        beside_training=_not_thawed(view, recorded.beside_training),
+        copies={**_still_in_model(view, recorded.copies), **copies},
+    )
 
 
-def _with_networks_found(
+def _not_thawed(view: View, networks: tuple[str, ...]) -> tuple[str, ...]:
+    """The networks in which the user lets nothing train."""
+    if not networks:
+        return ()
+    user_trains = view.record.base.user_trains
+    thawed = [name for name in view.base_parameters if user_trains.get(name, True)]
+    return tuple(names_not_in(networks, modules_around(thawed)))
+
+
+def _still_in_model(view: View, copies: Mapping[str, str]) -> dict[str, str]:
+    """The copies that are modules of the model still, as their originals are."""
+    return with_values(only(copies, view.modules), view.modules)
+
+
+def _with_other_networks(
     view: View,
-    known: StillNetworks,
+    networks: StillNetworks,
     kinds: Mapping[str, type],
     still_parameters: Set[nn.Parameter],
 ) -> StillNetworks:
-    """The known networks, and those that are found in the layers outside them."""
+    """These networks, and those that are found in layers outside them.
+
+    Weights below adapters that have learned count as training, whatever stands still:
+    so no such adapter is lost.
+    """
 
     # reads weights: it is called only if it is needed
     def find_new_modules() -> tuple[str, ...]:
         return find_untrained(view).new_modules
 
-    layers = names_outside(_whole_layers(kinds), known.beside_training)
+    other_layers = names_outside(_whole_layers(kinds), networks.beside_training)
     found = find_networks(
         view.modules,
         view.base_parameters,
-        set(layers),
+        set(other_layers),
         still_parameters - _weights_that_have_learned(view),
         named_by_user=_named_by_user(view),
-        copies=known.copies,
+        copies=networks.copies,
         find_untrained=find_new_modules,
     )
     return replace(
-        found, beside_training=(*known.beside_training, *found.beside_training)
+        found, beside_training=(*networks.beside_training, *found.beside_training)
     )
-
-
-def _copies_as_before(view: View, before: StillNetworks) -> dict[str, str]:
-    """The earlier copies that are still in the model, with their originals."""
-    present_copies = only(before.copies, view.modules)
-    return with_values(present_copies, view.modules)
-
-
-def _still_as_before(view: View, before: StillNetworks) -> tuple[str, ...]:
-    """Networks that stood still, and in which the user has thawed nothing since."""
-    if not before.beside_training:
-        return ()
-    user_trains = view.record.base.user_trains
-    thawed = [name for name in view.base_parameters if user_trains.get(name, True)]
-    return tuple(names_not_in(before.beside_training, modules_around(thawed)))
 
 
 def _whole_layers(kinds: Mapping[str, type]) -> list[str]:
@@ -149,7 +161,7 @@ def _named_by_user(view: View) -> list[str]:
     return [*left_out, *saved]
 
 
-# For callers
+# What callers ask and say besides
 
 
 def parameters_frozen_by_user(view: View) -> set[nn.Parameter]:

@@ -26,23 +26,27 @@ from lightning_lora.tensors.names import modules_around, owner_of
 
 
 def follow_originals(view: View) -> None:
-    """Let the adapters of copies follow those of their originals.
+    """Let the adapters of copies follow those of their originals, and those of former copies train.
 
-    Before they train, both have the same values.
+    Before they train, a copy's adapter and its original's have the same values.
     """
     originals = _original_layers(view, view.adapter.networks)
     for name, original in originals.items():
         view.layers[name].lora_follow(original)
-    if view.adapter.may_have_learned:
-        return
-    for layer in without(view.layers, originals).values():
-        # one that has learned may be paused
+    # later, an adapter that does not train may be paused, or a sum of others
+    if not view.adapter.may_have_learned:
+        _train_former_copies(without(view.layers, originals))
+
+
+def _train_former_copies(layers: Mapping[str, LoRALayer]) -> None:
+    """Let fresh adapters train again which have followed until now: these layers follow nothing."""
+    for layer in layers.values():
         if not layer.lora_settings.trains and layer.lora_is_fresh():
             layer.lora_train_again()
 
 
 def follow_new_copies(view: View, new_layers: Set[str]) -> None:
-    """Note the networks of new layers that copy others, and let them follow."""
+    """Note the networks of new layers that copy networks of other layers, and let them follow."""
     before = view.adapter.networks
     copies = {**before.copies, **copies_among(view, new_layers)}
     view.adapter.networks = replace(before, copies=copies)
@@ -50,24 +54,24 @@ def follow_new_copies(view: View, new_layers: Set[str]) -> None:
 
 
 def begin_as_originals(view: View, copies: Mapping[str, str], layers: Set[str]) -> None:
-    """Give these layers of copies the values of their originals' adapters, while neither has learned.
+    """Give those of these layers that are in copies the values of their originals' adapters, while neither has learned.
 
-    Then other code moves a copy's adapter with its weights, and a copy that trains
-    later may.
+    They still train by themselves: other code may move a copy's adapter with its
+    weights, or the copy may train later.
     """
     originals = _original_layers(view, StillNetworks(copies=copies))
-    for name, layer in only(view.layers, layers & originals.keys()).items():
-        layer.lora_begin_as(originals[name])
+    for name, original in only(originals, layers).items():
+        view.layers[name].lora_begin_as(original)
 
 
 def copies_among(view: View, layers: Set[str]) -> dict[str, str]:
-    """Return the networks in these layers that copy a network of others."""
+    """Return the networks of these layers that copy a network of the other layers."""
     if not layers:
         return {}
-    around_others = modules_around(without(view.layers, layers))
+    around_other_layers = modules_around(without(view.layers, layers))
     still_parameters = set[nn.Parameter]()
     for name, parameter in view.base_parameters.items():
-        if owner_of(name) not in around_others:
+        if owner_of(name) not in around_other_layers:
             still_parameters.add(parameter)
     return find_copies(
         view.modules, view.base_parameters, view.layers.keys(), still_parameters
@@ -75,7 +79,7 @@ def copies_among(view: View, layers: Set[str]) -> dict[str, str]:
 
 
 def _original_layers(view: View, networks: StillNetworks) -> dict[str, LoRALayer]:
-    """The adapted layers that layers of copies follow, by the names of these."""
+    """The layer that each layer of a copy follows, where both are adapted: ``{"momentum.0": the layer encoder.0}``."""
     originals = networks.originals_of(view.layers)
     adapted = with_values(originals, view.layers)
     return {name: view.layers[original] for name, original in adapted.items()}

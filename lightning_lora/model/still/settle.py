@@ -16,7 +16,6 @@ from lightning_lora.model.still.find_still import (
 from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guards
-from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import (
     modules_around,
@@ -29,25 +28,29 @@ from lightning_lora.tensors.names import (
 def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     """Remove, pause or resume adapters, now that the optimizers are known.
 
-    A network stands still if it is frozen, or in no optimizer (``unheld``). If other
-    networks train beside it, it loses its adapters, but for adapters that have learned:
-    these are paused. Adapters of earlier fits may train again, and those of copies
-    follow their originals. Return the layers whose adapters are paused.
+    No optimizer holds the parameters in ``unheld``. In this order:
+
+    1. The networks that stand still are found: frozen, or in no optimizer.
+    2. Adapters that have learned, and that no optimizer trains, are paused. The record
+       still says which networks an earlier fit found under a head: their adapters
+       train although no optimizer holds their weights.
+    3. All others train, as after an earlier fit that has paused them.
+    4. The networks are noted. What trains beside adapters depends on them.
+    5. Networks beside others that train lose their adapters, none of which has learned.
+    6. The base is frozen anew, and adapters of copies follow those of their originals.
+
+    Return the layers whose adapters are paused.
     """
     still_parameters = unheld | parameters_frozen_by_user(view)
     found = find_still_networks(view, _kinds_that_train(view), still_parameters)
-    copies = _copies_that_stand_still(view, found, still_parameters)
+    copies = _copies_that_stand_still(view, found.copies, still_parameters)
 
-    # an adapter that has learned is kept, in whatever network it is
     paused = _pause_layers(view, unheld, copies)
     _resume_layers(view, paused, copies)
     _say_and_forget_frozen(view, paused)
 
-    # all networks are noted before flags are set by them
     _note_networks(view, found.under_head, copies)
     strip_adapters(view, found.beside_training)
-    # view.trainable_base depends on the networks that were noted above
-    view.look_again()
     freeze(view)  # in a copy, not even modules_to_save and biases train
     follow_originals(view)
     return paused
@@ -63,18 +66,15 @@ def _kinds_that_train(view: View) -> dict[str, type]:
 
 
 def _copies_that_stand_still(
-    view: View, found: StillNetworks, still_parameters: Set[nn.Parameter]
+    view: View, copies: Mapping[str, str], still_parameters: Set[nn.Parameter]
 ) -> dict[str, str]:
-    """The copies among the networks found in which nothing trains by itself.
-
-    A network that an optimizer trains now is a copy no more.
-    """
+    """The copies in which nothing trains by itself: a network that an optimizer trains now is a copy no more."""
     user_trains = view.record.base.user_trains
     training = []
     for name, parameter in view.base_parameters.items():
         if user_trains.get(name) and parameter not in still_parameters:
             training.append(name)
-    return without(found.copies, modules_around(training))
+    return without(copies, modules_around(training))
 
 
 def _pause_layers(
@@ -83,10 +83,11 @@ def _pause_layers(
     """Pause adapters that have learned, if no optimizer holds their weights.
 
     Return their layers. Adapters under a head train although no optimizer holds their
-    weights, and those of copies follow their originals. Only networks that an earlier
-    fit noted as under a head count: those found now hold no adapter that has learned.
+    weights, and those of copies follow their originals.
     """
-    may_be_unheld = {*view.adapter.networks.under_head, *copies}
+    # only those of an earlier fit: adapters in a network found now have not learned
+    under_head = view.adapter.networks.under_head
+    may_be_unheld = {*under_head, *copies}
     paused = []
     for name in names_outside(view.layers, may_be_unheld):
         layer = view.layers[name]
@@ -116,28 +117,27 @@ def _say_and_forget_frozen(view: View, paused: list[str]) -> None:
 def _note_networks(
     view: View, under_head: Collection[str], copies: Mapping[str, str]
 ) -> None:
-    """Note the networks that keep adapters.
-
-    All copies were looked for again; networks under a head are added.
-    """
+    """Note the networks that keep adapters: these under a head besides those noted before, and exactly these copies."""
     before = view.adapter.networks
     all_under_head = dict.fromkeys((*before.under_head, *under_head))
     view.adapter.networks = replace(
         before, under_head=tuple(all_under_head), copies=copies
     )
+    view.look_again()  # what trains in full depends on the networks
 
 
 def strip_adapters(view: View, networks: Collection[str]) -> None:
-    """Remove the adapters of networks. Files say that they are left out.
+    """Remove the adapters of networks, and of the layers of copies that lose their originals so.
 
-    An error, if no adapter would be left, changes nothing.
+    Files say that they are left out. Callers ``freeze`` afterwards: nothing trains in
+    full there any more. An error, if no adapter would be left, changes nothing.
     """
     before = view.adapter.networks
-    under_head = tuple(names_not_in(before.under_head, networks))
+    all_beside = dict.fromkeys((*before.beside_training, *networks))
     now = replace(
         before,
-        beside_training=(*before.beside_training, *networks),
-        under_head=under_head,
+        beside_training=tuple(all_beside),
+        under_head=tuple(names_not_in(before.under_head, networks)),
     )
     now = now.with_bare_layers(view.layers.keys())
     to_strip = names_inside(view.layers, now.without_adapters)
@@ -149,4 +149,4 @@ def strip_adapters(view: View, networks: Collection[str]) -> None:
     detach_from(view, to_strip)
     view.adapter.layers = tuple(view.layers)
     view.adapter.networks = now
-    freeze(view)
+    view.look_again()  # as in _note_networks

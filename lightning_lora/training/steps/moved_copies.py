@@ -132,7 +132,11 @@ def _copies_without_adapters(view: View) -> dict[str, str]:
     }
     owners_of_matrices = set(map(owner_of, where(view.base_parameters, _is_matrix)))
     found = find_copies(
-        view.modules, view.base_parameters, owners_of_matrices, still, may_lack=True
+        view.modules,
+        view.base_parameters,
+        owners_of_matrices,
+        still,
+        may_be_smaller=True,
     )
     copies_of_adapted = with_values(found, adapted)
     return without(copies_of_adapted, adapted)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import StrategyError, listed
+from lightning_lora.model.changes.freeze import freeze
 from lightning_lora.model.still.find_still import about_networks_left_out
 from lightning_lora.model.still.settle import strip_adapters
 from lightning_lora.model.view import View, view_of
@@ -40,6 +41,7 @@ def strip_non_backbones(
     view = view_of(model)
     said = about_networks_left_out(judged.others, view.title)
     strip_adapters(view, judged.others)
+    freeze(view)
     rank_zero_info(said)
     _take_out_frozen(model, optimizer)
     return True
