@@ -24,9 +24,9 @@ class UnmatchedEntries:
     """Entries of an argument that match nothing, such as ``["q_porj", "layers.*.v_proj"]``."""
 
     given: str | Sequence[str]
-    """The whole argument as the user wrote it, if it is one expression or a list.
+    """The whole argument as the user wrote it: an expression, or a list.
 
-    Nothing, if it has keys.
+    It is empty for a pattern, of which only the keys in ``missing`` count.
     """
 
     missing: Sequence[str]
@@ -40,7 +40,7 @@ class Argument:
     """An argument that is one regular expression, or a list of names of modules."""
 
     what: ClassVar[str] = "module"  # that its entries name
-    wildcard: ClassVar[str] = ".*"  # for a star in a name
+    wildcard: ClassVar[str] = ".*"  # the expression for a star in a name
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -139,9 +139,11 @@ class _TargetModules(Argument):
             advice += (
                 f" {parameters[0]!r} is a parameter: name it in target_parameters."
             )
+        words: list[str] = []
         for entry in entries.missing:
-            for word in difflib.get_close_matches(entry, AUTOMATIC, n=1):
-                return f"{advice} Or did you mean the word {word!r}?"
+            words += difflib.get_close_matches(entry, AUTOMATIC, n=1)
+        if words:
+            advice += f" Or did you mean the word {words[0]!r}?"
         return advice
 
 
@@ -154,7 +156,7 @@ class _TargetParameters(_ListOfNames):
         return list(lookup.parameters)
 
     def about_similar(self, lookup: "Lookup", entries: UnmatchedEntries) -> str:
-        """Say a parameter of a module that an entry names."""
+        """Say which parameter there is, if an entry names a module."""
         modules = set(ending_in(lookup.modules, entries.missing))
         for parameter in lookup.parameters:
             if owner_of(parameter) in modules:

@@ -107,14 +107,13 @@ def no_layer_selected(
     targets_left_out = lookup.first_names(resolved.targets_left_out())
     if targets_left_out and config.target_modules not in AUTOMATIC:
         return TargetError(_about_targets_left_out(lookup, config, targets_left_out))
-    others = lookup.first_names(
-        set(lookup.modules.values()).difference(resolved.left_out_modules)
-    )
-    by_class = _adaptable_by_class(lookup, others)
+    all_modules = set(lookup.modules.values())
+    not_left_out = lookup.first_names(all_modules - resolved.left_out_modules)
+    by_class = _adaptable_by_class(lookup, not_left_out)
     if by_class and config.target_modules == "all-linear":
         hint = _hint_of_all(by_class)
     else:
-        hint = _hint_of_what_there_is(lookup, others)
+        hint = _hint_of_what_there_is(lookup, not_left_out)
     return TargetError(
         f"target_modules {_as_given(config)!r} select no layer of {lookup.title} "
         f"beyond those in exclude_modules and modules_to_save. {hint} ({SEE_ALL}.)"
@@ -124,7 +123,7 @@ def no_layer_selected(
 def _about_targets_left_out(
     lookup: Lookup, config: LoRAConfig, targets: Collection[str]
 ) -> str:
-    """What is said if each targeted layer is in another argument too."""
+    """What is said if another argument leaves out each targeted layer: modules_to_save, or exclude_modules."""
     saved = [name for name in targets if _is_in_saved_module(config, name)]
     if saved:
         layers, argument, why = (

@@ -36,10 +36,10 @@ def choose(
     ranks = []
     scalings = []
     for matrix in matrices:
-        # patterns mean a parameter by a name of its own
-        meant_as = join(name, matrix.weight) if kind is LoRAParameters else name
-        ranks.append(matrix.rank_for(config.rank(name, meant_as)))
-        scalings.append(config.scaling(name, meant_as))
+        # a key of a pattern may mean a parameter by its own name
+        parameter = join(name, matrix.weight) if kind is LoRAParameters else ""
+        ranks.append(matrix.rank_for(config.rank(name, parameter)))
+        scalings.append(config.scaling(name, parameter))
     settings = Settings(
         max(ranks),
         scalings[0],

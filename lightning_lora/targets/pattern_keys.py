@@ -53,6 +53,7 @@ def _check_keys(
     """Refuse keys of a pattern that mean nothing that is adapted, or nothing that earlier keys leave."""
     if keys is None:
         return
+    # {"q_proj": {"layers.0.q_proj", "layers.1.q_proj"}}
     matched: dict[str, set[str]] = {}
     for key in keys:
         matched[key] = {
@@ -60,42 +61,33 @@ def _check_keys(
         }
     missing = [key for key, found in matched.items() if not found]
     if missing:
-        _refuse_keys_of_unadapted(
-            lookup, argument, missing, lookup.modules, "layers", "target_modules"
-        )
-        _refuse_keys_of_unadapted(
-            lookup,
-            argument,
-            missing,
-            lookup.parameters,
-            "parameters",
-            "target_parameters",
-        )
+        about = _about_unadapted(lookup, argument, missing)
+        if about:
+            raise TargetError(about)
         own_names = [adapted.name for adapted in all_adapted]
         modules = [adapted.module for adapted in all_adapted]
         raise unmatched(lookup, ARGUMENTS[argument], missing, own_names + modules)
     _check_order(lookup, argument, matched)
 
 
-def _refuse_keys_of_unadapted(
-    lookup: Lookup,
-    argument: str,
-    keys: Sequence[str],
-    candidates: Iterable[str],
-    what: str,
-    other_argument: str,
-) -> None:
-    """Refuse those of the keys that match a candidate: it is there, but ``other_argument`` does not adapt it."""
-    without_effect = []
-    for key in keys:
-        if any(fits(key, name) for name in candidates):
-            without_effect.append(key)
-    if without_effect:
-        raise TargetError(
-            f"{argument} {without_effect} match {what} of {lookup.title} that are not "
-            f"adapted. Name them in {other_argument} too, or remove them from "
-            f"{argument}."
-        )
+def _about_unadapted(lookup: Lookup, argument: str, keys: Sequence[str]) -> str:
+    """What is said of keys that match layers, or parameters, which are there but not adapted."""
+    for what, names, other_argument in (
+        ("layers", lookup.modules, "target_modules"),
+        ("parameters", lookup.parameters, "target_parameters"),
+    ):
+        matching = [key for key in keys if _fits_any(key, names)]
+        if matching:
+            return (
+                f"{argument} {matching} match {what} of {lookup.title} that are not "
+                f"adapted. Name them in {other_argument} too, or remove them from "
+                f"{argument}."
+            )
+    return ""
+
+
+def _fits_any(key: str, names: Iterable[str]) -> bool:
+    return any(fits(key, name) for name in names)
 
 
 def _check_order(

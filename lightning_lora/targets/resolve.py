@@ -55,6 +55,15 @@ class ResolvedArguments:
 def resolve_arguments(lookup: Lookup, config: LoRAConfig) -> ResolvedArguments:
     """Find the modules and parameters that the arguments mean.
 
+    In this order, because each depends on those before it:
+
+    1. ``exclude_modules`` and ``modules_to_save`` leave out what they name.
+    2. ``target_parameters`` means what is not left out. The modules that hold these
+       parameters get no other adapter.
+    3. ``target_modules`` means what remains.
+    4. ``trainable_token_indices`` may not name a module of ``modules_to_save``, nor one
+       that 2. or 3. adapts.
+
     A name that matches nothing is an error.
     """
     saved = lookup.find("modules_to_save", config.modules_to_save)
@@ -65,9 +74,8 @@ def resolve_arguments(lookup: Lookup, config: LoRAConfig) -> ResolvedArguments:
     named_targets = _named_by_target_modules(lookup, config)
     remaining_targets = named_targets - left_out_modules - holders
 
-    # in modules that another argument names, no single rows train
     named_elsewhere = holders | _modules_of(lookup, saved)
-    # but a word such as "all" leaves embeddings to trainable_token_indices
+    # a word such as "all" names no module, and leaves embeddings to the last argument
     if config.target_modules not in AUTOMATIC:
         named_elsewhere |= remaining_targets
     token_rows = find_token_rows(lookup, config, named_elsewhere)
@@ -84,8 +92,9 @@ def resolve_arguments(lookup: Lookup, config: LoRAConfig) -> ResolvedArguments:
 def _modules_of(lookup: Lookup, named: Collection[str]) -> set[nn.Module]:
     """The named modules, or the layers of named weights, and all modules inside them.
 
-    Of a layer with several weights, one that is named takes out its own matrix alone:
-    ``_is_adapted`` in ``select``.
+    A layer with several weights is not meant by the name of one, such as
+    ``attn.in_proj_weight``: it leaves out the matrices of this weight alone, in
+    ``select``.
     """
     modules = {name.removesuffix(".weight") for name in named}
     return with_all_inside(only(lookup.modules, modules).values())
@@ -103,11 +112,10 @@ def _named_by_target_modules(lookup: Lookup, config: LoRAConfig) -> set[nn.Modul
         fitting = where(found, has_matrices)
     else:
         found = only(lookup.modules, set(lookup.find("target_modules", targets)))
-        # an expression does not mean containers and norms
-        fitting = where(found, adapter_for)
-    is_list = not isinstance(targets, str)
-    # a list means each of its names; if nothing fits, a later error says why
-    if is_list or not fitting:
+        is_list = not isinstance(targets, str)
+        # a list means each of its names; an expression means no containers and norms
+        fitting = found if is_list else where(found, adapter_for)
+    if not fitting:  # a later error says why none of them can be adapted
         return set(found.values())
     return set(fitting.values())
 
@@ -133,10 +141,7 @@ def _parameters_by_reader(
 
 
 def _holders_of(parameters: Mapping[nn.Module, Iterable[str]]) -> set[nn.Module]:
-    """The modules that hold these parameters: they get no other adapter.
-
-    A reader may be around them.
-    """
+    """The modules that hold these parameters: they are the readers, or layers inside these."""
     holders: set[nn.Module] = set()
     for reader, inner_names in parameters.items():
         for name in inner_names:

@@ -38,10 +38,7 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
 def _choices(
     lookup: Lookup, config: LoRAConfig, resolved: ResolvedArguments, layers: Modules
 ) -> dict[str, Choice]:
-    """How each layer is adapted, by name.
-
-    One of which all is left out, or empty, has no adapter.
-    """
+    """How each layer is adapted, by name: without layers of which nothing remains to adapt."""
     choices = {}
     for name, layer in layers.items():
         kind, matrices = _adapter_of(lookup, config, resolved, name)
@@ -75,6 +72,6 @@ def _adapter_of(
 
 def _is_adapted(resolved: ResolvedArguments, name: str, matrix: AdaptedMatrix) -> bool:
     """Whether a matrix of a layer has numbers, and neither its weight nor a module inside the layer is left out."""
-    # of modules inside, and of the weight itself
+    # for out_proj.weight of attn: attn.out_proj and attn.out_proj.weight
     names_inside = names_joined(name, starts_of(matrix.weight))
     return matrix.largest_rank > 0 and resolved.left_out_names.isdisjoint(names_inside)

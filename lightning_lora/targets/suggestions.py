@@ -15,7 +15,7 @@ _BETWEEN_COMMAS = re.compile(r"[^,\s](?:[^,]*[^,\s])?")
 """A text between commas, without the spaces around it."""
 
 _BESIDE_NAME = re.compile(r" +[\[(].*$")
-"""What a table says behind a name: its parts, and how many layers are like it."""
+"""What a table says behind a name: its parts, and how many layers are like it, as ``(x2)``."""
 
 _RANGES = re.compile(r"(?!\d+$)\d+(-\d+)?(,\d+(-\d+)?)*")
 """Numbers of blocks, as a table groups them: ``0,2-5``. A single number is no match."""
@@ -63,7 +63,10 @@ def _end_of_some(end: str, names: list[str]) -> str:
 
 
 def _names_by_end(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names by what one may write for them: all of it, or the last component or two."""
+    """The names by what one may write for them: the whole name, or its last component or two.
+
+    ``layers.0.attn.q_proj`` is there by itself, by ``attn.q_proj`` and by ``q_proj``.
+    """
     by_end: dict[str, list[str]] = {}
     for name in names:
         for end in {name, last_two(name), last_component(name)}:

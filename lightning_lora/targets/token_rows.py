@@ -71,16 +71,16 @@ def _meant_by(lookup: Lookup, key: str) -> list[str]:
 class TokenRows:
     """The embeddings whose rows train, and the layers that are tied to them.
 
-    Several layers may have one weight. All of them are in ``layers``. Only the layer
-    that the argument names gets the adapter: it is in ``matrices``.
+    Several layers may have one weight, such as an embedding and an output head. All of
+    them are in ``layers``. Only the first of them that the argument names gets the
+    adapter: it is in ``matrices``, with the matrix that its adapter updates.
     """
 
     def __init__(self, lookup: Lookup, named_elsewhere: Container[object]) -> None:
         self._lookup = lookup
         self._named_elsewhere = named_elsewhere
-        self._rows: dict[nn.Module, Sequence[int]] = {}
-        # by the layer that gets the adapter: of tied layers, one
         self.matrices: dict[nn.Module, AdaptedMatrix] = {}
+        self._rows: dict[nn.Module, Sequence[int]] = {}  # of each of the layers
 
     @property
     def layers(self) -> Set[nn.Module]:

@@ -23,8 +23,7 @@ def unmatched(
 ) -> TargetError:
     """Return the error for entries that match nothing.
 
-    ``given`` is the whole argument, if it is one expression or a list. Of keys, only
-    those that are missing count.
+    Its arguments are the fields of :class:`.UnmatchedEntries`.
     """
     entries = UnmatchedEntries(
         given, list(dict.fromkeys(missing)), list(dict.fromkeys(could_mean))
@@ -62,7 +61,8 @@ def _about_expressions(argument: Argument, entries: UnmatchedEntries) -> str:
     if not expressions:
         return ""
     if isinstance(entries.given, str):
-        (expression,) = expressions.values()  # a string is its only entry
+        # an argument that is one expression has no other entry
+        (expression,) = expressions.values()
         about_star = '"*" is no wildcard in an expression; ".*" is. '
         advice = f'Perhaps write {argument.name}=r"{expression}".'
     else:

@@ -18,7 +18,7 @@ def dict_or_empty(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-# Some of them
+# Some of the things
 
 
 def where(
@@ -38,9 +38,10 @@ def where_not(
 def with_values(
     named: Mapping[str, Thing], things: Container[object]
 ) -> dict[str, Thing]:
-    """Return those that are among these things. If these are tensors, give a set of them.
+    """Return those that are among these things.
 
-    ``in`` would compare the elements of tensors in a list.
+    If they are tensors, give a set or a dict: in a list, ``in`` would compare their
+    elements.
     """
     return {name: thing for name, thing in named.items() if thing in things}
 
@@ -69,7 +70,7 @@ def beginning_with(start: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
     }
 
 
-# Other names
+# All of them, by other names
 
 
 def renamed(
@@ -85,7 +86,7 @@ def prefixed(prefix: str, named: Mapping[str, Thing]) -> dict[str, Thing]:
     return {start + name: thing for name, thing in named.items()}
 
 
-# By something else than the name
+# Grouped by something else than their names
 
 
 def grouped(

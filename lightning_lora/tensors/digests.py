@@ -80,8 +80,8 @@ def _digest_of_integers(integers: Tensor) -> int:
     count = integers.numel()
     if count > _CHUNK:
         return _total(_sums_of_chunks(integers), count)
-    # One chunk, as in every look at a tensor: to stack it would take longer than to
-    # hash it.
+    # Each look at a tensor hashes samples, which are one chunk. To stack its sum, as
+    # _total does, would take longer than to hash it.
     multipliers = _multipliers(integers.device)
     total = _sum_of_products(integers, multipliers[:count]) * _multiplier_of_chunk(
         0, multipliers
@@ -142,7 +142,7 @@ def _sum_of_shard(tensor: Tensor) -> Tensor:
     integers = _integers(shard)
     multipliers = _multipliers(shard.device)
     total = multipliers.new_zeros(())
-    # of the next integer, in the full tensor
+    # where the next integer is in the full tensor
     place = first_local(tensor) * _integers_per_element(shard.dtype)
     # a shard may begin inside a chunk of the full tensor
     missing_in_chunk = -place % _CHUNK

@@ -11,7 +11,8 @@ def nodes_behind(tensors: Iterable[Tensor]) -> Iterator[Any]:
     nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen = {None}
     while nodes:
-        if (node := nodes.pop()) not in seen:
+        node = nodes.pop()
+        if node not in seen:
             seen.add(node)
             nodes += [before for before, _ in node.next_functions]
             yield node

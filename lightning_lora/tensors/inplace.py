@@ -55,7 +55,7 @@ def combined(mixin: "type[InPlace]", base: type) -> type:
 
 def overlay(instance: object, mixin: type[InPlace]) -> None:
     """Add ``mixin`` to the class of ``instance``."""
-    # its own __setattr__ may interfere
+    # a __setattr__ of the object's class may do something else
     object.__setattr__(instance, "__class__", combined(mixin, type(instance)))
 
 

@@ -165,7 +165,10 @@ def modules_around(names: Iterable[str]) -> set[str]:
 
 
 def largest_free_of(others: Collection[str], name: str) -> str:
-    """Return the largest module around ``name`` that is not in ``others``, or ``name`` itself."""
+    """Return the largest module around ``name`` that is none of these others, or ``name`` itself.
+
+    For ``a.b.c``, it is ``a.b`` if ``others`` are ``{"a"}``.
+    """
     for outer in starts_of(name):
         if outer not in others:
             return outer

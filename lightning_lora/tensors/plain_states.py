@@ -57,12 +57,12 @@ def load_state_dict(
             state dict.
     """
     present = model.state_dict(keep_vars=True)
-    # with the prefixes of torch's wrappers
+    # {"q.weight": "q._orig_mod.weight"}: torch's wrappers have prefixes
     names_in_model = {plain_name(name): name for name in present}
     loaded: dict[str, Any] = {}
     # these entries stay as they are in the model, unless ``state`` has them: a user's
     # code may ask for entries that ``state`` leaves out
-    for plain in _read_in_own_way(model):
+    for plain in _entries_loaded_in_own_way(model):
         name = names_in_model.get(plain)
         if name is not None:
             loaded[name] = present[name]
@@ -74,8 +74,8 @@ def load_state_dict(
     model.load_state_dict(complete, strict=strict)
 
 
-def _read_in_own_way(model: nn.Module) -> list[str]:
-    """The names of entries that modules with a loading code of their own may read."""
+def _entries_loaded_in_own_way(model: nn.Module) -> list[str]:
+    """The names of the entries of modules that are loaded by code of a user (:func:`loads_in_own_way`)."""
     names: list[str] = []
     for prefix, module in where(modules_by_name(model), loads_in_own_way).items():
         names += names_joined(

@@ -44,16 +44,16 @@ class LookInside:
 
 
 class Unseen:
-    """A look at a tensor that must be read in full. It equals no other look."""
+    """A look at a tensor of which nothing can be seen quickly. It equals no other look."""
 
 
 AnyLook = Look | LookInside | Unseen
 
 
 def _was_only_moved(earlier: AnyLook | None, now: AnyLook) -> bool:
-    """Whether a tensor is on another device, not written to.
+    """Whether a tensor was moved to another device, and not written to.
 
-    Of tensors inside one, nothing tells that.
+    A look at a tensor that holds others does not tell, so the answer is no.
     """
     return (
         isinstance(earlier, Look)
@@ -109,17 +109,17 @@ def _step_between_samples(values: Tensor) -> int:
 class Seen:
     """A tensor, or the local shard of a DTensor, as it was at one moment.
 
-    A copy or a pickle of this knows only the values. A tensor can be compared with it
-    in three ways. With the same values, the answer for another tensor, for one on
-    another device, and for one in another dtype is:
+    A copy or a pickle of this knows only the values. Three questions can be asked of a
+    tensor that is given later. If its values are the same, but it is another tensor, or
+    on another device, or in another dtype, their answers are:
 
-    =========================  =================  =================  =================  =============================
-    question                   another tensor     another device     another dtype      what is looked at
-    =========================  =================  =================  =================  =============================
-    ``is_unchanged``           no                 no                 no                 what is seen quickly
-    ``has_same_values``        yes                yes                no                 all values, where needed
-    ``may_have_same_values``   yes                yes                yes                about a thousand, if converted
-    =========================  =================  =================  =================  =============================
+    =========================  ==============  ==============  =============  ==============================
+    question                   another tensor  another device  another dtype  what is looked at
+    =========================  ==============  ==============  =============  ==============================
+    ``is_unchanged``           no              no              no             what is seen quickly
+    ``has_same_values``        yes             yes             no             all values, where needed
+    ``may_have_same_values``   yes             yes             yes            about a thousand, if converted
+    =========================  ==============  ==============  =============  ==============================
     """
 
     def __init__(self, tensor: Tensor, known_digest: int | None = None) -> None:
@@ -156,10 +156,9 @@ class Seen:
         if tensor.is_meta or self.has_same_values(tensor):
             return True
         local = to_local(tensor)
-        # has_same_values above has called digest(), which has set self._digest if the
-        # values of then could still be read
+        # has_same_values compares all values, unless those of then cannot be read now
         all_values_were_compared = (
-            self._digest is not None and local.dtype == self.dtype
+            local.dtype == self.dtype and self.digest() is not None
         )
         if all_values_were_compared:
             return False
@@ -175,10 +174,7 @@ class Seen:
         return now == self._look or _was_only_moved(self._look, now)
 
     def digest(self) -> int | None:
-        """Return the digest of the values at that moment.
-
-        None: they changed before anyone asked for it.
-        """
+        """Return the digest of the values at that moment, or None if they changed before anyone asked for it."""
         if (
             self._digest is None
             and self._tensor is not None

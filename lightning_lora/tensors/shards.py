@@ -92,7 +92,7 @@ def distributed_as(values: Tensor, like: Tensor | None) -> Tensor:
 
 
 def replicated(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
-    """Return a parameter as a replicated DTensor: optimizers and gradient clipping take no mixture with others."""
+    """Return a parameter as a replicated DTensor: optimizers and gradient clipping take DTensors alone, or none."""
     from torch.distributed.tensor import DTensor, Replicate
 
     values = DTensor.from_local(

@@ -44,7 +44,8 @@ def replace_values(tensor: Tensor, values: Tensor) -> None:
     if is_dtensor(tensor):
         _replace_distributed_values(tensor, values)
         return
-    # or torch would miss a version counter in every use
+    # a tensor of inference mode has no version counter: it takes values of that mode, or
+    # torch refuses every use of it
     if tensor.is_inference() and not values.is_inference():
         with torch.inference_mode():
             values = values.clone()
@@ -68,7 +69,7 @@ def set_aside(tensor: Tensor) -> Tensor:
     if is_dtensor(tensor):
         return copy_to_host(tensor)
     values = tensor.data.cpu()
-    # of a larger memory, which others may reuse
+    # a view of larger memory would keep all of it, which others may write to
     is_view = values.untyped_storage().nbytes() > values.nbytes
     return values.clone() if is_view else values
 
