@@ -318,11 +318,13 @@ def hazards_of_the_page() -> dict[str, list[str]]:
     """The hazards of each section of the page, in its order."""
     found = {}
     for heading, text in re.findall(
-        r"^### ([^\n]*)\n(.*?)(?=^##|\Z)", PAGES["hazards"], re.DOTALL | re.MULTILINE
+        r"^## ([^\n]*)\n(.*?)(?=^##|\Z)",
+        PAGES["hazards-list"],
+        re.DOTALL | re.MULTILINE,
     ):
-        rows = re.findall(r"^\| (.*?) \| .* \| .* \|$", text, re.MULTILINE)
-        if rows[0] == "hazard":
-            found[heading] = rows[1:]
+        _, *found[heading] = re.findall(
+            r"^\| (.*?) \| .* \| .* \|$", text, re.MULTILINE
+        )
     return found
 
 

@@ -12,8 +12,9 @@ from lightning_lora.tensors.plain_states import state_dict
 # the item of this package's entry that holds what training changed, beside a merged
 # model
 ADAPTERS = "adapters"
-# the item that names the tensors of the base that are in the state for a hook
-_SHOWN = "shown"
+# the item that names what else is in the state: the note to other readers, and the
+# tensors of the base that are there for a hook
+SHOWN = "shown"
 
 
 def show_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -25,7 +26,7 @@ def show_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     adapters = checkpoint["state_dict"]
     state = {**state_dict(model), **adapters}
     checkpoint["state_dict"] = state
-    checkpoint[KEY] = {**checkpoint[KEY], _SHOWN: state.keys() - adapters}
+    checkpoint[KEY] = {**checkpoint[KEY], SHOWN: state.keys() - adapters}
 
 
 def reduce_to_adapters(checkpoint: object) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def _take_merged_model(
 
 def _take_shown_base(checkpoint: dict[str, Any], description: dict[str, Any]) -> None:
     """Take out what :func:`show_base` has put in."""
-    shown = description.pop(_SHOWN, None)
+    shown = description.pop(SHOWN, None)
     if isinstance(shown, set):
         state = _dict_in(checkpoint, "state_dict")
         checkpoint["state_dict"] = without(state, shown)

@@ -15,7 +15,7 @@ from lightning_lora.model.base_values import base_values
 from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
-from lightning_lora.storage.beside_adapters import ADAPTERS
+from lightning_lora.storage.beside_adapters import ADAPTERS, SHOWN
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.load.from_state_dicts import (
     note_adapters,
@@ -26,9 +26,14 @@ from lightning_lora.storage.load.put import put
 from lightning_lora.storage.merged_state import merged_state
 from lightning_lora.storage.same_base.base_changes import note_changes
 from lightning_lora.storage.same_base.stored_fingerprints import with_half_digests
-from lightning_lora.storage.state import NOTE, copies_of, values_to_store, without_notes
+from lightning_lora.storage.state import (
+    copies_of,
+    note_for,
+    values_to_store,
+    without_notes,
+)
 from lightning_lora.storage.stored import KEY, StoredAdapters
-from lightning_lora.tensors.dicts import only, renamed, where
+from lightning_lora.tensors.dicts import only, renamed, where, without
 from lightning_lora.tensors.names import plain_name
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import full_tensors
@@ -70,9 +75,11 @@ def adapter_only(
         view, small["state_dict"], with_half_digests(view, fingerprints)
     )
     description = replace(stored, metrics=metrics).description()
-    state: Any = OrderedDict({NOTE: torch.empty(0), **small["state_dict"]})
+    note = note_for(view)
+    state: Any = OrderedDict({**small["state_dict"], note: torch.empty(0)})
     note_adapters(state, description)
-    return {**small, "state_dict": state, KEY: description}
+    # 0.2.0, which looks for the note elsewhere, takes out what is called shown
+    return {**small, "state_dict": state, KEY: {**description, SHOWN: {note}}}
 
 
 def with_merged_model(
@@ -84,7 +91,7 @@ def with_merged_model(
     update that is lost to rounding.
     """
     adapters = without_notes(checkpoint["state_dict"])
-    description = checkpoint[KEY]
+    description = without(checkpoint[KEY], [SHOWN])
     merged, lost = merged_state(view_of(model), adapters)
     if written_later:
         merged = deepcopy(merged)

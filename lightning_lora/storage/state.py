@@ -17,19 +17,23 @@ from lightning_lora.tensors.plain_states import StateDict, state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
 from lightning_lora.tensors.values import same_bits
 
-_NOTE_START = "this file holds only adapters"
-
-NOTE = (
-    f"{_NOTE_START}: build the model as before its training, and call "
-    "lightning_lora.load_adapter(model, path); or "
-    "lightning_lora.load_from_checkpoint(cls, path), which builds it; or give the "
-    "Trainer a LoRACallback(); or write files that any code loads: "
-    "LoRACallback(save='model')"
+_NOTE = (
+    "NOTE: this file holds only adapters. Load it with "
+    "lightning_lora.load_from_checkpoint(MyModule, path), or onto a model as it was "
+    "before its training with lightning_lora.load_adapter(model, path), or give the "
+    "Trainer a LoRACallback(). Files that any code loads: LoRACallback(save='model')"
 )
-"""An entry of a checkpoint's state, without values.
+_NOTE_OF_ANY_VERSION = "this file holds only adapters"
 
-Whoever loads the file as a full one is told this name.
-"""
+
+def note_for(view: View) -> str:
+    """Return the name of an entry of a checkpoint's state, without values.
+
+    Whoever loads the file as a full one is told this name. torch names what it finds in
+    the model's last module last: so the note is there, and ends the error.
+    """
+    *_, (last, _) = view.model.named_modules(remove_duplicate=False)
+    return f"{plain_name(last)}.{_NOTE}" if last else _NOTE
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def without_notes(state: StateDict) -> dict[str, Any]:
 
 def is_note(name: object) -> bool:
     """Whether an entry is the note, of any version."""
-    return isinstance(name, str) and name.startswith(_NOTE_START)
+    return isinstance(name, str) and _NOTE_OF_ANY_VERSION in name
 
 
 def values_to_store(

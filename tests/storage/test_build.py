@@ -10,16 +10,17 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_lora import (
+    AdapterFileError,
     LoRACallback,
     adapter_state_dict,
     inject_adapters,
     load_adapter_state_dict,
     load_from_checkpoint,
 )
-from lightning_lora.storage.state import NOTE
+from lightning_lora.storage.state import is_note
 from tests.support.cases import held
 from tests.support.compared import assert_same_state, assert_state
-from tests.support.faults import edited
+from tests.support.faults import WAYS, adapted, edited
 from tests.support.messages import warned_by
 from tests.support.models import TRAINED, LitTiny, X, data, lora, state, trainer
 from tests.support.storage import fitted
@@ -37,23 +38,60 @@ def test_lightning_by_itself_says_what_the_file_is_and_what_loads_it(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     path = written(tmp_path, LitTiny())
-    says = r"only adapters: build the model .*, and call lightning_lora\.load_adapter"
-    with pytest.raises(RuntimeError, match=says):
+    says = r"only adapters\. Load it with lightning_lora\.load_from_checkpoint\("
+    says_last = rf"{says}[^\"]*\"\. $"  # one sees the end of an error
+    with pytest.raises(RuntimeError, match=says_last):
         LitTiny.load_from_checkpoint(path)
-    with pytest.raises(RuntimeError, match=says):
+    with pytest.raises(RuntimeError, match=says_last):
         trainer(tmp_path).test(LitTiny(), data(), ckpt_path=path, verbose=False)
     monkeypatch.setattr(rank_zero_only, "rank", 0)
     with pytest.warns(UserWarning, match=says):
         LitTiny.load_from_checkpoint(path, strict=False)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("build", [LitTiny, adapted])
+def test_a_file_of_a_trainer_without_the_callback_says_what_it_is_and_what_loads_it(
+    tmp_path: Path, way: str, build: Any
+) -> None:
+    model = fitted(tmp_path / "plain.ckpt", adapted(), plain=True)
+    path = tmp_path / "plain.ckpt"
+    says = r"plain.ckpt holds a whole model with adapters on its layers, and does not "
+    with pytest.raises(AdapterFileError, match=says):
+        WAYS[way](build(), path)
+    # what it says
+    again = LitTiny()
+    inject_adapters(again, lora().config)
+    again.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    assert_same_state(again, model)
+
+
+class ByHand(LitTiny):
+    """A module with layers of its own, whose names are as ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_A = torch.nn.Parameter(torch.ones(2))
+
+
+def test_a_module_may_have_parameters_of_its_own_with_the_names_of_adapters(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "plain.ckpt"
+    fitted(path, ByHand(), plain=True)
+    for stage in ("test", "fit"):
+        t = trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False)
+        getattr(t, stage)(ByHand(), data(), ckpt_path=path)
+
+
 def test_the_note_is_a_tensor_in_files_alone(tmp_path: Path) -> None:
     model = LitTiny()
     checkpoint = torch.load(written(tmp_path, model), weights_only=True)
-    assert checkpoint["state_dict"][NOTE].numel() == 0
+    (note,) = filter(is_note, checkpoint["state_dict"])
+    assert checkpoint["state_dict"][note].numel() == 0
     assert set(held(checkpoint)) == set(TRAINED)
     assert checkpoint["lightning_lora"]["entries"] == len(TRAINED)
-    assert NOTE not in adapter_state_dict(model)
+    assert not list(filter(is_note, adapter_state_dict(model)))
     again = LitTiny()
     inject_adapters(again, lora().config)
     load_adapter_state_dict(again, checkpoint["state_dict"])

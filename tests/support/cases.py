@@ -11,7 +11,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import adapter_state_dict, unmerge_adapters
-from lightning_lora.storage.state import NOTE
+from lightning_lora.storage.state import without_notes
 from tests.support.models import TRAINED, WIDTH, WORDS, LitTiny, as_trained
 from tests.support.parameters import cloned
 
@@ -42,9 +42,7 @@ def stop(*_: Any) -> None:
 
 def held(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's state, without the note to other readers."""
-    return {
-        name: value for name, value in checkpoint["state_dict"].items() if name != NOTE
-    }
+    return without_notes(checkpoint["state_dict"])
 
 
 def tensors(path: Any) -> list[str]:

@@ -4,7 +4,7 @@ It is no format of other libraries. But each of them is told from it, by the ent
 ``VERSION_KEY``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeGuard
 
 from lightning_lora.errors import AdapterFileError, listed
@@ -67,6 +67,29 @@ def check_readable(checkpoint: object, path: object) -> None:
     contents = check_is_lightning(checkpoint, path)
     if KEY in contents:
         check_as_written(contents["state_dict"], contents[KEY], path)
+
+
+HOLDS_WHOLE_ADAPTED_MODEL = (
+    "a whole model with adapters on its layers, and does not say their arguments: the "
+    "Trainer that wrote it had no LoRACallback. Adapt the model as for the training, "
+    "with inject_adapters(model, LoRAConfig(...)), and call "
+    "model.load_state_dict(torch.load(path)['state_dict']). Give each Trainer a "
+    "LoRACallback(): then its files say all."
+)
+"""What such a file of Lightning's holds, in an error."""
+
+
+def check_has_no_other_adapters(
+    state: Mapping[Any, Any], expected: Collection[str], path: object
+) -> None:
+    """Refuse a full state with adapters that the model does not have: nothing says what they are."""
+    if has_adapters(without(state, expected)):
+        raise AdapterFileError(f"{path} holds {HOLDS_WHOLE_ADAPTED_MODEL}")
+
+
+def has_adapters(state: Iterable[Any]) -> bool:
+    """Whether there are names of our adapters in a state."""
+    return any(str(name).rpartition(".")[2].startswith("lora_A") for name in state)
 
 
 def check_is_lightning(checkpoint: object, path: object) -> Mapping[str, Any]:

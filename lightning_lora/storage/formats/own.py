@@ -9,7 +9,11 @@ from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.checksum import check_as_written
 from lightning_lora.storage.formats.contents import read_contents
 from lightning_lora.storage.formats.format import HEADER, Format, LoadArguments
-from lightning_lora.storage.formats.lightning import VERSION_KEY
+from lightning_lora.storage.formats.lightning import (
+    HOLDS_WHOLE_ADAPTED_MODEL,
+    VERSION_KEY,
+    has_adapters,
+)
 from lightning_lora.storage.formats.registry import (
     file_in,
     find_format,
@@ -82,7 +86,9 @@ def _what_it_holds_instead(contents: dict[Any, Any], path: object) -> str:
     names = list(map(str, without(_state_or_all(contents), [HEADER])))
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
-    if any(name.endswith("lora_A") for name in names):
+    if has_adapters(names):
+        if VERSION_KEY in contents:
+            return HOLDS_WHOLE_ADAPTED_MODEL
         return (
             "the state of an adapted model, and does not say how it was adapted. Adapt "
             "the model as for the training, then call load_adapter_state_dict(model, "

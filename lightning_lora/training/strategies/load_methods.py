@@ -11,6 +11,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage.beside_adapters import reduce_to_adapters, show_base
 from lightning_lora.storage.formats.lightning import (
+    check_has_no_other_adapters,
     check_readable,
     check_resumable,
     remove_callback_state,
@@ -22,6 +23,7 @@ from lightning_lora.storage.on_disk.places import local_path
 from lightning_lora.storage.on_disk.temporary_files import remove_left_parts
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.names import names_not_in
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import showing_float32
 from lightning_lora.training.optimizers.optimizer_states import refusing_other_states
@@ -67,8 +69,16 @@ class LoadMethods(SetUpMethods):
         if find_record(self.module) is None:
             return checkpoint
         if KEY not in checkpoint:
+            self._check_is_base(checkpoint, checkpoint_path)
             return _new_base_in(checkpoint, checkpoint_path)
         return self._completed(checkpoint, checkpoint_path)
+
+    def _check_is_base(self, checkpoint: Checkpoint, path: Any) -> None:
+        """Refuse a full model with adapters on its layers: the names here are those of the base."""
+        expected = names_not_in(
+            self.module.state_dict(keep_vars=True), View(self.module).adapter_parameters
+        )
+        check_has_no_other_adapters(checkpoint["state_dict"], expected, path)
 
     def _remove_left_parts(self, path: Any) -> None:
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
@@ -141,6 +151,7 @@ class LoadMethods(SetUpMethods):
         self.adapt_replaced_layers(checkpoint)
         # a plain module, only to be evaluated
         if KEY not in checkpoint and find_record(self.module) is None:
+            self._check_is_base(checkpoint, self.stage.file)
             self.load_plain(checkpoint, strict=strict)
             return
         self.note_base()
