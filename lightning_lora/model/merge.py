@@ -4,6 +4,7 @@ The record keeps the adapters and the base's values, for ``unmerge.py``.
 """
 
 import math
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,11 +19,7 @@ from lightning_lora.model.changes.attach import (
     update_for_changed_weights,
 )
 from lightning_lora.model.changes.freeze import freeze, unfreeze
-from lightning_lora.model.mergeable import (
-    layers_with_tied_weights,
-    refuse_unmergeable,
-    tied_weights,
-)
+from lightning_lora.model.mergeable import refuse_unmergeable, tied_weights
 from lightning_lora.model.own_loop.early_optimizers import note_detached_adapter
 from lightning_lora.model.records import forget_record
 from lightning_lora.model.view import View, view_of
@@ -96,29 +93,26 @@ class MergeReport:
 
 
 def merge(model: nn.Module) -> MergeReport:
-    """Merge as :func:`merge_adapters` does, and let the caller say what was lost."""
+    """Merge as :func:`merge_adapters` does, and let the caller say what was lost.
+
+    After an error, the weights have their values again, and the base is frozen again.
+    Only the last step, which takes the adapters off, is not undone.
+    """
     view = view_of(model, "merge_adapters")
     if view.is_merged:
         return MergeReport()
     _begin_merge(view)
     tied = tied_weights(view)
-    report = MergeReport(untied=layers_with_tied_weights(view))
-    bases: dict[str, Tensor] = {}
+    report = MergeReport(untied=list(tied))
+    bases = dict[str, Tensor]()
     with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
-        # after an error: all weights get back what they had, and then the base is
-        # frozen again
-        undo.callback(freeze, view)
-        undo.callback(view.look_again)
-        for layer_name, layer in view.layers.items():
-            merged, report.lost[layer_name] = _merged_weights(layer)
-            for weight, values in merged.items():
-                name = join(layer_name, weight)
-                if name in tied:
-                    bases[name] = _put_beside_tied(layer, weight, values, undo)
-                else:
-                    bases[name] = _put_in_place(view, name, values, undo)
+        # an Undo runs its last step first: so this one runs when all weights are back
+        undo.callback(_freeze_again, view)
+        for name, layer in view.layers.items():
+            merged, report.lost[name] = _merged_weights(layer)
+            bases |= _put_on_layer(view, name, merged, tied.get(name, ()), undo)
         update_for_changed_weights(view)
-        view.look_again()  # tied weights have new parameters
+        view.look_again()  # layers with a tied weight have new parameters
         unfreeze(view)
         after_merge = _look_at_parameters(view, bases)
         adapters = detach_adapters(view)
@@ -127,28 +121,31 @@ def merge(model: nn.Module) -> MergeReport:
     return report
 
 
+def _freeze_again(view: View) -> None:
+    """Freeze the base after a merge that failed, and whose weights are back."""
+    view.look_again()
+    freeze(view)
+
+
 def _merge_for_good(model: nn.Module) -> MergeReport:
-    """Merge layer by layer, keeping nothing, and forget the adapters."""
+    """Merge layer by layer, keeping nothing, and forget the adapters.
+
+    An error leaves each layer either adapted or merged.
+    """
     view = view_of(model, "merge_adapters")
     if view.is_merged:
         forget_record(view.model)
         return MergeReport()
     _begin_merge(view)
     tied = tied_weights(view)
-    report = MergeReport(untied=layers_with_tied_weights(view))
+    report = MergeReport(untied=list(tied))
     with torch.inference_mode(False), torch.no_grad():
-        for layer_name, layer in view.layers.items():
-            merged, report.lost[layer_name] = _merged_weights(layer)
-            for weight, values in merged.items():
-                if join(layer_name, weight) in tied:
-                    _set_new_parameter(layer, weight, values)
-                else:
-                    replace_values(own_parameter(layer, weight), values)
-            layer.lora_weights_changed()
-            note_detached_adapter(view, layer_name, layer.lora_detach())
-            view.adapter.layers = tuple(names_not_in(view.adapter.layers, [layer_name]))
+        for name, layer in view.layers.items():
+            merged, report.lost[name] = _merged_weights(layer)
+            _put_for_good(layer, merged, tied.get(name, ()))
+            _take_off_for_good(view, name, layer)
     torch.clear_autocast_cache()
-    view.look_again()
+    view.look_again()  # layers with a tied weight have new parameters
     unfreeze(view)
     update_for_changed_layers(view)
     forget_record(view.model)
@@ -184,6 +181,25 @@ def _overflow_first(share: float) -> tuple[bool, float]:
     return is_overflow, share
 
 
+def _put_on_layer(
+    view: View,
+    layer_name: str,
+    merged: Mapping[str, Tensor],
+    tied: Container[str],
+    undo: Undo,
+) -> dict[str, Tensor]:
+    """Give a layer its merged weights. Return those of the base, by their names in the model."""
+    bases = dict[str, Tensor]()
+    for weight, values in merged.items():
+        name = join(layer_name, weight)
+        if weight in tied:
+            layer = view.layers[layer_name]
+            bases[name] = _put_beside_tied(layer, weight, values, undo)
+        else:
+            bases[name] = _put_in_place(view, name, values, undo)
+    return bases
+
+
 def _put_in_place(view: View, name: str, merged: Tensor, undo: Undo) -> Tensor:
     """Give a weight its values with the update. Return those of the base."""
     parameter = view.parameters[name]
@@ -207,10 +223,29 @@ def _put_beside_tied(
     return base
 
 
+def _put_for_good(
+    layer: LoRALayer, merged: Mapping[str, Tensor], tied: Container[str]
+) -> None:
+    """Give a layer its merged weights, and keep nothing of the base."""
+    for weight, values in merged.items():
+        if weight in tied:
+            _set_new_parameter(layer, weight, values)
+        else:
+            replace_values(own_parameter(layer, weight), values)
+
+
 def _set_new_parameter(layer: LoRALayer, weight: str, values: Tensor) -> None:
     """Give a layer a parameter of its own in place of a tied one."""
     requires_grad = own_parameter(layer, weight).requires_grad
     set_parameter(layer, weight, nn.Parameter(values, requires_grad))
+
+
+def _take_off_for_good(view: View, name: str, layer: LoRALayer) -> None:
+    """Take the adapter off a layer that was merged."""
+    layer.lora_weights_changed()
+    note_detached_adapter(view, name, layer.lora_detach())
+    # if a later layer fails, no call may miss this layer's adapter
+    view.adapter.layers = tuple(names_not_in(view.adapter.layers, [name]))
 
 
 # What the record keeps

@@ -1,6 +1,6 @@
 """Which weights an update can be merged into, and which of them another layer uses too."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
 
 from torch import Tensor
@@ -9,13 +9,7 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import LoRATokens
 from lightning_lora.model.changed_since_adapted import refuse_resized_or_tied
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import (
-    direct_parameters,
-    first_names,
-    join,
-    names_joined,
-    own_parameter,
-)
+from lightning_lora.tensors.names import direct_parameters, first_names, own_parameter
 from lightning_lora.tensors.shards import is_dtensor
 
 
@@ -72,25 +66,23 @@ def quantised_layers(view: View) -> list[str]:
     ]
 
 
-def tied_weights(view: View) -> set[str]:
-    """Return the weights with an update that another layer uses too, such as ``embedding.weight``."""
+def tied_weights(view: View) -> dict[str, list[str]]:
+    """Return the weights with an update that another layer uses too.
+
+    They are by the names of the adapted layers: ``{"embedding": ["weight"]}``.
+    """
     uses = Counter(direct_parameters(first_names(view.modules)).values())
-    tied = set[str]()
+    tied = defaultdict[str, list[str]](list)
     for name, layer in view.layers.items():
         # the other use reads the same rows, and so has the update too
         if isinstance(layer, LoRATokens):
             continue
         for weight in layer.lora_weights():
             if uses[own_parameter(layer, weight)] > 1:
-                tied.add(join(name, weight))
-    return tied
+                tied[name].append(weight)
+    return dict(tied)
 
 
 def layers_with_tied_weights(view: View) -> list[str]:
     """Return the adapted layers of which another layer uses a weight too."""
-    tied = tied_weights(view)
-    return [
-        name
-        for name, layer in view.layers.items()
-        if tied.intersection(names_joined(name, layer.lora_weights()))
-    ]
+    return list(tied_weights(view))
