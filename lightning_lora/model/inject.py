@@ -139,7 +139,8 @@ def _inject(
 ) -> tuple[str, ...]:
     """Adapt a model as planned, and return the names of all adapted layers.
 
-    After an error, the model is as before.
+    ``plan_for`` plans what a view's configuration asks for, and changes nothing. After
+    an error, the model is as before.
     """
     _refuse_start(model, name)
     with _name_active(model, config, name):
@@ -150,6 +151,7 @@ def _inject(
         if plan.changes_layers:
             refuse_in_block(model, "inject_adapters")
         with undone_on_error(view):
+            # adapters that the plan takes off would be refused in the next step
             if plan.to_detach:
                 detach_from(view, plan.to_detach)
             refuse_other_configuration(view, plan.choices)
@@ -162,22 +164,21 @@ def _refuse_start(model: nn.Module, name: str) -> None:
     """Refuse a model that cannot get the adapter ``name`` now."""
     start_call(model, "inject_adapters")
     names = adapters(model)
-    # a new adapter is a change; a known one may need none, which a block allows
+    # a block of adapter_names allows the call only if it changes nothing: see _inject
     if name not in names:
         refuse_in_block(model, "inject_adapters")
-    is_new_base = state_of(model) is not State.ADAPTED
-    # the inactive adapters, which are not merged, would be lost
-    if is_new_base and len(names) > 1:
-        # the rule of SWITCH has the message for a merged model
+    # a merged model becomes a new base, and its inactive adapters would be lost
+    if state_of(model).is_merged and len(names) > 1:
+        # the error of a switch says that the active one must be unmerged first
         raise refusal_to_start(model, SWITCH)
 
 
 @contextmanager
 def _name_active(model: nn.Module, config: LoRAConfig, name: str) -> Iterator[None]:
-    """Make the adapter ``name`` the active one of an adapted model.
+    """Make the adapter ``name`` the active one of an adapted model, new or not.
 
-    After an error, the former one is so again. A plain or merged model has no active
-    adapter: it gets a new record later.
+    After an error in the block, the former one is active again. A plain or merged model
+    is left alone here: it gets a new record with this adapter, in ``begin_record``.
     """
     if state_of(model) is not State.ADAPTED:
         yield
@@ -187,24 +188,30 @@ def _name_active(model: nn.Module, config: LoRAConfig, name: str) -> Iterator[No
         undo.keep()
 
 
-def _attach_and_freeze(model: nn.Module, plan: Plan, asked: View, name: str) -> None:
-    """Attach new adapters beside those at hand, freeze the base, and note what the active adapter begins with."""
+def _attach_and_freeze(
+    model: nn.Module, plan: Plan, view_asked_for: View, name: str
+) -> None:
+    """Attach new adapters beside those at hand, freeze the base, and note what the active adapter begins with.
+
+    ``view_asked_for`` shows the configuration that is asked for. The record has it from
+    ``begin_record`` on.
+    """
     new_adapters = _new_adapters(plan.to_attach)
     if new_adapters:
         _check_not_parallel(model)
-    record = begin_record(model, asked.config, name)
+    record = begin_record(model, view_asked_for.config, name)
     record.adapter.networks = plan.networks
 
-    view = asked.as_recorded()
+    view = view_asked_for.as_recorded()
     attach_adapters(view, new_adapters)
     reinitialise_if_base_changed(view)
     follow_originals(view)
     freeze(view)
     view.adapter.layers = tuple(view.layers)
-    # if originals were kept later, trained values would be taken for the base's
-    begins_now = new_adapters or view.is_fresh()
-    if begins_now:
-        keep_originals(view)  # originals that are kept already stay
+    # if an adapter has learned, and gets no new layer, values that are there may be
+    # trained: they are no originals
+    if new_adapters or view.is_fresh():
+        keep_originals(view)
 
 
 def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, LayerAdapter]:

@@ -4,7 +4,7 @@ from torch import nn
 
 from lightning_lora.base.blocks import refuse_in_block
 from lightning_lora.base.record import Record
-from lightning_lora.base.states import CALLS, USE, refusal
+from lightning_lora.base.states import CALLS, USE, State, refusal
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.records import find_record, inner_records, state_of
 from lightning_lora.tensors.names import plain_module
@@ -12,9 +12,9 @@ from lightning_lora.tensors.shards import reshard
 
 
 def start_call(model: nn.Module, call: str) -> Record | None:
-    """Start a call on ``model``: return its record, None if it is plain.
+    """Start a call on ``model``, which :data:`.CALLS` names: return the model's record, None if it is plain.
 
-    A call that may not start now (:data:`.CALLS`) is refused.
+    A call that may not start now is refused.
     """
     rule = CALLS[call]
     if not rule.in_block:
@@ -30,23 +30,21 @@ def start_call(model: nn.Module, call: str) -> Record | None:
 def refusal_to_start(model: nn.Module, call: str) -> AdapterStateError:
     """Return the error for a call that may not start in the state of ``model``."""
     record = find_record(model)
-    state = state_of(model)
     title = type(plain_module(model)).__name__
     if record is not None:
-        return AdapterStateError(refusal(call, state, title, record.adapter.name))
-    inner = next(iter(inner_records(model)), None)
-    if inner is not None:
+        about = refusal(call, record.state, title, record.adapter.name)
+        return AdapterStateError(about)
+    adapted_inside = list(inner_records(model))
+    if adapted_inside:
         return AdapterStateError(
-            f"{title} has no adapters. They are in its {inner!r}: pass that module."
+            f"{title} has no adapters. They are in its {adapted_inside[0]!r}: pass "
+            "that module."
         )
-    return AdapterStateError(refusal(call, state, title, ""))
+    return AdapterStateError(refusal(call, State.PLAIN, title, adapter=""))
 
 
 def record_of(model: nn.Module, call: str = USE) -> Record:
-    """Return the record of an adapted model from which a call may start.
-
-    Otherwise, raise an error.
-    """
+    """Start a call that needs adapters, and return the record of ``model``."""
     record = start_call(model, call)
-    assert record is not None
+    assert record is not None  # such a call may not start from State.PLAIN
     return record

@@ -1,7 +1,6 @@
 """Switch between the adapters on one base, and show the base itself."""
 
 import difflib
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -34,6 +33,7 @@ from lightning_lora.tensors.names import (
     names_not_in,
     plain_module,
     set_parameter,
+    with_all_inside,
 )
 from lightning_lora.tensors.undo import Undo
 
@@ -240,45 +240,54 @@ def _check_not_resized(view: View, state: AdapterState) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _exchange(view: View, coming: AdapterState) -> None:
-    """Take the active adapter off, and put another one on: an inactive one, or a new one that has no layers yet."""
+    """Take the active adapter off, and put another one on: an inactive one, or a new one that has no layers yet.
+
+    All that can fail comes first: an error changes nothing.
+    """
     prepare_for_model(view, coming)
-    # copies need memory, so they are made before the layers change
-    put = _tensors_to_put(view, coming)
+    tensors_to_put = _tensors_to_put(view, coming)  # copies need memory
     refuse_lost_adapters(view)
     if view.record.state.shows_base:
         show_adapter(view)
+
     inactive_tensors = tensors_with_originals(view)
     inactive_layer_adapters = detach_adapters(view)
-    for name, tensor in put.items():
+    for name, tensor in tensors_to_put.items():
         set_parameter(view.model, name, tensor)
     attach_adapters(view, coming.inactive_layer_adapters)
     view.record.note_switched(inactive_layer_adapters, inactive_tensors, coming)
-    view.look_again()  # the coming adapter trains other modules in full
-    _thaw_norms_in(view.saved)
-    freeze_norms(view.modules.values(), view.saved)
+
+    # from here on, the view shows the coming adapter, which trains other modules in full
+    view.look_again()
+    _freeze_other_norms(view)
     update_for_changed_weights(view)
 
 
-def _thaw_norms_in(modules: Iterable[nn.Module]) -> None:
-    for module in modules:
-        for inner in module.modules():
-            set_frozen(inner, False)
+def _freeze_other_norms(view: View) -> None:
+    """Freeze all norms but those in modules that the active adapter trains in full."""
+    for module in with_all_inside(view.saved):
+        set_frozen(module, False)
+    freeze_norms(view.modules.values(), view.saved)
 
 
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
-    """What replaces tensors of the model: the coming adapter's own, or the base's where only the active one has one."""
-    put = dict(coming.inactive_tensors)
+    """The tensors that take the place of the active adapter's, by name.
+
+    They are the coming adapter's own, such as its trained ``head.weight``. What only
+    the active adapter has trained gets the base's values.
+    """
+    to_put = dict(coming.inactive_tensors)
     originals = view.adapter.originals
-    made = dict[Tensor, Tensor]()  # a tied one has several names
-    for name, tensor in without(tensors_with_originals(view), put).items():
-        if tensor not in made:
-            made[tensor] = _base_of(tensor, originals[name])
-        put[name] = made[tensor]
-    return put
+    bases = dict[Tensor, Tensor]()  # one for each tensor: a tied one has several names
+    for name, tensor in without(tensors_with_originals(view), to_put).items():
+        if tensor not in bases:
+            bases[tensor] = _base_of(tensor, originals[name])
+        to_put[name] = bases[tensor]
+    return to_put
 
 
 def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
-    """A tensor with the base's values, where an adapter has ``tensor``."""
+    """A new tensor like ``tensor``, with the values that the base has in its place."""
     if original.is_meta:  # the model was adapted before it had values
         return tensor
     value = original.to(tensor, copy=True)
@@ -295,15 +304,31 @@ def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> U
     Use it as a ``with`` block: at its end, the former adapter is active again, a new
     one is dropped, and the base is shown if it was before. ``keep`` prevents all this.
     """
-    names = adapters(model)
-    former = names[0]
-    undo = Undo()  # runs its steps from the last to the first
-    if state_of(model).shows_base:
-        undo.callback(switch_to, model, None)
-    if config is None or name in names:
+    if config is None or name in adapters(model):
+        undo = _undo_activation(model)
         switch_to(model, name)
     else:
+        undo = _undo_activation(model, new=name)
         _exchange(View(model), AdapterState(config, name))
-        undo.callback(lambda: record_of(model).inactive_adapters.pop(name))
-    undo.callback(switch_to, model, former)
     return undo
+
+
+def _undo_activation(model: nn.Module, new: str | None = None) -> Undo:
+    """What makes a model show again what it shows now, after another adapter was made active.
+
+    The adapter that is active now is made so again. Then the ``new`` one is dropped,
+    and last, the base is shown, if it is now. An :class:`.Undo` runs its steps from the
+    last to the first, so they stand here in reverse.
+    """
+    active_now = adapters(model)[0]
+    undo = Undo()
+    if state_of(model).shows_base:
+        undo.callback(switch_to, model, None)
+    if new is not None:
+        undo.callback(_drop_inactive, model, new)
+    undo.callback(switch_to, model, active_now)
+    return undo
+
+
+def _drop_inactive(model: nn.Module, name: str) -> None:
+    del record_of(model).inactive_adapters[name]
