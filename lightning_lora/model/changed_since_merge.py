@@ -1,19 +1,19 @@
 """A merged model: whether its weights are as the merge left them."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import LayerAdapter, LoRALayer, put_on
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import of_type, only
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.names import join, names_joined, own_parameter
+from lightning_lora.tensors.names import join, names_joined, names_not_in, own_parameter
 from lightning_lora.tensors.shards import is_dtensor, true_anywhere
+from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values
 
 
@@ -28,7 +28,7 @@ def refuse_changed_since_merge(view: View) -> None:
 
 
 def is_as_merged(view: View) -> bool:
-    """Whether a model has its merged weights, perhaps converted, or is not merged.
+    """Whether a model has its merged weights, perhaps converted. One that is not merged has.
 
     Collective for a sharded one.
     """
@@ -36,9 +36,8 @@ def is_as_merged(view: View) -> bool:
         return True
     refuse_layers_of_another_model(view)
     has_changed_here = not _is_as_merged_here(view)
-    (has_changed_anywhere,) = true_anywhere(
-        [has_changed_here], list(view.parameters.values())
-    )
+    all_parameters = list(view.parameters.values())
+    (has_changed_anywhere,) = true_anywhere([has_changed_here], all_parameters)
     return not has_changed_anywhere
 
 
@@ -55,11 +54,10 @@ def refuse_layers_of_another_model(view: View) -> None:
 
 
 def _is_as_merged_here(view: View) -> bool:
-    """Whether the weights are as merged. Of spread ones, those of this process are."""
+    """Whether all parameters are as the merge left them. Of DTensors, this process compares its part."""
     for name, seen in view.record.base.after_merge.seen_without_update.items():
-        if name not in view.parameters or not seen.may_have_same_values(
-            view.parameters[name]
-        ):
+        parameter = view.parameters.get(name)
+        if parameter is None or not seen.may_have_same_values(parameter):
             return False
     return all(
         _is_layer_as_merged(view, layer, adapter)
@@ -69,54 +67,53 @@ def _is_as_merged_here(view: View) -> bool:
 
 def _is_layer_as_merged(view: View, layer: str, adapter: LayerAdapter) -> bool:
     """Whether the weights of a merged layer are as merged, perhaps converted, and tied to the same ones."""
+    after_merge = view.record.base.after_merge
     names = names_joined(layer, adapter.weights)
-    shown = only(view.parameters, names)
-    if len(shown) < len(names):  # prune or weight_norm computes the others
+    if names_not_in(names, view.parameters):  # prune or weight_norm computes these
         return False
-    tied = only(view.record.base.after_merge.seen_tied, names)
+    tied = only(after_merge.seen_tied, names)
     if not all(_is_tie_present(view, name) for name in tied):
         return False
-    seen = view.record.base.after_merge.seen
     has_same_values = all(
-        seen[name].has_same_values(view.parameters[name]) for name in names
+        after_merge.seen[name].has_same_values(view.parameters[name]) for name in names
     )
-    return has_same_values or _merge_again_and_compare(view, layer, adapter)
+    return has_same_values or _is_result_of_second_merge(view, layer, adapter)
 
 
 def _is_tie_present(view: View, name: str) -> bool:
     """Whether the other use of a weight that was tied is still there, on the same device in the same dtype."""
-    shown = view.parameters[name]
+    parameter = view.parameters[name]
     tied = view.record.base.after_merge.bases[name]
-    is_present = tied in set(view.parameters.values())
-    return is_present and tied.dtype == shown.dtype and tied.device == shown.device
+    if tied not in set(view.parameters.values()):
+        return False
+    return tied.dtype == parameter.dtype and tied.device == parameter.device
 
 
-def _merge_again_and_compare(view: View, layer: str, adapter: LayerAdapter) -> bool:
-    """Merge a layer again. Return whether this gives its weights, perhaps converted.
+def _is_result_of_second_merge(view: View, layer: str, adapter: LayerAdapter) -> bool:
+    """Whether a second merge of a layer gives the weights that it has, perhaps converted.
 
-    The weights and the class are as before afterwards. The adapter stays on the layer's
-    device.
+    For this, the layer gets the base's weights and the adapter. Afterwards, the layer,
+    its weights and the adapter are as before.
     """
     module: Any = view.modules[layer]
     weights = {name: own_parameter(module, name) for name in adapter.weights}
     if any(weight.is_meta or is_dtensor(weight) for weight in weights.values()):
         return False
-    shown = dict[str, Tensor]()
-    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-        for name, weight in weights.items():
-            shown[name] = weight.data
-            undo.callback(replace_values, weight, weight.data)
-        _show_base_as_merged(view, layer, adapter, weights)
+    with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
+        values_now = {name: weight.data for name, weight in weights.items()}
+        for parameter in (*weights.values(), *adapter.parameters.values()):
+            undo.callback(replace_values, parameter, parameter.data)
+        _give_values_of_merge(view, layer, adapter, weights)
         put_on(module, adapter)
         undo.callback(module.lora_detach)
-        for name, values in shown.items():
+        for name, values in values_now.items():
             merged, _ = module.lora_merged_weight(name)
             if digest(merged.to(values.dtype)) != digest(values):
                 return False
     return True
 
 
-def _show_base_as_merged(
+def _give_values_of_merge(
     view: View, layer: str, adapter: LayerAdapter, weights: Mapping[str, nn.Parameter]
 ) -> None:
     """Give weights the base's values in the dtypes of the merge, and bring the adapter to their device."""
