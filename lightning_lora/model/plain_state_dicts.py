@@ -18,9 +18,20 @@ from lightning_lora.tensors.values import same_bits
 def note_plain_state(
     model: nn.Module, state: Mapping[str, Any], prefix: str, notes: Mapping[str, Any]
 ) -> None:
-    """Note what torch is about to load: the values of a new base, or a merged model.
+    """Note what torch is about to load into an adapted model.
 
-    ``notes`` are torch's.
+    What the state holds says what it is::
+
+        adapters, and all of the frozen base   a checkpoint: its statistics of norms
+                                               are noted as the base's
+        adapters, and less                     nothing is noted
+        no adapter, but frozen weights         a new base, or a merged model: noted
+        neither                                only what trains in full: nothing is
+                                               noted
+
+    A merged model takes any state but one with adapters. ``model`` may be a part of
+    what is loaded: ``prefix`` is then its name there, with a dot. ``notes`` are torch's
+    (``local_metadata``).
     """
     record = record_of(model)  # raises an error while the base is shown
     view = View(model)
@@ -32,15 +43,17 @@ def note_plain_state(
         return
     frozen = without(view.base_parameters, record.adapter.originals)
     if given_adapters:
-        if frozen.keys() <= given.keys():
+        holds_frozen_base = frozen.keys() <= given.keys()
+        if holds_frozen_base:
             _take_statistics(view, given)
-    # a state that holds nothing of the frozen base has only what trains: it is no base
-    elif not frozen.keys().isdisjoint(given):
-        _take_base(view, given, notes)
+    else:
+        holds_some_of_frozen_base = not frozen.keys().isdisjoint(given)
+        if holds_some_of_frozen_base:
+            _take_base(view, given, notes)
 
 
 def _take_base(view: View, given: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
-    """Take the values of a new base, which other code loads."""
+    """Take the values of a new base, which other code loads. They may be those of a merged model."""
     if not view.is_fresh() and (HAS_UPDATE in notes or _holds_updates(view, given)):
         _begin_on_merged_weights(view)
     originals: dict[str, Tensor] = {}
@@ -101,13 +114,13 @@ def _loaded(
 ) -> dict[str, Tensor]:
     """What is loaded for these tensors, as the model will hold it.
 
-    A shared tensor may have another name there.
+    The state may have a shared tensor under another of its names.
     """
     present = view.base_tensors
-    values = {present[name]: given[name] for name in only(present, given)}
-    loaded = {}
+    given_by_tensor = {present[name]: given[name] for name in only(present, given)}
+    loaded = dict[str, Tensor]()
     for name, tensor in only(tensors, present).items():
-        value = values.get(present[name])
+        value = given_by_tensor.get(present[name])
         if isinstance(value, Tensor) and value.shape == tensor.shape:
             loaded[name] = value.to(tensor.dtype)
     return loaded

@@ -82,7 +82,7 @@ def _kinds(targeted: Mapping[str, Choice]) -> dict[str, type[LoRALayer]]:
 
 
 def _plan(view: View, targeted: Mapping[str, Choice], networks: StillNetworks) -> Plan:
-    """The plan for layers that are targeted, without networks that get no adapter."""
+    """The plan: of the layers that are targeted, those in networks without adapters get none."""
     choices = only(targeted, names_outside(targeted, networks.without_adapters))
     if not choices:
         raise TargetError(
@@ -90,15 +90,13 @@ def _plan(view: View, targeted: Mapping[str, Choice], networks: StillNetworks) -
             f"else is targeted by {view.config.target_modules!r}: what trains has no "
             "layers of that kind."
         )
-    copied_or_left_out = _copied_or_left_out(view, choices, networks)
     to_detach = [
         *_resized_before_training(view),
-        *copied_or_left_out,
+        *_copied_or_left_out(view, choices, networks),
         *_tied_since(view, choices),
     ]
-    to_attach = {**not_adapted_yet(choices), **only(choices, to_detach)}
-    in_order_of_layers = only(choices, to_attach)
-    return Plan(choices, networks, to_detach, in_order_of_layers)
+    get_new_adapter = not_adapted_yet(choices).keys() | set(to_detach)
+    return Plan(choices, networks, to_detach, to_attach=only(choices, get_new_adapter))
 
 
 def not_adapted_yet(choices: Mapping[str, Choice]) -> dict[str, Choice]:
@@ -114,7 +112,7 @@ def not_adapted_yet(choices: Mapping[str, Choice]) -> dict[str, Choice]:
 
 
 def _resized_before_training(view: View) -> dict[str, LoRALayer]:
-    """Layers of another size, whose adapters have learned nothing yet."""
+    """Adapted layers that have another size now, and whose adapters have learned nothing yet."""
     resized = where(view.layers, LoRALayer.lora_is_resized)
     return where(resized, LoRALayer.lora_is_fresh)
 
@@ -129,17 +127,15 @@ def _copied_or_left_out(
 
 
 def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
-    """Layers that the same word chose before they were tied. None has learned.
+    """Adapted layers that a word such as ``"all-linear"`` chose, and leaves out now: they were tied since.
 
-    ``"all-linear"`` leaves out a head that is tied to an embedding. A module's own
-    ``setup`` may tie it only after the adapters came.
+    The word leaves out a head that is tied to an embedding. A module's own ``setup``
+    may tie it only after the adapters came. An adapter that has learned is kept.
     """
     word = view.config.target_modules
-    if (
-        not view.is_adapted
-        or view.adapter.config.target_modules != word
-        or word not in AUTOMATIC
-    ):
+    if word not in AUTOMATIC or not view.is_adapted:
+        return []
+    if view.adapter.config.target_modules != word:
         return []
     tied = _tied_parameters(view)
     fresh = where(without(view.layers, choices), LoRALayer.lora_is_fresh)

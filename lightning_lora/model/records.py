@@ -37,7 +37,7 @@ def records_in(modules: Mapping[str, nn.Module]) -> dict[str, Record]:
     found: dict[str, Record] = {}
     for name, module in modules.items():
         record = vars(module).get(_ATTRIBUTE)
-        # a shared module has several names
+        # a shared module has several names: its record is returned under the first
         if record is not None and record not in found.values():
             found[name] = record
     return found
@@ -60,9 +60,13 @@ def _before_load(
     notes: Mapping[str, Any],
     *_: Any,
 ) -> None:
-    """Look at a state dict before torch loads it: a hook of the model, which is copied and pickled with it."""
+    """Look at a state dict before torch loads it.
+
+    This is a hook of each model with a record, and is copied and pickled with it. Its
+    arguments are torch's.
+    """
     if find_record(model) is not None:
-        # it lies above: by name, when called
+        # storage/ lies above this room: so it is imported by its name, and only here
         load = import_module("lightning_lora.storage.load.from_state_dicts")
         load.before_load(model, state, prefix, notes)
 
@@ -79,7 +83,8 @@ def forget_record(model: nn.Module) -> None:
     """Delete the record of ``model``, if it has one."""
     model = plain_module(model)
     vars(model).pop(_ATTRIBUTE, None)
-    # found without handles: a copy has the hooks, but no handles
+    # the hook is found by its function: a copied model has it too, but not the handle
+    # that torch gave for removing it
     hooks = getattr(model, LOAD_HOOKS)
     for key, hook in list(hooks.items()):
         if getattr(hook, "hook", None) is _before_load:
@@ -90,7 +95,11 @@ def forget_record(model: nn.Module) -> None:
 
 
 def begin_record(model: nn.Module, config: LoRAConfig, name: str = "default") -> Record:
-    """Return the record for adapters that are added now: a new one if ``model`` is plain or merged, or its own."""
+    """Return the record for adapters that are added now: the model's own, or a new one if it is plain or merged.
+
+    Its active adapter has the configuration ``config`` from now on. What the caller
+    attaches is noted by the caller.
+    """
     record = find_record(model)
     if record is None or record.state.is_merged:
         record = Record(AdapterState(config, name))
@@ -101,15 +110,18 @@ def begin_record(model: nn.Module, config: LoRAConfig, name: str = "default") ->
 
 
 def absorb_inner_records(model: nn.Module, record: Record) -> None:
-    """Move the records of modules inside ``model`` into ``record``.
+    """Move what modules inside ``model`` remember into its own ``record``.
 
-    It keeps the values that it has already.
+    These modules were adapted on their own. Their layers, networks and configuration
+    are not moved: an injection takes these from the whole model. What ``record`` knows
+    already stays.
     """
     records = inner_records(model)
     _refuse_several_adapters(model, records)
     for prefix, inner in records.items():
         record.base.absorb(prefix, inner.base, is_merged=inner.state.is_merged)
-        if not inner.state.is_merged:  # a merged module is itself a base now
+        # the weights of a merged module are the base's now, and its adapters are gone
+        if not inner.state.is_merged:
             record.adapter.may_have_learned |= inner.adapter.may_have_learned
             for name, original in inner.adapter.originals.items():
                 record.adapter.originals.setdefault(join(prefix, name), original)
