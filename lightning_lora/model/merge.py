@@ -163,7 +163,10 @@ def _begin_merge(view: View) -> None:
 
 
 def _merged_weights(layer: LoRALayer) -> tuple[dict[str, Tensor], float]:
-    """A layer's merged weights, all before one is set, and the largest share of an update that rounding lost."""
+    """A layer's merged weights, by name in the layer, and the largest share of an update that rounding lost.
+
+    All are computed before one is set: so an error here leaves the layer as it is.
+    """
     merged = dict[str, Tensor]()
     shares = []
     for weight in layer.lora_weights():
@@ -173,9 +176,10 @@ def _merged_weights(layer: LoRALayer) -> tuple[dict[str, Tensor], float]:
 
 
 def _overflow_first(share: float) -> tuple[bool, float]:
-    """The key by which shares are compared: one that is infinite or NaN is the largest.
+    """The key by which shares are compared.
 
-    It comes from values that a dtype cannot hold.
+    The largest is an infinite one, or NaN: it comes from values that a dtype cannot
+    hold.
     """
     is_overflow = math.isinf(share) or math.isnan(share)
     return is_overflow, share
@@ -203,7 +207,7 @@ def _put_on_layer(
 def _put_in_place(view: View, name: str, merged: Tensor, undo: Undo) -> Tensor:
     """Give a weight its values with the update. Return those of the base."""
     parameter = view.parameters[name]
-    base = set_aside(parameter)  # which saves GPU memory
+    base = set_aside(parameter)  # in CPU memory
     undo.callback(put_back, parameter, base, parameter.device)
     view.record.base.readings.note_copied(name, parameter, base)
     replace_values(parameter, merged)
@@ -259,21 +263,22 @@ def _look_at_parameters(view: View, bases: dict[str, Tensor]) -> AfterMerge:
     seen = dict[str, Seen]()
     merged = {view.parameters[name] for name in bases}
     for name, parameter in view.base_parameters.items():
-        if parameter not in merged:  # a shared layer has several names
+        # a merged one of a shared layer is here under another name too
+        if parameter not in merged:
             seen[name] = Seen(parameter, _known_digest(view, name, parameter))
     for name in bases:
-        # its digest is computed only if it is asked for
+        # without a digest, which is computed only if it is asked for
         seen[name] = Seen(view.parameters[name])
-    # another layer still has them
-    were_tied = with_values(bases, set(view.parameters.values()))
-    seen_tied = {name: Seen(parameter) for name, parameter in were_tied.items()}
+    # the base of a tied weight is the parameter that another layer still has
+    still_in_model = with_values(bases, set(view.parameters.values()))
+    seen_tied = {name: Seen(parameter) for name, parameter in still_in_model.items()}
     return AfterMerge(seen, bases, seen_tied)
 
 
 def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
-    """The digest of a parameter of the base, read again only if it has changed.
+    """The digest of a parameter of the base, which is read again only if it has changed.
 
-    None: of spread or absent values.
+    None: it is a DTensor, or has no values.
     """
     if parameter.is_meta or is_dtensor(parameter):
         return None

@@ -16,56 +16,68 @@ from lightning_lora.tensors.values import replace_values, set_aside, set_require
 def show_base(view: View) -> None:
     """Turn the updates off.
 
-    Merged weights and what was trained beside them get the base's values.
+    Merged weights, and what was trained beside the adapters, get the base's values. The
+    record keeps their own values and flags (``Base.hidden``) for ``show_adapter``.
     """
-    values = _values_to_show(view)
-    _read_merged_digests(view)
-    # a parameter that was tied may be in no module until the unmerge: it stays as it is
-    present = first_names(view.tensors)
-    for name, tensor in with_values(present, values).items():
-        # replace_values writes into the memory of a spread tensor: so it is copied
-        hidden = set_aside(tensor) if is_dtensor(tensor) else tensor.data
-        view.record.base.note_hidden(name, hidden, requires_grad=tensor.requires_grad)
-        # a gradient at the base's values would move what was trained
-        set_requires_grad(tensor, False)
-        replace_values(tensor, values[tensor])
+    base_values = _base_values_to_show(view)
+    _keep_digests_of_distributed_weights(view)
+    # the base's own parameter of a tied weight may be in no module while it is merged:
+    # it stays as it is
+    in_model = first_names(view.tensors)
+    for name, tensor in with_values(in_model, base_values).items():
+        _hide(view, name, tensor)
+        replace_values(tensor, base_values[tensor])
     _enable(view, has_effect=False)
     view.record.note_base_shown()
 
 
-def _values_to_show(view: View) -> dict[Tensor, Tensor]:
-    """The tensors that may have other values than the base, and copies of the base's."""
+def _hide(view: View, name: str, tensor: Tensor) -> None:
+    """Note what a tensor holds, before it gets the base's values, and let it train no more."""
+    # replace_values writes into the memory of a DTensor: so its values are copied
+    values = set_aside(tensor) if is_dtensor(tensor) else tensor.data
+    view.record.base.note_hidden(name, values, requires_grad=tensor.requires_grad)
+    # a gradient at the base's values would move what was trained
+    set_requires_grad(tensor, False)
+
+
+def _base_values_to_show(view: View) -> dict[Tensor, Tensor]:
+    """Copies of the base's values, by the tensors that may have other values."""
     values = dict[Tensor, Tensor]()
     record = view.record
     for name, tensor in tensors_with_originals(view).items():
         original = record.adapter.originals[name]
-        # without values here, the model was adapted before it had any
+        # on the meta device, it has none: the model was adapted before it had values
         has_base_value = not original.is_meta
         if has_base_value and name not in record.base.filled:
             values[tensor] = original.to(tensor, copy=True)
     for merged in view.merged_weights:
-        # a tied weight's other use may have trained
+        # the base of a tied weight is a parameter, which may have trained in its other
+        # use: then its original was found above
         base = values.get(merged.base_value, merged.base_value)
         values[merged.parameter] = base.detach().to(merged.parameter)
     return values
 
 
-def _read_merged_digests(view: View) -> None:
-    """Read spread weights of a merged model: their memory is written into, and only a digest tells the values apart."""
-    spread = where(view.parameters, is_dtensor)
-    for seen in only(view.record.base.after_merge.seen, spread).values():
-        seen.digest()  # it keeps the digest that it computes
+def _keep_digests_of_distributed_weights(view: View) -> None:
+    """Keep the digests of a merged model's DTensors, before their memory is written into.
+
+    When they are compared later, only these tell that they are as merged.
+    """
+    distributed = where(view.parameters, is_dtensor)
+    for seen in only(view.record.base.after_merge.seen, distributed).values():
+        seen.digest()  # the first call computes it, and ``seen`` keeps it
 
 
 @torch.inference_mode(False)
 def show_adapter(view: View) -> None:
     """Give the active adapter, or the merged weights, their effect back."""
-    reshard(view.model)  # so that the next forward pass gathers what is put back
+    # so that the next forward pass of FSDP2 gathers what is put back
+    reshard(view.model)
     hidden_tensors = only(view.record.base.hidden, view.tensors)
-    # all are converted before any is written: so an error changes nothing
+    # the model may have been moved or converted since. All values are converted before
+    # any is put back: so an error changes nothing
     converted = dict[str, Tensor]()
     for name, hidden in hidden_tensors.items():
-        # the tensors of the model may have been moved or converted since
         converted[name] = hidden.values.to(view.tensors[name])
     for name, hidden in hidden_tensors.items():
         replace_values(view.tensors[name], converted[name])
@@ -78,4 +90,4 @@ def _enable(view: View, *, has_effect: bool) -> None:
     """Turn the updates of all layers on or off."""
     for layer in view.layers.values():
         layer.lora_enabled = has_effect
-    torch.clear_autocast_cache()  # it may hold copies of the other values
+    torch.clear_autocast_cache()  # it may hold copies of the values from before
