@@ -26,7 +26,7 @@ from lightning_lora.storage.offline.without_model import (
 )
 from lightning_lora.storage.on_disk.places import opened
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.storage.stored_modules import UNKNOWN
+from lightning_lora.storage.stored_modules import UNKNOWN_MODULE
 from lightning_lora.tensors.dicts import of_type
 
 
@@ -80,7 +80,7 @@ def _name_of_base(stored: StoredAdapters) -> str:
 
     Empty: the file does not say it.
     """
-    return stored.modules.get(stored.root, UNKNOWN).pretrained
+    return stored.modules.get(stored.root, UNKNOWN_MODULE).pretrained
 
 
 def _size_of(source: str) -> int:

@@ -42,7 +42,7 @@ def base_values(view: View) -> dict[str, Tensor]:
         tensors_with_originals(view), view.trainable_base
     ).items():
         values[name] = originals[name].to(tensor.dtype)
-    return {**values, **view.entries}
+    return {**values, **view.quantised_entries}
 
 
 def kept_or_present_value(view: View, name: str) -> Tensor:

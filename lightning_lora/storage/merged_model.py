@@ -21,7 +21,7 @@ from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.merged_state import merged_state
 from lightning_lora.storage.on_disk.places import check_output, path_here
 from lightning_lora.storage.on_disk.whole_files import writing, writing_folder
-from lightning_lora.storage.renaming import names_outside
+from lightning_lora.storage.renaming import names_without_prefix
 from lightning_lora.storage.state import check_not_diverged, trained_tensors
 from lightning_lora.tensors.dicts import beginning_with, of_type, only, renamed, without
 from lightning_lora.tensors.names import plain_module, plain_name, submodule
@@ -225,7 +225,7 @@ def _write_folder(view: View, path: Path) -> None:
 
 def _refuse_trained_outside(view: View, root: str) -> None:
     """Refuse a model of which something was trained that is not in the one model inside."""
-    outside = names_outside(root, trained_tensors(view))
+    outside = names_without_prefix(trained_tensors(view), root)
     if outside:
         raise AdapterFileError(
             f"save_pretrained writes {root!r} of {view.title} alone, and "

@@ -74,8 +74,11 @@ def by_names_inside(prefix: str, named: Mapping[str, Value]) -> dict[str, Value]
     return Renaming(there=prefix).with_names_here(entries_inside(prefix, named))
 
 
-def names_outside(prefix: str, names: Iterable[str]) -> list[str]:
-    """Return the names that are not ``prefix``, and do not lie inside it."""
+def names_without_prefix(names: Iterable[str], prefix: str) -> list[str]:
+    """Return the names that are not ``prefix``, and do not lie inside it.
+
+    All names have the empty prefix.
+    """
     return [name for name in names if not is_in(name, prefix)]
 
 

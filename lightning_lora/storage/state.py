@@ -97,61 +97,47 @@ def values_to_store(
 
     1. All that trains. The model's own values stand in for what user code has dropped
        from the state.
-    2. Frozen weights and buffers whose values are not the base's, or that belong to no
-       base (``of_no_base``: weights that look untrained, filled buffers).
+    2. Frozen weights and buffers that may not have the base's values.
     3. What else is in the state, such as entries of modules' own code.
 
-    Of 2 and 3, a value is left out if the adapter keeps the base's value
-    (``AdapterState.originals``) and both are the same.
+    A value is left out if the adapter keeps the base's value of it
+    (``AdapterState.originals``), and both are the same. But what trains is always
+    stored, and so is what code has changed in the base (``Base.changes``), and what
+    belongs to no base (``of_no_base``: weights that look untrained, filled buffers).
     """
-    trained = _without_graphs(trained_tensors(view))
-    # these are stored even if their value is the one that is kept of the base
-    noted = {*view.record.base.changes, *of_no_base}
-    frozen = _frozen_that_may_differ(view, noted)
-    in_state = without(
-        _besides_frozen(view, state), _tied_names_with_merged_values(view)
-    )
-    originals = without(view.adapter.originals, {*view.trainable_base, *noted})
-    return {**trained, **_without_originals({**frozen, **in_state}, originals)}
+    not_the_bases = {*view.record.base.changes, *of_no_base}
+    values = {
+        **_without_graphs(trained_tensors(view)),
+        **_frozen_that_may_differ(view, not_the_bases),
+        **_besides_frozen(view, state),
+    }
+    originals = without(view.adapter.originals, {*view.trainable_base, *not_the_bases})
+    return without(values, _unchanged(values, originals))
 
 
-def _frozen_that_may_differ(view: View, noted: Collection[str]) -> dict[str, Tensor]:
-    """The frozen weights that are noted or have a kept value of the base, and the changed buffers."""
-    frozen = only(frozen_values(view), {*noted, *view.adapter.originals})
+def _frozen_that_may_differ(
+    view: View, not_the_bases: Collection[str]
+) -> dict[str, Tensor]:
+    """The frozen weights that are not the base's, or whose base value is kept, and the changed buffers."""
+    frozen = only(frozen_values(view), {*not_the_bases, *view.adapter.originals})
     changed_buffers = only(view.buffers, view.record.base.changes)
     return _without_graphs({**frozen, **changed_buffers})
 
 
 def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
-    """What a state of the model holds besides frozen weights and quantised entries.
+    """What a state of the model holds besides frozen weights and entries of quantised layers, which are frozen too.
 
-    A shared adapter has several names. Only its own name is left.
+    Of a shared adapter, which has several names, only that of its layer is left. Trained
+    weights are left out too where the state has merged values in their place.
     """
-    other_names_of_adapters = (
-        own_adapters_in(view, view.parameters).keys() - view.adapter_parameters.keys()
-    )
-    return without(
-        renamed(state, plain_name),
-        {*view.frozen_base, *view.entries, *other_names_of_adapters},
-    )
-
-
-def _without_originals(
-    values: StateDict, originals: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Leave out what still has the value that is kept of the base."""
-    unchanged = set[str]()
-    for name, original in only(originals, values).items():
-        if _is_original(values[name], original):
-            unchanged.add(name)
-    return without(values, unchanged)
-
-
-def _is_original(value: object, original: Tensor) -> bool:
-    """Whether a value has the base's bits. Of a shard, that is not known."""
-    if not isinstance(value, Tensor) or is_dtensor(value):
-        return False
-    return same_bits(value.detach(), original)
+    names_of_adapters = own_adapters_in(view, view.parameters).keys()
+    left_out = {
+        *view.frozen_base,
+        *view.quantised_entries,
+        *(names_of_adapters - view.adapter_parameters.keys()),
+        *_tied_names_with_merged_values(view),
+    }
+    return without(renamed(state, plain_name), left_out)
 
 
 def _tied_names_with_merged_values(view: View) -> set[str]:
@@ -161,6 +147,22 @@ def _tied_names_with_merged_values(view: View) -> set[str]:
         for name, parameter in view.trainable_base.items()
         if parameter is not view.parameters[name]
     }
+
+
+def _unchanged(values: StateDict, originals: Mapping[str, Tensor]) -> set[str]:
+    """The names of values that are still those which are kept of the base."""
+    unchanged = set[str]()
+    for name, original in only(originals, values).items():
+        if _is_original(values[name], original):
+            unchanged.add(name)
+    return unchanged
+
+
+def _is_original(value: object, original: Tensor) -> bool:
+    """Whether a value has the base's bits. Of a shard, that is not known."""
+    if not isinstance(value, Tensor) or is_dtensor(value):
+        return False
+    return same_bits(value.detach(), original)
 
 
 def _without_graphs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

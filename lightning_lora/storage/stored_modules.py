@@ -22,7 +22,7 @@ from lightning_lora.tensors.names import find_parameter, modules_around, modules
 class StoredModule:
     """One module, as a file describes it."""
 
-    # the full names of its class, and of those that this inherits from
+    # its class, and those that this inherits from: "torch.nn.modules.linear.Linear"
     classes: tuple[str, ...] = ()
     pretrained: str = ""  # the folder or the repository that its weights came from
     has_bias: bool = False
@@ -49,7 +49,7 @@ class StoredModule:
         return self.classes[0] if self.classes else ""
 
 
-UNKNOWN = StoredModule()
+UNKNOWN_MODULE = StoredModule()
 
 
 # Describe the modules of a model
@@ -90,7 +90,7 @@ def _described(module: nn.Module) -> StoredModule:
         if ancestor is nn.Module:
             break
         if not _is_of_fsdp(ancestor):
-            classes.append(full_name(ancestor))
+            classes.append(module_and_name(ancestor))
     config = _configuration(module)
     return StoredModule(
         classes=tuple(classes),
@@ -133,8 +133,8 @@ def _configuration(module: nn.Module) -> Any:
     return vars(module).get("config")  # no code of the user's runs
 
 
-def full_name(kind: type) -> str:
-    """Return the name of a class, after that of its Python module."""
+def module_and_name(kind: type) -> str:
+    """Return the name of a class after that of its Python module, without classes around it: ``a.b.Inner``."""
     return f"{kind.__module__}.{kind.__name__}"
 
 

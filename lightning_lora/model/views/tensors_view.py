@@ -125,7 +125,7 @@ class TensorsView(LayersView):
         return {**self.buffers, **self.parameters}
 
     @cached_property
-    def entries(self) -> dict[str, Tensor]:
+    def quantised_entries(self) -> dict[str, Tensor]:
         """The extra state dict entries of quantised layers."""
         entries = dict[str, Tensor]()
         for prefix, module in self.modules.items():

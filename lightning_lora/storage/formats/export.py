@@ -8,10 +8,14 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, ExportError, listed, warn
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.renaming import Renaming, by_names_inside, names_outside
+from lightning_lora.storage.renaming import (
+    Renaming,
+    by_names_inside,
+    names_without_prefix,
+)
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.storage.stored_modules import UNKNOWN, StoredModule
+from lightning_lora.storage.stored_modules import UNKNOWN_MODULE, StoredModule
 from lightning_lora.storage.whole_names import expression_of, list_or_expression
 from lightning_lora.tensors.dicts import only, where, without
 from lightning_lora.tensors.names import (
@@ -73,7 +77,7 @@ class Export:
     @property
     def stored_inner(self) -> StoredModule:
         """What files say of the module that the reader has, with the name of its base."""
-        inner = self.stored_modules.get("", UNKNOWN)
+        inner = self.stored_modules.get("", UNKNOWN_MODULE)
         if self.base_name is None:
             return inner
         return replace(inner, pretrained=self.base_name)
@@ -170,7 +174,7 @@ def _warn_of_lost_values(stored: StoredAdapters) -> None:
     They are neither in its base nor trained. Buffers outside of the root are not
     missed: the reader has none of them.
     """
-    outside = names_outside(stored.root, stored.filled_in_state)
+    outside = names_without_prefix(stored.filled_in_state, stored.root)
     lost = names_not_in(stored.of_no_base, outside)
     if lost:
         warn(

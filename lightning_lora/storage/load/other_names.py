@@ -10,7 +10,7 @@ from lightning_lora.storage.renaming import (
     Renaming,
     entries_inside,
     find_renamings,
-    names_outside,
+    names_without_prefix,
 )
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.whole_names import by_whole_names
@@ -52,7 +52,7 @@ def _with_another_prefix(view: View, stored: StoredAdapters) -> StoredAdapters:
 
 def _is_all_inside(view: View, prefix: str) -> bool:
     """Whether all weights of a model have this prefix."""
-    return not names_outside(prefix, view.tensors)
+    return not names_without_prefix(view.tensors, prefix)
 
 
 def _renamed(view: View, stored: StoredAdapters, renaming: Renaming) -> StoredAdapters:
@@ -82,7 +82,9 @@ def _config_for_model(
 
 def _refuse_outside(stored: StoredAdapters, prefix: str, title: str) -> None:
     """Refuse a file that holds other modules too, for which the model has no place."""
-    outside = [owner_or_itself(name) for name in names_outside(prefix, stored.state)]
+    outside = [
+        owner_or_itself(name) for name in names_without_prefix(stored.state, prefix)
+    ]
     if outside:
         raise AdapterMismatchError(
             f"The file's adapters fit {title}, but it also holds "

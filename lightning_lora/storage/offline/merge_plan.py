@@ -8,7 +8,11 @@ from lightning_lora.base.fingerprints import StoredFingerprint
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.storage.offline.tensor_files import TensorFiles
 from lightning_lora.storage.offline.without_model import tensors_beside_adapters
-from lightning_lora.storage.renaming import Renaming, find_renamings, names_outside
+from lightning_lora.storage.renaming import (
+    Renaming,
+    find_renamings,
+    names_without_prefix,
+)
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import renamed, with_values
@@ -163,7 +167,7 @@ def _check_inside(
     renaming: Renaming, files: TensorFiles, stored: StoredAdapters
 ) -> None:
     """Refuse an adapters' file with trained values of modules that the base lacks."""
-    outside = names_outside(renaming.there, tensors_beside_adapters(stored))
+    outside = names_without_prefix(tensors_beside_adapters(stored), renaming.there)
     if outside:
         raise AdapterMismatchError(
             f"{stored.source} also holds {listed(outside)}, trained outside of "

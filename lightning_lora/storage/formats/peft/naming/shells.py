@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from lightning_lora.storage.stored_modules import UNKNOWN, StoredModule
+from lightning_lora.storage.stored_modules import UNKNOWN_MODULE, StoredModule
 from lightning_lora.tensors.dicts import where, without
 from lightning_lora.tensors.names import starts_of
 
@@ -22,7 +22,7 @@ def shell_of(described: Mapping[str, StoredModule]) -> nn.Module:
         ImportError: transformers is not installed, or lacks one of them.
     """
     models = where(described, _is_of_transformers)
-    shell = _shell_of_model(models.get("", UNKNOWN))
+    shell = _shell_of_model(models.get("", UNKNOWN_MODULE))
     for name, model in without(models, [""]).items():
         *around, _ = starts_of(name)
         for outer in around:

@@ -31,7 +31,7 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
 )
 from lightning_lora.storage.formats.weight_updates import WeightUpdate
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.storage.stored_modules import StoredModule, full_name
+from lightning_lora.storage.stored_modules import StoredModule, module_and_name
 from lightning_lora.tensors.dicts import only, where, without
 from lightning_lora.tensors.names import starts_of
 
@@ -88,7 +88,7 @@ def _encoder_layers(export: Export) -> list[str]:
 
 def _is_encoder_layer(module: StoredModule) -> bool:
     """Whether a module is a layer of an nn.TransformerEncoder, or of a class that inherits from these."""
-    return full_name(nn.TransformerEncoderLayer) in module.classes
+    return module_and_name(nn.TransformerEncoderLayer) in module.classes
 
 
 def warn_of_scalings(

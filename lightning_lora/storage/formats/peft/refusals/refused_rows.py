@@ -10,7 +10,7 @@ from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.reasons import Reason, first_reason
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.stored_modules import (
-    UNKNOWN,
+    UNKNOWN_MODULE,
     StoredModule,
     input_embedding_in,
 )
@@ -125,7 +125,7 @@ def _input_embedding_around(layer: str, modules: Mapping[str, nn.Module]) -> str
 def _input_embedding_by_file(layer: str, modules: Mapping[str, StoredModule]) -> str:
     """The embedding's name, by what a file says of modules. Empty: it does not say which one it is."""
     for outer in ("", *starts_of(layer)):
-        inner = modules.get(outer, UNKNOWN).input_embedding
+        inner = modules.get(outer, UNKNOWN_MODULE).input_embedding
         if inner:
             return join(outer, inner)
     return ""
