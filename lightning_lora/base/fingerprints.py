@@ -46,9 +46,20 @@ def without_half_digests(stored: StoredFingerprint) -> Fingerprint:
     }
 
 
+def says_names(stored: StoredFingerprint) -> bool:
+    """Whether a file says the names of a base's tensors."""
+    return "rounded" in stored
+
+
 def names_in(stored: StoredFingerprint) -> Iterable[str]:
     """Return the names of a base's tensors, if a file says them."""
     return stored.get("rounded", ())
+
+
+def quantised_in(stored: StoredFingerprint) -> set[str]:
+    """Return the names of a base's tensors that are quantised, if a file says names."""
+    half_digests = stored.get("rounded", {})
+    return {name for name, digests in half_digests.items() if digests is None}
 
 
 def digests_by_name(names: Iterable[str], fingerprint: Fingerprint) -> dict[str, int]:

@@ -1,16 +1,11 @@
 """Whether adapters fit into files of a base: before anything is written."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_lora.base.fingerprints import (
-    HalfDigests,
-    StoredFingerprint,
-    digests_by_name,
-)
 from lightning_lora.base.readings import HALF_DTYPES
 from lightning_lora.errors import (
     AdapterFileError,
@@ -21,12 +16,14 @@ from lightning_lora.errors import (
 )
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.same_base.base_comparison import (
+    BaseThere,
     ComparedTensor,
     Comparison,
     compare,
 )
-from lightning_lora.tensors.dicts import of_type, where, without
+from lightning_lora.tensors.dicts import of_type, without
 from lightning_lora.tensors.digests import digest, digests_as
+from lightning_lora.tensors.names import names_not_in
 from lightning_lora.tensors.values import is_computable
 
 
@@ -96,8 +93,8 @@ def _can_be_updated(value: Tensor, adapted: AdaptedWeight) -> bool:
 
 def _check_complete(plan: MergePlan) -> None:
     """Refuse a base that lacks a tensor of the training's."""
-    for fingerprint in plan.fingerprints:
-        lost = _lost_tensors(plan, fingerprint)
+    for there in plan.bases_there:
+        lost = _lost_tensors(plan, there)
         if lost:
             raise BaseMismatchError(
                 f"{plan.base_path} lacks {listed(lost)}, which the base of the "
@@ -107,8 +104,8 @@ def _check_complete(plan: MergePlan) -> None:
             )
 
 
-def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
-    """The tensors of a fingerprint that the base does not have.
+def _lost_tensors(plan: MergePlan, there: BaseThere) -> list[str]:
+    """The tensors of the training's base that the base at hand does not have.
 
     Three cases look absent. A tied tensor is in the base under one of its names only:
     ``embed.weight``, not ``head.weight``. It is not lost. A library may have another
@@ -116,10 +113,10 @@ def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
     unnamed tensor has its values, it is not lost. But if the name of an unnamed tensor
     differs in one character, ``norm.weighs``, the file is damaged, and the tensor lost.
     """
-    absent = _absent_tensors(plan, fingerprint)
+    absent = _absent_tensors(plan, there)
     if not absent:
         return []
-    unnamed = _unnamed_tensors(plan, fingerprint)
+    unnamed = _unnamed_tensors(plan, there)
     digests_of_unnamed = _digests_of(plan, unnamed)
     lost = list[str]()
     for name, digests in absent.items():
@@ -129,47 +126,44 @@ def _lost_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> list[str]:
     return lost
 
 
-def _unnamed_tensors(plan: MergePlan, fingerprint: StoredFingerprint) -> set[str]:
+def _unnamed_tensors(plan: MergePlan, there: BaseThere) -> set[str]:
     """The tensors of the base that the adapters' file does not name.
 
     One of them may be an absent tensor.
     """
-    named = {
-        *map(plan.find_in_base, fingerprint["rounded"]),
-        *plan.adapted,
-        *plan.replaced,
-    }
+    named = {*map(plan.find_in_base, there.digests), *plan.adapted, *plan.replaced}
     return plan.files.file_of.keys() - named
 
 
-def _absent_tensors(
-    plan: MergePlan, fingerprint: StoredFingerprint
-) -> dict[str, list[int]]:
+def _absent_tensors(plan: MergePlan, there: BaseThere) -> dict[str, list[int]]:
     """The expected tensors that the base has under none of their names, with all of their digests.
 
     Tied ones, with one digest, have several names.
     """
-    half_digests = fingerprint["rounded"]
-    digests = digests_by_name(half_digests, fingerprint)
     present = set[int]()
-    for name, digest_there in digests.items():
+    for name, digest_there in there.digests.items():
         if plan.find_in_base(name) is not None:
             present.add(digest_there)
     absent = dict[str, list[int]]()
-    for name in _expected_tensors(plan, half_digests):
-        if digests[name] not in present:
-            absent[name] = [digests[name], *(half_digests[name] or ())]
+    for name, half_digests in _expected_tensors(plan, there).items():
+        digest_there = there.digests[name]
+        if digest_there not in present:
+            absent[name] = [digest_there, *half_digests]
     return absent
 
 
-def _expected_tensors(plan: MergePlan, half_digests: HalfDigests) -> list[str]:
-    """The tensors of the base that its file must hold: not those of the adapters' file, or outside of the model."""
-    # None: quantised. Empty: integers, which other versions may not store, or a tensor
-    # whose half digests are not known
-    weights = where(half_digests, bool)
-    return [
-        name for name in without(weights, plan.not_of_the_base) if plan.has_place(name)
-    ]
+def _expected_tensors(plan: MergePlan, there: BaseThere) -> dict[str, Sequence[int]]:
+    """The tensors of the base that its file must hold, with their half digests.
+
+    Those of the adapters' file are not among them, nor those outside of the model, nor
+    those without half digests. These are quantised, or integers, which other versions
+    may not store, or nothing is known of them.
+    """
+    expected = dict[str, Sequence[int]]()
+    for name, half_digests in without(there.half_digests, plan.not_of_the_base).items():
+        if half_digests and plan.has_place(name):
+            expected[name] = half_digests
+    return expected
 
 
 def _digests_of(plan: MergePlan, base_names: Iterable[str]) -> set[int]:
@@ -231,9 +225,8 @@ def _nearest_comparison(plan: MergePlan) -> Comparison | None:
     Return where the least differs. None: there is no fingerprint.
     """
     comparisons = list[Comparison]()
-    for fingerprint in plan.fingerprints:
-        tensors = _compared_tensors(plan, fingerprint["rounded"])
-        comparisons.append(compare(fingerprint, tensors))
+    for there in plan.bases_there:
+        comparisons.append(compare(there, _compared_tensors(plan, there)))
     return min(comparisons, key=_count_of_differences, default=None)
 
 
@@ -241,17 +234,15 @@ def _count_of_differences(found: Comparison) -> int:
     return len(found.differ)
 
 
-def _compared_tensors(
-    plan: MergePlan, half_digests_there: HalfDigests
-) -> Iterator[ComparedTensor]:
-    """The base's tensors that a fingerprint knows, one by one.
+def _compared_tensors(plan: MergePlan, there: BaseThere) -> Iterator[ComparedTensor]:
+    """The base's tensors that the training's base had too, one by one.
 
     Rows that others replace are zero.
     """
-    for name, half_digests in without(half_digests_there, plan.not_of_the_base).items():
+    left_out = {*plan.not_of_the_base, *there.quantised}
+    for name in names_not_in(there.digests, left_out):
         base_name = plan.find_in_base(name)
-        is_quantised = half_digests is None
-        if is_quantised or base_name is None:
+        if base_name is None:
             continue
         value = _without_trained_rows(plan, base_name)
         yield ComparedTensor(

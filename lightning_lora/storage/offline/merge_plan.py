@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.base.fingerprints import StoredFingerprint
+from lightning_lora.base.fingerprints import says_names
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.storage.offline.tensor_files import TensorFiles
 from lightning_lora.storage.offline.without_model import tensors_beside_adapters
@@ -13,6 +13,7 @@ from lightning_lora.storage.renaming import (
     find_renamings,
     names_without_prefix,
 )
+from lightning_lora.storage.same_base.base_comparison import BaseThere
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import renamed, with_values
@@ -53,6 +54,8 @@ class MergePlan:
         # from names in the adapters' file to those in the base
         self.renaming = _find_renaming(files, stored)
         _check_inside(self.renaming, files, stored)
+        # the training's base, in each form whose fingerprint says the names
+        self.bases_there = list(map(BaseThere, filter(says_names, stored.base)))
         # All by their names in the base
         self.adapted = self._find_adapted()  # the weights that get an update
         # tensors of the adapters' file that take a place as they are
@@ -87,13 +90,6 @@ class MergePlan:
     def names_written_for(self, file: Path) -> list[str]:
         """Return the merged tensors that go into the counterpart of one file of the base."""
         return list(with_values(self.output_of, [file]))
-
-    @property
-    def fingerprints(self) -> list[StoredFingerprint]:
-        """The fingerprints of the training's base that say which names it had."""
-        return [
-            fingerprint for fingerprint in self.stored.base if "rounded" in fingerprint
-        ]
 
     @property
     def not_of_the_base(self) -> set[str]:

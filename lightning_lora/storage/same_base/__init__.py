@@ -8,5 +8,6 @@ at hand ("here") with the fingerprints in a file ("there"), by ``base_comparison
 A fingerprint in a file has one digest for each tensor. Its entry ``rounded`` has
 half digests by the tensors' names: those of the values in bfloat16 and in float16.
 None: the tensor is quantised. Empty: the tensor has integers, or its half digests are
-not known. A file without this entry does not say the names.
+not known. A file without this entry does not say the names. ``BaseThere`` is what all
+this says of the base of a training.
 """

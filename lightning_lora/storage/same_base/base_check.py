@@ -1,7 +1,6 @@
 """Whether a base is the one that adapters were trained on: the comparison with its fingerprint."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -13,11 +12,14 @@ from lightning_lora.base.fingerprints import (
     StoredFingerprint,
     digests_by_name,
     have_same_form,
+    quantised_in,
+    says_names,
     without_half_digests,
 )
 from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.model.view import View
 from lightning_lora.storage.same_base.base_comparison import (
+    BaseThere,
     ComparedTensor,
     Comparison,
     compare,
@@ -29,6 +31,7 @@ from lightning_lora.storage.same_base.compared_tensors import (
 from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import of_type, only, without
+from lightning_lora.tensors.names import names_not_in
 
 
 def check_base(
@@ -40,10 +43,20 @@ def check_base(
 ) -> bool:
     """Refuse another base than the one that adapters were trained on.
 
-    Return whether this one is converted: of another base that is only named, whether
-    its dtypes differ. The same weights in another dtype are accepted: if each tensor
-    here, converted to the dtype there, has the bits there, or the other way round.
-    Quantised weights are left out: they have no bits in common with others.
+    The same weights in another dtype are accepted: if each tensor here, converted to
+    the dtype there, has the bits there, or the other way round. Quantised weights are
+    left out: they have no bits in common with others.
+
+    Args:
+        view: The model.
+        stored: The adapters, with the fingerprints of their base.
+        reads_base_anew: Whether all of the base is read. Otherwise it has just been
+            read.
+        refuses_other_base: Whether another base is refused. Otherwise it is only named.
+
+    Returns:
+        Whether the base has another precision here, so that values in the file may be
+        rounded: the same base is converted, or another one has other dtypes.
     """
     here = fingerprint(view, anew=reads_base_anew, renaming=stored.renaming)
     if _has_fingerprint(stored, view, here):
@@ -56,7 +69,7 @@ def check_base(
         _refuse_or_warn(
             _difference(base, nearest), refuses_other_base=refuses_other_base
         )
-        return bool(here["dtypes"] != nearest.there["dtypes"])
+        return bool(here["dtypes"] != nearest.fingerprint["dtypes"])
     if same.is_converted:
         warn(_converted_message(base, same))
     return same.is_converted
@@ -82,7 +95,7 @@ def _find_same_base(comparisons: Iterable[Comparison]) -> Comparison | None:
 def _nearest(comparisons: Sequence[Comparison], here: Fingerprint) -> Comparison:
     """The first comparison with a base of the same dtypes, or the first of all."""
     for found in comparisons:
-        if found.there["dtypes"] == here["dtypes"]:
+        if found.fingerprint["dtypes"] == here["dtypes"]:
             return found
     return comparisons[0]
 
@@ -91,9 +104,9 @@ class _BaseHere:
     """The base of a model, to be compared with the fingerprints in a file."""
 
     def __init__(self, view: View, here: Fingerprint, stored: StoredAdapters) -> None:
-        """Note the names that its tensors have in the file.
+        """Find the tensors of the base, and their names in the file.
 
-        ``here`` is its own fingerprint.
+        ``here`` is the base's own fingerprint.
         """
         self.view = view
         self.fingerprint = here
@@ -105,48 +118,35 @@ class _BaseHere:
             name: stored.renaming.name_there(name) for name in self.tensors
         }
 
-    def compare(self, there: StoredFingerprint) -> Comparison:
-        """Compare it with a fingerprint.
+    def compare(self, fingerprint: StoredFingerprint) -> Comparison:
+        """Compare it with a fingerprint in the file.
 
-        If that does not say its names, and has others, nothing is compared.
+        If that does not say its names, they are those here, or nothing is compared: the
+        layout tells, which is a hash of them.
         """
-        if "rounded" not in there:
-            if there["layout"] != self.fingerprint["layout"]:
-                return Comparison(there)
-            there = self._with_names(there)
-        found = compare(
+        has_same_layout = fingerprint["layout"] == self.fingerprint["layout"]
+        if not (says_names(fingerprint) or has_same_layout):
+            return Comparison(fingerprint)
+        there = BaseThere(fingerprint, self.names_there.values())
+        return compare(
             there,
             self._compared_tensors(),
             only_there=self._only_there(there),
             has_same_form=self._has_form_of(there),
         )
-        # their scales do not count
-        quantised_weights = only(self.view.parameters, set(found.quantised))
-        return replace(found, quantised=list(quantised_weights))
 
-    def _with_names(self, there: StoredFingerprint) -> StoredFingerprint:
-        """A fingerprint with the names of the tensors, which are those here.
-
-        Their half digests are not known.
-        """
-        return {**there, "rounded": dict.fromkeys(self.names_there.values(), ())}
-
-    def _has_form_of(self, there: StoredFingerprint) -> bool:
+    def _has_form_of(self, there: BaseThere) -> bool:
         """Whether names, shapes and dtypes are the same, and the same tensors are quantised."""
-        if not have_same_form(there, self.fingerprint):
-            return False
-        for name, name_there in self.names_there.items():
-            is_quantised_there = there["rounded"][name_there] is None
-            if is_quantised_there != (name in self.quantised):
-                return False
-        return True
+        quantised_here = only(self.names_there, self.quantised).values()
+        return (
+            have_same_form(there.fingerprint, self.fingerprint)
+            and set(quantised_here) == there.quantised
+        )
 
-    def _only_there(self, there: StoredFingerprint) -> list[str]:
+    def _only_there(self, there: BaseThere) -> list[str]:
         """The tensors there that are not here. Quantised ones may have other names."""
-        others = without(there["rounded"], set(self.names_there.values()))
-        return [
-            name for name, half_digests in others.items() if half_digests is not None
-        ]
+        are_known = {*self.names_there.values(), *there.quantised}
+        return names_not_in(there.digests, are_known)
 
     def _compared_tensors(self) -> list[ComparedTensor]:
         """All tensors, but those that belong to no base: of these, files hold the values."""
@@ -194,11 +194,13 @@ def _refuse_or_warn(message: _Message, *, refuses_other_base: bool) -> None:
 
 def _converted_message(base: _BaseHere, found: Comparison) -> str:
     """The same base in another precision."""
-    trained_on = f"These adapters were trained on a base in {_dtypes(found.there)}"
+    trained_on = (
+        f"These adapters were trained on a base in {_dtypes(found.fingerprint)}"
+    )
     result = "It is the same base, converted."
     if found.quantised:
         result = (
-            f"What is not quantised is the same{_left_out(found)}: make sure that the "
+            f"What is not quantised is the same{_left_out(base, found)}: make sure that the "
             "base is the right one."
         )
     return (
@@ -211,9 +213,9 @@ def _dtypes(fingerprint: Form) -> str:
     return " and ".join(fingerprint["dtypes"])
 
 
-def _left_out(found: Comparison) -> str:
-    """How many weights were not compared, if any."""
-    count = len(found.quantised)
+def _left_out(base: _BaseHere, found: Comparison) -> str:
+    """How many weights were not compared, if any. Their scales are not counted."""
+    count = len(only(base.view.parameters, set(found.quantised)))
     if not count:
         return ""
     weights_were = "weight was" if count == 1 else "weights were"
@@ -222,8 +224,8 @@ def _left_out(found: Comparison) -> str:
 
 def _difference(base: _BaseHere, found: Comparison) -> _Message:
     """What is different, and what to do."""
-    if _is_other_architecture(base, found.there):
-        return _other_architecture(base, found.there)
+    if _is_other_architecture(base, found.fingerprint):
+        return _other_architecture(base, found.fingerprint)
     if not found.compared:
         return _nothing_compared(base.view.title)
     return _other_values(base, found)
@@ -255,10 +257,10 @@ def _other_values(base: _BaseHere, found: Comparison) -> _Message:
             "random, so they must train: modules_to_save, trainable_token_indices. If "
             "this model is merged, load its base.",
         )
-    dtypes_there = _dtypes(found.there)
+    dtypes_there = _dtypes(found.fingerprint)
     return _Message(
         f"These adapters were trained on another base, in {dtypes_there}: {how_many}, "
-        f"also after a conversion from {_dtypes(base.fingerprint)}{_left_out(found)}.",
+        f"also after a conversion from {_dtypes(base.fingerprint)}{_left_out(base, found)}.",
         f"Load the same pretrained weights as for the training, in {dtypes_there}, and "
         "then convert the model. A base that was rounded twice, or to float16 there "
         "and to bfloat16 here, is not recognised.",
@@ -269,10 +271,9 @@ def _is_other_architecture(base: _BaseHere, there: StoredFingerprint) -> bool:
     """Whether names or shapes differ, and not because of quantised weights here or there."""
     if there["layout"] == base.fingerprint["layout"]:
         return False
-    if "rounded" not in there:
+    if not says_names(there):
         return True
-    is_quantised_there = None in there["rounded"].values()
-    return not is_quantised_there and not base.quantised
+    return not quantised_in(there) and not base.quantised
 
 
 def _other_architecture(base: _BaseHere, there: StoredFingerprint) -> _Message:

@@ -10,10 +10,11 @@ from lightning_lora.base.fingerprints import (
     HalfDigests,
     StoredFingerprint,
     digests_by_name,
+    quantised_in,
 )
 from lightning_lora.base.readings import HALF_DTYPES
 from lightning_lora.storage.same_base.compared_tensors import is_convertible
-from lightning_lora.tensors.dicts import only, with_values
+from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.digests import digests_as
 
 
@@ -36,7 +37,7 @@ class Comparison:
     Tensors are named as in the base.
     """
 
-    there: StoredFingerprint
+    fingerprint: StoredFingerprint
     has_same_form: bool = False  # so all bits must be the same
     equal: int = 0  # how many tensors are the same, converted or not
     # those of them in another precision
@@ -61,47 +62,23 @@ class Comparison:
         return bool(self.converted or self.quantised)
 
 
-def compare(
-    there: StoredFingerprint,
-    tensors: Iterable[ComparedTensor],
-    *,
-    only_there: Iterable[str] = (),
-    has_same_form: bool = False,
-) -> Comparison:
-    """Compare the base at hand with one fingerprint, tensor by tensor.
+class BaseThere:
+    """The base that a fingerprint in a file was taken of, by the names of its tensors in the file."""
 
-    Args:
-        there: The fingerprint, which says the names of its tensors.
-        tensors: The tensors of the base at hand.
-        only_there: The names of tensors that the base at hand lacks: these differ.
-        has_same_form: Whether both have the same form. Only then are quantised tensors
-            compared: otherwise, other bits may mean the same weights.
-    """
-    base_there = _BaseThere(there)
-    found = Comparison(there, has_same_form, differ=list(only_there))
-    for tensor in tensors:
-        is_quantised = tensor.is_quantised or tensor.name_there in base_there.quantised
-        if is_quantised and not has_same_form:
-            found.quantised.append(tensor.name_here)
-        elif base_there.has_same_bits(tensor):
-            found.equal += 1
-        elif base_there.has_converted(tensor):
-            found.equal += 1
-            found.converted.append(tensor.name_here)
-        else:
-            found.differ.append(tensor.name_here)
-    return found
+    def __init__(
+        self, fingerprint: StoredFingerprint, names: Iterable[str] = ()
+    ) -> None:
+        """Read a fingerprint.
 
-
-class _BaseThere:
-    """The base that a fingerprint was taken of, by the names of its tensors."""
-
-    def __init__(self, there: StoredFingerprint) -> None:
-        """Read a fingerprint that says which names it has."""
-        self.half_digests: HalfDigests = there["rounded"]
-        self.quantised = with_values(self.half_digests, [None])
-        self.digests = digests_by_name(self.half_digests, there)
-        self.floating_dtypes = _floating_dtypes(there["dtypes"])
+        ``names`` are those of its tensors, in their order, if it does not say them
+        itself. Their half digests are not known then.
+        """
+        unknown: HalfDigests = dict.fromkeys(names, ())
+        self.fingerprint = fingerprint
+        self.half_digests = fingerprint.get("rounded", unknown)
+        self.digests = digests_by_name(self.half_digests, fingerprint)
+        self.quantised = quantised_in(fingerprint)
+        self.floating_dtypes = _floating_dtypes(fingerprint["dtypes"])
 
     def has_same_bits(self, here: ComparedTensor) -> bool:
         """Whether a tensor is there, bit by bit."""
@@ -114,14 +91,17 @@ class _BaseThere:
         return self._became(here) or self._came_from(here)
 
     def _became(self, here: ComparedTensor) -> bool:
-        """Whether the tensor there, converted to half precision, is the one here."""
+        """Whether the tensor there, converted to half precision, is the one here: by the half digests in the file."""
         half_digests = self.half_digests[here.name_there]
         if not half_digests or here.tensor.dtype not in HALF_DTYPES:
             return False
         return here.digest == half_digests[HALF_DTYPES.index(here.tensor.dtype)]
 
     def _came_from(self, here: ComparedTensor) -> bool:
-        """Whether the tensor here, converted to a dtype there, is the one there."""
+        """Whether the tensor here, converted to a dtype there, is the one there: by digests of its conversions.
+
+        Those to half precision may be known already, so they come first.
+        """
         digest_there = self.digests[here.name_there]
         other_dtypes = self.floating_dtypes - {here.tensor.dtype}
         half_dtypes = other_dtypes.intersection(HALF_DTYPES)
@@ -134,3 +114,34 @@ def _floating_dtypes(names: Iterable[str]) -> set[torch.dtype]:
     """The floating-point dtypes with these names. A later torch has more."""
     dtypes = only(vars(torch), set(names)).values()
     return {dtype for dtype in dtypes if dtype.is_floating_point}
+
+
+def compare(
+    there: BaseThere,
+    tensors: Iterable[ComparedTensor],
+    *,
+    only_there: Iterable[str] = (),
+    has_same_form: bool = False,
+) -> Comparison:
+    """Compare the base at hand with the one of a fingerprint, tensor by tensor.
+
+    Args:
+        there: The base of the fingerprint.
+        tensors: The tensors of the base at hand.
+        only_there: The names of tensors that the base at hand lacks: these differ.
+        has_same_form: Whether both have the same form. Only then are quantised tensors
+            compared: otherwise, other bits may mean the same weights.
+    """
+    found = Comparison(there.fingerprint, has_same_form, differ=list(only_there))
+    for tensor in tensors:
+        is_quantised = tensor.is_quantised or tensor.name_there in there.quantised
+        if is_quantised and not has_same_form:
+            found.quantised.append(tensor.name_here)
+        elif there.has_same_bits(tensor):
+            found.equal += 1
+        elif there.has_converted(tensor):
+            found.equal += 1
+            found.converted.append(tensor.name_here)
+        else:
+            found.differ.append(tensor.name_here)
+    return found

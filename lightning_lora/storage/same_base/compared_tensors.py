@@ -52,9 +52,9 @@ def _names_of_entries(modules: Mapping[str, nn.Module]) -> set[str]:
 def _with_zero_rows(
     tensors: Tensors, rows: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """Copies of the embeddings whose rows train by themselves.
+    """Copies of the embeddings whose ``rows`` train by themselves, with zeros in these rows.
 
-    Tied ones have one copy.
+    An embedding with several names has one copy.
     """
     copies = dict[int, Tensor]()
     copies_by_name = dict[str, Tensor]()
@@ -69,11 +69,12 @@ def _with_zero_rows(
 
 def rows_of(view: View) -> dict[str, tuple[int, ...]]:
     """Return which rows of embeddings train by themselves, by all names of the weights."""
-    rows_by_weight = dict[Tensor | None, tuple[int, ...]]()
-    # what has tokens is its layer's only matrix
-    for layer, (matrix, *_) in view.matrices.items():
-        weight = view.base_parameters.get(join(layer, matrix.weight))
-        rows_by_weight[weight] = matrix.tokens
+    rows_by_weight = dict[Tensor, tuple[int, ...]]()
+    for layer, matrices in view.matrices.items():
+        first = matrices[0]  # if single rows train, they are their layer's only matrix
+        weight = view.base_parameters.get(join(layer, first.weight))
+        if weight is not None:
+            rows_by_weight[weight] = first.tokens
     rows = {
         name: rows_by_weight.get(weight, ())
         for name, weight in view.base_parameters.items()

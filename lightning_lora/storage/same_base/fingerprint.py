@@ -55,22 +55,30 @@ def base_digests(view: View) -> dict[str, int]:
 def _digests_of_present_values(
     view: View, tensors: Tensors, *, anew: bool
 ) -> dict[str, int]:
-    """The digests of these tensors as they are, 0 on the meta device.
+    """The digests of these tensors as they are now, 0 on the meta device.
 
-    Tied weights are hashed once.
+    A tied tensor has several names, and is hashed once.
     """
-    present = where_not(first_names(tensors), _is_meta)
-    # with rows set to zero: new ones each time, which nothing remembers
-    copies = only(present, rows_of(view))
-    weights = without(present, copies)
+    distinct = where_not(first_names(tensors), _is_meta)
+    digests = _digests_of_distinct(view, distinct, anew=anew)
+    digest_of = {tensor: digests[name] for name, tensor in distinct.items()}
+    return {name: digest_of.get(tensor, 0) for name, tensor in tensors.items()}
+
+
+def _digests_of_distinct(view: View, tensors: Tensors, *, anew: bool) -> dict[str, int]:
+    """The digests of tensors with one name each.
+
+    An embedding whose rows train by themselves is a new copy each time, with zeros in
+    these rows. So it is always read: no reading of it is remembered.
+    """
+    copies = only(tensors, rows_of(view))
+    in_model = without(tensors, copies)
     readings = view.record.base.readings
-    digests = (
-        readings.digests_read_anew(weights) if anew else readings.digests_now(weights)
-    )
+    read = readings.digests_read_anew if anew else readings.digests_now
+    digests = read(in_model)
     for name, copy in copies.items():
         digests[name] = digest(copy)
-    digest_of = {tensor: digests[name] for name, tensor in present.items()}
-    return {name: digest_of.get(tensor, 0) for name, tensor in tensors.items()}
+    return digests
 
 
 def layout_of(tensors: Tensors, renaming: Renaming) -> str:

@@ -56,7 +56,7 @@ def with_half_digests(
 
 
 class _BaseNow:
-    """A model's base as it is now, of whose tensors half digests are asked for."""
+    """A model's base as it is now, with the half digests of its tensors."""
 
     def __init__(self, view: View) -> None:
         self.tensors = base_tensors(view)
@@ -66,11 +66,16 @@ class _BaseNow:
         }
         self.quantised = quantised_names(view)
         self.readings = view.record.base.readings
-        unchanged = without(self.tensors, {*self.quantised, *view.record.base.changes})
-        self.readable = where(unchanged, is_convertible)  # these have the base's values
+        has_other_values = {*self.quantised, *view.record.base.changes}
+        # the tensors whose half digests can be computed from the values in the model
+        self.computable = where(without(self.tensors, has_other_values), is_convertible)
 
     def half_digests_for(self, fingerprint: Fingerprint) -> HalfDigests:
-        """Return the half digests that belong to a fingerprint: all, if the base has its form now, or those known."""
+        """Return the half digests that belong to a fingerprint of this base.
+
+        If the base has the form of the fingerprint now, those that are not known are
+        computed. If it was converted since, its values are others now.
+        """
         digests = digests_by_name(self.tensors, fingerprint)
         known: HalfDigests = {
             name: self.readings.known_half_digests(digest)
@@ -83,13 +88,13 @@ class _BaseNow:
         return {**known, **self._computed(digests)}
 
     def _computed(self, digests: Mapping[str, int]) -> HalfDigests:
-        """The half digests of all tensors that can be read.
+        """The half digests of all tensors whose values are at hand.
 
         Each is computed once in a run.
         """
-        by_digest = {digests[name]: tensor for name, tensor in self.readable.items()}
+        by_digest = {digests[name]: tensor for name, tensor in self.computable.items()}
         self.readings.compute_half_digests_of_dtensors(by_digest)
         return {
             name: self.readings.half_digests_of(digests[name], tensor)
-            for name, tensor in self.readable.items()
+            for name, tensor in self.computable.items()
         }
