@@ -70,14 +70,17 @@ def _refuse_spread_weights(view: View, changed: StateDict) -> None:
 
 
 def _state_with(view: View, changed: StateDict, merged: Mapping[str, Tensor]) -> Any:
-    """The model's state dict without adapters, with other values."""
+    """The model's state dict without adapters, with the changed and the merged values.
+
+    Changed values without a place in the state dict are added at its end.
+    """
     model = plain_module(view.model)
     state: Any = model.state_dict(keep_vars=True)
-    adapters = own_adapters_in(view, state)
-    for name in adapters:
+    adapters_in_state = own_adapters_in(view, state)
+    for name in adapters_in_state:
         del state[name]
     _refuse_without_place(merged, state, type(model).__name__)
-    adapter_names = {*view.adapter_parameters, *map(plain_name, adapters)}
+    adapter_names = {*view.adapter_parameters, *map(plain_name, adapters_in_state)}
     new_values = without({**changed, **merged}, adapter_names)
     for name, value in state.items():
         state[name] = detached(new_values.get(plain_name(name), value))
@@ -150,20 +153,20 @@ def _merged_weights_on_host(view: View) -> tuple[dict[str, Tensor], dict[str, fl
     """
     merged = dict[str, Tensor]()
     lost = dict[str, float]()
-    names = _names_of_weights(view)
+    names_of = _names_of_layers(view)
     with torch.inference_mode(False), torch.no_grad():
         for first_name, layer in view.layers.items():
             for weight in layer.lora_weights():
                 values, share = layer.lora_merged_weight(weight)
                 lost[first_name] = max(share, lost.get(first_name, 0.0))
                 on_host = values.detach().cpu()
-                for name in names[layer]:
+                for name in names_of[layer]:
                     merged[join(name, weight)] = on_host
     return merged, lost
 
 
-def _names_of_weights(view: View) -> dict[nn.Module, list[str]]:
-    """All names under which the weights of each module are used: also those of a layer that is tied to it."""
+def _names_of_layers(view: View) -> dict[nn.Module, list[str]]:
+    """All names of each layer, and of the modules that are tied to it: its weights have all these names."""
     owners = {name: _layer_that_adapts(module) for name, module in view.modules.items()}
     return names_of_each(owners)
 

@@ -1,10 +1,8 @@
 """A model's own ``save_pretrained``, while the model is adapted: it writes merged weights, whoever calls it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any
-
-from torch import Tensor
 
 from lightning_lora.errors import warn
 from lightning_lora.model.view import View
@@ -25,11 +23,9 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = _by_name(save, args, kwargs)
     given = kwargs.get("state_dict")
     view = View(model)
-    # computed here for all layers: the view keeps it when some are left out below
-    adapters = view.adapter_parameters
     # ``answering``, here or in ``save_merged``, gives the model this attribute
     is_inside_another_save = "state_dict" in vars(model)
-    if is_inside_another_save or _is_plain_state(given, adapters):
+    if is_inside_another_save or _is_plain_state(given, view):
         return save(model, *args, **kwargs)
     _leave_out_disabled_layers(view)
     refuse_to_tie_again(view)
@@ -49,17 +45,20 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
 def _leave_out_disabled_layers(view: View) -> None:
     """Leave out layers that compute without updates, while the model shows its base: none is merged.
 
-    A caller must have read ``view.adapter_parameters`` before. So it still names the
-    adapters of these layers, and they are not written either.
+    The view still names the adapters of these layers, so that they are not written.
     """
+    all_adapters = view.adapter_parameters
     view.layers = {
         name: layer for name, layer in view.layers.items() if layer.lora_enabled
     }
+    view.adapter_parameters = all_adapters
 
 
-def _is_plain_state(given: StateDict | None, adapters: Mapping[str, Tensor]) -> bool:
+def _is_plain_state(given: StateDict | None, view: View) -> bool:
     """Whether a caller has given a state without adapters, to be written as it is."""
-    return given is not None and adapters.keys().isdisjoint(map(plain_name, given))
+    if given is None:
+        return False
+    return view.adapter_parameters.keys().isdisjoint(map(plain_name, given))
 
 
 def _by_name(

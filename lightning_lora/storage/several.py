@@ -98,7 +98,10 @@ def _sums_in(record: Record) -> dict[str, dict[str, float]]:
 def _show_sum(
     model: nn.Module, weights: Mapping[str, float]
 ) -> AbstractContextManager[object]:
-    """Make the sum of several adapters, and switch to it."""
+    """Make the sum of several adapters, and switch to it.
+
+    It is computed before anything changes.
+    """
     record = record_of(model, "A sum of adapters")
     summed = _sum(model, weights, None)
     title = _title(weights)
@@ -107,7 +110,8 @@ def _show_sum(
             f"An adapter has the name of this sum, {title!r}. Load it under another "
             "name."
         )
-    shown = switch.SwitchBlock(
+    # the end of this block leads back to what the model shows now, before the switch
+    block = switch.SwitchBlock(
         model,
         title,
         shown_before=record.name_in_effect,
@@ -115,7 +119,7 @@ def _show_sum(
     )
     _put_sum(model, record, title, summed, weights)
     switch.switch_to(model, title)
-    return shown
+    return block
 
 
 def _put_sum(
@@ -144,7 +148,7 @@ def _title(weights: Mapping[str, float]) -> str:
 
 
 def _drop_sums(record: Record, title: str) -> None:
-    """Drop the inactive sum of this name, which is made anew, or else the oldest ones."""
+    """Drop inactive sums: the one of this name, which is made anew, or else all but the latest few."""
     inactive_sums = names_not_in(_sums_in(record), [record.adapter.name])
     dropped = (
         [title] if title in inactive_sums else inactive_sums[:-_MOST_INACTIVE_SUMS]
@@ -153,7 +157,7 @@ def _drop_sums(record: Record, title: str) -> None:
         del record.inactive_adapters[name]
 
 
-_MOST_INACTIVE_SUMS = 8  # some are shown again after a block
+_MOST_INACTIVE_SUMS = 8  # a block of ``with`` may show one of them again at its end
 
 
 def combine_adapters(

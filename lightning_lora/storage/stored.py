@@ -243,7 +243,10 @@ ReadFor = Callable[[View], StoredAdapters]
 
 
 def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
-    """The names of all that each module in ``modules_to_save`` holds, by the outermost ones."""
+    """The names of all tensors in each module of ``modules_to_save``: ``{"head": ["head.weight", "head.bias"]}``.
+
+    A module inside another one of them is not named.
+    """
     modules = [name for name in view.modules if config.is_saved(name)]
     outermost = [name for name in modules if not is_in_any(owner_of(name), modules)]
     names = [*view.parameters, *view.buffers]
@@ -251,7 +254,7 @@ def _saved_entries(view: View, config: LoRAConfig) -> dict[str, list[str]]:
 
 
 def _tied_to_rows(layers: Iterable[StoredLayer]) -> list[str]:
-    """The modules with a weight of which single rows train in another one."""
+    """The modules that share a weight with an embedding of which single rows train."""
     names = list[str]()
     for layer in layers:
         if layer.tokens:
@@ -303,7 +306,11 @@ def _said_since_0_2_0(description: Description) -> dict[str, Any]:
 
 
 def stored_config(description: Description) -> LoRAConfig:
-    """Return the configuration in a file's description."""
+    """Return the configuration in a file's description.
+
+    In files of 0.2.0, ``"all-linear"`` meant output heads too that only their names and
+    sizes tell. Now it does not. So if the file has such a head, its layers are named.
+    """
     try:
         config = LoRAConfig.from_dict(description["config"])
     except ConfigError as error:
@@ -317,7 +324,6 @@ def stored_config(description: Description) -> LoRAConfig:
         for layer in description["layers"]
         if layer["kind"] not in _NAMED_OTHERWISE
     ]
-    # 0.2.0 adapted heads that only their names and sizes tell
     if any(_is_named_as_head(name) for name in names):
         return replace(config, target_modules=names)
     return config

@@ -24,6 +24,7 @@ from lightning_lora.layers import (
     parameter_specs,
     weights_of,
 )
+from lightning_lora.layers.contract import full_name
 from lightning_lora.model.view import View
 from lightning_lora.private import forward_hooks_of
 from lightning_lora.tensors.dicts import names_of_each, only, with_values, without
@@ -138,9 +139,9 @@ def _matrix_from_dict(stored: dict[str, Any]) -> AdaptedMatrix:
 
 
 def _fields_in(stored: dict[str, Any], kind: type, besides: str = "") -> dict[str, Any]:
-    """The fields of a class in what a file says.
+    """The fields of a class in what a file says of a layer.
 
-    Others may be None alone: the update may depend on them.
+    Other entries are refused unless they are None: the update may depend on them.
     """
     names = {field.name for field in fields(kind)}
     others = without(stored, {*names, besides})
@@ -202,14 +203,14 @@ def layers_of(view: View) -> dict[str, StoredLayer]:
         stored = described(
             view, name, kind, adapter.matrices, settings.r, float(settings.scaling)
         )
-        layers[name] = replace(stored, tied=_other_names(view, stored, names_by_weight))
+        layers[name] = replace(stored, tied=_tied_names(view, stored, names_by_weight))
     return layers
 
 
-def _other_names(
+def _tied_names(
     view: View, layer: StoredLayer, names_by_weight: Mapping[nn.Parameter, list[str]]
 ) -> dict[str, tuple[str, ...]]:
-    """The other names of a layer's tied weights, by their names in the layer."""
+    """The other names of a layer's weights, by their names in the layer: ``{"weight": ("head.weight",)}``."""
     tied = dict[str, tuple[str, ...]]()
     for weight in layer.shapes:
         name = join(layer.name, weight)
@@ -227,9 +228,9 @@ def described(
     r: int = 1,
     scaling: float = 1.0,
 ) -> StoredLayer:
-    """Describe a layer with its adapter.
+    """Describe a layer with an adapter that it has, had before a merge, or will get.
 
-    It has it, had it before a merge, or will get it.
+    The names of tied weights are left to the caller.
     """
     layer = view.modules[name]
     layer_class = (
@@ -237,7 +238,7 @@ def described(
     )
     return StoredLayer(
         name=name,
-        layer_class=f"{layer_class.__module__}.{layer_class.__qualname__}",
+        layer_class=full_name(layer_class),
         kind=kind.__name__,
         r=r,
         scaling=scaling,

@@ -41,10 +41,10 @@ def restore_base_from(
     base_of_training = find_same_form(
         checkpoint[KEY]["base"], fingerprint(view, anew=False)
     )
-    if base_of_training is None or not _take_updates_out(
-        view, merged, checkpoint["state_dict"]
-    ):
+    adapters = only(checkpoint["state_dict"], view.adapter_parameters)
+    if base_of_training is None or not _can_be_taken_out(view, merged, adapters):
         return False
+    _take_updates_out(view, adapters)
     base_computed_back = fingerprint(view, anew=False)  # the same, up to rounding
     view.record.base.note_computed_back(
         changes_between(view, base_of_training, base_computed_back)
@@ -52,18 +52,14 @@ def restore_base_from(
     return True
 
 
-def _take_updates_out(view: View, merged: StateDict, changed: StateDict) -> bool:
-    """Take a file's updates out of its merged weights.
+def _take_updates_out(view: View, adapters: StateDict) -> None:
+    """Subtract the updates of these adapters from the model's weights.
 
     The weights are the base's then, up to rounding.
     """
-    adapters = only(changed, view.adapter_parameters)
-    if not _can_be_taken_out(view, renamed(merged, plain_name), adapters):
-        return False
     with replaced_values(view, adapters), torch.no_grad():
         for layer in view.layers.values():
             _take_update_out(layer)
-    return True
 
 
 def _take_update_out(layer: LoRALayer) -> None:
@@ -78,13 +74,17 @@ def _take_update_out(layer: LoRALayer) -> None:
 
 
 def _can_be_taken_out(view: View, merged: StateDict, adapters: StateDict) -> bool:
-    """Whether a file has updates for these layers, and the model the file's merged weights and no adapters yet."""
+    """Whether a file's updates can be subtracted from the weights of a model.
+
+    Its ``adapters`` must be those of the model's layers. The model must have the file's
+    ``merged`` weights, and adapters that have learned nothing yet.
+    """
     have_one_shape = _shapes_of(adapters) == _shapes_of(view.adapter_parameters)
     return (
         have_one_shape
         and _is_exact_sum(view)
         and view.is_fresh()
-        and _has_weights(view, merged)
+        and _has_weights(view, renamed(merged, plain_name))
     )
 
 

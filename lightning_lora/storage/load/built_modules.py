@@ -30,13 +30,13 @@ def built_by_lightning(
     """
     if CLI_CLASS in checkpoint.get("hyper_parameters", {}):
         return _build_by_cli(cls, checkpoint, options), checkpoint["state_dict"]
-    kind, states = _that_loads_nothing(cls)
-    model = kind.load_from_checkpoint(
+    subclass, kept_states = _that_loads_nothing(cls)
+    model = subclass.load_from_checkpoint(
         _as_file(checkpoint), map_location="cpu", **options
     )
-    del model.load_state_dict
+    del model.load_state_dict  # its own, which kept the state
     model.__class__ = cls
-    return model, states.pop()
+    return model, kept_states.pop()
 
 
 def _build_by_cli(

@@ -57,7 +57,11 @@ def check_state_fits(view: View, state: StateDict) -> None:
     """Refuse a state without a description that does not fit an adapted model."""
     remedy = "Use the same targets, modules_to_save and bias as for the training."
     _check_names(
-        view, state, trained_tensors(view), may_hold=random_weights(view), remedy=remedy
+        view,
+        state,
+        trained_tensors(view),
+        of_no_base=random_weights(view),
+        remedy=remedy,
     )
     _check_tensors(view, state)
     _check_finite(view, state)
@@ -144,15 +148,15 @@ def _check_names_of_file(view: View, stored: StoredAdapters) -> None:
     The changed weights that its description names must be in its state too.
     """
     needed = {**trained_tensors(view), **only(view.base_parameters, stored.changed)}
-    untrained: Collection[str] = ()
+    of_no_base: Collection[str] = ()
     # a file of another library may hold weights that look untrained, and not say so
     if not stored.names_its_base:
-        untrained = view.adapter.known_random_weights
+        of_no_base = view.adapter.known_random_weights
     _check_names(
         view,
         stored.state,
         needed,
-        may_hold=untrained,
+        of_no_base=of_no_base,
         remedy=_as_trained(view, stored.config),
     )
 
@@ -162,16 +166,16 @@ def _check_names(
     state: StateDict,
     needed: Collection[str],
     *,
-    may_hold: Collection[str],
+    of_no_base: Collection[str],
     remedy: str,
 ) -> None:
     """Refuse a state that lacks what is needed, or has names that no file of this model has."""
-    unexpected = names_not_in(
-        state, {*needed, *view.buffers, *tensors_with_originals(view)}
-    )
-    if unexpected:
-        unexpected = names_not_in(unexpected, _names_in_own_file(view, may_hold))
     missing = names_not_in(needed, state)
+    usual = {*needed, *view.buffers, *tensors_with_originals(view)}
+    unexpected = names_not_in(state, usual)
+    # few states have other names: only for these, the model's whole state is made
+    if unexpected:
+        unexpected = names_not_in(unexpected, _names_in_own_file(view, of_no_base))
     wrong = misfits({"missing": missing, "unexpected": unexpected})
     if wrong:
         raise AdapterMismatchError(
@@ -179,9 +183,9 @@ def _check_names(
         )
 
 
-def _names_in_own_file(view: View, may_hold: Collection[str]) -> Collection[str]:
+def _names_in_own_file(view: View, of_no_base: Collection[str]) -> Collection[str]:
     """The names that a file of this model would have now: also what modules' own code adds."""
-    return values_to_store(view, state_dict(view.model), may_hold)
+    return values_to_store(view, state_dict(view.model), of_no_base)
 
 
 # The base

@@ -57,7 +57,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 def before_load(
     model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]
 ) -> None:
-    """Do what comes before torch loads a state dict into a model with a record, in this order.
+    """Do what comes before torch loads a state dict into a model with a record.
+
+    A state that this package is writing passes as it is. If torch's notes say which
+    adapters a state holds, they are put on the model now, and torch loads what the
+    model holds then. Any other state is a plain one: that it is loaded is noted.
 
     Args:
         model: The model.
@@ -66,24 +70,25 @@ def before_load(
         notes: Torch's notes on the model, in the state dict.
     """
     if BEING_WRITTEN in notes:
-        return  # what is checked, and is being written
+        return
     start_call(model, "load_state_dict")
-    if _put_noted(model, state, notes):
+    were_put = _put_noted(model, state, notes)
+    if were_put:
         state.clear()
-        state.update(model.state_dict())  # all is on the model: torch gets what it has
+        state.update(model.state_dict())
     else:
         note_plain_state(model, state, prefix, notes)
 
 
 def note_adapters(state: Any, description: Description) -> None:
-    """Describe a state dict of adapters in torch's notes, for the module itself, if other code loads it."""
+    """Describe the adapters of a state dict in torch's notes on the model: :func:`before_load` reads them."""
     setattr(state, STATE_NOTES, {"": {_ADAPTERS_ALONE: description}})
 
 
 def note_adapters_beside(
     merged: Any, description: Description, adapters: StateDict
 ) -> None:
-    """Note the adapters of a merged state dict in torch's notes, likewise."""
+    """Note the adapters of a merged state dict in torch's notes, as :func:`note_adapters` does."""
     notes = getattr(merged, STATE_NOTES)
     notes[""] = {
         **notes.get("", {}),
@@ -92,7 +97,7 @@ def note_adapters_beside(
 
 
 def _put_noted(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> bool:
-    """Put the adapters of a state dict that is described in torch's notes.
+    """Put the adapters that torch's notes describe, if they do.
 
     Return whether they were put.
     """
@@ -109,9 +114,9 @@ def _put_beside_merged(
 ) -> bool:
     """Put the adapters of a merged model. Return whether they were put.
 
-    Otherwise torch loads the merged weights, as the base of the model here. That is so
-    if this model has not been trained, or if other code has changed the merged weights,
-    or if the adapters are another model's.
+    They are not put if this model has not been trained, or if other code has changed
+    the merged weights, or if the adapters are another model's. Then torch loads the
+    merged weights, as the base of this model.
     """
     checksum_when_merged, description, adapters = notes[_BESIDE_MERGED]
     if (

@@ -18,7 +18,8 @@ from lightning_lora.tensors.plain_states import StateDict, load_state_dict, stat
 def load_base(model: nn.Module, state: StateDict, *, call: str) -> None:
     """Write a full state into the base, and initialise the adapters again.
 
-    Errors name the ``call``.
+    What the model remembers of the earlier base and its training is forgotten. Errors
+    name the ``call``.
     """
     start_call(model, call)
     state = renamed(state, plain_name)

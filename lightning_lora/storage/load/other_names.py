@@ -31,7 +31,10 @@ def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
 
 
 def _with_another_prefix(view: View, stored: StoredAdapters) -> StoredAdapters:
-    """Return adapters by a model's names, if these differ by one prefix."""
+    """Return adapters by a model's names, if these differ by one prefix.
+
+    Otherwise they are returned as they are: the caller refuses them.
+    """
     found = find_renamings(
         list(stored.layers),
         view.modules,
