@@ -65,6 +65,7 @@ def adapter_only(
             gets copies.
     """
     view = view_of(model)
+    # first, because a small state holds what has changed in the base
     fingerprints = note_changes(view, anew=False)
     small = _with_small_states(view, checkpoint)
     if view.is_sharded:
@@ -105,7 +106,7 @@ def with_merged_model(
 
 
 def _with_small_states(view: View, checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint whose states of the model hold only what training changed: also those of averages."""
+    """A checkpoint whose states of the model hold only what training changed: its own, and averages in callbacks."""
     small = dict(checkpoint)
     for key, state in only(checkpoint, _STATES).items():
         small[key] = _small_state(view, state)
@@ -119,7 +120,7 @@ def _with_small_states(view: View, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _small_state(view: View, state: StateDict) -> dict[str, Any]:
-    """A state of the model without the base."""
+    """What files hold of a state of the model, without memory of other tensors."""
     values = values_to_store(view, state, random_weights(view))
     return {name: _alone(value) for name, value in values.items()}
 
@@ -211,7 +212,10 @@ def _add_base_to_states(model: nn.Module, checkpoint: Checkpoint) -> None:
 def _with_base(
     model: nn.Module, state: StateDict, base: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Add the base's values to a state, and use the model's own names and order: callbacks may rely on them."""
+    """Add the base's values to a state, in the model's order and with its names: callbacks may rely on both.
+
+    Entries that the model does not have come last.
+    """
     values = {**base, **renamed(where(state, _is_not_none), plain_name)}
     completed = dict[str, Any]()
     for name in model.state_dict(keep_vars=True):

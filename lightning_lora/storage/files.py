@@ -292,7 +292,7 @@ def load_adapter(
 
 
 def _reader_for_file(path: Any, arguments: LoadArguments) -> ReadFor:
-    """Read a file of any format. Return what reads its contents for a model."""
+    """Read a file of any format, and return a function that makes stored adapters of its contents for a model."""
     local = local_path(path)
     file = path if local is None else adapter_file_at(local)
     contents = read_contents(file)

@@ -124,7 +124,7 @@ def _all_known(
 def _other_renamings(
     names: Sequence[str], known: Collection[str], root_there: str, root_here: str
 ) -> Iterator[Renaming]:
-    """Other prefixes: all that could go from the file's names, and all modules in which they could lie in the model."""
+    """Other renamings that may fit: a prefix of all names in the file goes, or another one takes its place."""
     shared = _shared_prefixes(names)
     for there in shared:
         yield Renaming(there, "")
@@ -137,7 +137,11 @@ def _other_renamings(
 def _into_other_modules(
     first: str, known: Collection[str], there: str
 ) -> Iterator[Renaming]:
-    """The prefix of each known name that ends as the first name does after its own prefix ``there``."""
+    """The renamings from the prefix ``there`` that make the first name a known one.
+
+    For the first name ``model.q``, the prefix ``model`` and the known name
+    ``net.bert.q``, it is the one to ``net.bert``.
+    """
     end = "." + first.removeprefix(f"{there}.")
     for name in known:
         if name.endswith(end):
@@ -145,7 +149,7 @@ def _into_other_modules(
 
 
 def _shared_prefixes(names: Sequence[str]) -> list[str]:
-    """The prefixes that all names have, the empty one first."""
+    """The prefixes that all names have: ``["", "net", "net.bert"]`` for ``net.bert.q`` and ``net.bert.v``."""
     owners = [name.split(".")[:-1] for name in names]
     shared = commonprefix(owners)  # noqa: RUF071  # of components, not of letters
     return ["", *accumulate(shared, join)]

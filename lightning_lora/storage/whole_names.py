@@ -28,7 +28,7 @@ def by_whole_names(
 
 @dataclass
 class _Targets:
-    """The arguments of a configuration that name layers, and the rank and alpha of each name."""
+    """The arguments of a configuration that name layers, and by each name its rank and alpha."""
 
     use_rslora: bool
     modules: list[str] = field(default_factory=list)
@@ -63,6 +63,7 @@ class _Targets:
             for matrix in layer.matrices:
                 self._add_parameter(layer, matrix)
             return
+        # by one name, a configuration gives all matrices of a layer one scaling
         scaling = layer.matrices[0].scaling_for(layer.scaling)
         self._set_numbers(layer.name, layer.r, scaling)
         if layer.tokens:

@@ -1,9 +1,8 @@
-"""The one way in.
+"""The one way in, ``put.py``: adapters are read, all of them are checked, and then they are written, or nothing is.
 
-Whatever is loaded by whoever: it is read, all of it is checked, and then it is written
-or undone. That is ``put.py``. Before, names become the model's (``other_names.py``),
-and modules are built that a file needs (``built_modules.py``, ``rebuilding.py``).
-``fits.py`` checks. ``from_state_dicts.py`` is for state dicts, also those that torch
-loads. ``full_states.py`` is for checkpoints without adapters, and ``base_of_merged.py``
-for those whose merged weights other code has loaded.
+Before, names become the model's (``other_names.py``), and modules are built that a file
+needs (``built_modules.py``, ``rebuilding.py``). ``fits.py`` checks. State dicts come by
+``from_state_dicts.py``, those that torch loads too. Two kinds of checkpoints are about
+the base: those without adapters (``full_states.py``), and those whose merged weights
+other code has loaded (``base_of_merged.py``).
 """

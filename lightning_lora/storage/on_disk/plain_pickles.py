@@ -124,7 +124,7 @@ class _PlainUnpickler(pickle.Unpickler):
         called = f"{module}.{name}"
         if called not in _PLAIN:
             return _class(called)
-        # an object, which a pickle cannot change for others
+        # a new object each time, because a pickle may change what it gets
         return partial(_PLAIN[called])
 
 

@@ -44,8 +44,8 @@ def remove_left_parts(folder: Path) -> None:
     """Remove what killed processes have left of the files that they were writing into a folder, under any name."""
     for path in folder.resolve().glob(".*.part"):
         name = _PART.fullmatch(path.name)
-        # another process was faster, nobody may write there, or another user's is
-        # writing
+        # An error does no harm: another process has deleted the file, or the folder is
+        # not ours to change, or another user's process still writes the file.
         with suppress(OSError):
             if name is not None and _is_left(path, name):
                 _delete(path)
