@@ -134,7 +134,7 @@ def _put_sum(
         first_summand = next(iter(weights))
         switch.switch_to(model, first_summand)
     _drop_sums(record, title)
-    _add(model, summed, title)
+    _add(model, record, summed, title)
     record.inactive_adapters[title].become_sum(weights)
 
 
@@ -198,7 +198,7 @@ def combine_adapters(
             f"{type(plain_module(model)).__name__} has an adapter {name!r} already. "
             f"Give another name, or call remove_adapters(model, {name!r}) first."
         )
-    _add(model, _sum(model, weights, r), name)
+    _add(model, record, _sum(model, weights, r), name)
 
 
 def _sum(
@@ -220,14 +220,13 @@ def _are_numbers(weights: object) -> bool:
     return all(isinstance(weight, int | float) for weight in weights.values())
 
 
-def _add(model: nn.Module, stored: StoredAdapters, name: str) -> None:
+def _add(model: nn.Module, record: Record, stored: StoredAdapters, name: str) -> None:
     """Put an adapter beside the active one, also if the base is shown."""
 
     def read(_: View) -> StoredAdapters:
         return stored
 
-    active = record_of(model, "set_adapter").adapter.name
-    with switch.switch_to(model, active):
+    with switch.switch_to(model, record.adapter.name):
         adapt_and_put(model, read, name=name)
 
 

@@ -63,7 +63,8 @@ class _Targets:
             for matrix in layer.matrices:
                 self._add_parameter(layer, matrix)
             return
-        # by one name, a configuration gives all matrices of a layer one scaling
+        # by one name, a configuration gives one rank and one scaling to all matrices of
+        # a layer
         scaling = layer.matrices[0].scaling_for(layer.scaling)
         self._set_numbers(layer.name, layer.r, scaling)
         if layer.tokens:

@@ -120,9 +120,10 @@ def _put_in_place_of_active(
 
 # Open a model for the change: take a merge out of it, and restore it after an error
 #
-# Three parts do this. Values: the ``Undo`` in ``_write_state``. Adapters, records and
-# ``requires_grad``: ``undone_on_error`` in ``_opened_to_adapt``. A merge: ``unmerged``
-# in ``_opened``, and ``_restore_merge`` in ``_opened_to_adapt``.
+# After an error, three parts restore it. The ``Undo`` in ``_write_state`` restores
+# values, and which of them are kept of the base. ``undone_on_error`` restores adapters,
+# records and ``requires_grad``: only a model that may be adapted needs it. A merge comes
+# back by ``unmerged`` in ``_opened``, and by ``_restore_merge`` in ``_opened_to_adapt``.
 
 
 @contextmanager
@@ -140,7 +141,7 @@ def _opened(model: nn.Module) -> Iterator[View]:
 def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
     """Open a model that may be plain.
 
-    It stays unmerged, but an error merges it again.
+    It stays unmerged. Only an error merges it again.
     """
     record = find_record(model)
     was_merged = record is not None and record.state.is_merged
@@ -157,8 +158,8 @@ def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
 
 def _restore_merge(model: nn.Module, record: Record) -> None:
     """Undo what :func:`unmerge_or_forget` has done to a merged model."""
-    # it was dropped: other code had replaced the weights
-    if find_record(model) is None:
+    was_forgotten = find_record(model) is None
+    if was_forgotten:
         keep_record(model, record)
     elif not state_of(model).is_merged:
         merge(model)
