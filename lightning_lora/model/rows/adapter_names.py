@@ -1,5 +1,6 @@
 """Several adapters in one forward pass: a name for each row of the batch, and what differs between the names."""
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import chain
@@ -13,7 +14,7 @@ from lightning_lora.errors import AdapterStateError
 from lightning_lora.layers import LayerAdapter, LoRAParameters
 from lightning_lora.layers.bypasses import inference_path
 from lightning_lora.model.rows.mixed_module import MixedModule
-from lightning_lora.model.rows.module_runner import Name, Values
+from lightning_lora.model.rows.module_runner import Differences, Name, RunningNames
 from lightning_lora.model.start_call import record_of
 from lightning_lora.model.switch import (
     check_known,
@@ -24,7 +25,7 @@ from lightning_lora.model.switch import (
 from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.adaptable import has_forward
 from lightning_lora.tensors.dicts import only, where, with_values
-from lightning_lora.tensors.names import modules_around, modules_by_name, owner_of
+from lightning_lora.tensors.names import Modules, first_names, modules_around, owner_of
 from lightning_lora.tensors.undo import set_own_attribute
 from lightning_lora.tensors.values import same_bits
 
@@ -83,38 +84,25 @@ class _Block(ExitStack):
         super().__init__()
         self.model = model
         self.names = names
-        # while a module runs the rows of one name, modules inside it run so too
-        self.running: list[Name] = []
 
     def __enter__(self) -> "_Block":
-        """Let each module that differs between the names run in its own way, until the end of the block."""
+        """Give each module that differs between the names a forward of its own, until the end of the block.
+
+        No forward is replaced before all modules are checked.
+        """
         view = view_of(self.model)
         check_switchable(view)
         states = self._move_used_adapters(view)
-        adapters = _adapters_by_module(view, states)
-        values = _values_besides_adapters(view, states)
-
-        modules = modules_by_name(view.model)
-        in_blocks = where(modules, is_in_block)
-        differing = with_values(modules, {*adapters, *values, *in_blocks.values()})
+        differences = _differences_by_module(view, states)
+        modules = first_names(view.modules)
+        differing = with_values(modules, differences)
         around = only(modules, {"", *modules_around(differing)})
-        for name, module in modules.items():
-            _check_has_rows(
-                view.title, name, module, around, adapters.get(module, {}).values()
-            )
-        mixed = []
-        for name, module in differing.items():
-            mixed.append(
-                MixedModule(
-                    view,
-                    name,
-                    self.names,
-                    self.running,
-                    adapters.get(module, {}),
-                    values.get(module, {}),
-                )
-            )
-
+        _check_have_rows(view.title, modules, differences, around)
+        running: RunningNames = []
+        mixed = [
+            MixedModule(view, name, self.names, differences[module], running)
+            for name, module in differing.items()
+        ]
         self.enter_context(open_block(differing.values()))
         for module in around.values():
             self._leave_inference_path(module)
@@ -138,62 +126,55 @@ class _Block(ExitStack):
         """Let a module call the modules inside it, until the end of the block."""
         path = inference_path(module)
         if path is not None:
-            set_own_attribute(module, *path, self)
+            set_own_attribute(module, path.switch, path.off, self)
 
 
 # What differs between the names
 
 
-def _adapters_by_module(
-    view: View, states: Iterable[AdapterState]
-) -> dict[nn.Module, dict[Name, LayerAdapter]]:
-    """The adapters of each layer, by their names."""
-    adapters: dict[nn.Module, dict[Name, LayerAdapter]] = {}
+def _differences_by_module(
+    view: View, states: Collection[AdapterState]
+) -> dict[nn.Module, Differences]:
+    """What each module that is to run in its own way has with each name.
+
+    A module that a block around this one runs is among them: in this block, its names
+    count no more, even where nothing differs.
+    """
+    differences = defaultdict[nn.Module, Differences](Differences)
+    for module in where(view.modules, is_in_block).values():
+        differences[module] = Differences()
     for state in states:
         for layer, adapter in layer_adapters_of(view.model, state.name).items():
-            adapters.setdefault(view.modules[layer], {})[state.name] = adapter
-    return adapters
-
-
-def _values_besides_adapters(
-    view: View, states: Collection[AdapterState]
-) -> dict[nn.Module, Values]:
-    """The base's tensors in which adapters differ, beside the layers' own adapters.
-
-    The key is the module whose forward reads them.
-    """
-    found: dict[nn.Module, Values] = {}
-    for name in dict.fromkeys(chain.from_iterable(state.originals for state in states)):
-        here = view.base_tensors[name]  # the active adapter's
-        values = _values_of(view, name, here, states)
-        if not isinstance(here, nn.Parameter) and _are_all_alike(values):
-            continue  # a buffer that no adapter has changed
-        reader = _reading_module(view, name)
-        in_reader = name.removeprefix(f"{reader}.")
-        values_there = found.setdefault(view.modules[reader], {})
-        for adapter_name, value in values.items():
-            values_there.setdefault(adapter_name, {})[in_reader] = value
-    return found
+            differences[view.modules[layer]].adapters[state.name] = adapter
+    trained = chain.from_iterable(state.originals for state in states)
+    for tensor in dict.fromkeys(trained):
+        values = _values_of(view, tensor, states)
+        is_buffer = not isinstance(view.base_tensors[tensor], nn.Parameter)
+        if is_buffer and _are_all_alike(values):
+            continue  # no adapter has changed it
+        reader = _reading_module(view, tensor)
+        tensor_in_reader = tensor.removeprefix(f"{reader}.")
+        differences[view.modules[reader]].add_values(tensor_in_reader, values)
+    return differences
 
 
 def _values_of(
-    view: View, name: str, here: Tensor, states: Iterable[AdapterState]
+    view: View, tensor: str, states: Iterable[AdapterState]
 ) -> dict[Name, Tensor]:
-    """The values that a tensor has with each name.
+    """The values that a tensor of the base has with each name.
 
     - The base (None): the original values, if they are known.
-    - The active adapter: ``here``, the tensor that is in the model now.
+    - The active adapter: the tensor that is in the model now.
     - Another adapter: a tensor of its own, or else the base's.
     """
-    original = view.adapter.originals.get(name, here)
-    base = here
-    if not original.is_meta and name not in view.record.base.filled:
-        base = original.to(here)
-    values: dict[Name, Tensor] = {
-        state.name: state.inactive_tensors.get(name, base) for state in states
-    }
-    values[None] = base
-    values[view.adapter.name] = here
+    in_model = view.base_tensors[tensor]
+    original = view.adapter.originals.get(tensor, in_model)
+    is_known = not original.is_meta and tensor not in view.record.base.filled
+    base = original.to(in_model) if is_known else in_model
+    values: dict[Name, Tensor] = {None: base}
+    for state in states:
+        values[state.name] = state.inactive_tensors.get(tensor, base)
+    values[view.adapter.name] = in_model
     return values
 
 
@@ -215,43 +196,53 @@ def _reading_module(view: View, tensor: str) -> str:
 # Layers whose rows are not their own
 
 
-def _check_has_rows(
+def _check_have_rows(
     title: str,
-    name: str,
-    module: nn.Module,
+    modules: Modules,
+    differences: Mapping[nn.Module, Differences],
     around: Collection[str],
-    adapters: Iterable[LayerAdapter],
 ) -> None:
     """Refuse a layer whose batches do not begin with rows.
 
-    A module in ``around`` holds one that takes part.
+    Modules in ``around`` hold one that takes part, or are one.
     """
-    if any(_is_shared_by_rows(adapter) for adapter in adapters):
-        raise _no_own_rows(
-            title,
-            name,
-            "an adapter of experts, parameters or tokens, which all rows of a batch "
-            "share",
-        )
-    part = name
-    if isinstance(module, nn.MultiheadAttention):
-        part = owner_of(name)  # layers beside it read the same batch
-    has_second_rows = (
-        isinstance(module, nn.MultiheadAttention | nn.RNNBase)
-        and not module.batch_first
-    )
-    if has_second_rows and part in around:
-        raise _no_own_rows(
-            title, name, "batch_first=False: its rows are the second dimension"
-        )
+    for name, module in modules.items():
+        if module in differences and _has_adapter_for_all_rows(differences[module]):
+            raise _no_own_rows(
+                title,
+                name,
+                "an adapter of experts, parameters or tokens, which all rows of a "
+                "batch share",
+            )
+        if _takes_part(name, module, around) and _has_rows_second(module):
+            raise _no_own_rows(
+                title, name, "batch_first=False: its rows are the second dimension"
+            )
+
+
+def _has_adapter_for_all_rows(differences: Differences) -> bool:
+    return any(map(_is_shared_by_rows, differences.adapters.values()))
 
 
 def _is_shared_by_rows(adapter: LayerAdapter) -> bool:
     return issubclass(adapter.kind, LoRAParameters) or bool(adapter.matrices[0].tokens)
 
 
+def _takes_part(name: str, module: nn.Module, around: Collection[str]) -> bool:
+    """Whether a module reads the batch of modules that differ: an attention too, if layers beside it differ."""
+    if isinstance(module, nn.MultiheadAttention):
+        return owner_of(name) in around
+    return name in around
+
+
+def _has_rows_second(module: nn.Module) -> bool:
+    """Whether the rows of a batch are its second dimension."""
+    has_batch_first = isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+    return has_batch_first and not module.batch_first
+
+
 def _no_own_rows(title: str, name: str, what: str) -> AdapterStateError:
-    """What is said of a layer that has this."""
+    """The error about a layer that has ``what``."""
     return AdapterStateError(
         f"{name!r} of {title} has {what}. So no row can have its own adapter. Run the "
         "rows of each adapter in a batch of their own, with set_adapter."

@@ -14,7 +14,12 @@ from lightning_lora.functional.split_batch import NoRowsError, put_together, tak
 from lightning_lora.layers import LayerAdapter
 from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.norms import has_running_statistics
-from lightning_lora.model.rows.module_runner import ModuleRunner, Name, Values
+from lightning_lora.model.rows.module_runner import (
+    Differences,
+    ModuleRunner,
+    Name,
+    RunningNames,
+)
 from lightning_lora.model.view import View
 from lightning_lora.private import version_of
 from lightning_lora.tensors.dicts import grouped
@@ -26,8 +31,7 @@ class MixedModule:
     """A module that differs between adapters: the rows of each name run apart.
 
     ``names`` has a name for each row: for ``["de", None, "fr", "de"]``, ``rows`` is
-    ``{"de": [0, 3], None: [1], "fr": [2]}``. ``values`` are the other tensors that the
-    module has with each name.
+    ``{"de": [0, 3], None: [1], "fr": [2]}``.
     """
 
     def __init__(
@@ -35,45 +39,37 @@ class MixedModule:
         view: View,
         module_name: str,
         names: Sequence[Name],
-        running: list[Name],
-        adapters: Mapping[Name, LayerAdapter],
-        values: Values,
+        differences: Differences,
+        running: RunningNames,
     ) -> None:
         self.module_name = module_name
         self.module: Any = view.modules[module_name]
         self.record = view.record
-        used = {name: adapters[name] for name in names if name in adapters}
-        self.runner = ModuleRunner(self.module, used, values, running)
-
-        # the names whose rows run apart here
-        self.names = list(names)
-        only_adapters_differ = not values and not self.module._modules
-        # without an adapter here, a name then runs as the base, whose name is None
-        if only_adapters_differ:
-            self.names = [name if name in used else None for name in names]
+        used = _only_used(differences, names)
+        self.runner = ModuleRunner(self.module, used, running)
+        self.names = _names_that_differ(self.module, used, names)
         rows = grouped(range(len(self.names)), self.names.__getitem__)
         self.rows = {name: torch.tensor(its_rows) for name, its_rows in rows.items()}
-
-        self.factors = _FactorsOfRows(used, self.names)
-        # a tensor that differs has a value with each name, so also with None
-        weight_differs = "weight" in values.get(None, ())
-        self.trains_statistics = has_running_statistics(self.module) and weight_differs
+        self.factors = _FactorsOfRows(used.adapters, self.names)
+        self.trains_statistics = has_running_statistics(
+            self.module
+        ) and differences.differ_in("weight")
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the module, in the place of its own forward.
 
-        A copy of the module, or a model that shows its base, runs as always.
+        - A copy of the module, or a model that shows its base, runs as always.
+        - Inside a module that runs the rows of one name, and in a batch with one name
+          alone, all rows run with that name.
+        - If the names differ only in updates of a linear layer, it runs once as the
+          base, and each row gets its update.
+        - Otherwise, the rows of each name run by themselves.
         """
         if module is not self.module or self.record.state.shows_base:
             return type(module).forward(module, *args, **kwargs)
-        if self.trains_statistics and module.training:
-            raise ConfigError(
-                f"{self.module_name!r} trains in an adapter, and in train mode it "
-                "takes statistics over all rows of a batch. Call model.eval(), or run "
-                "the rows of each adapter in a batch of their own, with set_adapter."
-            )
+        self._refuse_statistics_of_all_rows()
         running = self.runner.running
-        if running:  # a module around it runs the rows of one name
+        if running:
             return self.runner.run_as(running[-1], args, kwargs)
         x = self._input(args, kwargs)
         if len(self.rows) < 2:
@@ -84,6 +80,15 @@ class MixedModule:
             return add_to_rows(output, x, *self.factors.now())
         return self._run_each(args, kwargs)
 
+    def _refuse_statistics_of_all_rows(self) -> None:
+        """Refuse to train a norm of an adapter with the rows of other adapters."""
+        if self.trains_statistics and self.module.training:
+            raise ConfigError(
+                f"{self.module_name!r} trains in an adapter, and in train mode it "
+                "takes statistics over all rows of a batch. Call model.eval(), or run "
+                "the rows of each adapter in a batch of their own, with set_adapter."
+            )
+
     def _run_each(self, args: Any, kwargs: Any) -> Any:
         """Run the rows of each name by themselves, and put the outputs together."""
         n = len(self.names)
@@ -92,15 +97,15 @@ class MixedModule:
         mask = self._shared_mask(args, kwargs)
         outputs = []
         for name, rows in self.rows.items():
-            # on all rows, as the base: with fewer, the bits may differ
+            # the base runs on all rows: with fewer, its bits may differ
             if name is None:
                 output = self.runner.run_as(None, args, kwargs)
                 outputs.append(take_rows(output, rows, n, states_dim))
             else:
-                some_args, some_kwargs = take_rows(
+                its_args, its_kwargs = take_rows(
                     (args, kwargs), rows, n, states_dim, mask
                 )
-                outputs.append(self.runner.run_as(name, some_args, some_kwargs))
+                outputs.append(self.runner.run_as(name, its_args, its_kwargs))
         try:
             return put_together(outputs, list(self.rows.values()), states_dim)
         except NoRowsError as error:
@@ -140,6 +145,28 @@ class MixedModule:
         return x.dim() > row_dims and len(x) == len(self.names)
 
 
+def _only_used(differences: Differences, names: Sequence[Name]) -> Differences:
+    """The differences between the names of the rows: the active adapter may be none of these."""
+    adapters = {
+        name: differences.adapters[name]
+        for name in names
+        if name in differences.adapters
+    }
+    return Differences(adapters, differences.values)
+
+
+def _names_that_differ(
+    module: nn.Module, used: Differences, names: Sequence[Name]
+) -> list[Name]:
+    """The name of each row, or None where the module runs as the base with that name.
+
+    Modules inside and other tensors may differ even where a name has no adapter.
+    """
+    if used.values or module._modules:
+        return list(names)
+    return [name if name in used.adapters else None for name in names]
+
+
 class _FactorsOfRows:
     """A and B for each row.
 
@@ -166,7 +193,7 @@ class _FactorsOfRows:
         )
         if needs_gradients or torch.compiler.is_compiling():
             return self._stack()
-        # what is stacked in inference mode cannot be used in another one
+        # tensors that are stacked in inference mode cannot be used outside it
         stacked_from = [
             torch.is_inference_mode_enabled(),
             *map(_version_of_values, self.parameters),
@@ -194,6 +221,6 @@ class _FactorsOfRows:
 
 
 def _version_of_values(parameter: nn.Parameter) -> tuple[int, int]:
-    """What differs when a parameter has other values."""
+    """What another parameter, or one whose values were changed, has not: its address and its version."""
     version = 1 if parameter.is_inference() else version_of(parameter)
     return parameter.data_ptr(), version

@@ -1,7 +1,10 @@
 """Run a module with the adapter of one name, while its class, its attributes and its tensors stay as they are."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from lightning_lora.layers import (
     LayerAdapter,
@@ -17,58 +20,75 @@ from lightning_lora.tensors.inplace import combined
 Name = str | None
 """An adapter's name. None: the base."""
 
-Values = dict[Name, dict[str, Any]]
-"""What a module has with each name, in the place of its own tensors."""
+RunningNames = list[Name]
+"""The names whose rows run now, the innermost last: all modules of a block share one list.
+
+A module that runs the rows of one name puts it here, and the modules inside it run with
+the same adapter.
+"""
 
 _DERIVED = LoRARecurrent.lora_from_weights
-"""Attributes that a module may have made of its weights, and must make anew.
+"""Attributes that a recurrent layer makes of its weights: those of one name's weights are not kept.
 
-Only recurrent layers have attributes of these names.
+No other layer has attributes of these names.
 """
 
 
-class ModuleRunner:
-    """Runs a module with the adapter of one name, or as the base.
+@dataclass
+class Differences:
+    """What a module has with each name, where the names differ in it."""
 
-    ``adapters`` has the adapter of each name that has one here, and ``values`` the
-    other tensors of the module with each name. ``running`` is a stack that all modules
-    of the block share: the names whose rows run now, the innermost last. By it, the
-    modules inside this one run with the same adapter.
+    adapters: dict[Name, LayerAdapter] = field(default_factory=dict)
+    """Its adapter with each name, if the name has one here."""
+
+    values: dict[Name, dict[str, Tensor]] = field(default_factory=dict)
+    """The other tensors that differ, by their names in the module.
+
+    Each of them has a value with each name, so also with that of the base: ``{None:
+    {"weight": ...}, "de": {"weight": ...}}``.
     """
 
+    def add_values(self, tensor: str, values: Mapping[Name, Tensor]) -> None:
+        """Add a tensor of the module, with the value that it has with each name."""
+        for name, value in values.items():
+            self.values.setdefault(name, {})[tensor] = value
+
+    def differ_in(self, tensor: str) -> bool:
+        """Return whether the names have different values of this tensor."""
+        return any(tensor in values for values in self.values.values())
+
+
+class ModuleRunner:
+    """Runs a module with the adapter of one name, or as the base."""
+
     def __init__(
-        self,
-        module: Any,
-        adapters: Mapping[Name, LayerAdapter],
-        values: Values,
-        running: list[Name],
+        self, module: Any, differences: Differences, running: RunningNames
     ) -> None:
         self.module = module
-        self.adapters = adapters
-        self.values = values
+        self.adapters = differences.adapters
+        self.values = differences.values
         self.running = running
         self.plain_class: Any = (
             module.lora_plain_class if isinstance(module, LoRALayer) else type(module)
         )
+        # that of the active adapter: a Trainer tells it whether a training step runs
         self.step = vars(module).get("lora_step", Step())
         self.has_dropout = any(
-            adapter.settings.dropout > 0 for adapter in adapters.values()
+            adapter.settings.dropout > 0 for adapter in self.adapters.values()
         )
-        self.is_additive = self._is_additive()
+        self.only_adds_updates = self._only_adds_updates()
 
     def run_as(self, name: Name, args: Any, kwargs: Any) -> Any:
         """Run the module with the adapter of this name."""
         cls = self.plain_class
-        attributes = self.values.get(name, {})
+        attributes = dict[str, Any]()
         adapter = self.adapters.get(name)
         if adapter is not None:
             cls = self._adapted_class(adapter)
-            attributes = {
-                **attributes_of(adapter),
-                "lora_step": self.step,
-                **adapter.parameters,
-                **attributes,
-            }
+            attributes.update(attributes_of(adapter))
+            attributes.update(adapter.parameters)
+            attributes["lora_step"] = self.step
+        attributes.update(self.values.get(name, {}))
         self.running.append(name)
         try:
             return functional_call(
@@ -86,15 +106,16 @@ class ModuleRunner:
         They do not while dropout acts: each name has masks of its own.
         """
         dropout_acts = self.has_dropout and (self.module.training or self.step.runs)
-        return self.is_additive and not dropout_acts
+        return self.only_adds_updates and not dropout_acts
 
-    def _is_additive(self) -> bool:
-        """Whether each name runs the base, and adds an update to its output or nothing."""
+    def _only_adds_updates(self) -> bool:
+        """Whether each name computes what the base does, and perhaps adds an update to that."""
         if self.values or not self.adapters:
             return False
-        return all(self._adds_to_output(adapter) for adapter in self.adapters.values())
+        return all(map(self._adds_to_output, self.adapters.values()))
 
     def _adds_to_output(self, adapter: LayerAdapter) -> bool:
+        """Whether an adapter adds its update to the output of the base, as on most linear layers."""
         cls = self._adapted_class(adapter)
         return (
             issubclass(cls, LoRALinear)
