@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from lightning_lora.errors import LoRAWarning, warn
 from lightning_lora.model.view import View
+from lightning_lora.targets.find_names import find_names
 from lightning_lora.targets.lookup import Lookup
 
 MOST_NAMES = 5
@@ -30,4 +31,6 @@ def to_save(view: View, names: Iterable[str]) -> str:
 
 def excluded_names(view: View) -> list[str]:
     """Return the modules that ``exclude_modules`` means."""
-    return Lookup(view.model).find("exclude_modules", view.config.exclude_modules)
+    return find_names(
+        Lookup(view.model), "exclude_modules", view.config.exclude_modules
+    )

@@ -3,15 +3,13 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from lightning_lora.errors import listed
+from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.matching import ending_in, last_component, matched_whole
 from lightning_lora.targets.suggestions import as_end, escaped, similar_names
 from lightning_lora.tensors.names import owner_of
-
-if TYPE_CHECKING:
-    from lightning_lora.targets.lookup import Lookup
 
 # the keywords that ``target_modules`` accepts, besides regular expressions and lists
 AUTOMATIC = ("all-linear", "all")
@@ -47,11 +45,11 @@ class Argument:
 
     # What it can name
 
-    def candidates(self, lookup: "Lookup") -> list[str]:
+    def candidates(self, lookup: Lookup) -> list[str]:
         """Return the names that its entries are compared with."""
         return list(lookup.modules)
 
-    def suggested(self, lookup: "Lookup") -> list[str]:
+    def suggested(self, lookup: Lookup) -> list[str]:
         """Return the names that advice may name for it."""
         return self.candidates(lookup)
 
@@ -79,14 +77,14 @@ class Argument:
 
     # What is said of its names
 
-    def about_similar(self, lookup: "Lookup", entries: UnmatchedEntries) -> str:
+    def about_similar(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
         """Say what the entries are similar to, or what can be named."""
         similar = similar_names(entries.missing, entries.could_mean)
         if similar:
             return f"Nearest names: {', '.join(similar)}."
         return self.about_suggested(lookup)
 
-    def about_suggested(self, lookup: "Lookup") -> str:
+    def about_suggested(self, lookup: Lookup) -> str:
         """Say what can be named."""
         last_components = dict.fromkeys(map(last_component, lookup.adaptable()))
         if not last_components:
@@ -128,10 +126,10 @@ class _Keys(Argument):
 class _TargetModules(Argument):
     """Layers to adapt."""
 
-    def suggested(self, lookup: "Lookup") -> list[str]:
+    def suggested(self, lookup: Lookup) -> list[str]:
         return lookup.adaptable()
 
-    def about_similar(self, lookup: "Lookup", entries: UnmatchedEntries) -> str:
+    def about_similar(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
         """Say also what belongs into another argument, and the word that an entry is similar to."""
         advice = super().about_similar(lookup, entries)
         parameters = ending_in(lookup.parameters, entries.missing)
@@ -152,10 +150,10 @@ class _TargetParameters(_ListOfNames):
 
     what = "parameter"
 
-    def candidates(self, lookup: "Lookup") -> list[str]:
+    def candidates(self, lookup: Lookup) -> list[str]:
         return list(lookup.parameters)
 
-    def about_similar(self, lookup: "Lookup", entries: UnmatchedEntries) -> str:
+    def about_similar(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
         """Say which parameter there is, if an entry names a module."""
         modules = set(ending_in(lookup.modules, entries.missing))
         for parameter in lookup.parameters:
@@ -167,10 +165,10 @@ class _TargetParameters(_ListOfNames):
 class _ModulesToSave(_ListOfNames):
     """Modules, or parameters, that train in full."""
 
-    def candidates(self, lookup: "Lookup") -> list[str]:
+    def candidates(self, lookup: Lookup) -> list[str]:
         return [*lookup.modules, *lookup.parameters]
 
-    def about_suggested(self, lookup: "Lookup") -> str:
+    def about_suggested(self, lookup: Lookup) -> str:
         outer = [name for name in lookup.modules if "." not in name]
         return f"Its modules are {listed(outer)}, and those inside."
 
@@ -178,10 +176,10 @@ class _ModulesToSave(_ListOfNames):
 class _TokenIndices(_Keys):
     """Embeddings of which single rows train."""
 
-    def suggested(self, lookup: "Lookup") -> list[str]:
+    def suggested(self, lookup: Lookup) -> list[str]:
         return lookup.embeddings()
 
-    def about_suggested(self, lookup: "Lookup") -> str:
+    def about_suggested(self, lookup: Lookup) -> str:
         embeddings = lookup.embeddings()
         return (
             f"Its embeddings are {listed(embeddings)}."

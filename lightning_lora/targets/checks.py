@@ -13,6 +13,7 @@ from lightning_lora.layers import INITIALISATIONS, adapter_for, why_merge_is_wro
 from lightning_lora.targets.adaptable import adaptable_parameters, supported_types
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.choice import Choice
+from lightning_lora.targets.find_names import as_target_parameters
 from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.pattern_keys import check_pattern_keys
 from lightning_lora.targets.resolve import ResolvedArguments
@@ -174,7 +175,7 @@ def _hint_of_what_there_is(lookup: Lookup, layers: Modules) -> str:
     if matrices:
         hint += (
             " Or adapt matrices of other kinds of layers: "
-            f"target_parameters={lookup.as_target_parameters(matrices)}."
+            f"target_parameters={as_target_parameters(lookup, matrices)}."
         )
     return hint
 

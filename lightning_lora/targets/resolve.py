@@ -11,6 +11,7 @@ from lightning_lora.layers import LoRALayer, adapter_for
 from lightning_lora.targets.adaptable import has_forward, has_matrices
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.automatic import automatic_targets
+from lightning_lora.targets.find_names import find_names
 from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.token_rows import TokenRows, find_token_rows
 from lightning_lora.tensors.dicts import only, where
@@ -66,8 +67,11 @@ def resolve_arguments(lookup: Lookup, config: LoRAConfig) -> ResolvedArguments:
 
     A name that matches nothing is an error.
     """
-    saved = lookup.find("modules_to_save", config.modules_to_save)
-    left_out_names = {*saved, *lookup.find("exclude_modules", config.exclude_modules)}
+    saved = find_names(lookup, "modules_to_save", config.modules_to_save)
+    left_out_names = {
+        *saved,
+        *find_names(lookup, "exclude_modules", config.exclude_modules),
+    }
     left_out_modules = _modules_of(lookup, left_out_names)
     parameters = _parameters_by_reader(lookup, config, left_out_modules)
     holders = _holders_of(parameters)
@@ -111,7 +115,7 @@ def _named_by_target_modules(lookup: Lookup, config: LoRAConfig) -> set[nn.Modul
         # a word does not mean weights that are computed or empty
         fitting = where(found, has_matrices)
     else:
-        found = only(lookup.modules, set(lookup.find("target_modules", targets)))
+        found = only(lookup.modules, set(find_names(lookup, "target_modules", targets)))
         is_list = not isinstance(targets, str)
         # a list means each of its names; an expression means no containers and norms
         fitting = found if is_list else where(found, adapter_for)
@@ -128,7 +132,7 @@ def _parameters_by_reader(
 ) -> dict[nn.Module, list[str]]:
     """The ``target_parameters`` by the module that reads them, with their names in it."""
     by_reader: dict[nn.Module, list[str]] = {}
-    for name in lookup.find("target_parameters", config.target_parameters):
+    for name in find_names(lookup, "target_parameters", config.target_parameters):
         reader = _reader_of(lookup, name)
         why = _why_not_as_parameter(lookup, name, reader)
         if why:

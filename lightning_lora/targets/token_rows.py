@@ -17,6 +17,7 @@ from lightning_lora.layers import (
     adapter_for,
 )
 from lightning_lora.targets.adaptable import why_not_adaptable
+from lightning_lora.targets.find_names import find_names
 from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.matching import ending_in
 from lightning_lora.tensors.names import (
@@ -65,7 +66,7 @@ def _meant_by(lookup: Lookup, key: str) -> list[str]:
     """
     if key in lookup.modules:
         return [key]
-    return lookup.find(_ARGUMENT, (key,))
+    return find_names(lookup, _ARGUMENT, (key,))
 
 
 class TokenRows:

@@ -1,20 +1,17 @@
 """The error for entries of an argument that match nothing: what was perhaps meant, and how it is written."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from lightning_lora.errors import TargetError
 from lightning_lora.targets.arguments import Argument, UnmatchedEntries
+from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.suggestions import expressions_meant, names_between_commas
-
-if TYPE_CHECKING:
-    from lightning_lora.targets.lookup import Lookup
 
 SEE_ALL = "print(lightning_lora.summarize(model)) shows every layer"
 
 
 def unmatched(
-    lookup: "Lookup",
+    lookup: Lookup,
     argument: Argument,
     missing: Iterable[str],
     could_mean: Iterable[str],

@@ -5,6 +5,7 @@ from lightning_lora.guards.wording import excluded_names, to_save
 from lightning_lora.model.view import View
 from lightning_lora.targets.adaptable import COMPUTED, has_computed_weight
 from lightning_lora.targets.automatic import automatic_targets
+from lightning_lora.targets.find_names import find_names
 from lightning_lora.targets.lookup import Lookup
 from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.names import names_outside
@@ -13,7 +14,7 @@ from lightning_lora.tensors.names import names_outside
 def computed_layers(view: View, word: str) -> list[str]:
     """Return the layers that ``word`` would mean if their weight were not computed."""
     lookup = Lookup(view.model)
-    saved = lookup.find("modules_to_save", view.config.modules_to_save)
+    saved = find_names(lookup, "modules_to_save", view.config.modules_to_save)
     networks = view.adapter.networks
     expected = {
         *excluded_names(view),

@@ -24,6 +24,7 @@ from lightning_lora.targets.adaptable import (
     has_computed_weight,
 )
 from lightning_lora.targets.arguments import AUTOMATIC
+from lightning_lora.targets.find_names import as_target_parameters
 from lightning_lora.targets.lookup import Lookup
 from lightning_lora.tensors.dicts import grouped, only, with_values
 from lightning_lora.tensors.names import names_outside, owner_of, owner_or_itself
@@ -178,7 +179,7 @@ def _arguments_for(view: View, matrices: Iterable[str]) -> list[str]:
         arguments.append('target_modules="all"')
     if _Way.PARAMETER in ways:
         targets_now = view.config.target_parameters or ()
-        parameters = Lookup(view.model).as_target_parameters(ways[_Way.PARAMETER])
+        parameters = as_target_parameters(Lookup(view.model), ways[_Way.PARAMETER])
         arguments.append(f"target_parameters={[*targets_now, *parameters]}")
     if _Way.IN_FULL in ways:
         arguments.append(to_save(view, ways[_Way.IN_FULL]))

@@ -13,6 +13,7 @@ from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
 from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.targets.arguments import AUTOMATIC
+from lightning_lora.targets.find_names import find_names
 from lightning_lora.targets.lookup import Lookup
 from lightning_lora.tensors.dicts import only, where, where_not, with_values
 from lightning_lora.tensors.names import modules_around, names_not_in, names_outside
@@ -156,8 +157,8 @@ def layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
 def _named_by_user(view: View) -> list[str]:
     """What the user has left out, or trains in full."""
     lookup = Lookup(view.model)
-    left_out = lookup.find("exclude_modules", view.config.exclude_modules)
-    saved = lookup.find("modules_to_save", view.config.modules_to_save)
+    left_out = find_names(lookup, "exclude_modules", view.config.exclude_modules)
+    saved = find_names(lookup, "modules_to_save", view.config.modules_to_save)
     return [*left_out, *saved]
 
 
