@@ -27,7 +27,8 @@ def notes_given_arguments(cls: _Class) -> _Class:
         given = {*names[: len(args)], *kwargs}
         if given.issuperset(names):
             # A command line gives all arguments, also those that its user left out. So
-            # only those count that are not at their defaults, which `completed` sees.
+            # of those at their defaults, nothing is known. The others count as given
+            # without being named here: who reads `given` compares with the default too.
             given = set()
         self.given = frozenset(given)
 

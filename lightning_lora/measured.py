@@ -32,7 +32,7 @@ class LayerWithAdapter(NamedTuple):
 
     module: nn.Module
     adapter: LayerAdapter
-    # by name in the module: of merged ones, which the module itself does not show
+    # those of a merged layer, by their names in it: the module itself has merged ones
     base_weights: dict[str, Tensor]
 
 

@@ -23,6 +23,13 @@ class Guard:
     Each method is a moment, in the order in which they come, and does nothing here. A
     guard has those that it needs. Each fit, and each call, has guards of its own, which
     may note what they see.
+
+    Where a fit runs in several processes, and all see the same, the first one alone is
+    told, so that it is said once: at ``optimizers_built``, ``training_begins``,
+    ``new_adapters_begin``, ``adapters_ready``, ``base_made_new``,
+    ``first_step_begins``, ``first_batch_runs``, ``first_batch_ended``,
+    ``base_compared`` and ``merged_in_checkpoint``. At all other moments, each process
+    is told.
     """
 
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:
@@ -54,7 +61,7 @@ class Guard:
     def new_adapters_begin(self, view: "View", untrained: "Untrained") -> None:
         """New adapters begin to train, so what is said can still be changed.
 
-        The module's own ``on_fit_start`` has run. ``untrained``: what looks so.
+        The module's own ``on_fit_start`` has run. ``untrained``: what looks untrained.
         """
 
     def adapters_ready(self, view: "View") -> None:
@@ -66,7 +73,7 @@ class Guard:
     def first_step_begins(self, view: "View", copies: "FrozenCopies") -> None:
         """The first training step begins.
 
-        ``copies``: what stands still, and copies a network with adapters.
+        ``copies``: frozen copies without adapters of networks that have some.
         """
 
     def first_batch_runs(self, model: nn.Module) -> AbstractContextManager[None]:

@@ -51,7 +51,7 @@ class LoRAMonitor(Callback):
             )
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
-        # how many had ended at the last measurement. -1: there was none
+        # how many intervals had ended at the last measurement. -1: there was none
         self._ended_intervals = -1
         # again: it may have been imported only now
         subclass_pytorch_lightning_too(LoRAMonitor)
@@ -70,7 +70,8 @@ class LoRAMonitor(Callback):
     ) -> None:
         """Log the updates."""
         ended = self._count_ended_intervals(trainer.global_step)
-        if ended == self._ended_intervals:  # or if the batch has stepped no optimizer
+        # none has ended where the batch has stepped no optimizer, as in an accumulation
+        if ended == self._ended_intervals:
             return
         self._ended_intervals = ended
         norms: dict[str, Tensor] = {}
@@ -104,7 +105,8 @@ class LoRAMonitor(Callback):
     def _count_ended_intervals(self, step: int) -> int:
         """How many intervals have ended after so many steps.
 
-        The first step counts as one more.
+        The first step ends one by itself: with ``every_n_steps=50``, intervals end
+        after the steps 1, 50, 100, 150.
         """
         first_step = min(step, 1)
         return first_step + step // self.every_n_steps
@@ -115,7 +117,7 @@ def _norm_and_rank(matrix: MeasuredMatrix) -> tuple[Tensor, Tensor]:
     a, b = matrix.factors()
     # r x r: its eigenvalues are the update's singular values, squared
     core = (b.mT @ b @ (a @ a.mT)).cpu()
-    # which refuses NaN, as of a fit that diverged
+    # eigvals refuses NaN, which a fit that diverged may have
     squares = torch.linalg.eigvals(core.nan_to_num(0, 0, 0)).real
     sizes = squares.clamp_min(0).sqrt()
     square_of_norm = core.diagonal(0, -2, -1).sum()

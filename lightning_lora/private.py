@@ -23,20 +23,23 @@ __all__ = ["NormBase", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatte
 # Names of attributes and entries. First what it is, then what would be wrong without it
 
 # Modules inside wrappers
-COMPILED = "_orig_mod"  # in torch.compile's wrapper. Without it: other names in files
-# in the wrapper of checkpoint_wrapper. Without it: other names in files
+# the module in torch.compile's wrapper. Without it: other names in files
+COMPILED = "_orig_mod"
+# the module in the wrapper of checkpoint_wrapper. Without it: other names in files
 CHECKPOINTED = "_checkpoint_wrapped_module"
-# in Fabric's wrapper, with Fabric's precision. Without it: no adapters are found
+# the module in Fabric's wrapper, with Fabric's precision. Without it: no adapters are
+# found
 FABRIC_WRAPPED = "_forward_module"
-# in Fabric's wrapper, as the user made it. Without it: no adapters are found
+# the module in Fabric's wrapper, as the user made it. Without it: no adapters are found
 FABRIC_OWN = "_original_module"
 
 # torch.compile
-# on a module compiled in place. Without it: the first batch compiles it twice
+# the call of a module compiled in place. Without it: the first batch compiles it twice
 COMPILED_CALL = "_compiled_call_impl"
-# the function in a compiled one. Without it: it is compiled twice
+# the plain function, on a compiled one. Without it: the first batch compiles it twice
 COMPILED_FUNCTION = "_torchdynamo_orig_callable"
-# how names begin that it puts into a file. Without it: its models seem compiled
+# how names begin that torch.compile adds to a Python file. Without it: all models of that
+# file seem compiled
 COMPILED_RESULT = "__compiled_fn"
 
 # Modules, their state and their hooks
@@ -46,37 +49,42 @@ EXTRA_STATE = "_extra_state"
 STATE_NOTES = "_metadata"
 # buffers that a state dict leaves out. Without it: files hold them
 NOT_STORED = "_non_persistent_buffers_set"
-# of a module. Without it: those of a copy cannot be removed
+# a module's hooks before it loads a state dict. Without it: ours stays on copies
 LOAD_HOOKS = "_load_state_dict_pre_hooks"
-# of a storage as torch.load builds it. Without it: the public method warns
+# the bytes of a storage as torch.load builds it. Without it: the public method warns
 STORAGE_BYTES = "_untyped_storage"
 
 # Layers
-# what a convolution runs. Without it: a class that overrides it is adapted wrongly
+# the method that a convolution runs. Without it: subclasses with their own are wrong
 CONVOLVES = "_conv_forward"
-# of a recurrent layer's weights, even computed ones. Without it: no adapters
+# the names of a recurrent layer's weights, even computed ones. Without it: no adapters
 RECURRENT_NAMES = "_flat_weights_names"
-# of these weights. Without them: merges leave the old ones
+# its own lists of these weights. Without them: merges leave the old ones there
 RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")
 
 # Gradients
-# in torch.autograd.grad. Without it: an error cannot name weights of a generator
+# a local variable of torch.autograd.grad. Without it: an error cannot name weights that
+# come from a generator
 INPUTS_OF_GRAD = "t_inputs"
-# of an autograd node. Without it: what reentrant checkpoints use looks unused
+# the Function of an autograd node. Without it: what reentrant checkpoints use looks
+# unused
 NODE_FUNCTION = "_forward_cls"
 
 # Lightning
-# of a strategy's processes. Without it: adapters that do not come back are not refused
+# how a strategy starts processes. Without it: adapters that do not come back are not
+# refused
 START_METHOD = "_start_method"
 # the argument with all hyperparameters. Without it: no module is built of a file
 HPARAMS_NAME = "_hparams_name"
-# whether Lightning logs them. Without it: TensorBoard shows ours alone
+# whether Lightning logs hyperparameters. Without it: TensorBoard shows ours alone
 LOGS_HPARAMS = "_log_hyperparams"
-# LightningCLI's entry in them. Without it: load_from_checkpoint builds the wrong class
+# LightningCLI's entry in hyperparameters. Without it: load_from_checkpoint builds the
+# wrong class
 CLI_CLASS = "_class_path"
-# of a ModelSummary, 0 for no table. Without it: we speak of a table that is not shown
+# the depth of a ModelSummary, 0 for no table. Without it: we speak of a table that is not
+# shown
 SUMMARY_DEPTH = "_max_depth"
-# a loader's workers that stay. Without it: a copied loader shares them
+# the iterator of a loader whose workers stay. Without it: a copied loader shares them
 LOADER_STATE = "_iterator"
 # the averaged model of SWA and EMA. Without it: adapters are not averaged
 AVERAGE = "_average_model"

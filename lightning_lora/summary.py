@@ -45,8 +45,8 @@ class LayerGroup:
 class NamedAdapters:
     """The adapters of a model by name: the active one, and those that rest beside it."""
 
-    active: str
-    is_new: bool  # the active one, which has learned nothing yet
+    active_name: str
+    is_new: bool  # whether the active one has learned nothing yet
     resting: tuple[str, ...]
     is_base_shown: bool
 
@@ -65,11 +65,12 @@ class LoRASummary:
     full_checkpoint_bytes: int  # the same in full fine-tuning
     adapters: int  # adapted matrices
     plain: bool  # never adapted, or merged
-    named: NamedAdapters | None = None  # None: there is "default" alone
+    # None: there is nothing to say, as the model shows its only one, "default"
+    named: NamedAdapters | None = None
 
     @property
     def active(self) -> str:
-        """What the headline says of the named adapters: `` 'a' (new; 'b' rests)``, or nothing."""
+        """What the headline says of the active adapter and others: `` 'a' (new; 'b' rests)``, or nothing."""
         return text_on_adapters(self.named)
 
     @property
@@ -243,10 +244,11 @@ def _checkpoint_entries(view: View) -> Mapping[str, Any]:
 
 def _random_in_files(view: View) -> tuple[str, ...]:
     """The frozen weights that files hold because they look untrained."""
-    # to look for them needs every process, and this one alone may ask for a summary
+    # to look for them in shards needs every process, and this one alone may ask for a
+    # summary
     if view.is_sharded:
         return view.adapter.known_random_weights
-    # which notes nothing: the base may change until a fit begins
+    # not random_weights, which notes what it finds: the base may change until a fit begins
     return random_weights_now(view)
 
 
@@ -254,19 +256,18 @@ def _random_in_files(view: View) -> tuple[str, ...]:
 
 
 def _named_adapters(view: View) -> NamedAdapters | None:
-    """The named adapters of a model. None: it has none, or "default" alone."""
+    """The adapters of a model by name. None: it has none, or shows "default", its only one."""
     record = find_record(view.model)
     if record is None:
         return None
-    if record.name_in_effect == "default" and not record.inactive_adapters:
+    is_base_shown = record.state.shows_base
+    has_default_alone = list(record.adapter_states) == ["default"]
+    if has_default_alone and not is_base_shown:
         return None
-    has_layers = bool(view.layers)
-    is_new = has_layers and not view.adapter.may_have_learned and view.is_fresh()
+    is_on_layers = bool(view.layers)  # a merged one counts as trained
+    is_new = is_on_layers and not view.adapter.may_have_learned and view.is_fresh()
     return NamedAdapters(
-        record.adapter.name,
-        is_new,
-        tuple(record.inactive_adapters),
-        record.state.shows_base,
+        record.adapter.name, is_new, tuple(record.inactive_adapters), is_base_shown
     )
 
 

@@ -63,7 +63,7 @@ def text_on_adapters(named: "NamedAdapters | None") -> str:
         states.append(f"{listed(named.resting)} {rest}")
     if named.is_base_shown:
         states.append("the base is shown")
-    return f" {named.active!r} ({'; '.join(states)})"
+    return f" {named.active_name!r} ({'; '.join(states)})"
 
 
 def _groups_that_train_most(summary: "LoRASummary") -> list["LayerGroup"]:

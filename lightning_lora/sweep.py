@@ -1,7 +1,9 @@
 """LoRASweep: several adapters, each in fits of its own, of which the better ones go on.
 
-In this file, a run is what ``LoRASweep.run`` does: all fits of all adapters. Each
-adapter is a :class:`.SweptAdapter`.
+``LoRASweep.run`` trains each adapter, a :class:`.SweptAdapter`, in one or more fits. A
+fit is one call of the user's function. Two public names say "run" of an adapter:
+``LoRASweep.runs`` has the arguments of each, and ``run`` of the callback that the
+function gets is the adapter's name.
 """
 
 import itertools
@@ -59,8 +61,9 @@ class LoRASweep:
         ['r8-alpha16', 'r8-alpha32', 'r16-alpha16', 'r16-alpha32']
     """
 
-    runs: dict[str, dict[str, Any]]  # the arguments of each adapter, by its name
-    # of each adapter, the best first: name, arguments, metrics, and when it was dropped
+    # the arguments of each adapter, by its name
+    runs: dict[str, dict[str, Any]]
+    # what SweptAdapter.result says of each adapter, the best one first
     results: list[dict[str, Any]]
 
     def __init__(
@@ -195,7 +198,7 @@ class LoRASweep:
             )
 
     def table(self) -> Table:
-        """Return a table of the adapters of the last run."""
+        """Return a table of the adapters that ``run`` has trained last."""
         table = Table(
             "Adapter",
             *self._varied,

@@ -39,16 +39,20 @@ class SweptAdapter:
         self.name = name
         self.arguments = arguments
         self.monitor = monitor
-        # where a fit ends, and the next one goes on
+        # each fit writes it at its end, and the next one goes on from it
         self.file = directory / f"{name}.ckpt"
         self.metrics: list[float] = []  # the monitored value of each validation
-        # the epoch after which it was worse than others
+        # the epoch after which the sweep has dropped it
         self.dropped: int | None = None
         self.has_ended = False  # whether it was trained to the end
-        self.epochs = 0  # that it has trained
+        self.epochs = 0  # how many it has trained
 
     def result(self, varied: Iterable[str]) -> dict[str, Any]:
-        """Return what the sweep says of it."""
+        """Return what the sweep says of it.
+
+        Its name, those of its arguments that are varied, its metrics, and when it was
+        dropped.
+        """
         arguments = {name: self.arguments[name] for name in varied}
         return {
             "name": self.name,
@@ -66,7 +70,9 @@ class SweptAdapter:
                 fit(callback, self._path_to_resume())
             finally:
                 callback.leave_no_adapter()
-        if not self.metrics or not (callback.has_validated() or self.has_ended):
+        # an adapter's last fit may end without another validation
+        has_done_its_part = callback.has_validated() or self.has_ended
+        if not self.metrics or not has_done_its_part:
             raise ConfigError(
                 "LoRASweep expects that fit makes a Trainer with the callback that it "
                 "gets, and that it validates. No validation has run."
@@ -89,17 +95,20 @@ class SweptAdapter:
 class _Callback(LoRACallback):
     """LoRACallback for one fit of one adapter: it writes the adapter's file, or merges what is in it.
 
-    It ends the fit where it should by a lower ``max_epochs`` of the Trainer: before the
-    first epoch (``NOW``), or after the first epoch with a validation
-    (``NEXT_VALIDATION``). At the end, ``max_epochs`` is the user's again, before the
-    file is written, which holds it.
+    It ends the fit where it should by a lower ``max_epochs`` of the Trainer:
+
+    - ``NEXT_VALIDATION``: set where an epoch with a validation ends. ``on_train_end``
+      gives the user's back, and then writes the file, which holds it.
+    - ``END``: the user's stays.
+    - ``NOW``: set before the first epoch, so no training begins, and only
+      ``on_fit_end`` is left to give the user's back.
     """
 
     def __init__(
         self, adapter: SweptAdapter, arguments: dict[str, Any], until: TrainsUntil
     ) -> None:
         super().__init__(**arguments)
-        self.run = adapter.name  # a name for the user's ``fit``
+        self.run = adapter.name  # the user's ``fit`` may read it
         self.adapter = adapter
         self.until = until
         self._validations_before = len(adapter.metrics)
@@ -126,10 +135,6 @@ class _Callback(LoRACallback):
         super().on_fit_start(trainer, pl_module)
         if self.until is TrainsUntil.NOW:
             _end_after(trainer, self.adapter.epochs)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_end(trainer, pl_module)
-        _end_after(trainer, self.max_epochs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.adapter.epochs and not trainer.global_step:
@@ -161,14 +166,16 @@ class _Callback(LoRACallback):
         super().on_train_end(trainer, pl_module)
         adapter = self.adapter
         adapter.epochs = trainer.current_epoch
-        ended_early = (
-            self.until is TrainsUntil.NEXT_VALIDATION
-            and adapter.epochs != self.max_epochs
-        )
-        # EarlyStopping ends it for good
-        adapter.has_ended = trainer.should_stop or not ended_early
+        has_epochs_left = adapter.epochs != self.max_epochs
+        goes_on = self.until is TrainsUntil.NEXT_VALIDATION and has_epochs_left
+        # should_stop: EarlyStopping has ended its training for good
+        adapter.has_ended = trainer.should_stop or not goes_on
         _end_after(trainer, self.max_epochs)
         trainer.save_checkpoint(adapter.file, weights_only=False)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        _end_after(trainer, self.max_epochs)
 
 
 def _end_after(trainer: Trainer, epochs: int | None) -> None:

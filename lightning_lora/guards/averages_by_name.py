@@ -14,7 +14,8 @@ from lightning_lora.tensors.dicts import only, without
 from lightning_lora.tensors.names import starts_of
 from lightning_lora.tensors.values import is_tensor
 
-_Shapes = dict[Any, set[tuple[int, ...]]]  # by the ending of a parameter's name
+# the shapes of the parameters whose names end so, such as "0.weight"
+_Shapes = dict[Any, set[tuple[int, ...]]]
 
 
 class AveragesByName(Guard):
@@ -29,8 +30,9 @@ class AveragesByName(Guard):
         frozen = _shapes_by_ending(view.frozen_base)
         adapted = _shapes_by_ending(only(view.frozen_base, set(view.adapted_weights)))
         for found in _dicts_in(view.model):
-            are_all_frozen = len(_named_as(frozen, found.tensors)) == len(found.tensors)
-            if are_all_frozen and _named_as(adapted, found.tensors):
+            of_frozen = _named_as(frozen, found.tensors)
+            of_adapted = _named_as(adapted, found.tensors)
+            if len(of_frozen) == len(found.tensors) and of_adapted:
                 _warn_of(view, found)
 
 
@@ -55,7 +57,7 @@ class _Dict:
 
 def _dicts_in(model: nn.Module) -> Iterator[_Dict]:
     """Dicts of at least two tensors: the module's attributes, or those of its plain objects."""
-    of_lightning = vars(LightningModule()).keys()
+    of_lightning = vars(LightningModule()).keys()  # attributes that each module has
     for name, value in without(vars(model), of_lightning).items():
         for place, each in _with_attributes(name, value):
             if _is_dict_of_tensors(each):

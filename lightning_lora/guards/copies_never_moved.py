@@ -1,4 +1,4 @@
-"""Copies that no code has moved after originals that have learned: an average should have followed."""
+"""Copies with adapters that no code has moved after originals that have learned: an average should have followed."""
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -14,9 +14,10 @@ class CopiesNeverMoved(Guard):
     """Names copies that stay where they began."""
 
     def training_ended(self, view: View) -> None:
-        """Look at which adapters have moved."""
+        """Look at which adapters have moved: those of an original by steps, those of its copy by other code."""
         moved = modules_around(layers_that_have_learned(view))
-        copies_of_moved = with_values(view.adapter.networks.copies, moved)
+        originals_by_copy = view.adapter.networks.copies
+        copies_of_moved = with_values(originals_by_copy, moved)
         unmoved = without(copies_of_moved, moved)
         if unmoved:
             rank_zero_info(

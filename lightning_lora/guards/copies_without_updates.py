@@ -16,7 +16,7 @@ class CopiesWithoutUpdates(Guard):
 
     def __init__(self) -> None:
         self.copies = FrozenCopies()
-        # how often each weight was written in place
+        # how often each weight had been written in place when the first step began
         self.versions: dict[str, int | None] = {}
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
@@ -34,17 +34,16 @@ class CopiesWithoutUpdates(Guard):
             self.copies = FrozenCopies()  # that is said once
             warn(
                 f"Code moves copies in {view.title} that have no adapters: "
-                f"{pairs_of(moved)}. They do not follow what "
-                "the originals learn, unless your code adds the updates. Let them have "
-                "adapters too, which then "
-                "follow: take them out of exclude_modules, or into target_modules."
+                f"{pairs_of(moved)}. They do not follow what the originals learn, "
+                "unless your code adds the updates. Let them have adapters too, which "
+                "then follow: take them out of exclude_modules, or into target_modules."
             )
 
     def _is_written(self, view: View, copy: str) -> bool:
         """Whether code has written into a copy, and not into its original too.
 
-        A load of the whole model writes into both. An average may write the same values
-        again, as they are frozen.
+        An average may have written the values that were there, as the original's are
+        frozen. A load of the whole model writes into both, and is no average.
         """
         written = self._written_since(view)
         for name in names_inside(written, [copy]):
@@ -62,12 +61,11 @@ class CopiesWithoutUpdates(Guard):
 
 
 def _versions_of(view: View) -> dict[str, int | None]:
-    """How often each weight was written in place."""
     return {name: _version(weight) for name, weight in view.base_parameters.items()}
 
 
 def _version(weight: Tensor) -> int | None:
-    """The same of one weight. torch does not count it in inference mode."""
+    """How often a weight was written in place. torch does not count it in inference mode."""
     if weight.is_inference():
         return None
     return version_of(weight)

@@ -18,7 +18,7 @@ from lightning_lora.tensors.dicts import where, without
 from lightning_lora.tensors.names import own_parameter
 
 _NAMED: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
-"""The layers that were named, of each model: calls may add adapters to one model several times, and a fit then look."""
+"""The layers that were named already, of each model: its adapters may come by several calls, before a fit looks too."""
 
 
 class HookedWeights(Guard):

@@ -31,7 +31,8 @@ _RATES_OF_LARGE_MODELS = _Rates(usual=2e-4, low=2e-5)  # as in the paper of QLoR
 _WEIGHTS_OF_LARGE_MODELS = 1e9
 
 _HIGH_RATE = 0.0101  # more than 0.01, up to rounding
-# from here on, it is a factor of a scheduler that computes the rate: LambdaLR with lr=1
+# a larger one is no rate, but the factor of a scheduler that computes it: with LambdaLR,
+# many set lr=1
 _NO_RATE = 0.5
 
 

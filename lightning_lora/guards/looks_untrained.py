@@ -51,13 +51,12 @@ def _perhaps_new(view: View, untrained: Untrained) -> list[str]:
 
 
 def _name_untrained(view: View, untrained: Untrained, perhaps_new: list[str]) -> None:
-    """Name layers that look untrained. Who excludes all that is random knows it.
-
-    DeadAdapterWarning advises that, for layers that the loss does not depend on.
-    """
+    """Name layers that look untrained."""
     message = _about_untrained(view, untrained)
     if perhaps_new:
         message += _about_perhaps_new_too(view, untrained, perhaps_new)
+    # Who excludes all that is random knows it: DeadAdapterWarning advises so, for layers
+    # that the loss does not depend on. Small layers are random too, besides those named.
     if _are_excluded(view, random_weights(view)):
         rank_zero_info(message)
     else:

@@ -36,9 +36,8 @@ class Rounded(Guard):
         if _much(lost):
             warn(
                 f'With save="model", files hold merged weights of {title}, and half '
-                "precision rounds much "
-                'of the update away. Set save="adapters", or convert the model to '
-                "float32 first.",
+                'precision rounds much of the update away. Set save="adapters", or '
+                "convert the model to float32 first.",
                 MergePrecisionWarning,
             )
 

@@ -31,17 +31,15 @@ class RunningStatistics(Guard):
     def fit_ended(
         self, view: View, optimizers: Sequence[Optimizer], steps: int
     ) -> None:
-        """Look at how much of the statistics is old.
-
-        A resumed run counts all its steps.
-        """
+        """Look at how much of the statistics is old."""
         norms = _norms_that_train(view)
         old = dict[str, float]()
         for name, seen in _batches_seen(norms).items():
             batches = seen - self.batches_before.get(name, seen)
-            # or it was in eval mode all along, and trained as it evaluates
+            # a norm that was in eval mode saw none, and has trained as it evaluates
             if batches < _LEAST_BATCHES:
                 continue
+            # in a resumed run, it has seen more batches before: ``steps`` counts all
             share = _share_of_the_base(norms[name], max(batches, steps))
             if share > _MUCH_OF_THE_BASE:
                 old[name] = share

@@ -17,9 +17,8 @@ class Tied(Guard):
             if len(names) > 1:
                 warn_in_each_fit(
                     f"{listed(names)} of {view.title} have one weight, and each gets "
-                    "an update of its own, so that "
-                    "they will differ. To keep them one, use one layer in both places, "
-                    "or leave them out "
+                    "an update of its own, so that they will differ. To keep them one, "
+                    "use one layer in both places, or leave them out "
                     "(exclude_modules)."
                 )
                 return
@@ -28,11 +27,12 @@ class Tied(Guard):
 def _layers_of_each_weight(view: View) -> list[list[str]]:
     """The layers in which each weight has an update.
 
-    Layers of another class compute something else with it.
+    Layers of another kind are apart: they compute something else with the weight.
     """
     layers: dict[tuple[int, type], list[str]] = {}
     for name, layer in leading_layers(view).items():
-        adapter_class, _ = layer.overlaid  # and the class of the layer
+        # the other class is the one that the layer had before
+        adapter_class, _ = layer.overlaid
         for weight in view.base_weights_of(name):
             layers.setdefault((id(weight), adapter_class), []).append(name)
     return list(layers.values())

@@ -19,9 +19,10 @@ class TokenHeads(Guard):
 
     def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Name each, with the argument that trains its rows too."""
-        # of embeddings, and of what is tied to them
+        # the weights of embeddings, and of heads that are tied to them
         weights_with_rows = rows_of(view).keys()
         owners = map(owner_of, weights_with_rows)
+        # a tied head has no adapter: it uses the embedding's
         embeddings = [owner for owner in owners if owner in view.matrices]
         for head in _heads_beside(view, weights_with_rows):
             warn_in_each_fit(_about_head(head, embeddings))
@@ -44,8 +45,7 @@ def _about_head(head: str, embeddings: list[str]) -> str:
     entries = [f"{name!r}: [...]" for name in (*embeddings, head)]
     return (
         f"Single rows of {listed(embeddings)} train, but not of the output head "
-        f"{head!r}: it is not tied. Rows of "
-        "new tokens stay random there, and files fit no model that is resized again. "
-        "Name both, with the same "
-        f"rows: trainable_token_indices={{{', '.join(entries)}}}."
+        f"{head!r}: it is not tied. Rows of new tokens stay random there, and files "
+        "fit no model that is resized again. Name both, with the same rows: "
+        f"trainable_token_indices={{{', '.join(entries)}}}."
     )

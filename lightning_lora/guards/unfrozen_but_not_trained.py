@@ -16,13 +16,10 @@ from lightning_lora.tensors.names import (
 
 
 class UnfrozenButNotTrained(Guard):
-    """Names modules that the user left trainable in a mostly frozen model.
-
-    They are frozen now.
-    """
+    """Names such modules: they are frozen now."""
 
     def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
-        """Name those that do not look untrained: another guard names these."""
+        """Name them, but not those that look untrained: LooksUntrained does so."""
         unfrozen = names_not_in(
             modules_unfrozen_but_not_trained(view), untrained.modules
         )
@@ -35,28 +32,24 @@ class UnfrozenButNotTrained(Guard):
 
 
 def modules_unfrozen_but_not_trained(view: View) -> list[str]:
-    """Return modules that nothing trains.
+    """Return modules that the user left trainable in a mostly frozen model, and in which nothing trains now.
 
-    The user froze most of the model, but not them.
+    For ``encoder.head.0.weight``, that is ``encoder.head`` if the user froze nothing in
+    it, but something else in ``encoder``. Where a weight stands beside a frozen one in
+    the same layer, it is the weight alone.
     """
     frozen_by_user = _frozen_by_user(view)
     if 2 * view.size_of(frozen_by_user) <= view.size_of(view.base_parameters):
         return []
-    around_trained = modules_around([*view.adapted_weights, *view.trainable_base])
-    around_frozen = modules_around(frozen_by_user)
+    with_frozen_weights = modules_around(frozen_by_user)
+    with_training = modules_around([*view.adapted_weights, *view.trainable_base])
     found: dict[str, None] = {}  # each once
-    for name in _unfrozen_weights(view):
-        # a module without frozen weights, or this weight alone
-        largest_unfrozen = largest_free_of(around_frozen, name)
-        module = _module_of(largest_unfrozen, view)
-        if module not in around_trained:
-            found[largest_unfrozen] = None
+    for weight in _unfrozen_weights(view):
+        unfrozen = largest_free_of(with_frozen_weights, weight)
+        module = owner_of(weight) if unfrozen == weight else unfrozen
+        if module not in with_training:
+            found[unfrozen] = None
     return list(found)
-
-
-def _module_of(name: str, view: View) -> str:
-    """A module itself, or the one that holds a weight."""
-    return owner_of(name) if name in view.base_parameters else name
 
 
 def _frozen_by_user(view: View) -> list[str]:
@@ -68,6 +61,6 @@ def _frozen_by_user(view: View) -> list[str]:
 
 
 def _unfrozen_weights(view: View) -> list[str]:
-    """The weights that would train without adapters, and are frozen now."""
+    """The weights that the user left trainable, and that are frozen now."""
     flags = only(view.record.base.user_trains, view.frozen_base)
     return list(where(flags, bool))

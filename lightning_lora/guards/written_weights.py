@@ -27,7 +27,7 @@ class WrittenWeights(Guard):
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
         """Note the weights of adapted layers: what hooks load before is the base, and what changes later is written."""
-        # a copy is moved by other code
+        # without copies, which other code moves
         for name, layer in leading_layers(view).items():
             for weight in _weights_inside(view, name, layer):
                 self.before[weight] = _note(view, weight)
@@ -46,12 +46,16 @@ class WrittenWeights(Guard):
             warn(_about_written(view.title, written))
 
     def _is_written(self, view: View, weight: str) -> bool:
-        """Whether a weight has other values, by its digest or a quick look."""
+        """Whether a weight has other values, by its digest where both are known, or by a quick look."""
         before = self.before.get(weight)
         if before is None:
             return False
         change = view.record.base.changes.get(weight)
-        if change is not None and before.digest not in (None, change.digest_now):
+        if (
+            change is not None
+            and before.digest is not None
+            and before.digest != change.digest_now
+        ):
             return True
         return not before.seen.may_have_same_values(view.base_parameters[weight])
 

@@ -11,6 +11,7 @@ from lightning_lora.errors import (
     BestCheckpointWarning,
     ConfigError,
     LoRAError,
+    counted,
     listed,
     warn,
 )
@@ -43,7 +44,9 @@ def check_merge_arguments(
 ) -> None:
     """Refuse a merge that this Trainer cannot make.
 
-    In other processes, it cannot switch adapters either.
+    Some strategies train in processes that send back only a state dict. So the model
+    must have the same keys after the fit as before, and a fit that ``switches`` to
+    another adapter is refused there too.
     """
     if merge == "best" and monitored_checkpoint(trainer) is None:
         raise ConfigError(
@@ -62,8 +65,8 @@ def check_merge_arguments(
 def _keys_stay(merge: object, *, was_adapted: bool, switches: bool) -> bool:
     """Whether the model has the same keys after fit as before."""
     if was_adapted:
-        return not (merge or switches)
-    return bool(merge)  # which leaves a plain model
+        return not merge and not switches
+    return bool(merge)  # a merge leaves a plain model plain
 
 
 def check_merge_weights(
@@ -116,17 +119,17 @@ def _check_whole_files(view: View, tied: list[str]) -> None:
     _refuse_whole_files(
         tied,
         "a weight of {} is tied to another layer's and has an update of its own. A "
-        "model in which they are one "
-        "weight would load only one of the two: leave the layer out with "
-        "exclude_modules.",
+        "model in which they are one weight would load only one of the two: leave the "
+        "layer out with exclude_modules.",
     )
 
 
-def _refuse_whole_files(names: Collection[str], why: str) -> None:
-    """Refuse files of the whole model, if there are such names."""
+def _refuse_whole_files(names: Collection[str], reason: str) -> None:
+    """Refuse files of the whole model, if there are such names, for which ``reason`` has a ``{}``."""
     if names:
+        why = reason.format(listed(names))
         raise ConfigError(
-            f"save='model' is not possible: {why.format(listed(names))} Or set save='adapters': then files "
+            f"save='model' is not possible: {why} Or set save='adapters': then files "
             "hold the adapters alone, and this package loads and merges them."
         )
 
@@ -161,15 +164,15 @@ def merge_trained(trainer: Trainer, pl_module: LightningModule, merge: object) -
     which = load_best(trainer, pl_module) if merge == "best" else "the last adapters"
     merge_adapters(pl_module)
     count = len(record_of(pl_module).merged_layer_adapters)
-    layers = "1 layer" if count == 1 else f"{count} layers"
+    layers = counted(count, "layer")
     end_bar(trainer, pl_module)
     rank_zero_info(f"LoRA: merged {which} into {layers}. The model is plain again.")
 
 
 def load_best(trainer: Trainer, pl_module: LightningModule) -> str:
-    """Load the best file's adapters in all processes, or none.
+    """Load the best file's adapters, in all processes or in none.
 
-    Return a text that says which are on the model.
+    Return a text that says which adapters are on the model now.
     """
     path = trainer.strategy.broadcast(
         getattr(monitored_checkpoint(trainer), "best_model_path", "")
@@ -183,7 +186,8 @@ def load_best(trainer: Trainer, pl_module: LightningModule) -> str:
             BestCheckpointWarning,
         )
         return "the last adapters"
-    drop_averages(callbacks_of(trainer))  # of the last weights: files would hold these
+    # later files would hold averages of the last weights, and not the best ones
+    drop_averages(callbacks_of(trainer))
     return f"the best adapters ({path})"
 
 

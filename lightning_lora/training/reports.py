@@ -50,7 +50,7 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
     view = view_of(pl_module)
     config = view.config
     values = {**config.to_dict(), **others}
-    values["alpha"] = config.alpha or config.r
+    values["alpha"] = config.alpha or config.r  # None means r
     if view.adapter.fingerprints:
         values["base"] = _digest_of(view.adapter.fingerprints[0])
     named = {
@@ -102,7 +102,7 @@ class _Report:
 
     values: Values
     hyperparameters: Values = field(default_factory=dict)
-    adds: bool = False  # whether the logger has got others of this fit already
+    adds: bool = False  # whether the logger has got an earlier report of this fit
 
 
 def _log(trainer: Trainer, report: _Report) -> None:
@@ -115,7 +115,7 @@ def _log(trainer: Trainer, report: _Report) -> None:
 
 
 def _try_to_log(logger: Any, report: _Report) -> None:
-    """Give a logger a report, or warn: a record is no reason to end a fit."""
+    """Give a logger a report, or warn: what cannot be logged is no reason to end a fit."""
     try:
         _give(logger, report)
     except Exception as error:  # of any library
@@ -134,7 +134,7 @@ def _give(logger: Any, report: _Report) -> None:
     if "CSVLogger" in kinds:
         _write_beside_csv(logger, report)
     elif "TensorBoardLogger" in kinds:
-        # it shows the first ones alone
+        # TensorBoard shows only the hyperparameters that it gets first: it gets all
         logger.log_hyperparams({**report.hyperparameters, **report.values})
         for name in report.values:
             logger.hparams.pop(name, None)
@@ -143,10 +143,7 @@ def _give(logger: Any, report: _Report) -> None:
 
 
 def _write_beside_csv(logger: Any, report: _Report) -> None:
-    """Write values into ``lora.json`` beside the logger's files.
-
-    They may be on another machine.
-    """
+    """Write values into ``lora.json`` beside the logger's files, which may be on another machine."""
     path = f"{logger.log_dir}/lora.json"
     values: Values = {}
     if report.adds:

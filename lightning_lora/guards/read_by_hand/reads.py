@@ -32,13 +32,15 @@ class ReadByHand(Guard):
     """Names layers whose weights other code reads in the first batch."""
 
     def __init__(self) -> None:
+        # all adapted layers
         self.layers: dict[str, LoRALayer] = {}
-        # each weight with the name of its layer
+        # each weight that is watched, with the name of its layer
         self.watched: dict[nn.Parameter, str] = {}
-        # of the layers that may read these weights
+        # the forwards of layers that may read these weights
         self.forwards: list[OwnForward] = []
         # the names of layers whose weights other code has read
         self.read: dict[str, None] = {}
+        # whether a part of the first batch runs
         self.is_watching = False
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
@@ -51,7 +53,7 @@ class ReadByHand(Guard):
     @contextmanager
     def first_batch_runs(self, model: nn.Module) -> Iterator[None]:
         """Watch the weights meanwhile."""
-        # a backward pass may run inside of a training step
+        # a backward pass may run inside of a training step, which is watched already
         if self.is_watching or not self.watched:
             yield
             return
@@ -118,7 +120,7 @@ def watched_weights(view: View) -> dict[nn.Parameter, str]:
     )
     layer_of_weight = {}
     for name, layer in where(view.layers, _trains).items():
-        # others may be computed now
+        # what is computed now, by a parametrization, is no parameter
         weights = only(candidates, names_joined(name, layer.lora_weights()))
         for weight in weights.values():
             layer_of_weight[weight] = name
