@@ -243,13 +243,13 @@ class LoRAConfig:
         for name in set(_ARGUMENTS) - given:
             if getattr(self, name) == default[name]:
                 taken[name] = getattr(stored, name)
-        completed = dataclasses.replace(self, **taken)
-        names_its_own_targets = completed.target_modules != stored.target_modules
+        config = dataclasses.replace(self, **taken)
+        has_other_targets = config.target_modules != stored.target_modules
         # An exclusion belongs to the targets beside it: with other targets, the stored
         # one means nothing. With the same ones, what either leaves out is left out.
-        if names_its_own_targets or "exclude_modules" in given:
-            return completed
-        return completed.excluding(stored.exclude_modules)
+        if has_other_targets or "exclude_modules" in given:
+            return config
+        return config.excluding(stored.exclude_modules)
 
     def excluding(self, modules: str | Sequence[str] | None) -> "LoRAConfig":
         """Return a configuration that also leaves out these modules, given as for ``exclude_modules``."""

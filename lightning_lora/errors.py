@@ -83,15 +83,15 @@ def warn(
     module = frame.f_globals.get("__name__")
     shown_before: dict[Any, Any] = {}
     if not anew:
-        # Python's own, of that module
+        # Python notes there what it has shown for that module
         shown_before = frame.f_globals.setdefault("__warningregistry__", {})
     warnings.warn_explicit(
         message, category, file, frame.f_lineno, module, shown_before
     )
 
 
-# Packages whose lines are not the user's. Of a warning whose file is Lightning's,
-# Lightning does not show the class.
+# Packages whose lines are not the user's. (Where a warning's file is Lightning's,
+# Lightning shows it without its class.)
 _NOT_OF_USER = (
     __name__.partition(".")[0],
     "contextlib",

@@ -59,9 +59,9 @@ class LoRAHooks(Callback):
 
     config: LoRAConfig
     given: frozenset[str]
-    """The names of those that the user gave, as far as that is known.
+    """The names of arguments that the user gave. From a command line, it is empty.
 
-    One that is not at its default was given too: a command line leaves this empty.
+    One that is not at its default counts as given too, whether it is in here or not.
     """
     merge: Merge
     save: Save
@@ -301,7 +301,7 @@ class LoRAHooks(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """End a step. After the first, name weights that are read by hand."""
+        """End a batch. After the first one, guards name weights that code has read by hand."""
         self._watch.end_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -85,10 +85,12 @@ class _AdapterMetric(Metric):
         names = axes.get_legend_handles_labels()[1]
         _color_by_depth(axes.lines)
         if isinstance(val, dict):
+            # a point for each matrix, whose name is below it
             axes.get_legend().remove()
             axes.get_xaxis().set_visible(True)
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
         elif names:
+            # a line for each matrix, over several steps: their names are beside the axes
             columns = 1 + len(names) // 25
             axes.legend(
                 loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", ncols=columns

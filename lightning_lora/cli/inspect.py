@@ -49,6 +49,7 @@ def run(arguments: Any) -> None:
 
 def inspect(stored: StoredAdapters) -> Plain:
     """Return what a file holds, in plain types."""
+    # a file of this package names its base, once for each dtype: the first one tells
     base = stored.base[0]
     layers: list[Plain] = []
     rows = dict[str, list[int]]()

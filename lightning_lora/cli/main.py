@@ -82,7 +82,7 @@ def _run_and_report(command: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("ignore")
-            warnings.simplefilter("always", LoRAWarning)
+            warnings.simplefilter("always", LoRAWarning)  # Python asks this one first
             failure = _run_command(command)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -69,7 +69,7 @@ def _show_lines(folder: Path) -> None:
 
 
 def _is_without_adapters(path: Path) -> bool:
-    """Whether a folder has no file of adapters by its name, or a single file has another ending than these."""
+    """Whether a folder has no file with a known name for adapters, or a file does not end as PEFT's do."""
     if path.is_file():
         return path.suffix not in _ENDINGS
     return path.is_dir() and file_in(path) is None

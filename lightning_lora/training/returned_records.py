@@ -94,7 +94,7 @@ def _write(record: Record) -> str:
 
     After an error, there is none.
     """
-    # which no other user may read or write
+    # mkdtemp makes a folder that no other user may read or write
     folder = tempfile.mkdtemp(prefix="lightning_lora_")
     try:
         file = BytesIO()

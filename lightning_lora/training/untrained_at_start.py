@@ -13,14 +13,16 @@ from lightning_lora.tensors.names import modules_around
 
 
 def tell_of_start(view: View, guards: Guard) -> None:
-    """Let guards say what trains too little.
+    """Let guards say what trains too little, and note random weights, which files must hold.
 
-    Collective: each process calls it, and in most, the guards do nothing.
+    Each process calls it, because all must agree on random weights. In all but the
+    first one, these guards do nothing.
     """
     guards.training_begins(view)
     if not view.is_fresh():  # its adapters are trained already
         return
     untrained = find_untrained(view)
+    # loaded adapters have those that their file names
     if view.adapter.random_weights is None:
         note_random_weights(view, untrained)
     guards.new_adapters_begin(view, untrained)
