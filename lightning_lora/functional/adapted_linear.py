@@ -231,12 +231,14 @@ class _AdaptedLinear(torch.autograd.Function):
         a = as_dtype(lora_A, x.dtype)
         b = as_dtype(lora_B, x.dtype)
         g = b.T @ grad_y.T
+
         grad_B = None
         if for_B:
             if h is None:
                 h = a @ tokens.T
             # with beta=0, b.T gives only the shape; alpha scales without another pass
             grad_B = torch.addmm(b.T, h, grad_y, beta=0, alpha=scaling).T
+
         grad_x = grad_tokens = None
         if for_x and has_multiplied_by_sum:
             grad_x = grad_y.view(grad.shape) @ _updated(weight, a, b, scaling)
@@ -244,6 +246,8 @@ class _AdaptedLinear(torch.autograd.Function):
             # a product of its own, no view: torch may add to the gradient in place
             grad_x = grad_y.view(grad.shape) @ weight
             grad_tokens = grad_x.view(tokens.shape)
+
+        # the gradient of A, and the update's part of that of x
         grad_A = None
         if ctx.dropout:
             # g is scaled, not g A: that could overflow in half precision
@@ -256,6 +260,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 grad_tokens.addmm_(g.T, a, alpha=scaling)
             if for_A:
                 grad_A = torch.addmm(a, g, tokens, beta=0, alpha=scaling)
+
         grad_weight = grad_y.T @ tokens if for_weight else None
         grad_bias = grad_y.sum(0) if for_bias else None
         # torch converts the gradients of A and B to their dtypes

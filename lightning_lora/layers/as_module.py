@@ -57,7 +57,8 @@ class LayerAsModule(AdapterOnLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move and convert as nn.Module does, and then put right what it does to an adapter.
 
-        - ``to_empty`` leaves arbitrary values in memory: the adapter begins anew.
+        - ``to_empty`` gives what was on the meta device memory with arbitrary values: the
+          adapter begins anew.
         - ``half`` and others round the adapter as they round the weight: it gets its own
           dtype back, with the values from before.
         - The conversion may have changed the values of the weight: an adapter that

@@ -132,10 +132,10 @@ class LayerKind(InPlace, nn.Module):
     def _lora_is_overridden_in(cls, layer_class: type) -> bool:
         """Whether a class of layers computes otherwise than the class that this adapter is for."""
         known_class = cls._lora_known_class(layer_class)
-        for method in cls.lora_methods:
-            if getattr(layer_class, method, None) is not getattr(
-                known_class, method, None
-            ):
+        for name in cls.lora_methods:
+            method = getattr(layer_class, name, None)
+            known_method = getattr(known_class, name, None)
+            if method is not known_method:
                 return True
         return False
 

@@ -63,23 +63,36 @@ def _with_attributes(
     ``copied`` gets this copy, and the copies of modules inside.
     """
     copy: Any = object.__new__(cls)
+    own, given_inside = _by_child(given)
     attributes = vars(copy)
     attributes.update(vars(module))
     for name, value in vars(module).items():
         # a method that is set on the module must run on the copy
         if isinstance(value, MethodType) and value.__self__ is module:
             attributes[name] = MethodType(value.__func__, copy)
-    # for "out_proj.weight": {"out_proj": {"weight": value}}
-    given_inside: dict[str, dict[str, Any]] = {}
-    for name, value in given.items():
-        child, _, name_in_child = name.partition(".")
-        if name_in_child:
-            given_inside.setdefault(child, {})[name_in_child] = value
-        else:
-            attributes[name] = value  # instance attributes come before parameters
+    attributes.update(own)  # python finds these before it looks among the parameters
     for child, given_to_child in given_inside.items():
         inner = module.get_submodule(child)
         inner_copy = _with_attributes(inner, type(inner), given_to_child, copied)
         attributes["_modules"] = {**attributes["_modules"], child: inner_copy}
     copied.append(_Copied(module, copy, attributes_before=dict(attributes)))
     return copy
+
+
+def _by_child(
+    given: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Split attributes into those of a module itself, and those of modules inside, by the names of these.
+
+    ``{"weight": w, "out_proj.weight": v}`` gives ``{"weight": w}`` and ``{"out_proj":
+    {"weight": v}}``.
+    """
+    own: dict[str, Any] = {}
+    inside: dict[str, dict[str, Any]] = {}
+    for name, value in given.items():
+        child, _, name_in_child = name.partition(".")
+        if name_in_child:
+            inside.setdefault(child, {})[name_in_child] = value
+        else:
+            own[name] = value
+    return own, inside

@@ -11,9 +11,9 @@ from lightning_lora.layers.each_kind.convolution import LoRAConvNd, LoRAConvTran
 from lightning_lora.layers.each_kind.embedding import LoRAEmbedding, LoRAEmbeddingBag
 from lightning_lora.layers.each_kind.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.each_kind.quantized import LoRALinear4bit, LoRALinear8bit
-from lightning_lora.layers.each_kind.read_parameters import LoRAParameters  # noqa: F401  # of no layer type
+from lightning_lora.layers.each_kind.read_parameters import LoRAParameters  # noqa: F401  # others import it from here
 from lightning_lora.layers.each_kind.recurrent import LoRARecurrent
-from lightning_lora.layers.each_kind.tokens import LoRATokens  # noqa: F401  # likewise
+from lightning_lora.layers.each_kind.tokens import LoRATokens  # noqa: F401  # likewise, and both adapt no layer type
 
 ADAPTER_CLASSES: tuple[type[LoRALayer], ...] = (
     LoRALinear,

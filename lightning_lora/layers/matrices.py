@@ -155,14 +155,14 @@ class ParameterSpec(NamedTuple):
             return (*matrix.stack, rank, matrix.reads)
         return (*matrix.stack, matrix.writes, rank)
 
-    def dtype(self, weight: torch.dtype, settings: Settings) -> torch.dtype:
-        """Return its dtype beside a weight of another dtype.
+    def dtype(self, weight_dtype: torch.dtype, settings: Settings) -> torch.dtype:
+        """Return its dtype beside a weight of this dtype.
 
         A magnitude in half precision would lose small steps.
         """
         if settings.autocast_dtype or self.role is Role.MAGNITUDE:
-            return wide(weight)
-        return weight
+            return wide(weight_dtype)
+        return weight_dtype
 
     @property
     def split_dim(self) -> int | None:

@@ -164,11 +164,14 @@ def _with_embeddings(
     has_row = rows.indices[nearest_row] == x
     row_of_zeros = count
     row = nearest_row.where(has_row, row_of_zeros)
-    padding_row = row_of_zeros  # the one that gets no gradient
+    row_without_gradient = row_of_zeros
     if layer.padding_idx in rows.tokens:
-        padding_row = rows.tokens.index(layer.padding_idx)
+        row_without_gradient = rows.tokens.index(layer.padding_idx)
     values_and_zeros = F.pad(rows.values, (0, 0, 0, 1))
     trained = F.embedding(
-        row, values_and_zeros, padding_row, scale_grad_by_freq=layer.scale_grad_by_freq
+        row,
+        values_and_zeros,
+        row_without_gradient,
+        scale_grad_by_freq=layer.scale_grad_by_freq,
     )
     return trained.where(has_row.unsqueeze(-1), output)

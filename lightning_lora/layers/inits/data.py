@@ -36,6 +36,7 @@ class EvaObserver:
             matrix.rank_for(layer.lora_settings.r) for matrix in layer.lora_matrices
         ]
         self.most_directions = 2 * max(ranks)  # some to spare
+        # the mean of the inputs so far, and how strong which of their directions are
         self.mean = self.sizes = self.directions = torch.empty(0)
         undo.callback(
             layer.register_forward_pre_hook(self.add_batch, with_kwargs=True).remove
