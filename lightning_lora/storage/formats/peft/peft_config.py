@@ -13,16 +13,78 @@ from lightning_lora.storage.on_disk.read_errors import json_object
 from lightning_lora.tensors.dicts import only, renamed, where, without
 from lightning_lora.tensors.names import starts_of
 
+MERGE_WITH_PEFT = (
+    "Merge it with PEFT (merge_and_unload), if that can, and use the merged model."
+)
+
+# The fields that are known
+
+_OUR_ARGUMENTS = {
+    "r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "target_modules": "target_modules",
+    "exclude_modules": "exclude_modules",
+    "target_parameters": "target_parameters",
+    "modules_to_save": "modules_to_save",
+}
+"""PEFT's fields that are arguments here too, and what we call them."""
+
+_REFUSED_FIELDS = (
+    "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "use_bdlora", "arrow_config",
+    "kasa_config", "monteclora_config", "megatron_config",
+)  # fmt: skip
+"""PEFT's fields that make another update: a file that sets one is refused."""
+
+_INITIALISATIONS = {
+    # the base decides where the training began, and the update is the difference from
+    # there
+    "pissa": "pissa",
+    "olora": "olora",
+    # the training began from an update of zero, so nothing depends on the word later
+    "gaussian": "gaussian",
+    **dict.fromkeys(
+        ("true", "false", "none", "orthogonal", "eva", "mica", "lora_ga"), "kaiming"
+    ),
+}
+"""PEFT's words for how a training began, and ours.
+
+Any other word is refused: the training began from a base that is not known.
+"""
+
+_OTHER_FIELDS = {
+    # read below, or from the tensors
+    "init_lora_weights", "trainable_token_indices", "peft_type", "bias", "fan_in_fan_out", "layers_to_transform",
+    "layers_pattern", "ensure_weight_tying",
+    # about the base, the task, the training and the package
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+    "megatron_core", "qalora_group_size", "runtime_config", "velora_config", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config",
+}  # fmt: skip
+"""The other fields that are known.
+
+They do not decide what is computed, or the tensors say it too.
+"""
+
+
+# What a configuration says
+
 
 class PeftConfig(NamedTuple):
     """What PEFT's configuration says."""
 
-    # the fields that we have too; names and patterns in it mean what they mean in PEFT
+    # the arguments that we have too; names and patterns in them mean what they mean in
+    # PEFT
     as_ours: LoRAConfig
-    # the rows of embeddings that train, by the end of their names
+    # the rows that train, by how the names of their embeddings end: {"wte": [3, 17]}
     tokens: dict[str, list[int]]
-    # PEFT adapts only what lies in blocks with these numbers. None: in all
-    layer_numbers: list[int] | None
+    # the numbers of the only blocks in which PEFT adapts layers. None: in all. Empty: it
+    # is not known in which
+    block_numbers: list[int] | None
 
     @property
     def modules_to_save(self) -> Sequence[str]:
@@ -30,10 +92,13 @@ class PeftConfig(NamedTuple):
         return self.as_ours.modules_to_save or ()
 
     def adapts(self, name: str) -> bool:
-        """Return whether PEFT adapts the module of this name, if it is of a kind that PEFT adapts."""
+        """Return whether PEFT adapts the module of this name, if it is of a kind that PEFT adapts.
+
+        No, if it is not known in which blocks PEFT does.
+        """
         return (
             self._is_target(name)
-            and self._is_of_layers(name)
+            and self._is_in_blocks(name)
             and not self.as_ours.is_excluded(name)
         )
 
@@ -44,9 +109,9 @@ class PeftConfig(NamedTuple):
             return re.fullmatch(targets, name) is not None
         return _matches_any(targets, name)
 
-    def _is_of_layers(self, name: str) -> bool:
-        """Whether a module lies in one of the blocks with these numbers, as in ``model.layers.0.mlp``."""
-        if self.layer_numbers is None:
+    def _is_in_blocks(self, name: str) -> bool:
+        """Whether a module lies in one of the blocks with these numbers: ``model.layers.0.mlp`` lies in block 0."""
+        if self.block_numbers is None:
             return True
         components = name.split(".")
         # PEFT's expression wants two names before a number, and one after it
@@ -54,7 +119,7 @@ class PeftConfig(NamedTuple):
         numbers = {
             int(component) for component in may_be_numbers if component.isdecimal()
         }
-        return bool(numbers) and numbers.issubset(self.layer_numbers)
+        return bool(numbers) and numbers.issubset(self.block_numbers)
 
     def names_parameter(self, name: str) -> bool:
         """Return whether ``target_parameters`` names a parameter."""
@@ -67,16 +132,16 @@ class PeftConfig(NamedTuple):
         """
         return name.endswith(tuple(self.modules_to_save))
 
-    def leaves_to_saving(self, name: str) -> bool:
+    def is_in_saved(self, name: str) -> bool:
         """Return whether PEFT adapts nothing here: ``modules_to_save`` names the module, or one around it.
 
-        Here PEFT compares whole components, in contrast to :meth:`saves`: with
+        For this, PEFT compares whole components, in contrast to :meth:`saves`: with
         ``head``, it may adapt ``overhead``.
         """
         return any(map(self.as_ours.is_saved, starts_of(name)))
 
     def token_rows(self, name: str) -> list[int]:
-        """Return the rows that train in an embedding."""
+        """Return the rows that train in the embedding of this name."""
         for end, rows in self.tokens.items():
             if name.endswith(end):
                 return rows
@@ -116,46 +181,46 @@ def read_config(weights: Any) -> PeftConfig:
 def config_of(fields: Mapping[str, Any], source: object) -> PeftConfig:
     """Return what these fields say.
 
-    Those that are not known are ignored, with a warning. ``source`` is where they come
-    from, for messages.
+    Fields that are not known are ignored, with a warning. ``source`` is where the
+    fields come from, for messages.
     """
     _check_fields(fields, source)
     _warn_of_unknown(fields, source)
     init = _init_of(fields, source)
-    given = where(only(fields, _OURS), _says_something)
-    arguments = renamed(given, _OURS.__getitem__)
+    given = where(only(fields, _OUR_ARGUMENTS), _says_something)
+    arguments = renamed(given, _OUR_ARGUMENTS.__getitem__)
     try:
         config = LoRAConfig(**{"r": 8, "alpha": 8, "init": init, **arguments})
     except ConfigError as error:
         raise AdapterFileError(
             f"{source} holds other values than PEFT writes there: {error}"
         ) from error
-    return PeftConfig(config, _tokens(fields), _layer_numbers(fields))
+    return PeftConfig(config, _tokens(fields), _block_numbers(fields))
 
 
 def _says_something(value: object) -> bool:
-    """Whether a field says something: one that is empty is as one that is left out."""
+    """Whether a field says something: an empty one is as one that is left out."""
     return value not in (None, [], "")
 
 
 def _check_fields(fields: Mapping[str, Any], source: object) -> None:
-    """Refuse what makes another update than LoRA's."""
+    """Refuse a configuration of another update than LoRA's."""
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise AdapterFileError(
-            f"{source} says peft_type={kind!r}. Only 'LORA' can be read. {MERGE_THERE}"
+            f"{source} says peft_type={kind!r}. Only 'LORA' can be read. {MERGE_WITH_PEFT}"
         )
-    refused = [name for name in _REFUSED if fields.get(name)]
+    refused = [name for name in _REFUSED_FIELDS if fields.get(name)]
     if refused:
         raise AdapterFileError(
             f"{source} sets {listed(refused)}, which this package does not have: its "
-            f"update is another. {MERGE_THERE}"
+            f"update is another. {MERGE_WITH_PEFT}"
         )
 
 
 def _warn_of_unknown(fields: Mapping[str, Any], source: object) -> None:
-    """Warn of fields that are set, and that are of no version that is known."""
-    unknown = without(where(fields, bool), {*_OURS, *_OTHERS})
+    """Warn of fields that are set, and that no known version of PEFT has."""
+    unknown = without(where(fields, bool), {*_OUR_ARGUMENTS, *_OTHER_FIELDS})
     if unknown:
         warn(
             f"{source} sets {listed(unknown)}, which PEFT 0.21 does not know: ignored, "
@@ -167,7 +232,7 @@ def _warn_of_unknown(fields: Mapping[str, Any], source: object) -> None:
 def _init_of(fields: Mapping[str, Any], source: object) -> str:
     """Our ``init`` for PEFT's ``init_lora_weights``.
 
-    Refuse what changed the base before the training.
+    A word is refused if it means that the base was changed before the training.
     """
     init = str(fields.get("init_lora_weights")).lower()
     if init not in _INITIALISATIONS:
@@ -180,77 +245,23 @@ def _init_of(fields: Mapping[str, Any], source: object) -> str:
 
 
 def _tokens(fields: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The rows that train, by the end of an embedding's name.
+    """The rows that train, by how the names of their embeddings end.
 
-    A list is meant for each embedding.
+    A list without names is meant for each embedding: all names end with an empty one.
     """
     rows = fields.get("trainable_token_indices") or {}
     return rows if isinstance(rows, dict) else {"": rows}
 
 
-def _layer_numbers(fields: Mapping[str, Any]) -> list[int] | None:
-    """The numbers of the only blocks that PEFT adapts.
+def _block_numbers(fields: Mapping[str, Any]) -> list[int] | None:
+    """The numbers of the only blocks in which PEFT adapts layers.
 
-    None: it adapts all. Empty: it is not known which blocks the numbers mean.
+    None: it does in all. Empty: ``layers_pattern`` says which blocks the numbers mean,
+    and that is not read here. So no module counts as adapted, and none is missed in a
+    file.
     """
     given: Any = fields.get("layers_to_transform")
     numbers: list[int] = [given] if type(given) is int else given
     if not numbers:
         return None
-    if fields.get("layers_pattern"):
-        # which blocks these numbers mean is not known here, so no module is missed in a
-        # file
-        return []
-    return numbers
-
-
-MERGE_THERE = (
-    "Merge it with PEFT (merge_and_unload), if that can, and use the merged model."
-)
-
-_OURS = {
-    "r": "r",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "target_modules": "target_modules",
-    "exclude_modules": "exclude_modules",
-    "target_parameters": "target_parameters",
-    "modules_to_save": "modules_to_save",
-}
-"""PEFT's fields that decide what is computed, and ours."""
-
-_REFUSED = (
-    "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "use_bdlora", "arrow_config",
-    "kasa_config", "monteclora_config", "megatron_config",
-)  # fmt: skip
-"""PEFT's fields that make another update: a file that sets one is refused."""
-
-_INITIALISATIONS = {
-    # the base decides where training began, and the update is the difference from there
-    "pissa": "pissa",
-    "olora": "olora",
-    # an update of zero, so nothing depends on it after the training
-    "gaussian": "gaussian",
-    **dict.fromkeys(
-        ("true", "false", "none", "orthogonal", "eva", "mica", "lora_ga"), "kaiming"
-    ),
-}
-"""PEFT's words for how training began, and ours: those that need no other base than the one before the training."""
-
-_OTHERS = {
-    # read above, or from the tensors
-    "init_lora_weights", "trainable_token_indices", "peft_type", "bias", "fan_in_fan_out", "layers_to_transform",
-    "layers_pattern", "ensure_weight_tying",
-    # about the base, the task, the training and the package
-    "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
-    "megatron_core", "qalora_group_size", "runtime_config", "velora_config", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config",
-}  # fmt: skip
-"""The other fields that are known.
-
-They do not decide what is computed, or the tensors say it too.
-"""
+    return [] if fields.get("layers_pattern") else numbers

@@ -1,4 +1,7 @@
-"""The files of diffusers: PEFT's tensors, after a pipeline's name for the model, and the configuration inside."""
+"""The files of diffusers: PEFT's tensors and its configuration, which is in the header of the file.
+
+All names in both begin with the name of a member of the pipeline, such as ``unet``.
+"""
 
 import json
 from collections.abc import Collection, Mapping
@@ -18,11 +21,7 @@ from lightning_lora.storage.formats.format import (
     WrittenFormat,
     tensors_in,
 )
-from lightning_lora.storage.formats.peft.peft_config import (
-    PeftConfig,
-    config_of,
-    value_and_pattern,
-)
+from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of
 from lightning_lora.storage.formats.peft.writing.exported import exported
 from lightning_lora.storage.formats.peft.writing.model_card import (
     FOLDER,
@@ -37,6 +36,7 @@ from lightning_lora.storage.formats.pipelines.pipeline import (
     adapters_in_pipeline,
     checked_member,
     exports_of_members,
+    fields_of_ranks,
     warn_of_replaced,
 )
 from lightning_lora.storage.formats.written_files import write_files
@@ -59,7 +59,7 @@ def write(export: Export, directory: Path, *, uniform: bool) -> None:
     tensors = dict[str, Tensor]()
     header = dict[str, Any]()
     for member_export in exports_of_members(export, DIFFUSERS.name):
-        # diffusers before 0.34, and others that read its files, scale all by 1
+        # diffusers before 0.34, and others that read its files, scale all updates by 1
         member_tensors, config = exported(member_export, uniform=uniform, scaling=1.0)
         name = checked_member(member_export, member_tensors, DIFFUSERS.name)
         tensors |= prefixed(name, member_tensors)
@@ -94,10 +94,7 @@ def _member_of(name: str) -> str:
 def recognise(
     contents: Mapping[str, Any], path: Any, _: LoadArguments
 ) -> ReadFor | None:
-    """Return how to read these contents of a file, if diffusers wrote it.
-
-    Or PEFT did, with the same header.
-    """
+    """Return how to read these contents of a file, if diffusers wrote it, or PEFT with the same header."""
     if not is_diffusers(contents, path):
         return None
     text = contents.get(HEADER, {}).get(METADATA, "{}")
@@ -114,22 +111,23 @@ def recognise(
 class _DiffusersFile(PipelineFile):
     """A file of diffusers."""
 
-    header: Mapping[str, Any]  # the configurations, which older files do not have
+    # the fields of all configurations, such as "unet.r"; older files have none
+    header: Mapping[str, Any]
 
     def members(self) -> set[str]:
-        """Return the members, by what names begin with.
+        """Return the members, by how names begin.
 
-        A file of one model alone may have the empty one.
+        A file of one model alone may have one member, with an empty name or with PEFT's
+        prefix as its name.
         """
         of_tensors = set(map(_member_of, self.tensors))
         if not self.header:
             is_pipeline = any(map(MEMBER_NAME.fullmatch, of_tensors))
-            # of one model, whose names begin with its own modules
+            # the names of one model alone begin with those of its own modules
             return of_tensors if is_pipeline else {""}
         of_header = set(map(owner_of, self.header))
-        # with PEFT's prefix, or with none
         is_one_model = not of_header.isdisjoint(("", PREFIX))
-        # the header may lack some
+        # the header of a pipeline may lack some of its members
         return of_header if is_one_model else of_header | of_tensors
 
     def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
@@ -144,7 +142,7 @@ class _DiffusersFile(PipelineFile):
         """
         fields = by_names_inside(member, self.header)
         if not fields:
-            fields = _without_scaling(tensors)
+            fields = _unscaled_fields(tensors)
             warn(
                 f"{self.path} does not say with which lora_alpha it was trained. As in "
                 "diffusers, it is taken to be the rank. If it was another, save the "
@@ -154,8 +152,8 @@ class _DiffusersFile(PipelineFile):
         return config_of({"peft_type": "LORA", **fields}, self.path)
 
 
-def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of PEFT's configuration with which the scaling of each layer is one: alpha is its rank."""
+def _unscaled_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of PEFT's configuration with which each layer has a scaling of one: its alpha is its rank."""
     ranks = dict[str, int]()
     use_dora = False
     for name, value in tensors.items():
@@ -164,17 +162,7 @@ def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             ranks[layer] = len(value)
         elif role is Role.MAGNITUDE:
             use_dora = True
-    if not ranks:  # a damaged file, which is refused with the name of a layer
-        return {}
-    r, other_ranks = value_and_pattern(ranks)
-    return {
-        "r": r,
-        "lora_alpha": r,
-        "rank_pattern": other_ranks,
-        "alpha_pattern": other_ranks,
-        "use_dora": use_dora,
-        "target_modules": list(ranks),
-    }
+    return {**fields_of_ranks(ranks, alphas={}), "use_dora": use_dora}
 
 
 DIFFUSERS = WrittenFormat(

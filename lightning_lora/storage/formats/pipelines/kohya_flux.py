@@ -12,6 +12,8 @@ from lightning_lora.tensors.names import names_joined
 
 FLUX_CLASS = "FluxTransformer2DModel"  # of diffusers
 
+# The original layers of a block, and those of diffusers in each
+
 _IN_DOUBLE_BLOCK = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn.proj": ("attn.to_out.0",),
@@ -29,16 +31,15 @@ _IN_SINGLE_BLOCK = {
     "linear2": ("proj_out",),
     "modulation.lin": ("norm.linear",),
 }
-"""The original layers of a block, and those of diffusers in each."""
 
 _BLOCKS = {
     "transformer_blocks": ("double_blocks", _IN_DOUBLE_BLOCK),
     "single_transformer_blocks": ("single_blocks", _IN_SINGLE_BLOCK),
 }
-"""The blocks of diffusers, the original ones, and what is in them."""
+"""For each kind of block in diffusers: the original one, and what is in it."""
 
 _LAYER = re.compile(rf"(({'|'.join(_BLOCKS)})\.(\d+))\.(.+)")
-# how many times the outputs of q a layer has, if it is not once
+# the layers with another number of outputs than q, as a multiple of it
 _SIZES = {"proj_mlp": 4}
 
 
@@ -67,7 +68,11 @@ def stacked_update(updates: Mapping[str, Factors]) -> Factors:
 
 
 def _original_around(layer: str) -> _Original:
-    """The original layer around one of diffusers."""
+    """The original layer around one of diffusers. If there is none, it has an empty name.
+
+    ``transformer_blocks.3.attn.to_q`` is in ``lora_unet_double_blocks_3_img_attn_qkv``,
+    with ``attn.to_k`` and ``attn.to_v`` of this block.
+    """
     found = _LAYER.fullmatch(layer)
     if found is None:
         return _Original("", ())
@@ -81,10 +86,10 @@ def _original_around(layer: str) -> _Original:
 
 
 def _stacked(parts: Sequence[str], updates: Mapping[str, Factors]) -> Factors:
-    """All A below each other, with one rank, and all B along a diagonal.
+    """The update of a layer with these parts: all A below each other, and all B as blocks on a diagonal.
 
-    A part without update gets zeros. From q and v: A is ``[A_q, 0, A_v]``, one below
-    the other, and B has B_q, 0 and B_v as blocks on its diagonal.
+    All parts have one rank here, and one without an update gets zeros. From q and v, A
+    is ``[A_q, 0, A_v]``, one below the other, and B has the blocks B_q, 0 and B_v.
     """
     first, (a, b) = next(iter(updates.items()))
     outputs_of_q = len(b) // _size(first)
@@ -103,6 +108,6 @@ def _stacked(parts: Sequence[str], updates: Mapping[str, Factors]) -> Factors:
 
 
 def _size(layer: str) -> int:
-    """How many times the outputs of q a layer has."""
+    """The number of a layer's outputs, as a multiple of that of q."""
     leaf = layer.rpartition(".")[2]
     return _SIZES.get(leaf, 1)

@@ -1,8 +1,9 @@
 """What kohya's sd-scripts, ComfyUI and A1111 call the layers of a pipeline's members.
 
-A name begins with a prefix for the member, and has underscores for points. In SDXL, a
-layer of the UNet has its name in the original model. Only layers that ComfyUI, A1111
-and diffusers all know have a name.
+A name begins with a prefix for the member, and has underscores for points:
+``lora_te1_text_model_encoder_layers_0_mlp_fc1``. In SDXL, a layer of the UNet has its
+name in the original model, before diffusers. Only layers that ComfyUI, A1111 and
+diffusers all know have a name.
 """
 
 import re
@@ -17,8 +18,8 @@ MEMBERS = {
 }
 """The prefixes of names in a file, and the members of a pipeline that they mean."""
 
-# from a layer's name in a member to that in a file; empty if it has none
 NameOf = Callable[[str], str]
+"""A function from a layer's name in a member to its name in a file. Empty: it has none there."""
 
 
 def member_prefix(name: str) -> str:
@@ -34,8 +35,8 @@ def naming_forms(prefix: str, modules: Collection[str]) -> list[NameOf]:
     if prefix != "lora_unet":
         return [partial(_name_in_text_encoder, prefix)]
     original = _OriginalUnet(modules).name_of
-    # SDXL; some tools have the names of diffusers there too
-    if "add_embedding.linear_1" in modules:
+    is_sdxl = "add_embedding.linear_1" in modules
+    if is_sdxl:  # some tools have the names of diffusers there too
         return [original, _name_in_unet]
     return [_name_in_unet, original]
 
@@ -82,16 +83,18 @@ def _name_in_unet(layer: str) -> str:
 
 
 class _OriginalUnet:
-    """The original names in a UNet.
+    """The original names in a UNet, which has no blocks there: it numbers ResNets and samplers through.
 
-    They number ResNets and samplers through, where diffusers has blocks. With two
-    ResNets in a block, ``down_blocks.1.resnets.0`` is ``input_blocks.4.0``: before it
-    are ``conv_in``, two ResNets and a sampler.
+    With two ResNets in a block, ``down_blocks.1.resnets.0`` is ``input_blocks.4.0``:
+    before it are ``conv_in`` (0), two ResNets (1 and 2) and a sampler (3). On the way
+    up, a block has one more ResNet, and its sampler has the number of the last one.
     """
 
     def __init__(self, modules: Collection[str]) -> None:
-        self.layers = dict(OUTER)  # single layers, by their names in diffusers
-        self.blocks = {  # attentions and ResNets, which have layers inside; likewise
+        # the original names of single layers, by their names in diffusers
+        self.layers = dict(OUTER)
+        # the original names of attentions and ResNets, which have layers inside
+        self.blocks = {
             "mid_block.resnets.0": "middle_block.0",
             "mid_block.attentions.0": "middle_block.1",
             "mid_block.resnets.1": "middle_block.2",
@@ -103,12 +106,12 @@ class _OriginalUnet:
         ]
         for block in range(4):  # no such UNet has more
             self._add_block(block, len(resnets))
-            # without one, diffusers would read another layer
+            # where there is no attention, diffusers would read another layer
             if f"up_blocks.{block}.attentions.0" in modules:
                 self._add_upsampler(block, len(resnets))
 
     def _add_block(self, block: int, resnets: int) -> None:
-        """Add a block on each side. The one that goes up has one more ResNet."""
+        """Add the block of this number on the way down, and that on the way up."""
         first = block * (resnets + 1)
         for number in range(resnets + 1):
             self._add_to_block(
@@ -122,7 +125,7 @@ class _OriginalUnet:
         )
 
     def _add_to_block(self, block: str, number: int, original: str) -> None:
-        """Add a ResNet and the attention behind it."""
+        """Add a ResNet of a block, and the attention behind it."""
         self.blocks[f"{block}.resnets.{number}"] = f"{original}.0"
         self.blocks[f"{block}.attentions.{number}"] = f"{original}.1"
 
@@ -134,14 +137,16 @@ class _OriginalUnet:
         )
 
     def name_of(self, layer: str) -> str:
-        """Return the name of a layer in a file."""
+        """Return the name of a layer in a file. Empty: it has none there."""
         if layer in self.layers:
             return _joined("lora_unet", self.layers[layer])
         found = _IN_BLOCK.fullmatch(layer)
-        if found is None or found[1] not in self.blocks:
+        if found is None:
             return ""
-        inner = _IN_RESNET.get(found[2], found[2])
-        return _joined("lora_unet", self.blocks[found[1]], inner)
+        block, inner = found.groups()
+        if block not in self.blocks:
+            return ""
+        return _joined("lora_unet", self.blocks[block], _IN_RESNET.get(inner, inner))
 
 
 # Text encoders

@@ -1,4 +1,4 @@
-"""Read a file of kohya's: what PEFT would have in a file of each member, so that it is read as such."""
+"""Read a file of kohya's: it is turned into what PEFT would have in a file of each member."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.storage.formats.format import LoadArguments, tensors_in
-from lightning_lora.storage.formats.peft.peft_config import config_of, value_and_pattern
+from lightning_lora.storage.formats.peft.peft_config import config_of
 from lightning_lora.storage.formats.pipelines.kohya_names import (
     MEMBERS,
     member_prefix,
@@ -19,12 +19,13 @@ from lightning_lora.storage.formats.pipelines.pipeline import (
     PeftContents,
     PipelineFile,
     adapters_in_pipeline,
+    fields_of_ranks,
 )
 from lightning_lora.storage.formats.unread import KOHYA_REMEDY
 from lightning_lora.storage.stored import ReadFor
-from lightning_lora.tensors.dicts import only, with_values, without
+from lightning_lora.tensors.dicts import with_values, without
 
-# of names in a file, and PEFT's
+# the ends of names in a file, and PEFT's
 _ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
 _ALPHA = "alpha"
 _LAYER = re.compile(rf"({'|'.join(MEMBERS)})_\w+")
@@ -42,13 +43,13 @@ def recognise(
 
 
 def _is_factor(name: str) -> bool:
-    """Whether a name is that of an A."""
+    """Whether a name is that of an A in this format."""
     layer, _, end = name.partition(".")
     return end == "lora_down.weight" and _LAYER.fullmatch(layer) is not None
 
 
 def _check_names(names: Iterable[str], path: Any) -> None:
-    """Refuse a file with a name of another method than LoRA."""
+    """Refuse a file in which a name is of another method than LoRA."""
     odd = list[str]()
     for name in names:
         layer, _, end = name.partition(".")
@@ -71,10 +72,10 @@ class _KohyaFile(PipelineFile):
         return {_member_of(name) for name in self.tensors}
 
     def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
-        """Return what PEFT would have in a file of one member, so that it is read as such."""
+        """Return what PEFT would have in a file of one member."""
         layers = _layers_by_name(member, modules)
         adapters = _Adapters()
-        unknown = dict[str, None]()
+        unknown = dict[str, None]()  # a set in the order of the file
         for name, value in self._tensors_of(member).items():
             layer_in_file, _, end = name.partition(".")
             if layer_in_file in layers:
@@ -87,7 +88,7 @@ class _KohyaFile(PipelineFile):
                 "no such layers of a UNet or a CLIP text encoder. Pass the model that "
                 f"they were trained on. {KOHYA_REMEDY}."
             )
-        return PeftContents(adapters.tensors, config_of(adapters.config(), self.path))
+        return PeftContents(adapters.tensors, config_of(adapters.fields(), self.path))
 
     def _tensors_of(self, member: str) -> dict[str, Tensor]:
         """The tensors of one member."""
@@ -99,17 +100,20 @@ class _KohyaFile(PipelineFile):
 
 
 def _member_of(name: str) -> str:
-    """The member of a name in a file."""
+    """The member of a name in a file: ``unet`` for ``lora_unet_mid_block_...``."""
     return MEMBERS[member_prefix(name)]
 
 
 def _layers_by_name(member: str, modules: Collection[str]) -> dict[str, str]:
-    """The layers of a member, by all names that files have for them."""
+    """The layers of a member, by all names that files have for them.
+
+    ``{"lora_unet_input_blocks_4_1_proj_in": "down_blocks.1.attentions.0.proj_in", ...}``.
+    """
     layers = dict[str, str]()
     for prefix in with_values(MEMBERS, [member]):
         for name_of in naming_forms(prefix, modules):
             by_name = {name_of(layer): layer for layer in modules}
-            # the empty name of all that this format cannot hold
+            # all that this format cannot hold has the empty name
             layers |= without(by_name, [""])
     return layers
 
@@ -131,22 +135,6 @@ class _Adapters:
         if end == "lora_down.weight" and value.dim():
             self.ranks[layer] = len(value)
 
-    def config(self) -> dict[str, Any]:
-        """Return the fields of PEFT's configuration.
-
-        A layer without alpha is not scaled.
-        """
-        if not self.ranks:  # a damaged file, which is refused with the name of a layer
-            return {"peft_type": "LORA"}
-        r, other_ranks = value_and_pattern(self.ranks)
-        alpha, other_alphas = value_and_pattern(
-            {**self.ranks, **only(self.alphas, self.ranks)}
-        )
-        return {
-            "peft_type": "LORA",
-            "r": r,
-            "lora_alpha": alpha,
-            "rank_pattern": other_ranks,
-            "alpha_pattern": other_alphas,
-            "target_modules": list(self.ranks),
-        }
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of PEFT's configuration. A layer without alpha is not scaled."""
+        return fields_of_ranks(self.ranks, self.alphas)

@@ -1,6 +1,7 @@
 """Write a file of kohya's: the layers of each member, with the names that all its readers know.
 
-diffusers takes one alpha for all layers of a member, so they have one here.
+diffusers takes one alpha for all layers of a member, so they have one here: the most
+common rank of the member.
 """
 
 from collections.abc import Iterable, Mapping
@@ -45,25 +46,31 @@ FILE = "kohya_lora.safetensors"
 
 
 def write(export: Export, directory: Path, *, uniform: bool) -> None:
-    """Write what these tools read: all adapted members of a pipeline in one file.
-
-    The most common rank is the alpha of all layers of a member.
-    """
+    """Write what these tools read: all adapted members of a pipeline in one file."""
     modules = _known_modules(export)
     tensors = dict[str, Tensor]()
     for member_export in exports_of_members(export, NAME):
-        _refuse_dora(member_export)
-        member_tensors, config = exported(member_export, uniform=uniform, scaling=1.0)
-        member = checked_member(member_export, member_tensors, NAME)
-        layers = _with_whole_attentions(_layers_in(member_tensors))
-        names = _names_in_file(member_export, member, layers, modules)
-        for name, updates in _grouped_by_name(layers, names).items():
-            tensors |= _tensors_of(name, stacked_update(updates), alpha=config["r"])
+        tensors |= _tensors_of_member(member_export, modules, uniform=uniform)
     warn_of_replaced(directory / FILE, tensors, member_prefix)
     write_files(directory, {FILE: save(tensors, {})})
 
 
-def _tensors_of(name: str, factors: Factors, alpha: int) -> dict[str, Tensor]:
+def _tensors_of_member(
+    export: Export, modules: set[str], *, uniform: bool
+) -> dict[str, Tensor]:
+    """The tensors of one member: first as PEFT has them, with a scaling of one, then by the names of this format."""
+    _refuse_dora(export)
+    of_peft, config = exported(export, uniform=uniform, scaling=1.0)
+    member = checked_member(export, of_peft, NAME)
+    layers = _with_whole_attentions(_layers_in(of_peft))
+    names = _names_in_file(export, member, layers, modules)
+    tensors = dict[str, Tensor]()
+    for name, updates in _grouped_by_name(layers, names).items():
+        tensors |= _tensors_of_layer(name, stacked_update(updates), alpha=config["r"])
+    return tensors
+
+
+def _tensors_of_layer(name: str, factors: Factors, alpha: int) -> dict[str, Tensor]:
     """The tensors of a layer, whose update is B @ A.
 
     Readers scale it by alpha over the rank: B makes up for that.
@@ -100,7 +107,10 @@ def _layers_in(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
 
 
 def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Add updates of zero: A1111 has one layer for an attention of OpenCLIP, and drops an update of a part of it."""
+    """Add updates of zero to attentions of which only a part has updates.
+
+    A1111 has one layer for an attention of OpenCLIP, and drops an update of a part.
+    """
     whole = dict(layers)
     for layer, (a, b) in layers.items():
         attention, _, leaf = layer.rpartition(".")
@@ -118,7 +128,7 @@ def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
 def _names_in_file(
     export: Export, member: str, layers: Iterable[str], modules: set[str]
 ) -> dict[str, str]:
-    """The names in the file of a member's layers. Refuse layers without one."""
+    """The names in the file of a member's layers. A layer that has none is refused."""
     name_of = _naming(export, member, modules)
     names = {layer: name_of(layer) for layer in layers}
     unnamed = where_not(names, bool)
@@ -150,20 +160,20 @@ def _warn_of_skipped(export: Export, member: str, names: Mapping[str, str]) -> N
 
 
 def _naming(export: Export, member: str, modules: set[str]) -> NameOf:
-    """What gives a layer of a member its name in the file."""
+    """The function that gives a layer of a member its name in the file."""
     if export.stored_inner.class_name == FLUX_CLASS:
         return name_in_flux
     modules_for_reader = by_names_inside(export.stored.root, dict.fromkeys(modules))
-    first, *_ = naming_forms(_prefix_for(member, modules), modules_for_reader)
-    return first
+    written_form, *_ = naming_forms(_prefix_for(member, modules), modules_for_reader)
+    return written_form
 
 
 def _grouped_by_name(
     layers: Mapping[str, Factors], names: Mapping[str, str]
 ) -> dict[str, dict[str, Factors]]:
-    """The updates of layers, by their names in the file.
+    """The updates of layers, by the names in the file.
 
-    In Flux, several are parts of one original layer.
+    In Flux, several layers are parts of one original layer, and have its name.
     """
     named = dict[str, dict[str, Factors]]()
     for layer, factors in layers.items():
@@ -197,7 +207,10 @@ def _prefix_for(member: str, modules: Iterable[str]) -> str:
 
 
 def _known_modules(export: Export) -> set[str]:
-    """The names of all modules that are known: a file names the tensors of its base."""
+    """The names of all modules that are known.
+
+    If a file is exported, they come from the names of the tensors of its base.
+    """
     modules = {*export.modules_of_model, *export.stored.layers}
     for fingerprint in export.stored.base:
         for tensor in names_in(fingerprint):

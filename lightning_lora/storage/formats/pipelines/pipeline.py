@@ -1,4 +1,8 @@
-"""The members of a pipeline of diffusers: which of them a model is, or a module holds, and the adapters of each."""
+"""The members of a pipeline of diffusers: which of them a model is, or holds, and the adapters of each.
+
+A member has a name of the pipeline's, such as ``unet``, and a root, which is its name in
+the model, such as ``pipe.unet``.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,7 +25,10 @@ from lightning_lora.errors import (
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.layer_updates import LayerUpdate
-from lightning_lora.storage.formats.peft.peft_config import PeftConfig
+from lightning_lora.storage.formats.peft.peft_config import (
+    PeftConfig,
+    value_and_pattern,
+)
 from lightning_lora.storage.formats.peft.reading.read_peft import read_updates
 from lightning_lora.storage.formats.peft_names import peft_key
 from lightning_lora.storage.formats.peft_or_diffusers import MEMBER_NAME
@@ -29,15 +36,15 @@ from lightning_lora.storage.formats.reading import stored_from_updates
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import by_names_inside, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.dicts import with_values, without
+from lightning_lora.tensors.dicts import only, with_values, without
 from lightning_lora.tensors.names import first_names, is_in_any, starts_of, submodule
 
 
 def member_name(model: nn.Module | None, root: str) -> str:
     """Return what a pipeline calls a model, such as ``unet``.
 
-    Empty: it is no member of one. ``root`` is its name in the module around it, which
-    says more than its class.
+    Empty: it is no member of one. ``root`` is its name in the module around it. The end
+    of that says more than the model's class: ``text_encoder_2``.
     """
     name = root.rpartition(".")[2]
     if MEMBER_NAME.fullmatch(name):
@@ -55,19 +62,20 @@ def member_name(model: nn.Module | None, root: str) -> str:
 
 
 def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
-    """Return a pipeline's members among modules: their names in the model, by what the pipeline calls them.
+    """Return the roots of a pipeline's members among modules, by what the pipeline calls them.
 
-    Nothing inside of a member is another one. If the pipeline would call two the same,
-    such as two text encoders by their class, the one whose name here ends so is meant.
+    ``{"unet": "pipe.unet", "text_encoder": "pipe.text_encoder"}``. Nothing inside of a
+    member is another one. If two would be called the same, such as two text encoders by
+    their class, the one whose name here ends so is meant.
     """
     roots = dict[str, str]()
     for name, module in without(modules, [""]).items():
         if is_in_any(name, roots.values()):
             continue
         member = member_name(module, name)
-        is_first = member not in roots
-        is_called_so = name.endswith(member)
-        if member and (is_first or is_called_so):
+        if not member:
+            continue
+        if member not in roots or name.endswith(member):
             roots[member] = name
     return roots
 
@@ -76,7 +84,10 @@ def members_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
 
 
 def exports_of_members(export: Export, format: str) -> list[Export]:
-    """Return the adapters of each member of a pipeline: the model may be one, or hold several."""
+    """Return the adapters of each member of a pipeline: the model may be one, or hold several.
+
+    If anything was trained outside of them, it is refused.
+    """
     roots = _roots_of_members(export)
     outside = set(export.stored.state)
     exports = list[Export]()
@@ -94,11 +105,11 @@ def exports_of_members(export: Export, format: str) -> list[Export]:
 
 
 def _roots_of_members(export: Export) -> list[str]:
-    """The names of the adapted members in the model.
+    """The roots of the adapted members in the model.
 
-    The root is one by itself. Otherwise they lie anywhere in the model. If none does,
-    the root is returned after all: :func:`checked_member` then refuses it, after what
-    is wrong with its layers has been said.
+    What is exported is one member by itself, or holds some anywhere. If it does
+    neither, its own root is returned all the same: :func:`checked_member` refuses it,
+    after what is wrong with its layers has been said.
     """
     root = export.stored.root
     if member_name(export.inner, root):
@@ -114,7 +125,7 @@ def _roots_of_members(export: Export) -> list[str]:
 
 
 def _adapters_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
-    """The adapters of one member, by the same names."""
+    """The adapters of one member, which keep their names."""
     return replace(
         stored,
         root=root,
@@ -125,9 +136,10 @@ def _adapters_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
 
 
 def checked_member(export: Export, tensors: Iterable[str], format: str) -> str:
-    """Return what a pipeline calls the member with these tensors.
+    """Return what a pipeline calls the exported member, which has these tensors of PEFT's.
 
-    Refuse what it would not read.
+    What the pipeline would not read is refused: another model, and tensors that are of
+    no adapter.
     """
     stored = export.stored
     member = member_name(export.inner, stored.root)
@@ -152,9 +164,9 @@ def checked_member(export: Export, tensors: Iterable[str], format: str) -> str:
 def warn_of_replaced(
     path: Path, tensors: Iterable[str], member_of: Callable[[str], str]
 ) -> None:
-    """Warn if a file that is to be written anew holds other members.
+    """Warn if a file that is to be written anew holds members that are not written.
 
-    ``member_of``: that of a tensor's name.
+    ``member_of`` gives the member of a tensor by its name.
     """
     held = set[str]()
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
@@ -178,6 +190,28 @@ class PeftContents(NamedTuple):
     config: PeftConfig
 
 
+def fields_of_ranks(
+    ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return the fields of PEFT's configuration for layers with these ranks.
+
+    The alpha of a layer is its rank, if ``alphas`` has no other. A damaged file may have
+    no rank: it is refused later, with the name of a layer.
+    """
+    if not ranks:
+        return {"peft_type": "LORA"}
+    r, rank_pattern = value_and_pattern(ranks)
+    alpha, alpha_pattern = value_and_pattern({**ranks, **only(alphas, ranks)})
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": list(ranks),
+    }
+
+
 @dataclass(frozen=True)
 class PipelineFile(ABC):
     """A file with the adapters of a pipeline's members."""
@@ -195,7 +229,10 @@ class PipelineFile(ABC):
 
 
 def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
-    """Return the adapters of a pipeline's members: of the one that the model is, or of all that it holds."""
+    """Return the adapters of a pipeline's members: of the one that the model is, or of all that it holds.
+
+    What the file has for a member is read as a file of PEFT's for the member's root.
+    """
     members = file.members()
     roots = _roots_in_model(members, view)
     _check_members(members, roots, file.path)
@@ -205,7 +242,8 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
     configs = list[LoRAConfig]()
     for member in sorted(members & roots.keys()):
         root = roots[member]
-        tensors, config = file.contents_of(member, by_names_inside(root, view.modules))
+        modules = by_names_inside(root, view.modules)
+        tensors, config = file.contents_of(member, modules)
         updates_of_member, rest_of_member = read_updates(
             view, tensors, config, file.path, root
         )
@@ -221,7 +259,7 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
 def _settings_of_all(configs: Sequence[LoRAConfig], path: Any) -> LoRAConfig:
     """The settings that all members have.
 
-    Ranks and scalings may differ: each update has its own.
+    Their ranks and scalings may differ: each update has its own.
     """
     first, *others = configs
     for other in others:
@@ -234,22 +272,21 @@ def _settings_of_all(configs: Sequence[LoRAConfig], path: Any) -> LoRAConfig:
 
 
 def _roots_in_model(members: set[str], view: View) -> dict[str, str]:
-    """The names in the model of the pipeline's members, by what the pipeline calls them."""
+    """The roots of the pipeline's members in the model, by what the pipeline calls them.
+
+    If a file has one member alone, and the model has none of this name, the file is
+    meant for the model itself.
+    """
     root = root_of(view.model)
     itself = member_name(submodule(view.model, root), root)
     roots = {itself: root} if itself else members_in(view.modules)
-    is_of_one = len(members) == 1
-    # under any name it is meant for this model
-    if is_of_one and members.isdisjoint(roots):
+    if len(members) == 1 and members.isdisjoint(roots):
         return dict.fromkeys(members, root)
     return roots
 
 
 def _check_members(members: set[str], roots: Mapping[str, str], path: Any) -> None:
-    """Refuse a file of which the model has no member.
-
-    Warn of those that it does not have.
-    """
+    """Refuse a file of members of which the model has none. Warn of those that it lacks."""
     if members.isdisjoint(roots):
         raise AdapterMismatchError(
             f"{path} holds adapters of several parts of a pipeline: "

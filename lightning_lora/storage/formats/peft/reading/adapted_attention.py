@@ -10,18 +10,16 @@ from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.layers.kinds import LoRAAttention
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.layer_updates import LayerUpdate, pair_of
-from lightning_lora.storage.formats.peft.reading.adapted_module import (
-    AdaptedModule,
-    Matrices,
-)
+from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule
 from lightning_lora.storage.formats.peft_names import without_wrappers
+from lightning_lora.storage.stored_layers import Matrices
 
 
 class AdaptedAttention(AdaptedModule):
     """An attention: q, k and v share A, and lie one after the other in B."""
 
     def read_update(self) -> LayerUpdate:
-        """Return the update of the attention, with the matrices of which the file has one."""
+        """Return the update of the attention, with those of its matrices that the file adapts."""
         tensors, *_ = self.adapters.values()
         layer = self.checked_layer(
             LoRAAttention,
@@ -53,13 +51,13 @@ class AdaptedAttention(AdaptedModule):
                 # PEFT adds the update of the output projection twice
                 in_file[out] = (a, 2 * b)
             else:
-                self._warn_of_uncalled(name)
+                self._leave_out(name)
         return in_file
 
-    def _warn_of_uncalled(self, name: str) -> None:
-        """Warn of a layer inside that nothing calls.
+    def _leave_out(self, name: str) -> None:
+        """Warn that the update of a layer inside is left out, because nothing calls this layer.
 
-        Refuse it, if PEFT took a start off its weight.
+        It is refused if PEFT took a start off its weight, which the attention reads.
         """
         if self.is_difference:
             raise AdapterMismatchError(

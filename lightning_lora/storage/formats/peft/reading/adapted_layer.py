@@ -13,7 +13,7 @@ from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedMo
 
 @dataclass(frozen=True)
 class AdaptedLayer(AdaptedModule):
-    """A layer with one weight."""
+    """A layer with one weight, adapted as a layer or, by ``target_parameters``, as this weight."""
 
     kind: type[LoRALayer]  # our adapter of it
 
@@ -42,15 +42,18 @@ class AdaptedLayer(AdaptedModule):
         return LayerUpdate(layer, (factors,), magnitude)
 
     def _factors_of_parameter(self, factors: Factors) -> Factors:
-        """A and B of the layer from those of its weight as a parameter, which PEFT takes for (out, in)."""
-        is_weight_in_out = self.kind in (LoRAEmbedding, LoRAConv1D)
-        if not is_weight_in_out:
+        """A and B of the layer, from those of its weight as a parameter.
+
+        PEFT takes a parameter for a matrix (out, in). The weights of an embedding and of
+        a Conv1D are (in, out), so the update is transposed.
+        """
+        if self.kind not in (LoRAEmbedding, LoRAConv1D):
             return factors
         a, b = factors
         return b.T, a.T
 
     def _check_is_not_olora_of_conv1d(self) -> None:
-        """Refuse an update that cannot be computed again."""
+        """Refuse an olora of a Conv1D: its start cannot be computed again."""
         if self.kind is LoRAConv1D and self.settings.init == "olora":
             raise AdapterMismatchError(
                 f"{self.name_in_file!r} is a Conv1D, trained with "

@@ -22,20 +22,19 @@ from lightning_lora.storage.formats.peft.counterparts import (
     why_no_counterpart,
 )
 from lightning_lora.storage.formats.peft.reading.peft_file import PeftFile
-from lightning_lora.storage.stored_layers import StoredLayer, described
+from lightning_lora.storage.stored_layers import Matrices, StoredLayer, described
 from lightning_lora.tensors.dicts import names_of_each
 from lightning_lora.tensors.names import join
-
-Matrices = tuple[AdaptedMatrix, ...]
 
 
 @dataclass(frozen=True)
 class AdaptedModule:
     """A module that PEFT adapts, and the adapters of it that a file holds.
 
-    Most modules have one, by their own name. An attention ``attn`` may have two,
-    ``attn`` (of q, k and v) and ``attn.base_layer.out_proj``. Of a module's parameters,
-    each has one: ``experts`` and, inside of it, ``experts.base_layer``.
+    Most modules have one adapter, by their own name. An attention ``attn`` may have
+    two, ``attn`` (of q, k and v) and ``attn.base_layer.out_proj``. If parameters of a
+    module are adapted, each has one: ``experts`` and, inside of it,
+    ``experts.base_layer``.
 
     With pissa and olora, adapters start from a part of the weight, and PEFT takes this
     start off its base. The update here is the difference from the start, which is
@@ -70,7 +69,7 @@ class AdaptedModule:
     ) -> StoredLayer:
         """Return the layer with this adapter.
 
-        Refuse one with which PEFT computes something else.
+        A layer with which PEFT computes something else is refused.
         """
         layer = described(
             self.file.view,
@@ -98,7 +97,7 @@ class AdaptedModule:
         self._check_start_of_tied(layer, matrix)
         rank = self._checked_rank(matrix, in_file, target)
         factors = in_file
-        # of other shapes, which cannot be turned: they are refused below
+        # factors of wrong shapes may fail here: check_shapes refuses them as they are
         with suppress(IndexError, RuntimeError):
             factors = counterpart_of(layer).from_peft(
                 in_file, layer.shapes[matrix.weight], layer.options
@@ -112,7 +111,7 @@ class AdaptedModule:
         return INITIALISATIONS[self.settings.init].is_difference
 
     def _check_start_of_tied(self, layer: StoredLayer, matrix: AdaptedMatrix) -> None:
-        """Refuse a tied weight of which PEFT took a start off."""
+        """Refuse a tied weight, if PEFT took a start off it."""
         if not self.is_difference:
             return
         base = self.file.view.base_parameters
@@ -130,7 +129,8 @@ class AdaptedModule:
     ) -> int:
         """The rank of A.
 
-        Refuse another one than in the configuration: the scaling depends on it.
+        It is refused if the configuration says another one, on which the scaling would
+        depend.
         """
         a, _ = factors
         rows = a.shape[0] if a.dim() else 0
@@ -138,7 +138,7 @@ class AdaptedModule:
         configured = self.settings.rank(target)
         possible = [configured]
         if self.is_difference:
-            # its start has no more
+            # the start of the adapter has no larger rank than the weight
             possible.append(min(configured, matrix.largest_rank))
         if rank not in possible:
             raise AdapterFileError(

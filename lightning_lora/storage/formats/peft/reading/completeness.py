@@ -23,22 +23,26 @@ from lightning_lora.tensors.names import (
 
 
 def check_complete(file: PeftFile) -> None:
-    """Refuse a file that lacks some of what its configuration names in the model, or warn of it."""
+    """Refuse a file that lacks some of what its configuration names in the model, or warn of it.
+
+    It is refused if it lacks rows, a part of a module that trained whole, or the update
+    of a module beside others of which it has tensors: PEFT wrote all these. What the
+    configuration names elsewhere may be no loss, because the file may be of a part of
+    the model, such as its encoder.
+    """
     comparison = _Comparison(file)
-    lacking = _missing_rows(file)
-    # the file may be of a part of the model, such as its encoder
+    lost = _missing_rows(file)
     elsewhere = list[str]()
     for name in _modules_inside(file):
         if comparison.is_saved_in_part(name):
-            lacking.append(name)
+            lost.append(name)
         elif comparison.lacks_update_of(name):
-            # PEFT would have written it with them
             is_beside_others = comparison.has_something_in(owner_of(name))
-            place = lacking if is_beside_others else elsewhere
+            place = lost if is_beside_others else elsewhere
             place.append(name)
-    if lacking:
+    if lost:
         raise AdapterFileError(
-            f"{_says(lacking, file)}Use all that was saved, on the model of the "
+            f"{_says(lost, file)}Use all that was saved, on the model of the "
             "training. If they are to stay as they are, name them in exclude_modules "
             "of the configuration, or remove them from modules_to_save."
         )
@@ -64,7 +68,7 @@ def _modules_inside(file: PeftFile) -> list[str]:
 
 
 def _missing_rows(file: PeftFile) -> list[str]:
-    """The embeddings whose rows train by the configuration, and are not in the file."""
+    """The embeddings of which the file lacks the rows that its configuration names, for messages."""
     with_rows = list(map(without_wrappers, where(file.adapters, _holds_rows)))
     missing = list[str]()
     for end in file.config.tokens:
@@ -75,34 +79,28 @@ def _missing_rows(file: PeftFile) -> list[str]:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Compares what a file's configuration names in the model with what its tensors are of.
+    """Compares what a file's configuration names with what the file has tensors of.
 
-    Names are the model's.
+    All names here are the model's.
     """
 
     file: PeftFile
 
     def has_something_in(self, name: str) -> bool:
-        """Return whether the file has tensors inside of a module.
-
-        The model itself always counts.
-        """
-        return name in self._names_with_something
+        """Return whether the file has tensors inside of a module, or this is the model itself."""
+        return name in self._modules_around_tensors
 
     @cached_property
-    def _names_with_something(self) -> set[str]:
-        """The names of the modules around all that the file has."""
-        return {
-            "",
-            *modules_around(map(owner_of, (*self.file.layers, *self.file.rest))),
-        }
+    def _modules_around_tensors(self) -> set[str]:
+        """The names of the modules around all that the file has, and of the model itself."""
+        owners = map(owner_of, (*self.file.layers, *self.file.rest))
+        return {"", *modules_around(owners)}
 
     def lacks_update_of(self, name: str) -> bool:
         """Return whether PEFT would adapt a module, and the file has no update of it, or of a module around it."""
         around = {self.file.view.modules[start] for start in starts_of(name)}
-        return around.isdisjoint(
-            self._modules_with_update
-        ) and self._is_adapted_by_peft(name)
+        has_update = not around.isdisjoint(self._modules_with_update)
+        return not has_update and self._is_adapted_by_peft(name)
 
     @cached_property
     def _modules_with_update(self) -> set[nn.Module]:
@@ -111,16 +109,15 @@ class _Comparison:
 
     def _is_adapted_by_peft(self, name: str) -> bool:
         """Whether PEFT would adapt a module, or one of its parameters."""
+        config = self.file.config
         name_in_file = self.file.renaming.name_there(name)
-        if self.file.config.leaves_to_saving(name_in_file):
+        if config.is_in_saved(name_in_file):
             return False
         module = self.file.view.modules[name]
-        if self.file.config.adapts(name_in_file) and wraps_layers_of(
-            adapter_for(module)
-        ):
+        if config.adapts(name_in_file) and wraps_layers_of(adapter_for(module)):
             return True
         parameters = names_joined(name_in_file, module._parameters)
-        return any(map(self.file.config.names_parameter, parameters))
+        return any(map(config.names_parameter, parameters))
 
     def is_saved_in_part(self, name: str) -> bool:
         """Return whether a module trains whole, and the file lacks some of it."""

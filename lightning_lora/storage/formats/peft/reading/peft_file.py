@@ -1,4 +1,4 @@
-"""A file of PEFT that is read for a model: what it holds of each adapter, and where that lies in the model."""
+"""What a file of PEFT holds of each adapter, and where that lies in the model for which it is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,15 +16,17 @@ from lightning_lora.storage.renaming import Renaming
 
 @dataclass(frozen=True)
 class PeftFile:
-    """A file that has been read for a model."""
+    """A file of PEFT that is read for a model."""
 
     path: Any
-    config: PeftConfig  # beside the tensors
+    config: PeftConfig  # the configuration beside the tensors
     view: View  # of the model
     renaming: Renaming  # how names in the file become names in the model
-    # by the name in the file of what PEFT wraps, as "attn.base_layer.out_proj"
+    # the adapters, by the names in the file of what PEFT wraps, such as
+    # "attn.base_layer.out_proj"
     adapters: Mapping[str, AdapterTensors]
-    # what trains in full, and copies of the base's, by name in the model
+    # the tensors of what trains in full, and copies of the base's, by their names in the
+    # model
     rest: Mapping[str, Tensor]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Read PEFT's files: the layers come from the names of the tensors, the numbers from the configuration."""
+"""Read PEFT's files: the names of the tensors say which layers are adapted, the configuration says their numbers."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.formats.format import HEADER, LoadArguments, tensors_in
 from lightning_lora.storage.formats.layer_updates import AdapterTensors, LayerUpdate
 from lightning_lora.storage.formats.peft.peft_config import (
-    MERGE_THERE,
+    MERGE_WITH_PEFT,
     PeftConfig,
     read_config,
 )
@@ -35,12 +35,20 @@ from lightning_lora.storage.stored import ReadFor, StoredAdapters
 from lightning_lora.tensors.dicts import where, where_not
 from lightning_lora.tensors.names import join
 
-# a trained module's base; training's own
 _WITHOUT_EFFECT = re.compile(r"\.(original_module|lora_velora_embed)(\.|$)")
-# what is no key of an adapter, and begins as one
+"""In the name of a tensor that changes no output.
+
+It is the base's, of a module that trained whole, or only the training itself needed it.
+"""
+
 _OTHER_METHOD = re.compile(r"(^|\.)(lora_|trainable_tokens)")
-# bias="all" writes these biases twice
+"""In the name of a tensor of an adapter, but not of one that is known here."""
+
 _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+"""In the name of a bias that is there twice, as ``bias="all"`` writes it.
+
+``head.modules_to_save.default.bias`` is a copy of ``head.bias``.
+"""
 
 
 def recognise(
@@ -49,9 +57,8 @@ def recognise(
     """Return what reads these contents of a file for a model, if PEFT wrote it."""
     if not is_peft(contents, path):
         return None
-    tensors = _by_names_in_model(
-        tensors_in(contents, path), contents.get(HEADER, {}), path
-    )
+    names_in_model = _names_in_header(contents.get(HEADER, {}), path)
+    tensors = _by_keys_of_model(tensors_in(contents, path), names_in_model)
 
     def read_for_model(view: View) -> StoredAdapters:
         config = read_config(path)
@@ -63,28 +70,26 @@ def recognise(
     return read_for_model
 
 
-def _by_names_in_model(
-    tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Any
+def _by_keys_of_model(
+    tensors: Mapping[str, Tensor], names_in_model: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """The tensors by their names in the model.
+    """The tensors of a file, by the keys that they would have if no name in it were another one than in the model.
 
-    For those that have another name in the file, our header says it. PEFT's prefix is
-    in the names of the tensors, and not in the header.
+    All keys begin with PEFT's prefix, which the names in ``names_in_model`` lack.
     """
-    name_in_model = _names_in_header(header, path)  # by the name in the file
-    renamed = dict[str, Tensor]()
+    by_key = dict[str, Tensor]()
     for key, tensor in tensors.items():
         name = key.removeprefix(f"{PREFIX}.")
-        if name in name_in_model:
-            key = join(PREFIX, name_in_model[name])
-        renamed[key] = tensor
-    return renamed
+        if name in names_in_model:
+            key = join(PREFIX, names_in_model[name])
+        by_key[key] = tensor
+    return by_key
 
 
 def _names_in_header(header: Mapping[str, str], path: Any) -> dict[str, str]:
-    """The names in the model that a header gives tensors.
+    """The names in the model of tensors that have other ones in the file, by these.
 
-    Refuse one that gives two of them one name.
+    A header that gives two tensors one name is refused.
     """
     names = json_object(header.get(NAMES_HERE, "{}"), path)
     different = {name for name in names.values() if isinstance(name, str)}
@@ -101,14 +106,37 @@ def read_updates(
 ) -> tuple[list[LayerUpdate], Mapping[str, Tensor]]:
     """Return the updates in a PEFT file, and its other tensors by name in the model.
 
-    Refuse a file that lacks some.
+    A file that lacks some is refused.
+
+    1. Each tensor is of an adapter, or another one of the base's.
+    2. Their names are found in the model, with one prefix exchanged if need be.
+    3. Adapters become updates, each by the class for its kind of module.
+    4. What the configuration names, and the file lacks, is said.
 
     Args:
         view: The model.
-        tensors: Those of the file, with or without PEFT's prefix.
+        tensors: The tensors of the file, with or without PEFT's prefix.
         config: The configuration beside them.
-        path: The file's, for messages.
+        path: The path of the file, for messages.
         root: The module of the model for which the file may be.
+    """
+    adapters, others = _sorted_tensors(tensors, path)
+    _check_magnitudes(adapters, path, use_dora=config.as_ours.use_dora)
+    layers = list(map(without_wrappers, adapters))
+    renaming = renaming_of(view, layers, others.keys(), root)
+    rest = renaming.with_names_here(others)
+    file = PeftFile(path, config, view, renaming, adapters, rest)
+    updates = updates_in(file)
+    check_complete(file)
+    return updates, rest
+
+
+def _sorted_tensors(
+    tensors: Mapping[str, Tensor], path: Any
+) -> tuple[dict[str, dict[Role, Tensor]], dict[str, Tensor]]:
+    """The tensors of adapters, by the names of what PEFT wraps, and the others by their names in the base.
+
+    Tensors of another method are refused.
     """
     sorted_tensors = _SortedTensors()
     for key, value in tensors.items():
@@ -116,28 +144,20 @@ def read_updates(
     if sorted_tensors.unknown:
         raise AdapterFileError(
             f"{path} holds {listed(sorted_tensors.unknown)}, of a method of PEFT that "
-            f"is not here. {MERGE_THERE}"
+            f"is not here. {MERGE_WITH_PEFT}"
         )
-    adapters, others = sorted_tensors.adapters, sorted_tensors.others
-    _check_magnitudes(adapters, path, use_dora=config.as_ours.use_dora)
-    layers = list(map(without_wrappers, adapters))
-    renaming = renaming_of(view, layers, others.keys(), root)
-    file = PeftFile(
-        path, config, view, renaming, adapters, rest=renaming.with_names_here(others)
-    )
-    updates = updates_in(file)
-    check_complete(file)
-    return updates, file.rest
+    return sorted_tensors.adapters, sorted_tensors.others
 
 
 @dataclass
 class _SortedTensors:
     """The tensors of a file, by what they are for."""
 
-    # by the name of what PEFT wraps
+    # by the names of what PEFT wraps
     adapters: dict[str, dict[Role, Tensor]] = field(default_factory=dict)
-    others: dict[str, Tensor] = field(default_factory=dict)  # by name in the base
-    unknown: list[str] = field(default_factory=list)  # their keys in the file
+    # by their names in the base
+    others: dict[str, Tensor] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)  # keys of other methods' tensors
 
     def add(self, key: str, value: Tensor, *, has_original: bool) -> None:
         """Add one tensor. ``has_original``: it is a copy of another one in the file."""
@@ -165,7 +185,7 @@ def _original_of_copy(key: str) -> str:
 def _check_magnitudes(
     adapters: Mapping[str, AdapterTensors], path: object, *, use_dora: bool
 ) -> None:
-    """Refuse a file that holds only some of DoRA's magnitudes, or against its configuration."""
+    """Refuse a file that lacks some of DoRA's magnitudes, or has some that its configuration does not mean."""
     with_factors = where(adapters, _has_factors)
     if use_dora:
         odd = where_not(with_factors, _has_magnitude)
@@ -182,8 +202,10 @@ def _check_magnitudes(
 
 
 def _has_factors(tensors: AdapterTensors) -> bool:
+    """Whether an adapter is A and B, and not single rows."""
     return Role.A in tensors
 
 
 def _has_magnitude(tensors: AdapterTensors) -> bool:
+    """Whether an adapter has a magnitude of DoRA."""
     return Role.MAGNITUDE in tensors

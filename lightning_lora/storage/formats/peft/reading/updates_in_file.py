@@ -23,7 +23,10 @@ from lightning_lora.storage.formats.peft_names import without_wrappers
 
 
 def updates_in(file: PeftFile) -> list[LayerUpdate]:
-    """Return the updates of the layers in a file. The model may be adapted already."""
+    """Return the updates of the layers in a file, one for each adapted module.
+
+    The model may be adapted already.
+    """
     adapters_of_module = dict[str, dict[str, AdapterTensors]]()
     for wrapped, tensors in file.adapters.items():
         module = _module_of(wrapped, file)
@@ -31,14 +34,18 @@ def updates_in(file: PeftFile) -> list[LayerUpdate]:
     updates = list[LayerUpdate]()
     for name_in_file, adapters in adapters_of_module.items():
         update = _adapted_as(file, name_in_file, adapters).read_update()
-        if update.layer.matrices:  # an attention's may all be zero
+        # an attention has no matrix left, if the file adapts only what nothing calls
+        if update.layer.matrices:
             updates.append(update)
     warn_of_hooks([update.layer for update in updates])
     return updates
 
 
 def _module_of(wrapped: str, file: PeftFile) -> str:
-    """The module that has an adapter, by its name in the file: that of an output projection is its attention's."""
+    """The name in the file of the module that has an adapter.
+
+    ``attn.base_layer.out_proj`` is an adapter of ``attn``, if that is an attention.
+    """
     name = without_wrappers(wrapped)
     outer, _, inner = name.rpartition(".")
     if inner == "out_proj" and isinstance(file.module(outer), nn.MultiheadAttention):
@@ -49,7 +56,10 @@ def _module_of(wrapped: str, file: PeftFile) -> str:
 def _adapted_as(
     file: PeftFile, name_in_file: str, adapters: Mapping[str, AdapterTensors]
 ) -> AdaptedModule:
-    """The module as PEFT adapts it: its parameters, its rows, or it itself as an attention or another layer."""
+    """The module as PEFT adapts it: its parameters, its rows, or it itself as an attention or another layer.
+
+    Parameters come first: those that are adapted already may be a layer's.
+    """
     module = file.module(name_in_file)
     kind = adapter_for(module)
     if kind is None or kind is LoRARecurrent or _is_adapted_by_parameters(module):
@@ -63,5 +73,5 @@ def _adapted_as(
 
 
 def _is_adapted_by_parameters(module: nn.Module) -> bool:
-    """Whether a module is adapted here already, by its parameters."""
+    """Whether a module is adapted in the model already, and by its parameters."""
     return isinstance(module, LoRALayer) and module.lora_kind is LoRAParameters
