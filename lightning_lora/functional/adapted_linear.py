@@ -225,7 +225,6 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, _, lora_A, lora_B = inputs
         for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
         scaling = ctx.scaling_of_kept
-        has_multiplied_by_sum = h is None
         tokens = x.reshape(-1, x.shape[-1])
         grad_y = grad.reshape(-1, grad.shape[-1])
         a = as_dtype(lora_A, x.dtype)
@@ -234,13 +233,12 @@ class _AdaptedLinear(torch.autograd.Function):
 
         grad_B = None
         if for_B:
-            if h is None:
-                h = a @ tokens.T
+            hidden = a @ tokens.T if h is None else h
             # with beta=0, b.T gives only the shape; alpha scales without another pass
-            grad_B = torch.addmm(b.T, h, grad_y, beta=0, alpha=scaling).T
+            grad_B = torch.addmm(b.T, hidden, grad_y, beta=0, alpha=scaling).T
 
         grad_x = grad_tokens = None
-        if for_x and has_multiplied_by_sum:
+        if for_x and h is None:
             grad_x = grad_y.view(grad.shape) @ _updated(weight, a, b, scaling)
         elif for_x:
             # a product of its own, no view: torch may add to the gradient in place
@@ -270,11 +268,9 @@ class _AdaptedLinear(torch.autograd.Function):
     def differentiable(
         ctx: Any, grad: Tensor, inputs: Sequence[Any]
     ) -> tuple[Tensor | None, ...]:
-        """Let torch differentiate the separate operations, for second derivatives.
-
-        The inputs count as independent of each other.
-        """
-        # x may depend on A if a layer is used twice
+        """Let torch differentiate the separate operations, for second derivatives."""
+        # x may depend on A, if a layer is used twice: as views, the inputs count as
+        # independent of each other
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         x, weight, bias, lora_A, lora_B = inputs
         # the weight was not saved, because no gradient depends on its values

@@ -1,7 +1,7 @@
 """The layer types that can be adapted, each in its own file in ``each_kind``.
 
-Nothing here depends on models. What all of them have is in the classes below
-``LoRALayer`` in ``base``, whose docstring lists them.
+Nothing here depends on models. What all of them have is in ``LoRALayer``
+(``base.py``) and its base classes, which its docstring lists.
 """
 
 from lightning_lora.layers.adapter import LayerAdapter, Step

@@ -53,8 +53,9 @@ class LayerKind(InPlace, nn.Module):
     define which matrices of a layer are adapted (:meth:`lora_matrices_of`). By default
     an adapted layer runs on ``W + ΔW``. A subclass can also compute the update from the
     two factors, which is cheaper (:meth:`lora_update`). All names begin with ``lora_``,
-    because the layer's own class may use any other name. What takes a ``layer`` is
-    static, because it is asked of plain layers too, before they have an adapter.
+    because the layer's own class may use any other name. Methods that take a ``layer``
+    are static, or of the class, because they are asked of plain layers too, before these
+    have an adapter.
     """
 
     lora_layer_types: ClassVar[LayerTypes] = ()
@@ -90,16 +91,15 @@ class LayerKind(InPlace, nn.Module):
     lora_options: ClassVar[tuple[str, ...]] = ()
     """Attributes of the layer that decide, beside the weights, what the update computes.
 
-    Files hold them. Such as ``is_transposed`` of transformers' experts.
+    An example is ``is_transposed`` of transformers' experts. Files hold them.
     """
     lora_from_weights: ClassVar[tuple[str, ...]] = ()
     """Attributes that ``forward`` itself derives from the weights.
 
-    After a call on other weights, they are dropped.
+    A call on other weights derives others, which are dropped after it.
     """
 
-    # A kind declares no more. These are set on the class of adapted layers, by
-    # note_overlaid:
+    # No kind declares these: note_overlaid sets them on the class of adapted layers
 
     lora_kind: ClassVar[type["LayerKind"]]
     """The adapter class of an adapted layer."""

@@ -52,7 +52,8 @@ class Settings:
     use_dora: bool = False  # whether to train a magnitude for each row of W + ΔW
     # whether the adapter stays in float32 if the weight is in half precision
     autocast_dtype: bool = True
-    # not while it is paused, follows that of another layer, or is a sum of others
+    # false while the adapter is paused, follows that of another layer, or is a sum of
+    # others
     trains: bool = True
 
     @property

@@ -44,8 +44,8 @@ class UpdatedWeights(LayerKind):
     - ``_lora_delta``: the update itself, after dropout.
     - ``lora_effective_weight``: W + ΔW, with DoRA's magnitudes, in float32 or wider.
       ``_lora_with_update`` computes it, for given values of W and with dropout.
-    - ``lora_merged_weight``: the same in the dtype of W, which a merge writes. Where it
-      can, a few rows at a time.
+    - ``lora_merged_weight``: the same in the dtype of W, which a merge writes. It is
+      computed a few rows at a time where that is possible.
     """
 
     # put_on in on_layer.py sets these. All but lora_enabled are as in LayerAdapter.

@@ -28,12 +28,6 @@ class Look:
     shape: tuple[int, ...]
     samples: int  # the digest of about a thousand values
 
-    def is_of_a_moved_tensor(self, earlier: "Look") -> bool:
-        """Whether the tensor was moved to another device since, and not written to."""
-        return self.device != earlier.device and self == replace(
-            earlier, address=self.address, device=self.device
-        )
-
 
 @dataclass(frozen=True)
 class LookInside:
@@ -55,11 +49,11 @@ def _was_only_moved(earlier: AnyLook | None, now: AnyLook) -> bool:
 
     A look at a tensor that holds others does not tell, so the answer is no.
     """
-    return (
-        isinstance(earlier, Look)
-        and isinstance(now, Look)
-        and now.is_of_a_moved_tensor(earlier)
-    )
+    if not isinstance(earlier, Look) or not isinstance(now, Look):
+        return False
+    if now.device == earlier.device:
+        return False
+    return now == replace(earlier, address=now.address, device=now.device)
 
 
 def look(tensor: Tensor) -> AnyLook:

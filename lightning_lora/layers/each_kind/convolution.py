@@ -110,9 +110,9 @@ def _pads(layer: Any) -> bool:
 
 
 def _each(value: int | Sequence[int]) -> Sequence[int]:
-    """The values for height and width.
+    """A stride or a padding for each dimension.
 
-    Torch takes one number for both, if it is set later.
+    A layer holds a tuple of them. Code that sets one later may give one number for all.
     """
     return (value,) if isinstance(value, int) else value
 

@@ -35,7 +35,7 @@ class LoRARecurrent(LoRALayer):
 
         They have the names of the parameters, without ``weight_``.
         """
-        # a cell has no list of them
+        # a cell has no list of its parameters' names
         names = getattr(layer, RECURRENT_NAMES, ("weight_ih", "weight_hh"))
         matrices = []
         for name in names:
