@@ -2,7 +2,7 @@
 
 A merge, ``merge_files.py``, begins with ``merge_plan.py``: which tensors of the base
 change. Then ``merge_checks.py`` refuses what does not fit, and ``merged_tensors.py``
-computes each tensor. They are read by ``tensor_files.py`` and written by
-``tensors_on_disk.py``, one by one. ``combine_files.py`` writes a sum of ``sums.py``.
-All read adapters by ``without_model.py``.
+computes each tensor. The tensors are read by ``tensor_files.py`` and written by
+``tensors_on_disk.py``, one by one. ``combine_files.py`` writes a sum, which ``sums.py``
+computes. Adapters are read and computed with by ``without_model.py``.
 """

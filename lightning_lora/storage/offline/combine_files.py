@@ -29,7 +29,8 @@ def combine_files(
             "weight for each."
         )
     files = [read_without_model(path) for path in paths]
-    # first: an error about one layer says more than one about the base
+    # the sum comes before the check of the bases, because an error about one layer says
+    # more than one about the base
     stored = weighted_sum(files, weights, r)
     _check_bases(files)
     write_adapter_file(out, stored)

@@ -28,7 +28,7 @@ from lightning_lora.tensors.values import is_computable
 
 
 def check_plan(plan: MergePlan) -> None:
-    """Refuse what does not fit."""
+    """Refuse a base that the adapters do not fit."""
     _check_adapted_weights(plan)
     _check_not_tied(plan)
     _check_complete(plan)
@@ -54,7 +54,7 @@ def _check_adapted_weights(plan: MergePlan) -> None:
     wrong = list[str]()
     for base_name, adapted in plan.adapted.items():
         wanted = f"{base_name} {list(adapted.shape)}"
-        if not plan.is_in_base(base_name):
+        if base_name not in plan.files.file_of:
             wrong.append(f"{wanted}, absent")
             continue
         found = plan.files.get(base_name)
@@ -69,7 +69,7 @@ def _check_adapted_weights(plan: MergePlan) -> None:
 
 
 def _check_not_tied(plan: MergePlan) -> None:
-    """Refuse updates that would reach other layers."""
+    """Refuse updates that would reach other layers, which did not have them in the training."""
     tied = [base_name for base_name, adapted in plan.adapted.items() if adapted.is_tied]
     if tied:
         raise AdapterMismatchError(
@@ -107,11 +107,15 @@ def _check_complete(plan: MergePlan) -> None:
 def _lost_tensors(plan: MergePlan, there: BaseThere) -> list[str]:
     """The tensors of the training's base that the base at hand does not have.
 
-    Three cases look absent. A tied tensor is in the base under one of its names only:
-    ``embed.weight``, not ``head.weight``. It is not lost. A library may have another
-    name for a tensor, as transformers reads ``norm.gamma`` for ``norm.weight``: if an
-    unnamed tensor has its values, it is not lost. But if the name of an unnamed tensor
-    differs in one character, ``norm.weighs``, the file is damaged, and the tensor lost.
+    A tensor that is not there under its name, such as ``norm.weight``, may be there all
+    the same:
+
+    1. It is tied, and the base at hand has it under another of its names: it is not
+       lost.
+    2. A tensor that the adapters' file does not name has its values, such as
+       ``norm.gamma``, which transformers reads as ``norm.weight``: it is not lost.
+    3. The same, but this name differs in one character, as ``norm.weighs`` does: the
+       file is damaged, and the tensor lost.
     """
     absent = _absent_tensors(plan, there)
     if not absent:
@@ -127,27 +131,24 @@ def _lost_tensors(plan: MergePlan, there: BaseThere) -> list[str]:
 
 
 def _unnamed_tensors(plan: MergePlan, there: BaseThere) -> set[str]:
-    """The tensors of the base that the adapters' file does not name.
-
-    One of them may be an absent tensor.
-    """
+    """The tensors of the base at hand that the adapters' file does not name."""
     named = {*map(plan.find_in_base, there.digests), *plan.adapted, *plan.replaced}
     return plan.files.file_of.keys() - named
 
 
 def _absent_tensors(plan: MergePlan, there: BaseThere) -> dict[str, list[int]]:
-    """The expected tensors that the base has under none of their names, with all of their digests.
+    """The expected tensors that the base at hand has under none of their names, with their digests and half digests.
 
-    Tied ones, with one digest, have several names.
+    All names of a tied tensor have the same digest.
     """
-    present = set[int]()
+    digests_of_present = set[int]()
     for name, digest_there in there.digests.items():
         if plan.find_in_base(name) is not None:
-            present.add(digest_there)
+            digests_of_present.add(digest_there)
     absent = dict[str, list[int]]()
     for name, half_digests in _expected_tensors(plan, there).items():
         digest_there = there.digests[name]
-        if digest_there not in present:
+        if digest_there not in digests_of_present:
             absent[name] = [digest_there, *half_digests]
     return absent
 
@@ -167,7 +168,7 @@ def _expected_tensors(plan: MergePlan, there: BaseThere) -> dict[str, Sequence[i
 
 
 def _digests_of(plan: MergePlan, base_names: Iterable[str]) -> set[int]:
-    """The digests of some tensors of the base: as they are, and in half precision."""
+    """All digests of these tensors of the base: of their values as they are, and of those in half precision."""
     digests = set[int]()
     for base_name in base_names:
         value = plan.files.get(base_name)
@@ -185,6 +186,7 @@ def _is_misspelt(name: str, others: Iterable[str]) -> bool:
 
 
 def _differ_in_one_character(one: str, other: str) -> bool:
+    """Whether two names of one length have one place with other characters."""
     differing = [a for a, b in zip(one, other, strict=False) if a != b]
     return len(differing) == 1 and len(one) == len(other)
 
@@ -193,9 +195,9 @@ def _differ_in_one_character(one: str, other: str) -> bool:
 
 
 def _check_base(plan: MergePlan) -> None:
-    """Compare every frozen tensor that both sides have.
+    """Refuse a base in which a frozen tensor, which both sides have, has other values than in the training.
 
-    The same values in another precision are accepted.
+    The same values in another precision are accepted, with a warning.
     """
     found = _nearest_comparison(plan)
     if found is None or not found.compared:
@@ -220,9 +222,9 @@ def _check_base(plan: MergePlan) -> None:
 
 
 def _nearest_comparison(plan: MergePlan) -> Comparison | None:
-    """Compare with each fingerprint.
+    """The comparison with the fingerprint from which the base differs least.
 
-    Return where the least differs. None: there is no fingerprint.
+    None: there is no fingerprint.
     """
     comparisons = list[Comparison]()
     for there in plan.bases_there:
@@ -231,13 +233,14 @@ def _nearest_comparison(plan: MergePlan) -> Comparison | None:
 
 
 def _count_of_differences(found: Comparison) -> int:
+    """How many tensors differ."""
     return len(found.differ)
 
 
 def _compared_tensors(plan: MergePlan, there: BaseThere) -> Iterator[ComparedTensor]:
     """The base's tensors that the training's base had too, one by one.
 
-    Rows that others replace are zero.
+    Those that the adapters' file holds itself, and quantised ones, are left out.
     """
     left_out = {*plan.not_of_the_base, *there.quantised}
     for name in names_not_in(there.digests, left_out):
@@ -255,7 +258,7 @@ def _compared_tensors(plan: MergePlan, there: BaseThere) -> Iterator[ComparedTen
 
 
 def _without_trained_rows(plan: MergePlan, base_name: str) -> Tensor:
-    """A tensor of the base, as fingerprints know it: rows that train by themselves are zero."""
+    """A tensor of the base as fingerprints have it: with zeros in single rows that train."""
     value = plan.files.get(base_name)
     adapted = plan.adapted.get(base_name)
     if adapted is None or not adapted.layer.tokens:

@@ -37,9 +37,8 @@ from lightning_lora.tensors.dicts import dict_or_empty
 class MergedNames:
     """Which tensors of a merged model are not the base's, by their names there."""
 
-    updated: list[str]  # weights that got an update
-    # tensors that the adapters' file holds whole, such as those of a trained norm or
-    # head
+    updated: list[str]  # the weights that got an update
+    # the tensors that the adapters' file holds whole, such as those of a trained norm
     replaced: list[str]
 
 
@@ -54,11 +53,11 @@ def merge_files(
     Args:
         base: A ``.safetensors`` file, a folder of them, or a checkpoint.
         adapter: The file of adapters.
-        out: The merged model.
-        progress: Called before each tensor.
+        out: Where the merged model is written.
+        progress: Called before each tensor, with the number of all.
 
     Returns:
-        Which tensors were merged.
+        The names of the tensors that are not the base's.
     """
     base = path_here(base)
     out = path_here(out)
@@ -92,7 +91,7 @@ def _write_in_form_of_base(
 
 
 def _cannot_be_written(base: Path, out: Path, endings: str) -> AdapterFileError:
-    """The error for a file that ends as no output can."""
+    """The error for an output whose name does not end as that of any file that can be written from this base."""
     return AdapterFileError(
         f"{out} cannot be written from {base}. Name a file that ends in {endings}."
     )
@@ -104,7 +103,7 @@ def _check_no_adapters(out: Path) -> None:
         return
     try:
         read_without_model(out)
-    except AdapterFileError:  # it is something else
+    except AdapterFileError:  # the file holds something else
         return
     raise FileExistsError(
         f"{out} holds adapters. Name another file. To sum adapters: lightning-lora "
@@ -126,7 +125,7 @@ def _write_file(merged: MergedTensors, out: Path) -> None:
 def _write_tensors(
     merged: MergedTensors, names: Collection[str], path: Path, *, like: Path
 ) -> int:
-    """Write merged tensors into a safetensors file, with the metadata of the base's.
+    """Write merged tensors into a safetensors file, with the metadata of ``like``, a file of the base.
 
     Return their size.
     """
@@ -141,7 +140,7 @@ def _write_tensors(
 
 
 def _write_checkpoint(merged: MergedTensors, base: CheckpointFile, out: Path) -> None:
-    """Write the merged model as a checkpoint, with what the base's holds beside it."""
+    """Write the merged model as a checkpoint, with what the base's checkpoint holds beside its state."""
     unread = unread_in(base.checkpoint)
     if unread:
         kinds = dict.fromkeys(unread)
@@ -152,22 +151,20 @@ def _write_checkpoint(merged: MergedTensors, base: CheckpointFile, out: Path) ->
         )
     with writing(out) as part, folder_beside(out) as folder:
         state = _merged_state(merged, base, folder)
+        contents = state
         is_state_alone = base.checkpoint.keys() <= state.keys()
-        contents = (
-            state
-            if is_state_alone
-            else {**without_run_state(base.checkpoint), "state_dict": state}
-        )
+        if not is_state_alone:
+            contents = {**without_run_state(base.checkpoint), "state_dict": state}
         torch.save(contents, part)
 
 
 def _merged_state(
     merged: MergedTensors, base: CheckpointFile, folder: Path
 ) -> dict[str, Any]:
-    """The merged state.
+    """The merged state, whose values stay on disk, because ``torch.save`` takes it whole.
 
-    ``torch.save`` takes it whole, so its values stay in files: the base, and those in a
-    folder.
+    Those of the base are in its file, and each weight with an update goes to a file of
+    its own in ``folder``.
     """
     plan = merged.plan
     state = dict(base.entries)
@@ -183,7 +180,7 @@ def _merged_state(
 
 
 def _write_folder(merged: MergedTensors, base: SafetensorsFolder, out: Path) -> None:
-    """Write the merged model into a folder, divided as the base is.
+    """Write the merged model into a folder, divided into files as the base is.
 
     The base's other files are copied.
     """
@@ -195,9 +192,8 @@ def _write_folder(merged: MergedTensors, base: SafetensorsFolder, out: Path) -> 
         size = 0
         for file in files_of_base:
             place = _make_folder_of(folder / file.relative_to(base.path))
-            size += _write_tensors(
-                merged, plan.names_written_for(file), place, like=file
-            )
+            names = plan.names_written_for(file)
+            size += _write_tensors(merged, names, place, like=file)
         if base.index:
             index = _new_index(plan, base.index, size)
             (folder / INDEX).write_text(json.dumps(index, indent=2))
@@ -218,7 +214,7 @@ def _new_index(plan: MergePlan, index: Mapping[str, Any], size: int) -> dict[str
 
 
 def _copy_others(base: Path, folder: Path, written: Collection[Path]) -> None:
-    """Copy all files of the base but those ``written`` anew, weights without the update, and hidden folders."""
+    """Copy all files of the base but those ``written`` anew, and what is left behind."""
     for path in base.rglob("*"):
         place = path.relative_to(base)
         if path.is_file() and path not in written and not _is_left_behind(place):
@@ -226,7 +222,7 @@ def _copy_others(base: Path, folder: Path, written: Collection[Path]) -> None:
 
 
 def _is_left_behind(place: Path) -> bool:
-    """Whether a file of the base holds weights, in any format, or lies in a hidden folder."""
+    """Whether a file of the base holds weights, which lack the update, or lies in a hidden folder."""
     *folders, _ = place.parts
     is_hidden = any(folder.startswith(".") for folder in folders)
     return is_hidden or place.name.lower().endswith(_WEIGHTS)

@@ -29,13 +29,15 @@ class AdaptedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape in the training."""
+        """The shape of the weight in the training."""
         return self.layer.shapes[self.weight]
 
     @property
     def is_tied(self) -> bool:
-        """Whether other layers have it too, which then would get the update."""
-        # rows of tokens belong to all of them
+        """Whether other layers have the weight too, and would get an update that they did not have in the training.
+
+        Single rows that train are no such update: all these layers had them.
+        """
         return self.weight in self.layer.tied and not self.layer.tokens
 
 
@@ -43,7 +45,11 @@ class MergePlan:
     """What a merge of files does.
 
     The base's tensors may have other names than in the adapters' file. Here ``name`` is
-    one in the adapters' file, and ``base_name`` one in the base.
+    one in the adapters' file, and ``base_name`` one in the base. Of a ``name``:
+
+    ``has_place``     whether the base, which may be a part of the model, is around it
+    ``name_in_base``  what the base would call it, if it has a place there
+    ``find_in_base``  what the base calls it, or None if it has no such tensor
     """
 
     def __init__(self, files: TensorFiles, stored: StoredAdapters) -> None:
@@ -51,44 +57,41 @@ class MergePlan:
         self.stored = stored
         self.base_path = files.path
         self.source = stored.source
-        # from names in the adapters' file to those in the base
+        # from names in the adapters' file to those in the base; all below go by it
         self.renaming = _find_renaming(files, stored)
         _check_inside(self.renaming, files, stored)
         # the training's base, in each form whose fingerprint says the names
         self.bases_there = list(map(BaseThere, filter(says_names, stored.base)))
-        # All by their names in the base
-        self.adapted = self._find_adapted()  # the weights that get an update
-        # tensors of the adapters' file that take a place as they are
+        # the weights that get an update, by their names in the base
+        self.adapted = self._find_adapted()
+        # tensors of the adapters' file that come into the merged model as they are, by
+        # their names in the base
         self.replaced = self._find_replaced()
-        # for each merged tensor, the file of the base whose counterpart holds it
+        # for each tensor of the merged model, by its name there: the file of the base to
+        # whose counterpart it goes
         self.output_of = self._find_outputs()
-
-    def name_in_base(self, name: str) -> str:
-        """Return the name in the base for one in the adapters' file, if it :meth:`has_place` there."""
-        return self.renaming.name_here(name)
-
-    def find_in_base(self, name: str) -> str | None:
-        """Return the name of the base's tensor for one in the adapters' file.
-
-        None: it has none.
-        """
-        # A name outside of the renamed prefix stays as it is: in the base, it may be
-        # the name of another tensor.
-        if not self.has_place(name):
-            return None
-        base_name = self.name_in_base(name)
-        return base_name if self.is_in_base(base_name) else None
 
     def has_place(self, name: str) -> bool:
         """Whether a name in the adapters' file lies inside of what the base is."""
         return is_in(name, self.renaming.there)
 
-    def is_in_base(self, base_name: str) -> bool:
-        """Whether the base has a tensor of this name."""
-        return base_name in self.files.file_of
+    def name_in_base(self, name: str) -> str:
+        """Return the name in the base for one in the adapters' file, if it has a place there."""
+        return self.renaming.name_here(name)
+
+    def find_in_base(self, name: str) -> str | None:
+        """Return the base's name of the tensor that has this name in the adapters' file.
+
+        None: the base has no such tensor.
+        """
+        # a name without a place is not renamed, and may be that of another tensor
+        if not self.has_place(name):
+            return None
+        base_name = self.name_in_base(name)
+        return base_name if base_name in self.files.file_of else None
 
     def names_written_for(self, file: Path) -> list[str]:
-        """Return the merged tensors that go into the counterpart of one file of the base."""
+        """Return the tensors of the merged model that go to the counterpart of this file of the base."""
         return list(with_values(self.output_of, [file]))
 
     @property
@@ -112,7 +115,7 @@ class MergePlan:
         return adapted
 
     def _other_names_of_rows(self, layer: StoredLayer) -> list[str]:
-        """The names under which the base holds an embedding of trained rows again, such as that of a tied head."""
+        """The other names in the base of an embedding of which single rows train, such as that of a tied head."""
         others = layer.tied.get("weight", ()) if layer.tokens else ()
         base_names = map(self.find_in_base, others)
         return [base_name for base_name in base_names if base_name is not None]
@@ -131,9 +134,9 @@ class MergePlan:
         return replaced
 
     def _find_outputs(self) -> dict[str, Path]:
-        """The files of all merged tensors.
+        """For each tensor of the merged model, the file of the base to whose counterpart it goes.
 
-        What the base lacks, such as a new head, comes into its last file.
+        What the base lacks, such as a new head, goes to its last file.
         """
         output_of = dict(self.files.file_of)
         *_, last = output_of.values()

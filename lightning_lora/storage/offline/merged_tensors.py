@@ -17,17 +17,17 @@ Progress = Callable[[int], object]
 class MergedTensors:
     """The tensors of a merged model, by their names in the base.
 
-    None is kept in memory.
+    Each is computed when it is asked for, and none is kept.
     """
 
     def __init__(self, plan: MergePlan, progress: Progress | None) -> None:
         self.plan = plan
         self.progress = progress
-        # of each layer's update, to rounding; of the layers computed so far
+        # for each layer merged so far, the share of its update that rounding took
         self.lost_share: dict[str, float] = {}
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor of the merged model."""
+        """Return a tensor of the merged model. Each is asked for once, because this counts as progress."""
         if self.progress is not None:
             self.progress(len(self.plan.output_of))
         value = self.before_update(name)
@@ -36,17 +36,18 @@ class MergedTensors:
         return self._with_update(name, value, self.plan.adapted[name])
 
     def before_update(self, name: str) -> Tensor:
-        """Return a tensor without its update: the adapters' file may hold it, such as a trained bias, or the base."""
+        """Return a tensor without its update.
+
+        It comes from the adapters' file, if that holds it, such as a trained bias.
+        Otherwise it is the base's.
+        """
         if name in self.plan.replaced:
             value: Tensor = self.plan.replaced[name]
             return value
         return self.plan.files.get(name)
 
     def _with_update(self, name: str, value: Tensor, adapted: AdaptedWeight) -> Tensor:
-        """The sum of a weight and its update.
-
-        It must fit into the dtype of the base.
-        """
+        """The sum of a weight and its update, which must fit into the dtype of the base."""
         layer_name = adapted.layer.name
         layer = build_layer(self.plan.stored, layer_name, {adapted.weight: value})
         with torch.no_grad():

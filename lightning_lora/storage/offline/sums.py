@@ -43,7 +43,8 @@ def weighted_sum(
 ) -> StoredAdapters:
     """Return the weighted sum of all updates on one base.
 
-    It is exact, with the ranks added up, or the best approximation of rank r.
+    It is exact, with the ranks added up, or the best approximation of rank r. Buffers
+    that a run filled are no update: the sum has those of the first summand.
 
     Args:
         summands: The adapters, of several files or of one model.
@@ -55,9 +56,8 @@ def weighted_sum(
     _check_numbers(weights, r)
     first = summands[0]
     layers = dict[str, StoredLayer]()
-    # buffers that a run filled are no update: those of the first one
     state = only(first.state, first.filled_in_state)
-    for name, layer in _layers_of_all(summands).items():
+    for name, layer in _checked_layers(summands).items():
         updates = _summed_updates(summands, weights, name, r)
         layer_r = max(map(_rank_of, updates.values()))
         layers[name] = replace(layer, r=layer_r)
@@ -77,9 +77,9 @@ def weighted_sum(
 
 
 def _modules_of_all(summands: Summands) -> dict[str, StoredModule]:
-    """What is known of modules, as the first one that has it says.
+    """What is known of modules. Of one that several summands know, the first says it.
 
-    Nothing, if a file of 0.2.0 is among them.
+    Nothing is known, if a file of 0.2.0 is among them.
     """
     modules = dict[str, StoredModule]()
     for stored in summands:
@@ -106,7 +106,10 @@ class _Terms:
         self.weights.append(weight)
 
     def factors(self, matrix: AdaptedMatrix, r: int | None) -> Factors:
-        """Return A and B of the sum: exact, if the rank r (or the largest of the matrix) suffices for it."""
+        """Return A and B of the sum.
+
+        They are exact if the rank r suffices. None: the largest that the matrix can have.
+        """
         update = concatenated(self.updates, self.weights)
         allowed = matrix.largest_rank if r is None else matrix.rank_for(r)
         if _rank_of(update) <= allowed:
@@ -117,10 +120,7 @@ class _Terms:
 def _summed_updates(
     summands: Summands, weights: Weights, name: str, r: int | None
 ) -> _Updates:
-    """The sum for each matrix of a layer.
-
-    A summand that does not adapt it adds nothing.
-    """
+    """The sum for each matrix of a layer. A summand that does not adapt the layer adds nothing."""
     sums = defaultdict[AdaptedMatrix, _Terms](_Terms)
     for stored, weight in zip(summands, weights, strict=True):
         for matrix, update in updates_of_layer(stored, name).items():
@@ -129,7 +129,10 @@ def _summed_updates(
 
 
 def _named_factors(name: str, updates: _Updates, r: int) -> dict[str, Tensor]:
-    """A and B of a layer by their names in a file: all with rank r, or with the largest of their matrix."""
+    """A and B of a layer by their names in a file.
+
+    All have rank r, or the largest that their matrix can have.
+    """
     named = dict[str, Tensor]()
     for matrix, update in updates.items():
         a, b = with_rank(update, matrix.rank_for(r))
@@ -138,6 +141,7 @@ def _named_factors(name: str, updates: _Updates, r: int) -> dict[str, Tensor]:
 
 
 def _rank_of(update: Factors) -> int:
+    """The rank of an update."""
     a, _ = update
     return a.shape[-2]
 
@@ -164,21 +168,22 @@ def _check_numbers(weights: Weights, r: int | None) -> None:
         )
 
 
-def _layers_of_all(summands: Summands) -> dict[str, StoredLayer]:
-    """The layers of all, each with a scaling of one: its own is in B.
+def _checked_layers(summands: Summands) -> dict[str, StoredLayer]:
+    """The layers of all summands, each with a scaling of one: its own is in B.
 
     Updates that cannot be added are refused.
     """
     layers = dict[str, StoredLayer]()
-    source_of = dict[str, str]()  # of each layer: the summand that it comes from
+    source_of = dict[str, str]()  # the first summand that adapts each layer
     for stored in summands:
         _check_can_be_added(stored)
         for name, layer in stored.layers.items():
             _refuse_single_rows(layer, stored.source)
+            layer = _without_own_numbers(layer)
             if name not in layers:
-                layers[name] = _without_rank_and_scaling(layer)
+                layers[name] = layer
                 source_of[name] = stored.source
-            elif not _have_same_parts(layers[name], _without_rank_and_scaling(layer)):
+            elif not _have_same_parts(layers[name], layer):
                 raise AdapterMismatchError(
                     f"{name!r} is adapted in other parts in {source_of[name]} than in "
                     f"{stored.source}. Use one base, and the same target_slices and "
@@ -188,7 +193,7 @@ def _layers_of_all(summands: Summands) -> dict[str, StoredLayer]:
 
 
 def _check_can_be_added(stored: StoredAdapters) -> None:
-    """Refuse what holds more than updates of weights."""
+    """Refuse DoRA, and what holds more than updates of weights."""
     if stored.config.use_dora:
         raise AdapterMismatchError(
             f"{stored.source} uses DoRA: its updates depend on the base and cannot be "
@@ -211,8 +216,8 @@ def _refuse_single_rows(layer: StoredLayer, source: str) -> None:
         )
 
 
-def _without_rank_and_scaling(layer: StoredLayer) -> StoredLayer:
-    """A layer without the numbers in which summands may differ."""
+def _without_own_numbers(layer: StoredLayer) -> StoredLayer:
+    """A layer without the numbers in which summands may differ: its scaling, and those of its matrices' own."""
     matrices = tuple(map(bare, layer.matrices))
     return replace(layer, scaling=1.0, matrices=matrices)
 

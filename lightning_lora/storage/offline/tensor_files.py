@@ -27,7 +27,8 @@ class TensorFiles(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file_of: dict[str, Path] = {}  # of each tensor by its name
+        # the file of each tensor by its name; each subclass fills it
+        self.file_of: dict[str, Path] = {}
 
     @property
     def files(self) -> list[Path]:
@@ -84,7 +85,7 @@ class CheckpointFile(TensorFiles):
                 check_new_format(kind_of(file), path)
             loaded = load_plain(path, mmap=True)
         self.checkpoint = dict_or_empty(loaded)
-        # of its state
+        # the entries of its state, some of which may be no tensors
         self.entries = dict_or_empty(self.checkpoint.get("state_dict", self.checkpoint))
         self.file_of = dict.fromkeys(of_type(self.entries, Tensor), path)
 
@@ -94,7 +95,7 @@ class CheckpointFile(TensorFiles):
         return value
 
     def metadata(self, file: Path) -> dict[str, str]:
-        """Return nothing: it is not a ``.safetensors`` file."""
+        """Return nothing: a checkpoint is no ``.safetensors`` file."""
         return {}
 
 
@@ -113,11 +114,11 @@ class _SafetensorsFiles(TensorFiles):
         return self._opened(file).metadata() or {}
 
     def _names_in(self, file: Path) -> dict[str, Path]:
-        """The tensors in a file, with the file itself."""
+        """The file of each tensor that it holds, by the tensor's name."""
         return dict.fromkeys(self._opened(file).keys(), file)
 
     def _opened(self, file: Path) -> Any:
-        """An open file, which is opened once."""
+        """The open file, which is opened at the first call."""
         if file not in self._open_files:
             with reading(file):
                 self._open_files[file] = safe_open(file, "pt")
@@ -137,7 +138,7 @@ class SafetensorsFolder(_SafetensorsFiles):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.index: dict[str, Any] = {}  # of a folder that is divided
+        self.index: dict[str, Any] = {}  # empty in a folder that is not divided
         index_file = path / INDEX
         undivided = path / _UNDIVIDED
         if index_file.is_file():
@@ -159,10 +160,7 @@ class SafetensorsFolder(_SafetensorsFiles):
             self._add_file(file)
 
     def _add_file(self, file: Path) -> None:
-        """Add the tensors of one file.
-
-        It must hold those that the index names in it.
-        """
+        """Add the tensors of one file, which must hold those that the index names in it."""
         names = self._names_in(file)
         expected = with_values(self.file_of, [file])
         absent = without(expected, names)
@@ -175,9 +173,10 @@ class SafetensorsFolder(_SafetensorsFiles):
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    """The index of a folder.
+    """The index of a folder: ``{"weight_map": {"lm_head.weight": "model-00002.safetensors", ...}, ...}``.
 
-    It comes with a base from somewhere, and may name files of this folder alone.
+    It came with a base from somewhere, so it is refused if it names files outside of
+    its folder.
     """
     index = json_object(path.read_bytes(), path)
     weight_map = index.get("weight_map")

@@ -23,21 +23,24 @@ def write_tensors(
 ) -> int:
     """Write a safetensors file, one tensor at a time. Return the size of all tensors.
 
+    The header comes first in the file, so all shapes and dtypes are asked for before any
+    value.
+
     Args:
         path: The file.
-        names: Its tensors.
+        names: The names of its tensors.
         template_of: Gives a tensor of the shape and dtype that the one of this name
             will have.
         value_of: Gives the tensor of this name. It is called once for each.
         metadata: What the file says of itself.
     """
     templates = {name: template_of(name).to("meta") for name in names}
-    # so each is aligned in memory
+    # with the largest elements first, each tensor is aligned in memory
     ordered = sorted(names, key=lambda name: templates[name].itemsize, reverse=True)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     size = 0
     for name in ordered:
-        # refuses what has no size in a file
+        # this refuses a tensor that has no size in a file, such as a sparse one
         entry = _header_entry(name, templates[name])
         start = size
         size += templates[name].nbytes
@@ -50,10 +53,7 @@ def write_tensors(
 
 
 def moved_to_disk(tensor: Tensor, path: Path) -> Tensor:
-    """Write a tensor into a file.
-
-    Return it with its values there, which take no memory until they are used.
-    """
+    """Write a tensor into a file. Return it with its values there, which take no memory until they are used."""
     with path.open("wb") as file:
         _write_tensor(file, tensor)
     values = torch.from_file(str(path), size=tensor.numel(), dtype=tensor.dtype)
@@ -67,14 +67,18 @@ def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
 
 
 def _header_entry(name: str, tensor: Tensor) -> dict[str, Any]:
-    """The dtype and shape of a tensor, in safetensors' words: as it writes them for a tensor with no rows."""
+    """The dtype and shape of a tensor in safetensors' words.
+
+    The library itself says them: it writes a tensor of this dtype that has one more
+    dimension, of size zero, and so no values.
+    """
     if tensor.layout is not torch.strided:
         raise _not_held(name, tensor)
     try:
-        no_rows = torch.empty((0, *tensor.shape), dtype=tensor.dtype)
-        header = header_in(save({"": no_rows}))
+        no_values = torch.empty((0, *tensor.shape), dtype=tensor.dtype)
+        header = header_in(save({"": no_values}))
     except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
-        # a dtype that safetensors lacks
+        # safetensors lacks this dtype
         raise _not_held(name, tensor) from error
     entry = header[""]
     return {**entry, "shape": entry["shape"][1:]}

@@ -40,15 +40,16 @@ def read_without_model(path: str | Path) -> StoredAdapters:
 def tensors_beside_adapters(stored: StoredAdapters) -> dict[str, Any]:
     """Return what a file holds besides adapters, such as trained modules.
 
-    Not the buffers that a run filled.
+    Buffers that a run filled are not among it.
     """
     return without(stored.state, stored.adapter_names().union(stored.filled_in_state))
 
 
 def updates_of_layer(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
-    """Return A and B for each matrix of a layer, by :func:`bare` matrices.
+    """Return A and B for each matrix of a layer, with the scaling in B. Without the layer, there are none.
 
-    The scaling is in B.
+    The matrices are :func:`bare`: they have no rank or scaling of their own, so those of
+    several files are the same keys.
     """
     if name not in stored.layers:
         return {}
@@ -72,7 +73,7 @@ def build_layer(
 ) -> LoRALayer:
     """Build an adapted layer that can merge these weights of the base.
 
-    Its other weights are empty.
+    Its other adapted weights are empty, and it has nothing else.
     """
     layer = stored.layers[name]
     kind = cast(type[LoRALayer], layer.adapter_class)
@@ -104,7 +105,8 @@ def _adapter_parameters(
     """The parameters of a layer's adapter, by their names in the layer."""
     parameters = dict[str, nn.Parameter]()
     for parameter, stored_name in layer.parameters(stored.config).items():
-        # in a file it begins anywhere, and some processors round otherwise
+        # A tensor of a file may begin at any byte, and some processors then round in
+        # another way: a copy is aligned
         value = stored.state[stored_name].clone()
         parameters[parameter] = nn.Parameter(value, requires_grad=False)
     return parameters
