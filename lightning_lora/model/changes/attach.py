@@ -51,19 +51,16 @@ def detach_from(view: View, names: Collection[str]) -> dict[str, LayerAdapter]:
 
 
 def update_for_changed_layers(view: View) -> None:
-    """Bring up to date what depends on which layers are adapted.
-
-    These are ties between layers, bypasses, and what the view has seen.
-    """
+    """Bring up to date what depends on which layers are adapted: ties, bypasses, and what the view has seen."""
     tie_layers(view.modules.values())
     update_bypasses(view.modules)
     view.look_again()
 
 
 def reinitialise_if_base_changed(view: View) -> None:
-    """Initialise adapters again that start from the base's weights.
+    """Initialise adapters again that start from the base's weights, if these have changed.
 
-    Only if these have changed before training.
+    An adapter that has learned stays.
     """
     for layer in view.layers.values():
         layer.lora_initialise_if_base_changed()

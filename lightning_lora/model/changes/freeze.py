@@ -9,21 +9,23 @@ from lightning_lora.tensors.values import set_requires_grad
 
 
 def freeze(view: View) -> None:
-    """Freeze all parameters that do not train, and the running statistics of norms."""
-    view.record.base.note_user_trains(
-        view.base_parameters
-    )  # before any flag changes: a tied parameter has several names
+    """Let the view's ``trainable_base`` and the adapters train, and freeze all else.
+
+    The running statistics of norms are frozen too, but for modules trained in full.
+    """
+    # before any flag changes: a tied parameter has several names
+    view.record.base.note_user_trains(view.base_parameters)
     for name, parameter in view.base_parameters.items():
-        set_requires_grad(
-            parameter, name in view.trainable_base and _can_train(parameter)
-        )
+        trains = name in view.trainable_base and _can_train(parameter)
+        set_requires_grad(parameter, trains)
+    # other code may have frozen adapters, or thawed those of a copy
     for layer in view.layers.values():
-        layer.lora_set_flags()  # other code may have frozen some, or thawed a copy's
+        layer.lora_set_flags()
     freeze_norms(view.modules.values(), view.saved)
 
 
 def unfreeze(view: View) -> None:
-    """Make the base trainable again, as it was before: every parameter, and the running statistics of every norm."""
+    """Let the base train as the user wants: each parameter that is known, and the running statistics of every norm."""
     user_trains = view.record.base.user_trains
     for name, parameter in only(view.parameters, user_trains).items():
         set_requires_grad(parameter, user_trains[name] and _can_train(parameter))

@@ -1,4 +1,4 @@
-"""Adapters that are off their layers: the model does not move and convert these with it."""
+"""Move adapters that are off their layers: ``model.to`` does not reach them."""
 
 import torch
 from torch import Tensor, nn

@@ -54,8 +54,11 @@ class _ModelBefore:
             keep_record(view.modules[name], record)
 
     def _restore_adapters(self, view: View) -> None:
-        """Take off the adapters that are new, and attach those that were taken off."""
-        # an adapter keeps its step for life
+        """Take off the adapters that are new, and attach those that were taken off.
+
+        ``lora_step`` tells which adapter is on a layer: an adapter keeps the same
+        object there for life.
+        """
         steps_before = {adapter.step for adapter in self.adapters.values()}
         for layer in view.layers.values():
             if layer.lora_step not in steps_before:

@@ -21,12 +21,12 @@ class FormerPlace:
 
     layer: ReferenceType[nn.Module]
     name: str  # of the layer, in its model
-    weight_names: tuple[str, ...]
+    weight_names: tuple[str, ...]  # in the layer
 
     def weights_that_train(self) -> dict[str, nn.Parameter]:
-        """Return those weights of the layer that train now, by their names.
+        """Return those weights of the layer that train now, by their names in the model.
 
-        Empty if it has an adapter again.
+        There are none if the layer has an adapter again.
         """
         layer = self.layer()
         if layer is None or isinstance(layer, LoRALayer):
@@ -39,18 +39,22 @@ class FormerPlace:
         }
 
 
-_PLACES = WeakTensorKeyDictionary()  # by the adapters' parameters
+_PLACES = WeakTensorKeyDictionary()
+"""The former place of each parameter of an adapter that was taken off."""
 
 
-def note_detached(layer: nn.Module, name: str, adapter: LayerAdapter) -> None:
-    """Note where an adapter was."""
+def note_former_place(layer: nn.Module, name: str, adapter: LayerAdapter) -> None:
+    """Note the layer that an adapter was taken off, and the layer's name in its model."""
     place = FormerPlace(ref(layer), name, tuple(adapter.weights))
     for parameter in adapter.parameters.values():
         _PLACES[parameter] = place
 
 
 def former_places(parameters: Iterable[nn.Parameter]) -> list[FormerPlace]:
-    """Return where those of these parameters were that are of adapters taken off, each place once."""
+    """Return where adapters with some of these parameters were, each place once.
+
+    Parameters of other adapters, and of no adapter, say nothing.
+    """
     places = dict[FormerPlace, None]()
     for parameter in parameters:
         place = _PLACES.get(parameter)

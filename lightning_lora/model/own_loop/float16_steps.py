@@ -12,8 +12,8 @@ from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import where, with_values
 
-# models whose Trainer lets float16 weights take their steps in float32
 _IN_FLOAT32: "WeakSet[nn.Module]" = WeakSet()
+"""The models whose Trainer lets float16 weights take their steps in float32."""
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def steps_are_in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def check_dtypes(view: View, optimizer: Optimizer, held: set[nn.Parameter]) -> None:
-    """Refuse float16 weights that train in full, if adapters are kept in float32."""
+    """Refuse an optimizer that holds float16 weights which train in full, if adapters are kept in float32."""
     if not view.is_on_layers or not view.config.autocast_adapter_dtype:
         return
     halves = where(with_values(view.trainable_base, held), _trains_in_float16)
@@ -49,7 +49,7 @@ def _trains_in_float16(parameter: nn.Parameter) -> bool:
 
 
 def _gives_nan_in_float16(optimizer: Optimizer) -> bool:
-    """Whether it divides by roots of its state plus an epsilon, which is zero in float16, as that of Adam is."""
+    """Whether an optimizer has an epsilon that is zero in float16, as Adam's 1e-8: then it may divide by zero."""
     for group in optimizer.param_groups:
         epsilon = group.get("eps")
         if (

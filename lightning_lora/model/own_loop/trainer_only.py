@@ -16,9 +16,15 @@ class TrainerOnly:
     """An argument that needs a Trainer, or some of its values do."""
 
     name: str
+
     needs: Callable[[LoRAConfig], bool]
+    """Whether the value in a configuration needs a Trainer."""
+
     reason: str
+    """Why, in the error: ``init='lora_ga' starts from training data, which a Trainer has``."""
+
     remedy: str
+    """What to do otherwise: ``Without a Trainer, take another init.``"""
 
     def refuse(self, config: LoRAConfig) -> None:
         """Refuse the argument if its value needs a Trainer."""
