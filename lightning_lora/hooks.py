@@ -1,7 +1,6 @@
 """What a Trainer calls in one fine-tune: the hooks of the callback, in their order.
 
-``view_of(module)`` raises an error where the module has no adapters. ``View(module)``
-takes any module.
+``view_of(module)`` refuses a module without adapters. ``View(module)`` takes any.
 """
 
 from contextlib import ExitStack, closing, suppress
@@ -20,6 +19,7 @@ from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.inject import refuse_targets_without_adapters
 from lightning_lora.model.records import find_record
 from lightning_lora.model.view import View, view_of
+from lightning_lora.moments import Guard
 from lightning_lora.storage.same_base.base_changes import note_changes
 from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.tensors.shards import reshard
@@ -206,8 +206,9 @@ class LoRAHooks(Callback):
             loaded_checkpoint=self._stage.phase is not Phase.SET_UP,
         )
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
-        self._stage.tools.guards_in_first_process.optimizers_built(
-            view, trainer.optimizers, is_scaled=is_scaled
+        guards = self._stage.tools.guards_in_first_process
+        guards.tell(
+            Guard.optimizers_built, view, trainer.optimizers, is_scaled=is_scaled
         )
         log_what_trains(
             trainer, pl_module, merge=self.merge, save=self.save, lr_scale=self.lr_scale
@@ -308,7 +309,8 @@ class LoRAHooks(Callback):
         """Stop watching the training."""
         self._check_set_up()
         self._watch.check_adapter()
-        self._stage.tools.guards_in_each_process.training_ended(view_of(pl_module))
+        guards = self._stage.tools.guards_in_each_process
+        guards.tell(Guard.training_ended, view_of(pl_module))
         self._end_training()
 
     def _end_training(self) -> None:
@@ -335,12 +337,10 @@ class LoRAHooks(Callback):
         # check_layers_stayed says more
         view = View(pl_module)
         merging.check_layers_stayed(view)
-        # gradients of the last step would take memory, and a later step by hand would
-        # use them
+        # the last gradients take memory, and a later step by hand would use them
         pl_module.zero_grad()
-        self._stage.tools.guards_in_each_process.fit_ended(
-            view, trainer.optimizers, trainer.global_step
-        )
+        guards = self._stage.tools.guards_in_each_process
+        guards.tell(Guard.fit_ended, view, trainer.optimizers, trainer.global_step)
         self._compare_base(pl_module)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             merging.merge_trained(trainer, pl_module, self.merge)
@@ -349,7 +349,7 @@ class LoRAHooks(Callback):
         """Compare the base with its fingerprint, for the guards and for later files."""
         view = view_of(pl_module)
         note_changes(view)
-        self._stage.tools.guards_in_first_process.base_compared(view)
+        self._stage.tools.guards_in_first_process.tell(Guard.base_compared, view)
 
     def teardown(
         self, trainer: Trainer, pl_module: LightningModule, stage: str

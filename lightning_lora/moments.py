@@ -5,7 +5,7 @@ What the rest of the package knows of them is in this file.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lightning_lora.model.untrained.find_untrained import Untrained
     from lightning_lora.model.view import View
     from lightning_lora.training.steps.moved_copies import FrozenCopies
+
+_Arguments = ParamSpec("_Arguments")
 
 
 class Guard:
@@ -128,119 +130,43 @@ order.
 """
 
 
-NO_GUARDS = Guard()
-"""For a process that says nothing: each moment does nothing."""
+class Guards:
+    """All guards of one fit, or of one call: they look at a moment in turn."""
 
+    def __init__(self, kinds: Collection[type[Guard]] | None = None) -> None:
+        """Make a guard of each kind: None means all."""
+        self.guards = [kind() for kind in (GUARDS if kinds is None else kinds)]
 
-class Guards(Guard):
-    """All guards of one fit, or of one call: those that look at a moment look in turn.
+    def tell(
+        self,
+        moment: Callable[Concatenate[Any, _Arguments], None],
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
+    ) -> None:
+        """Let guards look at a moment: ``guards.tell(Guard.merge_begins, view)``."""
+        for guard in self._looking_at(moment):
+            getattr(guard, moment.__name__)(*args, **kwargs)
 
-    Each moment is written out, so that mypy checks the arguments where a moment is
-    told.
-    """
-
-    def __init__(self) -> None:
-        self.guards = [kind() for kind in GUARDS]
-
-    def close(self) -> None:
-        """End the fit: let go of what guards have noted of the model."""
-        self.guards = []
+    @contextmanager
+    def watching_first_batch(self, model: nn.Module) -> Iterator[None]:
+        """Let guards look while a part of the first batch runs."""
+        with ExitStack() as running:
+            for guard in self._looking_at(Guard.first_batch_runs):
+                running.enter_context(guard.first_batch_runs(model))
+            yield
 
     def _looking_at(self, moment: Callable[..., object]) -> list[Guard]:
-        """The guards that have a method of their own for a moment, such as ``Guard.merged``."""
+        """The guards that have a method of their own for a moment."""
         return [
             guard
             for guard in self.guards
             if getattr(type(guard), moment.__name__) is not moment
         ]
 
-    def layers_chosen(self, view: "View", new: Collection[str]) -> None:
-        for guard in self._looking_at(Guard.layers_chosen):
-            guard.layers_chosen(view, new)
+    def close(self) -> None:
+        """End the fit: let go of what guards have noted of the model."""
+        self.guards = []
 
-    def injected_by_call(self, view: "View") -> None:
-        for guard in self._looking_at(Guard.injected_by_call):
-            guard.injected_by_call(view)
 
-    def networks_settled(
-        self, view: "View", paused: Collection[str], frozen_since: Set[str]
-    ) -> None:
-        for guard in self._looking_at(Guard.networks_settled):
-            guard.networks_settled(view, paused, frozen_since)
-
-    def optimizers_built(
-        self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool
-    ) -> None:
-        for guard in self._looking_at(Guard.optimizers_built):
-            guard.optimizers_built(view, optimizers, is_scaled=is_scaled)
-
-    def training_begins(self, view: "View") -> None:
-        for guard in self._looking_at(Guard.training_begins):
-            guard.training_begins(view)
-
-    def new_adapters_begin(self, view: "View", untrained: "Untrained") -> None:
-        for guard in self._looking_at(Guard.new_adapters_begin):
-            guard.new_adapters_begin(view, untrained)
-
-    def adapters_ready(self, view: "View") -> None:
-        for guard in self._looking_at(Guard.adapters_ready):
-            guard.adapters_ready(view)
-
-    def base_made_new(self, view: "View", untrained: "Untrained") -> None:
-        for guard in self._looking_at(Guard.base_made_new):
-            guard.base_made_new(view, untrained)
-
-    def first_step_begins(self, view: "View", copies: "FrozenCopies") -> None:
-        for guard in self._looking_at(Guard.first_step_begins):
-            guard.first_step_begins(view, copies)
-
-    @contextmanager
-    def first_batch_runs(self, model: nn.Module) -> Iterator[None]:
-        with ExitStack() as running:
-            for guard in self._looking_at(Guard.first_batch_runs):
-                running.enter_context(guard.first_batch_runs(model))
-            yield
-
-    def backward_begins_without_adapters(self, view: "View") -> None:
-        for guard in self._looking_at(Guard.backward_begins_without_adapters):
-            guard.backward_begins_without_adapters(view)
-
-    def optimizer_begins(self, view: "View", unreached: Sequence[str]) -> None:
-        for guard in self._looking_at(Guard.optimizer_begins):
-            guard.optimizer_begins(view, unreached)
-
-    def first_batch_ended(self, model: nn.Module) -> None:
-        for guard in self._looking_at(Guard.first_batch_ended):
-            guard.first_batch_ended(model)
-
-    def base_compared(self, view: "View") -> None:
-        for guard in self._looking_at(Guard.base_compared):
-            guard.base_compared(view)
-
-    def training_ended(self, view: "View") -> None:
-        for guard in self._looking_at(Guard.training_ended):
-            guard.training_ended(view)
-
-    def fit_ended(
-        self, view: "View", optimizers: Sequence[Optimizer], steps: int
-    ) -> None:
-        for guard in self._looking_at(Guard.fit_ended):
-            guard.fit_ended(view, optimizers, steps)
-
-    def merge_begins(self, view: "View") -> None:
-        for guard in self._looking_at(Guard.merge_begins):
-            guard.merge_begins(view)
-
-    def merged(
-        self, title: str, lost: Mapping[str, float], untied: Sequence[str]
-    ) -> None:
-        for guard in self._looking_at(Guard.merged):
-            guard.merged(title, lost, untied)
-
-    def merged_in_checkpoint(self, title: str, lost: Mapping[str, float]) -> None:
-        for guard in self._looking_at(Guard.merged_in_checkpoint):
-            guard.merged_in_checkpoint(title, lost)
-
-    def merged_offline(self, base: str, lost: Mapping[str, float]) -> None:
-        for guard in self._looking_at(Guard.merged_offline):
-            guard.merged_offline(base, lost)
+NO_GUARDS = Guards([])
+"""For a process, or a call, in which nothing is said."""

@@ -89,7 +89,7 @@ def inject_adapters(
     """
     _check_arguments(model, config)
     names = inject(model, config, name=name)
-    Guards().injected_by_call(View(model))
+    Guards().tell(Guard.injected_by_call, View(model))
     return names
 
 
@@ -135,7 +135,7 @@ def _inject(
     config: LoRAConfig,
     name: str,
     plan_for: Callable[[View], Plan],
-    guards: Guard,
+    guards: Guards,
 ) -> tuple[str, ...]:
     """Adapt a model as planned, and return the names of all adapted layers.
 
@@ -155,7 +155,7 @@ def _inject(
             if plan.to_detach:
                 detach_from(view, plan.to_detach)
             refuse_other_configuration(view, plan.choices)
-            guards.layers_chosen(view, plan.to_attach)
+            guards.tell(Guard.layers_chosen, view, plan.to_attach)
             _attach_and_freeze(model, plan, view, name)
     return tuple(plan.choices)
 

@@ -23,7 +23,7 @@ from lightning_lora.model.mergeable import refuse_unmergeable, tied_weights
 from lightning_lora.model.own_loop.early_optimizers import note_detached_adapter
 from lightning_lora.model.records import forget_record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.moments import Guards
+from lightning_lora.moments import Guard, Guards
 from lightning_lora.tensors.dicts import with_values
 from lightning_lora.tensors.names import (
     join,
@@ -78,7 +78,7 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = True) -> None:
         (Linear(in_features=4, out_features=4, bias=True), ['0.weight', '0.bias'])
     """
     report = merge(model) if keep_base else _merge_for_good(model)
-    Guards().merged(type(model).__name__, report.lost, report.untied)
+    Guards().tell(Guard.merged, type(model).__name__, report.lost, report.untied)
 
 
 @dataclass
@@ -156,7 +156,7 @@ def _begin_merge(view: View) -> None:
     """Refuse what cannot be merged, and let guards speak."""
     refuse_computed_weights(view)
     refuse_unmergeable(view)
-    Guards().merge_begins(view)
+    Guards().tell(Guard.merge_begins, view)
 
 
 # The weights of one layer

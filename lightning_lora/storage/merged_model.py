@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
 from lightning_lora.model.mergeable import layers_with_tied_weights
 from lightning_lora.model.view import View, view_of
-from lightning_lora.moments import Guards
+from lightning_lora.moments import Guard, Guards
 from lightning_lora.private import HPARAMS_NAME
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.merged_state import merged_state
@@ -102,7 +102,7 @@ def checked_merged_state(view: View, changed: StateDict) -> dict[str, Any]:
     state, lost = merged_state(view, changed)
     check_not_diverged(view)
     _refuse_overflow(view, state)
-    Guards().merged(view.title, lost, _untied(view))
+    Guards().tell(Guard.merged, view.title, lost, _untied(view))
     return state
 
 

@@ -11,6 +11,7 @@ from lightning_lora.model.changes.attach import reinitialise_if_base_changed
 from lightning_lora.model.records import find_record
 from lightning_lora.model.still.follow import follow_new_copies
 from lightning_lora.model.view import View, view_of
+from lightning_lora.moments import Guard
 from lightning_lora.storage.same_base.fingerprint import base_digests
 from lightning_lora.training.compatibility import (
     average_what_trains,
@@ -91,7 +92,7 @@ class TrainingWatch:
         view = view_of(self.module)
         self._trained_adapter = view.adapter.name
         _let_layers_train(view)
-        stage.tools.guards_in_first_process.adapters_ready(view)
+        stage.tools.guards_in_first_process.tell(Guard.adapters_ready, view)
         average_what_trains(callbacks_of(trainer), view)
         # an error in this block closes what was begun before it
         with ExitStack() as begun:
@@ -144,8 +145,8 @@ class TrainingWatch:
         update_scaled_rates(optimizer)
         unreached = self.gradients.begin_step(optimizer)
         if unreached:
-            self.stage.tools.guards_in_each_process.optimizer_begins(
-                View(self.module), unreached
+            self.stage.tools.guards_in_each_process.tell(
+                Guard.optimizer_begins, View(self.module), unreached
             )
         self.stage.tools.float32.begin_step(optimizer)
         return train_fewer

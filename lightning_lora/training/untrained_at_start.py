@@ -8,34 +8,36 @@ from torch import nn
 from lightning_lora.model.untrained.find_untrained import Untrained, find_untrained
 from lightning_lora.model.untrained.random_weights import note_random_weights
 from lightning_lora.model.view import View, view_of
-from lightning_lora.moments import Guard
+from lightning_lora.moments import Guard, Guards
 from lightning_lora.tensors.names import modules_around
 
 
-def tell_of_start(view: View, guards: Guard) -> None:
+def tell_of_start(view: View, guards: Guards) -> None:
     """Let guards say what trains too little, and note random weights, which files must hold.
 
     Each process calls it, because all must agree on random weights. In all but the
     first one, these guards do nothing.
     """
-    guards.training_begins(view)
+    guards.tell(Guard.training_begins, view)
     if not view.is_fresh():  # its adapters are trained already
         return
     untrained = find_untrained(view)
     # loaded adapters have those that their file names
     if view.adapter.random_weights is None:
         note_random_weights(view, untrained)
-    guards.new_adapters_begin(view, untrained)
+    guards.tell(Guard.new_adapters_begin, view, untrained)
 
 
-def tell_of_new_base(model: nn.Module, guards: Guard, changed: Collection[str]) -> None:
+def tell_of_new_base(
+    model: nn.Module, guards: Guards, changed: Collection[str]
+) -> None:
     """Judge again, because the module's own hooks have changed these weights since :func:`tell_of_start`."""
     view = view_of(model)
     if not view.is_fresh():
         return
     untrained = find_untrained(view)
     note_random_weights(view, untrained)
-    guards.base_made_new(view, _those_around(untrained, changed))
+    guards.tell(Guard.base_made_new, view, _those_around(untrained, changed))
 
 
 def _those_around(untrained: Untrained, weights: Collection[str]) -> Untrained:

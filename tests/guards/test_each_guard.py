@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -100,5 +101,19 @@ def test_each_file_of_the_room_is_in_the_list() -> None:
     assert in_list == files - {"wording"}
 
 
-def test_each_moment_reaches_each_guard() -> None:
-    assert methods_of(moments.Guards) - {"close"} == MOMENTS
+def test_guards_are_told_of_a_moment_in_the_order_of_the_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = []
+
+    class First(Guard):
+        def merged_offline(self, base: str, lost: Mapping[str, float]) -> None:
+            told.append((type(self), base, lost))
+
+    class Second(First):
+        pass
+
+    monkeypatch.setattr(moments, "GUARDS", [First, Guard, Second])
+    moments.Guards().tell(Guard.merged_offline, "base", {})
+    moments.NO_GUARDS.tell(Guard.merged_offline, "base", {})
+    assert told == [(First, "base", {}), (Second, "base", {})]

@@ -15,7 +15,7 @@ from lightning_lora.model.still.find_still import (
 )
 from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.view import View
-from lightning_lora.moments import Guards
+from lightning_lora.moments import Guard, Guards
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import (
     modules_around,
@@ -110,7 +110,7 @@ def _resume_layers(
 def _say_and_forget_frozen(view: View, paused: list[str]) -> None:
     """Let guards say what is paused, and once, what the user has frozen since."""
     base = view.record.base
-    Guards().networks_settled(view, paused, base.frozen_since)
+    Guards().tell(Guard.networks_settled, view, paused, base.frozen_since)
     base.forget_frozen_since()
 
 

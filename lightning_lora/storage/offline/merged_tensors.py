@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.errors import AdapterMismatchError
-from lightning_lora.moments import Guards
+from lightning_lora.moments import Guard, Guards
 from lightning_lora.storage.offline.merge_plan import AdaptedWeight, MergePlan
 from lightning_lora.storage.offline.without_model import build_layer
 
@@ -63,4 +63,4 @@ class MergedTensors:
 
     def warn_of_rounding(self) -> None:
         """Warn if rounding took much of the updates."""
-        Guards().merged_offline(str(self.plan.base_path), self.lost_share)
+        Guards().tell(Guard.merged_offline, str(self.plan.base_path), self.lost_share)

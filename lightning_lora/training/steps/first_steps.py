@@ -5,14 +5,14 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 
 from lightning_lora.model.view import View
-from lightning_lora.moments import Guard
+from lightning_lora.moments import Guard, Guards
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
 class FirstSteps:
     """The first two steps, and the first batch, which may have several."""
 
-    def __init__(self, guards: Guard) -> None:
+    def __init__(self, guards: Guards) -> None:
         # they look in the first process alone: all see the same weights
         self.guards = guards
         self._copies = FrozenCopies()
@@ -30,7 +30,7 @@ class FirstSteps:
         view = View(model)
         if self._begun == 1:
             self._copies.begin(view)
-            self.guards.first_step_begins(view, self._copies)
+            self.guards.tell(Guard.first_step_begins, view, self._copies)
         else:
             self._copies.check(view)
 
@@ -38,13 +38,13 @@ class FirstSteps:
         """Let guards watch a part of the first batch."""
         if not self._is_in_first_batch:
             return nullcontext()
-        return self.guards.first_batch_runs(model)
+        return self.guards.watching_first_batch(model)
 
     def end_batch(self, model: nn.Module) -> None:
         """End the first batch."""
         if self._is_in_first_batch:
             self._is_in_first_batch = False
-            self.guards.first_batch_ended(model)
+            self.guards.tell(Guard.first_batch_ended, model)
 
     def close(self) -> None:
         """Let go of the model's weights."""

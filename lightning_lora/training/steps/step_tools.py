@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lightning_lora.moments import NO_GUARDS, Guard, Guards
+from lightning_lora.moments import NO_GUARDS, Guards
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.steps.first_steps import FirstSteps
 from lightning_lora.training.steps.step_dropout import StepDropout
@@ -18,7 +18,7 @@ class StepTools:
 
     def __init__(self, *, is_first_process: bool = False) -> None:
         self.guards_in_each_process = Guards()
-        self.guards_in_first_process: Guard = NO_GUARDS
+        self.guards_in_first_process = NO_GUARDS
         if is_first_process:
             self.guards_in_first_process = self.guards_in_each_process
         self.first_steps = FirstSteps(self.guards_in_first_process)

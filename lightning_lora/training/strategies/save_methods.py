@@ -7,6 +7,7 @@ from lightning_lora.model.changed_since_merge import is_as_merged
 from lightning_lora.model.records import find_record
 from lightning_lora.model.unmerge import unmerge_or_forget
 from lightning_lora.model.view import View, view_of
+from lightning_lora.moments import Guard
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage.formats.lightning import with_callback_state
 from lightning_lora.storage.on_disk.whole_files import writing
@@ -76,15 +77,15 @@ class SaveMethods(SetUpMethods):
             module, checkpoint, metrics, written_later=written_later
         )
         if stage.phase is Phase.TRAINING:
-            stage.tools.guards_in_first_process.base_compared(View(module))
+            stage.tools.guards_in_first_process.tell(Guard.base_compared, View(module))
         if stage.save == "adapters":
             return with_callback_state(checkpoint, view_of(module).adapter.name)
         if self.strategy.is_global_zero:
             checkpoint, lost = checkpoints.with_merged_model(
                 module, checkpoint, written_later=written_later
             )
-            stage.tools.guards_in_each_process.merged_in_checkpoint(
-                type(module).__name__, lost
+            stage.tools.guards_in_each_process.tell(
+                Guard.merged_in_checkpoint, type(module).__name__, lost
             )
         return checkpoint
 

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.model.records import state_of
 from lightning_lora.model.view import View
+from lightning_lora.moments import Guard
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.steps.backbones import Backbones
@@ -73,8 +74,8 @@ class StepMethods(SetUpMethods):
     def _check_adapters_are_shown(self, module: LightningModule) -> None:
         """Let guards look at a backward pass that begins while adapters are disabled."""
         if state_of(module).shows_base:
-            self.stage.tools.guards_in_each_process.backward_begins_without_adapters(
-                View(module)
+            self.stage.tools.guards_in_each_process.tell(
+                Guard.backward_begins_without_adapters, View(module)
             )
 
     def _run(
