@@ -15,7 +15,7 @@ from lightning_lora.patterns import ending
 
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva", "lora_ga"]
-# as one, jsonargparse would expect "a bool"
+# two types: of a single one, jsonargparse would say that it expects "a bool"
 Merge = Literal["last", "best"] | Literal[False]
 Save = Literal["adapters", "model"]
 
@@ -24,7 +24,7 @@ _shortener.maxstring = _shortener.maxother = 200
 brief = _shortener.repr
 """How an error shows a value that may be long."""
 
-# of an argument's name and its value; it returns what is kept
+# takes an argument's name and its value, and returns what is kept
 _Check = Callable[[str, Any], Any]
 _Rows = tuple[int, ...]  # the numbers of single rows
 _Range = tuple[int, int]  # the first row of a part, and the one after its last
@@ -76,7 +76,8 @@ def checked_dropout(name: str, value: Any) -> float:
 
 def check_batches(name: str, value: object) -> None:
     """Refuse what is no number of batches."""
-    is_count = type(value) is int and value >= 1  # no subclass: it is kept as it is
+    # a subclass of int is refused, because the value is kept as it is
+    is_count = type(value) is int and value >= 1
     _expect(is_count, name, value, "an integer of at least 1")
 
 

@@ -129,7 +129,7 @@ class LoRACallback(LoRAHooks):
         self.save = save
         self.lr_scale = lr_scale
         self.name = name
-        # again: it may have been imported only now
+        # once more, because pytorch_lightning may have been imported only now
         compatibility.subclass_pytorch_lightning_too(LoRACallback)
         self._prepare()
 

@@ -23,7 +23,7 @@ from lightning_lora.storage.offline.without_model import build_layer, read_witho
 from lightning_lora.tensors.names import join, own_parameter
 from lightning_lora.tensors.shards import full_tensor
 
-# a model, a model and an adapter's name, or a file
+# what is measured: a model, a model and an adapter's name, or a file
 Source = nn.Module | tuple[nn.Module, str] | str | Path
 
 
@@ -80,9 +80,9 @@ class MeasuredMatrix(NamedTuple):
                 "load_adapter."
             )
         kind = self.layer.adapter.kind
-        values = kind.lora_values(self.layer.module, weight)  # without quantisation
+        values = kind.lora_values(self.layer.module, weight)  # dequantised
         whole: Tensor = kind.lora_as_matrix(values).detach()  # (..., out, in)
-        # of a fused layer, this matrix's outputs
+        # of a fused layer's outputs, this matrix has some
         part = whole.narrow(-2, self.matrix.first, self.matrix.writes)
         return part.to(wide(part.dtype))
 

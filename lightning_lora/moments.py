@@ -135,7 +135,8 @@ class Guards:
 
     def __init__(self, kinds: Collection[type[Guard]] | None = None) -> None:
         """Make a guard of each kind: None means all."""
-        self.guards = [kind() for kind in (GUARDS if kinds is None else kinds)]
+        kinds = GUARDS if kinds is None else kinds
+        self.guards = [kind() for kind in kinds]
 
     def tell(
         self,

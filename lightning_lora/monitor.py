@@ -53,7 +53,7 @@ class LoRAMonitor(Callback):
         self.per_layer = per_layer
         # how many intervals had ended at the last measurement. -1: there was none
         self._ended_intervals = -1
-        # again: it may have been imported only now
+        # once more, because pytorch_lightning may have been imported only now
         subclass_pytorch_lightning_too(LoRAMonitor)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 __all__ = ["NormBase", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
 
 
-# Names of attributes and entries. First what it is, then what would be wrong without it
+# Names of attributes and entries: what each is, and what would be wrong without it
 
 # Modules inside wrappers
 # the module in torch.compile's wrapper. Without it: other names in files
@@ -96,12 +96,12 @@ AVERAGES_WITH = "_avg_fn"
 # hide these from it.
 
 tracing: Callable[[], object] = torch._C._get_tracing_state  # torch.jit.trace
-# torch.func
+# whether torch.func transforms what runs
 is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
-# modes, such as one that counts operations
+# how many modes see each operation, such as one that counts them
 count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
-# to ask for one device takes longer
+# whether autocast is on for some device: to ask for one device takes longer
 is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
@@ -164,7 +164,7 @@ def before_compiling(call: Callable[[], None]) -> Iterator[None]:
 
     Without it: what is there for one batch alone is compiled in.
     """
-    # not there: nothing was compiled yet
+    # where the module is not there, nothing was compiled yet
     module: Any = sys.modules.get("torch._dynamo.callback")
     starts = [] if module is None else module.callback_handler.start_callbacks
 

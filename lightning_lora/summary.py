@@ -57,14 +57,14 @@ class LoRASummary:
 
     title: str  # the class of the model
     groups: tuple[LayerGroup, ...]
-    trained: int  # values, as frozen
-    frozen: int
-    optimizer_bytes: int  # of Adam's state
+    trained: int  # how many values train
+    frozen: int  # how many do not
+    optimizer_bytes: int  # the size of Adam's state
     full_optimizer_bytes: int  # the same in full fine-tuning
-    checkpoint_bytes: int  # of the weights in a checkpoint
+    checkpoint_bytes: int  # the size of the weights in a checkpoint
     full_checkpoint_bytes: int  # the same in full fine-tuning
-    adapters: int  # adapted matrices
-    plain: bool  # never adapted, or merged
+    adapters: int  # how many layers have an adapter, on them or merged
+    plain: bool  # whether no layer has one on it
     # None: there is nothing to say, as the model shows its only one, "default"
     named: NamedAdapters | None = None
 

@@ -123,8 +123,8 @@ def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
 
 def _rates_of(view: View) -> _Rates:
     """What is known for a model of this size."""
-    weights = set(view.base_parameters.values())  # tied ones once
-    # also where they are packed in 4 bits
+    weights = set(view.base_parameters.values())  # a tied one counts once
+    # number_of_values counts also those that are packed in 4 bits
     if sum(map(number_of_values, weights)) < _WEIGHTS_OF_LARGE_MODELS:
         return _RATES
     return _RATES_OF_LARGE_MODELS

@@ -36,7 +36,7 @@ def _heads_beside(view: View, weights_with_rows: Set[str]) -> Iterator[str]:
     )
     for name, weight in without_updates.items():
         head = owner_of(name)
-        rows = weight.shape[:-1].numel()  # of a bias: one
+        rows = weight.shape[:-1].numel()  # a bias has one
         if rows in lengths and isinstance(view.modules[head], nn.Linear):
             yield head
 

@@ -107,7 +107,8 @@ def _is_called_by_us() -> bool:
     It adds the update itself.
     """
     here: Any = inspect.currentframe()
-    frame = here.f_back.f_back  # of the code that has called the weight's class
+    # f_back is __torch_function__, and its own f_back the code that has called torch
+    frame = here.f_back.f_back
     while frame is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
         if package != "torch":

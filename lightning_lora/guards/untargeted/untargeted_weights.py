@@ -45,8 +45,8 @@ class Untargeted(Guard):
         most_is_left_out = untargeted.share > MOST_SHARE
         if most_is_left_out and untargeted.by_class:
             warn_in_each_fit(_about_untargeted(view, untargeted))
-        # that message advises "all", so computed weights that "all" would reach are
-        # named too
+        # the message on untargeted matrices advises "all", so computed weights that
+        # "all" would reach are named too
         computed = computed_layers(view, "all" if most_is_left_out else str(targets))
         if computed:
             warn_in_each_fit(about_computed(view, computed))
@@ -55,9 +55,10 @@ class Untargeted(Guard):
 class UntargetedMatrices(NamedTuple):
     """Matrices that automatic targets do not reach."""
 
-    # their names by the class of their layers, the class with most weights first
+    # their names by the class of their layers, such as {"Conv2d": ["stem.weight"]}: the
+    # class with most weights first
     by_class: dict[str, list[str]]
-    share: float  # of the values of all weights that targets could mean
+    share: float  # their share of the values in all weights that targets could mean
 
     @property
     def names(self) -> list[str]:
@@ -164,10 +165,9 @@ def _about_untargeted(view: View, untargeted: UntargetedMatrices) -> str:
     arguments = " and ".join(_arguments_for(view, untargeted.names))
     return (
         f'target_modules="{view.config.target_modules}" leaves {untargeted.share:.0%} '
-        "of the weights of "
-        f"{view.title} without adapters. They are in {shortened(untargeted.by_class)} "
-        f"layers: {listed(layers)}. Use "
-        f"{arguments} to train them too, or name the layers to adapt."
+        f"of the weights of {view.title} without adapters. They are in "
+        f"{shortened(untargeted.by_class)} layers: {listed(layers)}. Use {arguments} "
+        "to train them too, or name the layers to adapt."
     )
 
 
