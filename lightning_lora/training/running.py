@@ -132,13 +132,14 @@ class TrainingWatch:
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
         """Check that the optimizer trains adapters, and nothing frozen.
 
-        Networks that the first step shows to be no backbones lose their adapters before
-        guards hear of adapters without a gradient, as these would be among them. Return
-        whether fewer parameters train from now on.
+        The first step shows which frozen networks are no backbones: nothing that trains
+        is computed from their outputs. They lose their adapters first, so that guards
+        do not hear of these as adapters without a gradient. Return whether fewer
+        parameters train from now on.
         """
         self.check_adapter()
         train_fewer = False
-        # some networks are unjudged until their first step
+        # networks are unjudged until their first step
         if self.backbones.unjudged:
             train_fewer = self.methods.strip_non_backbones(optimizer, self.backbones)
         check_frozen(self.module, optimizer, self.gradients.frozen)
