@@ -105,7 +105,7 @@ def _add_for_few_tokens(
 ) -> Tensor:
     """Add the update, computed in the wider dtype of the tokens and the factors.
 
-    There are fewer numbers in the tokens than in A, and so they are cheap to convert.
+    The tokens hold no more numbers than A, and so they are cheap to convert.
     """
     if not x.dtype is lora_A.dtype is lora_B.dtype:
         dtype = torch.promote_types(x.dtype, lora_A.dtype)

@@ -175,8 +175,8 @@ class LayerAsModule(AdapterOnLayer):
     def __repr__(self) -> str:
         """Return the text of the layer's own class, with its adapter and its present class.
 
-        A ``__repr__`` of its own may know neither: ``Conv1D(nf=6, nx=4)`` becomes
-        ``LoRAConv1D(nf=6, nx=4, r=8, scaling=2)``.
+        A ``__repr__`` that is not torch's may know neither: ``Conv1D(nf=6, nx=4)``
+        becomes ``LoRAConv1D(nf=6, nx=4, r=8, scaling=2)``.
         """
         text = super().__repr__()
         about = self._lora_about()

@@ -16,7 +16,7 @@ from lightning_lora.layers.functional_call import functional_call
 class LoRALayer(LayerAsModule):
     """Base class of all adapted layers.
 
-    Each of its base classes has one subject, and knows only those before it::
+    Each of these classes has one subject, and extends the one before it::
 
         LayerKind         contract.py    what differs from kind to kind
         UpdatedWeights    weights.py     the weights with their updates
@@ -25,12 +25,12 @@ class LoRALayer(LayerAsModule):
         LoRALayer         base.py        how it computes
         LoRALinear, ...   each_kind/     one kind
 
-    What it has, besides what its own class gives it::
+    What an adapted layer has, besides what it had before::
 
         lora_layer_types, lora_zero, ...    a kind declares them: LayerKind has the defaults
         lora_kind, lora_plain_class, ...    LayerKind.note_overlaid sets them, for all layers of a class
         lora_settings, lora_matrices, ...   put_on sets them, on each layer: UpdatedWeights lists them
-        lora_A, lora_B, ...                 put_on sets them: the parameters, one or more for each Role
+        lora_A, lora_B, ...                 put_on sets them: the parameters, named by their Role
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -70,7 +70,7 @@ def _with_attributes(
         # a method that is set on the module must run on the copy
         if isinstance(value, MethodType) and value.__self__ is module:
             attributes[name] = MethodType(value.__func__, copy)
-    attributes.update(own)  # python finds these before it looks among the parameters
+    attributes.update(own)  # Python finds these before it looks among the parameters
     for child, given_to_child in given_inside.items():
         inner = module.get_submodule(child)
         inner_copy = _with_attributes(inner, type(inner), given_to_child, copied)

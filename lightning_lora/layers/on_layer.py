@@ -188,7 +188,7 @@ def put_on(layer: nn.Module, adapter: LayerAdapter) -> None:
 
 
 def is_resized(layer: nn.Module, kind: Any, matrices: Iterable[AdaptedMatrix]) -> bool:
-    """Whether a weight of a layer has another shape than these matrices, which its adapter updates.
+    """Whether a weight of a layer has another shape than an adapter with these matrices expects.
 
     A packed weight has no such shape, and counts as not resized.
     """

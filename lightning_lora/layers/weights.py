@@ -38,7 +38,7 @@ from lightning_lora.tensors.shards import (
 class UpdatedWeights(LayerKind):
     """A layer whose weights have updates.
 
-    The adapter is parameters of the layer, and the attributes that are declared below.
+    An adapter consists of parameters of the layer, and of the attributes below.
 
     - ``lora_factors``: A and B of one weight's update, whatever its matrices are.
     - ``_lora_delta``: the update itself, after dropout.
@@ -156,7 +156,7 @@ class UpdatedWeights(LayerKind):
         """The scaling of a weight's update.
 
         All matrices of one weight have the same scaling, because a key of
-        ``alpha_pattern`` means a layer or a whole parameter.
+        a pattern means a layer or a whole parameter.
         """
         first, *_ = matrices_of_weight(name, self.lora_matrices)
         return first.scaling_for(self.lora_settings.scaling)

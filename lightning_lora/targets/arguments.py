@@ -37,7 +37,7 @@ class UnmatchedEntries:
 class Argument:
     """An argument that is one regular expression, or a list of names of modules."""
 
-    what: ClassVar[str] = "module"  # that its entries name
+    what: ClassVar[str] = "module"  # the word for what its entries name
     wildcard: ClassVar[str] = ".*"  # the expression for a star in a name
 
     def __init__(self, name: str) -> None:

@@ -47,9 +47,7 @@ class EvaObserver:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Add the inputs of a batch, centred: what counts is how they differ from the mean of all inputs."""
-        x: Tensor = args[0] if args else kwargs[self.argument]
-        x = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
-        x = x[x.isfinite().all(1)]
+        x = _finite_rows(args[0] if args else kwargs[self.argument])
         if not len(x):
             return
         batch_mean = x.mean(0)
@@ -90,6 +88,12 @@ class EvaObserver:
             return None
         zeros = self.mean.new_zeros(matrix.writes, r)
         return self.directions[: min(r, count)], zeros
+
+
+def _finite_rows(x: Tensor) -> Tensor:
+    """The inputs of a layer as rows, in float32 or wider, without those that hold NaN or infinite values."""
+    rows = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
+    return rows[rows.isfinite().all(1)]
 
 
 class LoraGaObserver:

@@ -16,7 +16,7 @@ Draw = Callable[[Tensor, Tensor], None]
 FromWeight = Callable[[Tensor, int, float], Factors]
 """Returns A: (*, r, in) and B: (*, out, r) for a weight as a matrix (*, out, in), a rank and a scaling."""
 
-# of any type: AdaptedMatrix is above this room, and layers too
+# an AdaptedMatrix is Any here, and so is a layer below: both are above this room
 FromData = Callable[[Any, int], Factors | None]
 """Returns A and B of one of a layer's matrices, for a rank, or None without data.
 
