@@ -32,9 +32,11 @@ def show_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:
 def reduce_to_adapters(checkpoint: object) -> dict[str, Any]:
     """Take all but adapters out of a checkpoint's state, in place.
 
-    Whoever reads a file begins with this, and again after :func:`show_base`. Returned
-    is the merged model that the file has for readers without this package, if it has
-    one.
+    Whoever reads a file begins with this, and calls it again after :func:`show_base`.
+
+    Returns:
+        The merged model that the file has for readers without this package, or an empty
+        dict.
     """
     if not isinstance(checkpoint, dict):
         return {}
@@ -48,17 +50,14 @@ def reduce_to_adapters(checkpoint: object) -> dict[str, Any]:
 
 
 def _dict_in(checkpoint: dict[str, Any], key: str) -> dict[str, Any]:
-    """An entry of a checkpoint.
-
-    Other files may have something else there, or nothing: that is as an empty one.
-    """
+    """A dict in a checkpoint. It is empty if other code has written something else there, or nothing."""
     return dict_or_empty(checkpoint.get(key))
 
 
 def _take_merged_model(
     checkpoint: dict[str, Any], description: dict[str, Any]
 ) -> dict[str, Any]:
-    """Put the adapters in the place of the merged model, if a checkpoint holds both, and return that."""
+    """Put the adapters in the place of the merged model, if a checkpoint holds both, and return the merged model."""
     if ADAPTERS not in description:
         return {}
     merged = _dict_in(checkpoint, "state_dict")

@@ -16,6 +16,7 @@ from lightning_lora.model.untrained.random_weights import random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.beside_adapters import ADAPTERS, SHOWN
+from lightning_lora.storage.checksum import Description
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.load.from_state_dicts import (
     note_adapters,
@@ -42,7 +43,7 @@ from lightning_lora.tensors.values import detached
 Checkpoint = dict[str, Any]  # as a Trainer writes it
 
 _STATES = ("state_dict", MOVED)  # the entries that hold a state of the model
-_CALL = "To load a checkpoint"  # in errors
+_CALL = "To load a checkpoint"  # what errors say of the call
 
 
 # Write
@@ -76,11 +77,22 @@ def adapter_only(
         view, small["state_dict"], with_half_digests(view, fingerprints)
     )
     description = replace(stored, metrics=metrics).description()
+    return _with_description(view, small, description)
+
+
+def _with_description(
+    view: View, checkpoint: Checkpoint, description: Description
+) -> Checkpoint:
+    """A checkpoint with the description of its adapters, and a note for readers without this package.
+
+    The description stands in the entry of this package, and in torch's notes on the
+    state, for code that loads the state alone.
+    """
     note = note_for(view)
-    state: Any = OrderedDict({**small["state_dict"], note: torch.empty(0)})
+    state: Any = OrderedDict({**checkpoint["state_dict"], note: torch.empty(0)})
     note_adapters(state, description)
-    # 0.2.0, which looks for the note elsewhere, takes out what is called shown
-    return {**small, "state_dict": state, KEY: {**description, SHOWN: {note}}}
+    # 0.2.0 does not know this note by its name, but takes out what is called shown
+    return {**checkpoint, "state_dict": state, KEY: {**description, SHOWN: {note}}}
 
 
 def with_merged_model(
@@ -126,12 +138,12 @@ def _small_state(view: View, state: StateDict) -> dict[str, Any]:
 
 
 def _callbacks_with_average(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The states of callbacks that hold a full model, by callback: Lightning's StochasticWeightAveraging has one."""
+    """The states of callbacks that hold an average of the model, such as Lightning's StochasticWeightAveraging."""
     return where(checkpoint.get("callbacks", {}), _has_average)
 
 
 def _has_average(state: object) -> bool:
-    """Whether a callback's state holds a full model."""
+    """Whether a callback's state holds a state of the model: an average of it."""
     return isinstance(state, Mapping) and isinstance(state.get(AVERAGE), Mapping)
 
 

@@ -195,10 +195,11 @@ def _write_safetensors(view: View, path: Path) -> None:
     with writing(path) as part:
         part.touch()
         mode = part.stat().st_mode
-        # all that it asks of a model
+        # save_model asks nothing else of a model
         model: Any = SimpleNamespace(state_dict=lambda: dict(state))
         save_model(model, str(part), metadata={"format": "pt"})
-        part.chmod(mode)  # as any file: safetensors lets nobody else read its own
+        # safetensors makes files that only their owner can read: this one is as others
+        part.chmod(mode)
 
 
 # A folder

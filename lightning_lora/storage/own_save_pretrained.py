@@ -64,10 +64,7 @@ def _is_plain_state(given: StateDict | None, view: View) -> bool:
 def _by_name(
     save: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with their names, but for the folder.
-
-    One given by its position may be a state.
-    """
+    """The arguments of a call with their names, but for the folder: so a state is found that has its position alone."""
     parameters = signature(save).parameters.values()
     names = [
         each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD
@@ -76,6 +73,7 @@ def _by_name(
     # the first two are self and the folder
     named = dict(zip(names[2:], by_position, strict=False))
     has_too_many = len(named) < len(by_position)
-    if has_too_many or not named.keys().isdisjoint(kwargs):  # an error of the caller's
+    # the call is wrong, which the method itself says
+    if has_too_many or not named.keys().isdisjoint(kwargs):
         return args, kwargs
     return args[:1], {**named, **kwargs}

@@ -110,7 +110,7 @@ def find_renamings(
     fitting: dict[str, Renaming] = {}
     for renaming in _other_renamings(names, known, root_there, root_here):
         if _all_known(names, known, renaming):
-            # one for each place in the model
+            # the first that leads to a place in the model stands for all that lead there
             fitting.setdefault(renaming.name_here(names[0]), renaming)
     return list(fitting.values())
 

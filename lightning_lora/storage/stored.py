@@ -67,29 +67,44 @@ class StoredAdapters:
     :meth:`adapter_names` or :meth:`description`.
     """
 
-    config: LoRAConfig  # which adapts a model in the same way
-    # everything that training changed, by its name in the adapted model
+    config: LoRAConfig
+    """It adapts a model in the same way."""
+
     state: dict[str, Any]
-    # by name; another library's: only single rows
+    """Everything that training changed, by its name in the adapted model."""
+
     layers: dict[str, StoredLayer] = field(default_factory=dict)
-    # its fingerprints; empty if nothing says its base
+    """The adapted layers by name. Of another library's file, only those whose single rows train."""
+
     base: list[StoredFingerprint] = field(default_factory=list)
-    # frozen weights whose values are in the state
+    """The fingerprints of the base, one for each form that it had. Empty: nothing says the base."""
+
     changed: Sequence[str] = field(default_factory=list)
-    # those of them that look untrained: of no base
+    """The frozen weights whose values are in the state."""
+
     untrained: Sequence[str] = field(default_factory=list)
-    # buffers that hooks filled, perhaps from data: of no base
+    """Those of the changed weights that look untrained: they belong to no base."""
+
     filled: Sequence[str] = field(default_factory=list)
-    # all entries of each module in modules_to_save
+    """The buffers that hooks filled, perhaps from data: they belong to no base."""
+
     saved: dict[str, list[str]] = field(default_factory=dict)
-    root: str = ""  # the path of the one model inside
-    # by name; empty if the file does not say
+    """The names of all tensors in each module of ``modules_to_save``."""
+
+    root: str = ""
+    """The path of the one model inside, such as ``"model"``."""
+
     modules: dict[str, StoredModule] = field(default_factory=dict)
-    # that a run logged last before it wrote the file
+    """The modules that a file describes, by name."""
+
     metrics: dict[str, float] = field(default_factory=dict)
-    source: str = ""  # for messages: a file, or the class of a model
-    # from the names in ``base`` to all others
+    """What the run has logged last before it wrote the file."""
+
+    source: str = ""
+    """The file, or the class of a model, for messages."""
+
     renaming: Renaming = field(default_factory=Renaming)
+    """It leads from the names in ``base`` to all others."""
 
     @classmethod
     def from_view(
@@ -334,5 +349,5 @@ def _is_named_as_head(layer: str) -> bool:
     return layer.rpartition(".")[2] == OUTPUT_HEAD
 
 
-# kinds of layers that target_modules does not mean
+# the kinds of layers that target_modules does not mean
 _NAMED_OTHERWISE = (LoRAParameters.__name__, LoRATokens.__name__)

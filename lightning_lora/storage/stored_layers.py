@@ -37,7 +37,7 @@ Shape = tuple[int, ...]
 
 _ALSO = "also"  # the entry of a layer's options in files that holds its other names
 _HOOKED = "hooked"  # the entry that says that code has put hooks around its forward
-# whose hooks change no output
+# the packages whose hooks change no output
 _HOOKS_THAT_LOOK = ("torch.", "lightning", "pytorch_lightning.", "transformers.")
 
 
@@ -48,8 +48,8 @@ class StoredLayer:
     name: str  # in the model that was saved
     layer_class: str  # the full name of its class
     kind: str  # the name of its adapter class, such as "LoRALinear"
-    r: int  # where a matrix does not have its own
-    scaling: float  # of B @ A, where a matrix does not have its own
+    r: int  # of each matrix that has no rank of its own
+    scaling: float  # of each B @ A whose matrix has no scaling of its own
     matrices: Matrices
     shapes: dict[str, Shape]  # of the weights, by their names in the layer
     tied: dict[str, tuple[str, ...]]  # other names of these weights in the model
@@ -264,7 +264,8 @@ def _shapes_of_weights(
 ) -> dict[str, Shape]:
     """The shapes of a layer's adapted weights.
 
-    Those of quantised ones say nothing of their values.
+    A quantised weight may have the shape of its packed values. So its shape here is that
+    of its matrix.
     """
     if kind.lora_is_quantised(layer):
         return {matrix.weight: (matrix.writes, matrix.reads) for matrix in matrices}
@@ -275,7 +276,11 @@ def _shapes_of_weights(
 
 
 def _options(view: View, name: str, kind: Kind) -> dict[str, Any]:
-    """What a layer's update depends on beside its weights, the other names that the layer has, and hooks."""
+    """What files say of a layer as its options.
+
+    These are the values that its update depends on beside its weights, other names of
+    the layer, and whether there are hooks around its forward.
+    """
     layer = view.modules[name]
     options = {
         option: getattr(layer, option)

@@ -65,7 +65,7 @@ def modules_to_store(
 
 
 def _named_alike(modules: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The modules whose last name is that of one of these, or ends so: a reader may take one for the other."""
+    """The modules whose last name ends with the last name of one of these: a reader may take one for the other."""
     ends = tuple({_last_name(name) for name in names})
     return [module for module in modules if _last_name(module).endswith(ends)]
 
@@ -109,7 +109,8 @@ def input_embedding_in(module: nn.Module) -> str:
     """
     if not is_model_of_other_library(module):
         return ""
-    with suppress(AttributeError, NotImplementedError):  # of models that have none
+    # a model that has no such embedding raises one of these
+    with suppress(AttributeError, NotImplementedError):
         embedding = module.get_input_embeddings()  # type: ignore[operator]
         for name, inner in modules_by_name(module).items():
             if inner is embedding:
@@ -130,7 +131,7 @@ def _configuration(module: nn.Module) -> Any:
     """
     if is_model_of_other_library(module):
         return getattr(module, "config", None)
-    return vars(module).get("config")  # no code of the user's runs
+    return vars(module).get("config")  # not by getattr, which may run the user's code
 
 
 def module_and_name(kind: type) -> str:
@@ -138,7 +139,7 @@ def module_and_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__name__}"
 
 
-# In plain types. Modules of one class are one entry: a model has many of some
+# In plain types. Modules that are described alike share one entry
 
 
 def plain_modules(modules: Mapping[str, StoredModule]) -> list[dict[str, Any]]:
@@ -154,7 +155,7 @@ def plain_modules(modules: Mapping[str, StoredModule]) -> list[dict[str, Any]]:
 def modules_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, StoredModule]:
     """Return by name what :func:`plain_modules` has made plain.
 
-    A later version may say more.
+    What a later version says in addition is left out.
     """
     known = {field.name for field in fields(StoredModule)}
     modules = dict[str, StoredModule]()

@@ -16,9 +16,12 @@ from lightning_lora.tensors.names import join
 def by_whole_names(
     layers: Iterable[StoredLayer], settings: LoRAConfig, present: Collection[str]
 ) -> LoRAConfig:
-    """Return a configuration that names each layer in full.
+    """Return a configuration that names each of these layers in full, with its own rank and scaling.
 
-    Each has its own rank and scaling. ``present`` has the names of all modules.
+    Args:
+        layers: The layers.
+        settings: The configuration that has all other arguments.
+        present: The names of all modules in the model.
     """
     targets = _Targets(use_rslora=settings.use_rslora)
     for layer in layers:
@@ -40,7 +43,8 @@ class _Targets:
 
     def arguments(self, present: Collection[str]) -> dict[str, Any]:
         """Return the arguments by which these targets, of all modules that are ``present``, are adapted alone."""
-        r, *_ = self.ranks.values()  # the first target's: the patterns have the others
+        # those of the first target: the patterns below have those of the others
+        r, *_ = self.ranks.values()
         alpha, *_ = self.alphas.values()
         named = {
             "target_parameters": self.parameters,
@@ -85,7 +89,7 @@ class _Targets:
     def _set_numbers(self, name: str, r: int, scaling: float) -> None:
         """Set the rank and alpha of one name.
 
-        Alpha is as a user would give it, if that makes the same scaling.
+        Alpha is rounded, as a user would give it, if that makes the same scaling.
         """
         divisor = r**0.5 if self.use_rslora else r  # scaling = alpha / divisor
         alpha = scaling * divisor
@@ -95,7 +99,7 @@ class _Targets:
 
 
 def _others_than(usual: float, numbers: Mapping[str, float]) -> dict[str, float]:
-    """A pattern for the names with another number."""
+    """A pattern for the names whose number is not the usual one: ``{"^head": 8}``."""
     return {
         _exactly(name): number for name, number in numbers.items() if number != usual
     }

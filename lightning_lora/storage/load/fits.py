@@ -212,7 +212,7 @@ def _check_tensors(view: View, state: StateDict, *, is_converted: bool = False) 
     here: they may have another shape.
     """
     present = {**view.base_parameters, **view.buffers, **trained_tensors(view)}
-    # a module's own code judges the others
+    # whether other entries fit, the code of their modules decides
     for name, value in only(state, present).items():
         is_adapter = name in view.adapter_parameters
         _check_shape(name, value, present[name], is_adapter=is_adapter)

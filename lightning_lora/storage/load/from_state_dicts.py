@@ -126,7 +126,7 @@ def _put_beside_merged(
         return False
     try:
         _put_described(model, adapters, description)
-    except LoRAError:  # of another model: it is loaded as a plain one
+    except LoRAError:  # the adapters are another model's
         return False
     return True
 

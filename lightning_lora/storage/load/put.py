@@ -251,13 +251,8 @@ def _write_state(view: View, state: StateDict, filled: Iterable[str] = ()) -> No
             The model may have filled others.
     """
     with Undo() as undo:
-        # what undoes all that follows is the loading of the old values
-        undo.callback(
-            load_state_dict,
-            view.model,
-            _copies_of_written(view, state),
-            notes=[BEING_WRITTEN],
-        )
+        old_values = _copies_of_written(view, state)
+        undo.callback(load_state_dict, view.model, old_values, notes=[BEING_WRITTEN])
         _keep_frozen(view, state, undo)
         filled_anywhere = {*filled, *view.record.base.filled}
         _write_filled_buffers(view, only(state, filled_anywhere), undo)
@@ -268,7 +263,7 @@ def _write_state(view: View, state: StateDict, filled: Iterable[str] = ()) -> No
 
 
 def _keep_frozen(view: View, state: StateDict, undo: Undo) -> None:
-    """Keep the base's values of the frozen weights that get a file's."""
+    """Keep the base's values of the frozen weights that get others."""
     adapter = view.adapter
     undo.callback(setattr, adapter, "originals", dict(adapter.originals))
     keep_frozen(view, only(view.frozen_base, state))

@@ -41,7 +41,7 @@ def _builder_of(layer: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 def _load_own_part(module: nn.Module, name: str, state: dict[str, Any]) -> None:
     """Let a module load its part of a state, and give it its own values back: all is checked before any is written."""
-    # None stands for one that is not there
+    # a parameter or buffer that is not there is None
     tensors = of_type({**module._parameters, **module._buffers}, Tensor)
     values = copies_of(tensors)
     try:

@@ -16,7 +16,7 @@ from lightning_lora.storage.on_disk.places import local_path, opened
 class Kind(Enum):
     """What the first bytes of a file say that it is."""
 
-    ARCHIVE = auto()  # of torch: a zip, with a checksum for each record
+    ARCHIVE = auto()  # what torch.save writes: a zip, with a checksum for each record
     OLD = auto()  # what torch.save wrote before torch 1.6: pickles, without checksums
     SAFETENSORS = auto()
     OTHER = auto()

@@ -18,10 +18,11 @@ from pathlib import Path
 _NAME_NOW = r"lora-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-\d+"
 _NAME_IN_0_2_0 = "[0-9a-f]{32}"
 _PART = re.compile(rf"\..*\.({_NAME_NOW}|{_NAME_IN_0_2_0})\.part")
-# for threads that write files of one name at the same time
+# they tell apart what threads write at the same time under one name
 _NUMBERS = itertools.count()
 _BEING_WRITTEN = set[Path]()  # by this process
-# seconds after which nobody goes on with a file, if its process cannot be asked for
+# seconds without a change after which a file counts as left, if its process cannot be
+# asked for
 _ABANDONED = 3600
 
 
@@ -57,7 +58,7 @@ def _is_left(path: Path, name: re.Match[str]) -> bool:
     if not can_be_asked_for:
         return time.time() - path.stat().st_mtime > _ABANDONED
     process = int(name["process"])
-    # in a container, the one that was killed often had the same number
+    # in a container, a process that was killed often had the number of this one
     if process == os.getpid():
         return path not in _BEING_WRITTEN
     return not _is_running(process)

@@ -22,7 +22,9 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
             ours, and no more.
     """
     local = local_path(path) if beside else None
-    with write_errors(path):  # such as too long a name
+    with write_errors(
+        path
+    ):  # checks of the path may fail too: its name may be too long
         if local is None:
             yield path
             return
@@ -93,7 +95,6 @@ def write_errors(path: Any) -> Iterator[None]:
         KeyError,
         SafetensorError,
     ) as error:
-        # as writers report it
         raise AdapterFileError(
             f"{path} could not be written ({type(error).__name__}: {error}). The model "
             "and its training are as they were. Free space on the disk, choose a "

@@ -78,7 +78,7 @@ def check_base(
 def _has_fingerprint(stored: StoredAdapters, view: View, here: Fingerprint) -> bool:
     """Whether a file has the fingerprint of the base: as it is here, or in another form that this run has seen."""
     forms_here = [here]
-    if here in view.adapter.fingerprints:  # all of these are of this base
+    if here in view.adapter.fingerprints:  # then all of them are of the base here
         forms_here += view.adapter.fingerprints
     forms_there = [without_half_digests(each) for each in stored.base]
     return any(form in forms_there for form in forms_here)
@@ -175,7 +175,7 @@ class _BaseHere:
         return base.readings.half_digests_of(digest, self.tensors[name])
 
 
-# What is said
+# What errors and warnings say
 
 
 class _Message(NamedTuple):

@@ -40,11 +40,12 @@ class Comparison:
     fingerprint: StoredFingerprint
     has_same_form: bool = False  # so all bits must be the same
     equal: int = 0  # how many tensors are the same, converted or not
-    # those of them in another precision
+    # the same tensors in another precision
     converted: list[str] = field(default_factory=list)
-    # also those that only one of the bases has
+    # tensors with other values, and those that only one of the bases has
     differ: list[str] = field(default_factory=list)
-    quantised: list[str] = field(default_factory=list)  # not compared
+    # the quantised tensors that were not compared
+    quantised: list[str] = field(default_factory=list)
 
     @property
     def compared(self) -> int:

@@ -48,7 +48,7 @@ def with_half_digests(
         entry = StoredFingerprint(
             layout=each["layout"], dtypes=each["dtypes"], digests=each["digests"]
         )
-        # otherwise the names of its tensors are no longer known
+        # of a base with another layout, the names of the tensors are no longer known
         if each["layout"] == base.form["layout"]:
             entry["rounded"] = base.half_digests_for(each)
         stored.append(entry)
