@@ -18,12 +18,11 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.cli.main import main
-from lightning_lora.storage.checksum import FORMAT, checksum
+from lightning_lora.storage.checksum import FORMAT
 from tests.support import faults
-from tests.support.cases import held
 from tests.support.compared import assert_state
 from tests.support.models import LitTiny, state
-from tests.support.storage import restores, rewrite, saved
+from tests.support.storage import restores, rewrite, saved, set_checksum
 
 pytestmark = faults.forks
 
@@ -146,8 +145,7 @@ def test_adapters_that_diverged_are_refused(
 ) -> None:
     def diverge(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"][A][1, 3] = value
-        about = checkpoint["lightning_lora"]
-        about["checksum"] = checksum(held(checkpoint), about)
+        set_checksum(checkpoint)
 
     faults.refused(faults.edited(good / "good.ckpt", tmp_path / "a.ckpt", diverge))
     path = Path(shutil.copy(good / "good.safetensors", tmp_path))

@@ -6,10 +6,8 @@ from typing import Any
 import torch
 
 import lightning_lora as ll
-from lightning_lora.storage.checksum import checksum
-from tests.support.cases import held
 from tests.support.models import LitTiny, TinyLM, X, data, trainer
-from tests.support.storage import fitted, rewrite, saved
+from tests.support.storage import fitted, rewrite, saved, set_checksum
 
 LAYERS = ["model.q_proj", "model.v_proj", "model.lm_head"]
 
@@ -48,9 +46,8 @@ def test_a_run_whose_all_linear_meant_the_head_too_goes_on(tmp_path: Path) -> No
     file = tmp_path / "a.ckpt"
     fitted(file, Language(), old)
     checkpoint = torch.load(file, weights_only=True)
-    about = checkpoint["lightning_lora"]
-    all_linear(about, None)
-    about["checksum"] = checksum(held(checkpoint), about)
+    all_linear(checkpoint["lightning_lora"], None)
+    set_checksum(checkpoint)
     torch.save(checkpoint, file)
     t = trainer(tmp_path, [ll.LoRACallback(r=2, merge=False)], max_epochs=2)
     model = Language()

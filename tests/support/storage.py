@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, load_adapter, save_adapter
+from lightning_lora.storage.beside_adapters import SHOWN
 from lightning_lora.storage.checksum import checksum
 from lightning_lora.storage.stored import KEY
+from lightning_lora.tensors.dicts import without
+from tests.support.cases import held
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, as_trained, data, lora, same, state, trainer
 
@@ -94,6 +97,12 @@ def goes_on(
     )
     t.fit(model or LitTiny(), data(), data(), ckpt_path=file, **options)
     assert t.global_step == 8
+
+
+def set_checksum(checkpoint: dict[str, Any]) -> None:
+    """Give a checkpoint that was changed the checksum of what it holds now."""
+    about = without(checkpoint[KEY], [SHOWN])
+    checkpoint[KEY]["checksum"] = checksum(held(checkpoint), about)
 
 
 def rewrite(
