@@ -199,7 +199,8 @@ def export_peft(
         stored = own.read_adapter_file(model_or_file)
         export = for_reader(Export(stored, base_name=base_name), root)
     chosen = WRITTEN[format]
-    check_output(directory, [model_or_file], chosen.files[:1])
+    written_file, *_ = chosen.files
+    check_output(directory, [model_or_file], [written_file])
     chosen.write(export, path_here(directory), uniform=uniform)
 
 

@@ -62,7 +62,7 @@ class _Targets:
         }
 
     def add(self, layer: StoredLayer) -> None:
-        """Name one more layer."""
+        """Name one more layer: by its parameters, by the rows that train, or as a module, perhaps with its slices."""
         if layer.kind == LoRAParameters.__name__:
             for matrix in layer.matrices:
                 self._add_parameter(layer, matrix)

@@ -82,7 +82,7 @@ class BaseThere:
         self.floating_dtypes = _floating_dtypes(fingerprint["dtypes"])
 
     def has_same_bits(self, here: ComparedTensor) -> bool:
-        """Whether a tensor is there, bit by bit."""
+        """Whether a tensor here has the bits of the one there."""
         return self.digests.get(here.name_there) == here.digest
 
     def has_converted(self, here: ComparedTensor) -> bool:
