@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer, number_of_values
 from lightning_lora.model.records import find_record
-from lightning_lora.model.untrained.random_weights import random_weights_now
+from lightning_lora.model.untrained.of_no_base import names_of_no_base_now
 from lightning_lora.model.view import View
 from lightning_lora.printing import Writable, fitting_console
 from lightning_lora.storage.state import values_to_store
@@ -248,8 +248,8 @@ def _random_in_files(view: View) -> tuple[str, ...]:
     # summary
     if view.is_sharded:
         return view.adapter.known_random_weights
-    # not random_weights, which notes what it finds: the base may change until a fit begins
-    return random_weights_now(view)
+    # names_of_no_base would note what it finds, but the base may change until a fit begins
+    return names_of_no_base_now(view)
 
 
 # The named adapters

@@ -9,7 +9,7 @@ from lightning_lora.errors import FreshLayerWarning, listed
 from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
 from lightning_lora.layers import adapter_for
 from lightning_lora.model.untrained.find_untrained import Untrained
-from lightning_lora.model.untrained.random_weights import random_weights
+from lightning_lora.model.untrained.of_no_base import names_of_no_base
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.names import names_outside, owner_of
@@ -57,7 +57,7 @@ def _name_untrained(view: View, untrained: Untrained, perhaps_new: list[str]) ->
         message += _about_perhaps_new_too(view, untrained, perhaps_new)
     # Who excludes all that is random knows it: DeadAdapterWarning advises so, for layers
     # that the loss does not depend on. Small layers are random too, besides those named.
-    if _are_excluded(view, random_weights(view)):
+    if _are_excluded(view, names_of_no_base(view)):
         rank_zero_info(message)
     else:
         warn_in_each_fit(message, FreshLayerWarning)

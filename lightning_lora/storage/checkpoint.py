@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError
 from lightning_lora.model.base_values import base_values
-from lightning_lora.model.untrained.random_weights import random_weights
+from lightning_lora.model.untrained.of_no_base import names_of_no_base
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import tree_map
 from lightning_lora.storage.beside_adapters import ADAPTERS, SHOWN
@@ -133,7 +133,7 @@ def _with_small_states(view: View, checkpoint: Checkpoint) -> Checkpoint:
 
 def _small_state(view: View, state: StateDict) -> dict[str, Any]:
     """What files hold of a state of the model, without memory of other tensors."""
-    values = values_to_store(view, state, random_weights(view))
+    values = values_to_store(view, state, names_of_no_base(view))
     return {name: _alone(value) for name, value in values.items()}
 
 

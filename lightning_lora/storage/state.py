@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.model.base_values import digests_of_extra_state, frozen_values
 from lightning_lora.model.changed_since_merge import refuse_changed_since_merge
-from lightning_lora.model.untrained.random_weights import random_weights
+from lightning_lora.model.untrained.of_no_base import names_of_no_base
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import NormBase
 from lightning_lora.tensors.dicts import of_type, only, renamed, with_values, without
@@ -68,7 +68,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
 def adapter_state(view: View) -> dict[str, Any]:
     """Return what :func:`adapter_state_dict` does."""
     refuse_changed_since_merge(view)
-    state = values_to_store(view, state_dict(view.model), random_weights(view))
+    state = values_to_store(view, state_dict(view.model), names_of_no_base(view))
     return {name: full_tensor(value) for name, value in state.items()}
 
 

@@ -17,7 +17,7 @@ from lightning_lora.model.changed_since_adapted import (
     refuse_computed_weights,
     refuse_resized_or_tied,
 )
-from lightning_lora.model.untrained.random_weights import random_weights
+from lightning_lora.model.untrained.of_no_base import names_of_no_base
 from lightning_lora.model.view import View
 from lightning_lora.storage.checksum import FORMAT, Description, checksum
 from lightning_lora.storage.inner_model import root_of
@@ -118,7 +118,7 @@ class StoredAdapters:
         _check_as_configured(view, config, layers.values())
         saved = _saved_entries(view, config)
         changed = list(only(state, view.frozen_base))
-        untrained, filled = _split(random_weights(view), changed)
+        untrained, filled = _split(names_of_no_base(view), changed)
         return cls(
             config=config,
             state=state,

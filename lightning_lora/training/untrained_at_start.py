@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_lora.model.untrained.find_untrained import Untrained, find_untrained
-from lightning_lora.model.untrained.random_weights import note_random_weights
+from lightning_lora.model.untrained.of_no_base import note_random_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guard, Guards
 from lightning_lora.tensors.names import modules_around

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters
-from lightning_lora.layers import number_of_values
 from lightning_lora.model.untrained.judge_layers import (
-    FEWEST,
+    has_small_weight,
     layers_to_judge,
     looks_untrained,
 )
@@ -84,8 +83,8 @@ def untrained(model: nn.Module) -> tuple[int, int]:
     inject_adapters(adapted, LoRAConfig(r=2, target_modules="all"))
     view = View(adapted)
     judged = []
-    for name, weights in layers_to_judge(view):
-        if min(map(number_of_values, weights.values())) >= FEWEST:
+    for name, weights in layers_to_judge(view, except_for=()).items():
+        if not has_small_weight(weights):
             judged.append(looks_untrained(view, name, weights))
     return sum(judged), len(judged)
 

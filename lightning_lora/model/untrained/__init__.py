@@ -2,10 +2,12 @@
 
 - untrained: all its values look drawn from one uniform or normal distribution, as torch
   and others initialise layers.
-- unsure: it looks so, but it has too few values to tell.
+- small: a weight has too few values to be judged.
+- unsure: a layer looks untrained, and has a small weight.
 - blank: all values of a norm are one or zero, which says nothing.
 - random weights: frozen ones that may be untrained. Files hold them, because another
   process draws others.
+- of no base: random weights, and buffers that the module's hooks filled.
 
 Not every initialisation is known: a layer counts as untrained only if that is clear.
 """

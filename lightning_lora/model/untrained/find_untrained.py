@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora.model.untrained.judge_layers import (
     Weights,
-    has_few_values,
+    has_small_weight,
     is_embedding,
     layers_to_judge,
     looks_untrained,
@@ -64,22 +64,29 @@ class Untrained:
 def find_untrained(view: View) -> Untrained:
     """Find what looks untrained and does not train."""
     frozen_layers = layers_to_judge(view, except_for=view.trainable_base.values())
-    small = where(frozen_layers, has_few_values)
-    judged = without(frozen_layers, small)
+    small_layers = where(frozen_layers, has_small_weight)
+    judged = without(frozen_layers, small_layers)
     untrained = _those_that_look_untrained(view, judged)
-
-    # trained embeddings may look untrained: they change slowly
-    embeddings = where(only(view.modules, untrained), is_embedding)
-    modules = as_modules(
-        view, _not_frozen_by_user(view, without(untrained, embeddings))
+    modules = _modules_to_name(view, untrained)
+    linear_layers = of_type(view.modules, nn.Linear)
+    unsure = _those_that_look_untrained(
+        view, _not_frozen_by_user(view, only(small_layers, linear_layers))
     )
-    small_linear = only(small, of_type(view.modules, nn.Linear))
-    unsure = _those_that_look_untrained(view, _not_frozen_by_user(view, small_linear))
     return Untrained(
-        tuple(modules),
-        _share(view, untrained, judged),
-        tuple(names_outside(unsure, modules)),
+        modules=tuple(modules),
+        share=_share(view, untrained, judged),
+        unsure=tuple(names_outside(unsure, modules)),
     )
+
+
+def _modules_to_name(view: View, untrained: Mapping[str, Weights]) -> list[str]:
+    """The modules around untrained layers that users should hear of.
+
+    Not embeddings: trained ones may look untrained, because they change slowly.
+    """
+    embeddings = where(only(view.modules, untrained), is_embedding)
+    others = without(untrained, embeddings)
+    return as_modules(view, _not_frozen_by_user(view, others))
 
 
 def _share(
@@ -96,7 +103,7 @@ def _share(
 def _pretrained_that_train(view: View) -> dict[str, Weights]:
     """The layers that train in full and look trained: with these, the model is not untrained as a whole."""
     layers = where_not(
-        layers_to_judge(view, except_for=view.frozen_base.values()), has_few_values
+        layers_to_judge(view, except_for=view.frozen_base.values()), has_small_weight
     )
     return without(layers, _those_that_look_untrained(view, layers))
 
@@ -114,7 +121,7 @@ def _those_that_look_untrained(
 def _not_frozen_by_user(
     view: View, layers: Mapping[str, Weights]
 ) -> dict[str, Weights]:
-    """These layers without those that are random on purpose."""
+    """These layers without those that the user froze: they are random on purpose."""
     frozen = view.frozen_by_user
     return {
         name: weights

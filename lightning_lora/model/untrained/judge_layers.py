@@ -13,6 +13,7 @@ from lightning_lora.tensors.names import direct_parameters, is_bias, starts_of
 from lightning_lora.tensors.shards import is_dtensor, to_local
 
 Weights = dict[str, nn.Parameter]
+"""The weights of a layer, by their names in it."""
 
 FEWEST = 256  # with fewer values than this, a trained weight may look drawn by chance
 
@@ -20,9 +21,10 @@ FEWEST = 256  # with fewer values than this, a trained weight may look drawn by 
 def layers_to_judge(
     view: View, except_for: Iterable[nn.Parameter]
 ) -> dict[str, Weights]:
-    """The weights of each layer that can be judged, by name.
+    """Return the weights of each layer that can be judged, by its name: ``{"head": {"weight": ...}}``.
 
-    A shared weight belongs to its first layer.
+    Parameters in ``except_for`` count for nothing: those that train, where frozen
+    layers are judged. A shared weight belongs to its first layer.
     """
     seen = {*view.adapter_parameters.values(), *except_for}
     layers: dict[str, Weights] = {}
@@ -57,22 +59,27 @@ def _has_enough_values(weight: nn.Parameter) -> bool:
     return to_local(weight).numel() >= needed
 
 
-def has_few_values(weights: Weights) -> bool:
+def has_small_weight(weights: Weights) -> bool:
     """Whether one of the weights has too few values to be judged."""
-    return min(map(number_of_values, weights.values())) < FEWEST
+    return any(map(is_small, weights.values()))
+
+
+def is_small(weight: nn.Parameter) -> bool:
+    """Whether a weight has too few values to be judged, in all processes together."""
+    return number_of_values(weight) < FEWEST
 
 
 def looks_untrained(view: View, name: str, weights: Weights) -> bool:
     """Whether all weights of a layer look as torch, torchvision or transformers initialise them."""
     has_bias = _has_bias(view.modules[name])
     return all(
-        _looks_initialised(view, name, weight, has_bias=has_bias)
+        _weight_looks_untrained(view, name, weight, has_bias=has_bias)
         for weight in weights.values()
     )
 
 
 def _has_bias(layer: nn.Module) -> bool:
-    """Whether a layer has a bias other than zero."""
+    """Whether a layer has a bias with a value other than zero."""
     biases = [
         parameter
         for leaf, parameter in direct_parameters({"": layer}).items()
@@ -81,17 +88,18 @@ def _has_bias(layer: nn.Module) -> bool:
     return any(to_local(bias).any() for bias in biases)
 
 
-def _looks_initialised(
+def _weight_looks_untrained(
     view: View, name: str, weight: nn.Parameter, *, has_bias: bool
 ) -> bool:
-    """Whether one weight of a layer looks untrained.
+    """Whether one weight of a layer looks drawn from a known distribution, or is zero as in some new heads.
 
-    Only uniform initialisations leave a bias other than zero.
+    ``has_bias``: the layer has a bias other than zero. Only uniform initialisations
+    draw one, so then no other is tried.
     """
     layer = view.modules[name]
     values = to_local(weight)
     block = block_of(values)
-    # block_of leaves out rows of zeros: so many rows of this weight are zero
+    # block_of leaves out rows of zeros, so most rows of this weight are zero
     if block.numel() < min(FEWEST, number_of_values(weight)):
         return isinstance(layer, nn.Linear) and not has_bias and not values.any()
     if any(is_uniform(block, bound) for bound in _bounds(layer, weight)):

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from lightning_lora.layers import adapter_for, number_of_values
-from lightning_lora.model.untrained.judge_layers import FEWEST, Weights
+from lightning_lora.layers import adapter_for
+from lightning_lora.model.untrained.judge_layers import Weights, is_small
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import by_owner, grouped, only, where, without
 from lightning_lora.tensors.names import largest_free_of, modules_around, owner_of
@@ -13,55 +13,60 @@ from lightning_lora.tensors.shards import to_local
 
 
 def as_modules(view: View, untrained: Mapping[str, Weights]) -> list[str]:
-    """The largest modules in which nothing looks trained: ``head``, in place of ``head.0`` and ``head.2``.
+    """Return the largest modules in which nothing looks trained: ``head``, in place of ``head.0`` and ``head.2``.
 
     Blank norms and small layers say nothing, so they may lie in such a module. A blank
     norm beside an untrained layer is named with it.
     """
     if not untrained:
         return []
-    parameters = by_owner(view.base_parameters)
-    norms = _blank_norms(view, parameters)
-    say_nothing = norms.keys() | small_layers(view)
-    look_trained = parameters.keys() - untrained.keys() - say_nothing
+    blank_norms = _blank_norms(view)
+    say_nothing = blank_norms | entirely_small_layers(view)
+    look_trained = (
+        set(map(owner_of, view.base_parameters)) - untrained.keys() - say_nothing
+    )
     around_trained = modules_around(look_trained)
-    norms_beside = grouped(sorted(norms), owner_of)
     modules = list[str]()
-    for name in untrained:
-        named_together = (name, *norms_beside.get(owner_of(name), ()))
-        modules += [largest_free_of(around_trained, each) for each in named_together]
+    for name in _with_norms_beside(untrained, blank_norms):
+        modules.append(largest_free_of(around_trained, name))
     return list(dict.fromkeys(modules))
 
 
-def _blank_norms(
-    view: View, parameters: Mapping[str, list[nn.Parameter]]
-) -> dict[str, list[nn.Parameter]]:
+def _with_norms_beside(layers: Iterable[str], norms: Iterable[str]) -> list[str]:
+    """Layers, each with the norms that the same module holds."""
+    norms_by_owner = grouped(sorted(norms), owner_of)
+    names = list[str]()
+    for layer in layers:
+        names += [layer, *norms_by_owner.get(owner_of(layer), [])]
+    return names
+
+
+def _blank_norms(view: View) -> set[str]:
     """The modules whose parameters are all blank, and do not train.
 
     Not the model, which nobody can name.
     """
-    frozen = where(
-        without(parameters, [""]), set(view.trainable_base.values()).isdisjoint
-    )
-    return where(frozen, _are_blank)
+    parameters = without(by_owner(view.base_parameters), [""])
+    frozen = where(parameters, set(view.trainable_base.values()).isdisjoint)
+    return set(where(frozen, _are_blank))
 
 
-def small_layers(view: View) -> set[str]:
-    """The layers that are too small to judge."""
+def entirely_small_layers(view: View) -> set[str]:
+    """Return the layers all of whose parameters are small."""
     small = where(by_owner(view.base_parameters), _are_small)
     return set(where(only(view.modules, small), adapter_for))
 
 
 def _are_small(parameters: Iterable[nn.Parameter]) -> bool:
-    return max(map(number_of_values, parameters)) < FEWEST
+    return all(map(is_small, parameters))
 
 
 def _are_blank(parameters: Iterable[nn.Parameter]) -> bool:
-    return all(_is_blank(parameter) for parameter in parameters)
+    return all(map(_is_blank, parameters))
 
 
 def _is_blank(parameter: nn.Parameter) -> bool:
-    """Whether all values are one, or all are zero."""
+    """Whether a vector holds ones alone, or zeros alone, as a new norm does."""
     values = to_local(parameter)
     if values.dim() != 1 or values.is_meta or not len(values):
         return False

@@ -16,7 +16,7 @@ from lightning_lora.errors import (
 from lightning_lora.layers import INITIALISATIONS, LoRALayer, Settings
 from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.model.base_values import tensors_with_originals
-from lightning_lora.model.untrained.random_weights import random_weights
+from lightning_lora.model.untrained.of_no_base import names_of_no_base
 from lightning_lora.model.view import View
 from lightning_lora.storage.same_base.base_check import check_base
 from lightning_lora.storage.state import diverged, trained_tensors, values_to_store
@@ -60,7 +60,7 @@ def check_state_fits(view: View, state: StateDict) -> None:
         view,
         state,
         trained_tensors(view),
-        of_no_base=random_weights(view),
+        of_no_base=names_of_no_base(view),
         remedy=remedy,
     )
     _check_tensors(view, state)

@@ -1,30 +1,30 @@
-"""The weights that are random, and so in files: frozen ones that may be untrained, and buffers that hooks filled."""
+"""What belongs to no base, and so is in files: frozen weights that look random, and buffers that hooks filled."""
 
 from itertools import compress
 
 from torch import nn
 
 from lightning_lora.model.untrained.find_untrained import Untrained, find_untrained
-from lightning_lora.model.untrained.name_modules import small_layers
+from lightning_lora.model.untrained.name_modules import entirely_small_layers
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import of_type, only
 from lightning_lora.tensors.names import names_inside
 from lightning_lora.tensors.shards import true_anywhere
 
 
-def random_weights(view: View) -> tuple[str, ...]:
-    """Return what files hold because it is not pretrained: frozen weights that may be new, and filled buffers.
+def names_of_no_base(view: View) -> tuple[str, ...]:
+    """Return the names of frozen weights that may be new, and of buffers that hooks filled.
 
-    They are looked for once, when a fit or a file needs them. Collective: processes
-    agree on them.
+    Weights are looked for once, when a fit or a file needs them, and then noted.
+    Collective: processes agree on them.
     """
     if view.adapter.random_weights is None:
         note_random_weights(view, find_untrained(view))
-    return random_weights_now(view)
+    return names_of_no_base_now(view)
 
 
-def random_weights_now(view: View) -> tuple[str, ...]:
-    """Return what :func:`random_weights` does, and note nothing: before a fit begins, the base may still change."""
+def names_of_no_base_now(view: View) -> tuple[str, ...]:
+    """Return what :func:`names_of_no_base` does, and note nothing: before a fit begins, the base may still change."""
     random = view.adapter.random_weights
     if random is None:
         random = _random_among_frozen(view, find_untrained(view))
@@ -45,8 +45,8 @@ def _random_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:
     modules = set(found.new_modules)
     if found.is_mostly_trained:
         linear_layers = of_type(view.modules, nn.Linear)
-        modules.update(only(linear_layers, small_layers(view)))
+        modules.update(only(linear_layers, entirely_small_layers(view)))
     in_modules = set(names_inside(view.frozen_base, modules))
-    are_random = [name in in_modules for name in view.frozen_base]
-    are_random = true_anywhere(are_random, list(view.frozen_base.values()))
+    are_random_here = [name in in_modules for name in view.frozen_base]
+    are_random = true_anywhere(are_random_here, list(view.frozen_base.values()))
     return tuple(compress(view.frozen_base, are_random))
