@@ -91,6 +91,15 @@ class Guard:
     def first_batch_ended(self, model: nn.Module) -> None:
         """The first batch is over."""
 
+    def first_evaluation_runs(
+        self, view: "View", step: str
+    ) -> AbstractContextManager[None]:
+        """The first batch of an evaluation runs.
+
+        ``step``: what runs it, such as ``"validation step"``.
+        """
+        return nullcontext()
+
     def base_compared(self, view: "View") -> None:
         """A file is written in training, or the fit ends: the record has just compared the base."""
 
@@ -149,11 +158,16 @@ class Guards:
             getattr(guard, moment.__name__)(*args, **kwargs)
 
     @contextmanager
-    def watching_first_batch(self, model: nn.Module) -> Iterator[None]:
-        """Let guards look while a part of the first batch runs."""
+    def watching(
+        self,
+        moment: Callable[Concatenate[Any, _Arguments], AbstractContextManager[None]],
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
+    ) -> Iterator[None]:
+        """Let guards look while something runs: ``guards.watching(Guard.first_batch_runs, model)``."""
         with ExitStack() as running:
-            for guard in self._looking_at(Guard.first_batch_runs):
-                running.enter_context(guard.first_batch_runs(model))
+            for guard in self._looking_at(moment):
+                running.enter_context(getattr(guard, moment.__name__)(*args, **kwargs))
             yield
 
     def _looking_at(self, moment: Callable[..., object]) -> list[Guard]:

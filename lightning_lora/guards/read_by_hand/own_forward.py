@@ -65,7 +65,7 @@ class OwnForward:
         for place in self._weights:
             weight = find_parameter(place.owner, place.name)
             attributes = vars(place.owner)
-            if type(weight) is WatchedWeight and place.name not in attributes:
+            if isinstance(weight, WatchedWeight) and place.name not in attributes:
                 attributes[place.name] = weight.detach()
                 self._shown_plain.append(place)
 

@@ -1,4 +1,4 @@
-"""The class of a watched weight, which sees what torch computes with it."""
+"""The classes of watched weights, which see what torch computes with them."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import private
+from lightning_lora.layers import LoRALayer
 
 _COMPUTED_ATTRIBUTES = ("T", "mT", "H", "mH", "real", "imag")
 
@@ -33,10 +34,21 @@ _NO_READS = {*_NEED_THE_PARAMETER, *_SET_HOOKS, *_GIVE_NO_GRADIENT}
 
 
 class WatchedWeight(nn.Parameter):
-    """A frozen weight that notes whether a loss depends on what other code reads."""
+    """A frozen weight of an adapted layer that notes when other code reads it."""
 
-    lora_layer: str
-    lora_read: dict[str, None]  # the names of layers whose weights were read, so far
+    lora_layer: LoRALayer
+    # the layers whose weights were read so far
+    lora_read: dict[LoRALayer, None]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+        copied: nn.Parameter = memo[id(self)]
+        return copied
+
+
+class WeightInTraining(WatchedWeight):
+    """It notes a read only if a loss depends on what was read."""
 
     @classmethod
     def __torch_function__(
@@ -51,16 +63,33 @@ class WatchedWeight(nn.Parameter):
             args, kwargs = private.tree_map(_as_read, (args, kwargs))
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch's own
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
-        copied: nn.Parameter = memo[id(self)]
-        return copied
+
+class WeightInEvaluation(WatchedWeight):
+    """It notes each read that gives more than one number: there is no graph that says what depends on it."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch's own
+        if _is_read(func, kwargs) and _has_values(result) and not _is_called_by_us():
+            private.tree_map(_note_read, (args, kwargs))
+        return result
 
 
-def watch(weight: nn.Parameter, layer: str, read: dict[str, None]) -> None:
-    """Let a weight of ``layer`` add this name to ``read`` when it is read."""
-    weight.__class__ = WatchedWeight
+def watch(
+    weight: nn.Parameter,
+    kind: type[WatchedWeight],
+    layer: LoRALayer,
+    read: dict[LoRALayer, None],
+) -> None:
+    """Let a weight of ``layer`` add this layer to ``read`` when it is read."""
+    weight.__class__ = kind
     vars(weight).update(lora_layer=layer, lora_read=read)
 
 
@@ -101,6 +130,27 @@ def _is_in_place(name: str) -> bool:
     return name.endswith("_")
 
 
+def _has_values(result: object) -> bool:
+    """Whether a result may be a part of what a module computes: values, or several of them.
+
+    A single number is a look at a weight: its norm, for a logger.
+    """
+    return any(
+        isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+        for value in private.tree_leaves(result)
+    )
+
+
+def _note_read(value: object) -> object:
+    """Note a weight that was read while its layer shows its adapter.
+
+    In a block of ``disable_adapters``, the frozen weight is what is wanted.
+    """
+    if isinstance(value, WatchedWeight) and value.lora_layer.lora_enabled:
+        value.lora_read[value.lora_layer] = None
+    return value
+
+
 def _is_called_by_us() -> bool:
     """Whether the nearest code outside of torch is this package's.
 
@@ -119,7 +169,7 @@ def _is_called_by_us() -> bool:
 
 def _as_read(value: Any) -> Any:
     """What other code gets in place of a watched weight: the same values, with a graph."""
-    if type(value) is not WatchedWeight:
+    if not isinstance(value, WatchedWeight):
         return value
     switch = torch.zeros((), requires_grad=True)  # so that what is computed has a graph
     return _Read.apply(switch, value)  # type: ignore[no-untyped-call]

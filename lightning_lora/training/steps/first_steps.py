@@ -1,4 +1,4 @@
-"""What is looked at in the first steps of a fit. Later ones cost nothing."""
+"""What is looked at in the first steps of a fit, and of an evaluation. Later ones cost nothing."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -38,7 +38,7 @@ class FirstSteps:
         """Let guards watch a part of the first batch."""
         if not self._is_in_first_batch:
             return nullcontext()
-        return self.guards.watching_first_batch(model)
+        return self.guards.watching(Guard.first_batch_runs, model)
 
     def end_batch(self, model: nn.Module) -> None:
         """End the first batch."""
@@ -49,3 +49,19 @@ class FirstSteps:
     def close(self) -> None:
         """Let go of the model's weights."""
         self._copies = FrozenCopies()
+
+
+class FirstEvaluations:
+    """The first batch of each kind of evaluation in a run."""
+
+    def __init__(self, guards: Guards) -> None:
+        # they look in the first process alone: all compute with the same weights
+        self.guards = guards
+        self._begun: set[str] = set()
+
+    def watching(self, model: nn.Module, step: str) -> AbstractContextManager[None]:
+        """Let guards watch the first batch that this step runs, such as ``"test step"``."""
+        if step in self._begun:
+            return nullcontext()
+        self._begun.add(step)
+        return self.guards.watching(Guard.first_evaluation_runs, View(model), step)

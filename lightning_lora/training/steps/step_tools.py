@@ -4,7 +4,7 @@ from torch import nn
 
 from lightning_lora.moments import NO_GUARDS, Guards
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
-from lightning_lora.training.steps.first_steps import FirstSteps
+from lightning_lora.training.steps.first_steps import FirstEvaluations, FirstSteps
 from lightning_lora.training.steps.step_dropout import StepDropout
 
 
@@ -22,6 +22,7 @@ class StepTools:
         if is_first_process:
             self.guards_in_first_process = self.guards_in_each_process
         self.first_steps = FirstSteps(self.guards_in_first_process)
+        self.first_evaluations = FirstEvaluations(self.guards_in_first_process)
         self.dropout = StepDropout()
         self.float32 = Float32Steps()  # a training sets its own
 

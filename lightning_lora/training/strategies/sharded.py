@@ -192,6 +192,10 @@ class ShardedMethods(LateRestoreMethods):
         """Let no guard watch them either."""
         return nullcontext()
 
+    def watching_evaluation(self, step: str) -> AbstractContextManager[None]:
+        """Let no guard watch them either."""
+        return nullcontext()
+
     @patches_strategy
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

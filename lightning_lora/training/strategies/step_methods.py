@@ -94,6 +94,36 @@ class StepMethods(SetUpMethods):
         """Let guards watch a part of the first batch, in the first process."""
         return self.stage.tools.first_steps.watching(module)
 
+    # Evaluations
+
+    @patches_strategy
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a validation step.
+
+        The sanity check comes before the training, whose first batch is looked at first.
+        """
+        if self.strategy.lightning_module.trainer.sanity_checking:
+            return self.original.validation_step(*args, **kwargs)
+        with self.watching_evaluation("validation step"):
+            return self.original.validation_step(*args, **kwargs)
+
+    @patches_strategy
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a test step."""
+        with self.watching_evaluation("test step"):
+            return self.original.test_step(*args, **kwargs)
+
+    @patches_strategy
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a prediction step."""
+        with self.watching_evaluation("prediction step"):
+            return self.original.predict_step(*args, **kwargs)
+
+    def watching_evaluation(self, step: str) -> AbstractContextManager[None]:
+        """Let guards watch the first batch of an evaluation, in the first process."""
+        module = self.strategy.lightning_module
+        return self.stage.tools.first_evaluations.watching(module, step)
+
     # What a training watch asks for
 
     def gradients(self, *, is_new_fit: bool) -> Gradients:

@@ -32,6 +32,7 @@ class StrategyMethods(LoadMethods, SaveMethods, StepMethods):
       workers draw.
     - ``training_step``, ``backward``: something around each call, which also ends after
       an error. An optimizer may run several of them in a batch.
+    - ``validation_step``, ``test_step``, ``predict_step``: the same, around the first.
 
     What a kind of strategy may override, beside these:
 
@@ -40,7 +41,8 @@ class StrategyMethods(LoadMethods, SaveMethods, StepMethods):
     - ``setup_in_stage``, ``adapt``, ``note_base``: the parts of the set-up.
     - ``rebuild_optimizers``, ``load_plain``, ``adapt_replaced_layers``,
       ``load_states``: the parts of loading.
-    - ``begin_first_steps``, ``watching``: what looks at the first steps.
+    - ``begin_first_steps``, ``watching``, ``watching_evaluation``: what looks at the
+      first steps.
     - ``gradients``, ``float32_steps``, ``strip_non_backbones``: what a training watch
       asks for.
     """
