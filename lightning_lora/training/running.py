@@ -3,7 +3,7 @@
 from contextlib import ExitStack, closing
 
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import AdapterStateError
@@ -18,7 +18,7 @@ from lightning_lora.training.compatibility import (
     callbacks_of,
     late_callback_error,
 )
-from lightning_lora.training.optimizers.group_checks import check_frozen
+from lightning_lora.training.optimizers.group_checks import check_added
 from lightning_lora.training.optimizers.scaled_groups import update_scaled_rates
 from lightning_lora.training.stages.stage import Stage
 from lightning_lora.training.steps.backbones import Backbones
@@ -91,6 +91,8 @@ class TrainingWatch:
         self._base_before_first_batch: dict[str, int] | None = base
         view = view_of(self.module)
         self._trained_adapter = view.adapter.name
+        # parameters in optimizers that earlier steps have accepted
+        self._accepted: set[nn.Parameter] = set()
         _let_layers_train(view)
         stage.tools.guards_in_first_process.tell(Guard.adapters_ready, view)
         average_what_trains(callbacks_of(trainer), view)
@@ -130,7 +132,7 @@ class TrainingWatch:
         self.gradients.end_backward()
 
     def begin_optimizer_step(self, optimizer: Optimizer) -> bool:
-        """Check that the optimizer trains adapters, and nothing frozen.
+        """Check that the optimizer trains adapters, and nothing that no file holds.
 
         The first step shows which frozen networks are no backbones: nothing that trains
         is computed from their outputs. They lose their adapters first, so that guards
@@ -142,7 +144,7 @@ class TrainingWatch:
         # networks are unjudged until their first step
         if self.backbones.unjudged:
             train_fewer = self.methods.strip_non_backbones(optimizer, self.backbones)
-        check_frozen(self.module, optimizer, self.gradients.frozen)
+        check_added(self.module, optimizer, self._accepted)
         update_scaled_rates(optimizer)
         unreached = self.gradients.begin_step(optimizer)
         if unreached:

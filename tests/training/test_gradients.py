@@ -24,6 +24,7 @@ from tests.support.compared import assert_all_have_moved, assert_same_tensors
 from tests.support.fits import KeepsStates, fit
 from tests.support.models import (
     ADAPTERS,
+    CLASSES,
     LitTiny,
     X,
     as_trained,
@@ -319,6 +320,45 @@ def test_frozen_weights_that_are_given_to_an_optimizer_in_training_are_refused(
     ):
         train(tmp_path, lora(), model=model)
     assert torch.equal(model.embed.weight, before)
+
+
+class Grows(LitTiny):
+    """A module that gets a new layer in its second epoch, with a group of its own."""
+
+    is_added_to_module = True
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            extra = nn.Linear(CLASSES, CLASSES)
+            vars(self)["extra"] = extra
+            if self.is_added_to_module:
+                self.add_module("grown", extra)
+            self.trainer.optimizers[0].add_param_group({"params": extra.parameters()})
+
+    def forward(self, index: Tensor) -> Tensor:
+        logits = super().forward(index)
+        extra = vars(self).get("extra")
+        return logits if extra is None else extra(logits)
+
+
+class GrowsBesideTheModule(Grows):
+    is_added_to_module = False
+
+
+def test_what_is_added_in_training_is_refused(tmp_path: Path) -> None:
+    model = Grows()
+    with pytest.raises(
+        OptimizerError,
+        match=r"'grown.weight', 'grown.bias' of Grows were added.*configure_model",
+    ):
+        train(tmp_path, lora(), model=model)
+
+
+def test_what_is_in_no_module_may_be_added(tmp_path: Path) -> None:
+    model = GrowsBesideTheModule()
+    train(tmp_path, lora(), model=model)
+    extra = vars(model)["extra"]
+    assert extra.weight.grad is not None
 
 
 class Adversaries(L.LightningModule):

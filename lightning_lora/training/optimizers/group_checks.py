@@ -152,19 +152,25 @@ def networks_around(modules: Iterable[str]) -> list[str]:
     return [shared] if shared else names
 
 
-def check_frozen(
-    model: nn.Module, optimizer: Optimizer, frozen: set[nn.Parameter]
+def check_added(
+    model: nn.Module, optimizer: Optimizer, accepted: set[nn.Parameter]
 ) -> None:
-    """Refuse frozen weights that were added to an optimizer after its set-up."""
-    for group in optimizer.param_groups:
-        if not frozen.isdisjoint(group["params"]):
-            raise _error_of_added(model, frozen & held_by([optimizer]))
+    """Refuse parameters of the model that were added to an optimizer after its set-up, and that no file would hold.
 
-
-def _error_of_added(model: nn.Module, added: set[nn.Parameter]) -> OptimizerError:
-    names = with_values(view_of(model).frozen_base, added)
-    return OptimizerError(
-        f"{listed(names)} of {type(model).__name__} were added to an optimizer in "
-        "training, but are frozen. Name their modules in modules_to_save to train "
-        "them, or remove the code or the callback that adds them."
-    )
+    They are frozen, or new. ``accepted`` are those that earlier steps have accepted,
+    and gets those that are accepted now. A parameter that is not in the model, as those
+    of a loss, is accepted: no file of Lightning's would hold it either.
+    """
+    if all(accepted.issuperset(group["params"]) for group in optimizer.param_groups):
+        return
+    held = held_by([optimizer])
+    added = with_values(view_of(model).frozen_base, held)
+    if added:
+        raise OptimizerError(
+            f"{listed(added)} of {type(model).__name__} were added to an optimizer in "
+            "training, but LoRACallback does not train them: no file would hold what "
+            "they learn. Name their modules in modules_to_save, and make new ones "
+            "before the training: in __init__, setup or configure_model. Or remove the "
+            "code or the callback that adds them."
+        )
+    accepted.update(held)
