@@ -1,6 +1,12 @@
-"""Read what a file holds, of this package or of another library.
+"""Read what a file holds, of this package or of another library. No code in it is run.
 
-No code in it is run.
+What is returned, its contents, is one of these:
+
+=========================================  ================================================
+a safetensors file of this package         ``{"state_dict": {name: tensor}, KEY: description}``
+another safetensors file                   ``{name: tensor, ..., HEADER: what its header says}``
+an archive of torch, such as a checkpoint  what was saved
+=========================================  ================================================
 """
 
 import json
@@ -29,12 +35,12 @@ from lightning_lora.tensors.values import is_computable
 
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:
-    """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes."""
-    return _read_with(path, partial(_load_adapters, path))
+    """Return a file's contents. Of a checkpoint, objects of classes are not built."""
+    return _read_with(path, partial(_load_plain, path))
 
 
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
-    """Return the contents of a checkpoint, hyperparameters and all."""
+    """Return the contents of a checkpoint, with hyperparameters and all else in it."""
     remedy = (
         "If you trust it, pass weights_only=False to load_from_checkpoint. If not, "
         "build the model yourself, and call load_adapter(model, path): it reads only "
@@ -45,7 +51,7 @@ def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
 
 
 def check_computable(contents: Mapping[Any, Any], path: object) -> None:
-    """Refuse tensors with which torch cannot compute, in a file or in a state dict inside of it."""
+    """Refuse tensors with which torch cannot compute, in a file's contents or in a dict inside of them."""
     odd = list[str]()
     for group in (contents, *of_type(contents, dict).values()):
         tensors = of_type(group, Tensor)
@@ -71,33 +77,37 @@ def _read_with(
         places.check_path(path)
     with read_errors.reading(path, remedy), places.on_this_machine(path) as local:
         archives.check_is_file(local, path)
-        # once: another process may replace it at any time
+        # it is opened once, because another process may replace it at any time
         with places.opened(local) as file:
             kind = archives.kind_of(file)
             if kind is archives.Kind.SAFETENSORS:
-                return _read_tensors(file.read())
-            archives.check_new_format(kind, path)
-            if kind is archives.Kind.OTHER:
-                found = archives.what_it_is(file)
-                raise AdapterFileError(
-                    f"{path} is no archive of torch, and no file of safetensors: "
-                    f"{found}"
-                )
-            archives.check_archive(file, path)
+                return _read_safetensors(file.read())
+            _check_is_archive(file, kind, path)
             contents = load(file)
-            # a merged model, or a base that a hook saw, may lie beside them
+            # a merged model may lie beside the adapters in the state
             reduce_to_adapters(contents)
             return contents
 
 
-def _load_adapters(path: object, file: Any) -> Any:
-    """The contents of an archive, of which the adapters must be plain."""
+def _check_is_archive(file: Any, kind: archives.Kind, path: object) -> None:
+    """Refuse an open file that is not a whole archive of torch."""
+    archives.check_new_format(kind, path)
+    if kind is archives.Kind.OTHER:
+        found = archives.what_it_is(file)
+        raise AdapterFileError(
+            f"{path} is no archive of torch, and no file of safetensors: {found}"
+        )
+    archives.check_archive(file, path)
+
+
+def _load_plain(path: object, file: Any) -> Any:
+    """The contents of an archive, without objects of classes. Among adapters, these are refused."""
     contents = plain_pickles.load_plain(file)
     if not isinstance(contents, dict):
         return contents
-    # "model": where others' training loops save a state
-    of_adapters = only(contents, ("state_dict", KEY, "model"))
-    unread = plain_pickles.unread_in(of_adapters)
+    # training loops of other libraries save a state as "model"
+    with_adapters = only(contents, ("state_dict", KEY, "model"))
+    unread = plain_pickles.unread_in(with_adapters)
     if unread:
         raise AdapterFileError(
             f"{path} holds {listed(unread)} among its adapters, which must be plain "
@@ -107,9 +117,9 @@ def _load_adapters(path: object, file: Any) -> Any:
     return contents
 
 
-def _read_tensors(contents: bytes) -> dict[str, Any]:
+def _read_safetensors(contents: bytes) -> dict[str, Any]:
     """The tensors of a safetensors file, and what its header says."""
-    # the library gives them in another order each time
+    # sorted, because the library gives them in another order each time
     tensors = dict(sorted(load_tensors(contents).items()))
     header = safetensors_bytes.header_in(contents).get(HEADER, {})
     description = json.loads(header.get(KEY, "null"))

@@ -41,42 +41,36 @@ class Export:
     """
 
     stored: StoredAdapters
-    # from which the reader loads its model; None: as stored
+    # the name from which the reader loads its model; None: that which is stored
     base_name: str | None = field(default=None, kw_only=True)
 
     def name_for_reader(self, name: str) -> str:
-        """Return the reader's name: without the prefix of the root."""
+        """Return the reader's name for a name of the model, without the prefix of the root."""
         return Renaming(self.stored.root, "").name_here(name)
 
     @property
     def modules_of_model(self) -> dict[str, nn.Module]:
-        """All modules of the model, by their names there. Empty: a file is exported."""
+        """All modules of the model, by their names there. Empty: a file is exported, and no model."""
         return {}
 
     @cached_property
     def modules_for_reader(self) -> dict[str, nn.Module]:
-        """The modules that the reader has, by its names."""
+        """The modules that the reader has, by its names for them."""
         return by_names_inside(self.stored.root, self.modules_of_model)
 
     @property
     def inner(self) -> nn.Module | None:
-        """The module that the reader has, with all others in it.
-
-        None: a file is exported.
-        """
+        """The module that the reader has, with all others in it. None: a file is exported."""
         return self.modules_for_reader.get("")
 
     @cached_property
     def stored_modules(self) -> dict[str, StoredModule]:
-        """What files say of modules, by the reader's names.
-
-        Empty: 0.2.0 wrote the file.
-        """
+        """What a file says of modules, by the reader's names. Empty: 0.2.0 wrote the file."""
         return by_names_inside(self.stored.root, self.stored.modules)
 
     @property
     def stored_inner(self) -> StoredModule:
-        """What files say of the module that the reader has, with the name of its base."""
+        """What a file says of the module that the reader has, with ``base_name`` if one is given."""
         inner = self.stored_modules.get("", UNKNOWN_MODULE)
         if self.base_name is None:
             return inner
@@ -94,15 +88,12 @@ class Export:
 
     @cached_property
     def layers_with_rows(self) -> dict[str, StoredLayer]:
-        """The embeddings of which single rows train."""
+        """The embeddings of which single rows train, by their names in the model."""
         return where(self.stored.layers, _has_rows)
 
     @cached_property
     def saved_tensors(self) -> dict[str, Tensor]:
-        """All tensors of ``modules_to_save``, unchanged ones too.
-
-        An error, if a file lacks some.
-        """
+        """All tensors of ``modules_to_save``, unchanged ones too. If a file lacks some, it is refused."""
         known = self.known_tensors
         names = list(chain.from_iterable(self.stored.saved.values()))
         missing = names_not_in(names, known)
@@ -116,7 +107,7 @@ class Export:
 
     @property
     def known_tensors(self) -> dict[str, Tensor]:
-        """All tensors that are known: a file has those that training changed."""
+        """All tensors that are known. Of a file, these are the ones that training changed."""
         return self.stored.state
 
 
@@ -144,10 +135,10 @@ def _has_rows(layer: StoredLayer) -> bool:
 
 
 def for_reader(export: Export, root: str | None) -> Export:
-    """Return what a reader with the module ``root`` gets.
+    """Return what a reader with the module ``root`` gets. None: the root that is stored.
 
-    None: the root that is stored. Values of weights that look untrained, and of filled
-    buffers, have no place in its files: they are left out, with a warning.
+    Values of weights that look untrained, and of filled buffers, have no place in its
+    files: they are left out, with a warning.
     """
     stored = export.stored
     if root is not None:

@@ -14,13 +14,12 @@ from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.stored import ReadFor
 from lightning_lora.tensors.dicts import of_type, without
 
-# the contents of a file have its header under this name of safetensors, beside the
-# tensors
+# the name by which the contents of a safetensors file have its header, beside its tensors
 HEADER = "__metadata__"
 
 
 class LoadArguments(NamedTuple):
-    """The arguments of ``load_adapter`` that say what files of loralib do not."""
+    """The arguments of ``load_adapter`` by which a user says what files of loralib do not."""
 
     alpha: float | None = None
     target_slices: Slices | None = None
@@ -32,7 +31,7 @@ class Recognise(Protocol):
     def __call__(
         self, contents: Mapping[str, Any], path: Any, arguments: LoadArguments, /
     ) -> ReadFor | None:
-        """Return what reads these contents for a model.
+        """Return a function that reads these contents for a model.
 
         None: they have another format.
         """
@@ -45,13 +44,13 @@ class Format:
     Each has a file of its own, and a line in the registry.
     """
 
-    name: str  # the ``format`` of ``export_peft``
-    tool: str  # whose it is, in messages
+    name: str  # the argument ``format`` of ``export_peft``
+    tool: str  # the library that writes it, in messages
     recognise: Recognise
-    # the names of its files in a folder; the first one is written
+    # the names of its files in a folder: the first one is written, each is read
     files: tuple[str, ...] = ()
-    expected_files: str = ""  # those of a whole folder, in messages
-    # whether it needs ``LoadArguments``: its files do not say these
+    expected_files: str = ""  # the files of a whole folder, in messages
+    # whether the files do not say all, so that the user gives ``LoadArguments``
     takes_arguments: bool = False
 
 
@@ -73,9 +72,9 @@ class WrittenFormat(Format):
 class UnreadTool:
     """A tool whose files are not read, but told, so that the error says how to go on."""
 
-    tool: str  # in messages
-    tensor_names: str  # an expression for some of them
-    remedy: str  # how to go on
+    tool: str  # its name in messages
+    tensor_names: str  # an expression that some names of its tensors match
+    remedy: str  # how to go on, in messages
 
     def has_written(self, names: Iterable[str]) -> bool:
         """Return whether a file with these names of tensors is of this tool."""
@@ -84,7 +83,7 @@ class UnreadTool:
 
 
 def tensors_in(contents: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
-    """Return all but the header of a file. Refuse what is no tensor."""
+    """Return all that a file holds but its header. What is no tensor is refused."""
     others = without(contents, [HEADER])
     tensors = of_type(others, Tensor)
     odd = without(others, tensors)

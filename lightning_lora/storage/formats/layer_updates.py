@@ -11,24 +11,27 @@ from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import prefixed
 
-AdapterTensors = Mapping[Role, Tensor]  # those of one adapter in a file
+AdapterTensors = Mapping[Role, Tensor]
+"""The tensors of one adapter in a file: ``{Role.A: a, Role.B: b}``."""
 
 
 @dataclass(frozen=True)
 class LayerUpdate:
     """The update of one layer that is read: A and B of each matrix, of any rank, and DoRA's magnitudes.
 
-    What is written is a :class:`WeightUpdate`, because other programs adapt whole
-    weights, and not the rows of one.
+    A matrix may be some rows of a weight, as those of q. What is written is a
+    :class:`WeightUpdate`, because other programs adapt whole weights.
     """
 
-    layer: StoredLayer  # with the update's scaling; its ``r`` is not set yet, see below
-    factors: tuple[Factors, ...] = ()  # of each matrix
+    # the layer with the scaling of the update; its rank is ``r`` here, not that of the
+    # layer
+    layer: StoredLayer
+    factors: tuple[Factors, ...] = ()  # A and B of each of the layer's matrices
     magnitude: Tensor | None = None
 
     @property
     def r(self) -> int:
-        """The rank of the layer: the highest that one of its matrices has or can have."""
+        """The rank of the layer: the highest of its matrices, of which each is at most the matrix's largest."""
         ranks = [matrix.rank_for(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
         return max(ranks)
 
@@ -55,7 +58,7 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class RowsUpdate(LayerUpdate):
-    """The update of an embedding of which single rows train: they are in place of the factors."""
+    """The update of an embedding of which single rows train. It has these in place of factors."""
 
     rows: Tensor = field(kw_only=True)
 
@@ -71,7 +74,7 @@ class RowsUpdate(LayerUpdate):
 
 
 def pair_of(name: str, tensors: AdapterTensors) -> Factors:
-    """Return A and B of what has this name in the file."""
+    """Return A and B of one adapter, which has this name in the file."""
     if not tensors.keys() >= {Role.A, Role.B}:
         raise AdapterFileError(
             f"The file holds only one of A and B of {name!r}: it is damaged."

@@ -1,7 +1,7 @@
 """What a Lightning checkpoint holds besides the model's state: the state of the run, and that of callbacks.
 
-It is no format of other libraries. But each of them is told from it, by the entry
-``VERSION_KEY``.
+A checkpoint is none of the formats of other libraries. Its entry ``VERSION_KEY`` tells
+it from them.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -13,16 +13,18 @@ from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import names_not_in
 
-# the entry with the version that wrote the checkpoint
+# the entry with the version of Lightning that wrote the checkpoint
 VERSION_KEY = "pytorch-lightning_version"
-# where WeightAveraging moves the module's own state: "state_dict" holds the average
+# the entry to which WeightAveraging moves the module's own state: its "state_dict" holds
+# the average
 MOVED = "current_model_state"
-# where StochasticWeightAveraging has the average's state
+# the entry in which StochasticWeightAveraging has the state of its average
 AVERAGE = "average_model_state"
-_CALLBACKS = "callbacks"  # the states of callbacks
-_OURS = "lightning_lora.LoRACallback"  # the name of ours among them
-# without which a fit cannot go on
+_CALLBACKS = "callbacks"  # the entry with the states of callbacks
+_OURS = "lightning_lora.LoRACallback"  # the name of our callback in that entry
+# the entries without which a fit cannot go on
 _RESUMED = ("optimizer_states", "lr_schedulers", "loops")
+# the entries that a new run does not begin with
 _OF_THE_RUN = (*_RESUMED, _CALLBACKS, "epoch", "global_step", MOVED, "averaging_state")
 
 
@@ -40,9 +42,9 @@ def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
 def with_callback_state(checkpoint: Mapping[str, Any], adapter: str) -> dict[str, Any]:
     """Return a checkpoint with a state of LoRACallback.
 
-    A Trainer that loads it without the callback then warns that one is missing. Nothing
-    else may say so: with ``strict_loading = False``, torch ignores the names of
-    adapters.
+    So a Trainer that loads it without the callback warns that the callback is missing.
+    With ``strict_loading = False``, nothing else says so: torch then ignores the names
+    of adapters.
     """
     return {
         **checkpoint,
@@ -51,12 +53,15 @@ def with_callback_state(checkpoint: Mapping[str, Any], adapter: str) -> dict[str
 
 
 def remove_callback_state(checkpoint: dict[str, Any]) -> None:
-    """Take the state of LoRACallback out of a checkpoint, in place: the callback is here, and needs none."""
+    """Take the state of LoRACallback out of a checkpoint, in place.
+
+    The callback is here, and needs no state. Beside weights alone, Lightning writes no
+    entry of callbacks, so an empty one is taken out, too.
+    """
     states = checkpoint.get(_CALLBACKS)
     if not isinstance(states, dict) or _OURS not in states:
         return
     del states[_OURS]
-    # then Lightning stores no callbacks
     has_weights_only = "optimizer_states" not in checkpoint
     if has_weights_only and not states:
         del checkpoint[_CALLBACKS]
@@ -93,7 +98,7 @@ def has_adapters(state: Iterable[Any]) -> bool:
 
 
 def check_is_lightning(checkpoint: object, path: object) -> Mapping[str, Any]:
-    """Refuse what is not a Lightning checkpoint."""
+    """Refuse what is not a Lightning checkpoint. Return what is."""
     if not _is_lightning(checkpoint):
         raise AdapterFileError(
             f"{path} is not a Lightning checkpoint, with 'state_dict' and "
@@ -104,14 +109,14 @@ def check_is_lightning(checkpoint: object, path: object) -> Mapping[str, Any]:
 
 
 def _is_lightning(checkpoint: object) -> TypeGuard[Mapping[str, Any]]:
-    """Whether it has what every Lightning checkpoint has."""
+    """Whether this has what every Lightning checkpoint has."""
     if not isinstance(checkpoint, Mapping) or VERSION_KEY not in checkpoint:
         return False
     return isinstance(checkpoint.get("state_dict"), Mapping)
 
 
 def without_run_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a full checkpoint without the state of the run that wrote it: a new run begins from it."""
+    """Return a full checkpoint without the state of the run that wrote it, so that a new run begins from it."""
     others = without(checkpoint, _OF_THE_RUN)
     anew = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
     return {**others, **anew}

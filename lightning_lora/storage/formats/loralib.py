@@ -57,7 +57,7 @@ class _LoralibFile:
 def recognise(
     contents: Mapping[str, Any], path: object, arguments: LoadArguments
 ) -> ReadFor | None:
-    """Return how to read these contents of a file of torch, if loralib wrote it."""
+    """Return a function that reads these contents of a file for a model, if loralib wrote it."""
     file = _LoralibFile(pairs={}, rest={})
     for name, value in _tensors_in(contents).items():
         file.add(name, value)
@@ -67,7 +67,11 @@ def recognise(
 
 
 def _tensors_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state, which may lie inside a checkpoint, or be that of a DistributedDataParallel."""
+    """The tensors of a state.
+
+    It may lie inside a checkpoint. It may be that of a DistributedDataParallel: then all
+    names begin with ``module.``, which is taken off.
+    """
     for key in ("model_state_dict", "state_dict"):
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
@@ -96,10 +100,10 @@ def _adapters_in_file(
     factors = {name: pair_of(name, pair) for name, pair in file.pairs.items()}
     factors = renaming.with_names_here(factors)
     _check_slices(settings_of_file, factors)
-    layers = _Layers(view, settings_of_file)
-    updates = [layers.read_update(name, pair) for name, pair in factors.items()]
+    reader = _UpdateReader(view, settings_of_file)
+    updates = [reader.read(name, pair) for name, pair in factors.items()]
     rest = renaming.with_names_here(file.rest)
-    # each update has its own scaling and slices
+    # with no settings: each update has its own scaling and slices
     return stored_from_updates(view, updates, rest, LoRAConfig())
 
 
@@ -117,18 +121,15 @@ def _check_slices(settings: LoRAConfig, layers: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _Layers:
-    """The layers of a model that a file adapts."""
+class _UpdateReader:
+    """Makes updates of the layers of a model from a file's factors."""
 
     view: View
-    # with alpha and the slices that the user names: the file says neither
+    # has alpha and the slices that the user names: the file says neither
     settings: LoRAConfig
 
-    def read_update(self, name: str, factors: Factors) -> LayerUpdate:
-        """Return the update of one layer.
-
-        It was a ``MergedLinear`` if the user names slices of it.
-        """
+    def read(self, name: str, factors: Factors) -> LayerUpdate:
+        """Return the update of one layer, which was a ``MergedLinear`` if the user names slices of it."""
         module = self.view.modules[name]
         kind = self._checked_kind(name, factors)
         layer = described(self.view, name, kind, kind.lora_matrices_of(module))
@@ -141,10 +142,7 @@ class _Layers:
         return _merged_linear(layer, matrices, factors)
 
     def _checked_kind(self, name: str, factors: Factors) -> type[LoRALayer]:
-        """The class of a layer's adapter here.
-
-        Refuse a layer that loralib does not adapt.
-        """
+        """The class of a layer's adapter here. A layer that loralib does not adapt is refused."""
         module = self.view.modules[name]
         kind = adapter_for(module)
         a, b = factors
@@ -161,13 +159,13 @@ class _Layers:
 
 
 def _rank_of(factors: Factors) -> int:
-    """The rank: the columns of B. A has as many rows for each slice."""
+    """The rank: B has so many columns, and A so many rows for each slice."""
     _, b = factors
     return b.shape[1]
 
 
 def _whole_layer(layer: StoredLayer, factors: Factors) -> LayerUpdate:
-    """The update of all other layers: A and B of one matrix, which is the weight."""
+    """The update of a layer that is no ``MergedLinear``: A and B of one matrix, which is the weight."""
     example = f"target_slices={{{layer.name!r}: ['q', 'v']}}"
     remedy = (
         " If it was a MergedLinear, name the slices that it adapted (enable_lora): "
@@ -180,7 +178,7 @@ def _whole_layer(layer: StoredLayer, factors: Factors) -> LayerUpdate:
 def _merged_linear(
     layer: StoredLayer, slices: Iterable[AdaptedMatrix], factors: Factors
 ) -> LayerUpdate:
-    """The update of a ``MergedLinear``: A and B have its slices stacked, in the order of the weight."""
+    """The update of a ``MergedLinear``: A and B have those of its slices stacked, in the order of their rows."""
     matrices = tuple(sorted(slices, key=attrgetter("first")))
     a, b = factors
     r = _rank_of(factors)

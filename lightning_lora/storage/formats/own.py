@@ -38,7 +38,7 @@ def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
 
 
 def check_place(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
-    """Refuse an ending that hides the format, and a place where no file can be."""
+    """Refuse a name without the ending of safetensors, and a place where no file can be written."""
     check_output(path, inputs)
     if not str(path).endswith(".safetensors"):
         raise AdapterFileError(
@@ -61,10 +61,7 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
 
 
 def stored_adapters(contents: Any, path: object) -> StoredAdapters:
-    """Return the adapters in the contents of a file.
-
-    They must be as they were written.
-    """
+    """Return the adapters in the contents of a file, which must be as they were written."""
     contents = dict_or_empty(contents)
     state = contents.get("state_dict")
     description = contents.get(KEY)
@@ -126,7 +123,7 @@ def _reader_of_whole_models(contents: dict[Any, Any]) -> str:
 
 
 def _needs_its_model(format: Format) -> str:
-    """What a file of another library holds, where there is no model."""
+    """What a file of another library holds, in a message where there is no model."""
     return (
         f"adapters of {format.tool}, and only their model tells what their layers are. "
         "Load them onto it, and write a file of this package: load_adapter(model, "

@@ -13,16 +13,18 @@ from lightning_lora.storage.on_disk.places import local_path
 from lightning_lora.tensors.names import names_not_in
 
 PEFT_CONFIG = "adapter_config.json"
-# in the same folder; the newer one first
+# the file of tensors in the same folder has one of these names, the newer one first
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model"  # before every name of the base
+PREFIX = "base_model.model"  # what every name in a file of PEFT begins with
 
-# the configuration in the header of a file, as diffusers writes it; we do in both
+# the entry of a file's header with the configuration: diffusers writes it, and we do in
+# both formats
 METADATA = "lora_adapter_metadata"
-# our entry in that header: names in the model, of tensors with others in the file
+# our own entry of that header: the names in the model of tensors that have others in the
+# file
 NAMES_HERE = "lightning_lora_names"
 
-# the end of the name of rows that train
+# how the name of single rows that train ends
 TOKENS = "token_adapter.trainable_tokens_delta"
 
 _ROLES = {
@@ -49,7 +51,7 @@ _WRAPPERS = ("base_layer", "token_adapter", "modules_to_save")
 class PeftKey(NamedTuple):
     """What the name of a tensor says."""
 
-    wrapped: str  # the name of what PEFT wraps
+    wrapped: str  # the name of what PEFT wraps, or, without a role, of the tensor
     role: Role | None  # None: the tensor does not belong to an adapter
 
 

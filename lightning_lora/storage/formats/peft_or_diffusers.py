@@ -27,20 +27,17 @@ _ADAPTER_TENSOR = re.compile(rf"(?!diffusion_model\.){NAME_IN_ADAPTER.pattern}")
 
 
 def is_peft(contents: Mapping[Any, Any], path: Any) -> bool:
-    """Whether PEFT wrote a file with these contents, or other code that has its names."""
+    """Whether PEFT, or other code with its names, wrote a file with these contents."""
     return _has_updates(contents) and not _is_of_a_pipeline(contents, path)
 
 
 def is_diffusers(contents: Mapping[Any, Any], path: Any) -> bool:
-    """Whether diffusers wrote a file with these contents.
-
-    Or PEFT did, with that header and no configuration beside.
-    """
+    """Whether diffusers wrote a file with these contents, or PEFT with that header and no configuration beside."""
     return _has_updates(contents) and _is_of_a_pipeline(contents, path)
 
 
 def _has_updates(contents: Iterable[object]) -> bool:
-    """Whether there are names of PEFT's."""
+    """Whether some of these names are PEFT's, of an adapter's tensors."""
     names = map(str, contents)
     return any(map(_ADAPTER_TENSOR.fullmatch, names))
 

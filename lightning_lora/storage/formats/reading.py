@@ -1,7 +1,7 @@
 """What the readers of other libraries' files share: from updates of layers to adapters of this package.
 
-A file holds updates, and the rest: tensors that it trains in full, and copies of the
-base's. Readers give both by their names in the model.
+A file holds updates, and the *rest*: tensors that were trained in full, and copies of
+the base's. Readers give both by their names in the model.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -30,7 +30,6 @@ from lightning_lora.storage.formats.trained_in_full import (
 )
 from lightning_lora.storage.renaming import SAME_NAMES, Renaming, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.whole_names import by_whole_names
 from lightning_lora.tensors.dicts import only, without
 from lightning_lora.tensors.names import names_joined, names_not_in, owner_of
@@ -41,7 +40,11 @@ from lightning_lora.tensors.names import names_joined, names_not_in, owner_of
 def renaming_of(
     view: View, layers: Collection[str], entries: Collection[str], root: str
 ) -> Renaming:
-    """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
+    """Return how a file's names of layers and other tensors become those of the model: by one prefix.
+
+    ``root`` is the module of the model for which the file may be. A file with the
+    model's own names, or with those in its root, is nothing to warn of.
+    """
     names = [*layers, *entries]
     known = {**view.modules, **view.base_parameters, **view.buffers}
     title = view.title
@@ -76,12 +79,15 @@ def stored_from_updates(
 ) -> StoredAdapters:
     """Return what a file holds, as adapters of this package.
 
+    Their configuration says how each layer is adapted. It cannot say which single rows
+    train, so layers with some are described beside it.
+
     Args:
         view: The model.
         updates: The updates in the file.
         rest: The other tensors in it, by their names in the model.
-        settings: What the file says of the training. What trains in full, and whether
-            DoRA does, its tensors say.
+        settings: What the file says of the training. Only its tensors say what trains
+            in full, and whether DoRA is used.
         modules_to_save: The ends of the names of modules that train in full. None: the
             file does not say which.
     """
@@ -91,20 +97,21 @@ def stored_from_updates(
         )
     _check_floating(updates)
     adapted_weights = _adapted_weights(updates)
-    trained, state = _trained_in_rest(view, rest, adapted_weights, modules_to_save)
-    layers = list[StoredLayer]()
-    for update in updates:
-        layers.append(replace(update.layer, r=update.r))
-        state |= update.tensors()
-    settings = _settings_of_tensors(settings, updates, trained, adapted_weights)
+    trained, values_of_rest = _trained_in_rest(
+        view, rest, adapted_weights, modules_to_save
+    )
+    settings = _with_what_tensors_say(settings, updates, trained, adapted_weights)
+    layers = [replace(update.layer, r=update.r) for update in updates]
     config = by_whole_names(layers, settings, view.modules.keys())
-    # which rows, no tensor says
-    with_rows = {layer.name: layer for layer in layers if layer.tokens}
-    return StoredAdapters(config, state, with_rows)
+    state = dict(values_of_rest)
+    for update in updates:
+        state |= update.tensors()
+    layers_with_rows = {layer.name: layer for layer in layers if layer.tokens}
+    return StoredAdapters(config, state, layers_with_rows)
 
 
 def _check_floating(updates: Iterable[LayerUpdate]) -> None:
-    """Refuse updates of integers, to which other code has rounded them."""
+    """Refuse updates that other code has rounded to integers."""
     for update in updates:
         for factor in chain.from_iterable(update.factors):
             if not factor.is_floating_point() and not factor.is_complex():
@@ -122,9 +129,9 @@ def _trained_in_rest(
     adapted_weights: Collection[str],
     modules_to_save: Collection[str] | None,
 ) -> tuple[TrainedInFull, dict[str, Tensor]]:
-    """What the rest of a file trains in full, with the values of that and of buffers.
+    """What the rest of a file trains in full, and the values of this and of buffers.
 
-    Copies are the base's.
+    All else in the rest is a copy of the base's, and is left out.
     """
     _check_copied_weights(view, rest, adapted_weights)
     others = without(rest, adapted_weights)
@@ -134,13 +141,13 @@ def _trained_in_rest(
     return trained, values
 
 
-def _settings_of_tensors(
+def _with_what_tensors_say(
     settings: LoRAConfig,
     updates: Iterable[LayerUpdate],
     trained: TrainedInFull,
     adapted_weights: Collection[str],
 ) -> LoRAConfig:
-    """The settings of the file, with those that only its tensors say."""
+    """The settings of a file, with those that only its tensors say."""
     return replace(
         settings,
         modules_to_save=[*trained.modules, *trained.parameters] or None,
@@ -175,8 +182,9 @@ def _check_copied_weights(
 
 
 def _bias_argument(biases: Collection[str], adapted_weights: Collection[str]) -> Any:
-    """The configuration's word for these biases: only those of adapted layers, or others too."""
+    """The ``bias`` of a configuration that trains these biases: ``all``, if some are not of adapted layers."""
     if not biases:
         return "none"
     adapted_layers = set(map(owner_of, adapted_weights))
-    return "lora_only" if adapted_layers.issuperset(map(owner_of, biases)) else "all"
+    are_of_adapted = adapted_layers.issuperset(map(owner_of, biases))
+    return "lora_only" if are_of_adapted else "all"

@@ -22,7 +22,7 @@ from lightning_lora.storage.stored import KEY, ReadFor
 FORMATS = (peft_format.PEFT, diffusers.DIFFUSERS, kohya.KOHYA, loralib.LORALIB)
 """All formats, in the order in which they are asked whether a file is theirs."""
 
-# by name
+# the formats that are written, by name
 WRITTEN = {
     format.name: format for format in FORMATS if isinstance(format, WrittenFormat)
 }
@@ -31,7 +31,7 @@ WRITTEN = {
 def find_format(
     contents: Any, path: Any, arguments: LoadArguments
 ) -> tuple[Format, ReadFor] | None:
-    """Return a file's format, and what reads its contents for a model.
+    """Return a file's format, and a function that reads its contents for a model.
 
     None: it has none of these formats. Files of this package and Lightning's
     checkpoints have none, whatever the names of their tensors are.
@@ -57,7 +57,7 @@ def find_unread_tool(names: Collection[str]) -> UnreadTool | None:
 
 
 def file_in(folder: Path) -> tuple[Format, Path] | None:
-    """Return the file with adapters in a folder, and its format."""
+    """Return a folder's format, and its file with adapters: the first that is there, in the order of ``FORMATS``."""
     for format in FORMATS:
         for name in format.files:
             file = folder / name
@@ -74,11 +74,15 @@ _REPOSITORY = re.compile(r"[\w.-]{1,96}/(?!.*\.(safetensors|ckpt|bin|pt)$)[\w.-]
 
 
 def adapter_file_at(path: Path) -> Path:
-    """Return the file with the tensors: ``path`` itself, or in the folder ``path``, or of a repository of the hub."""
+    """Return the file with the tensors at a path.
+
+    The path may be this file, the folder that holds it, or the name of a repository of
+    the hub that this machine has.
+    """
     if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
         path = _cached(path.as_posix())
-    # its reader refuses it, with a better message
     is_of_deepspeed = (path / "checkpoint").is_dir()
+    # who reads a folder of DeepSpeed refuses it, with a better message than here
     if is_of_deepspeed or not path.is_dir():
         return path
     found = file_in(path)
@@ -90,7 +94,7 @@ def adapter_file_at(path: Path) -> Path:
 
 
 def _warn_of_other_files(folder: Path, file: Path) -> None:
-    """Warn if a folder has a file of another format too: of these, one may be older."""
+    """Warn if a folder has a file of another format too: one of the files may be older."""
     others = list[str]()
     for format in FORMATS:
         if file.name not in format.files:
@@ -103,7 +107,7 @@ def _warn_of_other_files(folder: Path, file: Path) -> None:
 
 
 def _no_adapters_in(folder: Path) -> str:
-    """What is wrong with a folder without a file that is known."""
+    """The message for a folder in which no file has the name of a format's."""
     expected = [format.expected_files for format in FORMATS if format.expected_files]
     example = next(folder.glob("*.safetensors"), Path("last.ckpt"))
     return (

@@ -20,18 +20,18 @@ from lightning_lora.tensors.names import (
 )
 from lightning_lora.tensors.values import same_bits
 
-# only what is inside of them trains
+# of a container, only what is inside of it trains
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass(frozen=True)
 class TrainedInFull:
-    """What trains beside updates."""
+    """The names of what trains beside updates."""
 
     modules: list[str]
-    parameters: list[str]  # single ones, in no such module
-    biases: set[str]  # likewise
-    names: set[str]  # of all tensors of these three groups
+    parameters: list[str]  # single ones, outside of these modules
+    biases: set[str]  # outside of these modules, too
+    names: set[str]  # the names of all tensors of these three groups
 
 
 def find_trained(
@@ -70,10 +70,7 @@ def _modules_that_train(
     changed: Iterable[str],
     modules_to_save: Collection[str] | None,
 ) -> list[str]:
-    """Those of the whole modules that train.
-
-    One inside of another one is left out: it trains with that.
-    """
+    """Those of the whole modules that train. A module inside of another one of these is left out."""
     if modules_to_save is None:
         trained = modules_around(changed).intersection(whole)
     else:
@@ -90,7 +87,7 @@ def _modules_that_train(
 def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
     """The modules of which the file holds each tensor, outer ones first.
 
-    Containers are none of them. Counts are enough: each name in the file is one of the
+    Containers are left out. To count is enough: each name in the file is one of the
     model, as :func:`renaming_of` has checked.
     """
     tensors_in_model = _tensors_by_module((*view.base_parameters, *view.buffers))
@@ -116,7 +113,7 @@ def _tensors_by_module(names: Iterable[str]) -> Counter[str]:
 
 
 def is_value_of_base(view: View, name: str, value: Tensor) -> bool:
-    """Whether a value is the base's, or one of the two is the other, converted."""
+    """Whether a value is the base's, or one of the two comes from a conversion of the other."""
     base = kept_or_present_value(view, name).cpu()
     if base.is_meta:  # it has no values to compare
         return True
@@ -125,7 +122,7 @@ def is_value_of_base(view: View, name: str, value: Tensor) -> bool:
 
 
 def check_ties(view: View, state: Mapping[str, Tensor]) -> None:
-    """Refuse new values for one use of a tied weight: here they would change its other uses too."""
+    """Refuse new values for one use of a tied weight, which would change its other uses too."""
     names_of = names_of_each(view.base_parameters)
     for name, value in only(state, view.base_parameters).items():
         uses = names_of[view.base_parameters[name]]

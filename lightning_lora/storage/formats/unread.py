@@ -11,7 +11,8 @@ KOHYA_REMEDY = (
     "load_adapter(model, folder)"
 )
 
-# files for other models than those of the format "kohya", or inside of other files
+# files with kohya's or ComfyUI's names that are not of the format "kohya": they are for
+# other models, or hold other things too
 OTHER_KOHYA = UnreadTool(
     tool="kohya's sd-scripts or ComfyUI",
     tensor_names=r".+\.lora_down\.weight|diffusion_model\..+\.lora_[AB]\.weight",

@@ -25,12 +25,12 @@ class WeightUpdate:
     """
 
     layer: StoredLayer
-    name: str  # of the layer, for the reader
+    name: str  # the reader's name for the layer
     weight: str  # the name of the weight in the layer
     factors: Factors  # A and B
-    alpha: float
+    alpha: float  # which a configuration says, in place of the scaling
     scaling: float
-    magnitude: Tensor | None = None  # of DoRA
+    magnitude: Tensor | None = None  # DoRA's
 
     @property
     def rank(self) -> int:
@@ -49,18 +49,20 @@ def weight_updates(export: Export) -> list[WeightUpdate]:
 
 
 def _update_of(export: Export, layer: StoredLayer, weight: str) -> WeightUpdate:
-    """The update of one weight, with the sum of all its parts."""
+    """The update of one weight: those of its parts, such as q and v, are joined."""
     config = export.stored.config
     settings = layer.settings(config)
     value_of = partial(_value_of, export.stored, layer)
     factors = weight_factors(weight, layer.matrices, settings, value_of)
     a, _ = factors
+    # patterns mean an adapted parameter by its own name, and another weight by its
+    # layer's
     is_parameter = layer.adapter_class is LoRAParameters
     parameter = join(layer.name, weight) if is_parameter else ""
     first, *_ = matrices_of_weight(weight, layer.matrices)
-    magnitude = (
-        value_of(first.parameter_name(Role.MAGNITUDE)) if settings.use_dora else None
-    )
+    magnitude = None
+    if settings.use_dora:
+        magnitude = value_of(first.parameter_name(Role.MAGNITUDE))
     return WeightUpdate(
         layer=layer,
         name=export.name_for_reader(layer.name),
@@ -76,16 +78,16 @@ def _value_of(stored: StoredAdapters, layer: StoredLayer, parameter: str) -> Ten
     """The value of one of an adapter's parameters."""
     value: Tensor = stored.state[join(layer.name, parameter)]
     value = value.detach().cpu()
-    # half precision would round the difference away
+    # if the update is the difference from a start, half precision would round it away
     if layer.settings(stored.config).is_difference:
         return value.to(wide(value.dtype))
     return value
 
 
 def with_largest_rank(updates: Collection[WeightUpdate]) -> list[WeightUpdate]:
-    """Give all the largest rank of any, by rows and columns of zeros.
+    """Give all updates the largest rank of any, by rows and columns of zeros.
 
-    Alpha is as before.
+    Their alphas are as before.
     """
     rank = max(update.rank for update in updates)
     return [
@@ -94,13 +96,13 @@ def with_largest_rank(updates: Collection[WeightUpdate]) -> list[WeightUpdate]:
 
 
 def with_scaling(updates: Iterable[WeightUpdate], scaling: float) -> list[WeightUpdate]:
-    """Give all the same scaling.
+    """Give all updates the same scaling.
 
-    B takes over what differs, so the updates are as before.
+    B makes up for the difference, so the updates are as before.
     """
     changed = list[WeightUpdate]()
     for update in updates:
-        # of the same rank: this only widens them to float32
+        # with the rank that they have: this only widens them to float32
         a, b = with_rank(update.factors, update.rank)
         factors = a, b * (update.scaling / scaling)
         alpha = scaling * update.rank

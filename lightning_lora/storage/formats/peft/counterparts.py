@@ -1,7 +1,8 @@
-"""PEFT's counterparts of our adapters: one table, at the end.
+"""PEFT's counterparts of our adapters: the table ``_COUNTERPARTS``, at the end.
 
-An adapter that is not in the table is refused, so a new one has to be put into it
-before it is written or read.
+Before it come the rules and the conversions that it names, by kinds of layers. An
+adapter that is not in the table is refused, so a new one has to be put into it before
+it is written or read.
 """
 
 import math
@@ -18,10 +19,9 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import kinds
 from lightning_lora.layers.contract import full_name
 from lightning_lora.storage.formats.peft.reasons import Reason, first_reason
-from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.storage.stored_layers import Shape, StoredLayer
 
-Shape = tuple[int, ...]
-Options = Mapping[str, Any]
+Options = Mapping[str, Any]  # of a StoredLayer, such as the groups of a convolution
 
 
 def _as_they_are(factors: Factors, _: Shape, __: Options) -> Factors:
@@ -33,13 +33,13 @@ def _as_they_are(factors: Factors, _: Shape, __: Options) -> Factors:
 class Counterpart:
     """What PEFT has for one of our adapters."""
 
-    # why PEFT computes something else for one such layer
+    # the rules by which PEFT computes something else for one such layer
     rules: tuple[Callable[[StoredLayer], Reason], ...]
-    # our factors of a weight as PEFT has them
+    # from our factors of a weight, with its shape and the layer's options, to PEFT's
     to_peft: Callable[[Factors, Shape, Options], Factors] = _as_they_are
-    # PEFT's factors as ours
+    # the way back
     from_peft: Callable[[Factors, Shape, Options], Factors] = _as_they_are
-    # the ends of the names of A and B
+    # how the names of A and B end in PEFT's file
     keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
     # whether PEFT wraps a parameter (target_parameters), not a layer
     is_parameter: bool = False
@@ -56,10 +56,7 @@ def has_counterpart(layer: StoredLayer) -> bool:
 
 
 def wraps_layers_of(kind: type[kinds.LoRALayer] | None) -> bool:
-    """Return whether PEFT wraps the layers that get this adapter here.
-
-    It wraps parameters of others.
-    """
+    """Return whether PEFT wraps the layers that get this adapter here, and not their parameters."""
     return kind in _COUNTERPARTS and not _COUNTERPARTS[kind].is_parameter
 
 
@@ -74,14 +71,14 @@ def why_no_counterpart(layer: StoredLayer, magnitude: Tensor | None = None) -> R
 
 
 def _because_not_in_table(layer: StoredLayer) -> Reason:
-    """The adapter is not in the table below, or the user has registered it."""
+    """The adapter is not in the table, or the user has registered the class of the layer."""
     if has_counterpart(layer) and not _is_registered(layer.layer_class):
         return ""
     return f"PEFT has no counterpart for our adapter of {_class_name(layer)}."
 
 
 def _because_used_in_several_places(layer: StoredLayer) -> Reason:
-    """The model has the layer under several names."""
+    """The model uses the layer in several places, under other names."""
     other_names = layer.other_names
     if other_names:
         return (
@@ -177,7 +174,7 @@ def _because_of_groups(layer: StoredLayer) -> Reason:
 
 
 def _with_kernel(factors: Factors, shape: Shape, _: Options) -> Factors:
-    """A with the kernel's sides, B with sides of one."""
+    """A with the kernel's sides, and B with sides of one: (r, in, 3, 3) and (out, r, 1, 1) for a kernel of 3 by 3."""
     a, b = factors
     ones = (1,) * (len(shape) - 2)
     a = a.view(-1, *shape[1:])
@@ -186,7 +183,7 @@ def _with_kernel(factors: Factors, shape: Shape, _: Options) -> Factors:
 
 
 def _without_kernel(factors: Factors, _: Shape, __: Options) -> Factors:
-    """Both as matrices."""
+    """Both factors as matrices."""
     a, b = factors
     return a.flatten(1), b.flatten(1)
 
@@ -205,7 +202,7 @@ def _because_of_kdim(layer: StoredLayer) -> Reason:
 
 
 def _because_read_elsewhere(layer: StoredLayer) -> Reason:
-    """A parameter belongs to a layer inside, and may be read past its forward."""
+    """A parameter belongs to a layer inside of this one, which may read it without calling that layer."""
     for matrix in layer.matrices:
         if "." in matrix.weight:
             return (
@@ -216,7 +213,7 @@ def _because_read_elsewhere(layer: StoredLayer) -> Reason:
 
 
 def _because_one_transposed_expert(layer: StoredLayer) -> Reason:
-    """A transposed stack has one matrix alone."""
+    """A stack of transposed matrices has one matrix alone."""
     for matrix in layer.matrices:
         if matrix.stack == (1,) and layer.options.get("is_transposed"):
             return "PEFT adds the update of one transposed expert the wrong way round."
@@ -224,9 +221,10 @@ def _because_one_transposed_expert(layer: StoredLayer) -> Reason:
 
 
 def _flattened_stack(factors: Factors, shape: Shape, options: Options) -> Factors:
-    """A by experts, B with the expert running fastest.
+    """The factors of a stack of experts as two matrices.
 
-    In a transposed stack, each weight is (in, out).
+    A has the rows of one expert after those of another. In B, the columns of all experts
+    alternate: the expert runs fastest.
     """
     if len(shape) == 2:
         return factors
@@ -248,7 +246,7 @@ def _unflattened_stack(factors: Factors, shape: Shape, options: Options) -> Fact
 
 
 def _turned(factors: Factors, options: Options) -> Factors:
-    """The factors of the transposed matrices, if the stack is transposed on one of the two sides."""
+    """The factors of the transposed matrices, if the stack has these: each of its weights is (in, out) then."""
     if not options.get("is_transposed"):
         return factors
     a, b = factors
@@ -263,7 +261,7 @@ _CONVOLUTION = (
 )
 _PARAMETERS = (_because_read_elsewhere, _because_one_transposed_expert)
 
-# None: a user's own adapter
+# a user's own adapter has no class here: it is None, which is no key
 _COUNTERPARTS: dict[type[kinds.LoRALayer] | None, Counterpart] = {
     kinds.LoRALinear: Counterpart((_because_of_own_forward,)),
     kinds.LoRALinear4bit: Counterpart((_because_of_own_forward,)),

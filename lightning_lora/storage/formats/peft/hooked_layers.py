@@ -1,7 +1,4 @@
-"""Hooks around the forward of an adapted layer.
-
-PEFT's wrapper is around them; here they are around the adapter.
-"""
+"""Hooks around the forward of an adapted layer: PEFT's wrapper lies around them; here they lie around the adapter."""
 
 from collections.abc import Iterable
 

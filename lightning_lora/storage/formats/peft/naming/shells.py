@@ -1,4 +1,7 @@
-"""Models of transformers without layers: so much of the model of a file that other code can ask for its types."""
+"""Shells: the models of transformers that a file describes, without layers.
+
+They are enough for code of PEFT that asks for the types of models.
+"""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -12,11 +15,12 @@ from lightning_lora.tensors.dicts import where, without
 from lightning_lora.tensors.names import starts_of
 
 _PRETRAINED = "transformers.modeling_utils.PreTrainedModel"
-_OF_TRANSFORMERS = "transformers.models."  # no other code is run for a file
+# how the Python modules begin that are imported for a file: no other code is run for it
+_OF_TRANSFORMERS = "transformers.models."
 
 
 def shell_of(described: Mapping[str, StoredModule]) -> nn.Module:
-    """Return a model that has the models of transformers in these modules, and nothing else.
+    """Return a module that has a shell for each model of transformers among these, and nothing else.
 
     Raises:
         ImportError: transformers is not installed, or lacks one of them.
@@ -37,10 +41,7 @@ def _is_of_transformers(module: StoredModule) -> bool:
 
 
 def _shell_of_model(model: StoredModule) -> nn.Module:
-    """A model of this class without anything inside.
-
-    Its configuration says the type alone.
-    """
+    """A model of this class without anything inside, whose configuration says its type alone."""
     if not model.classes:
         return nn.Module()
     model_class: Any = getattr(import_module(model.library), model.class_name, None)
@@ -56,16 +57,13 @@ def _shell_of_model(model: StoredModule) -> nn.Module:
 
 
 def _is_class_of_models(found: object) -> bool:
-    """Whether something is a class of transformers' models.
-
-    A file may name anything.
-    """
+    """Whether what a file names is a class of transformers' models: it may name anything."""
     models = import_module("transformers").PreTrainedModel
     return isinstance(found, type) and issubclass(found, models)
 
 
 def _add_missing(shell: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module into its place, unless there is one."""
+    """Put a module into its place in a shell, unless there is one already."""
     owner, _, last = name.rpartition(".")
     around = shell.get_submodule(owner)
     if last not in dict(around.named_children()):

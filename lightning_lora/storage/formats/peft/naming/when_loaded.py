@@ -24,7 +24,11 @@ from lightning_lora.tensors.names import names_not_in
 
 
 class PeftLoading:
-    """How PEFT loads a file onto a model: here one that is not of transformers, for which it changes nothing."""
+    """How PEFT loads a file onto a model.
+
+    This class is for a model that is not of transformers, for which PEFT changes
+    nothing.
+    """
 
     model_type = ""  # what transformers calls the architecture
 
@@ -52,7 +56,7 @@ def loading_of(export: Export) -> PeftLoading:
     """Return how PEFT loads these adapters onto the reader's model."""
     if export.inner is not None:
         leaves = set(map(_leaf, export.modules_for_reader))
-        # a layer's name that Mamba's models have
+        # Mamba's models have a layer of this name
         return _loading_onto(export.inner, may_be_mamba="conv1d" in leaves)
     if not export.stored_modules:
         return _OntoUnknownModel(export.stored)
@@ -64,9 +68,9 @@ def loading_of(export: Export) -> PeftLoading:
 
 
 def _loading_onto(model: nn.Module, *, may_be_mamba: bool) -> PeftLoading:
-    """How PEFT loads a file onto a model.
+    """How PEFT loads a file onto a model of these types.
 
-    It is imported, which takes seconds, only if it may change something.
+    PEFT is imported, which takes seconds, only if it may change something.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -144,9 +148,10 @@ class _OntoConvertedModel(_OntoModel):
         return layer not in config.target_modules
 
     def names_in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return the names under which tensors have to be written to arrive.
+        """Return the names under which tensors have to be written to arrive. What cannot arrive has none.
 
-        What cannot arrive has none.
+        All are tried with their own names. Those that do not arrive so are tried with
+        the names that transformers writes.
         """
         names = dict(zip(tensors, tensors, strict=True))
         arriving = self._arriving(tensors, names)
@@ -162,12 +167,12 @@ class _OntoConvertedModel(_OntoModel):
     ) -> dict[str, str]:
         """Those of these names in a file under which tensors arrive where they belong, and as they are.
 
-        PEFT's own code converts a file with these names, and the result is compared
-        with what was written.
+        PEFT's own code converts a file with these names. Then each tensor must be the
+        same object under its name in the model.
         """
         written = dict[str, Tensor]()
         for name, in_file in names.items():
-            # each is an object of its own
+            # some tensors may be one object: detach makes another of each
             written[f"{PREFIX}.{in_file}"] = tensors[name].detach()
         convert = self._convert.convert_peft_adapter_state_dict_for_transformers
         loaded = convert(self.model, self.peft.LoraConfig(), written)
@@ -185,7 +190,7 @@ class _OntoConvertedModel(_OntoModel):
 
     @cached_property
     def _renamings_back(self) -> list[Any]:
-        """How transformers renames a model's tensors to write them."""
+        """How transformers renames a model's tensors to write them, the last renaming of its reading first."""
         mapping = import_module("transformers.conversion_mapping")
         loading = import_module("transformers.core_model_loading")
         back = list[Any]()
@@ -202,7 +207,7 @@ class _OntoConvertedModel(_OntoModel):
 
 
 class _WithoutPeft(PeftLoading):
-    """How PEFT loads a file onto a model of transformers, if it is not installed: nobody knows."""
+    """How a PEFT that is not installed here loads a file onto a model of transformers: it is not known."""
 
     def __init__(self, model_type: str) -> None:
         self.model_type = model_type
@@ -217,7 +222,7 @@ class _WithoutPeft(PeftLoading):
 
 
 class _OntoUnknownModel(PeftLoading):
-    """How PEFT loads a file of 0.2.0 onto its model: one of experts, if the file names some."""
+    """How PEFT loads a file of 0.2.0, which does not say its model: one of experts, if the file names some."""
 
     def __init__(self, stored: StoredAdapters) -> None:
         self.stored = stored
@@ -237,10 +242,7 @@ class _OntoUnknownModel(PeftLoading):
 
     @cached_property
     def _has_experts(self) -> bool:
-        """Whether the base has experts, by its tensors' names.
-
-        Not every file says these.
-        """
+        """Whether the base has experts, by its tensors' names, if the file says these."""
         names = list[str]()
         for fingerprint in self.stored.base:
             names += names_in(fingerprint)

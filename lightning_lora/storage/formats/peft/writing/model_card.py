@@ -1,7 +1,4 @@
-"""The README.md of an exported folder: a model card, which a hub shows.
-
-It says how the adapters are loaded.
-"""
+"""The README.md of an exported folder: a model card, which a hub shows and which says how the adapters are loaded."""
 
 import json
 import re
@@ -29,8 +26,8 @@ class ModelCard:
     """What a README.md says of exported adapters."""
 
     export: Export
-    library: str  # which reads the folder
-    loading: str  # the lines of Python that load it
+    library: str  # the name of the library that reads the folder
+    loading: str  # the lines of Python that load the folder
 
     def files(self, directory: Path) -> dict[str, bytes]:
         """Return the README.md to write into a directory: nothing, if one is there that is not as we wrote it."""
@@ -70,7 +67,7 @@ class ModelCard:
         return "\n\n".join(parts) + "\n"
 
     def _header(self) -> str:
-        """What a hub reads: YAML, for which strings of JSON are valid."""
+        """The lines that a hub reads. They are YAML, in which strings of JSON are valid."""
         model = self.export.stored_inner
         tags = ["lora"]
         lines = ["---"]
@@ -128,8 +125,8 @@ def _listed_metrics(metrics: dict[str, float]) -> str:
     return "\n".join(f"- {name}: {value:.4g}" for name, value in metrics.items())
 
 
-# Whose a README.md is. The mark at the end has a checksum of what is above: so changes
-# by hand are seen
+# Who wrote a README.md: ours ends in a mark with a checksum of the text above, so that
+# changes by hand are seen
 
 
 def _marked(text: str) -> str:
