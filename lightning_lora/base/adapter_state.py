@@ -24,7 +24,7 @@ class AdapterState:
     config: LoRAConfig
     name: str = "default"
     layers: tuple[str, ...] = ()
-    """The layers that have it, or had it."""
+    """The layers that have it, or had it until it was merged or became inactive."""
 
     networks: StillNetworks = field(default_factory=StillNetworks)
     """The networks that no optimizer trained when it was added, or when a fit began.
@@ -109,10 +109,11 @@ class AdapterState:
     def keep_originals(
         self, values: Mapping[str, Tensor], extra_state_digests: dict[str, int]
     ) -> None:
-        """Make :attr:`originals` hold exactly these names, in CPU memory.
+        """Keep what training may change: copies of ``values`` as :attr:`originals`, and ``extra_state_digests``.
 
-        A name that is known keeps its first copy: its values may be trained by now. For
-        the same reason, ``extra_state_digests`` is only noted while the adapter has
+        The originals have exactly the names in ``values`` then, in CPU memory. A name
+        that is known keeps its first copy, because its values may be trained by now.
+        For the same reason, ``extra_state_digests`` is only noted while the adapter has
         learned nothing.
         """
         if not self.may_have_learned:
@@ -130,7 +131,10 @@ class AdapterState:
         for name, value in values.items():
             self.originals[name] = copy_to_host(value)
 
-    def note_base_loaded(self, values: Mapping[str, Tensor]) -> None:
-        """Note that other code loads a new base, with these values."""
+    def note_new_base(self, values: Mapping[str, Tensor]) -> None:
+        """Take the originals from the values of a new base.
+
+        Which of its weights look random must be looked for again.
+        """
         self.random_weights = None
         self.set_originals(only(values, self.originals))

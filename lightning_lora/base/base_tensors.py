@@ -80,12 +80,15 @@ class Base:
     """
 
     frozen_since: set[str] = field(default_factory=set)
-    """The parameters that the user has frozen since their adapters learned."""
+    """The parameters that the user has frozen since their adapters learned, and until the next fit.
+
+    A guard names them then, because the adapters train on.
+    """
 
     filled: set[str] = field(default_factory=set)
     """The buffers that the module's own hooks filled, perhaps from data.
 
-    No base is compared with them.
+    They are left out where a base is compared with another one.
     """
 
     changes: dict[str, Change] = field(default_factory=dict)
@@ -175,10 +178,10 @@ class Base:
         """Note weights that were computed as merged weight minus update."""
         self.computed_back.update(computed_back)
 
-    def note_loaded(self, values: Tensors) -> None:
-        """Note that the changed tensors have a file's values now.
+    def note_changes_loaded(self, values: Tensors) -> None:
+        """Note that a file's values are in the tensors of :attr:`changes` now.
 
-        ``values`` must have every tensor in :attr:`changes`.
+        ``values`` has these, and may have other tensors.
         """
         for name, change in self.changes.items():
             self.changes[name] = Change(digest(values[name]), change.digest_before)
@@ -199,10 +202,10 @@ class Base:
         ]
 
     def _digest_before_changes(self, name: str, digest_now: int) -> int:
-        """The digest of the base's values of a tensor: before the last change, and before the rounding below that.
+        """The digest of the base's values of a tensor.
 
-        A merge has rounded W to W', and code has changed this to W'': from W'' back to
-        W', and then to W.
+        A weight W may have two changes: an unmerge has rounded it to W', and code has
+        changed this to W''. Then the way back is from W'' to W', and from there to W.
         """
         found = digest_now
         for changes in (self.changes, self.computed_back):

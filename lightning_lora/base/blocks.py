@@ -14,9 +14,9 @@ _OPEN: WeakSet[nn.Module] = WeakSet()
 
 
 def open_block(modules: Collection[nn.Module]) -> ExitStack:
-    """Note that a block runs these modules.
+    """Note that a block runs these modules, until what is returned is closed.
 
-    Return what ends it. Modules of a block around this one stay open.
+    Modules of a block around this one stay open after that.
     """
     opened = set(modules).difference(_OPEN)
     _OPEN.update(opened)

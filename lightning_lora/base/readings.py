@@ -58,7 +58,7 @@ class Readings:
 
     def digests_read_anew(self, tensors: Tensors) -> dict[str, int]:
         """Return digests by name, and read all tensors. Collective for shards."""
-        self.by_name.clear()  # they may hold tensors that the model has lost
+        self.by_name.clear()  # old readings may hold tensors that the model has lost
         self._read(tensors)
         return self._known_digests(tensors)
 
@@ -86,7 +86,7 @@ class Readings:
             self._note(name, tensor, digest)
 
     def _note(self, name: str, tensor: Tensor, digest: int) -> None:
-        # that of a shard alone is another one
+        # the digest of a DTensor is of all shards, and ``Seen`` sees only the shard here
         digest_of_local_values = None if is_dtensor(tensor) else digest
         self.by_name[name] = Reading(Seen(tensor, digest_of_local_values), digest)
 
@@ -95,7 +95,7 @@ class Readings:
         return {name: self.by_name[name].digest for name in tensors}
 
     def _to_be_read(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Those that have changed since they were read, in any process, or were not read.
+        """The tensors that were not read, or have changed since then, in any process.
 
         Collective for shards.
         """
@@ -129,8 +129,9 @@ class Readings:
     def compute_half_digests_of_dtensors(self, by_digest: Mapping[int, Tensor]) -> None:
         """Compute the half digests of DTensors now, all together.
 
-        Processes exchange one message for each dtype and layout.
-        :meth:`half_digests_of` alone would need one for each tensor.
+        Called before :meth:`half_digests_of`, which alone would need one message
+        between the processes for each tensor. Here, it is one for each dtype and
+        layout.
         """
         distributed = dict[int, Tensor]()
         for digest, tensor in by_digest.items():

@@ -20,10 +20,10 @@ class Record:
     """What a model remembers of its base and its adapters."""
 
     adapter: AdapterState
-    """The active one."""
+    """The active adapter."""
 
     inactive_adapters: dict[str, AdapterState] = field(default_factory=dict)
-    """The others, by their names."""
+    """The inactive adapters, by their names."""
 
     base: Base = field(default_factory=Base)
 
@@ -39,7 +39,7 @@ class Record:
 
     @property
     def name_in_effect(self) -> str | None:
-        """The name of the adapter that has its effect. None: the base is shown."""
+        """The name of the adapter that has its effect. None: the base is shown, so none has."""
         return None if self.state.shows_base else self.adapter.name
 
     def snapshot(self) -> "Record":
@@ -52,7 +52,7 @@ class Record:
             merged_layer_adapters=dict(self.merged_layer_adapters),
         )
 
-    # Its states: the caller has changed the model, and notes it
+    # What the states are, once a caller has changed the model
 
     def _become(self, state: State) -> None:
         assert state in FOLLOWING[self.state], (self.state, state)
@@ -91,9 +91,10 @@ class Record:
         inactive_tensors: dict[str, Tensor],
         coming: AdapterState,
     ) -> None:
-        """Note that the active adapter was taken off, and keeps these tensors.
+        """Note that the active adapter was taken off its layers, and that ``coming`` is active now.
 
-        Another one is active.
+        The former one keeps what it had on each layer, and its values of the base's
+        tensors. ``coming`` may be new, or one of the inactive adapters.
         """
         leaving = self.adapter
         leaving.inactive_layer_adapters = inactive_layer_adapters
@@ -104,16 +105,17 @@ class Record:
         coming.inactive_layer_adapters = {}
         coming.inactive_tensors = {}
 
-    def note_base_loaded(
+    def note_new_base(
         self, names: Collection[str], values: Mapping[str, Tensor]
     ) -> None:
-        """Note that other code loads these tensors of a new base.
+        """Note that other code loads the tensors ``names`` of a new base.
 
-        Adapters have copies of the base's ``values``.
+        Each adapter keeps copies of some, its ``originals``. ``values`` has the new
+        ones for all adapters.
         """
         self.base.forget_changes(names)
         for adapter in self.adapter_states.values():
-            adapter.note_base_loaded(values)
+            adapter.note_new_base(values)
 
     def note_fingerprint(self, fingerprint: Fingerprint) -> None:
         """Note the base's fingerprint, as read before a fit.
@@ -129,7 +131,10 @@ class Record:
             self.base.forget_all_changes()
         self.adapter.fingerprints = [fingerprint]
 
-    def note_values_loaded(self, base: Mapping[str, Tensor]) -> None:
-        """Note that the adapter was loaded, with the values of weights that a file says were changed."""
-        self.base.note_loaded(base)
+    def note_adapter_loaded(self, base: Mapping[str, Tensor]) -> None:
+        """Note that a file's values are in the active adapter, and in the tensors that code has changed.
+
+        ``base`` has the values of the base's tensors now.
+        """
+        self.base.note_changes_loaded(base)
         self.adapter.may_have_learned = True

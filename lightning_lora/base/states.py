@@ -43,11 +43,13 @@ _SHOWS_ADAPTERS = frozenset({State.ADAPTED, State.MERGED})
 _HAS_ADAPTERS = frozenset(State) - {State.PLAIN}
 _MAY_BE_PLAIN = _SHOWS_ADAPTERS | {State.PLAIN}
 
-# Two rules have no function of their name, and no message names them:
-# for all that reads or writes adapters besides: files, checkpoints, a Trainer's hooks
+# Two rules are for several functions, and no message has their names.
+
 USE = "use adapters"
-# for what puts another adapter on the layers, also for some rows of a batch
+"""The rule of all else that reads or writes adapters: files, checkpoints, a Trainer's hooks."""
+
 SWITCH = "switch"
+"""The rule of what puts another adapter on the layers, also for some rows of a batch."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,17 @@ class Rule:
 # Each key is also how messages name the call: most are functions, others begin a
 # sentence.
 CALLS = {
-    # in a block, if it finds nothing to do: it checks that itself
+    # in a block, it refuses by itself what would change adapters
     "inject_adapters": Rule(_MAY_BE_PLAIN),
     "load_adapter": Rule(_MAY_BE_PLAIN, in_block=False),
     "load_adapter_state_dict": Rule(_SHOWS_ADAPTERS, in_block=False),
     "load_state_dict": Rule(_SHOWS_ADAPTERS, in_block=False),
     "To load a checkpoint": Rule(_SHOWS_ADAPTERS, in_block=False),
     "merge_adapters": Rule(_SHOWS_ADAPTERS, in_block=False),
-    "unmerge_adapters": Rule(_SHOWS_ADAPTERS),  # a block runs no merged model
+    # a model in a block is not merged, so there is nothing to unmerge
+    "unmerge_adapters": Rule(_SHOWS_ADAPTERS),
     "remove_adapters": Rule(_HAS_ADAPTERS, in_block=False),
-    # rows have their own adapters, whichever is active
+    # allowed in a block: rows keep their own adapters, whichever is active
     "set_adapter": Rule(_HAS_ADAPTERS),
     "adapter_names": Rule(_SHOWS_ADAPTERS),
     "combine_adapters": Rule(_HAS_ADAPTERS, in_block=False),
@@ -101,8 +104,8 @@ def refusal(call: str, state: State, title: str, adapter: str) -> str:
             f"The adapter {adapter!r} is merged into the weights of {title}. Call "
             "unmerge_adapters(model) before another one is used."
         )
-    # every call may start where adapters have their effect, or was answered above:
-    # so the base is shown
+    # every call may start while adapters have their effect, but for SWITCH on a merged
+    # model, which was answered above: so here, the base is shown
     return (
         f"{title} shows its base now. Call set_adapter(model, {adapter!r}) first. (In "
         "a block of disable_adapters: do this after it.)"

@@ -59,7 +59,7 @@ def _take_base(view: View, given: Mapping[str, Any], notes: Mapping[str, Any]) -
     originals: dict[str, Tensor] = {}
     for adapter in view.record.adapter_states.values():
         originals |= adapter.originals
-    view.record.note_base_loaded(given, _loaded(view, given, originals))
+    view.record.note_new_base(given, _loaded(view, given, originals))
 
 
 def _refuse_adapters(view: View, given_adapters: Collection[str]) -> None:

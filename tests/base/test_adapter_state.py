@@ -62,7 +62,7 @@ def test_a_new_base_is_looked_at_again_and_only_what_is_kept_is_taken() -> None:
         LoRAConfig(r=2), originals={"bias": torch.zeros(2)}, random_weights=("head",)
     )
     assert state.known_random_weights == ("head",)
-    state.note_base_loaded({"bias": torch.ones(2), "weight": torch.ones(4)})
+    state.note_new_base({"bias": torch.ones(2), "weight": torch.ones(4)})
     assert state.random_weights is None
     assert state.known_random_weights == ()
     assert list(state.originals) == ["bias"]

@@ -113,7 +113,7 @@ def test_the_digest_before_is_found_through_a_change_and_the_rounding_below_it()
 def test_a_file_that_is_loaded_has_the_changed_values_of_the_same_base() -> None:
     loaded = torch.ones(2)
     base = Base(changes={"weight": Change(digest_now=3, digest_before=2)})
-    base.note_loaded({"weight": loaded})
+    base.note_changes_loaded({"weight": loaded})
     assert base.changes == {"weight": Change(digest(loaded), digest_before=2)}
 
 

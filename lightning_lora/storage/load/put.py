@@ -258,7 +258,7 @@ def _write_state(view: View, state: StateDict, filled: Iterable[str] = ()) -> No
         _write_filled_buffers(view, only(state, filled_anywhere), undo)
         restore_originals(view, _left_to_the_base(view, state), undo)
         load_state_dict(view.model, state, notes=[BEING_WRITTEN])
-        view.record.note_values_loaded(base_values(view))
+        view.record.note_adapter_loaded(base_values(view))
         undo.keep()
 
 
