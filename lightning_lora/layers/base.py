@@ -34,7 +34,10 @@ class LoRALayer(LayerAsModule):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the layer with its update."""
+        """Compute the layer with its update, or without it while the base is shown.
+
+        The update is added to the output, or else to the weights.
+        """
         # other code may have kept this bound method longer than the adapter was there
         if not isinstance(self, LoRALayer):
             return type(self).forward(self, *args, **kwargs)

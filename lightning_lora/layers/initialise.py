@@ -87,7 +87,11 @@ def _full_values(adapter: LayerAdapter) -> dict[str, Tensor]:
 
 @dataclass
 class _Initialiser:
-    """Writes the first values of an adapter's parameters, for one matrix after the other."""
+    """Writes the first values of an adapter's parameters, for one matrix after the other.
+
+    It notes in the adapter which weights they are computed from (``base_digests``), and
+    how magnitudes and rows start (``start_digests``).
+    """
 
     layer: nn.Module
     adapter: LayerAdapter
@@ -104,9 +108,8 @@ class _Initialiser:
         else:
             self.take_from_weight(matrix, how.from_weight)
         if settings.use_dora:
-            self.set_from_base(
-                matrix, Role.MAGNITUDE, row_norms(self.read_base(matrix))
-            )
+            magnitudes = row_norms(self.read_base(matrix))
+            self.set_from_base(matrix, Role.MAGNITUDE, magnitudes)
             self.note_base(matrix)
         if how.is_difference:
             keep_start(matrix, self.values)

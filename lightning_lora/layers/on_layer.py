@@ -78,7 +78,7 @@ class AdapterOnLayer(UpdatedWeights):
             p.grad = None
 
     def lora_set_flags(self) -> None:
-        """Let the adapter's parameters require a gradient if they train, and no others."""
+        """Let those of the adapter's parameters that train require a gradient, and the others none."""
         own = self._lora_own_parameters()
         for name, spec in self.lora_specs().items():
             set_requires_grad(own[name], spec.role.trains and self.lora_settings.trains)
@@ -105,7 +105,7 @@ class AdapterOnLayer(UpdatedWeights):
             replace_values(p, values.to(p, copy=True))
 
     def lora_is_fresh(self) -> bool:
-        """Whether the update is still zero."""
+        """Whether the adapter has learned nothing: the update is zero, and magnitudes and rows are as they started."""
         values = {name: to_local(p) for name, p in self.lora_parameters().items()}
         for matrix in self.lora_matrices:
             has_factors = not matrix.tokens

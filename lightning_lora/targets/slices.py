@@ -129,10 +129,10 @@ def _known_sizes(lookup: Lookup, name: str, matrix: AdaptedMatrix) -> dict[str, 
         return dict.fromkeys(("gate", "up"), matrix.writes // 2)
     if leaf not in _ATTENTION:
         return {}
-    modules_around = _modules_around(lookup, name)
-    if any(type(module).__name__ in _INTERLEAVED for module in modules_around):
+    outer_modules = _outer_modules(lookup, name)
+    if any(type(module).__name__ in _INTERLEAVED for module in outer_modules):
         return {}
-    for module in modules_around:
+    for module in outer_modules:
         config = getattr(module, "config", None)
         # the nearest one counts: a model may have several encoders
         if hasattr(config, "num_attention_heads"):
@@ -140,7 +140,7 @@ def _known_sizes(lookup: Lookup, name: str, matrix: AdaptedMatrix) -> dict[str, 
     return dict.fromkeys("qkv", matrix.reads)
 
 
-def _modules_around(lookup: Lookup, name: str) -> list[nn.Module]:
+def _outer_modules(lookup: Lookup, name: str) -> list[nn.Module]:
     """The modules around a layer, the innermost first and the model last."""
     outer_names = ["", *starts_of(name)[:-1]]
     return [lookup.all_modules[outer] for outer in reversed(outer_names)]
