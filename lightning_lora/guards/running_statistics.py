@@ -50,7 +50,7 @@ class RunningStatistics(Guard):
 def _norms_that_train(view: View) -> dict[str, BatchNorm]:
     """The norms in ``modules_to_save`` that keep running statistics, by name."""
     saved = set[nn.Module]()
-    for module in view.saved:
+    for module in view.saved_modules:
         saved.update(module.modules())
     norms = dict[str, BatchNorm]()
     for name, module in view.modules.items():

@@ -17,7 +17,7 @@ from lightning_lora.tensors.values import replace_values, same_bits
 
 
 def tensors_with_originals(view: View) -> dict[str, Tensor]:
-    """Return the model's tensors whose base values the active adapter keeps, in its order."""
+    """Return the model's tensors whose base values the active adapter keeps (``AdapterState.originals``)."""
     present = view.base_tensors
     return {name: present[name] for name in view.adapter.originals if name in present}
 
@@ -26,7 +26,7 @@ def frozen_values(view: View) -> dict[str, Tensor]:
     """Return the values of the frozen parameters without updates."""
     bases = dict[nn.Parameter, Tensor]()
     for merged in view.merged_weights:
-        # it may have been converted since
+        # the model may have been converted since the merge
         bases[merged.parameter] = merged.base_value.to(merged.parameter.dtype)
     return {
         name: bases.get(parameter, parameter)
@@ -38,9 +38,8 @@ def base_values(view: View) -> dict[str, Tensor]:
     """Return the values of what does not train: frozen weights without updates, and buffers as they were before."""
     values = frozen_values(view)
     originals = view.adapter.originals
-    for name, tensor in without(
-        tensors_with_originals(view), view.trainable_base
-    ).items():
+    kept = without(tensors_with_originals(view), view.trainable_base)
+    for name, tensor in kept.items():
         values[name] = originals[name].to(tensor.dtype)
     return {**values, **view.quantised_entries}
 
@@ -48,8 +47,8 @@ def base_values(view: View) -> dict[str, Tensor]:
 def kept_or_present_value(view: View, name: str) -> Tensor:
     """Return the base's value of a tensor that the adapter keeps, otherwise the value that is there.
 
-    Of a merged weight, that holds the update: callers ask for what trains in full, and
-    for buffers.
+    A merged weight's value would have the update in it: so callers do not ask for
+    these, but for what trains in full, and for buffers.
     """
     if view.is_adapted and name in view.adapter.originals:
         return view.adapter.originals[name]
@@ -64,7 +63,8 @@ def digests_of_extra_state(view: View) -> dict[str, int]:
     found = {}
     for name, module in view.modules.items():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            with suppress(Exception):  # of code for any objects: these are not compared
+            # the state may be any object. What cannot be saved is not compared
+            with suppress(Exception):
                 file = BytesIO()
                 torch.save(module.get_extra_state(), file)
                 found[join(name, EXTRA_STATE)] = digest(
@@ -82,18 +82,19 @@ def keep_originals(view: View) -> None:
     Values that were copied before are kept.
     """
     changing = {**view.trainable_base, **view.buffers}
-    # replaced by a file's
+    # frozen weights whose originals are kept: see keep_frozen
     changing.update(only(view.base_parameters, view.adapter.originals))
     view.adapter.keep_originals(changing, digests_of_extra_state(view))
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
-    """Copy frozen weights to CPU memory before they change.
+    """Copy frozen weights to CPU memory before they change: by a file, or as a copy of another network.
 
-    Skip those whose base values are already copied or lost.
+    Weights are skipped if their base values were copied before, or are lost: other code
+    has changed them.
     """
-    are_known = {*view.adapter.originals, *view.record.base.changes}
-    view.adapter.set_originals(only(view.base_parameters, set(names) - are_known))
+    copied_or_lost = {*view.adapter.originals, *view.record.base.changes}
+    view.adapter.set_originals(only(view.base_parameters, set(names) - copied_or_lost))
 
 
 def restore_originals(view: View, names: Iterable[str], undo: Undo) -> None:
@@ -108,13 +109,16 @@ def restore_originals(view: View, names: Iterable[str], undo: Undo) -> None:
 
 
 def _write_original(tensor: Tensor, original: Tensor, undo: Undo) -> None:
-    """Write one original value back, if there is one."""
+    """Write one original value back, if there is one.
+
+    On the meta device, there is none: the model was adapted before it had values.
+    """
     values = tensor.data
     if original.is_meta or same_bits(values, original):
         return
     if values.shape == original.shape:
         undo.callback(values.copy_, values.clone())
         values.copy_(original)
-    else:  # a buffer that has grown
+    else:  # the tensor is a buffer that has another size since
         undo.callback(replace_values, tensor, values)
         replace_values(tensor, original.to(values, copy=True))

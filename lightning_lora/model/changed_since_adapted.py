@@ -43,25 +43,30 @@ def _was_replaced(layer: LoRALayer) -> bool:
 
 
 def refuse_resized_or_tied(view: View) -> None:
-    """Refuse layers that were resized, tied or untied since they were adapted."""
+    """Refuse layers that were resized since they were adapted, and those tied or untied since.
+
+    Only ties to an embedding whose rows train matter: the other layer computes with
+    these rows.
+    """
     resized = where(view.layers, LoRALayer.lora_is_resized)
-    embeddings: dict[object, nn.Module] = {
+    embeddings_by_weight: dict[object, nn.Module] = {
         layer.weight: layer for layer in of_type(view.layers, LoRATokens).values()
     }
     for name, module in view.modules.items():
         if name in resized:
             raise _changed_since(view, name, "resized")
-        # what has the weight of an embedding whose rows train was tied to it when the
-        # adapters came
-        embedding_of_weight = embeddings.get(find_parameter(module, "weight"), module)
-        if tied_to(module) is not embedding_of_weight:
+        # whatever had the weight of such an embedding when the adapters came was tied
+        # to it then. tied_to gives a module that is not tied itself
+        weight = find_parameter(module, "weight")
+        owner_of_weight = embeddings_by_weight.get(weight, module)
+        if tied_to(module) is not owner_of_weight:
             raise _changed_since(
                 view, name, "tied to an embedding whose rows train, or untied,"
             )
 
 
 def _changed_since(view: View, layer: str, what: str) -> AdapterStateError:
-    """What is said of a layer that was changed since it was adapted."""
+    """The error for a layer that was changed since it was adapted."""
     return AdapterStateError(
         f"{layer!r} of {view.title} was {what} after inject_adapters. Call "
         "inject_adapters(model, config) again, which follows that; before it for a "
@@ -70,7 +75,10 @@ def _changed_since(view: View, layer: str, what: str) -> AdapterStateError:
 
 
 def refuse_other_configuration(view: View, choices: Mapping[str, Choice]) -> None:
-    """Refuse a selection of layers that is not that of the adapters at hand."""
+    """Refuse a configuration by which the adapters at hand would be on other layers, or other ones.
+
+    ``choices`` are the layers that it selects.
+    """
     for name, layer in view.layers.items():
         if name not in choices:
             raise AdapterMismatchError(
@@ -81,8 +89,9 @@ def refuse_other_configuration(view: View, choices: Mapping[str, Choice]) -> Non
             raise _changed_since(view, name, "resized")
         _check_same_layer(view, name, choices[name])
     for prefix, record in records_in(view.modules).items():
-        has_adapters = not record.state.is_merged and record.adapter.layers
-        if has_adapters and record.adapter.config != view.config:
+        if record.state.is_merged or not record.adapter.layers:
+            continue
+        if record.adapter.config != view.config:
             _check_same_trained(view, prefix)
 
 

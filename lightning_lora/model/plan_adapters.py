@@ -121,7 +121,7 @@ def _copied_or_left_out(
     view: View, choices: Mapping[str, Choice], networks: StillNetworks
 ) -> set[str]:
     """Adapted layers that nobody chose: other code copied them with their adapters, or their network gets none."""
-    copied = without(view.layers, view.recorded)
+    copied = without(view.layers, view.recorded_layers)
     left_out = names_inside(view.layers, networks.without_adapters)
     return {*copied, *left_out} - choices.keys()
 

@@ -50,6 +50,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     # the base may be shown: then its values are not the adapter's
     switch_to(model, record.adapter.name)
     view_of(model)  # refuses a model in which layers have lost their adapters
+    # modules inside that were adapted on their own lose their adapters too
     absorb_inner_records(model, record)
     if not record.state.is_merged:
         _restore_base(model)
@@ -77,4 +78,5 @@ def _restore_base(model: nn.Module) -> None:
         restore_originals(view, tensors_with_originals(view), undo)
         unfreeze(view)
         undo.keep()
+    # what could make this fail was refused above
     detach_adapters(view)

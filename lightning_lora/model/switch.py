@@ -265,9 +265,9 @@ def _exchange(view: View, coming: AdapterState) -> None:
 
 def _freeze_other_norms(view: View) -> None:
     """Freeze all norms but those in modules that the active adapter trains in full."""
-    for module in with_all_inside(view.saved):
+    for module in with_all_inside(view.saved_modules):
         set_frozen(module, False)
-    freeze_norms(view.modules.values(), view.saved)
+    freeze_norms(view.modules.values(), view.saved_modules)
 
 
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:

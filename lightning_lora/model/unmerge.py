@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.errors import warn
 from lightning_lora.layers import LayerAdapter
@@ -24,8 +24,8 @@ from lightning_lora.model.merge import merge
 from lightning_lora.model.records import forget_record, state_of
 from lightning_lora.model.start_call import record_of, start_call
 from lightning_lora.model.view import View
-from lightning_lora.model.views.tensors_view import was_tied
-from lightning_lora.tensors.names import join, own_parameter, set_parameter
+from lightning_lora.model.views.tensors_view import MergedWeight
+from lightning_lora.tensors.names import join, set_parameter
 from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import (
     put_back,
@@ -104,10 +104,8 @@ def _unmerge(view: View) -> None:
     ):
         for layer, adapter in adapters.items():
             _move_to_layer(view, layer, adapter, undo)
-            for weight, base in record.base.after_merge.bases_of(
-                layer, adapter.weights
-            ).items():
-                _write_base(view, layer, weight, base, undo)
+        for merged in view.merged_weights:
+            _write_base(view, merged, undo)
         record.note_unmerged(view.parameters)
         attach_adapters(view, adapters)
         update_for_changed_weights(view)
@@ -128,22 +126,26 @@ def _move_to_layer(view: View, layer: str, adapter: LayerAdapter, undo: Undo) ->
         move_to_layer(view.modules[layer], adapter, undo)
 
 
-def _write_base(view: View, layer: str, weight: str, base: Tensor, undo: Undo) -> None:
-    """Set a layer's weight to the base's values again.
+def _write_base(view: View, merged: MergedWeight, undo: Undo) -> None:
+    """Give a layer's weight the base's values again, on its current device and in its current dtype."""
+    if merged.tied_parameter is not None:
+        module = view.modules[merged.layer]
+        _tie_again(module, merged, merged.tied_parameter, undo)
+        return
+    parameter, base = merged.parameter, merged.base_value
+    undo.callback(put_back, parameter, set_aside(parameter), parameter.device)
+    replace_values(parameter, base.to(parameter))
+    view.record.base.readings.note_copied(merged.name, base, parameter)
 
-    It keeps its current device and dtype.
-    """
-    module = view.modules[layer]
-    shown = own_parameter(module, weight)
-    undo.callback(put_back, shown, set_aside(shown), shown.device)
-    if was_tied(base):  # base is the parameter that was shared: it comes back
-        undo.callback(set_parameter, module, weight, shown)
-        undo.callback(replace_values, base, base.data)
-        # if all layers that shared it are merged, no module held it: so a move of the
-        # model did not move it
-        replace_values(base, base.data.to(shown))
-        set_requires_grad(base, shown.requires_grad)
-        set_parameter(module, weight, base)
-    else:
-        replace_values(shown, base.to(shown))
-        view.record.base.readings.note_copied(join(layer, weight), base, shown)
+
+def _tie_again(
+    module: nn.Module, merged: MergedWeight, tied: nn.Parameter, undo: Undo
+) -> None:
+    """Give a layer the parameter back that it shared with others, in place of the merged one."""
+    undo.callback(set_parameter, module, merged.weight, merged.parameter)
+    undo.callback(replace_values, tied, tied.data)
+    # if all layers that shared it are merged, no module held it: so a move of the model
+    # did not move it
+    replace_values(tied, tied.data.to(merged.parameter))
+    set_requires_grad(tied, merged.parameter.requires_grad)
+    set_parameter(module, merged.weight, tied)

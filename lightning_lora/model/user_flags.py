@@ -30,7 +30,7 @@ def note_what_the_user_set(view: View) -> None:
     _refuse_frozen_networks(view)
     if not view.is_on_layers:
         return
-    view = View(view.model)  # of the adapters at hand, whatever the new configuration
+    view = view.as_recorded()  # what the user set is about the adapters at hand
     _note_thawed(view)
     _note_copied(view)
     _note_frozen_after_learning(view)
@@ -42,10 +42,11 @@ def _refuse_frozen_networks(view: View) -> None:
     trainable = where(view.layers, _has_trainable_parameters)
     networks = without(records_in(view.modules), [""])
     for network, record in networks.items():
-        has_adapters = not record.state.is_merged and names_inside(
-            view.layers, [network]
-        )
-        if has_adapters and not names_inside(trainable, [network]):
+        if record.state.is_merged:
+            continue
+        has_adapters = names_inside(view.layers, [network])
+        has_trainable = names_inside(trainable, [network])
+        if has_adapters and not has_trainable:
             raise AdapterStateError(
                 f"{network!r} of {view.title} has adapters of its own, and is frozen. "
                 f"Merge them first: merge_adapters(model.get_submodule({network!r}))."
@@ -73,12 +74,14 @@ def _note_thawed(view: View) -> None:
 
 
 def _note_copied(view: View) -> None:
-    """Note as wanted by the user: the weights of networks that other code copied with their adapters.
+    """Note that the user lets weights train, of networks that other code copied with their adapters.
 
-    Only the adapters have frozen these weights: in a copy, they are frozen as in the
-    original.
+    In a copy, weights are frozen as in the original: the adapters froze them there, and
+    not the user.
     """
-    copied = where(without(view.layers, view.recorded), _has_trainable_parameters)
+    copied = where(
+        without(view.layers, view.recorded_layers), _has_trainable_parameters
+    )
     weights = names_inside(view.base_parameters, copied.keys())
     view.record.base.set_user_trains(weights, flag=True)
 
@@ -87,10 +90,11 @@ def _note_frozen_after_learning(view: View) -> None:
     """Note as frozen since: the weights of layers whose adapters have learned, and train no more."""
     if not view.adapter.may_have_learned:
         return
-    user_trains = where(view.record.base.user_trains, bool)
+    base = view.record.base
+    wanted = where(base.user_trains, bool)
     for name, layer in _frozen_layers(view).items():
-        weights = user_trains.keys() & names_joined(name, layer.lora_weights())
-        view.record.base.note_frozen_since(weights)
+        weights = names_joined(name, layer.lora_weights())
+        base.note_frozen_since(wanted.keys() & weights)
 
 
 def note_frozen_before_learning(view: View) -> None:
@@ -107,7 +111,7 @@ def note_frozen_before_learning(view: View) -> None:
 
 def _frozen_layers(view: View) -> dict[str, LoRALayer]:
     """The layers with adapters that this package has made trainable, and of which nothing trains."""
-    return where(only(view.layers, view.recorded), _is_frozen)
+    return where(only(view.layers, view.recorded_layers), _is_frozen)
 
 
 def _is_frozen(layer: LoRALayer) -> bool:

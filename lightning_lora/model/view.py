@@ -19,11 +19,11 @@ from lightning_lora.tensors.shards import is_dtensor
 class View(TensorsView):
     """The layers, adapters, parameters and buffers of a model, by name.
 
-    A shared layer or tensor has several names. A call makes one view. What it has seen
-    must be forgotten after classes, parameters or noted networks have changed:
-    functions of ``changes/attach.py`` that attach or detach do so, and other code calls
-    ``look_again``. Where modules were replaced, a new view is needed. With ``config``,
-    it shows what a new configuration selects, before the record has it.
+    A shared layer or tensor has several names. A call makes one view, and what the view
+    has seen is cached. Whoever changes classes, parameters or noted networks calls
+    ``look_again``; those functions of ``changes/attach.py`` that attach or detach do so
+    themselves. With ``config``, the view shows what a new configuration asks for,
+    before the record has it.
 
     It is built in three steps, each a base class: layers (:class:`.LayersView`),
     tensors (:class:`.TensorsView`), and here, which of ``base_parameters`` train beside
@@ -31,7 +31,7 @@ class View(TensorsView):
     """
 
     def as_recorded(self) -> "View":
-        """Return a view of the same modules that shows what the record says, and not what is asked for now."""
+        """Return a view of the same modules that shows the record's configuration."""
         view = copy(self)
         view._config_asked_for = None
         view.look_again()
@@ -46,16 +46,16 @@ class View(TensorsView):
         config = self.config
         if not config.modules_to_save and config.bias == "none":
             return {}
-        meant = self._saved_parameters() | self._trained_biases()
+        selected = self._saved_parameters() | self._trained_biases()
+        trained = with_values(self.base_parameters, selected)
         networks = self.adapter.networks if self.is_adapted else StillNetworks()
         stand_still = (*networks.copies, *networks.beside_training)
-        trained = with_values(self.base_parameters, meant)
         return only(trained, set(names_outside(trained, stand_still)))
 
     def _saved_parameters(self) -> set[nn.Parameter]:
-        """The parameters that ``modules_to_save`` means."""
+        """The parameters that ``modules_to_save`` selects: of modules, or named themselves."""
         saved = set[nn.Parameter]()
-        for module in self.saved:
+        for module in self.saved_modules:
             saved.update(module.parameters())
         for name, parameter in self.base_parameters.items():
             if self.config.is_saved(name):
@@ -63,9 +63,10 @@ class View(TensorsView):
         return saved
 
     def _trained_biases(self) -> set[nn.Parameter]:
-        """The biases that train.
+        """The biases that the argument ``bias`` selects.
 
-        ``"lora_only"``: those of adapted layers, also inside an attention.
+        ``"lora_only"``: those of the modules that hold adapted weights, as an attention
+        does.
         """
         modules_with_trained_biases = {
             "none": set[str](),
@@ -86,29 +87,31 @@ class View(TensorsView):
 
     @cached_property
     def frozen_by_user(self) -> set[str]:
-        """The parameters that the user froze.
+        """The names of the parameters that the user froze.
 
         If all are frozen, that says nothing about a single one: then the set is empty.
         """
-        flags_before = self._flags_before()
+        user_trains = self._user_trains()
         can_train = where(self.base_parameters, _is_plain_float)
         frozen = set[str]()
         for name in can_train:
-            if not flags_before.get(name, self.parameters[name].requires_grad):
+            # a parameter that no record knows yet says it itself
+            is_trainable = self.parameters[name].requires_grad
+            if not user_trains.get(name, is_trainable):
                 frozen.add(name)
         return frozen if frozen != can_train.keys() else set()
 
-    def _flags_before(self) -> dict[str, bool]:
-        """Whether the user wants parameters to train.
+    def _user_trains(self) -> dict[str, bool]:
+        """Whether the user wants parameters to train, as records say (``Base.user_trains``).
 
-        Where records differ, the model's counts.
+        Where the model's record and that of a module in it differ, the model's counts.
         """
-        flags = dict[str, bool]()
+        user_trains = dict[str, bool]()
         # the model's own record is the first one, so here it comes last, and wins
         for prefix, record in reversed(records_in(self.modules).items()):
             if not record.state.is_merged:
-                flags.update(prefixed(prefix, record.base.user_trains))
-        return flags
+                user_trains.update(prefixed(prefix, record.base.user_trains))
+        return user_trains
 
 
 def _is_plain_float(parameter: nn.Parameter) -> bool:
@@ -118,9 +121,9 @@ def _is_plain_float(parameter: nn.Parameter) -> bool:
 
 
 def view_of(model: nn.Module, call: str = USE) -> View:
-    """Return a :class:`View` of an adapted model.
+    """Start a call on an adapted model, and return a :class:`View` of it.
 
-    Refuse one without adapters, or with disabled or lost ones.
+    A model that has lost some of its adapters is refused too.
     """
     record_of(model, call)
     view = View(model)

@@ -108,7 +108,11 @@ def checked_merged_state(view: View, changed: StateDict) -> dict[str, Any]:
 
 def _untied(view: View) -> list[str]:
     """The layers whose weight is no longer tied to another layer's."""
-    untied = [weight.layer for weight in view.merged_weights if weight.was_tied]
+    untied = [
+        merged.layer
+        for merged in view.merged_weights
+        if merged.tied_parameter is not None
+    ]
     return [*untied, *layers_with_tied_weights(view)]
 
 

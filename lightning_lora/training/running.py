@@ -185,7 +185,7 @@ def _let_layers_train(view: View) -> None:
     # hooks may have loaded the base since the set-up
     reinitialise_if_base_changed(view)
     # hooks may have copied networks too: the record does not know the copies' layers
-    new_layers = view.layers.keys() - view.recorded
+    new_layers = view.layers.keys() - view.recorded_layers
     follow_new_copies(view, new_layers)
     view.look_again()  # layers that follow another network do not train now
     view.adapter.layers = tuple(view.layers)

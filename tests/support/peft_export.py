@@ -35,7 +35,7 @@ def trained(base: nn.Module, config: LoRAConfig, scale: float = 0.3) -> nn.Modul
         if name.endswith("lora_magnitude"):
             p.abs_().add_(0.5)
     move_randomly(view.trainable_base.values(), scale)
-    for module in view.saved:
+    for module in view.saved_modules:
         for buffer in module.buffers():
             buffer.add_(1)
     return model

@@ -21,7 +21,7 @@ def freeze(view: View) -> None:
     # other code may have frozen adapters, or thawed those of a copy
     for layer in view.layers.values():
         layer.lora_set_flags()
-    freeze_norms(view.modules.values(), view.saved)
+    freeze_norms(view.modules.values(), view.saved_modules)
 
 
 def unfreeze(view: View) -> None:

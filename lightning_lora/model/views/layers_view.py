@@ -28,9 +28,9 @@ class LayersView:
         self._config_asked_for = config
 
     def look_again(self) -> None:
-        """Forget what was seen of the layers and the parameters.
+        """Forget all cached properties: what was seen of layers and tensors.
 
-        The modules are the same objects.
+        ``modules`` stays. If modules were replaced, make a new view.
         """
         for each in type(self).__mro__:
             for name, value in vars(each).items():
@@ -58,10 +58,11 @@ class LayersView:
 
     @property
     def config(self) -> LoRAConfig:
-        """The configuration that is asked for now, before the record has it.
+        """The configuration that says what is adapted and trained, in this view.
 
-        If none is asked for: that of the adapters at hand, which leaves out the
-        networks without adapters too.
+        ``View(model, config)`` shows the one that is asked for, before the record has
+        it. ``View(model)`` shows the active adapter's. It excludes the networks without
+        adapters too, which no argument of the user names.
         """
         if self._config_asked_for is not None:
             return self._config_asked_for
@@ -88,7 +89,7 @@ class LayersView:
 
     @cached_property
     def layers_by_all_names(self) -> dict[str, LoRALayer]:
-        """The adapted layers: none in a merged model."""
+        """The layers with adapters on them, which a merge takes off."""
         return of_type(self.modules, LoRALayer)
 
     @cached_property
@@ -98,19 +99,19 @@ class LayersView:
 
     @cached_property
     def active_layer_adapters(self) -> dict[str, LayerAdapter]:
-        """The active adapter of each layer, merged or not.
+        """What the active adapter has on each layer, merged or not.
 
-        They share its parameters.
+        These objects share its parameters.
         """
         if self.is_merged:
             return self.record.merged_layer_adapters
         return {name: layer.lora_adapter() for name, layer in self.layers.items()}
 
     @cached_property
-    def recorded(self) -> set[str]:
-        """The layers that a record knows of.
+    def recorded_layers(self) -> set[str]:
+        """The names of the layers that a record has noted, of the model or of a module in it.
 
-        Others were copied with their adapters by other code, or just came.
+        Other layers with an adapter were copied by other code, or just got it.
         """
         recorded = set[str]()
         for prefix, record in records_in(self.modules).items():
@@ -119,7 +120,7 @@ class LayersView:
 
     @cached_property
     def matrices(self) -> dict[str, tuple[AdaptedMatrix, ...]]:
-        """The adapted matrices of each layer, merged or not."""
+        """The matrices with an update, by layer: of layers with adapters on them, and of merged ones."""
         matrices = {name: layer.lora_matrices for name, layer in self.layers.items()}
         if self.is_merged:
             for name, adapter in self.record.merged_layer_adapters.items():
@@ -139,8 +140,8 @@ class LayersView:
         return all(layer.lora_is_fresh() for layer in self.layers.values())
 
     @cached_property
-    def saved(self) -> list[nn.Module]:
-        """The modules in ``modules_to_save``."""
+    def saved_modules(self) -> list[nn.Module]:
+        """The modules that ``modules_to_save`` names: they are trained in full."""
         config = self.config
         return [
             module for name, module in self.modules.items() if config.is_saved(name)

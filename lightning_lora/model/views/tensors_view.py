@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import cached_property
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,9 +25,7 @@ class MergedWeight(NamedTuple):
     layer: str
     weight: str  # its name in the layer
     parameter: nn.Parameter  # with the update
-    # the base's values: if the weight was tied, the parameter that the other layer
-    # still has
-    base_value: Tensor
+    base_value: Tensor  # the base's values
 
     @property
     def name(self) -> str:
@@ -35,14 +33,13 @@ class MergedWeight(NamedTuple):
         return join(self.layer, self.weight)
 
     @property
-    def was_tied(self) -> bool:
-        """Whether another layer uses the base's weight too."""
-        return was_tied(self.base_value)
+    def tied_parameter(self) -> nn.Parameter | None:
+        """The parameter that this weight shared with another layer, which has it still. None: it was not tied.
 
-
-def was_tied(base: Tensor) -> TypeGuard[nn.Parameter]:
-    """Whether another layer uses the base of a merged weight too: only then it is a parameter."""
-    return isinstance(base, nn.Parameter)
+        It is ``base_value`` itself: the base's values of other weights are no
+        parameters.
+        """
+        return self.base_value if isinstance(self.base_value, nn.Parameter) else None
 
 
 class TensorsView(LayersView):
@@ -79,28 +76,25 @@ class TensorsView(LayersView):
         if not self.is_merged:
             return []
         found = []
-        record = self.record
-        for layer, adapter in record.merged_layer_adapters.items():
-            for weight, base in record.base.after_merge.bases_of(
-                layer, adapter.weights
-            ).items():
-                shown = own_parameter(self.modules[layer], weight)
-                found.append(MergedWeight(layer, weight, shown, base))
+        after_merge = self.record.base.after_merge
+        for layer, adapter in self.record.merged_layer_adapters.items():
+            for weight, base in after_merge.bases_of(layer, adapter.weights).items():
+                parameter = own_parameter(self.modules[layer], weight)
+                found.append(MergedWeight(layer, weight, parameter, base))
         return found
 
     @cached_property
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The base's own parameters: of a tied weight that was merged, the one that the other layer still has."""
-        tied = {
-            merged.parameter: merged.base_value
-            for merged in self.merged_weights
-            if was_tied(merged.base_value)
-        }
+        tied_parameters = dict[nn.Parameter, nn.Parameter]()
+        for merged in self.merged_weights:
+            if merged.tied_parameter is not None:
+                tied_parameters[merged.parameter] = merged.tied_parameter
         adapters = set(self.adapter_parameters.values())
         base = dict[str, nn.Parameter]()
         for name, parameter in self.parameters.items():
             if parameter not in adapters:
-                base[name] = tied.get(parameter, parameter)
+                base[name] = tied_parameters.get(parameter, parameter)
         return base
 
     @cached_property
@@ -137,7 +131,7 @@ class TensorsView(LayersView):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether parameters are spread over processes."""
+        """Whether parameters are distributed over processes."""
         return any(is_dtensor(parameter) for parameter in self.parameters.values())
 
     def base_weights_of(self, layer: str) -> set[nn.Parameter]:

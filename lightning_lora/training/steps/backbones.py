@@ -124,7 +124,7 @@ def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]
     """What trains beside these networks: adapted layers, and modules in full."""
     beside = only(view.layers, names_outside(view.layers, networks))
     training: set[nn.Module] = set(where(beside, LoRALayer.lora_trainable).values())
-    for module in view.saved:
+    for module in view.saved_modules:
         training.update(module.modules())
     return training
 

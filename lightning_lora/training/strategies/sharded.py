@@ -237,7 +237,7 @@ class ShardedGradients(Gradients):
         self.parameters_by_dtype = grouped(left_to_us.values(), _dtype_of)
         # the buffers of modules that train in full, such as norms
         self.statistics: list[Tensor] = []
-        for module in view_of(model).saved:
+        for module in view_of(model).saved_modules:
             self.statistics += filterfalse(shards.is_dtensor, module.buffers())
 
     def end_backward(self) -> None:
