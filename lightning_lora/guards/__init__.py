@@ -3,6 +3,18 @@
 Nothing else of the package knows a guard. To take one out, delete its file, its import
 and its line here.
 
+A guard looks at a ``View`` of the model, in ``model/view.py``:
+
+- ``layers``: those with adapters on them, by name. ``adapted_weights``: the names of
+  the weights that have an update.
+- ``base_parameters``: all but those of adapters. ``trainable_base``: those of them that
+  train in full (``modules_to_save``, biases). ``frozen_base``: the others.
+- ``frozen_by_user``: the names of weights that the user froze.
+- ``record``: what the model remembers of its base and its adapters. ``adapter``: what it
+  remembers of the active one. ``adapter.networks``: networks that stand still, and
+  ``copies`` of others.
+- ``is_fresh()``: all updates are still zero.
+
 How a guard speaks:
 
 - ``rank_zero_info``, in the log of a fit: what may be meant so, and how networks and

@@ -111,7 +111,7 @@ def _tell_of_rates_low_for_adam(view: View, optimizers: list[Optimizer]) -> None
 def _low_rates(view: View, optimizers: Iterable[Optimizer]) -> dict[str, float]:
     """The layers whose adapters have a low learning rate, as in full fine-tuning.
 
-    One of zero is meant.
+    A rate of zero is none of these: it is meant.
     """
     highest_low = _rates_of(view).low
     low = dict[str, float]()

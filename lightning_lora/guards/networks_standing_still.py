@@ -1,7 +1,4 @@
-"""Networks without adapters: they stand still beside others that train.
-
-And copies, which other code moves.
-"""
+"""Networks that stand still beside others that train, and get no adapters; and copies, which other code moves."""
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 

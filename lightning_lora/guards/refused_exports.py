@@ -25,6 +25,7 @@ class RefusedExports(Guard):
         if not hasattr(config, "model_type"):  # it is not of transformers
             return
         layers = layers_of(view)
+        # without values, which decide nothing here
         stored = StoredAdapters(view.config, {}, layers, root=root)
         refused = refused_layers(ModelExport(stored, view.model))
         for why, names in refused.items():

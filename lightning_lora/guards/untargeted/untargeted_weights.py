@@ -1,5 +1,6 @@
 """Matrices without adapters, where automatic targets reach only a part of the weights."""
 
+from collections import Counter
 from collections.abc import Iterable
 from enum import Enum
 from functools import partial
@@ -26,7 +27,7 @@ from lightning_lora.targets.adaptable import (
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.find_names import as_target_parameters
 from lightning_lora.targets.lookup import Lookup
-from lightning_lora.tensors.dicts import grouped, only, with_values
+from lightning_lora.tensors.dicts import grouped, only, where, with_values
 from lightning_lora.tensors.names import names_outside, owner_of, owner_or_itself
 
 # layers of a class with a smaller share of the weights are not named
@@ -78,15 +79,15 @@ def untargeted_matrices(view: View) -> UntargetedMatrices:
     weights = _weights_that_targets_could_mean(view)
     size = max(view.size_of(weights), 1)
     by_class = grouped(_untargeted_among(view, weights), partial(_class_of_layer, view))
-    sizes = {
-        layer_class: view.size_of(names) for layer_class, names in by_class.items()
-    }
+    sizes = Counter[str]()
+    for layer_class, names in by_class.items():
+        sizes[layer_class] = view.size_of(names)
     named = dict[str, list[str]]()
-    for layer_class in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        has_many_weights = sizes[layer_class] > _LEAST_SHARE * size
+    for layer_class, size_of_class in sizes.most_common():
+        has_many_weights = size_of_class > _LEAST_SHARE * size
         if has_many_weights and layer_class != COMPUTED:
             named[layer_class] = by_class[layer_class]
-    return UntargetedMatrices(named, sum(sizes.values()) / size)
+    return UntargetedMatrices(named, sizes.total() / size)
 
 
 def _weights_that_targets_could_mean(view: View) -> list[str]:
@@ -103,15 +104,11 @@ def _weights_that_targets_could_mean(view: View) -> list[str]:
 def _untargeted_among(view: View, weights: Iterable[str]) -> list[str]:
     """Those of these weights that are matrices without adapters, where somebody may expect one."""
     adapted = _adapted_parameters(view)
+    frozen_matrices = where(only(view.frozen_base, set(weights)), _is_matrix)
     untargeted = []
-    for name in weights:
-        p = view.base_parameters[name]
-        has_no_adapter = name in view.frozen_base and p not in adapted
-        if (
-            has_no_adapter
-            and _is_matrix(p)
-            and not _is_usually_untargeted(_layer_of(view, name))
-        ):
+    for name, matrix in frozen_matrices.items():
+        is_expected = not _is_usually_untargeted(_layer_of(view, name))
+        if matrix not in adapted and is_expected:
             untargeted.append(name)
     return untargeted
 
