@@ -30,8 +30,8 @@ class Guard:
     told, so that it is said once: at ``optimizers_built``, ``training_begins``,
     ``new_adapters_begin``, ``adapters_ready``, ``base_made_new``,
     ``first_step_begins``, ``first_batch_runs``, ``first_batch_ended``,
-    ``base_compared`` and ``merged_in_checkpoint``. At all other moments, each process
-    is told.
+    ``first_evaluation_runs``, ``base_compared`` and ``merged_in_checkpoint``. At all
+    other moments, each process is told.
     """
 
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:

@@ -35,9 +35,9 @@ class ReadByHand(Guard):
     """Names layers whose weights other code reads in a first batch."""
 
     def __init__(self) -> None:
-        # of the first batch of a training, until it is over
+        # what watches the first batch of a training, until that is over
         self._in_training: WeightWatch | None = None
-        # layers that this guard has named, or that another one names
+        # layers that this guard has named, and dead ones, which DeadAdapters names
         self._named: set[nn.Module] = set()
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
@@ -54,13 +54,13 @@ class ReadByHand(Guard):
         return self._in_training.running()
 
     def first_batch_ended(self, model: nn.Module) -> None:
-        """Name what was read, but no layer that nothing calls: its adapter is dead, and another guard says so."""
+        """Name what was read, but no layer that nothing calls: its adapter is dead, and DeadAdapters says so."""
         if self._in_training is None:
             return
         watch = self._in_training
         self._in_training = None  # lets go of the weights
         self._named.update(watch.layers_without_call())
-        names = self._not_yet_named(watch)
+        names = self._take_new_names(watch)
         if names:
             warn(_about_training(type(model).__name__, names))
 
@@ -73,12 +73,12 @@ class ReadByHand(Guard):
         watch = WeightWatch(view, view.layers, WeightInEvaluation)
         with watch.running():
             yield
-        names = self._not_yet_named(watch)
+        names = self._take_new_names(watch)
         if names:
             warn(_about_evaluation(step, type(view.model).__name__, names))
 
-    def _not_yet_named(self, watch: WeightWatch) -> list[str]:
-        """The names of layers that were read and are to be named now. From now on, they are named."""
+    def _take_new_names(self, watch: WeightWatch) -> list[str]:
+        """The names of layers that were read, and were not named before. They count as named now."""
         layers_read = with_values(watch.layers, watch.read)
         new = where_not(layers_read, self._named.__contains__)
         self._named.update(new.values())
