@@ -62,7 +62,7 @@ def test_after_fit_the_module_is_plain_and_computes_as_adapted(
         trainer(tmp_path, [lora(merge=merge)]).fit(model, data())
     assert is_plain(merged)
     assert type(merged.q_proj) is nn.Linear
-    assert "merged the last adapters into 2 layers" in caplog.text
+    assert "merged the last adapters into 2 layers. The model is plain again, and remembers them: the next fit goes on with them." in caplog.text
     assert list(merged.state_dict()) == keys
     assert flags_of(merged) == flags
     torch.testing.assert_close(merged(X), adapted(X))
@@ -281,7 +281,7 @@ def test_a_file_of_another_run_is_named_where_lightning_has_found_it(
     fit()
     with pytest.raises(
         ll.AdapterMismatchError,
-        match=r"last\.ckpt: .* Or did another run write this file\?",
+        match=r"last\.ckpt: .* not \['head'\]\. If another run wrote this file, pass",
     ):
         fit(modules_to_save=["head"])
 
@@ -360,7 +360,7 @@ def test_another_configuration_on_a_merged_model_is_refused_and_leaves_it_merged
     model = LitTiny()
     trainer(tmp_path, [lora()]).fit(model, data())
     output = model(X)
-    with pytest.raises(ll.AdapterMismatchError, match="remove_adapters"):
+    with pytest.raises(ll.AdapterMismatchError, match="build the model again"):
         trainer(tmp_path, [lora(r=4)]).fit(model, data())
     assert is_plain(model)
     assert torch.equal(model(X), output)

@@ -229,7 +229,7 @@ def test_pages_that_try_a_module_import_the_one_of_the_examples() -> None:
     importing = set()
     for page in PAGES:
         code = "".join(blocks(page))
-        assert ("class MyModule" in code) == (page == "first-steps")
+        assert "class MyModule" not in code  # one module has this name
         if "from examples.my_module import MyModule    # " in code:
             importing.add(page)
     assert len(importing) >= 15
@@ -238,7 +238,7 @@ def test_pages_that_try_a_module_import_the_one_of_the_examples() -> None:
 def test_modules_of_the_pages_do_not_look_untrained() -> None:
     first_steps: dict[str, Any] = {}
     exec(blocks("first-steps")[0], first_steps)
-    for model in (first_steps["MyModule"](), MyModule()):
+    for model in (first_steps["TextClassifier"](), MyModule()):
         inject_adapters(model, LoRAConfig(modules_to_save=["head"]))
         assert find_untrained(View(model)) == Untrained((), share=0)
 
@@ -339,6 +339,17 @@ def test_every_hazard_has_a_test() -> None:
         assert len(rows) > 5
         for test in rows.values():
             assert f"def {test}(" in tests
+
+
+@pytest.mark.parametrize("text", [README, PAGES["index"]], ids=["README", "index"])
+def test_the_first_program_stands_below_what_installs_it_and_says_where_it_runs(
+    text: str,
+) -> None:
+    above, _ = text.split("```python", 1)
+    assert "pip install ." in above
+    assert "pip install path/to/the/clone" in above
+    assert "in the clone" in above.lower()
+    assert "your own" in above or "of your own" in above
 
 
 def test_readme_is_short() -> None:

@@ -25,7 +25,7 @@ class LooksUntrained(Guard):
     def new_adapters_begin(self, view: View, untrained: Untrained) -> None:
         """Look at the base as it is when training begins."""
         if untrained.is_mostly_untrained:
-            rank_zero_info(_about_model(view, untrained))
+            _tell_of_model(view, untrained)
             return
         perhaps_new = _perhaps_new(view, untrained)
         if untrained.modules:
@@ -37,6 +37,20 @@ class LooksUntrained(Guard):
         """Look again at what hooks have changed since."""
         if untrained.modules or untrained.unsure:
             self.new_adapters_begin(view, untrained)
+
+
+def _tell_of_model(view: View, untrained: Untrained) -> None:
+    """Warn of a model without pretrained weights. Of convolutions, one cannot be sure."""
+    message = (
+        f"{untrained.share:.0%} of the weights of {view.title} look untrained. If they "
+        "are, adapters learn little: load pretrained weights first, or train without "
+        "LoRACallback."
+    )
+    perhaps_trained = _about_convolutions(view, untrained.modules)
+    if perhaps_trained:
+        rank_zero_info(message + perhaps_trained)
+    else:
+        warn_in_each_fit(message, FreshLayerWarning)
 
 
 def _perhaps_new(view: View, untrained: Untrained) -> list[str]:
@@ -71,14 +85,6 @@ def _are_excluded(view: View, weights: Iterable[str]) -> bool:
 
 
 # What is said
-
-
-def _about_model(view: View, untrained: Untrained) -> str:
-    return (
-        f"{untrained.share:.0%} of the weights of {view.title} look untrained. If they "
-        "are, adapters learn little: load pretrained weights first, or train without "
-        "LoRACallback." + _about_convolutions(view, untrained.modules)
-    )
 
 
 def _about_untrained(view: View, untrained: Untrained) -> str:

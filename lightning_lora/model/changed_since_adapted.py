@@ -83,7 +83,8 @@ def refuse_other_configuration(view: View, choices: Mapping[str, Choice]) -> Non
         if name not in choices:
             raise AdapterMismatchError(
                 f"Layer {name!r} of {view.title} is adapted already, but this "
-                f"configuration does not target it. Target it too. {_instead(view)}"
+                f"configuration does not target it. {_BEGIN_ANEW} To keep these "
+                "adapters, target it too, or give the new ones another name=..."
             )
         if layer.lora_is_resized():
             raise _changed_since(view, name, "resized")
@@ -95,13 +96,7 @@ def refuse_other_configuration(view: View, choices: Mapping[str, Choice]) -> Non
             _check_same_trained(view, prefix)
 
 
-def _instead(view: View) -> str:
-    """What to do in place of adapting layers in another way."""
-    name = f", {view.adapter.name!r}" if view.is_adapted else ""
-    return (
-        "To begin anew, build the model again, or call unmerge_adapters(model) and "
-        f"remove_adapters(model{name}). For an adapter beside it, give another name=..."
-    )
+_BEGIN_ANEW = "To begin anew, build the model again."
 
 
 def _check_same_layer(view: View, name: str, choice: Choice) -> None:
@@ -112,9 +107,10 @@ def _check_same_layer(view: View, name: str, choice: Choice) -> None:
     different = [key for key in {**here, **wanted} if here.get(key) != wanted.get(key)]
     if different:
         raise AdapterMismatchError(
-            f"Layer {name!r} of {view.title} is adapted already (or was, in the fit "
-            f"that it remembers), with {_named(here, different)}, not "
-            f"{_named(wanted, different)}. Use the same. {_instead(view)}"
+            f"Layer {name!r} of {view.title} is adapted already, with "
+            f"{_named(here, different)}, not {_named(wanted, different)}. "
+            f"{_BEGIN_ANEW} To keep these adapters, use the same arguments, or give "
+            "the new ones another name=..."
         )
 
 
@@ -133,8 +129,9 @@ def _check_same_trained(view: View, prefix: str) -> None:
         raise AdapterMismatchError(
             f"{view.title} is adapted already, and trains "
             f"{_listed_or_nothing(trained_there)} beside its adapters, not "
-            f"{_listed_or_nothing(trained_here)}. Use the same modules_to_save and "
-            "bias, another name=..., or remove_adapters."
+            f"{_listed_or_nothing(trained_here)}. {_BEGIN_ANEW} To keep these "
+            "adapters, use the same modules_to_save and bias, or give the new ones "
+            "another name=..."
         )
 
 

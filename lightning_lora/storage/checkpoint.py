@@ -180,10 +180,12 @@ def naming_the_file(path: object) -> Iterator[None]:
     """Say which file does not fit: with ``ckpt_path="last"`` or ``"best"``, Lightning has found it."""
     try:
         yield
-    except (AdapterMismatchError, BaseMismatchError) as error:
-        raise type(error)(
-            f"{path}: {error} Or did another run write this file? Then pass the path "
-            "of this run's own file (ckpt_path), or none to begin anew."
+    except BaseMismatchError as error:
+        raise BaseMismatchError(f"{path}: {error}") from error
+    except AdapterMismatchError as error:
+        raise AdapterMismatchError(
+            f"{path}: {error} If another run wrote this file, pass this run's own as "
+            "ckpt_path, or none to begin anew."
         ) from error
 
 

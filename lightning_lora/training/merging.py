@@ -162,11 +162,15 @@ def check_layers_stayed(view: View) -> None:
 def merge_trained(trainer: Trainer, pl_module: LightningModule, merge: object) -> None:
     """Merge the adapters at the end of a fit, and say which."""
     which = load_best(trainer, pl_module) if merge == "best" else "the last adapters"
+    is_fresh = View(pl_module).is_fresh()
     merge_adapters(pl_module)
     count = len(record_of(pl_module).merged_layer_adapters)
     layers = counted(count, "layer")
     end_bar(trainer, pl_module)
-    rank_zero_info(f"LoRA: merged {which} into {layers}. The model is plain again.")
+    what_it_is = "plain again, and remembers them: the next fit goes on with them"
+    if is_fresh:
+        what_it_is = "as before: all updates are zero"
+    rank_zero_info(f"LoRA: merged {which} into {layers}. The model is {what_it_is}.")
 
 
 def load_best(trainer: Trainer, pl_module: LightningModule) -> str:

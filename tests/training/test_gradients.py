@@ -503,17 +503,17 @@ class FreezesLate(Probe):
     )
 
 
-def test_adapters_train_in_a_module_that_freezes_its_body(tmp_path: Path) -> None:
+def test_adapters_train_in_a_module_that_freezes_its_body(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, _ = train(tmp_path, lora(merge=False), model=Probe())
     assert_all_have_moved(model, ADAPTERS)
-    with (
-        pytest.warns(DeadAdapterWarning, match=r"code freeze them \(requires_grad"),
-        pytest.warns(
-            DeadAdapterWarning,
-            match="After 8 steps, all updates of FreezesLate are still zero",
-        ),
-    ):
-        train(tmp_path, lora(merge=False), model=FreezesLate())
+    # one warning says why, and no second one guesses
+    with pytest.warns(DeadAdapterWarning) as told:
+        train(tmp_path, lora(), model=FreezesLate())
+    (said,) = [str(each.message) for each in told if each.category is DeadAdapterWarning]
+    assert "code freeze them (requires_grad" in said
+    assert "layers. The model is as before: all updates are zero." in caplog.text
 
 
 # Losses that depend on no adapter

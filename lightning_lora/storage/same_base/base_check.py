@@ -252,10 +252,7 @@ def _other_values(base: _BaseHere, found: Comparison) -> _Message:
     if found.has_same_form:
         return _Message(
             f"These adapters were trained on another base: {how_many}.",
-            "Load the same pretrained weights as for the training: in the module's "
-            "__init__ or setup, or before load_adapter. New layers and rows are "
-            "random, so they must train: modules_to_save, trainable_token_indices. If "
-            "this model is merged, load its base.",
+            _remedy(base, found),
         )
     dtypes_there = _dtypes(found.fingerprint)
     return _Message(
@@ -264,6 +261,22 @@ def _other_values(base: _BaseHere, found: Comparison) -> _Message:
         f"Load the same pretrained weights as for the training, in {dtypes_there}, and "
         "then convert the model. A base that was rounded twice, or to float16 there "
         "and to bfloat16 here, is not recognised.",
+    )
+
+
+def _remedy(base: _BaseHere, found: Comparison) -> str:
+    """What to do: first what is most likely for the tensors that differ."""
+    load = (
+        "Load the same pretrained weights as for the training: in the module's "
+        "__init__ or setup, or before load_adapter."
+    )
+    if not found.equal:
+        return load
+    if set(found.differ) <= set(base.view.adapted_weights):
+        return f"{load} If this model is merged, load its base."
+    return (
+        f"{load} If these layers or rows are new, they are random: they must train "
+        "(modules_to_save, trainable_token_indices)."
     )
 
 
