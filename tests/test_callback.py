@@ -62,7 +62,8 @@ def test_after_fit_the_module_is_plain_and_computes_as_adapted(
         trainer(tmp_path, [lora(merge=merge)]).fit(model, data())
     assert is_plain(merged)
     assert type(merged.q_proj) is nn.Linear
-    assert "merged the last adapters into 2 layers. The model is plain again, and remembers them: the next fit goes on with them." in caplog.text
+    assert "merged the last adapters into 2 layers. The model is plain" in caplog.text
+    assert "again, and remembers them: the next fit goes on with them." in caplog.text
     assert list(merged.state_dict()) == keys
     assert flags_of(merged) == flags
     torch.testing.assert_close(merged(X), adapted(X))

@@ -259,7 +259,9 @@ def test_a_fit_that_has_lost_some_of_its_adapters_names_them_and_merges_the_othe
     ):
         trainer(tmp_path, [lora()]).fit(model, data())
     assert is_plain(model)
-    assert "merged the last adapters into 1 layer. The model is plain again" in caplog.text
+    assert (
+        "merged the last adapters into 1 layer. The model is plain again" in caplog.text
+    )
 
 
 class Merges(LitTiny):

@@ -511,7 +511,9 @@ def test_adapters_train_in_a_module_that_freezes_its_body(
     # one warning says why, and no second one guesses
     with pytest.warns(DeadAdapterWarning) as told:
         train(tmp_path, lora(), model=FreezesLate())
-    (said,) = [str(each.message) for each in told if each.category is DeadAdapterWarning]
+    (said,) = [
+        str(each.message) for each in told if each.category is DeadAdapterWarning
+    ]
     assert "code freeze them (requires_grad" in said
     assert "layers. The model is as before: all updates are zero." in caplog.text
 
