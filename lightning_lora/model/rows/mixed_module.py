@@ -92,7 +92,7 @@ class MixedModule:
     def _run_each(self, args: Any, kwargs: Any) -> Any:
         """Run the rows of each name by themselves, and put the outputs together."""
         n = len(self.names)
-        # the rows of states are their second dimension
+        # the states of a recurrent layer have the rows in their second dimension
         states_dim = int(isinstance(self.module, nn.RNNBase))
         mask = self._shared_mask(args, kwargs)
         outputs = []
@@ -139,8 +139,9 @@ class MixedModule:
         )
 
     def _has_row_for_each_name(self, x: Tensor) -> bool:
-        is_bag = isinstance(self.module, nn.EmbeddingBag)  # of indices in one dimension
-        # one for features, none for an index
+        """Whether a tensor is as long as the names, and its rows have the dimensions that the module reads."""
+        # a row is a vector of features, or one index, or a bag of indices
+        is_bag = isinstance(self.module, nn.EmbeddingBag)
         row_dims = int(is_bag or x.is_floating_point())
         return x.dim() > row_dims and len(x) == len(self.names)
 
@@ -187,7 +188,7 @@ class _FactorsOfRows:
         self.stacked = (torch.empty(0), torch.empty(0))
 
     def now(self) -> Factors:
-        """Return them as the adapters are now."""
+        """Return A and B for each row, as the adapters are now."""
         needs_gradients = torch.is_grad_enabled() and any(
             p.requires_grad for p in self.parameters
         )
@@ -204,7 +205,7 @@ class _FactorsOfRows:
         return self.stacked
 
     def _stack(self) -> Factors:
-        """Stack them, with no rows and columns where there is no adapter."""
+        """Stack A and B of all rows. A row without an adapter has those of rank zero."""
         updates: dict[Name, Factors] = {}
         for name, adapter in self.adapters.items():
             a, b = weight_factors(
@@ -216,11 +217,11 @@ class _FactorsOfRows:
             # a linear layer has one scaling for all of its matrices
             updates[name] = a, b * adapter.settings.scaling
         a, b = next(iter(updates.values()))
-        no_update = a[:0], b[:, :0]  # of rank zero
+        no_update = a[:0], b[:, :0]
         return stacked([updates.get(name, no_update) for name in self.names])
 
 
 def _version_of_values(parameter: nn.Parameter) -> tuple[int, int]:
-    """What another parameter, or one whose values were changed, has not: its address and its version."""
+    """The address and the version of a parameter's values: other or changed values differ in one of them."""
     version = 1 if parameter.is_inference() else version_of(parameter)
     return parameter.data_ptr(), version

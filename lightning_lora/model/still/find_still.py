@@ -18,9 +18,12 @@ from lightning_lora.targets.lookup import Lookup
 from lightning_lora.tensors.dicts import only, where, where_not, with_values
 from lightning_lora.tensors.names import modules_around, names_not_in, names_outside
 
+Kinds = Mapping[str, type]
+"""Layers that are to have an adapter, each with the adapter's class: ``{"blocks.0.q": LoRALinear}``."""
+
 
 def find_still_networks(
-    view: View, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter]
+    view: View, kinds: Kinds, still_parameters: Set[nn.Parameter]
 ) -> StillNetworks:
     """Return which networks get no adapter, and which follow another one.
 
@@ -29,12 +32,12 @@ def find_still_networks(
     2. Copies are looked for, and the record's copies are kept.
     3. Other networks are looked for, in the other layers.
 
-    Layers that the user names always get an adapter. So the third step, and copies that
-    lack some weights, are only for a word such as ``"all-linear"``.
+    Layers that the user names, and not a word such as ``"all-linear"``, always get an
+    adapter. Then the third step is left out, and copies must be exact.
 
     Args:
         view: The model, adapted or not.
-        kinds: The adapter class of each layer that is targeted.
+        kinds: The layers that are targeted, with their adapter classes.
         still_parameters: Parameters of the base that stand still: frozen, or in no
             optimizer.
     """
@@ -49,7 +52,7 @@ def find_still_networks(
 
 
 def known_still_networks(
-    view: View, kinds: Mapping[str, type], still_parameters: Set[nn.Parameter]
+    view: View, kinds: Kinds, still_parameters: Set[nn.Parameter]
 ) -> StillNetworks:
     """Return which networks get no adapter as before, and which are exact copies.
 
@@ -63,7 +66,7 @@ def known_still_networks(
 
 def _recorded_and_copies(
     view: View,
-    kinds: Mapping[str, type],
+    kinds: Kinds,
     still_parameters: Set[nn.Parameter],
     *,
     copies_may_be_smaller: bool,
@@ -97,14 +100,14 @@ def _not_thawed(view: View, networks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _still_in_model(view: View, copies: Mapping[str, str]) -> dict[str, str]:
-    """The copies that are modules of the model still, as their originals are."""
+    """The copies that are still modules of the model, and whose originals are too."""
     return with_values(only(copies, view.modules), view.modules)
 
 
 def _with_other_networks(
     view: View,
     networks: StillNetworks,
-    kinds: Mapping[str, type],
+    kinds: Kinds,
     still_parameters: Set[nn.Parameter],
 ) -> StillNetworks:
     """These networks, and those that are found in layers outside them.
@@ -132,7 +135,7 @@ def _with_other_networks(
     )
 
 
-def _whole_layers(kinds: Mapping[str, type]) -> list[str]:
+def _whole_layers(kinds: Kinds) -> list[str]:
     """The layers that are adapted as a whole: not single parameters or rows, which the user has named."""
     return list(where(kinds, _adapts_whole_layers))
 
@@ -162,7 +165,7 @@ def _named_by_user(view: View) -> list[str]:
     return [*left_out, *saved]
 
 
-# What callers ask and say besides
+# What callers need besides: the user's frozen parameters, and a message
 
 
 def parameters_frozen_by_user(view: View) -> set[nn.Parameter]:

@@ -16,6 +16,7 @@ from lightning_lora.model.still.find_still import (
 from lightning_lora.model.still.follow import follow_originals
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard, Guards
+from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import (
     modules_around,
@@ -34,8 +35,8 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     2. Adapters that have learned, and that no optimizer trains, are paused. The record
        still says which networks an earlier fit found under a head: their adapters
        train although no optimizer holds their weights.
-    3. All others train, as after an earlier fit that has paused them.
-    4. The networks are noted. What trains beside adapters depends on them.
+    3. All others train, also those that an earlier fit has paused. Guards are told.
+    4. The networks are noted. What trains in full depends on them.
     5. Networks beside others that train lose their adapters, none of which has learned.
     6. The base is frozen anew, and adapters of copies follow those of their originals.
 
@@ -43,13 +44,11 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     """
     still_parameters = unheld | parameters_frozen_by_user(view)
     found = find_still_networks(view, _kinds_that_train(view), still_parameters)
-    copies = _copies_that_stand_still(view, found.copies, still_parameters)
-
-    paused = _pause_layers(view, unheld, copies)
-    _resume_layers(view, paused, copies)
-    _say_and_forget_frozen(view, paused)
-
-    _note_networks(view, found.under_head, copies)
+    found = _without_copies_that_train(view, found, still_parameters)
+    paused = _pause_layers(view, unheld, found.copies)
+    _resume_layers(view, paused, found.copies)
+    _tell_guards_and_forget_frozen(view, paused)
+    _note_networks(view, found)
     strip_adapters(view, found.beside_training)
     freeze(view)  # in a copy, not even modules_to_save and biases train
     follow_originals(view)
@@ -57,7 +56,7 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
 
 
 def _kinds_that_train(view: View) -> dict[str, type]:
-    """The adapter classes of the layers that train by themselves: not of copies, nor of what is paused."""
+    """The layers whose adapters train by themselves, with their classes: not of copies, nor of what is paused."""
     kinds: dict[str, type] = {}
     for name, layer in view.layers.items():
         if layer.lora_settings.trains:
@@ -65,16 +64,16 @@ def _kinds_that_train(view: View) -> dict[str, type]:
     return kinds
 
 
-def _copies_that_stand_still(
-    view: View, copies: Mapping[str, str], still_parameters: Set[nn.Parameter]
-) -> dict[str, str]:
-    """The copies in which nothing trains by itself: a network that an optimizer trains now is a copy no more."""
+def _without_copies_that_train(
+    view: View, found: StillNetworks, still_parameters: Set[nn.Parameter]
+) -> StillNetworks:
+    """The networks found, but no copies in which something trains: these follow nothing now."""
     user_trains = view.record.base.user_trains
     training = []
     for name, parameter in view.base_parameters.items():
         if user_trains.get(name) and parameter not in still_parameters:
             training.append(name)
-    return without(copies, modules_around(training))
+    return replace(found, copies=without(found.copies, modules_around(training)))
 
 
 def _pause_layers(
@@ -107,21 +106,19 @@ def _resume_layers(
             layer.lora_train_again()
 
 
-def _say_and_forget_frozen(view: View, paused: list[str]) -> None:
-    """Let guards say what is paused, and once, what the user has frozen since."""
+def _tell_guards_and_forget_frozen(view: View, paused: list[str]) -> None:
+    """Tell guards what is paused, and once, what the user has frozen since adapters learned."""
     base = view.record.base
     Guards().tell(Guard.networks_settled, view, paused, base.frozen_since)
     base.forget_frozen_since()
 
 
-def _note_networks(
-    view: View, under_head: Collection[str], copies: Mapping[str, str]
-) -> None:
-    """Note the networks that keep adapters: these under a head besides those noted before, and exactly these copies."""
+def _note_networks(view: View, found: StillNetworks) -> None:
+    """Note the networks that keep adapters: those found under a head, besides earlier ones, and the copies found."""
     before = view.adapter.networks
-    all_under_head = dict.fromkeys((*before.under_head, *under_head))
+    all_under_head = dict.fromkeys((*before.under_head, *found.under_head))
     view.adapter.networks = replace(
-        before, under_head=tuple(all_under_head), copies=copies
+        before, under_head=tuple(all_under_head), copies=found.copies
     )
     view.look_again()  # what trains in full depends on the networks
 
