@@ -20,8 +20,7 @@ from lightning_lora.tables import grouped_by_name, shown_range
 from lightning_lora.tensors.inplace import original_class
 from lightning_lora.tensors.names import owner_of, submodule
 from lightning_lora.tensors.plain_states import state_dict
-
-_USUAL = (nn.Parameter, Tensor)
+from lightning_lora.tensors.values import PlaceInMemory, place_in_memory
 
 
 @dataclass(frozen=True)
@@ -293,24 +292,17 @@ def _bytes(values: Iterable[Any]) -> int:
 
     Tensors that share their memory count once.
     """
-    sizes: dict[tuple[int, int], int] = {}
+    sizes: dict[PlaceInMemory, int] = {}
     for value in values:
         if isinstance(value, Tensor) and value.layout is torch.strided:
-            sizes[_place(value), value.nbytes] = value.nbytes
+            sizes[place_in_memory(value)] = value.nbytes
     return sum(sizes.values())
-
-
-def _place(tensor: Tensor) -> int:
-    """Where the values of a tensor are, or which object it is: on meta it has no address, nor have other classes."""
-    if type(tensor) in _USUAL and tensor.data_ptr() != 0:
-        return tensor.data_ptr()
-    return id(tensor)
 
 
 def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of the parameters in full fine-tuning; quantised ones would train as float32."""
     total = 0
     for p in parameters:
-        trains_as_it_is = type(p) in _USUAL and p.is_floating_point()
+        trains_as_it_is = type(p) in (nn.Parameter, Tensor) and p.is_floating_point()
         total += p.nbytes if trains_as_it_is else 4 * number_of_values(p)
     return total

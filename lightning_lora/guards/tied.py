@@ -5,6 +5,7 @@ from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.untrained.find_untrained import Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
+from lightning_lora.tensors.values import PlaceInMemory, place_in_memory
 from lightning_lora.training.optimizers.groups import leading_layers
 
 
@@ -27,12 +28,14 @@ class Tied(Guard):
 def _layers_of_each_weight(view: View) -> list[list[str]]:
     """The layers in which each weight has an update.
 
+    Two weights are one if they have one memory (``b.weight.data = a.weight.data.t()``).
     Layers of another kind are apart: they compute something else with the weight.
     """
-    layers: dict[tuple[int, type], list[str]] = {}
+    layers: dict[tuple[PlaceInMemory, type], list[str]] = {}
     for name, layer in leading_layers(view).items():
         # the other class is the one that the layer had before
         adapter_class, _ = layer.overlaid
         for weight in view.base_weights_of(name):
-            layers.setdefault((id(weight), adapter_class), []).append(name)
+            place = place_in_memory(weight)
+            layers.setdefault((place, adapter_class), []).append(name)
     return list(layers.values())

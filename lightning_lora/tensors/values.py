@@ -1,6 +1,6 @@
 """Values of tensors: copy, replace and compare them."""
 
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,24 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:
     """Set ``requires_grad``, also of a tensor made in ``torch.inference_mode``."""
     with torch.inference_mode(tensor.is_inference()):
         tensor.requires_grad_(flag)
+
+
+class PlaceInMemory(NamedTuple):
+    """Where the values of a tensor are. Of two tensors with one place, each shows what is written into the other."""
+
+    address: int
+    size: int
+
+
+def place_in_memory(tensor: Tensor) -> PlaceInMemory:
+    """Return where the values of a tensor are.
+
+    On meta they have no address, nor have those of other classes: then it is the
+    tensor's own identity.
+    """
+    has_address = type(tensor) in (Tensor, nn.Parameter) and tensor.data_ptr() != 0
+    address = tensor.data_ptr() if has_address else id(tensor)
+    return PlaceInMemory(address, tensor.nbytes)
 
 
 def same_bits(tensor: Tensor, original: Tensor) -> bool:

@@ -374,6 +374,18 @@ def test_layers_that_have_one_weight_are_named(tmp_path: Path) -> None:
         fitted(tmp_path, model)
 
 
+@pytest.mark.filterwarnings(
+    "default::lightning_lora.LoRAWarning", "ignore::lightning_lora.DeadAdapterWarning"
+)
+def test_layers_whose_weights_have_one_memory_are_named(tmp_path: Path) -> None:
+    # as the two halves of an autoencoder
+    model = Net()
+    model.other = nn.Linear(8, 6)
+    model.other.weight.data = model.net[0].weight.data.t()
+    with pytest.warns(ll.LoRAWarning, match=r"'net.0', 'other' of Net have one weight"):
+        fitted(tmp_path, model)
+
+
 # Copies
 
 
