@@ -34,7 +34,7 @@ def _parts_of_lightning_module(model: nn.Module) -> list[str]:
 def _outermost_models(model: nn.Module) -> list[str]:
     """The models of other libraries that are in no other one of them."""
     models = where(modules_by_name(model), is_model_of_other_library)
-    return [name for name in models if models.keys().isdisjoint(_modules_around(name))]
+    return [name for name in models if models.keys().isdisjoint(_outer_modules(name))]
 
 
 def is_model_of_other_library(module: nn.Module) -> bool:
@@ -42,10 +42,11 @@ def is_model_of_other_library(module: nn.Module) -> bool:
     return not _MODELS.isdisjoint(class_names(module))
 
 
-def _modules_around(name: str) -> set[str]:
-    """The modules that a module is in, with the whole model, which has no name."""
+def _outer_modules(name: str) -> set[str]:
+    """The modules that a module is in: ``{"", "a", "a.b"}`` for ``a.b.c``. The whole model is ``""``."""
     return {"", *starts_of(name)} - {name}
 
 
 def _has_parameters(module: nn.Module, *, recurse: bool = True) -> bool:
+    """Whether a module has parameters. Without ``recurse``, those of modules in it do not count."""
     return any(True for _ in module.parameters(recurse=recurse))

@@ -61,7 +61,9 @@ def modules_to_store(
     """Describe adapted layers, all modules around them, others of interest, and those with names like all these."""
     named = [*layers, *others]
     names = {"", *modules_around(layers), *_named_alike(modules, named)}
-    return {name: _described(module) for name, module in only(modules, names).items()}
+    return {
+        name: _stored_module(module) for name, module in only(modules, names).items()
+    }
 
 
 def _named_alike(modules: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -83,7 +85,7 @@ def _is_of_fsdp(cls: type) -> bool:
     return "FSDPModule" in {ancestor.__name__ for ancestor in cls.__mro__}
 
 
-def _described(module: nn.Module) -> StoredModule:
+def _stored_module(module: nn.Module) -> StoredModule:
     """What a file says of a module."""
     classes = list[str]()
     for ancestor in original_class(module).__mro__:

@@ -39,7 +39,7 @@ def load_base(model: nn.Module, state: StateDict, *, call: str) -> None:
 
 def _check_base_fits(model: nn.Module, state: StateDict) -> None:
     """Refuse a full state that does not fit this model."""
-    wrong = _misfits(_state_of_base(model), state)
+    wrong = _what_does_not_fit(_state_of_base(model), state)
     if wrong:
         raise BaseMismatchError(
             "This checkpoint has no adapters of this package, and as a base it does "
@@ -54,7 +54,7 @@ def _state_of_base(model: nn.Module) -> dict[str, Any]:
     return without(state, own_adapters_in(view_of(model), state))
 
 
-def _misfits(expected: StateDict, state: StateDict) -> str:
+def _what_does_not_fit(expected: StateDict, state: StateDict) -> str:
     """What is missing in a state, is unexpected, or has another shape, in words."""
     of_other_shape = list[str]()
     for name, value in state.items():

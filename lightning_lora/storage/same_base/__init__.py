@@ -5,9 +5,12 @@ Read first which tensors are compared (``compared_tensors.py``), then what a bas
 ``stored_fingerprints.py``. ``base_check.py`` refuses another base: it compares the base
 at hand ("here") with the fingerprints in a file ("there"), by ``base_comparison.py``.
 
-A fingerprint in a file has one digest for each tensor. Its entry ``rounded`` has
-half digests by the tensors' names: those of the values in bfloat16 and in float16.
-None: the tensor is quantised. Empty: the tensor has integers, or its half digests are
-not known. A file without this entry does not say the names. ``BaseThere`` is what all
-this says of the base of a training.
+A base has one fingerprint for each form that it had: it gets another form when it is
+converted to another dtype, or quantised.
+
+A fingerprint in a file has one digest for each tensor. Its entry ``rounded`` has half
+digests by the tensors' names: those of the values in bfloat16 and in float16. None: the
+tensor is quantised. Empty: the tensor has integers, or its half digests are not known.
+A file without this entry does not say the names. ``BaseThere`` is what all this says of
+the base of a training.
 """

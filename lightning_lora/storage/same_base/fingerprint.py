@@ -23,7 +23,8 @@ def fingerprint(
 ) -> Fingerprint:
     """Return the fingerprint of an adapted model's base.
 
-    Collective for one spread over processes.
+    Tensors that code has changed since count as they were before, if the change was
+    noted (``Base.changes``). Collective for a model that is spread over processes.
 
     Args:
         view: The model.
@@ -32,41 +33,36 @@ def fingerprint(
         renaming: By which names of a file the layout is hashed.
     """
     tensors = base_tensors(view)
-    digests = _digests_of_present_values(view, tensors, anew=anew)
     return {
         "layout": layout_of(tensors, renaming),
         "dtypes": dtypes_of(tensors),
-        "digests": view.record.base.digests_before_changes(digests),
+        "digests": _digests_of_base(view, tensors, anew=anew),
     }
 
 
 def base_digests(view: View) -> dict[str, int]:
-    """Return the digests of an adapted model's base, read again where a quick look shows a change.
+    """Return the digests in the :func:`fingerprint` of an adapted model's base, by name.
 
-    Collective.
+    A tensor is read again only if a quick look shows a change. Collective.
     """
     tensors = base_tensors(view)
-    digests = _digests_of_present_values(view, tensors, anew=False)
-    return dict(
-        zip(tensors, view.record.base.digests_before_changes(digests), strict=True)
-    )
+    return dict(zip(tensors, _digests_of_base(view, tensors, anew=False), strict=True))
 
 
-def _digests_of_present_values(
-    view: View, tensors: Tensors, *, anew: bool
-) -> dict[str, int]:
-    """The digests of these tensors as they are now, 0 on the meta device.
+def _digests_of_base(view: View, tensors: Tensors, *, anew: bool) -> list[int]:
+    """The digests of these tensors' values in the base, 0 on the meta device.
 
     A tied tensor has several names, and is hashed once.
     """
     distinct = where_not(first_names(tensors), _is_meta)
     digests = _digests_of_distinct(view, distinct, anew=anew)
     digest_of = {tensor: digests[name] for name, tensor in distinct.items()}
-    return {name: digest_of.get(tensor, 0) for name, tensor in tensors.items()}
+    digests_now = {name: digest_of.get(tensor, 0) for name, tensor in tensors.items()}
+    return view.record.base.digests_before_changes(digests_now)
 
 
 def _digests_of_distinct(view: View, tensors: Tensors, *, anew: bool) -> dict[str, int]:
-    """The digests of tensors with one name each.
+    """The digests of these tensors as they are now: each has one name here.
 
     An embedding whose rows train by themselves is a new copy each time, with zeros in
     these rows. So it is always read: no reading of it is remembered.

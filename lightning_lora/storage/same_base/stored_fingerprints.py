@@ -66,15 +66,18 @@ class _BaseNow:
         }
         self.quantised = quantised_names(view)
         self.readings = view.record.base.readings
-        has_other_values = {*self.quantised, *view.record.base.changes}
-        # the tensors whose half digests can be computed from the values in the model
-        self.computable = where(without(self.tensors, has_other_values), is_convertible)
+        # of these, half digests can be computed: the model has the base's values of them
+        self.computable = where(
+            without(self.tensors, {*self.quantised, *view.record.base.changes}),
+            is_convertible,
+        )
 
     def half_digests_for(self, fingerprint: Fingerprint) -> HalfDigests:
         """Return the half digests that belong to a fingerprint of this base.
 
-        If the base has the form of the fingerprint now, those that are not known are
-        computed. If it was converted since, its values are others now.
+        If the base has the form of the fingerprint now, those that are not known yet are
+        computed. If it was converted since, its values are others: then those that are
+        known must do.
         """
         digests = digests_by_name(self.tensors, fingerprint)
         known: HalfDigests = {
