@@ -9,6 +9,12 @@ training changed, which ``state.py`` finds. Files also describe the layers
 ``formats/`` reads and writes this, and ``on_disk/`` knows files themselves. ``load/``
 puts it on a model, which may have other names (``renaming.py``, ``whole_names.py``).
 
+In names, "here" is the model at hand, and "there" is the file, or the model that it was
+saved from. Files hold no values of the base. But some tensors belong "to no base",
+because each run has its own values of them: frozen weights that look untrained, as those
+of a new head, and buffers that hooks filled. Files hold these too. A "note" is what
+torch keeps beside the values of a state dict (``_metadata``).
+
 All this is called without a Trainer (``files.py``, ``several.py``), by a Trainer
 (``checkpoint.py`` and ``beside_adapters.py``), and by the console command
 (``offline/``). Merged models in files are computed by ``merged_state.py``, for
