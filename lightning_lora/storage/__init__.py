@@ -11,9 +11,10 @@ puts it on a model, which may have other names (``renaming.py``, ``whole_names.p
 
 In names, "here" is the model at hand, and "there" is the file, or the model that it was
 saved from. Files hold no values of the base. But some tensors belong "to no base",
-because each run has its own values of them: frozen weights that look untrained, as those
-of a new head, and buffers that hooks filled. Files hold these too. A "note" is what
-torch keeps beside the values of a state dict (``_metadata``).
+because each run has its own values of them: frozen weights that look untrained, as
+those of a new head, and buffers that hooks filled. Files hold these too. A "note" of
+torch stands beside the values of a state dict (``_metadata``), and a "hint" is an entry
+of the state itself, for readers without this package.
 
 All this is called without a Trainer (``files.py``, ``several.py``), by a Trainer
 (``checkpoint.py`` and ``beside_adapters.py``), and by the console command

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.storage.state import is_note
+from lightning_lora.storage.state import is_hint
 from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.dicts import dict_or_empty, without
 from lightning_lora.tensors.plain_states import state_dict
@@ -12,7 +12,7 @@ from lightning_lora.tensors.plain_states import state_dict
 # the item of this package's entry that holds what training changed, beside a merged
 # model
 ADAPTERS = "adapters"
-# the item that names what else is in the state: the note to other readers, and the
+# the item that names what else is in the state: the hint to other readers, and the
 # tensors of the base that are there for a hook
 SHOWN = "shown"
 
@@ -44,8 +44,8 @@ def reduce_to_adapters(checkpoint: object) -> dict[str, Any]:
     merged = _take_merged_model(checkpoint, description)
     _take_shown_base(checkpoint, description)
     state = _dict_in(checkpoint, "state_dict")
-    for note in list(filter(is_note, state)):
-        del state[note]
+    for hint in list(filter(is_hint, state)):
+        del state[hint]
     return merged
 
 

@@ -29,9 +29,9 @@ from lightning_lora.storage.same_base.base_changes import note_changes
 from lightning_lora.storage.same_base.stored_fingerprints import with_half_digests
 from lightning_lora.storage.state import (
     copies_of,
-    note_for,
+    hint_for,
     values_to_store,
-    without_notes,
+    without_hints,
 )
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.dicts import only, renamed, where, without
@@ -83,16 +83,16 @@ def adapter_only(
 def _with_description(
     view: View, checkpoint: Checkpoint, description: Description
 ) -> Checkpoint:
-    """A checkpoint with the description of its adapters, and a note for readers without this package.
+    """A checkpoint with the description of its adapters, and a hint for readers without this package.
 
     The description stands in the entry of this package, and in torch's notes on the
     state, for code that loads the state alone.
     """
-    note = note_for(view)
-    state: Any = OrderedDict({**checkpoint["state_dict"], note: torch.empty(0)})
+    hint = hint_for(view)
+    state: Any = OrderedDict({**checkpoint["state_dict"], hint: torch.empty(0)})
     note_adapters(state, description)
-    # 0.2.0 does not know this note by its name, but takes out what is called shown
-    return {**checkpoint, "state_dict": state, KEY: {**description, SHOWN: {note}}}
+    # 0.2.0 does not know this hint by its name, but takes out what is called shown
+    return {**checkpoint, "state_dict": state, KEY: {**description, SHOWN: {hint}}}
 
 
 def with_merged_model(
@@ -103,7 +103,7 @@ def with_merged_model(
     The adapters are in the entry of this package. Also return the share of each layer's
     update that is lost to rounding.
     """
-    adapters = without_notes(checkpoint["state_dict"])
+    adapters = without_hints(checkpoint["state_dict"])
     description = without(checkpoint[KEY], [SHOWN])
     merged, lost = merged_state(view_of(model), adapters)
     if written_later:

@@ -17,23 +17,23 @@ from lightning_lora.tensors.plain_states import StateDict, state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
 from lightning_lora.tensors.values import same_bits
 
-_NOTE = (
+_HINT = (
     "NOTE: this file holds only adapters. Load it with "
     "lightning_lora.load_from_checkpoint(MyModule, path), or onto a model as it was "
     "before its training with lightning_lora.load_adapter(model, path), or give the "
     "Trainer a LoRACallback(). Files that any code loads: LoRACallback(save='model')"
 )
-_NOTE_OF_ANY_VERSION = "this file holds only adapters"
+_HINT_OF_ANY_VERSION = "this file holds only adapters"
 
 
-def note_for(view: View) -> str:
-    """Return the name of an entry of a checkpoint's state, without values.
+def hint_for(view: View) -> str:
+    """Return the name of an entry without values, which a checkpoint's state has as a hint.
 
-    Whoever loads the file as a full one is told this name. torch names what it finds in
-    the model's last module last: so the note is there, and ends the error.
+    Whoever loads the file as a full one reads it in torch's error. torch names what it
+    finds in the model's last module last: so the hint is there, and ends the error.
     """
     *_, (last, _) = view.model.named_modules(remove_duplicate=False)
-    return f"{plain_name(last)}.{_NOTE}" if last else _NOTE
+    return f"{plain_name(last)}.{_HINT}" if last else _HINT
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -80,14 +80,14 @@ def without_unchanged_extra(view: View, state: StateDict) -> dict[str, Any]:
     return without(state, dict(unchanged))
 
 
-def without_notes(state: StateDict) -> dict[str, Any]:
-    """Return a state without the note, of any version."""
-    return {name: value for name, value in state.items() if not is_note(name)}
+def without_hints(state: StateDict) -> dict[str, Any]:
+    """Return a state without the hint, of any version."""
+    return {name: value for name, value in state.items() if not is_hint(name)}
 
 
-def is_note(name: object) -> bool:
-    """Whether an entry is the note, of any version."""
-    return isinstance(name, str) and _NOTE_OF_ANY_VERSION in name
+def is_hint(name: object) -> bool:
+    """Whether an entry is the hint, of any version."""
+    return isinstance(name, str) and _HINT_OF_ANY_VERSION in name
 
 
 def values_to_store(

@@ -17,7 +17,7 @@ from lightning_lora import (
     load_adapter_state_dict,
     load_from_checkpoint,
 )
-from lightning_lora.storage.state import is_note
+from lightning_lora.storage.state import is_hint
 from tests.support.cases import held
 from tests.support.compared import assert_same_state, assert_state
 from tests.support.faults import WAYS, adapted, edited
@@ -84,14 +84,14 @@ def test_a_module_may_have_parameters_of_its_own_with_the_names_of_adapters(
         getattr(t, stage)(ByHand(), data(), ckpt_path=path)
 
 
-def test_the_note_is_a_tensor_in_files_alone(tmp_path: Path) -> None:
+def test_the_hint_is_a_tensor_in_files_alone(tmp_path: Path) -> None:
     model = LitTiny()
     checkpoint = torch.load(written(tmp_path, model), weights_only=True)
-    (note,) = filter(is_note, checkpoint["state_dict"])
-    assert checkpoint["state_dict"][note].numel() == 0
+    (hint,) = filter(is_hint, checkpoint["state_dict"])
+    assert checkpoint["state_dict"][hint].numel() == 0
     assert set(held(checkpoint)) == set(TRAINED)
     assert checkpoint["lightning_lora"]["entries"] == len(TRAINED)
-    assert not list(filter(is_note, adapter_state_dict(model)))
+    assert not list(filter(is_hint, adapter_state_dict(model)))
     again = LitTiny()
     inject_adapters(again, lora().config)
     load_adapter_state_dict(again, checkpoint["state_dict"])

@@ -11,7 +11,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import adapter_state_dict, unmerge_adapters
-from lightning_lora.storage.state import without_notes
+from lightning_lora.storage.state import without_hints
 from tests.support.models import TRAINED, WIDTH, WORDS, LitTiny, as_trained
 from tests.support.parameters import cloned
 
@@ -41,8 +41,8 @@ def stop(*_: Any) -> None:
 
 
 def held(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's state, without the note to other readers."""
-    return without_notes(checkpoint["state_dict"])
+    """A checkpoint's state, without the hint to other readers."""
+    return without_hints(checkpoint["state_dict"])
 
 
 def tensors(path: Any) -> list[str]:

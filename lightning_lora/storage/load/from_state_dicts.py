@@ -18,7 +18,7 @@ from lightning_lora.model.view import view_of
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.checksum import Description, checksum
 from lightning_lora.storage.load.put import BEING_WRITTEN, put, put_state
-from lightning_lora.storage.state import without_notes
+from lightning_lora.storage.state import without_hints
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.plain_states import StateDict
 
@@ -48,7 +48,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         AdapterStateError: ``model`` has no adapters.
     """
     view_of(model)  # refuses one that has no adapters, or has lost some
-    put_state(model, without_notes(state))
+    put_state(model, without_hints(state))
 
 
 # What torch loads
@@ -135,5 +135,5 @@ def _put_described(
     model: nn.Module, state: StateDict, description: Description
 ) -> None:
     """Put adapters as their description says."""
-    stored = StoredAdapters.from_description(without_notes(state), description, "")
+    stored = StoredAdapters.from_description(without_hints(state), description, "")
     put(model, stored, call="load_state_dict")
