@@ -24,7 +24,7 @@ from lightning_lora.storage.on_disk.whole_files import writing, writing_folder
 from lightning_lora.storage.renaming import names_without_prefix
 from lightning_lora.storage.state import check_not_diverged, trained_tensors
 from lightning_lora.tensors.dicts import beginning_with, of_type, only, renamed, without
-from lightning_lora.tensors.names import plain_module, plain_name, submodule
+from lightning_lora.tensors.names import plain_name, submodule
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.undo import set_own_attribute
 
@@ -93,7 +93,8 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
 def checked_merged_state(view: View, changed: StateDict) -> dict[str, Any]:
     """Return the merged state, to be written.
 
-    What no file should hold is refused, and lost updates are said.
+    It is refused if it holds what no file should. What rounding loses, and which
+    weights are no longer tied, is said.
 
     Args:
         view: The model.
@@ -107,7 +108,7 @@ def checked_merged_state(view: View, changed: StateDict) -> dict[str, Any]:
 
 
 def _untied(view: View) -> list[str]:
-    """The layers whose weight is no longer tied to another layer's."""
+    """The layers whose weight is tied to another layer's in the base, and has an update of its own when merged."""
     untied = [
         merged.layer
         for merged in view.merged_weights
@@ -145,7 +146,7 @@ def _refuse_overflow(view: View, state: StateDict) -> None:
 
 def _write_checkpoint(view: View, path: Path) -> None:
     """Write a checkpoint as Lightning does, without a run: for ``load_from_checkpoint``."""
-    model: Any = plain_module(view.model)
+    model: Any = view.model
     package = _package_of_lightning(model)
     if package is None:
         raise AdapterFileError(

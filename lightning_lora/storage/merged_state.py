@@ -17,13 +17,7 @@ from lightning_lora.model.view import View
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.state import own_adapters_in
 from lightning_lora.tensors.dicts import names_of_each, only, renamed, without
-from lightning_lora.tensors.names import (
-    join,
-    own_parameter,
-    plain_module,
-    plain_name,
-    set_parameter,
-)
+from lightning_lora.tensors.names import join, own_parameter, plain_name, set_parameter
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import detached
@@ -46,24 +40,22 @@ def merged_state(
     """
     if view.is_merged:
         refuse_changed_since_merge(view)
-        state = plain_module(view.model).state_dict()
-        return _noted(view, state), {}
+        return _with_updates_noted(view, view.model.state_dict()), {}
     changed = renamed(changed, plain_name)
     _refuse_spread_weights(view, changed)
     refuse_computed_weights(view)
     refuse_unmergeable(view)
     with replaced_values(view, changed):
         merged, lost = _merged_weights_on_host(view)
-    return _noted(view, _state_with(view, changed, merged)), lost
+    return _with_updates_noted(view, _state_with(view, changed, merged)), lost
 
 
 def _refuse_spread_weights(view: View, changed: StateDict) -> None:
     """Refuse a model whose weights are in no process as a whole."""
     parameters = {**view.parameters, **only(changed, view.parameters)}
     if any(is_dtensor(value) for value in parameters.values()):
-        title = type(plain_module(view.model)).__name__
         raise AdapterStateError(
-            f"{title} is spread over processes. Call save_adapter(model, path) in "
+            f"{view.title} is spread over processes. Call save_adapter(model, path) in "
             "each, then lightning-lora merge BASE FILE OUT. Or gather its state for "
             "save_pretrained(folder, state_dict=state)."
         )
@@ -74,12 +66,11 @@ def _state_with(view: View, changed: StateDict, merged: Mapping[str, Tensor]) ->
 
     Changed values without a place in the state dict are added at its end.
     """
-    model = plain_module(view.model)
-    state: Any = model.state_dict(keep_vars=True)
+    state: Any = view.model.state_dict(keep_vars=True)
     adapters_in_state = own_adapters_in(view, state)
     for name in adapters_in_state:
         del state[name]
-    _refuse_without_place(merged, state, type(model).__name__)
+    _refuse_without_place(merged, state, view.title)
     adapter_names = {*view.adapter_parameters, *map(plain_name, adapters_in_state)}
     new_values = without({**changed, **merged}, adapter_names)
     for name, value in state.items():
@@ -102,11 +93,11 @@ def _refuse_without_place(
         )
 
 
-def _noted(view: View, state: Any) -> dict[str, Any]:
-    """Note each merged layer, and the model, in torch's notes of a state dict.
+def _with_updates_noted(view: View, state: Any) -> dict[str, Any]:
+    """The state of a merged model, with ``HAS_UPDATE`` in torch's notes on the model and on each merged layer.
 
-    By ``HAS_UPDATE``, an adapted model that loads this state knows that its weights
-    contain the updates.
+    By these, an adapted model that loads the state knows that its weights contain the
+    updates.
     """
     merged_modules = {"", *view.matrices}
     notes = dict(getattr(state, STATE_NOTES, {}))
