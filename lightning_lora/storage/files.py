@@ -358,9 +358,10 @@ def load_from_checkpoint(
     checkpoint = read_checkpoint(path, weights_only=weights_only)
     stored = own.stored_adapters(checkpoint, path)
     check_is_lightning(checkpoint, path)
-    kwargs.pop("strict", None)
+    kwargs.pop("strict", None)  # loading is always strict
     if not weights_only:
         kwargs["weights_only"] = False
+    # the state may be another now: the module's on_load_checkpoint has had it
     model, state = built_by_lightning(
         cls, {**checkpoint, "state_dict": stored.state}, kwargs
     )
