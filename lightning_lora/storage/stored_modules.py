@@ -15,7 +15,12 @@ from torch import nn
 from lightning_lora.storage.inner_model import is_model_of_other_library
 from lightning_lora.tensors.dicts import grouped, only
 from lightning_lora.tensors.inplace import original_class
-from lightning_lora.tensors.names import find_parameter, modules_around, modules_by_name
+from lightning_lora.tensors.names import (
+    find_parameter,
+    last_component,
+    modules_around,
+    modules_by_name,
+)
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,8 @@ def modules_to_store(
 
 def _named_alike(modules: Iterable[str], names: Iterable[str]) -> list[str]:
     """The modules whose last name ends with the last name of one of these: a reader may take one for the other."""
-    ends = tuple({_last_name(name) for name in names})
-    return [module for module in modules if _last_name(module).endswith(ends)]
-
-
-def _last_name(name: str) -> str:
-    """The last component of a name."""
-    return name.rpartition(".")[2]
+    ends = tuple({last_component(name) for name in names})
+    return [module for module in modules if last_component(module).endswith(ends)]
 
 
 def _is_of_fsdp(cls: type) -> bool:

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from lightning_lora.errors import listed
 from lightning_lora.targets.lookup import Lookup
-from lightning_lora.targets.matching import ending_in, last_component, matched_whole
+from lightning_lora.targets.matching import ending_in, matched_whole
 from lightning_lora.targets.suggestions import as_end, escaped, similar_names
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.names import last_component, owner_of
 
 # the keywords that ``target_modules`` accepts, besides regular expressions and lists
 AUTOMATIC = ("all-linear", "all")

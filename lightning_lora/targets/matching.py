@@ -32,11 +32,6 @@ def _ends_of_one(name: str) -> list[str]:
     return ends
 
 
-def last_component(name: str) -> str:
-    """Return the last component of a name."""
-    return name.rpartition(".")[2]
-
-
 def last_two(name: str) -> str:
     """Return the last two components of a name."""
     return ".".join(name.split(".")[-2:])

@@ -4,12 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
-from lightning_lora.targets.matching import (
-    ends_of,
-    last_component,
-    last_two,
-    matched_whole,
-)
+from lightning_lora.targets.matching import ends_of, last_two, matched_whole
+from lightning_lora.tensors.names import last_component
 
 _BETWEEN_COMMAS = re.compile(r"[^,\s](?:[^,]*[^,\s])?")
 """A text between commas, without the spaces around it."""

@@ -103,6 +103,11 @@ def direct_parameters(modules: Modules) -> dict[str, nn.Parameter]:
     return named
 
 
+def last_component(name: str) -> str:
+    """Return the last component of a name: ``q_proj`` for ``layers.0.q_proj``."""
+    return name.rpartition(".")[2]
+
+
 def join(prefix: str, name: str) -> str:
     """Join a module's name and a name in it. That of the model itself is ``""``."""
     return f"{prefix}.{name}".strip(".")
@@ -180,7 +185,7 @@ def largest_free_of(others: Collection[str], name: str) -> str:
 
 def is_bias(parameter: str) -> bool:
     """Whether a parameter is a bias, by its name."""
-    return "bias" in parameter.rpartition(".")[2]
+    return "bias" in last_component(parameter)
 
 
 def owner_of(parameter: str) -> str:

@@ -11,7 +11,7 @@ from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.checksum import check_as_written
 from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.dicts import without
-from lightning_lora.tensors.names import names_not_in
+from lightning_lora.tensors.names import last_component, names_not_in
 
 # the entry with the version of Lightning that wrote the checkpoint
 VERSION_KEY = "pytorch-lightning_version"
@@ -94,7 +94,7 @@ def check_has_no_other_adapters(
 
 def has_adapters(state: Iterable[Any]) -> bool:
     """Whether there are names of our adapters in a state."""
-    return any(str(name).rpartition(".")[2].startswith("lora_A") for name in state)
+    return any(last_component(str(name)).startswith("lora_A") for name in state)
 
 
 def check_is_lightning(checkpoint: object, path: object) -> Mapping[str, Any]:

@@ -64,6 +64,11 @@ def peft_key(name: str) -> PeftKey:
     return PeftKey(wrapped, _ROLES[end])
 
 
+def without_prefix(key: str) -> str:
+    """Return the name of a tensor without the prefix that all have in a file of PEFT."""
+    return key.removeprefix(f"{PREFIX}.")
+
+
 def without_wrappers(name: str) -> str:
     """Return a name in the base, without PEFT's wrappers: ``attn.out_proj`` for ``attn.base_layer.out_proj``."""
     components = names_not_in(name.split("."), _WRAPPERS)

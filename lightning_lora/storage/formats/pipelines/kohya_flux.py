@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.functional.factors import Factors, with_rank
-from lightning_lora.tensors.names import names_joined
+from lightning_lora.tensors.names import last_component, names_joined
 
 FLUX_CLASS = "FluxTransformer2DModel"  # of diffusers
 
@@ -109,5 +109,5 @@ def _stacked(parts: Sequence[str], updates: Mapping[str, Factors]) -> Factors:
 
 def _size(layer: str) -> int:
     """The number of a layer's outputs, as a multiple of that of q."""
-    leaf = layer.rpartition(".")[2]
+    leaf = last_component(layer)
     return _SIZES.get(leaf, 1)

@@ -39,7 +39,7 @@ from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.on_disk.safetensors_bytes import save
 from lightning_lora.storage.renaming import by_names_inside
 from lightning_lora.tensors.dicts import only, where_not
-from lightning_lora.tensors.names import join, starts_of
+from lightning_lora.tensors.names import join, last_component, starts_of
 
 NAME = "kohya"
 FILE = "kohya_lora.safetensors"
@@ -181,12 +181,12 @@ def _grouped_by_name(
     return named
 
 
-_WITH_TWO_TEXT_ENCODERS = (
+_WITH_TWO_TEXT_ENCODERS = {
     "text_encoder_2",
     "add_embedding",
     "single_transformer_blocks",
-)
-"""The names of modules that only SDXL and Flux have."""
+}
+"""The names of modules that only pipelines with two text encoders have, SDXL and Flux."""
 
 
 def _prefix_for(member: str, modules: Iterable[str]) -> str:
@@ -194,10 +194,10 @@ def _prefix_for(member: str, modules: Iterable[str]) -> str:
 
     Empty: this format has no such member.
     """
-    last_components = {name.rpartition(".")[2] for name in modules}
-    if member == "text_encoder" and not last_components.isdisjoint(
-        _WITH_TWO_TEXT_ENCODERS
-    ):
+    has_two_encoders = not _WITH_TWO_TEXT_ENCODERS.isdisjoint(
+        map(last_component, modules)
+    )
+    if member == "text_encoder" and has_two_encoders:
         return "lora_te1"
     return {
         "unet": "lora_unet",

@@ -37,7 +37,13 @@ from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import by_names_inside, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import only, with_values, without
-from lightning_lora.tensors.names import first_names, is_in_any, starts_of, submodule
+from lightning_lora.tensors.names import (
+    first_names,
+    is_in_any,
+    last_component,
+    starts_of,
+    submodule,
+)
 
 
 def member_name(model: nn.Module | None, root: str) -> str:
@@ -46,7 +52,7 @@ def member_name(model: nn.Module | None, root: str) -> str:
     Empty: it is no member of one. ``root`` is its name in the module around it. The end
     of that says more than the model's class: ``text_encoder_2``.
     """
-    name = root.rpartition(".")[2]
+    name = last_component(root)
     if MEMBER_NAME.fullmatch(name):
         return name
     for ancestor in type(model).__mro__:

@@ -20,7 +20,7 @@ from lightning_lora.storage.formats.peft.naming.shells import shell_of
 from lightning_lora.storage.formats.peft.reasons import Reason
 from lightning_lora.storage.formats.peft_names import PREFIX
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.names import names_not_in
+from lightning_lora.tensors.names import last_component, names_not_in
 
 
 class PeftLoading:
@@ -55,7 +55,7 @@ class PeftLoading:
 def loading_of(export: Export) -> PeftLoading:
     """Return how PEFT loads these adapters onto the reader's model."""
     if export.inner is not None:
-        leaves = set(map(_leaf, export.modules_for_reader))
+        leaves = set(map(last_component, export.modules_for_reader))
         # Mamba's models have a layer of this name
         return _loading_onto(export.inner, may_be_mamba="conv1d" in leaves)
     if not export.stored_modules:
@@ -98,11 +98,6 @@ def _is_converted(model_type: str) -> bool:
     return mapping.get_checkpoint_conversion_mapping(model_type) is not None
 
 
-def _leaf(name: str) -> str:
-    """The last component of a name."""
-    return name.rpartition(".")[2]
-
-
 # A model of transformers
 
 
@@ -118,7 +113,7 @@ class _OntoModel(PeftLoading):
         """Return why PEFT refuses a layer with this name."""
         from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
 
-        leaf = _leaf(layer)
+        leaf = last_component(layer)
         with suppress(ValueError):
             check(self.peft.LoraConfig(), self.model, leaf)
             return ""
@@ -238,7 +233,7 @@ class _OntoUnknownModel(PeftLoading):
 
     def is_taken_for_experts(self, layer: str) -> bool:
         """Return whether PEFT may take a layer for a matrix of experts, if ``target_modules`` names it."""
-        return self._has_experts and _leaf(layer) in _OFTEN_OF_EXPERTS
+        return self._has_experts and last_component(layer) in _OFTEN_OF_EXPERTS
 
     @cached_property
     def _has_experts(self) -> bool:

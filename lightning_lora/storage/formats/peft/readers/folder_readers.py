@@ -28,10 +28,14 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
     RSLORA,
     Reader,
 )
-from lightning_lora.storage.formats.peft_names import PREFIX, peft_key, without_wrappers
+from lightning_lora.storage.formats.peft_names import (
+    peft_key,
+    without_prefix,
+    without_wrappers,
+)
 from lightning_lora.storage.formats.peft_or_diffusers import is_peft
 from lightning_lora.tensors.dicts import renamed
-from lightning_lora.tensors.names import names_joined, starts_of
+from lightning_lora.tensors.names import last_component, names_joined, starts_of
 
 _WORDS = {
     DIFFERS: "scales otherwise:",
@@ -66,7 +70,7 @@ def lines_of_readers(contents: Mapping[str, Any], path: Any) -> dict[str, str]:
     """Return, by its name, what each reader does with the folder of a file that holds these contents."""
     if not isinstance(contents, dict) or not is_peft(contents, path):
         raise no_adapters_of_peft(path)
-    tensors = renamed(tensors_in(contents, path), _without_prefix)
+    tensors = renamed(tensors_in(contents, path), without_prefix)
     kinds = kinds_in(tensors, read_config(path))
     lines = dict[str, str]()
     for reader in PEFT_READERS:
@@ -80,11 +84,6 @@ def no_adapters_of_peft(path: object) -> AdapterFileError:
         f"{path} holds no adapters in PEFT's format. Pass a folder that PEFT reads. "
         "From a file of this package, lightning-lora export FILE FOLDER writes one."
     )
-
-
-def _without_prefix(key: str) -> str:
-    """A tensor's name without PEFT's prefix."""
-    return key.removeprefix(f"{PREFIX}.")
 
 
 # What is in the folder
@@ -143,8 +142,8 @@ def _add_update(kinds: KindsOfTraining, peft: PeftConfig, module: str) -> None:
 
 def _parameters_in(module: str, entries: Iterable[str]) -> list[str]:
     """The parameters of a module that these entries may mean: ``experts.down_proj`` for ``mlp.experts.down_proj``."""
-    leaves = [entry.rpartition(".")[2] for entry in entries]
-    return names_joined(module, dict.fromkeys(leaves))
+    leaves = dict.fromkeys(map(last_component, entries))
+    return names_joined(module, leaves)
 
 
 def _is_scaled_otherwise(name: str, peft: PeftConfig) -> bool:

@@ -33,7 +33,7 @@ from lightning_lora.storage.formats.weight_updates import WeightUpdate
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.stored_modules import StoredModule, module_and_name
 from lightning_lora.tensors.dicts import only, where, without
-from lightning_lora.tensors.names import starts_of
+from lightning_lora.tensors.names import last_component, starts_of
 
 
 def warn_of_merges(export: Export) -> None:
@@ -169,7 +169,7 @@ def _is_served(model: StoredModule, whole: Iterable[str]) -> bool:
     They read those of models that write text, and those of decoders with a head for
     classes, which is called ``score``.
     """
-    leaves = [name.rpartition(".")[2] for name in whole]
+    leaves = list(map(last_component, whole))
     classifies = (
         model.class_name.endswith("ForSequenceClassification") and "score" in leaves
     )

@@ -25,6 +25,7 @@ from lightning_lora.storage.formats.peft_names import (
     PEFT_CONFIG,
     PREFIX,
     peft_key,
+    without_prefix,
     without_wrappers,
 )
 from lightning_lora.storage.formats.peft_or_diffusers import is_peft
@@ -79,7 +80,7 @@ def _by_keys_of_model(
     """
     by_key = dict[str, Tensor]()
     for key, tensor in tensors.items():
-        name = key.removeprefix(f"{PREFIX}.")
+        name = without_prefix(key)
         if name in names_in_model:
             key = join(PREFIX, names_in_model[name])
         by_key[key] = tensor
@@ -161,7 +162,7 @@ class _SortedTensors:
 
     def add(self, key: str, value: Tensor, *, has_original: bool) -> None:
         """Add one tensor. ``has_original``: it is a copy of another one in the file."""
-        name = key.removeprefix(f"{PREFIX}.")
+        name = without_prefix(key)
         wrapped, role = peft_key(name)
         if role is not None:
             self.adapters.setdefault(wrapped, {})[role] = value

@@ -24,7 +24,13 @@ from lightning_lora.storage.formats.peft.refusals.refused_rows import (
 )
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, names_not_in, owner_of, starts_of
+from lightning_lora.tensors.names import (
+    join,
+    last_component,
+    names_not_in,
+    owner_of,
+    starts_of,
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def _because_out_proj_counts_twice(layer: StoredLayer, _: _Arrival) -> Reason:
     """The layer is an attention whose output projection is adapted."""
     if "out_proj.weight" not in layer.shapes:
         return ""
-    leaf = layer.name.rpartition(".")[2]
+    leaf = last_component(layer.name)
     without_it = f"target_slices={{{leaf!r}: ['q', 'k', 'v']}}"
     return (
         "PEFT 0.21 adds the update of an attention's output projection twice; "
