@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.pictures.charts import in_full
 from docs.pictures.draw import PICTURES
 
 ROOT = Path(__file__).parent.parent
@@ -46,3 +47,20 @@ def test_each_picture_says_in_words_what_it_shows() -> None:
     ]
     assert len(said) > 10
     assert all(words == "lightning_lora" or len(words.split()) > 10 for words in said)
+
+
+@pytest.mark.parametrize("name", sorted(PICTURES.keys() - {"mark", "wordmark"}))
+def test_no_shape_touches_the_left_or_right_edge(name: str) -> None:
+    drawn = PICTURES[name]()
+    (left, width) = map(float, re.findall(r'viewBox="(\S+) 0 (\S+) ', drawn)[0])
+    for x in re.findall(r' (?:x|x1|x2|cx)="([-\d.]+)"', drawn):
+        assert left + 8 <= float(x) <= left + width - 8
+
+
+def test_the_rates_of_an_axis_are_written_in_one_way() -> None:
+    assert [in_full(rate) for rate in ("5e-05", "0.0001", "0.004")] == [
+        "0.00005",
+        "0.0001",
+        "0.004",
+    ]
+    assert not re.search(r">\d+e-\d+<", PICTURES["rates"]())

@@ -24,7 +24,9 @@ def mark(x: float, y: float) -> list[str]:
 def wordmark() -> str:
     """The name with the mark."""
     name = text(50, 36, "lightning_lora", "ink name")
-    return picture("lightning_lora", 48, *mark(2, 6), name, width=340, larger=1)
+    return picture(
+        "lightning_lora", 48, *mark(2, 6), name, width=340, larger=1, margin=0
+    )
 
 
 def update() -> str:
@@ -34,6 +36,7 @@ def update() -> str:
         "W + B·A",
         296,
         text(8, 154, "x", "ink large"),
+        text(11, 176, "input", "quiet small middle"),
         arrow((26, 144), (50, 110), (50, 70), (128, 70)),
         arrow((26, 154), (50, 188), (50, 222), (70, 222)),
         box(132, 8, 124, 124, "frozen"),
@@ -53,6 +56,8 @@ def update() -> str:
         path("M366 146h12M372 140v12"),
         arrow((385, 146), (408, 146)),
         text(415, 153, "h", "ink large"),
+        text(400, 172, "output", "quiet small"),
+        text(364, 216, "× alpha / r", "quiet small end"),
         text(256, 250, f"A and B: {2 * n * r:,} trained", "ink small"),
         text(
             256, 268, f"({100 * 2 * r / n:.1f} % of {n * n / 1e6:.1f} M)", "quiet small"
@@ -198,7 +203,9 @@ def readers() -> str:
 
 
 PICTURES: dict[str, Callable[[], str]] = {
-    "mark": lambda: picture("lightning_lora", 40, *mark(2, 2), width=40, larger=1),
+    "mark": lambda: picture(
+        "lightning_lora", 40, *mark(2, 2), width=40, larger=1, margin=0
+    ),
     "wordmark": wordmark,
     "update": update,
     "steps": steps,

@@ -70,15 +70,24 @@ def arrow(*points: tuple[float, float]) -> str:
 
 
 def picture(
-    title: str, height: float, *shapes: str, width: float = WIDTH, larger: float = 1.2
+    title: str,
+    height: float,
+    *shapes: str,
+    width: float = WIDTH,
+    larger: float = 1.2,
+    margin: float = 8,
 ) -> str:
-    """Return an SVG with the colours that its shapes use, for light and dark pages."""
+    """Return an SVG with the colours that its shapes use, for light and dark pages.
+
+    The margin is at its left and right.
+    """
     body = "\n".join(shapes)
     used = set(re.findall(r"[\w-]+", " ".join(re.findall(r'class="([^"]+)"', body))))
     light, dark = (rules(used, place) for place in (0, 1))
+    whole = width + 2 * margin
     size = (
-        f'width="{larger * width:g}" height="{larger * height:g}" viewBox="0 0 '
-        f'{width:g} {height:g}"'
+        f'width="{larger * whole:g}" height="{larger * height:g}" '
+        f'viewBox="{-margin:g} 0 {whole:g} {height:g}"'
     )
     style = f"{STYLE}\n{light}\n@media (prefers-color-scheme:dark){{{dark}}}"
     start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
