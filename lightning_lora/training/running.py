@@ -146,12 +146,12 @@ class TrainingWatch:
             train_fewer = self.methods.strip_non_backbones(optimizer, self.backbones)
         check_added(self.module, optimizer, self._accepted)
         update_scaled_rates(optimizer)
-        unreached = self.gradients.begin_step(optimizer)
+        unreached = self.gradients.begin_optimizer_step(optimizer)
         if unreached:
             self.stage.tools.guards_in_each_process.tell(
                 Guard.optimizer_begins, View(self.module), unreached
             )
-        self.stage.tools.float32.begin_step(optimizer)
+        self.stage.tools.float32.begin_optimizer_step(optimizer)
         return train_fewer
 
     def check_adapter(self) -> None:

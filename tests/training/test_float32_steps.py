@@ -136,7 +136,7 @@ def test_the_next_step_begins_from_what_other_code_has_written() -> None:
     for written in (1.0, 5.0):
         p.data.fill_(written)
         p.grad = torch.zeros_like(p)
-        steps.begin_step(optimizer)
+        steps.begin_optimizer_step(optimizer)
         optimizer.step()
     steps.close()
     assert p.tolist() == [5.0, 5.0]

@@ -14,14 +14,30 @@ from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training.optimizers.groups import base_weights_of, groups_of
 
 
+def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
+    """Run the user's ``configure_optimizers``, by ``build``, where the base looks trainable.
+
+    If adapters make it fail, run it once more without them. Some code sorts all
+    parameters by name, as minGPT's does, and refuses names that it does not know.
+    """
+    with _showing_trainable_base(strategy.lightning_module):
+        try:
+            return build()
+        except Exception as error:
+            view = View(strategy.lightning_module)
+            if not _names_any(error, view.adapter_parameters):
+                raise
+            return _build_without_adapters(view, strategy, build, error)
+
+
 @contextmanager
-def showing_trainable_base(module: nn.Module) -> Iterator[None]:
+def _showing_trainable_base(module: nn.Module) -> Iterator[None]:
     """Show the user's code a trainable base, as it expects."""
     view = view_of(module)
     unfreeze(view)
-    # a user's filter must keep it: its adapter takes its place
+    # A user's filter must keep each adapted weight: its adapter takes its place. A
+    # quantised weight cannot require a gradient.
     for weight in base_weights_of(view.layers, view):
-        # a quantised weight cannot require a gradient
         set_requires_grad(weight, weight.is_floating_point())
     try:
         yield
@@ -31,34 +47,28 @@ def showing_trainable_base(module: nn.Module) -> Iterator[None]:
         freeze(view)  # also the norms that sync_batchnorm has made
 
 
-def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
-    """Run the user's ``configure_optimizers``.
+def _names_any(error: Exception, names: Iterable[str]) -> bool:
+    """Whether the text of an error names one of these parameters."""
+    text = str(error)
+    return any(name in text for name in names)
 
-    If adapters make it fail, run it once more without them. Some code sorts all
-    parameters by name, as minGPT's does, and refuses names that it does not know.
+
+def _build_without_adapters(
+    view: View, strategy: Any, build: Callable[[], Any], error: Exception
+) -> Any:
+    """Build the optimizers while no layer has an adapter.
+
+    If this fails too, raise ``error``, the one that came with adapters. The same holds
+    if a group is empty: it was meant for adapters, so this code knows them.
     """
-    try:
-        return build()
-    except Exception as error:
-        view = View(strategy.lightning_module)
-        if not _names_any(error, view.adapter_parameters):
-            raise
-        error_with_adapters = error
     with _without_adapters(view), suppress(Exception):
         built = build()
         has_empty_group = not all(
             group.parameters for group in groups_of(strategy.optimizers)
         )
-        # an empty one was meant for adapters: so this code knows them
         if not has_empty_group:
             return built
-    raise error_with_adapters
-
-
-def _names_any(error: Exception, names: Iterable[str]) -> bool:
-    """Whether the text of an error names one of these parameters."""
-    text = str(error)
-    return any(name in text for name in names)
+    raise error
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class Float32Steps:
         steps._while_open.enter_context(steps_are_in_float32(view.model))
         return steps
 
-    def begin_step(self, optimizer: Optimizer) -> None:
+    def begin_optimizer_step(self, optimizer: Optimizer) -> None:
         """Show the float32 values to an optimizer whose gradients are there.
 
         The end of its step hides them.
@@ -81,7 +81,9 @@ class Float32Steps:
             _convert(p, _as_float32(p, self._pop_values(optimizer, p)))
             self._shown_to[p] = optimizer
         if optimizer not in self._hooks:
-            self._hooks[optimizer] = optimizer.register_step_post_hook(self._end_step)
+            self._hooks[optimizer] = optimizer.register_step_post_hook(
+                self._end_optimizer_step
+            )
 
     def _pop_values(self, optimizer: Optimizer, p: nn.Parameter) -> Tensor | None:
         """Take the float32 values of a step that goes on, or of the last one.
@@ -95,13 +97,13 @@ class Float32Steps:
         values: Tensor | None = state.pop(KEY, None)
         return values
 
-    def _end_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _end_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Keep the float32 values in the optimizer's state."""
         for p, steps in list(self._shown_to.items()):
             if steps is optimizer:
                 optimizer.state[p][KEY] = self._hide(p)
 
-    def pause_step(self) -> None:
+    def pause_optimizer_step(self) -> None:
         """Hide them, if a step is not over.
 
         LBFGS and SAM compute the loss again in it; a GradScaler may skip it.
@@ -118,7 +120,7 @@ class Float32Steps:
 
     def close(self) -> None:
         """End a step that failed, and remove the hooks."""
-        self.pause_step()
+        self.pause_optimizer_step()
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()

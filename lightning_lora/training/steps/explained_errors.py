@@ -43,7 +43,7 @@ def explain(error: BaseException, model: nn.Module, advice: str) -> None:
 
 
 def _names_of(view: View, asked: Collection[object]) -> list[str]:
-    """The names of those that are frozen, and would train without adapters."""
+    """The names of those among ``asked`` that are frozen, and would train without adapters."""
     user_trains = where(view.record.base.user_trains, bool)
     candidates = where(only(view.frozen_base, user_trains), _is_still_frozen)
     return list(with_values(candidates, set(filter(is_tensor, asked))))
@@ -63,7 +63,8 @@ def _asked_for(error: BaseException) -> list[object]:
     for frame in _calls_behind(error):
         if frame.f_code is code:
             values = frame.f_locals
-            # a generator in them is empty by now
+            # INPUTS_OF_GRAD has them in a list: "inputs" may be a generator, which is
+            # empty by now
             return tree_leaves(values.get(INPUTS_OF_GRAD, values["inputs"]))
     return []
 

@@ -13,22 +13,19 @@ class FirstSteps:
     """The first two steps, and the first batch, which may have several."""
 
     def __init__(self, guards: Guards) -> None:
-        # they look in the first process alone: all see the same weights
+        # those of the first process: all processes see the same weights
         self.guards = guards
         self._copies = FrozenCopies()
-        self._begun = 0
+        self._steps_begun = 0
         self._is_in_first_batch = True
 
-    def begin_step(self, model: nn.Module) -> None:
-        """Note weights before the first step.
-
-        After it, refuse copies that other code has moved away.
-        """
-        if self._begun > 1:
+    def begin_training_step(self, model: nn.Module) -> None:
+        """Before the first step, note weights. Before the second, refuse copies that other code has moved away."""
+        if self._steps_begun == 2:
             return
-        self._begun += 1
+        self._steps_begun += 1
         view = View(model)
-        if self._begun == 1:
+        if self._steps_begun == 1:
             self._copies.begin(view)
             self.guards.tell(Guard.first_step_begins, view, self._copies)
         else:

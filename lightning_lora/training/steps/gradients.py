@@ -23,9 +23,10 @@ from lightning_lora.training.steps.received import Received
 
 
 class Gradients:
-    """Watches the gradients of one run: frozen weights get none, and each optimizer's first step shows who has some.
+    """Watches the gradients of one run.
 
-    That step also shows which networks copy others. With ``begins_copies``, these begin
+    Frozen weights get none. The first step of each optimizer shows which of its layers
+    have some, and which networks copy others. With ``begins_copies``, the copies begin
     with the originals' adapters.
     """
 
@@ -36,24 +37,30 @@ class Gradients:
         self.received = received
         self.begins_copies = begins_copies
         self.frozen = set(view_of(model).frozen_base.values())
-        self.checkpoints = OwnCheckpoints(self.frozen)
+        self.own_checkpoints = OwnCheckpoints(self.frozen)
         self.has_told_of_thawed = False
-        self.had_backward = False
-        self.optimizers: list[Optimizer] = []  # those that have made a step
+        # stays False where a step by hand calls loss.backward() itself
+        self.had_trainers_backward = False
+        # those whose first step with gradients has begun
+        self.begun_optimizers: list[Optimizer] = []
 
     # Each backward pass
 
     def begin_backward(self, loss: Tensor) -> None:
-        """Let the module's own checkpoints work, if the first step shows one."""
-        if self.checkpoints.were_found or not self.optimizers:
-            self.checkpoints.prepare(loss)
+        """Let the module's own activation checkpoints work.
+
+        They are looked for until a first step begins, and later only if some were
+        found.
+        """
+        if self.own_checkpoints.were_found or not self.begun_optimizers:
+            self.own_checkpoints.prepare(loss)
 
     def end_backward(self) -> None:
         """Remove the gradients of frozen weights.
 
         Under DDP, give unused adapters a zero gradient.
         """
-        self.had_backward = True
+        self.had_trainers_backward = True
         self._keep_frozen()
         self.received.end_backward()
 
@@ -79,23 +86,23 @@ class Gradients:
 
     # The first step of each optimizer
 
-    def begin_step(self, optimizer: Optimizer) -> list[str]:
+    def begin_optimizer_step(self, optimizer: Optimizer) -> list[str]:
         """Begin an optimizer's step.
 
-        In its first one, return the layers without a gradient there. Copies of networks
-        with a gradient are not among them: they are meant to follow.
+        In its first one, return the layers that no gradient has reached. Layers of
+        copies are not among them: other code may move these, or they train later.
         """
-        if not self.had_backward:
-            self._keep_frozen()  # a step by hand may call loss.backward()
-        if optimizer in self.optimizers:
+        if not self.had_trainers_backward:
+            # end_backward, which does this otherwise, has not run
+            self._keep_frozen()
+        if optimizer in self.begun_optimizers:
             return []
         held = self.held_by(optimizer)
         unreached = self.received.unreached(held)
-        # code may call loss.backward() itself
-        has_any_gradient = self.had_backward or unreached != held
+        has_any_gradient = self.had_trainers_backward or unreached != held
         if not has_any_gradient:
             return []
-        self.optimizers.append(optimizer)
+        self.begun_optimizers.append(optimizer)
         return self._begin_first_step(held, unreached)
 
     def held_by(self, optimizer: Optimizer) -> Set[nn.Parameter]:
@@ -105,44 +112,39 @@ class Gradients:
     def _begin_first_step(
         self, held: Set[nn.Parameter], unreached: Set[nn.Parameter]
     ) -> list[str]:
-        """Check the weights, and settle which copies follow.
+        """Check the weights, and let copies begin as their originals.
 
-        Return the other layers without a gradient.
+        Return the layers of other networks that no gradient has reached.
         """
         view = view_of(self.model)
-        refuse_computed_weights(view)  # hooks may compute them since training began
+        # hooks may compute weights since the training began
+        refuse_computed_weights(view)
         unreached_layers = layers_trained_by(unreached, view)
-        copies = self._settle_copies(view, layers_trained_by(held, view))
+        without_gradient = _layers_without_gradient(view, layers_trained_by(held, view))
+        copies = copies_among(view, without_gradient)
+        # in a fit that goes on, copies have adapters of their own from the file
+        if copies and self.begins_copies:
+            begin_as_originals(view, copies, without_gradient)
+            _tell_of_copies(view, copies)
         return names_outside(unreached_layers, copies)
 
-    def _settle_copies(
-        self, view: View, layers: Mapping[str, LoRALayer]
-    ) -> dict[str, str]:
-        """Find networks among these layers that copy others, and have no gradient yet.
-
-        In a fit that goes on, they have adapters of their own from the file.
-        """
-        without_gradient = _layers_without_gradient(view, layers)
-        copies = copies_among(view, without_gradient)
-        if not self.begins_copies:
-            return copies
-        begin_as_originals(view, copies, without_gradient)
-        if copies:
-            rank_zero_info(
-                f"Copies in {view.title} that have received no gradient yet: "
-                f"{pairs_of(copies)}. They begin with the same adapters, for other "
-                "code to move, or to train in other batches."
-            )
-        return copies
-
     def close(self) -> None:
-        """Keep nothing thawed, and remove the hooks."""
+        """Leave nothing thawed, and remove the hooks."""
         self._keep_frozen()
         self.received.close()
 
 
+def _tell_of_copies(view: View, copies: Mapping[str, str]) -> None:
+    """Say that copies begin with the adapters of their originals."""
+    rank_zero_info(
+        f"Copies in {view.title} that have received no gradient yet: "
+        f"{pairs_of(copies)}. They begin with the same adapters, for other "
+        "code to move, or to train in other batches."
+    )
+
+
 def _layers_without_gradient(view: View, layers: Mapping[str, LoRALayer]) -> set[str]:
-    """Those of these layers whose gradients are zero in all processes. Collective."""
+    """Those of these layers whose gradients are zero or missing in all processes. Collective."""
     here = list(map(_has_gradient, layers.values()))
     in_any_process = true_anywhere(here, list(view.adapter_parameters.values()))
     return set(layers).difference(compress(layers, in_any_process))
@@ -150,10 +152,10 @@ def _layers_without_gradient(view: View, layers: Mapping[str, LoRALayer]) -> set
 
 def _has_gradient(layer: LoRALayer) -> bool:
     """Whether a layer's adapter has a gradient other than zero in this process."""
-    return any(map(_is_moved_by_gradient, layer.lora_trainable()))
+    return any(map(_has_nonzero_gradient, layer.lora_trainable()))
 
 
-def _is_moved_by_gradient(p: nn.Parameter) -> bool:
+def _has_nonzero_gradient(p: nn.Parameter) -> bool:
     """Whether this process's part of a gradient is other than zero."""
     if p.grad is None:
         return False

@@ -2,8 +2,8 @@
 
 A target network that is left out (``exclude_modules``) has other parameters than its
 original: ``zip(net.parameters(), target.parameters())`` then meets A and B where the
-copy has its weights, and torch broadcasts an A of one row into them. A reference model,
-which is such a copy too, is never moved: that tells them apart.
+copy has its weights, and torch broadcasts an A of one row into them. A reference model
+is such a copy too, but no code moves it: this tells a reference from a target.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,9 @@ class FrozenCopies:
     """Copies without adapters of networks with adapters, and what their weights were before the first step."""
 
     def __init__(self) -> None:
-        self.originals: dict[str, str] = {}  # of each copy
-        self._before: dict[str, _Noted] = {}
+        # by the names of the copies, such as "target", their originals, such as "net"
+        self.originals: dict[str, str] = {}
+        self._before: dict[str, _Noted] = {}  # by the names of the copies' weights
 
     def begin(self, view: View) -> None:
         """Note the copies as they are when the first step begins."""
@@ -51,12 +52,11 @@ class FrozenCopies:
                     raise _error_of_moved_copy(view, copy, original, name)
 
     def moved_weights(self, view: View, copy: str) -> list[str]:
-        """Return the weights of a copy that have changed since."""
+        """Return the names of a copy's weights that have changed since the first step began."""
         moved = []
         for name in names_inside(only(view.base_parameters, self._before), [copy]):
-            if not self._before[name].seen.may_have_same_values(
-                view.base_parameters[name]
-            ):
+            seen = self._before[name].seen
+            if not seen.may_have_same_values(view.base_parameters[name]):
                 moved.append(name)
         return moved
 
@@ -66,19 +66,15 @@ class FrozenCopies:
 
     def _is_towards_original(self, view: View, name: str, copy: str) -> bool:
         """Whether a weight lies between what it was and its original, with or without the update."""
-        weights_of_original = _weights_with_update(
-            view, self.name_in_original(name, copy)
-        )
-        if (
-            not weights_of_original
-            or weights_of_original[0].shape != view.base_parameters[name].shape
-        ):
-            return False
-        now = samples(view.base_parameters[name])
+        weight = view.base_parameters[name]
+        now = samples(weight)
         ends = [self._before[name].some_values.to(now)]
-        for weight in weights_of_original:
-            ends.append(samples(weight).to(now))
-        return _are_between(now, torch.stack(ends).double())
+        for original in _weights_with_update(view, self.name_in_original(name, copy)):
+            if original.shape != weight.shape:
+                return False
+            ends.append(samples(original).to(now))
+        has_original = len(ends) > 1
+        return has_original and _are_between(now, torch.stack(ends).double())
 
 
 def _are_between(values: Tensor, ends: Tensor) -> bool:
@@ -92,7 +88,7 @@ def _are_between(values: Tensor, ends: Tensor) -> bool:
 def _weights_with_update(view: View, name: str) -> list[Tensor]:
     """A weight of an adapted network: as it is, and with its update, if it has one.
 
-    Nothing, if there is no such.
+    The list is empty if the network has no weight of this name.
     """
     if name not in view.base_parameters:
         return []
@@ -117,7 +113,7 @@ def _error_of_moved_copy(
     )
 
 
-# Which they are
+# Which networks are such copies
 
 
 def _copies_without_adapters(view: View) -> dict[str, str]:
@@ -127,15 +123,16 @@ def _copies_without_adapters(view: View) -> dict[str, str]:
         return {}
     adapted = modules_around(view.layers)
     busy = adapted | modules_around(map(owner_of, view.trainable_base))
-    still = {
-        p for name, p in view.base_parameters.items() if owner_of(name) not in busy
-    }
+    still_parameters = set[nn.Parameter]()
+    for name, p in view.base_parameters.items():
+        if owner_of(name) not in busy:
+            still_parameters.add(p)
     owners_of_matrices = set(map(owner_of, where(view.base_parameters, _is_matrix)))
     found = find_copies(
         view.modules,
         view.base_parameters,
         owners_of_matrices,
-        still,
+        still_parameters,
         may_be_smaller=True,
     )
     copies_of_adapted = with_values(found, adapted)

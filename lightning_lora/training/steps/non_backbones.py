@@ -24,13 +24,13 @@ from lightning_lora.training.steps.backbones import Backbones, Judged
 def strip_non_backbones(
     model: LightningModule, optimizer: Optimizer, strategy: Any, backbones: Backbones
 ) -> bool:
-    """Remove the adapters of networks that are no backbones.
+    """Before a step of ``optimizer``, remove the adapters of its networks that are no backbones.
 
-    No optimizer has changed them yet. All processes judge together. Return whether
-    there were such networks. Refuse a backbone if no optimizer has a place for its
-    adapters.
+    No optimizer has changed these adapters yet. All processes judge together. Return
+    whether there were such networks. Refuse a backbone if no optimizer has a place for
+    its adapters.
     """
-    to_judge = _judged_with(optimizer, strategy.optimizers, backbones.unjudged)
+    to_judge = _to_judge(optimizer, strategy.optimizers, backbones.unjudged)
     judged = backbones.judge(to_judge, strategy.reduce_boolean_decision)
     if judged.backbones:
         view = view_of(model)
@@ -62,19 +62,22 @@ def refuse_non_backbones(
         )
 
 
-def _judged_with(
+def _to_judge(
     optimizer: Optimizer,
     optimizers: Sequence[Optimizer],
     networks: Mapping[str, Set[int]],
 ) -> list[str]:
-    """The networks that an optimizer trains, or that none does."""
+    """The networks that an optimizer trains, or that none does.
+
+    ``networks`` has the ids of their adapters' parameters.
+    """
     held_here = set(map(id, held_by([optimizer])))
     held_anywhere = set(map(id, held_by(optimizers)))
-    judged = []
+    found = []
     for name, parameters in networks.items():
         if not held_here.isdisjoint(parameters) or held_anywhere.isdisjoint(parameters):
-            judged.append(name)
-    return judged
+            found.append(name)
+    return found
 
 
 def _check_places(
@@ -104,7 +107,5 @@ def _take_out_frozen(model: nn.Module, optimizer: Optimizer) -> None:
     trained = set(model.parameters()) - set(view.frozen_base.values())
     groups = []
     for group in optimizer.param_groups:
-        groups.append(
-            [parameter for parameter in group["params"] if parameter in trained]
-        )
+        groups.append([p for p in group["params"] if p in trained])
     rewrite_groups(view, optimizer, groups)

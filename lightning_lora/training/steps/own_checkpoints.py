@@ -1,6 +1,7 @@
-"""Checkpoints of the module's own code, which ask torch for gradients of frozen weights.
+"""Activation checkpoints of the module's own code, which ask torch for gradients of frozen weights.
 
-torch refuses these. A checkpoint asks for those of all its weights, and can do without.
+torch refuses to give these. Such a checkpoint asks for the gradients of all its
+weights, and can do without.
 """
 
 from collections.abc import Set
@@ -16,12 +17,13 @@ _FIRST_LOSSES = 100  # a first step may accumulate the gradients of many
 
 
 class OwnCheckpoints:
-    """Lets such checkpoints work, as latent diffusion has them.
+    """Lets activation checkpoints work that the module's own code makes, as latent diffusion does.
 
-    One is an autograd function that notes all weights of a block. Its backward pass
-    runs the block again, and asks for the gradients of these weights, of which some may
-    be unused. So here it notes detached ones in place of those that are frozen: they
-    have the same values, require a gradient as torch wants it, and are unused.
+    Such a checkpoint is an autograd function that notes all weights of a block. Its
+    backward pass runs the block again, and asks for the gradients of these weights, of
+    which some may be unused. So here, detached tensors take the places of the frozen
+    weights that it has noted: they have the same values, require a gradient as torch
+    wants it, and are unused.
     """
 
     def __init__(self, frozen: Set[nn.Parameter]) -> None:
@@ -30,9 +32,9 @@ class OwnCheckpoints:
         self.losses_seen = 0
 
     def prepare(self, loss: Tensor) -> None:
-        """Let those behind ``loss`` ask for gradients of frozen weights.
+        """Let activation checkpoints behind ``loss`` ask for gradients of frozen weights.
 
-        Where the first losses have none, stop.
+        Where none was behind the first losses, none is looked for.
         """
         self.losses_seen += 1
         if self.losses_seen > _FIRST_LOSSES and not self.were_found:
@@ -42,10 +44,7 @@ class OwnCheckpoints:
                 self._detach_weights_of(node)
 
     def _detach_weights_of(self, node: Any) -> None:
-        """Replace the frozen weights that a function has noted.
-
-        Its context, where they are, is this node.
-        """
+        """Replace the frozen weights that an autograd function has noted on its context, which is this node."""
         for name, noted in list(vars(node).items()):
             if any(map(self._is_frozen, tree_leaves(noted))):
                 self.were_found = True

@@ -1,4 +1,11 @@
-"""Which parameters have received a gradient in a run. Under DDP, each of them does."""
+"""Which parameters have received a gradient in a run, as the strategy lets one know it.
+
+- ``Received`` looks at the gradients that are there.
+- ``NotedGradients`` notes them in each backward pass, where other code takes them away
+  or gives them later.
+- ``CompletedGradients`` also gives DDP a gradient of zero for each parameter that a
+  batch has not used.
+"""
 
 from collections.abc import Sequence, Set
 from typing import Any
@@ -10,26 +17,30 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Received:
-    """Judges by the gradients that are there."""
+    """Judges by the gradients that are there. It has no hooks."""
 
     def unreached(self, parameters: Set[nn.Parameter]) -> set[nn.Parameter]:
         """Return those of these parameters that have received no gradient."""
         return {p for p in parameters if p.grad is None}
 
     def end_backward(self) -> None:
-        """End a backward pass."""
+        """Do nothing: the gradients stay."""
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Do nothing."""
 
 
 class NotedGradients(Received):
-    """Notes which parameters get a gradient in a backward pass: they may be given one later, or lose it."""
+    """Notes which parameters get a gradient in a backward pass.
+
+    Other code, such as DeepSpeed's, may take the gradient away after it, or may give
+    one to parameters that the pass has not reached.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.reached = set[Tensor]()  # in this backward pass
-        self.ever_reached = set[Tensor]()
+        self.ever_reached = set[Tensor]()  # in the passes before
         self.hooks: list[RemovableHandle] = []
         for p in self.trained:
             self.hooks.append(p.register_post_accumulate_grad_hook(self.reached.add))
@@ -66,12 +77,13 @@ class CompletedGradients(NotedGradients):
         self.awaited = dict.fromkeys([*self.trained, *awaited])
 
     def end_backward(self) -> None:
-        """Complete a pass, unless it only accumulates."""
+        """Give DDP the gradients that it still waits for, unless the pass only accumulates."""
         unused = [p for p in self.awaited if p not in self.reached]
         super().end_backward()
         if unused and self.wrapped.require_backward_grad_sync:
             _give_zero_gradients(unused)
-            self.reached.clear()  # these have not received any
+            # the hooks have noted these zeros, which no loss has given
+            self.reached.clear()
 
 
 def received_gradients(
@@ -79,7 +91,8 @@ def received_gradients(
 ) -> Received:
     """Return what knows of a model's gradients.
 
-    If DDP has wrapped it, that waits for those in ``awaited`` too.
+    ``wrapped`` is the strategy's model. If it is DDP, it waits for what trained when it
+    was wrapped (``awaited``): some of that may be frozen since.
     """
     if _waits_for_all(wrapped):
         return CompletedGradients(model, wrapped, awaited)

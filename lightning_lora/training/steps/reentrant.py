@@ -1,4 +1,4 @@
-"""Reentrant checkpoints, whose inputs require no gradient if the layers before them are frozen."""
+"""Reentrant activation checkpoints, whose inputs require no gradient if the layers before them are frozen."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.model.records import state_of
 
 CHECKPOINT_FUNCTION = recompute.CheckpointFunction
-"""torch's own."""
+"""torch's own, also while ours takes its place."""
 
 _RUNNING: list[nn.Module] = []
 """The models whose steps run. A step may run a fit of another model."""
@@ -19,11 +19,11 @@ _RUNNING: list[nn.Module] = []
 
 @contextmanager
 def letting_gradients_pass(model: nn.Module) -> Iterator[None]:
-    """Let gradients pass reentrant checkpoints in a training step.
+    """Let gradients pass reentrant activation checkpoints in a training step.
 
-    torch offers no hook there: its function finds no input that requires a gradient,
-    and keeps nothing of the call. So for a step, another function takes its place,
-    unless other code has put its own there.
+    torch's function finds no input that requires a gradient, and keeps nothing of the
+    call. It offers no hook. So for a step, a function of ours takes its place, unless
+    other code has put its own there.
     """
     _RUNNING.append(model)
     if recompute.CheckpointFunction is CHECKPOINT_FUNCTION:
@@ -37,10 +37,10 @@ def letting_gradients_pass(model: nn.Module) -> Iterator[None]:
 
 
 class _RequiringGradients(CHECKPOINT_FUNCTION):
-    """The same function, but its inputs require gradients if none of them does.
+    """torch's function, but if none of its inputs requires a gradient, all do.
 
-    Not while adapters are disabled: the backward pass would compute the layers with
-    them.
+    While adapters are disabled, it is as torch's own: the backward pass would compute
+    the layers with the adapters.
     """
 
     @classmethod

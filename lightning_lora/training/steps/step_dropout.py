@@ -13,11 +13,8 @@ class StepDropout:
         self._steps: list[Step] = []
         self._has_begun = False
 
-    def begin_step(self, model: nn.Module) -> None:
-        """Let it act in ``model``.
-
-        It ends with the step, or where ``eval()`` is called.
-        """
+    def begin_training_step(self, model: nn.Module) -> None:
+        """Let dropout act in ``model`` until the step ends, or until ``eval()`` is called."""
         if not self._has_begun:
             self._has_begun = True
             self._steps = [
@@ -28,16 +25,13 @@ class StepDropout:
         for step in self._steps:
             step.runs = True
 
-    def end_step(self) -> None:
-        """End a step.
-
-        Its backward pass, which may compute layers again, is over too.
-        """
+    def end_training_step(self) -> None:
+        """Let dropout act no more: the backward pass, which may compute layers again, is over too."""
         for step in self._steps:
             step.runs = False
 
     def close(self) -> None:
-        """End the last step, also one that failed."""
-        self.end_step()
+        """End the last step, also one that failed, and let go of the layers."""
+        self.end_training_step()
         self._steps = []
         self._has_begun = False

@@ -1,4 +1,4 @@
-"""The guards of a stage, and what acts in its training steps."""
+"""What acts in each training step of a stage, and the guards that look at it."""
 
 from torch import nn
 
@@ -11,9 +11,10 @@ from lightning_lora.training.steps.step_dropout import StepDropout
 class StepTools:
     """The guards of a stage, and what acts in its training steps.
 
-    Which guards a moment is told to: those in the first process, if all processes see
-    the same, so that it is said once. Those in each process, if one may see it alone,
-    or if all look at it together, as at shards.
+    There are two names for the guards. If all processes see the same,
+    ``guards_in_first_process`` are told of a moment: so it is said once. If one process
+    may see it alone, or if all must look at it together, as at shards,
+    ``guards_in_each_process`` are told.
     """
 
     def __init__(self, *, is_first_process: bool = False) -> None:
@@ -24,25 +25,32 @@ class StepTools:
         self.first_steps = FirstSteps(self.guards_in_first_process)
         self.first_evaluations = FirstEvaluations(self.guards_in_first_process)
         self.dropout = StepDropout()
-        self.float32 = Float32Steps()  # a training sets its own
+        # this one shows nothing: a training that begins sets its own
+        self.float32 = Float32Steps()
 
-    def begin_step(self, model: nn.Module) -> None:
-        """Begin a training step, or compute its loss again, as LBFGS does."""
-        self.dropout.begin_step(model)
-        self.float32.pause_step()  # the loss is computed in float16
+    def begin_training_step(self, model: nn.Module) -> None:
+        """Begin a training step, or compute its loss again.
+
+        LBFGS computes it again inside its own step. The loss is computed in float16.
+        """
+        self.dropout.begin_training_step(model)
+        self.float32.pause_optimizer_step()
 
     def end_batch(self, model: nn.Module) -> None:
         """End the steps of a batch.
 
         After the first batch, guards name what they have seen in it.
         """
-        self.dropout.end_step()
-        # one that a GradScaler has skipped does not end by itself
-        self.float32.pause_step()
+        self.dropout.end_training_step()
+        # an optimizer's step that a GradScaler has skipped does not end by itself
+        self.float32.pause_optimizer_step()
         self.first_steps.end_batch(model)
 
     def end_training(self) -> None:
-        """End the last step, also one that failed."""
+        """End the last training step, also one that failed.
+
+        The watch of the training has closed ``float32``.
+        """
         self.dropout.close()
 
     def close(self) -> None:

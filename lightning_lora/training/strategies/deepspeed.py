@@ -15,10 +15,7 @@ from lightning_lora.model.records import find_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import where
 from lightning_lora.training.compatibility import refuse_strategy
-from lightning_lora.training.optimizers.building import (
-    build_optimizers,
-    showing_trainable_base,
-)
+from lightning_lora.training.optimizers.building import build_optimizers
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.optimizers.schedulers import hide_scaled_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
@@ -53,9 +50,10 @@ class DeepSpeedMethods(LateRestoreMethods):
 
     def __init__(self, strategy: Any) -> None:
         super().__init__(strategy)
-        # what this process trains of each group
+        # of each group, what this process trains: there from the fit's engine on
         self.partitions: Sequence[Partition] = ()
-        # what keeps the places of groups which train nothing, by name
+        # parameters that keep the places of groups which train nothing, by their names
+        # in the module, such as "lora_idle_0": there while the engine is built
         self._placeholders: dict[str, nn.Parameter] = {}
 
     @classmethod
@@ -77,16 +75,18 @@ class DeepSpeedMethods(LateRestoreMethods):
 
     @patches_strategy
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Make none yet: ``_init_optimizers`` does."""
+        """Call the strategy's own, which builds none: ``init_deepspeed`` does."""
         self.original.setup_optimizers(trainer)
 
     @patches_strategy
     def _init_optimizers(self) -> Any:
-        """Build the user's optimizer, then let it train the adapters."""
-        with showing_trainable_base(self.module):
-            optimizer, scheduler = build_optimizers(
-                self.strategy, self.original._init_optimizers
-            )
+        """Build the user's optimizer, then let it train the adapters.
+
+        The strategy's own ``init_deepspeed`` calls this in a fit.
+        """
+        optimizer, scheduler = build_optimizers(
+            self.strategy, self.original._init_optimizers
+        )
         train_adapters(self.module, [optimizer], self.stage.lr_scale)
         hide_scaled_groups([scheduler and scheduler.scheduler], self.module)
         self._fill_empty_groups(optimizer)
@@ -97,12 +97,11 @@ class DeepSpeedMethods(LateRestoreMethods):
         for number, group in enumerate(optimizer.param_groups):
             if not group["params"]:
                 name = f"lora_idle_{number}"
-                # some for each process
-                self._placeholders[name] = nn.Parameter(
-                    torch.zeros(2 * dist.get_world_size())
-                )
-                self.module.register_parameter(name, self._placeholders[name])
-                group["params"].append(self._placeholders[name])
+                # each process has a shard of two elements
+                placeholder = nn.Parameter(torch.zeros(2 * dist.get_world_size()))
+                self._placeholders[name] = placeholder
+                self.module.register_parameter(name, placeholder)
+                group["params"].append(placeholder)
 
     @patches_strategy
     def init_deepspeed(self) -> None:
@@ -113,14 +112,15 @@ class DeepSpeedMethods(LateRestoreMethods):
         self.original.init_deepspeed()
         record = find_record(self.module)
         if record is not None:
-            # with its hook: for an evaluation, Lightning has removed all
+            # the record needs a hook on the module, and for an evaluation, Lightning
+            # has removed all hooks
             keep_record(self.module, record)
 
     def _build_for_fit(self) -> None:
         """Build the engine of a fit, and find this process's shards in it."""
         self._check_dtypes()
         self._check_scale()
-        self._placeholders = {}  # ``_init_optimizers``, which this calls, fills it
+        self._placeholders = {}  # ``_init_optimizers``, which is called here, fills it
         try:
             self.original.init_deepspeed()
         finally:
@@ -130,7 +130,7 @@ class DeepSpeedMethods(LateRestoreMethods):
         self.partitions = partitions_of(optimizer, set(self._placeholders.values()))
 
     def _check_dtypes(self) -> None:
-        """Refuse adapters in float32 where DeepSpeed would take all that trains for float32."""
+        """Refuse adapters in float32 where DeepSpeed trains all parameters in one dtype."""
         view = View(self.module)
         layers_with_dora = where(view.layers, _uses_dora)
         layers_in_float32 = {**layers_with_dora, **where(view.layers, _is_autocast)}
@@ -156,7 +156,7 @@ class DeepSpeedMethods(LateRestoreMethods):
         return bool(settings.get("enabled"))
 
     def _check_scale(self) -> None:
-        """Refuse a rate for the adapters alone, if DeepSpeed makes the optimizer."""
+        """Refuse ``lr_scale``, if DeepSpeed makes the optimizer."""
         if self.stage.lr_scale != 1 and "optimizer" in self.strategy.config:
             raise StrategyError(
                 "DeepSpeed's own optimizer takes no lr_scale. Return one from "
@@ -165,7 +165,7 @@ class DeepSpeedMethods(LateRestoreMethods):
 
     @patches_strategy
     def on_train_start(self) -> None:
-        """Copy what was loaded since the engine was built."""
+        """Copy parameters that were loaded since the engine was built into the shards that it trains."""
         for partition in self.partitions:
             partition.copy_parameters()
         self.original.on_train_start()
@@ -193,7 +193,7 @@ class DeepSpeedMethods(LateRestoreMethods):
     # Files
 
     def rebuild_optimizers(self) -> None:
-        """Build the engine again: it has those from before."""
+        """Build the engine again: it has the optimizer of the adapters that were replaced."""
         self._end_engine()
         self.strategy.model = self.module
         self.strategy.init_deepspeed()

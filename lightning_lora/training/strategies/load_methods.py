@@ -37,7 +37,14 @@ from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
 
 class LoadMethods(SetUpMethods):
-    """The methods that load: first the file is read, then the module's weights, then the optimizers' states."""
+    """The methods that load, in the order in which Lightning calls them.
+
+    1. ``load_checkpoint`` reads the file, and adapts the module as it says.
+    2. The module's ``on_load_checkpoint`` runs. It may edit what the file holds, and
+       may replace layers.
+    3. ``load_model_state_dict`` writes the weights into the module.
+    4. ``load_optimizer_state_dict`` writes the optimizers' states, in a fit.
+    """
 
     # The file
 
@@ -45,33 +52,35 @@ class LoadMethods(SetUpMethods):
     def load_checkpoint(
         self, checkpoint_path: Any, *args: Any, **kwargs: Any
     ) -> Checkpoint:
-        """Read the checkpoint, then adapt the module. Return what the file holds.
+        """Read the checkpoint, then adapt the module to it. Return what Lightning and hooks get of the file.
 
-        - adapters: with the base beside them, which hooks expect.
-        - adapters beside a merged model: the same; the merged model alone, for a plain
-          module that is evaluated.
-        - a full model: as the base of the fine-tune; as it is, for a plain module that
-          is evaluated.
+        - Of a file of adapters: the adapters, with the base beside them, which hooks
+          expect.
+        - Of adapters beside a merged model: the same. But a plain module that is
+          evaluated gets the merged model alone.
+        - Of a full model: the base of the fine-tune, without the state of its run. But
+          a plain module that is evaluated gets all of it.
         """
         self._remove_left_parts(checkpoint_path)
         self.stage.file = checkpoint_path
         checkpoint: Checkpoint = read_checkpoint(self, checkpoint_path, *args, **kwargs)
-        # which it had beside them, if any
+        # empty, unless the file has a merged model beside its adapters
         merged_weights = reduce_to_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
         remove_callback_state(checkpoint)
-        if merged_weights and self._evaluates_plain_module():
+        if merged_weights and self._is_plain_outside_of_fit():
             return _plain_model_in(checkpoint, merged_weights)
         if self.stage.phase is not Phase.OVER:
-            self.adapt_to_file(checkpoint, checkpoint_path)
+            self._adapt_to_file(checkpoint, checkpoint_path)
             self._take_updates_out(merged_weights, checkpoint, checkpoint_path)
-        # a plain module, outside of a stage or evaluated as it is
-        if find_record(self.module) is None:
+        has_adapters = find_record(self.module) is not None
+        if not has_adapters:
             return checkpoint
         if KEY not in checkpoint:
             self._check_is_base(checkpoint, checkpoint_path)
             return _new_base_in(checkpoint, checkpoint_path)
-        return self._completed(checkpoint, checkpoint_path)
+        self._complete(checkpoint, checkpoint_path)
+        return checkpoint
 
     def _check_is_base(self, checkpoint: Checkpoint, path: Any) -> None:
         """Refuse a full model with adapters on its layers: the names here are those of the base."""
@@ -90,19 +99,19 @@ class LoadMethods(SetUpMethods):
         ):
             remove_left_parts(local.parent)
 
-    def _evaluates_plain_module(self) -> bool:
-        """Whether the module has no adapters, and gets none."""
+    def _is_plain_outside_of_fit(self) -> bool:
+        """Whether the module has no adapters, and no fit runs that gives it some."""
         return not self.stage.is_running_fit and find_record(self.module) is None
 
-    def adapt_to_file(self, checkpoint: Checkpoint, path: Any) -> None:
+    def _adapt_to_file(self, checkpoint: Checkpoint, path: Any) -> None:
         """Adapt the module as its arguments and the file say."""
         stage = self.stage
-        # until now, it was evaluated as it is
+        # a merged module that is evaluated has not begun its stage: it ran as it is
         if View(self.module).is_merged and not stage.is_fit:
             stage.begin(self.module)
         file_config = _config_in(checkpoint)
         replaced = False
-        # in training, the adapters stay
+        # a file that is loaded while training runs finds the adapters that train
         if file_config is not None and stage.phase is not Phase.TRAINING:
             replaced = stage.take_config(self.module, file_config, path)
         self.adapt(file_config=file_config, replaced=replaced)
@@ -110,9 +119,9 @@ class LoadMethods(SetUpMethods):
             self.rebuild_optimizers()
 
     def rebuild_optimizers(self) -> None:
-        """Build optimizers again that were built of adapters replaced since.
+        """Build optimizers again that hold replaced adapters.
 
-        Here, none are built yet.
+        Do nothing here: the checkpoint is loaded before optimizers are built.
         """
 
     def _take_updates_out(
@@ -126,16 +135,15 @@ class LoadMethods(SetUpMethods):
                 "the base's own weights."
             )
 
-    def _completed(self, checkpoint: Checkpoint, path: Any) -> Checkpoint:
-        """Return a checkpoint of adapters with what hooks expect in it.
+    def _complete(self, checkpoint: Checkpoint, path: Any) -> None:
+        """Add the base to a checkpoint of adapters, for hooks that expect a full model.
 
-        A fit must be able to go on from it.
+        Before a training, refuse one from which a fit cannot go on.
         """
         if self.stage.is_running_fit and self.stage.phase is not Phase.TRAINING:
             check_resumable(checkpoint, path)
         checkpoints.complete_averages(self.module, checkpoint)
-        show_base(self.module, checkpoint)  # to on_load_checkpoint
-        return checkpoint
+        show_base(self.module, checkpoint)
 
     # The module's weights
 
@@ -145,21 +153,22 @@ class LoadMethods(SetUpMethods):
 
         Base keys may be missing. Adapter keys may not, even with ``strict=False``.
         """
-        # takes out the base that ``show_base`` has added for hooks
+        # this takes out the base that ``show_base`` has added for hooks
         reduce_to_adapters(checkpoint)
         self._rebuild_replaced_layers(checkpoint)
         self.adapt_replaced_layers(checkpoint)
-        # a plain module, only to be evaluated
+        # a plain module is only evaluated
         if KEY not in checkpoint and find_record(self.module) is None:
             self._check_is_base(checkpoint, self.stage.file)
             self.load_plain(checkpoint, strict=strict)
             return
+        # the file's adapters must belong to the base as it was loaded
         self.note_base()
         self.convert_to_float64()
-        are_read = compatibility.states_are_read(self.stage.callbacks)
+        others_read_states = compatibility.states_are_read(self.stage.callbacks)
         with checkpoints.naming_the_file(self.stage.file):
             checkpoints.load_checkpoint_state(
-                self.module, checkpoint, completes_states=are_read
+                self.module, checkpoint, completes_states=others_read_states
             )
         if KEY in checkpoint:
             self.stage.note_loaded()
@@ -183,9 +192,10 @@ class LoadMethods(SetUpMethods):
 
     @patches_strategy
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Load the optimizers' states, if they fit.
+        """Load the optimizers' states: all of them, or none.
 
-        Lightning leaves out those that have no counterpart.
+        Lightning would leave out states without an optimizer, and optimizers without a
+        state.
         """
         states = checkpoint["optimizer_states"]
         optimizers = self.strategy.optimizers

@@ -47,25 +47,26 @@ class SaveMethods(SetUpMethods):
 
         ``save="model"`` adds the whole merged model.
         """
+        # before the training begins, a tuner saves, for its trial
         if self.stage.is_fit and self.stage.phase is Phase.SET_UP:
             self._keep_copies_for_trial()
         # other code may write while training goes on: it gets copies of the values
-        may_write_later = not has_lightnings_io(self.strategy) or self.is_by_other_code(
+        written_later = not has_lightnings_io(self.strategy) or self.is_by_other_code(
             "save_checkpoint"
         )
         # a module's hook may write files of its own instead
         if "state_dict" in checkpoint:
-            checkpoint = self._as_written(checkpoint, written_later=may_write_later)
+            checkpoint = self._as_written(checkpoint, written_later=written_later)
         # the process that writes at once does so beside the file, which is replaced
         # when all is written
-        writes_beside = self.strategy.is_global_zero and not may_write_later
+        writes_beside = self.strategy.is_global_zero and not written_later
         with writing(filepath, beside=writes_beside) as path:
             self.original.save_checkpoint(checkpoint, path, storage_options)
 
     def _as_written(self, checkpoint: Checkpoint, *, written_later: bool) -> Checkpoint:
         """A checkpoint with what training changed, and perhaps the merged model.
 
-        A plain module's stays.
+        A plain module's checkpoint is as Lightning has made it.
         """
         module = self.module
         self._forget_replaced_merge()
@@ -76,6 +77,7 @@ class SaveMethods(SetUpMethods):
         checkpoint = checkpoints.adapter_only(
             module, checkpoint, metrics, written_later=written_later
         )
+        # adapter_only has just compared the base with its fingerprint
         if stage.phase is Phase.TRAINING:
             stage.tools.guards_in_first_process.tell(Guard.base_compared, View(module))
         if stage.save == "adapters":
@@ -90,15 +92,17 @@ class SaveMethods(SetUpMethods):
         return checkpoint
 
     def _forget_replaced_merge(self) -> None:
-        """Forget a merge, if other code has loaded other weights since.
+        """Forget a merge, if the module no longer has its merged weights, and a file is to hold the whole model.
 
-        The record of the merge is no longer true then, and a file of the whole model
-        holds what was loaded. A file of adapters alone goes on to hold those that were
-        merged.
+        Other code has loaded other weights since, and the file must hold these: without
+        its record, the module is a plain one. A file of adapters alone needs no
+        weights: it holds the adapters that were merged.
         """
         if self.stage.save == "model" and not is_as_merged(View(self.module)):
-            unmerge_or_forget(self.module)  # drops the record, and says so
-            compatibility.drop_averages(self.stage.callbacks)  # of the adapted module
+            # for replaced weights, this drops the record, and says so
+            unmerge_or_forget(self.module)
+            # the averages are those of the adapted module
+            compatibility.drop_averages(self.stage.callbacks)
 
     def _keep_copies_for_trial(self) -> None:
         """Keep the values of networks that copy others: in a tuner's trial, other code may move them.

@@ -16,10 +16,7 @@ from lightning_lora.storage.same_base.compared_tensors import base_tensors, dtyp
 from lightning_lora.storage.same_base.fingerprint import fingerprint
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training import compatibility
-from lightning_lora.training.optimizers.building import (
-    build_optimizers,
-    showing_trainable_base,
-)
+from lightning_lora.training.optimizers.building import build_optimizers
 from lightning_lora.training.optimizers.schedulers import hide_scaled_groups
 from lightning_lora.training.optimizers.train_adapters import train_adapters
 from lightning_lora.training.stages.phases import Phase
@@ -31,7 +28,13 @@ from lightning_lora.training.strategies.strategy_patch import (
 
 
 class SetUpMethods(StrategyPatch):
-    """The methods for the set-up, and what those for other moments need too."""
+    """The methods for the set-up, and what those for other moments need too.
+
+    Where the strategy does not shard, Lightning calls them in this order: ``setup`` of
+    the callback, ``configure_model``, ``load_checkpoint`` and ``load_model_state_dict``
+    if there is a file, ``setup``. In it, the strategy calls ``setup_optimizers`` in a
+    fit. So a file's adapters come before the module is converted, moved and wrapped.
+    """
 
     shards_before_adapters: ClassVar[bool] = False
     """Whether ``configure_model``, which shards the module, comes before the adapters."""
@@ -41,7 +44,8 @@ class SetUpMethods(StrategyPatch):
 
     def __init__(self, strategy: Any) -> None:
         super().__init__(strategy)
-        self.awaited_by_ddp: list[nn.Parameter] = []  # in each backward pass
+        # the parameters for whose gradients DDP waits in each backward pass
+        self.awaited_by_ddp: list[nn.Parameter] = []
 
     @classmethod
     def check(cls, strategy: Any) -> None:
@@ -66,8 +70,11 @@ class SetUpMethods(StrategyPatch):
 
     @patches_strategy
     def setup(self, trainer: Trainer) -> None:
-        """Adapt the module before it is converted, moved and wrapped."""
-        # this Trainer has no LoRACallback: it gets the strategy as it was
+        """Adapt the module before it is converted, moved and wrapped.
+
+        If no stage has begun, another Trainer uses this strategy object, and has no
+        LoRACallback: it gets the strategy as it was.
+        """
         if self.stage.phase is Phase.OVER:
             self.unpatch()
             self.original.setup(trainer)
@@ -75,19 +82,23 @@ class SetUpMethods(StrategyPatch):
             self.setup_in_stage(trainer)
 
     def setup_in_stage(self, trainer: Trainer) -> None:
-        """Adapt the module, let the strategy set it up, and note the base."""
+        """Adapt the module, note its base, and let the strategy set it up.
+
+        The base is noted as it was loaded, and again if the strategy converts it.
+        """
         self.adapt()
         if not shows_adapters(self.module):  # it is only evaluated
             self._tell_of_plain_weights(trainer)
             self.original.setup(trainer)
             return
-        # a checkpoint was loaded after the base was noted
+        # otherwise load_model_state_dict has noted the base, before it loaded adapters
         if self.stage.phase is Phase.SET_UP:
             self.note_base()
         with compatibility.keeping_adapters(self.strategy.precision_plugin):
             self.original.setup(trainer)
         view = view_of(self.module)
-        reinitialise_if_base_changed(view)  # the base may have been converted
+        # some initialisations compute the adapters from the base's values
+        reinitialise_if_base_changed(view)
         self._note_converted_base(view)
 
     def adapt(
@@ -124,7 +135,7 @@ class SetUpMethods(StrategyPatch):
             self._note_converted_base(view_of(self.module))
 
     def _note_converted_base(self, view: View) -> None:
-        """Note the base's fingerprint in another dtype."""
+        """Note the base's fingerprint too in the dtypes that it has now, if none is noted in these."""
         fingerprints = view.record.adapter.fingerprints
         if not fingerprints:
             return
@@ -140,10 +151,9 @@ class SetUpMethods(StrategyPatch):
         some of it may be frozen here.
         """
         self.awaited_by_ddp = [p for p in self.module.parameters() if p.requires_grad]
-        with showing_trainable_base(self.module):
-            build_optimizers(
-                self.strategy, partial(self.original.setup_optimizers, trainer)
-            )
+        build_optimizers(
+            self.strategy, partial(self.original.setup_optimizers, trainer)
+        )
         train_adapters(self.module, self.strategy.optimizers, self.stage.lr_scale)
         hide_scaled_groups(
             [config.scheduler for config in self.strategy.lr_scheduler_configs],

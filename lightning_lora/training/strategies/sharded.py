@@ -185,7 +185,7 @@ class ShardedMethods(LateRestoreMethods):
 
     # Training
 
-    def begin_first_steps(self, module: LightningModule) -> None:
+    def look_at_first_steps(self, module: LightningModule) -> None:
         """Look at nothing: sharded weights are other tensors from one moment to the next."""
 
     def watching(self, module: LightningModule) -> AbstractContextManager[None]:

@@ -40,17 +40,17 @@ class StepMethods(SetUpMethods):
         """Run a training step, in which dropout acts."""
         stage = self.stage
         module = self.strategy.lightning_module
-        stage.tools.begin_step(module)
-        self.begin_first_steps(module)
+        stage.tools.begin_training_step(module)
+        self.look_at_first_steps(module)
         output = self._run(self.original.training_step, IN_A_STEP, *args, **kwargs)
         # otherwise, a backward pass comes, which may recompute layers
         if not module.automatic_optimization:
-            stage.tools.dropout.end_step()
+            stage.tools.dropout.end_training_step()
         return output
 
-    def begin_first_steps(self, module: LightningModule) -> None:
+    def look_at_first_steps(self, module: LightningModule) -> None:
         """Look at weights before the first steps."""
-        self.stage.tools.first_steps.begin_step(module)
+        self.stage.tools.first_steps.begin_training_step(module)
 
     @patches_strategy
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ class StepMethods(SetUpMethods):
             self.original.backward, IN_BACKWARD, closure_loss, *args, **kwargs
         )
         if module.automatic_optimization:
-            self.stage.tools.dropout.end_step()
+            self.stage.tools.dropout.end_training_step()
         return loss
 
     def _check_adapters_are_shown(self, module: LightningModule) -> None:

@@ -41,7 +41,7 @@ class StrategyMethods(LoadMethods, SaveMethods, StepMethods):
     - ``setup_in_stage``, ``adapt``, ``note_base``: the parts of the set-up.
     - ``rebuild_optimizers``, ``load_plain``, ``adapt_replaced_layers``,
       ``load_states``: the parts of loading.
-    - ``begin_first_steps``, ``watching``, ``watching_evaluation``: what looks at the
+    - ``look_at_first_steps``, ``watching``, ``watching_evaluation``: what looks at the
       first steps.
     - ``gradients``, ``float32_steps``, ``strip_non_backbones``: what a training watch
       asks for.
