@@ -1,6 +1,6 @@
 """What a module had before its own hooks ran.
 
-These may fill buffers, and load the base. So a buffer that differs afterwards was
+The hooks may fill buffers, and load the base. So a buffer that differs afterwards was
 filled by them, and a tensor of the base that differs is the base from then on.
 """
 
@@ -21,13 +21,13 @@ from lightning_lora.tensors.seen import Seen
 
 @dataclass
 class BeforeHooks:
-    """A module as it came. By default, it had nothing."""
+    """A module as it came. By default, before the stage begins, nothing is known of it."""
 
     modules: set[str] = field(default_factory=set)
-    """The modules that were there, until their hooks have run."""
+    """The names of its modules. The set is empty once their hooks have run."""
 
     buffers: dict[str, int] = field(default_factory=dict)
-    """The digests of its buffers."""
+    """The digests of its buffers, by name."""
 
     base_tensors: dict[str, Seen] = field(default_factory=dict)
     """The tensors of which its adapters keep the base's values, because training changes them."""
@@ -41,9 +41,10 @@ class BeforeHooks:
         )
 
     def take_filled_buffers(self, pl_module: LightningModule) -> set[str]:
-        """Return the buffers that the hooks have filled in modules that were there.
+        """Return the names of the buffers that the hooks have filled, in modules that were there before.
 
-        Later, it is others who do.
+        Call this once the hooks have run. A second call returns none: what is filled by
+        then, other code has filled.
         """
         filled = set[str]()
         if not self.modules:
@@ -55,7 +56,7 @@ class BeforeHooks:
         return filled
 
     def changed_base_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return those of these tensors that are new, or have other values now."""
+        """Return those of these tensors that are new, or have other values now than before the hooks."""
         return {
             name: tensor
             for name, tensor in tensors.items()
@@ -69,7 +70,10 @@ class BeforeHooks:
 
 
 def _kept_by_adapters(view: View) -> dict[str, Seen]:
-    """The tensors of which an adapter keeps the base's values."""
+    """The tensors of which an adapter keeps the base's values, as they are now.
+
+    Networks inside the module may have records of their own.
+    """
     names = set[str]()
     for prefix, record in records_in(view.modules).items():
         names.update(names_joined(prefix, where(record.adapter.originals, _has_values)))
@@ -78,7 +82,7 @@ def _kept_by_adapters(view: View) -> dict[str, Seen]:
 
 
 def _digests_of_buffers(view: View) -> dict[str, int]:
-    """The digests of the buffers. Statistics of norms belong to the base."""
+    """The digests of the buffers, but not of norms: their statistics belong to the base."""
     norms = of_type(view.modules, NormBase)
     digests = {}
     for name, buffer in where(view.buffers, _has_values).items():

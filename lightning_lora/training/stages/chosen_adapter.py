@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule
 from lightning_lora.base.record import Record
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
+from lightning_lora.model import switch
 from lightning_lora.model.records import find_record
-from lightning_lora.model.switch import activate, adapters
 from lightning_lora.tensors.shards import is_dtensor
 
 
@@ -21,22 +21,22 @@ class ChosenAdapter:
     """The adapter that a stage uses: the one with a name, or the one that is active."""
 
     name: str | None = None
-    """None: the active one."""
+    """None: the adapter that is active."""
 
     is_new: bool = False
-    """Whether the stage has begun it, beside others."""
+    """Whether the stage has begun this adapter, beside others."""
 
     undo_switch: ExitStack = field(default_factory=ExitStack)
     """Shows again what the module showed before ``activate``."""
 
     def name_in(self, record: Record) -> str:
-        """Return its name in a module with adapters."""
+        """Return the adapter's name in a module with adapters."""
         return self.name or record.adapter.name
 
     def is_shown_by(self, pl_module: LightningModule) -> bool:
-        """Whether the module computes with this adapter.
+        """Whether the module shows no other adapter than this one, nor its base instead.
 
-        One without adapters shows no other.
+        A module that has no adapters yet will get this one.
         """
         record = find_record(pl_module)
         return record is None or record.name_in_effect == self.name_in(record)
@@ -55,20 +55,21 @@ class ChosenAdapter:
             )
 
     def activate(self, pl_module: LightningModule, config: LoRAConfig | None) -> None:
-        """Make this adapter the active one.
+        """Make this adapter the active one of a module with adapters.
 
-        ``config`` is that of one that may be new.
+        If the module lacks it, it begins with ``config``. Without a ``config``, that is
+        an error.
         """
-        names = adapters(pl_module)
+        names = switch.adapters(pl_module)
         name = self.name or names[0]  # the active one
         self.is_new = name not in names
-        self.undo_switch = activate(pl_module, name, config)
+        self.undo_switch = switch.activate(pl_module, name, config)
 
     def switch_back(self, pl_module: LightningModule) -> None:
         """Show again what the module showed before ``activate``.
 
         The second time, this does nothing.
         """
-        # shards cannot be switched
+        # a sharded module cannot switch its adapters
         if not any(map(is_dtensor, pl_module.parameters())):
             self.undo_switch.close()

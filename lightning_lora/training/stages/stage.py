@@ -49,7 +49,10 @@ class Stage:
     before_hooks: BeforeHooks = field(default_factory=BeforeHooks)
 
     filled_buffers: set[str] = field(default_factory=set)
-    """Those that the module's own hooks have filled, in this stage or an earlier one."""
+    """The buffers that the module's own hooks have filled, in this stage or an earlier one.
+
+    The callback keeps this very set for the module's later stages.
+    """
 
     # How far the stage is
 
@@ -59,12 +62,12 @@ class Stage:
     """The checkpoint that it loads."""
 
     random_numbers: RandomNumbers = field(default_factory=RandomNumbers)
-    """Those of that checkpoint, until training begins."""
+    """The random numbers of that checkpoint, until training begins."""
 
     # What looks on
 
     callbacks: list[Callback] = field(default_factory=list)
-    """All of the Trainer's."""
+    """All callbacks of the Trainer."""
 
     tools: StepTools = field(default_factory=StepTools)
     """Its guards, and what acts in each training step."""
@@ -85,7 +88,12 @@ class Stage:
     # Begin
 
     def begin(self, pl_module: LightningModule) -> None:
-        """Unmerge the module: it needs its adapters to train, or to load a checkpoint."""
+        """Give the module this stage's adapter, to train it or to load a checkpoint, and note the way back.
+
+        1. A merged module is unmerged: only then can another adapter become active.
+        2. If the module shows another adapter, this stage's becomes active.
+        3. The module is looked at before its own hooks run.
+        """
         self.way_back.unmerge(pl_module)
         if self.wants_another_adapter(pl_module):
             self._activate_adapter(pl_module)
@@ -119,8 +127,8 @@ class Stage:
     ) -> bool:
         """Complete the arguments by those ``found`` in a file, or by those of the module's adapters.
 
-        Return whether adapters were replaced, because they were made with other
-        arguments.
+        If this changes the arguments, adapters that this stage has made with others are
+        replaced. Return whether there were any.
         """
         config = self.config.completed(found, self.given)
         if config == self.config:
@@ -130,13 +138,13 @@ class Stage:
             f"LoRACallback takes {taken} from {source}, instead of the defaults."
         )
         self.config = config
-        return self._take_off_or_begin_again(pl_module)
+        return self._replace_own_adapters(pl_module)
 
-    def _take_off_or_begin_again(self, pl_module: LightningModule) -> bool:
+    def _replace_own_adapters(self, pl_module: LightningModule) -> bool:
         """Replace the adapters that this stage has made. Return whether there were any.
 
-        One that is new beside others begins again. Those of a plain module are only
-        taken off: ``adapt`` makes others.
+        A new adapter beside others begins again. The adapters of a module that came
+        plain are only taken off: ``adapt`` makes others.
         """
         was_made_here = self.way_back.came == "plain" or self.adapter.is_new
         if find_record(pl_module) is None or not was_made_here:
@@ -190,7 +198,8 @@ class Stage:
                 is adapted.
             replaced: Whether these adapters come in place of others of this stage.
         """
-        self.filled_buffers |= self.before_hooks.take_filled_buffers(pl_module)
+        # in place: the callback keeps this set
+        self.filled_buffers.update(self.before_hooks.take_filled_buffers(pl_module))
         if not self.should_be_adapted(pl_module, for_file=file_config is not None):
             return
         self.add_adapters(pl_module, file_config)
@@ -321,7 +330,7 @@ class Fit(Stage):
     is_fit: ClassVar[bool] = True
 
     def begin(self, pl_module: LightningModule) -> None:
-        """Unmerge the module. Refuse to train a sum of adapters."""
+        """Begin as each stage does. Refuse to train a sum of adapters."""
         self.adapter.refuse_sum(pl_module)
         super().begin(pl_module)
 

@@ -18,13 +18,17 @@ from lightning_lora.training.stages.phases import Outcome
 
 @dataclass
 class WayBack:
-    """Notes what a stage does to a module, to undo it."""
+    """Notes what a stage does to a module, to undo it.
+
+    A stage calls, in this order, ``note_adapters``, ``unmerge``, ``note_other_adapter``
+    and ``note_new_adapters``, and at its end ``bring_about``.
+    """
 
     adapter: ChosenAdapter
     """The adapter that the stage uses."""
 
     came: Literal["plain", "adapted", "merged"] = "plain"
-    """How the module came."""
+    """How the module came: known once ``unmerge`` was called."""
 
     undo: ExitStack = field(default_factory=ExitStack)
     """Gives the module back as it came.
@@ -36,25 +40,27 @@ class WayBack:
 
     def note_adapters(self, pl_module: LightningModule) -> None:
         """Note whether the module came with adapters on its layers: its own, or those of networks inside."""
-        if View(pl_module).layers:  # not view_of, which refuses a plain module
+        # view_of would refuse a plain module
+        if View(pl_module).layers:
             self.came = "adapted"
 
     def unmerge(self, pl_module: LightningModule) -> None:
-        """Undo a merge.
+        """Undo a merge, and note that the module came merged.
 
-        If its weights were replaced since, they are a new base, and its record is
-        forgotten.
+        If the merged weights were replaced since, they are a new base: the record of
+        the merge is forgotten, and the module came plain.
         """
         record = find_record(pl_module)
         if unmerge_or_forget(pl_module):
             self.came = "merged"
             self.undo.callback(merge, pl_module)
             return
-        if record is not None and find_record(pl_module) is None:  # it was forgotten
+        if record is not None and find_record(pl_module) is None:
+            # the merge was forgotten
             self.undo.callback(keep_record, pl_module, record)
 
     def note_other_adapter(self, pl_module: LightningModule) -> None:
-        """Note that the module showed another adapter than the stage's before."""
+        """Note that the stage's adapter is active now, in place of another one."""
         self.undo.callback(self.adapter.switch_back, pl_module)
 
     def note_new_adapters(self, pl_module: LightningModule) -> None:
@@ -89,9 +95,10 @@ class WayBack:
     ) -> bool:
         """Whether a module can be given back.
 
-        Not one that is merged now: it was evaluated so, or its own code has merged what
-        it trained. And where others may be missing, none that came merged, as a merge
-        is collective: its adapters stay.
+        - A module that is merged now cannot: it was evaluated so, or its own code has
+          merged what it trained.
+        - A module that came merged would be merged again. All processes must merge
+          together: where some may be missing, its adapters stay.
         """
         if View(pl_module).is_merged:
             return False
