@@ -13,9 +13,9 @@ from lightning_lora.model.view import View
 def drawing_apart(model: nn.Module) -> Iterator[None]:
     """Let adapters draw in the ``with`` block, apart from the run.
 
-    They draw as the generator is, and then it goes on from a seed: so the run sees the
-    same batches, however much they drew. Without new adapters, the generator stays as
-    it was. After an error nothing is set: another injection follows.
+    They draw from the generator as it is. Then the run goes on from a seed: so it sees
+    the same batches, however much the adapters drew. If no adapter is new, the
+    generator stays as it was. After an error no seed is set: another injection follows.
     """
     adapted_before = View(model).matrices
     state_before = torch.get_rng_state()

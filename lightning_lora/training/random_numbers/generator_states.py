@@ -13,18 +13,23 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-# the checkpoint entry with the states of the generators
 RANDOM = "lightning_lora_random"
-
-# numpy's and Python's: 624 numbers of a Mersenne twister, its place, and what waits
-_OTHERS = Struct("<625Iid625Id")
+"""The checkpoint's entry with the states of the generators."""
 
 States = dict[str, Tensor]
-"""The states of generators, by name: "cpu", "cuda", and "others" for those of numpy and Python."""
+"""The states of generators, by name: "cpu" and "cuda" for torch's, "others" for numpy's and Python's."""
+
+# Numpy's state is 624 numbers of a Mersenne twister, the position in them, whether a
+# normal number waits, and that number. Python's is 624 numbers with the position as
+# the 625th, and the normal number that waits, or NaN.
+_OTHERS = Struct("<625Iid625Id")
+_TWISTER = 624
+_NUMPYS = 627
+"""How many values of ``_OTHERS`` are numpy's: they come first."""
 
 
 def random_states(trainer: Trainer) -> States:
-    """Return the states of all generators, in all processes: of torch, numpy and Python."""
+    """Return the states of all generators, of torch, numpy and Python: one row for each process."""
     device = trainer.strategy.root_device
     states = states_here(device)
     for name, state in states.items():
@@ -50,7 +55,7 @@ def states_here(device: torch.device) -> States:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    # otherwise, the user has set another one
+    # a user may have given numpy another kind of generator
     if np.random.get_state(legacy=False)["bit_generator"] == "MT19937":
         states["others"] = _state_of_others()
     return states
@@ -83,17 +88,18 @@ def set_states(states: States, device: torch.device) -> None:
 
 def _set_state_of_others(state: Tensor) -> None:
     *values, waiting = _OTHERS.unpack(bytes(state.tolist()))
-    numbers = np.array(values[:624], dtype=np.uint32)
-    np.random.set_state(("MT19937", numbers, *values[624:627]))
+    numbers = np.array(values[:_TWISTER], dtype=np.uint32)
+    np.random.set_state(("MT19937", numbers, *values[_TWISTER:_NUMPYS]))
     if math.isnan(waiting):
         waiting = None
-    random.setstate((3, tuple(values[627:]), waiting))
+    random.setstate((3, tuple(values[_NUMPYS:]), waiting))
 
 
 def stored_here(stored: Mapping[str, Any], trainer: Trainer) -> States:
-    """Return this process's states of a file.
+    """Return this process's states in a file.
 
-    Those of another machine, or of other processes, are left out.
+    States of another kind of generator, or of another number of processes, are left
+    out.
     """
     states: States = {}
     for name, here in states_here(trainer.strategy.root_device).items():
@@ -105,7 +111,7 @@ def stored_here(stored: Mapping[str, Any], trainer: Trainer) -> States:
 
 
 def _fits(rows: object, here: Tensor, processes: int) -> TypeGuard[Tensor]:
-    """Whether there is a state for each process, as it is here."""
+    """Whether these are states for so many processes, of the same kind as the state here."""
     return (
         isinstance(rows, Tensor)
         and rows.dtype == here.dtype

@@ -31,21 +31,25 @@ class RandomNumbers:
 
 
 class ResumedNumbers(RandomNumbers):
-    """The random numbers of a checkpoint, for one fit."""
+    """The random numbers of a checkpoint, for one fit.
+
+    It stands in Lightning's ``setup_data`` until it is closed.
+    """
 
     def __init__(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
         self.trainer = trainer
         self.device = trainer.strategy.root_device
-        self.stored = stored_here(checkpoint[RANDOM], trainer)
-        self.epoch: int = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"][
-            "processed"
-        ]
-        # a loader is being set up with the stored states
+        self.states_in_file = stored_here(checkpoint[RANDOM], trainer)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        self.epoch_in_file: int = progress["current"]["processed"]
+        # whether a loader is being set up with the states of the file
         self.is_beginning_data = False
-        self.after_the_data: States = {}  # the states when the data have begun
+        # empty until data have begun with the states of the file
+        self.states_after_data: States = {}
         self.loop: Any = trainer.fit_loop
-        self.loader_states: Any = []
-        self.setup_data = self.loop.setup_data  # Lightning's own
+        # what the file holds of loaders that have states of their own
+        self.stored_loader_states: Any = []
+        self.lightnings_setup_data = self.loop.setup_data
         vars(self.loop)["setup_data"] = self._setup_data
 
     def close(self) -> None:
@@ -55,55 +59,59 @@ class ResumedNumbers(RandomNumbers):
     # When the data begin
 
     def _setup_data(self) -> None:
-        """Stand for Lightning's ``setup_data``, and note the states when the data have begun."""
-        self.loader_states = loader_states(self.loop) or self.loader_states
-        self.setup_data()
+        """Call Lightning's ``setup_data``, and note the states when the data have begun.
+
+        In it, the strategy calls ``begin_data`` for each loader that is made. Lightning
+        forgets the states of loaders that it has loaded: they are kept here.
+        """
+        self.stored_loader_states = (
+            loader_states(self.loop) or self.stored_loader_states
+        )
+        self.lightnings_setup_data()
         if self.is_beginning_data:
             self.is_beginning_data = False
-            self.after_the_data = states_here(self.device)
+            self.states_after_data = states_here(self.device)
 
     def begin_data(self, loader: Any) -> None:
         """Set the generators for a loader that begins next, and its sampler's epoch.
 
-        Workers draw ahead.
+        Its workers draw before the first step.
         """
         if self.trainer.training:
             self.is_beginning_data = True
-            set_states(self.stored, self.device)
-            _set_epoch(loader, self.epoch)
+            set_states(self.states_in_file, self.device)
+            _set_epoch(loader, self.epoch_in_file)
 
     # When the training begins
 
     def set_for_first_step(self) -> None:
         """Set the generators for the first step.
 
-        Data that began with other numbers begin again.
-
-        - Where Lightning begins the epoch's data later (before 2.6), they get the
-          states of the file.
-        - Where it goes on within an epoch (since 2.6), the first step does: its data
-          had begun in the file.
-        - Otherwise, this epoch's data have begun here, and the states are those from
-          then.
+        - Where Lightning begins the epoch's data only after this (before 2.6), they
+          begin with the states of the file.
+        - Otherwise, data that began with other numbers begin again. Then, if the fit
+          goes on within an epoch, the first step gets the states of the file, whose
+          data had begun before it was written. If the file was written between two
+          epochs, the first step comes after the beginning of the data here.
         """
         has_another_epoch = self._set_another_epoch()
-        begins_data_later = self._begins_data_later()
-        if not begins_data_later and (
-            has_another_epoch or self._began_without_states()
-        ):
+        if self._begins_data_later():
+            set_states(self.states_in_file, self.device)
+            return
+        if has_another_epoch or self._began_without_states():
             self._begin_data_again()
-        if begins_data_later or self._goes_on_within_an_epoch():
-            set_states(self.stored, self.device)
-        else:  # the file was written between two epochs
-            set_states(self.after_the_data, self.device)
+        if self._goes_on_within_an_epoch():
+            set_states(self.states_in_file, self.device)
+        else:
+            set_states(self.states_after_data, self.device)
 
     def _set_another_epoch(self) -> bool:
-        """Set the epoch of loaders that began with another one.
+        """If the fit begins in another epoch than the file's, set it in the loaders' samplers.
 
-        Return whether one has an epoch.
+        Return whether a sampler has an epoch.
         """
         epoch = self.loop.epoch_progress.current.processed
-        if epoch == self.epoch:
+        if epoch == self.epoch_in_file:
             return False
         have_an_epoch = [
             _set_epoch(loader, epoch) for loader in loader_of(self.loop).flattened
@@ -111,22 +119,23 @@ class ResumedNumbers(RandomNumbers):
         return any(have_an_epoch)
 
     def _begins_data_later(self) -> bool:
-        """Whether the epoch's data begin after this: before Lightning 2.6, a later epoch begins its data."""
+        """Whether Lightning begins the epoch's data after this: before 2.6, if this is not the first epoch."""
         if self._knows_resuming:
             return False
         return self.trainer.current_epoch > 0 and not self.loop.epoch_loop.restarting
 
     def _began_without_states(self) -> bool:
         """Whether the data began too early: without the random numbers, or the loaders' own states."""
-        if not self.after_the_data:
+        if not self.states_after_data:
             return True
+        # states that still wait here are loaded into no loader yet
         return bool(self.loop.restarting and loader_states(self.loop))
 
     def _begin_data_again(self) -> None:
-        """Begin the loaders again with the stored numbers, and note the states then."""
-        set_states(self.stored, self.device)
-        begin_loaders_again(self.loop, self.loader_states)
-        self.after_the_data = states_here(self.device)
+        """Begin the loaders again with the states of the file, and note the states then."""
+        set_states(self.states_in_file, self.device)
+        begin_loaders_again(self.loop, self.stored_loader_states)
+        self.states_after_data = states_here(self.device)
 
     def _goes_on_within_an_epoch(self) -> bool:
         """Whether Lightning goes on in the middle of an epoch, whose data had begun in the file."""
