@@ -80,7 +80,7 @@ class _BatchRuns:
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
-        """Say that the step ran before the fit's own hooks."""
+        """Let an error in the step say that it ran before the fit's own hooks."""
         try:
             yield
         except LoRAError:
@@ -97,18 +97,18 @@ class _BatchRuns:
 
 
 class _Version(NamedTuple):
-    """How often a parameter was written."""
+    """A parameter, and how often it was written when this was noted."""
 
     parameter: nn.Parameter
     number: int
 
     def has_passed(self) -> bool:
-        """Whether the parameter was written since."""
+        """Whether the parameter was written since then."""
         return version_of(self.parameter) != self.number
 
 
 def _versions_of(module: nn.Module) -> dict[str, _Version]:
-    """How often each parameter was written. Those of inference mode do not tell."""
+    """How often each parameter was written. Parameters made in inference mode do not count it."""
     versions = {}
     for name, parameter in parameters_by_name(module).items():
         if not parameter.is_inference():

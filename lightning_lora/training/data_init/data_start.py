@@ -57,7 +57,9 @@ def _needs_data(config: LoRAConfig) -> bool:
 def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     """Let adapters that have not learned start from training data, if their ``init`` does.
 
-    All else stays as it was.
+    All else stays as it was. In this order: the first process's adapters are sent to
+    all, the adapters of copies follow those of their originals, and averages begin from
+    all of these.
     """
     view = view_of(pl_module)
     if not _needs_data(view.config) or not view.is_fresh():
@@ -86,7 +88,8 @@ def _send_to_all_processes(trainer: Trainer, view: View) -> None:
 class _DataStart:
     """A start from data in one fit.
 
-    Layers of copies, which follow others, have none.
+    ``layers`` are those that start. Layers of copies are not among them: they follow
+    others.
     """
 
     trainer: Trainer
@@ -110,7 +113,7 @@ class _DataStart:
             raise refusal(self.config, why)
 
     def run(self) -> None:
-        """Run batches, write what they give, and tell of it."""
+        """Run batches, write the factors that they give, and tell of it."""
         with ExitStack() as undo:
             leave_no_trace(self.trainer, self.module, undo)
             if not self.initialisation.needs_gradients:
@@ -124,10 +127,10 @@ class _DataStart:
         _tell(self.config, self.layers, started, number_of_batches)
 
     def _observe(self, undo: ExitStack) -> dict[str, FromData]:
-        """Let layers look at the batches that will run. Some have nothing to look at.
+        """Let layers look at the batches that will run.
 
-        For each of the others, return the function that computes factors from what it
-        has seen.
+        Return for each the function that computes the factors of its matrices from what
+        it has seen. Layers that have nothing to look at are left out.
         """
         assert self.initialisation.observe is not None
         observed = {}
@@ -140,7 +143,7 @@ class _DataStart:
     def _write(self, layer: LoRALayer, compute_factors: FromData) -> bool:
         """Write the factors of each matrix of a layer.
 
-        Return whether there were any.
+        Return whether a matrix had any: a layer that was never called has none.
         """
         has_started = False
         for matrix in layer.lora_matrices:
@@ -151,7 +154,7 @@ class _DataStart:
             parameters = _values_of_adapter(layer)
             _write_factors(parameters, matrix, *factors)
             if self.initialisation.is_difference:
-                # the update counts from these: the base stays
+                # the update is the difference from these factors, so the base stays
                 keep_start(matrix, parameters)
         return has_started
 
@@ -173,8 +176,8 @@ def _write_factors(
 ) -> None:
     """Write both factors of a matrix into the parameters of its adapter.
 
-    Data with fewer directions than the rank give A fewer rows: the others stay as
-    drawn.
+    Data with fewer directions than the rank give A fewer rows: the other rows of A stay
+    as they were drawn.
     """
     rows = lora_A.shape[-2]
     parameters[matrix.parameter_name(Role.A)][..., :rows, :].copy_(lora_A)

@@ -1,4 +1,4 @@
-"""The first batches of a fit before it begins: its loaders stay where they are."""
+"""The first batches of a fit, read before it begins. Its loaders stay where they are."""
 
 from collections.abc import Generator
 from copy import copy, deepcopy
@@ -34,15 +34,17 @@ _COPIED_WITH_POSITION: tuple[type, ...] = (
     type(iter(())),
     type(iter(range(0))),
 )
-"""Iterators whose copies go on by themselves."""
+"""Iterators whose copies keep a position of their own."""
 
 
 def _copy_sharing_data(loader: Any, config: LoRAConfig) -> Any:
     """A copy of a loader that shares its data alone, so that the loader stays where it is.
 
-    The copy of a DataLoader begins anew, and one of an iterator in
-    ``_COPIED_WITH_POSITION`` goes on by itself. Other builtin iterators are refused.
-    One of another class is copied, which may share its position: that is said.
+    - The copy of a DataLoader begins anew.
+    - The copy of an iterator in ``_COPIED_WITH_POSITION`` goes on by itself.
+    - Other builtin iterators are refused.
+    - The copy of an iterator of the user's own class may share its position: a message
+      says so.
     """
     if hasattr(loader, "__next__") and not isinstance(loader, _COPIED_WITH_POSITION):
         _refuse_shared_iterator(loader, config)
@@ -67,11 +69,13 @@ def _refuse_shared_iterator(loader: Any, config: LoRAConfig) -> None:
 def _share_data_alone(again: DataLoader[Any], config: LoRAConfig) -> None:
     """Give a copied DataLoader its own workers, samplers and random numbers."""
     dataset = again.dataset
-    attributes = vars(again)  # a DataLoader refuses to have these set
+    attributes = vars(again)  # a DataLoader refuses to have some of these set
     attributes[LOADER_STATE] = None
-    shared = {id(dataset): dataset}  # and one generator for all of these, if it is one
+    # deepcopy copies nothing that is in this dict: so the data are shared, and if all
+    # three have one generator, so do their copies
+    copied_before = {id(dataset): dataset}
     for name in ("generator", "sampler", "batch_sampler"):
-        attributes[name] = deepcopy(attributes[name], shared)
+        attributes[name] = deepcopy(attributes[name], copied_before)
     if isinstance(dataset, IterableDataset):
         attributes["dataset"] = copy(dataset)
         _tell_of_one_reading(dataset, config)

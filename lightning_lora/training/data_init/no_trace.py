@@ -1,4 +1,4 @@
-"""What a module's step changes is given back: all but the values of parameters, which the caller checks."""
+"""Give back what a module's step changes: all but the values of parameters, which the caller checks."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_lora.training.steps.reentrant import letting_gradients_pass
 
-_MANY = 10_000  # a container with more holds data, which are not looked into
+# a container with as many values holds data, and these are not looked into
+_MANY = 10_000
 
 _CONTAINERS = (dict, set, list, deque)
 
@@ -24,22 +25,25 @@ def leave_no_trace(
 ) -> None:
     """Let ``undo`` give back what a step changes: gradients, modes, buffers, metrics, attributes.
 
-    Not the values of parameters: the caller refuses a step that writes to them.
+    The values of parameters are not given back: the caller refuses a step that writes
+    to them. ``undo`` runs backwards. So what is remembered here is written back in the
+    ``no_grad`` block around it, and the steps run in the ``enable_grad`` block after
+    it.
     """
     undo.enter_context(isolate_rng())
     undo.enter_context(letting_gradients_pass(pl_module))
     _keep_parameters(pl_module, undo)
     _keep_trainer(trainer, undo)
-    if hasattr(torch.compiler, "set_stance"):  # or compiled code would keep the hooks
+    # code that torch compiles in these steps would keep the hooks of the start from data
+    if hasattr(torch.compiler, "set_stance"):
         undo.enter_context(torch.compiler.set_stance("force_eager"))
-    # while ``undo``, which runs backwards, writes what the memory holds
     undo.enter_context(torch.no_grad())
     memory = _Memory(undo)
     memory.remember(pl_module)
     for optimizer in trainer.optimizers:
         memory.remember(optimizer.param_groups)
-    undo.enter_context(torch.enable_grad())  # in the step
-    _log_nothing_in(pl_module)
+    undo.enter_context(torch.enable_grad())
+    _log_nothing_in(pl_module)  # after its attributes are remembered
 
 
 def _keep_parameters(pl_module: LightningModule, undo: ExitStack) -> None:
@@ -64,10 +68,7 @@ def _keep_trainer(trainer: Trainer, undo: ExitStack) -> None:
 
 
 def _log_nothing_in(pl_module: LightningModule) -> None:
-    """Let ``log`` of all LightningModules inside do nothing.
-
-    Their attributes are remembered by now.
-    """
+    """Let ``log`` of all LightningModules inside do nothing."""
     for module in pl_module.modules():
         if hasattr(module, "log_dict"):
             vars(module)["log"] = _log_nothing
@@ -85,7 +86,7 @@ class _Memory:
 
     def __init__(self, undo: ExitStack) -> None:
         self.undo = undo
-        self.seen: set[int] = set()
+        self.seen: set[int] = set()  # ids
 
     def remember(self, value: Any) -> None:
         """Note what a module, a tensor or a container holds, to any depth."""
@@ -125,12 +126,12 @@ def _fill_again(container: Any, held_before: Any) -> None:
 
 
 def _put_back(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give a parameter its own memory back."""
+    """Give a parameter its own memory back, if it has got another one."""
     if parameter.data_ptr() != values.data_ptr():
         parameter.data = values
 
 
 def _write_back(tensor: Tensor, values: Tensor) -> None:
-    """Write earlier values, if they have changed: a tensor that is written to counts that."""
+    """Write earlier values back, if they have changed: torch counts how often a tensor is written."""
     if not torch.equal(tensor, values):
         tensor.copy_(values)
