@@ -18,31 +18,31 @@ OptimizerState = dict[str, Any]
 
 
 class Piece(NamedTuple):
-    """The numbers of one parameter that are in this process's shard: some that follow each other, or none."""
+    """The elements of one parameter that are in this process's shard: some that follow each other, or none."""
 
     parameter: nn.Parameter
-    first: int  # in the parameter
+    first: int  # the first one's place in the parameter
     first_in_shard: int
     length: int
 
     def of_parameter(self, values: Tensor) -> Tensor:
-        """Return this piece of values of the parameter's shape."""
+        """Return this piece of values that have the parameter's shape."""
         return values.reshape(-1)[self.first : self.first + self.length]
 
     def of_shard(self, shard: Tensor) -> Tensor:
-        """Return this piece of a shard."""
+        """Return this piece of values that have the shard's shape."""
         return shard[self.first_in_shard : self.first_in_shard + self.length]
 
 
 class Partition:
     """A group of parameters that lie end to end in one vector.
 
-    Each process trains one ``shard`` of it. ``spans`` says what each parameter shares
-    with this process's shard (:class:`.OwnSpan`): the first number in the parameter,
-    the first in the shard, and how many. For example, with a shard of 4 numbers for
-    each of two processes, parameters of 6, 1 and 1 numbers have the spans ``(0, 0, 4),
-    (0, 0, 0), (0, 0, 0)`` in the first one, and ``(4, 0, 2), (0, 2, 1), (0, 3, 1)`` in
-    the second.
+    Each process trains one ``shard`` of it. ``spans`` says which elements each
+    parameter shares with this process's shard (:class:`.OwnSpan`): the first one's
+    place in the parameter, its place in the shard, and how many. For example, with a
+    shard of 4 elements for each of two processes, parameters of 6, 1 and 1 elements
+    have the spans ``(0, 0, 4), (0, 0, 0), (0, 0, 0)`` in the first process, and ``(4,
+    0, 2), (0, 2, 1), (0, 3, 1)`` in the second.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Partition:
     # Values
 
     def gather(self, shard: Tensor, device: torch.device) -> list[Tensor]:
-        """Return the values of all parameters, from the shards of all processes.
+        """Return the values of each parameter in full, from the shards of all processes.
 
-        Collective. ``shard``: this process's, of the parameters or of something else
+        Collective. ``shard`` is this process's: of the parameters, or of something else
         that is sharded as they are.
         """
         all_values = []
@@ -71,7 +71,8 @@ class Partition:
                 piece.parameter.shape, dtype=shard.dtype, device=device
             )
             piece.of_parameter(values).copy_(piece.of_shard(shard))
-            # as bytes: a sum of numbers loses the sign of zero
+            # The elements of other processes are zero here. The sum is of bytes: a sum
+            # of numbers loses the sign of zero.
             dist.all_reduce(values.view(-1).view(torch.uint8))
             all_values.append(values)
         return all_values
@@ -80,30 +81,31 @@ class Partition:
         """Return this process's shard of the values of all parameters."""
         return self._scatter_some(dict(enumerate(all_values)))
 
-    def _scatter_some(self, values_by_number: Mapping[int, Tensor]) -> Tensor:
-        """The same, of the parameters with these numbers.
+    def _scatter_some(self, values_by_index: Mapping[int, Tensor]) -> Tensor:
+        """Return this process's shard of the values of some parameters, by their place in the group.
 
-        The others' values are zero.
+        It is zero where the other parameters are.
         """
         shard = torch.zeros_like(self.shard)
-        for number, values in values_by_number.items():
-            piece = self.pieces[number]
+        for index, values in values_by_index.items():
+            piece = self.pieces[index]
             piece.of_shard(shard).copy_(piece.of_parameter(values))
         return shard
 
     def copy_parameters(self) -> None:
         """Copy the parameters into the shard.
 
-        Where the shard rounds to the parameter, it has the finer value, which stays.
+        Where a value of the shard rounds to that of the parameter, the shard keeps it:
+        it is the finer one.
         """
         for piece in self.pieces:
-            finer = piece.of_shard(self.shard.detach())
-            values = piece.of_parameter(piece.parameter.detach()).to(finer.device)
-            is_rounded = finer.to(values.dtype) == values
-            finer.copy_(torch.where(is_rounded, finer, values.to(finer.dtype)))
+            in_shard = piece.of_shard(self.shard.detach())
+            values = piece.of_parameter(piece.parameter.detach()).to(in_shard.device)
+            is_finer = in_shard.to(values.dtype) == values
+            in_shard.copy_(torch.where(is_finer, in_shard, values.to(in_shard.dtype)))
 
     def has_other_dtype(self) -> bool:
-        """Whether what trains is in another dtype than the parameters: float32."""
+        """Whether the shard has another dtype than the parameters: float32."""
         return any(p.dtype != self.shard.dtype for p in self.parameters)
 
     # States of the optimizer
@@ -111,9 +113,9 @@ class Partition:
     def gather_states(
         self, state: OptimizerState, device: torch.device
     ) -> list[OptimizerState]:
-        """Return the optimizer's state of each parameter.
+        """Return the optimizer's state of each parameter, such as ``{"step": 2, "exp_avg": ...}``.
 
-        Collective. ``state``: that of this process's shard.
+        Collective. ``state`` is that of this process's shard.
         """
         states: list[OptimizerState] = [{} for _ in self.parameters]
         for name, value in state.items():
@@ -123,7 +125,7 @@ class Partition:
         return states
 
     def _gather_entry(self, value: Any, device: torch.device) -> list[Any]:
-        """An entry of this shard's state for each parameter: its values, or one for all, as the number of steps."""
+        """An entry of this shard's state, for each parameter: values of its shape, or one value for all, as the number of steps."""
         if _has_shape_of(self.shard, value):
             return self.gather(value, device)
         return [deepcopy(value) for _ in self.parameters]
@@ -131,13 +133,14 @@ class Partition:
     def scatter_states(self, states: Sequence[OptimizerState]) -> OptimizerState:
         """Return the optimizer's state of this process's shard.
 
-        ``states``: that of each parameter.
+        ``states`` are those of the parameters.
         """
-        # by name, the values of the parameters that have one
+        # by name, such as "exp_avg": the values of the parameters that have one, by
+        # their place in the group
         entries: dict[str, dict[int, Any]] = defaultdict(dict)
-        for number, state in enumerate(states):
+        for index, state in enumerate(states):
             for name, value in where(state, _is_there).items():
-                entries[name][number] = value
+                entries[name][index] = value
         return {
             name: self._scatter_entry(name, values) for name, values in entries.items()
         }
@@ -145,8 +148,8 @@ class Partition:
     def _scatter_entry(self, name: str, values: dict[int, Any]) -> Any:
         """One entry of this shard's state: its part of the parameters' values, or one value for all."""
         if all(
-            _has_shape_of(self.parameters[number], value)
-            for number, value in values.items()
+            _has_shape_of(self.parameters[index], value)
+            for index, value in values.items()
         ):
             return self._scatter_some(values)
         for_all, *_ = values.values()
@@ -161,7 +164,7 @@ def _is_there(value: object) -> bool:
 
 
 def _has_shape_of(tensor: Tensor, value: object) -> bool:
-    """Whether a value has a number for each of a tensor's."""
+    """Whether a value is a tensor of the same shape."""
     return isinstance(value, Tensor) and value.shape == tensor.shape
 
 
@@ -171,7 +174,10 @@ def _has_shape_of(tensor: Tensor, value: object) -> bool:
 def gathered_state(
     partitions: Sequence[Partition], optimizer: Any, device: torch.device
 ) -> OptimizerState:
-    """Return the state of an optimizer as of the full parameters."""
+    """Return the state of an optimizer as if it held the parameters in full.
+
+    Collective.
+    """
     states: list[OptimizerState] = []
     groups = []
     for partition, group in zip(partitions, optimizer.param_groups, strict=True):
@@ -186,7 +192,7 @@ def gathered_state(
 def scattered_state(
     partitions: Sequence[Partition], state: OptimizerState
 ) -> OptimizerState:
-    """Return the state of an optimizer as of this process's shards."""
+    """Return the state of an optimizer as if it held this process's shards: one in each group."""
     _check_sizes(partitions, state)
     states: list[OptimizerState] = []
     groups = []
@@ -198,7 +204,7 @@ def scattered_state(
 
 
 def _without_empty(states: list[OptimizerState]) -> dict[int, OptimizerState]:
-    """States by number, as an optimizer has them."""
+    """The states that are not empty, by the numbers that parameters have in a state dict."""
     return {number: state for number, state in enumerate(states) if state}
 
 
@@ -230,7 +236,8 @@ def partitions_of(optimizer: Any, placeholders: set[nn.Parameter]) -> list[Parti
 def _parameters_by_group(optimizer: Any) -> Any:
     """The parameters of each group.
 
-    The optimizer has two classes: one is for bfloat16 with gradients in float32.
+    DeepSpeed has two classes of optimizers, which call them differently: one is for
+    bfloat16 with gradients in float32.
     """
     for name in ("bit16_groups", "bf16_groups"):
         groups = getattr(optimizer, name, None)
