@@ -40,7 +40,7 @@ def read_checkpoint(
 def _read_plain_types(methods: StrategyPatch, path: Any) -> Any:
     """Let a strategy read a file of plain types.
 
-    One that cannot be told so reads it in its own way.
+    A strategy that cannot be told to read only these reads in its own way.
     """
     load = methods.original.load_checkpoint
     if _takes_weights_only(methods):
@@ -68,7 +68,7 @@ def _is_trusted(*args: Any, **kwargs: Any) -> bool:
     """Whether the user lets files of objects be read: by a variable, which torch reads too, or by an argument."""
     if os.environ.get(_TRUST_VARIABLE, "0").lower() in ("1", "y", "yes", "true"):
         return True
-    # by place or by name: it is the only one behind the path
+    # weights_only is the only argument behind the path: it comes by place or by name
     arguments = [*args, kwargs.get("weights_only")]
     return False in arguments
 

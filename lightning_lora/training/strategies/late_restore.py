@@ -11,7 +11,7 @@ from lightning_lora.training.strategies.strategy_patch import patches_strategy
 class LateRestoreMethods(StrategyMethods):
     """The methods for a strategy that restores checkpoints after its set-up.
 
-    Its files are those of the others.
+    With adapters, it writes and reads one file, as a strategy that does not shard.
     """
 
     @patches_strategy
@@ -30,7 +30,8 @@ class LateRestoreMethods(StrategyMethods):
     ) -> None:
         """Write one file, as the other strategies do.
 
-        A folder in its place is found by all: none waits for others.
+        A folder in its place is an error in all processes: each looks for it, so none
+        waits for another that has failed.
         """
         path = local_path(filepath)
         if path is not None and path.is_dir():

@@ -125,7 +125,10 @@ class Partition:
         return states
 
     def _gather_entry(self, value: Any, device: torch.device) -> list[Any]:
-        """An entry of this shard's state, for each parameter: values of its shape, or one value for all, as the number of steps."""
+        """An entry of this shard's state, for each parameter.
+
+        It is values of the parameter's shape, or one value for all, as the step's number.
+        """
         if _has_shape_of(self.shard, value):
             return self.gather(value, device)
         return [deepcopy(value) for _ in self.parameters]

@@ -64,7 +64,7 @@ class ShardedMethods(LateRestoreMethods):
     @patches_strategy
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Keep adapters from before out of the shards.
+        """Keep adapters that the module came with out of the shards.
 
         They are off their layers while ``configure_model`` runs.
         """
@@ -168,7 +168,7 @@ class ShardedMethods(LateRestoreMethods):
         load_state_dict(self.module, checkpoint["state_dict"], strict=strict)
 
     def rebuild_optimizers(self) -> None:
-        """Build the optimizers again: they hold those from before."""
+        """Build the optimizers again: they hold the adapters that were replaced."""
         self.strategy.setup_optimizers(self.module.trainer)
 
     def load_states(self, checkpoint: Any) -> None:
@@ -199,7 +199,7 @@ class ShardedMethods(LateRestoreMethods):
     @patches_strategy
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Average and send nothing after a backward pass that only accumulates."""
+        """Average no gradients after a backward pass that only accumulates them."""
         self._let_gradients_be_averaged(False)
         try:
             with self.original.block_backward_sync():
@@ -224,7 +224,7 @@ class ShardedMethods(LateRestoreMethods):
 class ShardedGradients(Gradients):
     """Averages the gradients that FSDP2 does not.
 
-    A layer that one process leaves out gets zero there.
+    A layer that a process has not run gets a gradient of zero there.
     """
 
     def __init__(
@@ -270,10 +270,11 @@ def _dtype_of(p: nn.Parameter) -> torch.dtype:
 
 
 def _local_gradient(p: nn.Parameter) -> Tensor:
-    """This process's part of a gradient, which can be written to.
+    """This process's part of a parameter's gradient, to be sent and written to.
 
-    One that is missing is zero. A parameter that the user froze in the run gets none:
-    of it, the zeros are only sent.
+    Where the gradient is missing, the parameter gets zeros. A parameter that the user
+    froze in the run gets none: zeros are only sent, because other processes wait for
+    them.
     """
     gradient = p.grad
     if gradient is None:
@@ -284,7 +285,7 @@ def _local_gradient(p: nn.Parameter) -> Tensor:
 
 
 def _distribute_beside_others(view: View) -> None:
-    """Make all adapters DTensors where some are: optimizers take no mixture."""
+    """Make all adapters DTensors where anything that trains is one: optimizers take no mixture."""
     parameters: dict[str, Any] = {**view.adapter_parameters, **view.trainable_base}
     distributed = where(parameters, shards.is_dtensor)
     if not distributed:
@@ -310,7 +311,7 @@ def _broadcast_from_first(tensors: Iterable[Tensor]) -> None:
 
 
 def _broadcast_adapters(view: View) -> None:
-    """Give every process the first one's adapters, or its own shards of them."""
+    """Give every process the adapters of the first one: in full, or the process's own shards."""
     for p in view.adapter_parameters.values():
         values = shards.full_tensor(p.detach())
         _broadcast_from_first([values])

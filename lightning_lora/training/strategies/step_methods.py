@@ -37,33 +37,31 @@ class StepMethods(SetUpMethods):
 
     @patches_strategy
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a training step, in which dropout acts."""
-        stage = self.stage
+        """Run a training step, in which dropout acts.
+
+        With automatic optimization, it acts until the backward pass is over, which may
+        compute layers again. Otherwise, the step runs its backward pass itself.
+        """
         module = self.strategy.lightning_module
-        stage.tools.begin_training_step(module)
+        self.stage.tools.begin_training_step(module)
         self.look_at_first_steps(module)
         output = self._run(self.original.training_step, IN_A_STEP, *args, **kwargs)
-        # otherwise, a backward pass comes, which may recompute layers
         if not module.automatic_optimization:
-            stage.tools.dropout.end_training_step()
+            self.stage.tools.dropout.end_training_step()
         return output
 
     def look_at_first_steps(self, module: LightningModule) -> None:
-        """Look at weights before the first steps."""
+        """Look at weights before the first two steps."""
         self.stage.tools.first_steps.begin_training_step(module)
 
     @patches_strategy
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run a backward pass.
-
-        What comes until the next step is evaluation, such as a callback's.
-        """
+        """Run a backward pass. Then dropout acts no more: what comes until the next step is evaluation."""
         module = self.strategy.lightning_module
-        # which may have a graph of its own
+        # the module's own backward method may take a loss without a graph
         if not compatibility.has_own(module, "backward"):
             check_loss(module, closure_loss)
-        self._check_adapters_are_shown(module)
-        # checkpoints run their layers again
+        self._look_at_backward(module)
         loss = self._run(
             self.original.backward, IN_BACKWARD, closure_loss, *args, **kwargs
         )
@@ -71,7 +69,7 @@ class StepMethods(SetUpMethods):
             self.stage.tools.dropout.end_training_step()
         return loss
 
-    def _check_adapters_are_shown(self, module: LightningModule) -> None:
+    def _look_at_backward(self, module: LightningModule) -> None:
         """Let guards look at a backward pass that begins while adapters are disabled."""
         if state_of(module).shows_base:
             self.stage.tools.guards_in_each_process.tell(
@@ -81,7 +79,11 @@ class StepMethods(SetUpMethods):
     def _run(
         self, part: Callable[..., Any], advice: str, /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Run a part of a step: with gradients through the module's checkpoints, watched, and with errors explained."""
+        """Run a part of a step, watched by guards.
+
+        In it, gradients pass the module's activation checkpoints, whose layers the
+        backward pass runs again, and torch's errors are explained with ``advice``.
+        """
         module = self.strategy.lightning_module
         with letting_gradients_pass(module), self.watching(module):
             try:
@@ -129,7 +131,7 @@ class StepMethods(SetUpMethods):
     def gradients(self, *, is_new_fit: bool) -> Gradients:
         """Return what watches the gradients of a fit.
 
-        ``is_new_fit``: it has loaded no adapters.
+        ``is_new_fit``: it has loaded no checkpoint.
         """
         received = received_gradients(
             self.module, self.strategy.model, self.awaited_by_ddp

@@ -14,24 +14,24 @@ class StrategyMethods(LoadMethods, SaveMethods, StepMethods):
     it calls in turn. The reason for each: Lightning has no public hook at that moment,
     or none that keeps what the method promises.
 
-    - ``setup``: after ``configure_model``, before the module is converted. A
-      ``configure_model`` set on the module would be in its copies and pickles, and EMA
-      would call it. ``on_fit_start`` comes after the tuners' trials.
-    - ``setup_optimizers``: the same, with ``configure_optimizers``, which may return
-      six forms.
-    - ``load_checkpoint``: a ``checkpoint_io`` is not asked by all strategies, and is by
-      launchers.
-    - ``load_model_state_dict``: ``load_state_dict`` writes what fits before it says
-      what does not.
+    - ``setup``: it comes after ``configure_model``, and before the module is converted.
+      A ``configure_model`` of ours, set on the module, would be in its copies and
+      pickles, and EMA would call it. ``on_fit_start`` comes after the tuners' trials.
+    - ``setup_optimizers``: a ``configure_optimizers`` of ours would be in copies and
+      pickles too, and may return six forms.
+    - ``load_checkpoint``: a ``checkpoint_io`` in place of it would be asked for other
+      files too, those of launchers, and some strategies ask none.
+    - ``load_model_state_dict``: torch's ``load_state_dict`` writes what fits before it
+      says what does not.
     - ``load_optimizer_state_dict``: all states are loaded, or none.
     - ``lightning_module_state_dict``: hooks that save see what the file will hold, and
       the base is not copied.
-    - ``save_checkpoint``: only the first process asks a ``checkpoint_io``, but each
-      refuses what cannot be saved.
-    - ``process_dataloader``: after the user's code has made the loader, before its
-      workers draw.
-    - ``training_step``, ``backward``: something around each call, which also ends after
-      an error. An optimizer may run several of them in a batch.
+    - ``save_checkpoint``: each process refuses what cannot be saved, but only the first
+      one asks a ``checkpoint_io``.
+    - ``process_dataloader``: it comes after the user's code has made the loader, and
+      before the loader's workers draw.
+    - ``training_step``, ``backward``: what acts during each call must also end after an
+      error. An optimizer may run several of them in a batch.
     - ``validation_step``, ``test_step``, ``predict_step``: the same, around the first.
 
     What a kind of strategy may override, beside these:

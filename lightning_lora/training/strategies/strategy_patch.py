@@ -7,33 +7,35 @@ from typing import Any, ClassVar, TypeVar
 
 from lightning_lora.tensors.dicts import only
 
-_ATTRIBUTE = "lora_patch"  # of a strategy: the patch on it
-# of a method of ours, which replaces the strategy's of the same name
+# a strategy's attribute, with the patch on it
+_ATTRIBUTE = "lora_patch"
+# an attribute of our methods that replace the strategy's of the same name
 _MARK = "lora_patches_strategy"
 
 
 class PatchedMethod:
-    """What a strategy has in place of one of its methods: ours runs, until it has stepped aside for the ``original``.
+    """What a strategy has in place of one of its methods.
 
-    Other code may have wrapped it in a method of its own, or kept it: so it stays
-    callable for good.
+    It calls our method, until it has stepped aside for the ``original``. Other code may
+    have wrapped this object in a method of its own, or kept it: so it can be called for
+    good.
     """
 
     def __init__(self, ours: Callable[..., Any], original: Callable[..., Any]) -> None:
         update_wrapper(self, ours)
         self.original = original
-        self.runs = ours
+        self.called = ours
 
     def step_aside(self) -> None:
-        """Let the original method run alone."""
-        self.runs = self.original
+        """Call the original method from now on."""
+        self.called = self.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run our method, which calls the original one."""
-        return self.runs(*args, **kwargs)
+        """Call our method, which calls the original one, or the original one alone."""
+        return self.called(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        """Pickle and copy the original method: the next set-up of a copied strategy adds ours again."""
+        """Pickle and copy the original method: the next set-up of a copied strategy patches it again."""
         return _unchanged, (self.original,)
 
 
@@ -63,20 +65,21 @@ def _patching_names(kind: type) -> list[str]:
 class StrategyPatch:
     """Methods of ours for one strategy.
 
-    Its own are in ``original``, by which ours call them.
+    They call the methods that they replace by ``original``, as in
+    ``self.original.setup(trainer)``.
     """
 
     skipped_overrides: ClassVar[frozenset[str]] = frozenset()
-    """Methods that the strategy's class overrides.
+    """The names of methods that the strategy's class overrides.
 
-    In ``original`` are those of Lightning's ``Strategy`` instead.
+    ``original`` has those of Lightning's ``Strategy`` in their place.
     """
 
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.original: Any = SimpleNamespace()
         self._patched: dict[str, PatchedMethod] = {}
-        # methods that other code had set on the strategy before ours
+        # methods that other code had set on the strategy object before ours
         self._by_other_code: dict[str, Any] = {}
 
     def __reduce__(self) -> Any:
@@ -84,22 +87,22 @@ class StrategyPatch:
         return type(None), ()
 
     def patch(self) -> None:
-        """Set our methods on the strategy.
+        """Set our methods on the strategy, or again those that other code has replaced since.
 
-        If other code has set some since the last time, ours call those.
+        Then ours call the methods of that code.
         """
         on_strategy = vars(self.strategy)
         on_strategy[_ATTRIBUTE] = self
         for name in _patching_names(type(self)):
-            before = self._patched.get(name)
-            if before is not None:
-                if on_strategy.get(name) is before:
-                    continue
-                before.step_aside()  # other code may still call it
-            self._patch_method(name)
+            patched = self._patched.get(name)
+            if patched is None or on_strategy.get(name) is not patched:
+                self._patch_method(name)
 
     def _patch_method(self, name: str) -> None:
         """Set one method of ours on the strategy."""
+        if name in self._patched:
+            # the method of other code may call our earlier one
+            self._patched[name].step_aside()
         self._note_other_code(name)
         original = self._by_other_code.get(name, self._method_of_class(name))
         patched = PatchedMethod(getattr(self, name), original)
@@ -108,9 +111,10 @@ class StrategyPatch:
         setattr(self.original, name, original)
 
     def _note_other_code(self, name: str) -> None:
-        """Note whether other code has set a method of this name on the strategy.
+        """Note whether other code has set a method of this name on the strategy object.
 
-        In a copied strategy, the class's own method stands in place of ours.
+        A copied strategy object has the class's own method there, in place of ours:
+        that is no other code.
         """
         self._by_other_code.pop(name, None)
         of_class = self._bound_method(type(self.strategy), name)
@@ -126,9 +130,9 @@ class StrategyPatch:
         return self._bound_method(kind, name)
 
     def _bound_method(self, kind: type, name: str) -> Any:
-        """A class's method for the strategy.
+        """A class's method for the strategy, or None.
 
-        None: the class has none, so nothing calls ours.
+        Some versions of Lightning lack a method that we patch: then nothing calls ours.
         """
         method = getattr(kind, name, None)
         return None if method is None else method.__get__(self.strategy)
@@ -143,6 +147,7 @@ class StrategyPatch:
         for name, patched in self._patched.items():
             patched.step_aside()
             if on_strategy.get(name) is patched:
+                # the class's own method shows again, or that of other code
                 del on_strategy[name]
                 on_strategy.update(only(self._by_other_code, [name]))
         del on_strategy[_ATTRIBUTE]
