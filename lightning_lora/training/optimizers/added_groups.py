@@ -25,11 +25,11 @@ from lightning_lora.training.optimizers.groups import (
 
 @contextmanager
 def trimming_added_groups(module: LightningModule) -> Iterator[None]:
-    """Take out of added groups what trains already, and what stays frozen below it.
+    """Take out of groups that are added in the ``with`` block what trains already, and what stays frozen below it.
 
     torch refuses a parameter that is held already, which would end the fit.
     """
-    # of Lightning, on which code may call ``add_param_group`` too
+    # Lightning's wrappers of optimizers have an ``add_param_group`` too
     wrappers = module.optimizers()
     if not isinstance(wrappers, list):
         wrappers = [wrappers]
@@ -47,7 +47,7 @@ def trimming_added_groups(module: LightningModule) -> Iterator[None]:
 
 def _add_param_group(model: nn.Module, optimizer: Optimizer, group: Any) -> None:
     """Add a group without what it should not hold."""
-    # torch says what is wrong there
+    # torch refuses any other group, and says what is wrong
     if isinstance(group, dict) and not isinstance(group.get("params"), set | None):
         given = group["params"]
         group["params"] = [given] if isinstance(given, torch.Tensor) else list(given)
@@ -56,34 +56,33 @@ def _add_param_group(model: nn.Module, optimizer: Optimizer, group: Any) -> None
 
 
 def _trim(view: View, optimizer: Optimizer, group: Group) -> None:
-    """Take out what the optimizer holds already, and weights that stay frozen below or beside that."""
+    """Take out of a group what the optimizer trains already, and frozen weights.
+
+    For example, gradual unfreezing adds ``[W, A, B, bias]`` of a layer whose A and B
+    train: nothing is left. If the group has nothing to do with a layer that trains, it
+    stays: its frozen weights are refused in the optimizer's next step.
+    """
     held = held_by([optimizer])
     added = set(map(_parameter_of, group["params"]))
-    held_already = with_values(
-        {**view.adapter_parameters, **view.trainable_base}, held & added
-    )
-    layers_with_a_group = dict.fromkeys(
-        [*map(owner_of, held_already), *_layers_that_train(view, held, added)]
-    )
-    # frozen weights alone are refused in the optimizer's next step
-    if not layers_with_a_group:
+    trainable = {**view.adapter_parameters, **view.trainable_base}
+    trained_already = with_values(trainable, held & added)
+    layers = [*map(owner_of, trained_already), *_trained_layers(view, held, added)]
+    if not layers:
         return
     frozen = with_values(view.frozen_base, added)
-    left_out = {*held_already.values(), *frozen.values()}
+    left_out = {*trained_already.values(), *frozen.values()}
     group["params"] = [
         item for item in group["params"] if _parameter_of(item) not in left_out
     ]
-    _tell(layers_with_a_group, frozen)
+    _tell(list(dict.fromkeys(layers)), frozen)
 
 
 def _parameter_of(item: Any) -> Any:
-    """A parameter, which may come with its name."""
+    """The parameter of an item of a group, which is a pair if it comes with its name."""
     return item[1] if isinstance(item, tuple) else item
 
 
-def _layers_that_train(
-    view: View, held: set[nn.Parameter], added: set[Any]
-) -> list[str]:
+def _trained_layers(view: View, held: set[nn.Parameter], added: set[Any]) -> list[str]:
     """Layers whose weights are added, though the optimizer trains their adapters."""
     trained = layers_trained_by(held, view)
     return [

@@ -1,4 +1,4 @@
-"""What we write into an optimizer's groups, and what stood there before: it may come again in another fit."""
+"""What we write into an optimizer's groups, and what stood there before, as it may come again in another fit."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -34,9 +34,9 @@ class _Written(NamedTuple):
 _ATTRIBUTE = "_lora_edited"
 """An optimizer's attribute, with what we have written.
 
-LightningCLI returns the same optimizer in every fit. So it lives as long as the
-optimizer, even if parameters refer to that. torch copies and pickles optimizers without
-it.
+LightningCLI returns the same optimizer in every fit. So what we have written lives as
+long as the optimizer, even if parameters refer to it. torch copies and pickles
+optimizers without it.
 """
 
 
@@ -59,10 +59,10 @@ class Edit:
 
 
 def built_groups(optimizer: Optimizer) -> list[Params]:
-    """Return the groups as they were built.
+    """Return the groups as the user's code has built them.
 
-    If other code edited them since: as they are now. Call ``remove_scaled_groups``
-    before: they would count as such an edit.
+    If other code has edited them since we wrote them, return them as they are now.
+    Scaled groups would count as such an edit: call ``remove_scaled_groups`` before.
     """
     now = listed_parameters(optimizer)
     written: _Written | None = vars(optimizer).get(_ATTRIBUTE)
@@ -72,7 +72,7 @@ def built_groups(optimizer: Optimizer) -> list[Params]:
 
 
 def rewrite_groups(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
-    """Write other parameters into groups that an edit has written before, and into scaled ones."""
+    """Write other parameters into groups that an edit has written before, and into the scaled groups behind them."""
     _write(view, optimizer, groups)
     scaled = find_scaled_groups(optimizer)
     ours = listed_parameters(optimizer) if scaled is None else scaled.listed_without()

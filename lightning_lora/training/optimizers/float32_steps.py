@@ -23,15 +23,14 @@ from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.optimizers.groups import held_by, torch_optimizers
 
-# the entry of a parameter in its optimizer's state, and so in files, with its values in
-# float32
+# the entry of an optimizer's state, and so of files, with a parameter's float32 values
 KEY = "lora_float32"
 
 
 def float16_weights(view: View) -> dict[str, nn.Parameter]:
     """Return the weights that train in full, and are float16.
 
-    None where adapters are float16 too.
+    Where adapters are float16 too, the user wants all in float16: none is returned.
     """
     if not view.config.autocast_adapter_dtype:
         return {}
@@ -48,14 +47,20 @@ def _requires_grad(p: nn.Parameter) -> bool:
 
 
 class Float32Steps:
-    """Lets each optimizer of a fit see float32 values in its steps."""
+    """Lets each optimizer of a fit see float32 values in its steps.
+
+    Where the float32 values of a weight are:
+
+    - in a step of its optimizer: in the weight, which is float32 then.
+    - while that step computes its loss again: in ``_in_paused_steps``.
+    - between two steps: in the optimizer's state.
+    """
 
     def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
         self._weights = set(weights)
-        # float32 values, while a step computes its loss again
-        self._paused: dict[nn.Parameter, Tensor] = {}
-        # the weights that are float32 now, in whose step
+        # the weights that are float32 now, each with the optimizer whose step that is
         self._shown_to: dict[nn.Parameter, Optimizer] = {}
+        self._in_paused_steps: dict[nn.Parameter, Tensor] = {}
         self._hooks: dict[Optimizer, RemovableHandle] = {}
         self._while_open = ExitStack()
 
@@ -65,7 +70,7 @@ class Float32Steps:
         weights = float16_weights(view)
         _refuse_distributed(view.title, weights)
         steps = cls(weights.values())
-        # no check refuses float16 weights then
+        # until these steps are closed, no check refuses float16 weights
         steps._while_open.enter_context(steps_are_in_float32(view.model))
         return steps
 
@@ -86,30 +91,30 @@ class Float32Steps:
             )
 
     def _pop_values(self, optimizer: Optimizer, p: nn.Parameter) -> Tensor | None:
-        """Take the float32 values of a step that goes on, or of the last one.
+        """Take the float32 values of a paused step, or of the last one.
 
-        They are no part of the state meanwhile: optimizers take an empty state for a
+        In a step, they are not in the state: optimizers take an empty state for a
         parameter's first step.
         """
-        if p in self._paused:
-            return self._paused.pop(p)
+        if p in self._in_paused_steps:
+            return self._in_paused_steps.pop(p)
         state = optimizer.state.get(p, {})
         values: Tensor | None = state.pop(KEY, None)
         return values
 
     def _end_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Keep the float32 values in the optimizer's state."""
-        for p, steps in list(self._shown_to.items()):
-            if steps is optimizer:
+        for p, shown_to in list(self._shown_to.items()):
+            if shown_to is optimizer:
                 optimizer.state[p][KEY] = self._hide(p)
 
     def pause_optimizer_step(self) -> None:
-        """Hide them, if a step is not over.
+        """Hide the float32 values, if an optimizer's step is not over.
 
-        LBFGS and SAM compute the loss again in it; a GradScaler may skip it.
+        LBFGS and SAM compute the loss again in a step; a GradScaler may skip it.
         """
         for p in list(self._shown_to):
-            self._paused[p] = self._hide(p)
+            self._in_paused_steps[p] = self._hide(p)
 
     def _hide(self, p: nn.Parameter) -> Tensor:
         """Make a weight float16 again. Return its float32 values."""
@@ -124,7 +129,7 @@ class Float32Steps:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        self._paused.clear()
+        self._in_paused_steps.clear()
         self._while_open.close()
 
 
@@ -142,7 +147,10 @@ def _refuse_distributed(title: str, weights: dict[str, nn.Parameter]) -> None:
 
 @contextmanager
 def showing_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[None]:
-    """Load states inside the ``with`` block: torch converts a state to the dtype of its parameter."""
+    """Show float32 weights to optimizers that load states inside the ``with`` block.
+
+    torch converts a state to the dtype of its parameter.
+    """
     held = held_by(torch_optimizers(optimizers))
     held_weights = held.intersection(float16_weights(view_of(model)).values())
     weights = list(filterfalse(is_dtensor, held_weights))
@@ -156,9 +164,10 @@ def showing_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[Non
 
 
 def _as_float32(p: nn.Parameter, values: Tensor | None) -> Tensor:
-    """A weight's values in float32.
+    """A weight's values in float32: those in ``values``, where they round to the weight.
 
-    Where other code has written it since the last step, its new values count.
+    Elsewhere, other code has written the weight since the last step, and its new values
+    count.
     """
     if values is None:
         return p.data.float()

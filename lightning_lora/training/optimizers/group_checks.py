@@ -32,8 +32,8 @@ def place_remaining(
 ) -> Sequence[Edit]:
     """Put what trains, and what no group holds, into the only group.
 
-    Return the edits with it. If there are several groups, or none, it is refused.
-    Adapters of ``paused`` layers need no place.
+    Return the edits with it. If the optimizers have several groups together, or none,
+    it is refused. Adapters of ``paused`` layers need no place.
     """
     groups: list[Params] = []
     for edit in edits:
@@ -41,22 +41,22 @@ def place_remaining(
     remaining = _without_place(view, parameters_in(groups), networks_around(paused))
     if len(groups) == 1:
         _tell_of_only_group(view, remaining)
-        return _with_more_in_each_group(edits, remaining.values())
-    may_wait: Collection[str] = ()
-    # the first step judges which of these networks are backbones: only those need a
-    # place
+        return _with_more_in_only_group(edits, remaining.values())
+    # the first step judges which networks under a head are backbones: only the adapters
+    # of these need a place, which is asked then
+    waiting: Collection[str] = ()
     if groups:
-        may_wait = view.adapter.networks.under_head
-    refused = names_outside(remaining, may_wait)
+        waiting = view.adapter.networks.under_head
+    refused = names_outside(remaining, waiting)
     if refused:
         raise no_place_error(view.title, refused, len(groups))
     return edits
 
 
-def _with_more_in_each_group(
+def _with_more_in_only_group(
     edits: Iterable[Edit], parameters: Collection[nn.Parameter]
 ) -> list[Edit]:
-    """The same edits, with these parameters at the end of each group."""
+    """The same edits, of which only one has a group: with these parameters at its end."""
     with_more = []
     for edit in edits:
         groups = [[*group, *parameters] for group in edit.groups]
@@ -67,10 +67,7 @@ def _with_more_in_each_group(
 def _without_place(
     view: View, placed: set[nn.Parameter], paused: list[str]
 ) -> dict[str, nn.Parameter]:
-    """The parameters that train and that no group holds.
-
-    In ``paused`` networks, they are meant to have none.
-    """
+    """The parameters outside of ``paused`` networks that train, and that no group holds."""
     parameters = parameters_by_name(view.model)
     without_place = {}
     for name in names_outside(parameters, paused):
@@ -124,10 +121,7 @@ def check_rates(edit: Edit, scales: Scales) -> None:
 
 
 def check_emptied(view: View, number: int, edit: Edit) -> None:
-    """Refuse an optimizer that has lost all its parameters.
-
-    What the user froze was never trained by it.
-    """
+    """Refuse an optimizer that has lost all the parameters that it would train without adapters."""
     if any(edit.groups):
         return
     held = with_values(view.base_parameters, parameters_in(edit.built))

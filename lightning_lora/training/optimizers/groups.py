@@ -14,8 +14,9 @@ from lightning_lora.tensors.dicts import where
 Params = list[nn.Parameter]
 Group = dict[str, Any]
 
-# settings of which the highest is the group's peak
+# settings that may be a group's highest rate
 _MAY_BE_PEAK = ("lr", "initial_lr", "max_lr")
+# the setting with its parameters' names, if it was built of named parameters
 _NAMES = "param_names"
 
 
@@ -27,16 +28,13 @@ class ParameterGroup:
 
     @property
     def parameters(self) -> Params:
-        """Its parameters, in the optimizer's own list."""
+        """Its parameters, in the list that the optimizer has."""
         parameters: Params = self.settings["params"]
         return parameters
 
     @property
     def peak_rate(self) -> float:
-        """Its highest learning rate, as a scheduler may begin with a lower one.
-
-        Without a rate, zero.
-        """
+        """Its highest learning rate, or zero: a scheduler may begin with a lower one."""
         peak = 0.0
         for key in _MAY_BE_PEAK:
             rate = self.settings.get(key)
@@ -58,10 +56,7 @@ class ParameterGroup:
         self.hold([p for p in self.parameters if p not in moved], names)
 
     def _names(self) -> dict[nn.Parameter, str]:
-        """The names of its parameters.
-
-        They have some if the user has built the group of named parameters.
-        """
+        """The names of its parameters, or none."""
         return dict(zip(self.parameters, self.settings.get(_NAMES, ()), strict=False))
 
     def holds_any(self, parameters: Collection[nn.Parameter]) -> bool:
@@ -69,10 +64,7 @@ class ParameterGroup:
         return not set(self.parameters).isdisjoint(parameters)
 
     def holds_only(self, parameters: Collection[nn.Parameter]) -> bool:
-        """Whether it holds some of these parameters, and nothing else.
-
-        An empty group does not.
-        """
+        """Whether it holds some of these parameters, and nothing else. An empty group does not."""
         return bool(self.parameters) and set(self.parameters).issubset(parameters)
 
 
@@ -93,13 +85,14 @@ def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """Return the parameters that some optimizers hold."""
     held = set[nn.Parameter]()
     for optimizer in optimizers:
-        for group in optimizer.param_groups:  # in a step too, so with nothing around
+        # not groups_of: this runs in each step
+        for group in optimizer.param_groups:
             held.update(group["params"])
     return held
 
 
 def layers_trained_by(held: Set[nn.Parameter], view: View) -> dict[str, LoRALayer]:
-    """Return the layers of whose training adapters some are held."""
+    """Return the layers of whose adapters a parameter is held and trains."""
     return {
         name: layer
         for name, layer in view.layers.items()
@@ -108,7 +101,7 @@ def layers_trained_by(held: Set[nn.Parameter], view: View) -> dict[str, LoRALaye
 
 
 def leading_layers(view: View) -> dict[str, LoRALayer]:
-    """Return the layers with adapters of their own: those of a copied network follow others."""
+    """Return the layers whose adapters train themselves: those of copies of networks follow others."""
     return where(view.layers, _leads)
 
 

@@ -15,6 +15,7 @@ from lightning_lora.tensors.dicts import where
 from lightning_lora.training.optimizers.groups import Group, torch_optimizers
 
 _NOT_SETTINGS = {"params", "param_names", "name"}
+# settings that schedulers add to groups
 _BY_SCHEDULERS = {
     "initial_lr",
     "max_lr",
@@ -29,11 +30,10 @@ _BY_SCHEDULERS = {
 def refusing_other_states(
     optimizers: Sequence[Any], states: Sequence[dict[str, Any]]
 ) -> Iterator[None]:
-    """Load states inside the ``with`` block.
+    """Load states inside the ``with`` block. Refuse states of optimizers of other classes.
 
-    Refuse those of other classes; the optimizers are then as before. torch would load
-    them: an optimizer takes its settings from them too, and fails in a step if one is
-    missing.
+    After an error, all optimizers are as before. torch would load such a state: an
+    optimizer takes its settings from it too, and fails in a step if one is missing.
     """
     loading = list(map(_begin, torch_optimizers(optimizers), states))
     try:
@@ -41,6 +41,7 @@ def refusing_other_states(
         for each in loading:
             each.check_settings()
     except Exception as error:
+        # all, before the first explanation is raised
         for each in loading:
             each.undo()
         for each in loading:
@@ -118,5 +119,5 @@ def _is_optimizer_class(kind: object) -> bool:
 
 
 def _settings(group: Group) -> set[str]:
-    """The names of a group's settings that its class has given it."""
+    """The names of the settings that an optimizer's class has given to a group."""
     return group.keys() - _NOT_SETTINGS - _BY_SCHEDULERS

@@ -53,7 +53,10 @@ def add_scaled_groups(optimizer: Optimizer, scales: Scales) -> None:
 
 
 def remove_scaled_groups(optimizer: Optimizer) -> None:
-    """Undo it: a module may return the same optimizer in its next fit."""
+    """Move all adapters back into the module's groups, if an optimizer has scaled ones.
+
+    A module may return the same optimizer in its next fit.
+    """
     scaled: ScaledGroups | None = vars(optimizer).pop(_ATTRIBUTE, None)
     if scaled is not None:
         scaled.remove()
@@ -75,14 +78,18 @@ def update_scaled_rates(*optimizers: Any) -> None:
 
 
 class _Origin(NamedTuple):
-    """Out of which of the module's groups a scaled one has come, and the scale of its rates."""
+    """What is remembered of a scaled group.
 
-    number: int
+    An optimizer that loads a state gets new groups. So this has the place among them of
+    the module's group out of which the scaled one has come.
+    """
+
+    place: int
     scale: float
 
 
 class _Scaled(NamedTuple):
-    """A scaled group, the module's group out of which it has come, and the scale of its rates."""
+    """A scaled group as it is now, and the module's group out of which it has come."""
 
     group: Group
     source: Group
@@ -93,9 +100,9 @@ class ScaledGroups:
     """The scaled groups of one optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        # which refers to this object: a cycle would keep its memory
+        # the optimizer refers to this object: a cycle would keep the memory of both
         self._optimizer: Optimizer = proxy(optimizer)
-        # the number of the first scaled group: the module's come before
+        # the place of the first scaled group: the module's groups come before it
         self._first = len(optimizer.param_groups)
         self._origins: list[_Origin] = []  # of each scaled group
         self._hidden: list[Group] = []  # the scaled groups, while a scheduler steps
@@ -111,10 +118,10 @@ class ScaledGroups:
     def add(self, scales: Scales) -> None:
         """Add a group for the adapters of each group and scale, and watch the optimizer."""
         module_groups = self._optimizer.param_groups[:]
-        for number, group in enumerate(module_groups):
+        for place, group in enumerate(module_groups):
             scaled_here = [p for p in group["params"] if p in scales]
             for scale, adapters in grouped(scaled_here, scales.__getitem__).items():
-                self._add_group(number, scale, adapters)
+                self._add_group(place, scale, adapters)
         self.update_rates()
         self._hooks += [
             self._optimizer.register_load_state_dict_pre_hook(_check_stored),
@@ -122,16 +129,16 @@ class ScaledGroups:
             self._optimizer.register_step_post_hook(_end_step),
         ]
 
-    def _add_group(self, number: int, scale: GroupScale, adapters: Params) -> None:
+    def _add_group(self, place: int, scale: GroupScale, adapters: Params) -> None:
         """Move adapters out of one of the module's groups into a new one with the same settings."""
         groups = self._optimizer.param_groups
-        source = groups[number]
-        # LearningRateMonitor names groups so, and refuses equal names
-        name = source.get("name", f"pg{number + 1}")
+        source = groups[place]
+        # LearningRateMonitor calls groups pg1, pg2, ..., and refuses equal names
+        name = source.get("name", f"pg{place + 1}")
         scaled = deepcopy({**source, "params": [], "name": f"{name}-{scale.title}"})
         ParameterGroup(source).move(adapters, ParameterGroup(scaled))
         groups.append(scaled)
-        self._origins.append(_Origin(number, scale.scale))
+        self._origins.append(_Origin(place, scale.scale))
 
     def remove(self) -> None:
         """Move all adapters back into the module's groups."""
@@ -156,13 +163,13 @@ class ScaledGroups:
         """
         groups = self._optimizer.param_groups
         for group, origin in zip(groups[self._slice], self._origins, strict=False):
-            yield _Scaled(group, groups[origin.number], origin.scale)
+            yield _Scaled(group, groups[origin.place], origin.scale)
 
     def listed_without(self) -> list[Params]:
         """Return the parameters that each of the module's groups would have without the scaled groups."""
         groups = listed_parameters(self._optimizer)
         for parameters, origin in zip(groups[self._slice], self._origins, strict=True):
-            groups[origin.number] += parameters
+            groups[origin.place] += parameters
         del groups[self._slice]
         return groups
 
@@ -179,11 +186,12 @@ class ScaledGroups:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Hide the groups from a scheduler that steps inside the ``with`` block.
+        """Hide the scaled groups from a scheduler that steps inside the ``with`` block.
 
-        Then they get the rates it has set.
+        Afterwards they get the rates that it has set, times their scales.
         """
-        if self._hidden:  # by a scheduler that has called this one
+        # a scheduler that has called this one has hidden them
+        if self._hidden:
             yield
             return
         groups = self._optimizer.param_groups
@@ -216,9 +224,9 @@ class ScaledGroups:
         self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Update the rates before a step. Return its arguments, if they change."""
-        self._show()  # a scheduler that hides them may call the optimizer's step
-        # code may have written one rate into all groups, also into these, as a warm-up
-        # does
+        # a scheduler that hides the scaled groups may call the optimizer's step
+        self._show()
+        # code may have written one rate into all groups, as a warm-up does
         self.update_rates()
         self._steps.begin(optimizer, optimizer.param_groups[self._slice])
         closure = kwargs.get("closure")
@@ -239,8 +247,8 @@ class ScaledGroups:
         self._steps.end(optimizer)
 
 
-# Its hooks: functions, and no methods, because some optimizers copy and pickle their
-# hooks. A copy has no scaled groups
+# The hooks of an optimizer with scaled groups. They are no methods, because some
+# optimizers copy and pickle their hooks, and a copy has no scaled groups.
 
 
 def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def train_adapters(
     Check all optimizers before the first is changed.
     """
     for optimizer in optimizers:
-        # of an earlier fit: ``built_groups`` compares the others
+        # an earlier fit may have left some, which ``built_groups`` does not expect
         remove_scaled_groups(optimizer)
     view = view_of(model)
     paused = _settle_networks(view, optimizers)
@@ -57,7 +57,7 @@ def train_adapters(
 def _settle_networks(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
     """Take adapters off networks that stand still.
 
-    Return paused layers: what their adapters have learned stays.
+    Return paused layers: their adapters do not train, and keep what they have learned.
     """
     paused = settle(view, _not_held(view, optimizers))
     if paused:

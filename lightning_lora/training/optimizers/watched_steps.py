@@ -37,15 +37,15 @@ class WatchedSteps:
     """Watches an optimizer's steps until one has trained added groups."""
 
     def __init__(self) -> None:
-        self._before_step: list[_Before] = []  # what the groups held, during a step
+        self._before_step: list[_Before] = []  # empty between two steps
         # whether a step has changed a parameter, or kept a state for it
         self._has_trained = False
-        # whether a parameter has had a gradient, which a step may end without
+        # whether a parameter has had a gradient to learn from
         self._could_train = False
 
     def begin(self, optimizer: Optimizer, groups: Iterable[Group]) -> None:
         """Keep copies of what these groups hold before a step."""
-        # by which a GradScaler may skip the step
+        # a GradScaler sets this on an optimizer that skips the step itself, if need be
         may_skip = hasattr(optimizer, "found_inf")
         if self._has_trained or may_skip:
             return
@@ -65,7 +65,7 @@ class WatchedSteps:
 
     def end(self, optimizer: Optimizer) -> None:
         """After a step, refuse an optimizer that has trained nothing of these groups."""
-        self.note_gradients()
+        self.note_gradients()  # a closure may have computed them in the step
         self._has_trained |= any(
             each.was_trained_by(optimizer) for each in self._before_step
         )
