@@ -25,10 +25,11 @@ def begin_averages(
 ) -> None:
     """Let averages begin from the adapted module, if they copied a plain one.
 
-    With ``anew``, each begins again: values may have changed too.
+    With ``anew``, each begins again: values may have changed too. The setup of these
+    callbacks is not called again: it would call ``configure_model``, which may replace
+    layers.
     """
     names = parameters_by_name(pl_module).keys()
-    # their setup would call configure_model, which may replace layers
     for average in _averages(callbacks):
         average.hide_frozen_norms()
         if anew or parameters_by_name(average.copy).keys() != names:
@@ -36,7 +37,7 @@ def begin_averages(
 
 
 def average_what_trains(callbacks: list[Callback], view: View) -> None:
-    """Let averages compute only what trains: they share the frozen weights, and skip equal tensors."""
+    """Let averages compute only what trains: they share the frozen weights, and skip tensors that are equal."""
     for average in _averages(callbacks):
         _share_frozen(view.frozen_base, average.copy)
         average.skip_equal_tensors()
@@ -50,9 +51,9 @@ def _share_frozen(frozen: Mapping[str, nn.Parameter], copied: nn.Module) -> None
 
 
 def drop_averages(callbacks: list[Callback]) -> None:
-    """Drop the average of a finished fit.
+    """Drop the averages of a finished fit.
 
-    Its callback would put it into a module that is only tested.
+    Their callbacks would put them into a module that is only tested.
     """
     for average in _averages(callbacks):
         average.drop()
@@ -88,8 +89,8 @@ class _Average:
     def hide_frozen_norms(self) -> None:
         """Hide frozen norms from SWA, which would estimate their statistics again.
 
-        SWA asks two methods about norms. Ours stay on the callback: without frozen
-        norms, they do the same as its own.
+        SWA has two methods that look for norms in a module. Ours stay on the callback:
+        where no norm is frozen, they do the same as its own.
         """
         kind = type(self.callback)
         if hasattr(kind, "reset_batch_norm_and_save_state"):
@@ -167,12 +168,14 @@ def _without_frozen_norms(
     return method(SimpleNamespace(modules=lambda: moving, device=pl_module.device))
 
 
-# How tensors are averaged, where they are not equal: arithmetic would lose -0.0 and
-# infinity
+# Equal tensors are not averaged: arithmetic would lose -0.0 and infinity.
 
 
 def _only_where_they_differ(average: Any, wrapper: Callable[..., Any]) -> Any:
-    """A function that averages only what differs: ``wrapper`` chooses it, and calls ``average``."""
+    """The function ``average`` in a ``wrapper``, which calls it only with what differs.
+
+    A second fit finds it wrapped already.
+    """
     is_wrapped = getattr(average, "func", None) is wrapper
     return average if is_wrapped else partial(wrapper, average)
 

@@ -1,4 +1,4 @@
-"""The other callbacks of a Trainer: those that do not work with adapters, and what we ask of the others."""
+"""The callbacks of a Trainer: those that do not work with adapters are refused, and the others are asked some things."""
 
 from collections.abc import Iterable, Iterator
 
@@ -18,7 +18,7 @@ _REFUSED = {
     "ModelPruning": "masks base weights in training, but LoRACallback does not change them. Use only one of the "
     "two. Prune the model before fit, or after it, when the updates are merged.",
 }
-"""Callbacks that no fit with adapters can have, and why."""
+"""Callbacks that no fit with adapters can have, by class, and why not."""
 
 _COPIES = (
     "copies the module, which FSDP2 does not allow. Remove it, or train with "
@@ -29,6 +29,7 @@ _REFUSED_IF_SHARDED = {
     "WeightAveraging": _COPIES,
     "StochasticWeightAveraging": _COPIES,
 }
+"""The same, for a fit whose strategy shards the module."""
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -75,7 +76,10 @@ def shows_summary(trainer: Trainer) -> bool:
 
 
 def about_lightnings_table(trainer: Trainer) -> list[Text]:
-    """Return what to know of classes in the table that Lightning shows beside ours, if it shows some of ours."""
+    """Return a line on our classes in the table that Lightning shows beside ours, if it shows some.
+
+    It explains one adapted layer and one frozen norm.
+    """
     examples = dict[str, str]()
     for module in _modules_in_lightnings_table(trainer):
         name = type(module).__name__
@@ -131,6 +135,6 @@ def _reads_states(callback: Callback) -> bool:
     """Whether a callback does something when a checkpoint is loaded."""
     for kind in type(callback).__mro__:
         if "on_load_checkpoint" in vars(kind):
-            # that of either Lightning package, which does nothing
+            # the Callback of either Lightning package has one that does nothing
             return kind.__name__ != "Callback"
     return False

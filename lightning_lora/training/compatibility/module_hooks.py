@@ -4,9 +4,9 @@ from lightning.pytorch import LightningModule
 
 
 def loads_in_hooks(pl_module: LightningModule) -> bool:
-    """Whether the module has hooks that may load weights.
+    """Whether the module has hooks that may load the base's weights in each stage.
 
-    They would load the base's weights over merged ones.
+    In a merged module, they would write these over the merged ones.
     """
     return has_own(pl_module, "setup") or has_own(pl_module, "configure_model")
 
