@@ -93,15 +93,16 @@ class _Average:
         where no norm is frozen, they do the same as its own.
         """
         kind = type(self.callback)
-        if hasattr(kind, "reset_batch_norm_and_save_state"):
-            reset = partial(kind.reset_batch_norm_and_save_state, self.callback)
-            self.callback.reset_batch_norm_and_save_state = partial(
-                _without_frozen_norms, reset
-            )
-            finds = kind.pl_module_contains_batch_norm
-            self.callback.pl_module_contains_batch_norm = partial(
-                _without_frozen_norms, finds
-            )
+        if not hasattr(kind, "reset_batch_norm_and_save_state"):
+            return
+        reset = partial(kind.reset_batch_norm_and_save_state, self.callback)
+        self.callback.reset_batch_norm_and_save_state = partial(
+            _without_frozen_norms, reset
+        )
+        finds = kind.pl_module_contains_batch_norm
+        self.callback.pl_module_contains_batch_norm = partial(
+            _without_frozen_norms, finds
+        )
 
     def skip_equal_tensors(self) -> None:
         """Average only tensors that differ."""

@@ -1,4 +1,4 @@
-"""The callbacks of a Trainer: those that do not work with adapters are refused, and the others are asked some things."""
+"""The callbacks of a Trainer: which of them do not work with adapters, and what we ask of the others."""
 
 from collections.abc import Iterable, Iterator
 
