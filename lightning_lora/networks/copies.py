@@ -95,6 +95,7 @@ class _Search:
     def run(self) -> dict[str, str]:
         """Return copies and their originals."""
         found: dict[str, str] = {}
+        # a module comes before those inside it: so a copy is found as a whole
         for name in self.parameters_in:
             if not self._may_be_copy(name) or is_in_any(name, found):
                 continue

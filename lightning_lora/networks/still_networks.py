@@ -46,11 +46,11 @@ class StillNetworks:
         ``layers`` are those that the user's arguments choose, in copies too. A layer of
         a copy is bare if its original is not among them.
         """
-        adapted = set(names_outside(layers, self.beside_training))
-        originals = self.originals_of(sorted(adapted))
-        bare_layers = [
-            layer for layer, original in originals.items() if original not in adapted
-        ]
+        may_have_adapters = set(names_outside(layers, self.beside_training))
+        bare_layers = []
+        for layer, original in self.originals_of(may_have_adapters).items():
+            if original not in may_have_adapters:
+                bare_layers.append(layer)
         return replace(self, bare_layers=tuple(sorted(bare_layers)))
 
     def originals_of(self, layers: Iterable[str]) -> dict[str, str]:

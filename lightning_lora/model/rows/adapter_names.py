@@ -86,10 +86,7 @@ class _Block(ExitStack):
         self.names = names
 
     def __enter__(self) -> "_Block":
-        """Give each module that differs between the names a forward of its own, until the end of the block.
-
-        No forward is replaced before all modules are checked.
-        """
+        """Check all modules first, and then begin, until the end of the block."""
         view = view_of(self.model)
         check_switchable(view)
         states = self._move_used_adapters(view)
@@ -103,14 +100,20 @@ class _Block(ExitStack):
             MixedModule(view, name, self.names, differences[module], running)
             for name, module in differing.items()
         ]
-        self.enter_context(open_block(differing.values()))
-        for module in around.values():
+        self._begin(mixed, around.values())
+        return self
+
+    def _begin(
+        self, mixed: Collection[MixedModule], around: Iterable[nn.Module]
+    ) -> None:
+        """Give each module that differs between the names a forward of its own, which the modules around it call."""
+        self.enter_context(open_block([each.module for each in mixed]))
+        for module in around:
             self._leave_inference_path(module)
         for each in mixed:
             # bound to the module: in a copy of the module, it is bound to the copy
             forward = MethodType(each.forward, each.module)
             set_own_attribute(each.module, "forward", forward, self)
-        return self
 
     def _move_used_adapters(self, view: View) -> list[AdapterState]:
         """Move the adapters of the rows to where the model is.

@@ -92,12 +92,14 @@ def _modules_to_name(view: View, untrained: Mapping[str, Weights]) -> list[str]:
 def _share(
     view: View, untrained: Mapping[str, Weights], judged: Mapping[str, Weights]
 ) -> float:
-    """The share of the values that look untrained.
+    """The share of the values that look untrained, of those of all layers.
 
     Layers that train count only if they look trained.
     """
     values = _number_of_values(judged) + _number_of_values(_pretrained_that_train(view))
-    return _number_of_values(untrained) / values if values else math.nan
+    if not values:
+        return math.nan
+    return _number_of_values(untrained) / values
 
 
 def _pretrained_that_train(view: View) -> dict[str, Weights]:

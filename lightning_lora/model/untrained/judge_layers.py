@@ -46,11 +46,11 @@ def _matrices_besides(module: nn.Module, seen: set[nn.Parameter]) -> Weights:
 
 
 def _can_be_judged(weights: Weights) -> bool:
-    return all(_has_enough_values(weight) for weight in weights.values())
+    return all(map(_is_readable_here, weights.values()))
 
 
-def _has_enough_values(weight: nn.Parameter) -> bool:
-    """Whether a weight has floating-point values, and enough of them in this process."""
+def _is_readable_here(weight: nn.Parameter) -> bool:
+    """Whether a weight has floating-point values, and this process has enough of them: of a small weight, all."""
     is_plain = type(weight) is nn.Parameter or is_dtensor(weight)
     is_computed_with = weight.is_floating_point() and weight.element_size() > 1
     if not is_plain or not is_computed_with or weight.is_meta:
