@@ -1,1 +1,1 @@
-"""The steps of calls on a model: attach and detach adapters, freeze the base, undo it all after an error."""
+"""The steps of calls on a model: attach, detach or exchange adapters, freeze or show the base, undo after an error."""

@@ -13,15 +13,11 @@ from lightning_lora.base.blocks import is_in_block, open_block
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.layers import LayerAdapter, LoRAParameters
 from lightning_lora.layers.bypasses import inference_path
+from lightning_lora.model.changes.exchange import check_switchable, prepare_for_model
 from lightning_lora.model.rows.mixed_module import MixedModule
 from lightning_lora.model.rows.module_runner import Differences, Name, RunningNames
 from lightning_lora.model.start_call import record_of
-from lightning_lora.model.switch import (
-    check_known,
-    check_switchable,
-    layer_adapters_of,
-    prepare_for_model,
-)
+from lightning_lora.model.switch import check_known, layer_adapters_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.adaptable import has_forward
 from lightning_lora.tensors.dicts import only, where, with_values
