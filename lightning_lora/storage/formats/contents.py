@@ -84,7 +84,7 @@ def _read_with(
                 return _read_safetensors(file.read())
             _check_is_archive(file, kind, path)
             contents = load(file)
-            # a merged model may lie beside the adapters in the state
+            # what else lies in the state, such as a merged model, is taken out
             reduce_to_adapters(contents)
             return contents
 

@@ -103,7 +103,7 @@ def _adapters_in_file(
     reader = _UpdateReader(view, settings_of_file)
     updates = [reader.read(name, pair) for name, pair in factors.items()]
     rest = renaming.with_names_here(file.rest)
-    # with no settings: each update has its own scaling and slices
+    # the settings are the defaults, because each update has its own scaling and slices
     return stored_from_updates(view, updates, rest, LoRAConfig())
 
 
@@ -125,7 +125,7 @@ class _UpdateReader:
     """Makes updates of the layers of a model from a file's factors."""
 
     view: View
-    # has alpha and the slices that the user names: the file says neither
+    # alpha, and the slices that the user names: the file says neither
     settings: LoRAConfig
 
     def read(self, name: str, factors: Factors) -> LayerUpdate:

@@ -158,7 +158,7 @@ def _find_renaming(files: TensorFiles, stored: StoredAdapters) -> Renaming:
             f"places: {listed(places)}. Pass a base that holds the model once."
         )
     if not fitting:
-        return Renaming()  # what is absent is named later
+        return Renaming()  # check_plan says what is absent
     return fitting[0]
 
 

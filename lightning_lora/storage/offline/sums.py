@@ -97,7 +97,7 @@ class _Terms:
     """The terms of a sum of updates of one matrix."""
 
     updates: list[Factors] = field(default_factory=list)
-    # the number by which each is multiplied
+    # the number by which each update is multiplied
     weights: list[float] = field(default_factory=list)
 
     def add(self, update: Factors, weight: float) -> None:

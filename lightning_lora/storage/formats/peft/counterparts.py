@@ -118,7 +118,7 @@ def _is_registered(layer_class: str) -> bool:
 # Layers that add the update to their output
 
 
-# its forward is x @ W.T + bias
+# a Linear whose own forward computes the same: x @ W.T + bias
 _COMPUTES_THE_SAME = "transformers.models.falcon.modeling_falcon.FalconLinear"
 _SCALED_EMBEDDING = re.compile(r"transformers\..*ScaledWordEmbedding")
 

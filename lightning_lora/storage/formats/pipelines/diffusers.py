@@ -48,7 +48,7 @@ from lightning_lora.storage.stored_modules import StoredModule
 from lightning_lora.tensors.dicts import prefixed
 from lightning_lora.tensors.names import owner_of
 
-# the newer one first
+# the names of its files in a folder, the newer one first
 _FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
 # Write

@@ -53,7 +53,11 @@ class PeftLoading:
 
 
 def loading_of(export: Export) -> PeftLoading:
-    """Return how PEFT loads these adapters onto the reader's model."""
+    """Return how PEFT loads these adapters onto the reader's model.
+
+    PEFT is asked with the model. If a file is exported, it is asked with a shell, which
+    has only the types of the models that the file describes.
+    """
     if export.inner is not None:
         leaves = set(map(last_component, export.modules_for_reader))
         # Mamba's models have a layer of this name
@@ -68,7 +72,7 @@ def loading_of(export: Export) -> PeftLoading:
 
 
 def _loading_onto(model: nn.Module, *, may_be_mamba: bool) -> PeftLoading:
-    """How PEFT loads a file onto a model of these types.
+    """How PEFT loads a file onto a model, or onto what its shell stands for.
 
     PEFT is imported, which takes seconds, only if it may change something.
     """

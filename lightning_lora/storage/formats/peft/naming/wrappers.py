@@ -119,7 +119,7 @@ class _Wrappers:
     ``experts.lora_A.weight`` (a2) and ``experts.base_layer.lora_A.weight`` (a1).
     """
 
-    # by the name of the module
+    # the tensors of a module's wrappers, the innermost first, by the name of the module
     around: dict[str, list[WrapperTensors]] = field(default_factory=dict)
 
     def add(self, name: str, tensors: WrapperTensors) -> None:

@@ -1,6 +1,7 @@
-"""A module that PEFT adapts, in a file: what all ways have in common."""
+"""A module that PEFT adapts, as a file has it: what all ways of PEFT to adapt one have in common."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from lightning_lora.tensors.names import join
 
 
 @dataclass(frozen=True)
-class AdaptedModule:
+class AdaptedModule(ABC):
     """A module that PEFT adapts, and the adapters of it that a file holds.
 
     Most modules have one adapter, by their own name. An attention ``attn`` may have
@@ -36,8 +37,8 @@ class AdaptedModule:
     module are adapted, each has one: ``experts`` and, inside of it,
     ``experts.base_layer``.
 
-    With pissa and olora, adapters start from a part of the weight, and PEFT takes this
-    start off its base. The update here is the difference from the start, which is
+    With pissa and olora, adapters start from what the weight decides, and PEFT takes
+    this start off its base. The update here is the difference from the start, which is
     computed again from the weight as it was.
     """
 
@@ -45,9 +46,9 @@ class AdaptedModule:
     name_in_file: str
     adapters: Mapping[str, AdapterTensors]  # by the name in the file of what PEFT wraps
 
+    @abstractmethod
     def read_update(self) -> LayerUpdate:
         """Return the update of the module."""
-        raise NotImplementedError
 
     @property
     def module(self) -> Any:
@@ -60,8 +61,13 @@ class AdaptedModule:
         return self.file.config.as_ours
 
     @property
+    def is_difference(self) -> bool:
+        """Whether PEFT took the start of each adapter off the base: the update is the difference from it."""
+        return INITIALISATIONS[self.settings.init].is_difference
+
+    @property
     def class_name(self) -> str:
-        """The name of its class, for messages."""
+        """The name of the module's class, for messages."""
         return type(self.module).__name__
 
     def checked_layer(
@@ -104,11 +110,6 @@ class AdaptedModule:
             )
         check_shapes(layer, matrix, factors, rank)
         return factors
-
-    @property
-    def is_difference(self) -> bool:
-        """Whether PEFT took the start of each adapter off the base: the update is the difference from it."""
-        return INITIALISATIONS[self.settings.init].is_difference
 
     def _check_start_of_tied(self, layer: StoredLayer, matrix: AdaptedMatrix) -> None:
         """Refuse a tied weight, if PEFT took a start off it."""

@@ -1,7 +1,7 @@
 """Read PEFT's files: the names of the tensors say which layers are adapted, the configuration says their numbers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,9 +74,10 @@ def recognise(
 def _by_keys_of_model(
     tensors: Mapping[str, Tensor], names_in_model: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """The tensors of a file, by the keys that they would have if no name in it were another one than in the model.
+    """The tensors of a file by their names in the model, which ``names_in_model`` has if the file has others.
 
-    All keys begin with PEFT's prefix, which the names in ``names_in_model`` lack.
+    They are keys of PEFT's, so its prefix is before each. In ``names_in_model`` it is
+    not.
     """
     by_key = dict[str, Tensor]()
     for key, tensor in tensors.items():
@@ -109,10 +110,10 @@ def read_updates(
 
     A file that lacks some is refused.
 
-    1. Each tensor is of an adapter, or another one of the base's.
+    1. The tensors are sorted: those of adapters, and values of the base's own tensors.
     2. Their names are found in the model, with one prefix exchanged if need be.
-    3. Adapters become updates, each by the class for its kind of module.
-    4. What the configuration names, and the file lacks, is said.
+    3. The adapters of each module become an update.
+    4. What the configuration names is looked for in the file.
 
     Args:
         view: The model.
@@ -121,66 +122,54 @@ def read_updates(
         path: The path of the file, for messages.
         root: The module of the model for which the file may be.
     """
-    adapters, others = _sorted_tensors(tensors, path)
-    _check_magnitudes(adapters, path, use_dora=config.as_ours.use_dora)
-    layers = list(map(without_wrappers, adapters))
-    renaming = renaming_of(view, layers, others.keys(), root)
-    rest = renaming.with_names_here(others)
-    file = PeftFile(path, config, view, renaming, adapters, rest)
+    in_file = _sorted_tensors(tensors, path)
+    _check_magnitudes(in_file.adapters, path, use_dora=config.as_ours.use_dora)
+    layers = list(map(without_wrappers, in_file.adapters))
+    renaming = renaming_of(view, layers, in_file.others.keys(), root)
+    rest = renaming.with_names_here(in_file.others)
+    file = PeftFile(path, config, view, renaming, in_file.adapters, rest)
     updates = updates_in(file)
     check_complete(file)
     return updates, rest
-
-
-def _sorted_tensors(
-    tensors: Mapping[str, Tensor], path: Any
-) -> tuple[dict[str, dict[Role, Tensor]], dict[str, Tensor]]:
-    """The tensors of adapters, by the names of what PEFT wraps, and the others by their names in the base.
-
-    Tensors of another method are refused.
-    """
-    sorted_tensors = _SortedTensors()
-    for key, value in tensors.items():
-        sorted_tensors.add(key, value, has_original=_original_of_copy(key) in tensors)
-    if sorted_tensors.unknown:
-        raise AdapterFileError(
-            f"{path} holds {listed(sorted_tensors.unknown)}, of a method of PEFT that "
-            f"is not here. {MERGE_WITH_PEFT}"
-        )
-    return sorted_tensors.adapters, sorted_tensors.others
 
 
 @dataclass
 class _SortedTensors:
     """The tensors of a file, by what they are for."""
 
-    # by the names of what PEFT wraps
+    # the tensors of adapters, by the names of what PEFT wraps
     adapters: dict[str, dict[Role, Tensor]] = field(default_factory=dict)
-    # by their names in the base
+    # values of the base's own tensors, by their names in the base
     others: dict[str, Tensor] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)  # keys of other methods' tensors
 
-    def add(self, key: str, value: Tensor, *, has_original: bool) -> None:
-        """Add one tensor. ``has_original``: it is a copy of another one in the file."""
+
+def _sorted_tensors(tensors: Mapping[str, Tensor], path: Any) -> _SortedTensors:
+    """Sort the tensors of a file. Those of a method of PEFT that is not here are refused."""
+    in_file = _SortedTensors()
+    of_other_methods = list[str]()
+    for key, value in tensors.items():
         name = without_prefix(key)
         wrapped, role = peft_key(name)
         if role is not None:
-            self.adapters.setdefault(wrapped, {})[role] = value
+            in_file.adapters.setdefault(wrapped, {})[role] = value
         elif _WITHOUT_EFFECT.search(name):
-            return
+            continue
         elif _OTHER_METHOD.search(name):
-            self.unknown.append(key)
-        elif not has_original:
-            self.others[without_wrappers(name)] = value
+            of_other_methods.append(key)
+        elif not _is_copy(key, tensors):
+            in_file.others[without_wrappers(name)] = value
+    if of_other_methods:
+        raise AdapterFileError(
+            f"{path} holds {listed(of_other_methods)}, of a method of PEFT that is not "
+            f"here. {MERGE_WITH_PEFT}"
+        )
+    return in_file
 
 
-def _original_of_copy(key: str) -> str:
-    """The key of the tensor of which this one is a copy, if the file holds it.
-
-    Empty: it is no copy.
-    """
+def _is_copy(key: str, keys: Container[str]) -> bool:
+    """Whether a tensor is a bias that is there twice, and not the original of the two."""
     original = _COPY.sub("", key)
-    return "" if original == key else original
+    return original != key and original in keys
 
 
 def _check_magnitudes(
