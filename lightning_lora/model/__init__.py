@@ -1,7 +1,13 @@
 """Calls on a model, and what one look at it shows.
 
-A model is adapted, merged or shows its base: ``base/states.py``. On the base lie
-adapters, each of which is:
+A model is adapted, merged or shows its base: ``base/states.py``. What it remembers of
+its base and its adapters is its record (``records.py``). A view (``view.py``) is one
+look at the model and its record, which a call makes once.
+
+Originals are the base's values of what changes while an adapter trains, besides the
+adapter: modules trained in full, biases and buffers (``base_values.py``).
+
+On the base lie adapters, each of which is:
 
 - active: on its layers, or merged. There is one, and it has the effect, unless the base
   is shown (disabled).
@@ -29,6 +35,7 @@ The configuration decides besides: ``modules_to_save`` are trained in full (save
 
 Begin with ``inject.py``, the public call that needs most of the rest. In its order:
 ``start_call.py`` (may it start?), ``view.py`` (what is there), ``plan_adapters.py``
-(what is to be done), ``changes/`` (it is done). Then ``switch.py``, ``merge.py``,
-``unmerge.py`` and ``remove.py``, which are calls of the same form.
+(what is to be done), ``changes/`` (it is done). Then ``switch.py`` with
+``changes/exchange.py`` and ``changes/show_base.py``, ``merge.py``, ``unmerge.py`` and
+``remove.py``, which are calls of the same form.
 """

@@ -123,8 +123,8 @@ def inject_from_file(
 ) -> tuple[str, ...]:
     """Adapt a model as a file's ``config`` says.
 
-    No network that stands still is looked for, and no guard speaks: the file names what
-    its training has found.
+    The file's configuration excludes the networks that stood still in its training. So
+    only copies of networks are looked for, and no guard speaks.
     """
     config = _without_lost_exclusions(model, config)
     return _inject(model, config, name, plan_as_in_file, NO_GUARDS)
@@ -143,7 +143,7 @@ def _inject(
     an error, the model is as before.
     """
     _refuse_start(model, name)
-    with _name_active(model, config, name):
+    with _activated(model, config, name):
         view = View(model, config)
         _refuse_pefts(view)
         note_what_the_user_set(view)
@@ -174,7 +174,7 @@ def _refuse_start(model: nn.Module, name: str) -> None:
 
 
 @contextmanager
-def _name_active(model: nn.Module, config: LoRAConfig, name: str) -> Iterator[None]:
+def _activated(model: nn.Module, config: LoRAConfig, name: str) -> Iterator[None]:
     """Make the adapter ``name`` the active one of an adapted model, new or not.
 
     After an error in the block, the former one is active again. A plain or merged model

@@ -56,6 +56,7 @@ def _take_base(view: View, given: Mapping[str, Any], notes: Mapping[str, Any]) -
     """Take the values of a new base, which other code loads. They may be those of a merged model."""
     if not view.is_fresh() and (HAS_UPDATE in notes or _holds_updates(view, given)):
         _begin_on_merged_weights(view)
+    # all tensors of which some adapter keeps the base's values
     originals: dict[str, Tensor] = {}
     for adapter in view.record.adapter_states.values():
         originals |= adapter.originals

@@ -39,13 +39,13 @@ class Plan:
     """All layers that will have an adapter, by name."""
 
     networks: StillNetworks
-    """The networks that get none, or that follow others."""
+    """The networks that stand still. Some get no adapters, and those of copies follow others."""
 
     to_detach: list[str]
     """Adapted layers whose adapters are taken off first: they no longer fit, or nobody has asked for them."""
 
     to_attach: dict[str, Choice]
-    """Those of the choices that get a new adapter: layers without one, and layers whose adapter is taken off."""
+    """Those of the choices that get a new adapter: they have none, or theirs is taken off."""
 
     @property
     def changes_layers(self) -> bool:
@@ -54,10 +54,7 @@ class Plan:
 
 
 def plan_adapters(view: View) -> Plan:
-    """Plan what the view's configuration asks for.
-
-    Networks that stand still are looked for.
-    """
+    """Plan what the view's configuration asks for, and look for networks that stand still."""
     targeted = select(view.model, view.config)
     networks = find_still_networks(
         view, _kinds(targeted), parameters_frozen_by_user(view)
@@ -68,7 +65,7 @@ def plan_adapters(view: View) -> Plan:
 def plan_as_in_file(view: View) -> Plan:
     """Plan what a file's configuration says.
 
-    It names the networks that stand still, so none is looked for.
+    It excludes the networks that stood still, so only copies are looked for.
     """
     targeted = select(view.model, view.config)
     networks = known_still_networks(
@@ -145,8 +142,9 @@ def _tied_since(view: View, choices: Mapping[str, Choice]) -> list[str]:
 def _tied_parameters(view: View) -> set[nn.Parameter]:
     """The parameters that several modules hold."""
     names_by_parameter = names_of_each(direct_parameters(first_names(view.modules)))
-    return {
-        parameter
-        for parameter, names in names_by_parameter.items()
-        if len(set(map(owner_of, names))) > 1
-    }
+    tied = set[nn.Parameter]()
+    for parameter, names in names_by_parameter.items():
+        owners = {owner_of(name) for name in names}
+        if len(owners) > 1:
+            tied.add(parameter)
+    return tied

@@ -50,7 +50,7 @@ def inner_records(model: nn.Module) -> dict[str, Record]:
     return records_in(inner_modules)
 
 
-# Set and deleted
+# The record is set and deleted, with a hook of the model
 
 
 def _before_load(
@@ -97,8 +97,8 @@ def forget_record(model: nn.Module) -> None:
 def begin_record(model: nn.Module, config: LoRAConfig, name: str = "default") -> Record:
     """Return the record for adapters that are added now: the model's own, or a new one if it is plain or merged.
 
-    Its active adapter has the configuration ``config`` from now on. What the caller
-    attaches is noted by the caller.
+    Its active adapter has the configuration ``config`` from now on. The caller notes
+    which layers and networks have the adapter (``AdapterState.layers``, ``networks``).
     """
     record = find_record(model)
     if record is None or record.state.is_merged:

@@ -90,7 +90,7 @@ def unmerge_or_forget(model: nn.Module) -> bool:
 
 
 def _unmerge(view: View) -> None:
-    """Undo a merge, if there was one."""
+    """Undo a merge, if there was one. After an error, the model is merged as before."""
     if not view.is_merged:
         return
     refuse_changed_since_merge(view)
@@ -106,11 +106,13 @@ def _unmerge(view: View) -> None:
             _move_to_layer(view, layer, adapter, undo)
         for merged in view.merged_weights:
             _write_base(view, merged, undo)
+        # what the user has frozen in the plain model is read before freeze sets flags
         record.note_unmerged(view.parameters)
         attach_adapters(view, adapters)
         update_for_changed_weights(view)
         freeze(view)
-        reinitialise_if_base_changed(view)  # it may have been converted
+        # a base that was converted since the merge has other values
+        reinitialise_if_base_changed(view)
         undo.keep()
 
 
@@ -141,7 +143,7 @@ def _write_base(view: View, merged: MergedWeight, undo: Undo) -> None:
 def _tie_again(
     module: nn.Module, merged: MergedWeight, tied: nn.Parameter, undo: Undo
 ) -> None:
-    """Give a layer the parameter back that it shared with others, in place of the merged one."""
+    """Give a layer the parameter back that it shared with others, with the flag of the merged one."""
     undo.callback(set_parameter, module, merged.weight, merged.parameter)
     undo.callback(replace_values, tied, tied.data)
     # if all layers that shared it are merged, no module held it: so a move of the model

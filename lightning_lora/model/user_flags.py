@@ -1,7 +1,8 @@
 """Which weights the user froze or thawed since the adapters came.
 
-Who freezes an adapter means the weight below it, which the adapter had frozen already:
-so the record notes the weight. There are two facts of a weight (``Base``):
+Whoever freezes an adapter means the weight below it. The package had frozen this weight
+already, so its flag does not show it: the record notes it. There are two facts of a
+weight (``Base``):
 ``user_trains``, whether the user wants it to train, and ``frozen_since``, whether the
 user has frozen it after its adapter had learned::
 
@@ -30,7 +31,8 @@ def note_what_the_user_set(view: View) -> None:
     _refuse_frozen_networks(view)
     if not view.is_on_layers:
         return
-    view = view.as_recorded()  # what the user set is about the adapters at hand
+    # the user has frozen or thawed what is adapted now, not what is asked for
+    view = view.as_recorded()
     _note_thawed(view)
     _note_copied(view)
     _note_frozen_after_learning(view)
