@@ -101,7 +101,7 @@ class AdapterState:
         """Make this inactive adapter a sum of others, with these weights: it never trains."""
         self.sum_of = dict(weights)
         for adapter in self.inactive_layer_adapters.values():
-            # the adapters of the sum decide its values
+            # its values follow from the adapters that it adds up
             adapter.settings = replace(adapter.settings, trains=False)
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)

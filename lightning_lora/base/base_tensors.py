@@ -63,7 +63,7 @@ class AfterMerge:
         return {weight: self.bases[join(layer, weight)] for weight in weights}
 
 
-@dataclass(eq=False)  # tensors have no single answer
+@dataclass(eq=False)  # to compare tensors gives no single answer
 class Base:
     """What is known of the base's tensors: parameters, buffers, and entries of quantised layers.
 

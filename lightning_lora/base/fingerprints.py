@@ -18,23 +18,28 @@ class Form(TypedDict):
     The same base has another form when it is converted or quantised.
     """
 
-    layout: str  # the hash of all names and shapes
-    dtypes: list[str]  # the names of its dtypes, sorted
+    layout: str
+    """The hash of all names and shapes."""
+
+    dtypes: list[str]
+    """The names of its dtypes, sorted."""
 
 
 class Fingerprint(Form):
     """What tells a base from others: as a model remembers it."""
 
-    # of each tensor's bits, in the order of the names; 0 on the meta device
     digests: list[int]
+    """The digest of each tensor's bits, in the order of the names. On the meta device, it is 0."""
 
 
 class StoredFingerprint(Fingerprint, total=False):
     """What a file says of a base."""
 
-    # the half digests of all tensors, by name; the key says "rounded", because files
-    # have it. Absent: the base had other names when the file was written
     rounded: HalfDigests
+    """The half digests of all tensors, by name. The key says "rounded" because files have it.
+
+    It is absent if the base had other names when the file was written.
+    """
 
 
 def without_half_digests(stored: StoredFingerprint) -> Fingerprint:

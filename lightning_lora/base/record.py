@@ -15,7 +15,7 @@ from lightning_lora.base.states import FOLLOWING, State
 from lightning_lora.layers import LayerAdapter
 
 
-@dataclass(eq=False)  # a model's own: two of them are never one
+@dataclass(eq=False)  # each model has a record of its own, so two are never equal
 class Record:
     """What a model remembers of its base and its adapters."""
 
@@ -52,7 +52,7 @@ class Record:
             merged_layer_adapters=dict(self.merged_layer_adapters),
         )
 
-    # What the states are, once a caller has changed the model
+    # The state, which callers note when they have changed the model
 
     def _become(self, state: State) -> None:
         assert state in FOLLOWING[self.state], (self.state, state)

@@ -25,13 +25,16 @@ class State(Enum):
 
 
 FOLLOWING = {
-    State.PLAIN: {State.ADAPTED},  # inject_adapters, load_adapter
-    # merge_adapters; set_adapter(model, None), disable_adapters
+    # by inject_adapters or load_adapter
+    State.PLAIN: {State.ADAPTED},
+    # by merge_adapters; by set_adapter(model, None) or disable_adapters
     State.ADAPTED: {State.MERGED, State.BASE_SHOWN},
-    State.BASE_SHOWN: {State.ADAPTED},  # set_adapter
-    # unmerge_adapters; set_adapter(model, None)
+    # by set_adapter
+    State.BASE_SHOWN: {State.ADAPTED},
+    # by unmerge_adapters; by set_adapter(model, None) or disable_adapters
     State.MERGED: {State.ADAPTED, State.MERGED_BASE_SHOWN},
-    State.MERGED_BASE_SHOWN: {State.MERGED},  # set_adapter
+    # by set_adapter
+    State.MERGED_BASE_SHOWN: {State.MERGED},
 }
 """The states that follow each state: ``record.py`` asserts it. From each one, remove_adapters and whatever loses
 the adapters lead to a plain model, whose record is dropped. A merged model that is adapted anew gets a new record."""

@@ -1,7 +1,7 @@
 """Find networks that copy another one: a momentum network, a target, an average."""
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ _LEAST_COSINE = 0.9
 An average lags behind its original. Networks that are no copies have about 0.
 """
 
-_SAMPLES = 10_000  # values of a weight that are compared
+_SAMPLES = 10_000
+"""How many values of a weight are compared, about."""
 
 
 def find_copies(
@@ -158,16 +159,21 @@ class _Search:
 
         If no weight can be compared, it is not.
         """
-        parameters_of_original = self.parameters_in[original]
         products = products_of_norms = 0.0
-        for name, parameter in self.parameters_in[copy].items():
-            parameter_of_original = parameters_of_original[name]
-            if _is_compared(parameter, parameter_of_original):
-                one = self.samples.of(parameter)
-                other = self.samples.of(parameter_of_original)
-                products += float(one.values @ other.values)
-                products_of_norms += one.norm * other.norm
+        for one, other in self._compared_samples(copy, original):
+            products += float(one.values @ other.values)
+            products_of_norms += one.norm * other.norm
         return products > _LEAST_COSINE * products_of_norms
+
+    def _compared_samples(
+        self, copy: str, original: str
+    ) -> Iterator[tuple["_Sample", "_Sample"]]:
+        """The samples of each weight in both networks, if it can be compared."""
+        parameters_of_original = self.parameters_in[original]
+        for name, parameter in self.parameters_in[copy].items():
+            other = parameters_of_original[name]
+            if _is_compared(parameter, other):
+                yield self.samples.of(parameter), self.samples.of(other)
 
 
 def _shapes(parameters: Parameters) -> dict[str, tuple[int, ...]]:
@@ -191,7 +197,9 @@ def _parameters_by_module(base: Parameters) -> dict[str, dict[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class _Sample:
-    values: Tensor  # some of a weight's, on the CPU
+    """Some values of a weight, on the CPU, and their norm."""
+
+    values: Tensor
     norm: float
 
 

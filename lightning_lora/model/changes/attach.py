@@ -70,7 +70,7 @@ def reattach_to_replaced(model: nn.Module, layers: Mapping[str, LoRALayer]) -> N
     """Take the adapters of these layers that were replaced since, and attach them to the new layers."""
     view = View(model)
     for name, layer in layers.items():
-        # not replaced, or it has its adapter already
+        # this layer was not replaced, or the new one has an adapter already
         if isinstance(view.modules[name], LoRALayer):
             continue
         kind = _kind_of_replaced(view, name)
@@ -94,6 +94,6 @@ def _kind_of_replaced(view: View, name: str) -> type[LoRALayer]:
 
 def update_for_changed_weights(view: View) -> None:
     """Drop what was computed from the earlier weights of adapted layers."""
-    torch.clear_autocast_cache()  # it may hold copies of them
+    torch.clear_autocast_cache()  # the cache may hold copies of earlier weights
     for layer in view.layers.values():
         layer.lora_weights_changed()

@@ -13,7 +13,7 @@ def freeze(view: View) -> None:
 
     The running statistics of norms are frozen too, but for modules trained in full.
     """
-    # before any flag changes: a tied parameter has several names
+    # noted before any flag changes: a tied parameter has several names
     view.record.base.note_user_trains(view.base_parameters)
     for name, parameter in view.base_parameters.items():
         trains = name in view.trainable_base and _can_train(parameter)

@@ -37,7 +37,7 @@ def move_to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     if tensor.device == device and tensor.dtype == dtype:
         return
     gradient = tensor.grad
-    tensor.grad = None  # torch refuses one of another device or dtype
+    tensor.grad = None  # torch refuses a gradient of another device or dtype
     replace_values(tensor, tensor.data.to(device, dtype))
     if gradient is not None:
         tensor.grad = gradient.to(device, dtype)

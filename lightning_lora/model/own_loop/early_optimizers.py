@@ -136,7 +136,7 @@ def _refuse_frozen_weights(view: View, held: _Held) -> None:
     adapters = _adapters_on(view, set(layers_by_weight.values()))
     if not adapters or not held.parameters.isdisjoint(adapters):
         return
-    # it may be one of two: this one trains other parameters, and another one the adapters
+    # of two optimizers, one may train other parameters, and the other one the adapters
     holds_others = held.frozen != held.parameters
     if holds_others and held.are_held_elsewhere(adapters):
         return
@@ -182,7 +182,7 @@ def _adapters_on(view: View, layers: Collection[str]) -> set[nn.Parameter]:
 
 def _refuse_inactive_adapters(view: View, held: _Held) -> None:
     """Refuse an optimizer that holds inactive adapters alone, if others got gradients and no optimizer holds them."""
-    # gradients from before the switch may still be taken
+    # with gradients from before the switch, it may still take its step
     if held.with_gradients or not held.parameters:
         return
     if not held.parameters <= _inactive_parameters(view):

@@ -82,7 +82,7 @@ class _Block(ExitStack):
         self.names = names
 
     def __enter__(self) -> "_Block":
-        """Check all modules first, and then begin, until the end of the block."""
+        """Check all modules, and then let those that differ run apart, until the end of the block."""
         view = view_of(self.model)
         check_switchable(view)
         states = self._move_used_adapters(view)
@@ -107,7 +107,7 @@ class _Block(ExitStack):
         for module in around:
             self._leave_inference_path(module)
         for each in mixed:
-            # bound to the module: in a copy of the module, it is bound to the copy
+            # it is bound to the module, so that a copy of the module gets it bound to the copy
             forward = MethodType(each.forward, each.module)
             set_own_attribute(each.module, "forward", forward, self)
 
@@ -145,16 +145,28 @@ def _differences_by_module(
     for state in states:
         for layer, adapter in layer_adapters_of(view.model, state.name).items():
             differences[view.modules[layer]].adapters[state.name] = adapter
-    trained = chain.from_iterable(state.originals for state in states)
-    for tensor in dict.fromkeys(trained):
-        values = _values_of(view, tensor, states)
-        is_buffer = not isinstance(view.base_tensors[tensor], nn.Parameter)
-        if is_buffer and _are_all_alike(values):
-            continue  # no adapter has changed it
+    for tensor, values in _differing_tensors(view, states).items():
         reader = _reading_module(view, tensor)
         tensor_in_reader = tensor.removeprefix(f"{reader}.")
         differences[view.modules[reader]].add_values(tensor_in_reader, values)
     return differences
+
+
+def _differing_tensors(
+    view: View, states: Collection[AdapterState]
+) -> dict[str, dict[Name, Tensor]]:
+    """The values of base tensors that one of these adapters has changed: ``{"head.bias": {None: ..., "de": ...}}``.
+
+    A parameter counts as changed if an adapter trains it. A buffer is compared.
+    """
+    differing: dict[str, dict[Name, Tensor]] = {}
+    tensors = chain.from_iterable(state.originals for state in states)
+    for tensor in dict.fromkeys(tensors):
+        values = _values_of(view, tensor, states)
+        is_parameter = isinstance(view.base_tensors[tensor], nn.Parameter)
+        if is_parameter or not _are_all_alike(values):
+            differing[tensor] = values
+    return differing
 
 
 def _values_of(
@@ -192,7 +204,7 @@ def _reading_module(view: View, tensor: str) -> str:
     return owner
 
 
-# Layers whose rows are not their own
+# Layers in which rows cannot have adapters of their own
 
 
 def _check_have_rows(

@@ -24,7 +24,8 @@ from lightning_lora.model.view import View
 from lightning_lora.private import version_of
 from lightning_lora.tensors.dicts import grouped
 
-_ATTN_MASK = 5  # the place of attn_mask among the arguments of an attention
+_ATTN_MASK = 5
+"""The place of ``attn_mask`` among the arguments of an attention."""
 
 
 class MixedModule:
@@ -91,23 +92,9 @@ class MixedModule:
 
     def _run_each(self, args: Any, kwargs: Any) -> Any:
         """Run the rows of each name by themselves, and put the outputs together."""
-        n = len(self.names)
-        # the states of a recurrent layer have the rows in their second dimension
-        states_dim = int(isinstance(self.module, nn.RNNBase))
-        mask = self._shared_mask(args, kwargs)
-        outputs = []
-        for name, rows in self.rows.items():
-            # the base runs on all rows: with fewer, its bits may differ
-            if name is None:
-                output = self.runner.run_as(None, args, kwargs)
-                outputs.append(take_rows(output, rows, n, states_dim))
-            else:
-                its_args, its_kwargs = take_rows(
-                    (args, kwargs), rows, n, states_dim, mask
-                )
-                outputs.append(self.runner.run_as(name, its_args, its_kwargs))
+        outputs = [self._run_rows(name, args, kwargs) for name in self.rows]
         try:
-            return put_together(outputs, list(self.rows.values()), states_dim)
+            return put_together(outputs, list(self.rows.values()), self._states_dim)
         except NoRowsError as error:
             about = (
                 f"{self.module_name!r} returns a {error} without a row for each name"
@@ -116,6 +103,28 @@ class MixedModule:
                 f"{about}, so that those of several adapters cannot be put together. "
                 "Use set_adapter."
             ) from None
+
+    def _run_rows(self, name: Name, args: Any, kwargs: Any) -> Any:
+        """Run the rows of one name, and return their output.
+
+        The base runs on all rows, of which its own are taken: its bits may differ with
+        fewer rows.
+        """
+        n = len(self.names)
+        rows = self.rows[name]
+        if name is None:
+            output = self.runner.run_as(None, args, kwargs)
+            return take_rows(output, rows, n, self._states_dim)
+        mask = self._shared_mask(args, kwargs)
+        its_args, its_kwargs = take_rows(
+            (args, kwargs), rows, n, self._states_dim, mask
+        )
+        return self.runner.run_as(name, its_args, its_kwargs)
+
+    @property
+    def _states_dim(self) -> int:
+        """The dimension of the rows in a recurrent layer's states. In other values, it is the first."""
+        return int(isinstance(self.module, nn.RNNBase))
 
     def _shared_mask(self, args: Any, kwargs: Any) -> Tensor | None:
         """The mask of an attention, which all rows share."""

@@ -71,7 +71,7 @@ class ModuleRunner:
         self.plain_class: Any = (
             module.lora_plain_class if isinstance(module, LoRALayer) else type(module)
         )
-        # that of the active adapter: a Trainer tells it whether a training step runs
+        # by the step of the active adapter, a Trainer says that a training step runs
         self.step = vars(module).get("lora_step", Step())
         self.has_dropout = any(
             adapter.settings.dropout > 0 for adapter in self.adapters.values()

@@ -116,7 +116,7 @@ def _with_other_networks(
     so no such adapter is lost.
     """
 
-    # reads weights: it is called only if it is needed
+    # this reads weights, so it is called only if it is needed
     def find_new_modules() -> tuple[str, ...]:
         return find_untrained(view).new_modules
 

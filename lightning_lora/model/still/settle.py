@@ -50,7 +50,8 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     _tell_guards_and_forget_frozen(view, paused)
     _note_networks(view, found)
     strip_adapters(view, found.beside_training)
-    freeze(view)  # in a copy, not even modules_to_save and biases train
+    # nothing trains in a copy now, not even its modules_to_save and biases
+    freeze(view)
     follow_originals(view)
     return paused
 
@@ -84,7 +85,7 @@ def _pause_layers(
     Return their layers. Adapters under a head train although no optimizer holds their
     weights, and those of copies follow their originals.
     """
-    # only those of an earlier fit: adapters in a network found now have not learned
+    # an earlier fit has found these: no adapter in a network found now has learned
     under_head = view.adapter.networks.under_head
     may_be_unheld = {*under_head, *copies}
     paused = []
@@ -146,4 +147,4 @@ def strip_adapters(view: View, networks: Collection[str]) -> None:
     detach_from(view, to_strip)
     view.adapter.layers = tuple(view.layers)
     view.adapter.networks = now
-    view.look_again()  # as in _note_networks
+    view.look_again()  # what trains in full depends on the networks

@@ -127,17 +127,25 @@ def _bounds(layer: nn.Module, weight: nn.Parameter) -> set[float]:
 
 def _deviations(view: View, name: str, weight: nn.Parameter) -> tuple[float, ...]:
     """The deviations of normal initialisations: that of the nearest ``config`` of transformers, or usual ones."""
+    deviation_of_config = _initializer_range(view, name)
+    if deviation_of_config is not None:
+        return (deviation_of_config,)
+    if is_embedding(view.modules[name]):
+        return 1.0, 0.02
+    # torchvision initialises convolutions so
+    kaiming = [math.sqrt(2 / fan) for fan in _fans(weight)]
+    return 0.02, 0.01, *kaiming
+
+
+def _initializer_range(view: View, name: str) -> float | None:
+    """The deviation in the ``config`` of transformers that is nearest around a layer, if there is one."""
     outer_names = ["", *starts_of(name)[:-1]]
     for outer in reversed(outer_names):
         config = vars(view.modules[outer]).get("config")
         deviation = getattr(config, "initializer_range", None)
         if isinstance(deviation, float) and deviation > 0:
-            return (deviation,)
-    if is_embedding(view.modules[name]):
-        return 1.0, 0.02
-    # of torchvision's convolutions
-    kaiming = [math.sqrt(2 / fan) for fan in _fans(weight)]
-    return 0.02, 0.01, *kaiming
+            return deviation
+    return None
 
 
 def _fans(weight: nn.Parameter) -> tuple[int, int]:
