@@ -50,8 +50,8 @@ def weighted_sum(
         summands: The adapters, of several files or of one model.
         weights: One for each of them.
         r: The rank of each sum. None: as high as its updates' ranks together.
-        module_names: All modules of the model, as far as they are known: the
-            configuration means none of the others.
+        module_names: The modules of the model, as far as they are known. The
+            configuration must mean none that is not adapted.
     """
     _check_numbers(weights, r)
     first = summands[0]
@@ -63,8 +63,8 @@ def weighted_sum(
         layers[name] = replace(layer, r=layer_r)
         state.update(_named_factors(name, updates, layer_r))
     modules = _modules_of_all(summands)
-    present = {*layers, *module_names, *modules, *_owners_in_base(first)}
-    config = by_whole_names(layers.values(), LoRAConfig(), present)
+    known_modules = {*layers, *module_names, *modules, *_owners_in_base(first)}
+    config = by_whole_names(layers.values(), LoRAConfig(), known_modules)
     return StoredAdapters(
         config,
         state,

@@ -85,56 +85,57 @@ def _name_in_unet(layer: str) -> str:
 class _OriginalUnet:
     """The original names in a UNet, which has no blocks there: it numbers ResNets and samplers through.
 
-    With two ResNets in a block, ``down_blocks.1.resnets.0`` is ``input_blocks.4.0``:
-    before it are ``conv_in`` (0), two ResNets (1 and 2) and a sampler (3). On the way
-    up, a block has one more ResNet, and its sampler has the number of the last one.
+    With two ResNets in each block on the way down, ``down_blocks.1.resnets.0`` is
+    ``input_blocks.4.0``: before it are ``conv_in`` (0), two ResNets (1 and 2) and a
+    sampler (3). On the way up, a block has one more ResNet, and its sampler has the
+    number of its last ResNet.
     """
 
     def __init__(self, modules: Collection[str]) -> None:
         # the original names of single layers, by their names in diffusers
         self.layers = dict(OUTER)
-        # the original names of attentions and ResNets, which have layers inside
-        self.blocks = {
+        # the original names of ResNets and attentions, which have layers inside
+        self.groups = {
             "mid_block.resnets.0": "middle_block.0",
             "mid_block.attentions.0": "middle_block.1",
             "mid_block.resnets.1": "middle_block.2",
         }
-        resnets = [
+        resnets_in_block = [
             name
             for name in modules
             if re.fullmatch(r"down_blocks\.0\.resnets\.\d+", name)
         ]
         for block in range(4):  # no such UNet has more
-            self._add_block(block, len(resnets))
-            # where there is no attention, diffusers would read another layer
-            if f"up_blocks.{block}.attentions.0" in modules:
-                self._add_upsampler(block, len(resnets))
+            self._add_down_block(block, len(resnets_in_block))
+            has_attention = f"up_blocks.{block}.attentions.0" in modules
+            self._add_up_block(block, len(resnets_in_block) + 1, has_attention)
 
-    def _add_block(self, block: int, resnets: int) -> None:
-        """Add the block of this number on the way down, and that on the way up."""
-        first = block * (resnets + 1)
-        for number in range(resnets + 1):
-            self._add_to_block(
-                f"down_blocks.{block}", number, f"input_blocks.{first + number + 1}"
+    def _add_down_block(self, block: int, resnets: int) -> None:
+        """Add a block on the way down, with this number of ResNets."""
+        first = 1 + block * (resnets + 1)
+        for number in range(resnets):
+            self._add_resnet(
+                f"down_blocks.{block}", number, f"input_blocks.{first + number}"
             )
-            self._add_to_block(
+        sampler = f"input_blocks.{first + resnets}.0.op"
+        self.layers[f"down_blocks.{block}.downsamplers.0.conv"] = sampler
+
+    def _add_up_block(self, block: int, resnets: int, has_attention: bool) -> None:
+        """Add a block on the way up, with this number of ResNets."""
+        first = block * resnets
+        for number in range(resnets):
+            self._add_resnet(
                 f"up_blocks.{block}", number, f"output_blocks.{first + number}"
             )
-        self.layers[f"down_blocks.{block}.downsamplers.0.conv"] = (
-            f"input_blocks.{first + resnets + 1}.0.op"
-        )
+        # if there is no attention, diffusers would read the sampler as another layer
+        if has_attention:
+            sampler = f"output_blocks.{first + resnets - 1}.2.conv"
+            self.layers[f"up_blocks.{block}.upsamplers.0.conv"] = sampler
 
-    def _add_to_block(self, block: str, number: int, original: str) -> None:
+    def _add_resnet(self, block: str, number: int, original: str) -> None:
         """Add a ResNet of a block, and the attention behind it."""
-        self.blocks[f"{block}.resnets.{number}"] = f"{original}.0"
-        self.blocks[f"{block}.attentions.{number}"] = f"{original}.1"
-
-    def _add_upsampler(self, block: int, resnets: int) -> None:
-        """Add the upsampler behind an attention."""
-        last = block * (resnets + 1) + resnets
-        self.layers[f"up_blocks.{block}.upsamplers.0.conv"] = (
-            f"output_blocks.{last}.2.conv"
-        )
+        self.groups[f"{block}.resnets.{number}"] = f"{original}.0"
+        self.groups[f"{block}.attentions.{number}"] = f"{original}.1"
 
     def name_of(self, layer: str) -> str:
         """Return the name of a layer in a file. Empty: it has none there."""
@@ -143,10 +144,10 @@ class _OriginalUnet:
         found = _IN_BLOCK.fullmatch(layer)
         if found is None:
             return ""
-        block, inner = found.groups()
-        if block not in self.blocks:
+        group, inner = found.groups()
+        if group not in self.groups:
             return ""
-        return _joined("lora_unet", self.blocks[block], _IN_RESNET.get(inner, inner))
+        return _joined("lora_unet", self.groups[group], _IN_RESNET.get(inner, inner))
 
 
 # Text encoders

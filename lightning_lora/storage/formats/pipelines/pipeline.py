@@ -55,12 +55,12 @@ def member_name(model: nn.Module | None, root: str) -> str:
     name = last_component(root)
     if MEMBER_NAME.fullmatch(name):
         return name
+    reads_adapters = hasattr(model, "load_lora_adapter")
     for ancestor in type(model).__mro__:
-        if ancestor.__module__.startswith("diffusers.models.unets"):
+        library = ancestor.__module__
+        if library.startswith("diffusers.models.unets"):
             return "unet"
-        if ancestor.__module__.startswith("diffusers.models.transformers") and hasattr(
-            model, "load_lora_adapter"
-        ):
+        if library.startswith("diffusers.models.transformers") and reads_adapters:
             return "transformer"
         if ancestor.__name__ == "PreTrainedModel":
             return "text_encoder"

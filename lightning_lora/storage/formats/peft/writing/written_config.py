@@ -49,7 +49,7 @@ def written_config(
 
 
 def _instead_for_parameters(parameters: list[str], bias: str) -> dict[str, Any]:
-    """The fields that are otherwise, or there at all, if PEFT adapts parameters."""
+    """The fields that have other values, or are there at all, only if PEFT adapts parameters."""
     if not parameters:
         return {}
     # PEFT refuses dropout for parameters
