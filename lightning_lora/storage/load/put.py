@@ -192,7 +192,7 @@ def _name_of_new(view: View, name: str | None) -> str:
 def _with_values_of_base(
     view: View, stored: StoredAdapters, *, is_new: bool
 ) -> StoredAdapters:
-    """Add what files of other libraries do not hold, because it is the base's."""
+    """Add what files of other libraries do not hold, because it is the base's. What they hold stays."""
     if stored.names_its_base:
         return stored
     trained = _base_values_of_trained(view, is_new=is_new)
@@ -202,9 +202,9 @@ def _with_values_of_base(
 
 
 def _base_values_of_trained(view: View, *, is_new: bool) -> dict[str, Tensor]:
-    """The base's values of what trains in full.
+    """The base's values of what trains in full, for a file that may lack these.
 
-    Beside adapters that were there, a file must hold all but biases.
+    If the model had adapters before, the file may lack biases alone.
     """
     names = [name for name in view.trainable_base if is_new or is_bias(name)]
     return {name: kept_or_present_value(view, name) for name in names}
