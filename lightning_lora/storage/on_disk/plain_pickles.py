@@ -110,6 +110,7 @@ def _parameter(data: Any, *_: Any) -> Any:
 _PLAIN: dict[str, Callable[..., Any]] = {  # what a pickle may call, by its name there
     "collections.OrderedDict": OrderedDict,
     "__builtin__.getattr": _class_inside,
+    "__builtin__.set": set,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
