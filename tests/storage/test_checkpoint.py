@@ -119,6 +119,7 @@ def test_full_checkpoint_is_taken_as_the_base(
         t.fit(model, data(), ckpt_path=full)
     assert t.global_step == 4
     assert "full.ckpt holds a full model and no adapters" in caplog.text
+    assert "The state of its run is not restored" in caplog.text
     assert torch.equal(model.q_proj.weight, plain.q_proj.weight)
     assert not torch.equal(model.head.weight, plain.head.weight)
     t.save_checkpoint(tmp_path / "lora.ckpt")

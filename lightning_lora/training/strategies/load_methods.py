@@ -227,8 +227,8 @@ class LoadMethods(SetUpMethods):
 def _new_base_in(checkpoint: Checkpoint, path: Any) -> Checkpoint:
     """What a file of a full model holds for a fine-tune, which begins anew on this base."""
     rank_zero_info(
-        f"{path} holds a full model and no adapters: it is the base of the fine-tune, "
-        "which begins anew."
+        f"{path} holds a full model and no adapters: its weights are the base of the "
+        "fine-tune. The state of its run is not restored: training begins at step 0."
     )
     return without_run_state(checkpoint)
 

@@ -137,8 +137,20 @@ def test_what_a_user_has_registered(
     ll.save_adapter(model, tmp_path / "adapter.safetensors")
     for source in (model, tmp_path / "adapter.safetensors"):
         check_refused(
-            source, tmp_path, "'0': PEFT has no counterpart for .*Own.*merge_adapters"
+            source, tmp_path, "'0': PEFT has no counterpart for .*Own.*save_merged"
         )
+
+
+def test_an_attention_of_torch_is_refused_with_the_argument_of_the_next_training(
+    tmp_path: Path,
+) -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    q_k_v = r"{'attn': \['q', 'k', 'v'\]}"
+    check_refused(
+        trained(model, ll.LoRAConfig(r=2)),
+        tmp_path,
+        f"'attn': .* twice. Train again with target_slices={q_k_v}, which leaves that",
+    )
 
 
 def test_names_in_modules_to_save_that_peft_reads_otherwise(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import names_not_in
 
 _LEAVE_OUT = (
-    "Train without it (exclude_modules), or call merge_adapters and save the whole "
-    "model."
+    "A training without these layers (exclude_modules) can be exported. The whole "
+    "merged model is for any code: save_merged(model, path)."
 )
 
 

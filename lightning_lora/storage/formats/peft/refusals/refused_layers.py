@@ -105,8 +105,8 @@ def _because_out_proj_counts_twice(layer: StoredLayer, _: _Arrival) -> Reason:
     leaf = last_component(layer.name)
     without_it = f"target_slices={{{leaf!r}: ['q', 'k', 'v']}}"
     return (
-        "PEFT 0.21 adds the update of an attention's output projection twice; "
-        f"{without_it} leaves that out."
+        "PEFT 0.21 adds the update of an attention's output projection twice. Train "
+        f"again with {without_it}, which leaves that out."
     )
 
 
