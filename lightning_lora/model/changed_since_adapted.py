@@ -104,7 +104,8 @@ def _check_same_layer(view: View, name: str, choice: Choice) -> None:
     layer = view.layers[name]
     here = _about(layer.lora_settings, layer.lora_matrices)
     wanted = _about(choice.settings, choice.matrices)
-    different = [key for key in {**here, **wanted} if here.get(key) != wanted.get(key)]
+    keys = {**here, **wanted}  # "init" may be in one of them only
+    different = [key for key in keys if here.get(key) != wanted.get(key)]
     if different:
         raise AdapterMismatchError(
             f"Layer {name!r} of {view.title} is adapted already, with "
@@ -145,9 +146,10 @@ _USERS_WORDS = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtyp
 def _about(settings: Settings, matrices: Iterable[AdaptedMatrix]) -> dict[str, Any]:
     """An adapter's settings and matrices, in users' words."""
     compared = asdict(settings)
-    del compared["trains"]
+    del compared["trains"]  # a paused adapter is the same one
+    # how an adapter began does not matter later, unless its update counts from there
     if not settings.is_difference:
-        del compared["init"]  # otherwise it makes no difference later
+        del compared["init"]
     about = renamed(compared, _in_users_words)
     about["matrices"] = [_about_matrix(matrix) for matrix in matrices]
     return about

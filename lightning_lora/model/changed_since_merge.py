@@ -28,9 +28,9 @@ def refuse_changed_since_merge(view: View) -> None:
 
 
 def is_as_merged(view: View) -> bool:
-    """Whether a model has its merged weights, perhaps converted. One that is not merged has.
+    """Whether the weights of a merged model are as the merge left them, or only moved or converted since.
 
-    Collective for a sharded one.
+    True, if the model is not merged. Collective for a sharded one.
     """
     if not view.is_merged:
         return True
@@ -54,7 +54,7 @@ def refuse_layers_of_another_model(view: View) -> None:
 
 
 def _is_as_merged_here(view: View) -> bool:
-    """Whether all parameters are as the merge left them. Of DTensors, this process compares its part."""
+    """Whether all parameters are as the merge left them. This process compares its part of DTensors."""
     for name, seen in view.record.base.after_merge.seen_without_update.items():
         parameter = view.parameters.get(name)
         if parameter is None or not seen.may_have_same_values(parameter):
@@ -69,8 +69,8 @@ def _is_layer_as_merged(view: View, layer: str, adapter: LayerAdapter) -> bool:
     """Whether the weights of a merged layer are as merged, perhaps converted, and tied to the same ones."""
     after_merge = view.record.base.after_merge
     names = names_joined(layer, adapter.weights)
-    if names_not_in(names, view.parameters):  # prune or weight_norm computes these
-        return False
+    if names_not_in(names, view.parameters):
+        return False  # prune or weight_norm computes a weight now
     tied = only(after_merge.seen_tied, names)
     if not all(_is_tie_present(view, name) for name in tied):
         return False

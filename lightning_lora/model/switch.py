@@ -74,7 +74,7 @@ class SwitchBlock(AbstractContextManager[None]):
         if record is None:  # all were removed in the block
             return
         if self.shown_before is None and self.active_before in record.inactive_adapters:
-            # the base was shown over the adapter that was active before
+            # the base was shown, and below it, another adapter was on the layers
             switch_to(self.model, self.active_before)
         switch_to(self.model, self.shown_before)
 

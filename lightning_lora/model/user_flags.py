@@ -61,13 +61,11 @@ def _requires_grad(parameter: nn.Parameter) -> bool:
 
 def _has_trainable_parameters(layer: LoRALayer) -> bool:
     """Whether any parameter of a layer's adapter requires a gradient."""
-    return any(
-        parameter.requires_grad for parameter in layer.lora_parameters().values()
-    )
+    return any(p.requires_grad for p in layer.lora_parameters().values())
 
 
 def _note_thawed(view: View) -> None:
-    """Note as thawed: weights that the adapters had frozen, and that require a gradient."""
+    """Note which weights the user has thawed: they were frozen with the base, and require a gradient now."""
     base = view.record.base
     trainable_now = where(view.frozen_base, _requires_grad)
     thawed = only(trainable_now, base.user_trains)
@@ -81,15 +79,14 @@ def _note_copied(view: View) -> None:
     In a copy, weights are frozen as in the original: the adapters froze them there, and
     not the user.
     """
-    copied = where(
-        without(view.layers, view.recorded_layers), _has_trainable_parameters
-    )
+    not_recorded = without(view.layers, view.recorded_layers)
+    copied = where(not_recorded, _has_trainable_parameters)
     weights = names_inside(view.base_parameters, copied.keys())
     view.record.base.set_user_trains(weights, flag=True)
 
 
 def _note_frozen_after_learning(view: View) -> None:
-    """Note as frozen since: the weights of layers whose adapters have learned, and train no more."""
+    """Note the weights that the user froze by freezing adapters that have learned."""
     if not view.adapter.may_have_learned:
         return
     base = view.record.base
@@ -100,10 +97,7 @@ def _note_frozen_after_learning(view: View) -> None:
 
 
 def note_frozen_before_learning(view: View) -> None:
-    """Note as frozen by the user: the weights of layers whose new adapters the user has frozen.
-
-    No adapter has learned anything, so the user means the weights.
-    """
+    """Note the weights that the user froze by freezing adapters before they learned anything."""
     if view.adapter.may_have_learned:
         return
     frozen = _frozen_layers(view)
@@ -112,12 +106,10 @@ def note_frozen_before_learning(view: View) -> None:
 
 
 def _frozen_layers(view: View) -> dict[str, LoRALayer]:
-    """The layers with adapters that this package has made trainable, and of which nothing trains."""
+    """The layers whose adapters the user has frozen: they should train, and nothing of them does."""
     return where(only(view.layers, view.recorded_layers), _is_frozen)
 
 
 def _is_frozen(layer: LoRALayer) -> bool:
-    trainable = layer.lora_trainable()
-    return bool(trainable) and not any(
-        parameter.requires_grad for parameter in trainable
-    )
+    should_train = layer.lora_trainable()
+    return bool(should_train) and not any(p.requires_grad for p in should_train)
