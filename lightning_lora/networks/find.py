@@ -77,10 +77,10 @@ def find_networks(
         still_layers, {*training, *other_layers, *named_by_user}
     )
     # without other layers, no layer at all would get an adapter
-    if training and other_layers:
-        pretrained = names_outside(training, find_untrained())
-        if pretrained and not _are_head(pretrained, still_layers, matrices):
-            return StillNetworks(beside_training=networks, copies=copies)
+    if other_layers and _holds_student(
+        training, still_layers, matrices, find_untrained
+    ):
+        return StillNetworks(beside_training=networks, copies=copies)
     return StillNetworks(under_head=networks, copies=copies)
 
 
@@ -131,6 +131,19 @@ def _largest_modules(layers: Iterable[str], others: Iterable[str]) -> tuple[str,
     around_others = modules_around(others)
     largest = [largest_free_of(around_others, name) for name in layers]
     return tuple(dict.fromkeys(largest))
+
+
+def _holds_student(
+    training: list[str],
+    still_layers: list[str],
+    matrices: _MatricesByModule,
+    find_untrained: Callable[[], Collection[str]],
+) -> bool:
+    """Whether the modules that train hold a pretrained network, which is more than a head of what stands still."""
+    if not training:
+        return False
+    pretrained = names_outside(training, find_untrained())
+    return bool(pretrained) and not _are_head(pretrained, still_layers, matrices)
 
 
 def _are_head(

@@ -20,8 +20,12 @@ class FormerPlace:
     """The layer that an adapter was on."""
 
     layer: ReferenceType[nn.Module]
-    name: str  # of the layer, in its model
-    weight_names: tuple[str, ...]  # in the layer
+
+    name: str
+    """The layer's name in its model."""
+
+    weight_names: tuple[str, ...]
+    """The names of the weights that the adapter had updates for, in the layer."""
 
     def weights_that_train(self) -> dict[str, nn.Parameter]:
         """Return those weights of the layer that train now, by their names in the model.

@@ -40,7 +40,8 @@ def _random_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:
     """The frozen weights that may be new.
 
     Collective: processes that hold other shards may find others, and all count. If most
-    of a model looks untrained, none is noted: its base is not random by accident.
+    of a model looks untrained, none is noted: its base is not random by accident. If
+    most looks trained, small linear layers count too, because they cannot be judged.
     """
     modules = set(found.new_modules)
     if found.is_mostly_trained:
