@@ -6,6 +6,7 @@ A tensor is read in full only if it may have changed since.
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -99,17 +100,11 @@ class Readings:
 
         Collective for shards.
         """
-        are_new = list[bool]()
-        for name, tensor in tensors.items():
-            are_new.append(self.known_digest(name, tensor) is None)
-        are_new_anywhere = true_anywhere(are_new, list(tensors.values()))
-        to_be_read = dict[str, Tensor]()
-        for (name, tensor), is_new in zip(
-            tensors.items(), are_new_anywhere, strict=True
-        ):
-            if is_new:
-                to_be_read[name] = tensor
-        return to_be_read
+        are_new_here = [
+            self.known_digest(name, tensor) is None for name, tensor in tensors.items()
+        ]
+        are_new = true_anywhere(are_new_here, list(tensors.values()))
+        return dict(compress(tensors.items(), are_new))
 
     # Half digests: those of the values after conversion to bfloat16, and to float16
 

@@ -1,15 +1,15 @@
 """Copies of networks, which other code moves after their originals: their adapters follow those of the originals.
 
-A momentum network is one: its weights are an average of the original's. There are three
-moments:
+A momentum network is such a copy: its weights are an average of the original's. There
+are three moments:
 
-- Adapters come, or the optimizers become known: the copies that are noted follow
+- Adapters come, or the optimizers become known: the copies in the record follow
   (:func:`follow_originals`).
 - A training begins: other code may have copied a network with its adapters since
   (:func:`follow_new_copies`).
-- A first step is over: a network without a gradient may be such a copy, or may train
-  later, as an expert. This cannot be known, so it does not follow, but begins with the
-  same adapter (:func:`begin_as_originals`).
+- A first step is over: a copy without a gradient may be moved by other code, or may
+  train later, as an expert. Nobody can know, so it does not follow, but begins with its
+  original's adapter (:func:`begin_as_originals`).
 """
 
 from collections.abc import Mapping, Set
@@ -33,7 +33,7 @@ def follow_originals(view: View) -> None:
     originals = _original_layers(view, view.adapter.networks)
     for name, original in originals.items():
         view.layers[name].lora_follow(original)
-    # later, an adapter that does not train may be paused, or a sum of others
+    # once adapters have learned, one that does not train may be paused, or a sum
     if not view.adapter.may_have_learned:
         _train_former_copies(without(view.layers, originals))
 
