@@ -42,7 +42,7 @@ def reduce_to_adapters(checkpoint: object) -> dict[str, Any]:
         return {}
     description = _dict_in(checkpoint, KEY)
     merged = _take_merged_model(checkpoint, description)
-    _take_shown_base(checkpoint, description)
+    _take_shown(checkpoint, description)
     state = _dict_in(checkpoint, "state_dict")
     for hint in list(filter(is_hint, state)):
         del state[hint]
@@ -65,8 +65,8 @@ def _take_merged_model(
     return merged
 
 
-def _take_shown_base(checkpoint: dict[str, Any], description: dict[str, Any]) -> None:
-    """Take out what :func:`show_base` has put in."""
+def _take_shown(checkpoint: dict[str, Any], description: dict[str, Any]) -> None:
+    """Take out what :func:`show_base` has put in, and the hint to other readers, if the file names it so."""
     shown = description.pop(SHOWN, None)
     if isinstance(shown, set):
         state = _dict_in(checkpoint, "state_dict")
