@@ -3,7 +3,7 @@
 Alpha, and the slices of a ``MergedLinear``, are in no file.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -180,13 +180,24 @@ def _merged_linear(
 ) -> LayerUpdate:
     """The update of a ``MergedLinear``: A and B have those of its slices stacked, in the order of their rows."""
     matrices = tuple(sorted(slices, key=attrgetter("first")))
+    _check_stacked(layer, matrices, factors)
+    a, b = factors
+    count = len(matrices)
+    of_slices = zip(a.chunk(count), b.chunk(count), strict=True)
+    return LayerUpdate(replace(layer, matrices=matrices), tuple(of_slices))
+
+
+def _check_stacked(
+    layer: StoredLayer, slices: Sequence[AdaptedMatrix], factors: Factors
+) -> None:
+    """Refuse A and B that are not those of so many slices of one size."""
     a, b = factors
     r = _rank_of(factors)
-    count = len(matrices)
-    shape_of_a = (count * r, matrices[0].reads)
-    rows = {matrix.writes for matrix in matrices}
+    count = len(slices)
+    shape_of_a = (count * r, slices[0].reads)
+    rows = {matrix.writes for matrix in slices}
     if a.shape != shape_of_a or rows != {len(b) / count}:
-        names = listed(matrix.name for matrix in matrices)
+        names = listed(matrix.name for matrix in slices)
         shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
         in_file = a.shape[0] / r
         raise AdapterMismatchError(
@@ -194,8 +205,6 @@ def _merged_linear(
             f"slices. target_slices name {count}, {names}, of {sorted(rows)} rows. "
             "Name the slices that enable_lora had."
         )
-    of_slices = zip(a.chunk(count), b.chunk(count), strict=True)
-    return LayerUpdate(replace(layer, matrices=matrices), tuple(of_slices))
 
 
 LORALIB = Format(

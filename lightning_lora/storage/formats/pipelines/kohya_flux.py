@@ -1,7 +1,7 @@
 """Flux in the form of kohya: its original model has some layers in one, as q, k and v of an attention."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,20 +91,28 @@ def _stacked(parts: Sequence[str], updates: Mapping[str, Factors]) -> Factors:
     All parts have one rank here, and one without an update gets zeros. From q and v, A
     is ``[A_q, 0, A_v]``, one below the other, and B has the blocks B_q, 0 and B_v.
     """
-    first, (a, b) = next(iter(updates.items()))
-    outputs_of_q = len(b) // _size(first)
     rank = max(len(a) for a, _ in updates.values())
     stacked_a = list[Tensor]()
     stacked_b = list[Tensor]()
-    for part in parts:
-        zero = (
-            a.new_zeros(rank, a.shape[1]),
-            b.new_zeros(outputs_of_q * _size(part), rank),
-        )
-        part_a, part_b = with_rank(updates.get(part, zero), rank)
-        stacked_a.append(part_a)
-        stacked_b.append(part_b)
+    for factors in _of_all_parts(parts, updates):
+        a, b = with_rank(factors, rank)
+        stacked_a.append(a)
+        stacked_b.append(b)
     return torch.cat(stacked_a), torch.block_diag(*stacked_b)
+
+
+def _of_all_parts(
+    parts: Iterable[str], updates: Mapping[str, Factors]
+) -> list[Factors]:
+    """The update of each of these parts: one of zero, if there is none."""
+    first, (a, b) = next(iter(updates.items()))
+    outputs_of_q = len(b) // _size(first)
+    of_parts = list[Factors]()
+    for part in parts:
+        zero_b = b.new_zeros(outputs_of_q * _size(part), b.shape[1])
+        zero = (torch.zeros_like(a), zero_b)
+        of_parts.append(updates.get(part, zero))
+    return of_parts
 
 
 def _size(layer: str) -> int:

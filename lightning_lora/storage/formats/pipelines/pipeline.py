@@ -244,22 +244,33 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
     _check_members(members, roots, file.path)
     updates = list[LayerUpdate]()
     rest = dict[str, Tensor]()
+    settings = list[LoRAConfig]()
     modules_to_save = list[str]()
-    configs = list[LoRAConfig]()
     for member in sorted(members & roots.keys()):
-        root = roots[member]
-        modules = by_names_inside(root, view.modules)
-        tensors, config = file.contents_of(member, modules)
-        updates_of_member, rest_of_member = read_updates(
-            view, tensors, config, file.path, root
-        )
-        updates += updates_of_member
-        rest |= rest_of_member
-        modules_to_save += config.modules_to_save
-        configs.append(config.as_ours)
+        of_member = _read_member(view, file, member, roots[member])
+        updates += of_member.updates
+        rest |= of_member.rest
+        settings.append(of_member.config.as_ours)
+        modules_to_save += of_member.config.modules_to_save
     return stored_from_updates(
-        view, updates, rest, _settings_of_all(configs, file.path), modules_to_save
+        view, updates, rest, _settings_of_all(settings, file.path), modules_to_save
     )
+
+
+class _MemberRead(NamedTuple):
+    """What a file has for one member, by names in the model."""
+
+    updates: list[LayerUpdate]
+    rest: Mapping[str, Tensor]  # tensors besides updates
+    config: PeftConfig
+
+
+def _read_member(view: View, file: PipelineFile, member: str, root: str) -> _MemberRead:
+    """Read what a file has for one member."""
+    modules = by_names_inside(root, view.modules)
+    tensors, config = file.contents_of(member, modules)
+    updates, rest = read_updates(view, tensors, config, file.path, root)
+    return _MemberRead(updates, rest, config)
 
 
 def _settings_of_all(configs: Sequence[LoRAConfig], path: Any) -> LoRAConfig:

@@ -16,7 +16,7 @@ from lightning_lora.storage.stored_layers import Matrices
 
 
 class AdaptedAttention(AdaptedModule):
-    """An attention: q, k and v share A, and lie one after the other in B."""
+    """An attention. PEFT has one adapter for q, k and v, and one for the output projection."""
 
     def read_update(self) -> LayerUpdate:
         """Return the update of the attention, with those of its matrices that the file adapts."""
@@ -42,12 +42,11 @@ class AdaptedAttention(AdaptedModule):
         *qkv, out = matrices
         in_file = dict[AdaptedMatrix, Factors]()
         for name, tensors in self.adapters.items():
-            a, b = pair_of(name, tensors)
+            factors = pair_of(name, tensors)
             if without_wrappers(name) == self.name_in_file:
-                blocks = torch.atleast_1d(b).tensor_split(3)
-                for matrix, block in zip(qkv, blocks, strict=True):
-                    in_file[matrix] = (a, block)
+                in_file |= zip(qkv, _of_q_k_and_v(factors), strict=True)
             elif name.endswith(".base_layer.out_proj"):
+                a, b = factors
                 # PEFT adds the update of the output projection twice
                 in_file[out] = (a, 2 * b)
             else:
@@ -71,3 +70,10 @@ class AdaptedAttention(AdaptedModule):
             f"Nothing calls {name!r} in an nn.MultiheadAttention: its update is left "
             "out, as PEFT does."
         )
+
+
+def _of_q_k_and_v(factors: Factors) -> list[Factors]:
+    """The factors of each of the three, which share A, and of which B has one after the other."""
+    a, b = factors
+    blocks = torch.atleast_1d(b).tensor_split(3)
+    return [(a, block) for block in blocks]

@@ -12,6 +12,7 @@ from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.layer_updates import LayerUpdate, RowsUpdate
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule
 from lightning_lora.storage.formats.peft.refusals.refused_rows import why_rows_differ
+from lightning_lora.storage.stored_layers import StoredLayer
 
 
 class AdaptedRows(AdaptedModule):
@@ -24,21 +25,27 @@ class AdaptedRows(AdaptedModule):
         (matrix,) = LoRATokens.lora_matrices_of(self.module)
         indices = self.file.config.token_rows(self.name_in_file)
         self._check_rows(matrix, rows, indices)
-        reason = why_rows_differ(
-            self.file.view.modules, self.file.renaming.name_here(self.name_in_file)
-        )
+        self._check_is_computed_alike()
+        layer = self._layer_with(replace(matrix, tokens=tuple(sorted(indices))))
+        in_order = torch.tensor(indices).argsort()
+        return RowsUpdate(layer, rows=rows[in_order])
+
+    def _layer_with(self, matrix: AdaptedMatrix) -> StoredLayer:
+        """The embedding with the rows of this matrix."""
+        layer = self.checked_layer(LoRATokens, (matrix,))
+        scaling = self.settings.scaling(self.name_in_file)
+        r = matrix.rank_for(self.settings.rank(self.name_in_file))
+        return replace(layer, scaling=scaling, r=r)
+
+    def _check_is_computed_alike(self) -> None:
+        """Refuse rows with which PEFT computes something else."""
+        name = self.file.renaming.name_here(self.name_in_file)
+        reason = why_rows_differ(self.file.view.modules, name)
         if reason:
             raise AdapterMismatchError(
                 f"The rows of {self.name_in_file!r} cannot be read: {reason} Merge it "
                 "with PEFT."
             )
-        matrix = replace(matrix, tokens=tuple(sorted(indices)))
-        layer = self.checked_layer(LoRATokens, (matrix,))
-        config = self.settings
-        r = matrix.rank_for(config.rank(self.name_in_file))
-        layer = replace(layer, scaling=config.scaling(self.name_in_file), r=r)
-        in_order = torch.tensor(indices).argsort()
-        return RowsUpdate(layer, rows=rows[in_order])
 
     def _check_rows(
         self, matrix: AdaptedMatrix, rows: Tensor, indices: list[int]

@@ -1,6 +1,6 @@
 """Single rows of an embedding that train, which PEFT calls trainable tokens: where it computes something else."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -14,7 +14,7 @@ from lightning_lora.storage.stored_modules import (
     StoredModule,
     input_embedding_in,
 )
-from lightning_lora.tensors.dicts import only
+from lightning_lora.tensors.dicts import only, where
 from lightning_lora.tensors.names import find_parameter, join, starts_of
 
 
@@ -31,48 +31,21 @@ class _Uses(NamedTuple):
 
 def why_rows_differ(modules: Mapping[str, nn.Module], name: str) -> Reason:
     """Return why PEFT computes something else with rows of the layer ``name`` among ``modules``."""
-    uses = _uses_of_weight(modules, name)
-    biased = list[str]()
-    for layer, use in uses.items():
-        if getattr(layer, "bias", None) is not None:
-            biased.append(use)
-    input_embedding = _input_embedding_around(name, modules)
-    is_other = input_embedding and modules[input_embedding] is not modules[name]
-    return first_reason(
-        _RULES,
-        _Uses(
-            names=list(uses.values()),
-            biased=biased,
-            says_tied=_says_tied(modules),
-            other_input=input_embedding if is_other else "",
-        ),
-    )
+    return first_reason(_RULES, _uses_in_model(modules, name))
 
 
 def why_rows_of_file_differ(layer: StoredLayer, export: Export) -> Reason:
     """Return why PEFT computes something else with a layer's rows, by what a file says of modules."""
-    uses = [layer.name, *layer.others_with_its_weights()]
-    if len(uses) > 1 and not export.stored_modules:
+    names = [layer.name, *layer.others_with_its_weights()]
+    if len(names) > 1 and not export.stored_modules:
         return (
-            f"{listed(uses)} have one weight. Load the file onto its model, which says "
+            f"{listed(names)} have one weight. Load the file onto its model, which says "
             "whether PEFT knows that."
         )
-    names = list(map(export.name_for_reader, uses))
-    known_uses = only(export.stored_modules, names)
-    biased = [use for use, module in known_uses.items() if module.has_bias]
-    says_tied = any(module.says_tied for module in export.stored_modules.values())
-    input_embedding = _input_embedding_by_file(names[0], export.stored_modules)
-    names_of_layer = map(export.name_for_reader, [layer.name, *layer.other_names])
-    is_other = input_embedding not in names_of_layer
-    return first_reason(
-        _RULES,
-        _Uses(
-            names=names,
-            biased=biased,
-            says_tied=says_tied,
-            other_input=input_embedding if is_other else "",
-        ),
-    )
+    return first_reason(_RULES, _uses_by_file(names, layer, export))
+
+
+# The rules
 
 
 def _because_of_bias(uses: _Uses) -> Reason:
@@ -110,6 +83,48 @@ _RULES = (_because_of_bias, _because_tied_by_hand, _because_tied_to_another)
 """In the order in which they are asked: the first reason is said."""
 
 
+# The uses of a weight, in a model and by a file
+
+
+def _uses_in_model(modules: Mapping[str, nn.Module], name: str) -> _Uses:
+    """The uses of the weight of the layer ``name`` among the modules of a model."""
+    uses = _layers_with_weight(modules, name)
+    biased = list[str]()
+    for layer, use in uses.items():
+        if getattr(layer, "bias", None) is not None:
+            biased.append(use)
+    input_embedding = _input_embedding_around(name, modules)
+    is_other = input_embedding and modules[input_embedding] is not modules[name]
+    return _Uses(
+        names=list(uses.values()),
+        biased=biased,
+        says_tied=_says_tied(modules),
+        other_input=input_embedding if is_other else "",
+    )
+
+
+def _uses_by_file(
+    names_in_model: Iterable[str], layer: StoredLayer, export: Export
+) -> _Uses:
+    """The uses of a layer's weight, which have these names, by what a file says of modules."""
+    modules = export.stored_modules
+    names = list(map(export.name_for_reader, names_in_model))
+    input_embedding = _input_embedding_by_file(names[0], modules)
+    names_of_layer = map(export.name_for_reader, [layer.name, *layer.other_names])
+    is_other = input_embedding not in names_of_layer
+    return _Uses(
+        names=names,
+        biased=list(where(only(modules, names), _has_bias)),
+        says_tied=any(module.says_tied for module in modules.values()),
+        other_input=input_embedding if is_other else "",
+    )
+
+
+def _has_bias(module: StoredModule) -> bool:
+    """Whether a module has a bias, by what a file says of it."""
+    return module.has_bias
+
+
 # The embedding of the inputs of the outermost model around a layer
 
 
@@ -134,7 +149,7 @@ def _input_embedding_by_file(layer: str, modules: Mapping[str, StoredModule]) ->
 # The layers with one weight, in a model
 
 
-def _uses_of_weight(
+def _layers_with_weight(
     modules: Mapping[str, nn.Module], name: str
 ) -> dict[nn.Module, str]:
     """The layers that have the weight of this one, each with the last of its names."""
