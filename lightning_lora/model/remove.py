@@ -47,7 +47,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     if name is not None and record.inactive_adapters:
         _remove_one(model, record, name)
         return
-    # the base may be shown: then its values are not the adapter's
+    # if the base is shown, tensors first get back what the adapter has in them
     switch_to(model, record.adapter.name)
     view_of(model)  # refuses a model in which layers have lost their adapters
     # modules inside that were adapted on their own lose their adapters too
@@ -58,10 +58,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
 
 
 def _remove_one(model: nn.Module, record: Record, name: str) -> None:
-    """Remove one of several adapters.
-
-    Without the active one, the model shows its base.
-    """
+    """Remove one of several adapters. If it was the active one, the model shows its base then."""
     if name == record.adapter.name:
         # only an inactive adapter can be deleted: so another one becomes active
         with activate(model, next(iter(record.inactive_adapters))) as undo:

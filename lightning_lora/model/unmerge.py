@@ -69,9 +69,10 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 
 def unmerge_or_forget(model: nn.Module) -> bool:
-    """Undo a merge, and return whether there was one.
+    """Undo a merge, and return whether the adapters are back on their layers by that.
 
-    Weights that were replaced since are a new base: that warns.
+    Weights that were replaced since the merge are a new base: then a warning says that
+    the adapters are forgotten.
     """
     if not state_of(model).is_merged:
         return False
@@ -85,15 +86,19 @@ def unmerge_or_forget(model: nn.Module) -> bool:
             "fine-tune are dropped."
         )
         return False
-    _unmerge(view)
+    _take_updates_out(view)
     return True
 
 
 def _unmerge(view: View) -> None:
-    """Undo a merge, if there was one. After an error, the model is merged as before."""
-    if not view.is_merged:
-        return
-    refuse_changed_since_merge(view)
+    """Undo a merge, if there was one."""
+    if view.is_merged:
+        refuse_changed_since_merge(view)
+        _take_updates_out(view)
+
+
+def _take_updates_out(view: View) -> None:
+    """Undo a merge that nothing has changed since. After an error, the model is merged as before."""
     record = view.record
     adapters = record.merged_layer_adapters
     with (

@@ -136,7 +136,7 @@ class LayersView:
         return names
 
     def is_fresh(self) -> bool:
-        """Whether all updates are still zero."""
+        """Whether all updates are still zero. This reads the adapters' values."""
         return all(layer.lora_is_fresh() for layer in self.layers.values())
 
     @cached_property
