@@ -125,8 +125,8 @@ def check_emptied(view: View, number: int, edit: Edit) -> None:
     if any(edit.groups):
         return
     held = with_values(view.base_parameters, parameters_in(edit.built))
-    user_trains = where(view.record.base.user_trains, bool)
-    lost = only(held, user_trains)
+    lost = only(held, where(view.record.base.user_trains, bool))
+    # if the user froze all that it held, it would train nothing without adapters either
     if not lost:
         return
     networks = networks_around(map(owner_or_itself, lost))

@@ -36,15 +36,13 @@ def strip_non_backbones(
         view = view_of(model)
         _check_places(view, judged.backbones, strategy.optimizers)
         _tell_of_backbones(view, judged)
-    if not judged.others:
-        return False
-    view = view_of(model)
-    said = about_networks_left_out(judged.others, view.title)
-    strip_adapters(view, judged.others)
-    freeze(view)
-    rank_zero_info(said)
-    _take_out_frozen(model, optimizer)
-    return True
+    if judged.others:
+        view = view_of(model)
+        strip_adapters(view, judged.others)
+        freeze(view)
+        rank_zero_info(about_networks_left_out(judged.others, view.title))
+        _take_out_frozen(model, optimizer)
+    return bool(judged.others)
 
 
 def refuse_non_backbones(

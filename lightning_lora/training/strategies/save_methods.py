@@ -50,10 +50,7 @@ class SaveMethods(SetUpMethods):
         # before the training begins, a tuner saves, for its trial
         if self.stage.is_fit and self.stage.phase is Phase.SET_UP:
             self._keep_copies_for_trial()
-        # other code may write while training goes on: it gets copies of the values
-        written_later = not has_lightnings_io(self.strategy) or self.is_by_other_code(
-            "save_checkpoint"
-        )
+        written_later = self._may_be_written_later()
         # a module's hook may write files of its own instead
         if "state_dict" in checkpoint:
             checkpoint = self._as_written(checkpoint, written_later=written_later)
@@ -62,6 +59,12 @@ class SaveMethods(SetUpMethods):
         writes_beside = self.strategy.is_global_zero and not written_later
         with writing(filepath, beside=writes_beside) as path:
             self.original.save_checkpoint(checkpoint, path, storage_options)
+
+    def _may_be_written_later(self) -> bool:
+        """Whether other code writes, perhaps while training goes on: it gets copies of the values."""
+        if self.is_by_other_code("save_checkpoint"):
+            return True
+        return not has_lightnings_io(self.strategy)
 
     def _as_written(self, checkpoint: Checkpoint, *, written_later: bool) -> Checkpoint:
         """A checkpoint with what training changed, and perhaps the merged model.
@@ -82,13 +85,21 @@ class SaveMethods(SetUpMethods):
             stage.tools.guards_in_first_process.tell(Guard.base_compared, View(module))
         if stage.save == "adapters":
             return with_callback_state(checkpoint, view_of(module).adapter.name)
+        # the process that writes has the whole model, and merges alone
         if self.strategy.is_global_zero:
-            checkpoint, lost = checkpoints.with_merged_model(
-                module, checkpoint, written_later=written_later
-            )
-            stage.tools.guards_in_each_process.tell(
-                Guard.merged_in_checkpoint, type(module).__name__, lost
-            )
+            return self._with_merged_model(checkpoint, written_later=written_later)
+        return checkpoint
+
+    def _with_merged_model(
+        self, checkpoint: Checkpoint, *, written_later: bool
+    ) -> Checkpoint:
+        """A checkpoint of adapters with the merged model beside them. Guards look at what rounding has taken away."""
+        checkpoint, lost = checkpoints.with_merged_model(
+            self.module, checkpoint, written_later=written_later
+        )
+        self.stage.tools.guards_in_each_process.tell(
+            Guard.merged_in_checkpoint, type(self.module).__name__, lost
+        )
         return checkpoint
 
     def _forget_replaced_merge(self) -> None:

@@ -30,10 +30,12 @@ from lightning_lora.training.strategies.strategy_patch import (
 class SetUpMethods(StrategyPatch):
     """The methods for the set-up, and what those for other moments need too.
 
-    Where the strategy does not shard, Lightning calls them in this order: ``setup`` of
-    the callback, ``configure_model``, ``load_checkpoint`` and ``load_model_state_dict``
-    if there is a file, ``setup``. In it, the strategy calls ``setup_optimizers`` in a
-    fit. So a file's adapters come before the module is converted, moved and wrapped.
+    Where the strategy does not shard, Lightning calls in this order:
+
+    1. The callback's ``setup``, then the module's ``configure_model``.
+    2. If there is a file, ``load_checkpoint`` and ``load_model_state_dict``. So a
+       file's adapters come before the module is converted, moved and wrapped.
+    3. ``setup``, which does this, and in a fit calls ``setup_optimizers``.
     """
 
     shards_before_adapters: ClassVar[bool] = False

@@ -286,17 +286,15 @@ def _local_gradient(p: nn.Parameter) -> Tensor:
 
 def _distribute_beside_others(view: View) -> None:
     """Make all adapters DTensors where anything that trains is one: optimizers take no mixture."""
-    parameters: dict[str, Any] = {**view.adapter_parameters, **view.trainable_base}
-    distributed = where(parameters, shards.is_dtensor)
+    trainable: dict[str, Any] = {**view.adapter_parameters, **view.trainable_base}
+    distributed = where(trainable, shards.is_dtensor)
     if not distributed:
         return
     first, *_ = distributed.values()
-    mesh = first.device_mesh
     for layer in view.layers.values():
-        for name, factor in where_not(
-            layer.lora_parameters(), shards.is_dtensor
-        ).items():
-            set_parameter(layer, name, shards.replicated(factor, mesh))
+        in_full = where_not(layer.lora_parameters(), shards.is_dtensor)
+        for name, p in in_full.items():
+            set_parameter(layer, name, shards.replicated(p, first.device_mesh))
 
 
 @torch.no_grad()
