@@ -64,7 +64,7 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
     view = view_of(pl_module)
     if not _needs_data(view.config) or not view.is_fresh():
         return
-    # again: the module's own hooks have run
+    # a second time, because the module's own hooks have run since the set-up
     check_data_init(trainer, pl_module, view.config)
     start = _DataStart(trainer, pl_module, view.config, leading_layers(view))
     start.check_quantised()
@@ -75,10 +75,7 @@ def start_from_data(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def _send_to_all_processes(trainer: Trainer, view: View) -> None:
-    """Give all processes the adapters of the first one.
-
-    Each has seen data of its own.
-    """
+    """Give all processes the adapters of the first one: each process has seen data of its own."""
     for parameter in view.adapter_parameters.values():
         values = trainer.strategy.broadcast(parameter.detach().cpu())
         parameter.detach().copy_(values)

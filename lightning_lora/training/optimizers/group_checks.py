@@ -42,15 +42,24 @@ def place_remaining(
     if len(groups) == 1:
         _tell_of_only_group(view, remaining)
         return _with_more_in_only_group(edits, remaining.values())
-    # the first step judges which networks under a head are backbones: only the adapters
-    # of these need a place, which is asked then
-    waiting: Collection[str] = ()
-    if groups:
-        waiting = view.adapter.networks.under_head
-    refused = names_outside(remaining, waiting)
-    if refused:
-        raise no_place_error(view.title, refused, len(groups))
+    _refuse_without_place(view, remaining, len(groups))
     return edits
+
+
+def _refuse_without_place(
+    view: View, names: Iterable[str], number_of_groups: int
+) -> None:
+    """Refuse parameters that train, and that no group holds.
+
+    Those in networks under a head may wait: the first step judges which of these
+    networks are backbones, and only their adapters need a place.
+    """
+    waiting: Collection[str] = ()
+    if number_of_groups:
+        waiting = view.adapter.networks.under_head
+    refused = names_outside(names, waiting)
+    if refused:
+        raise no_place_error(view.title, refused, number_of_groups)
 
 
 def _with_more_in_only_group(

@@ -37,10 +37,15 @@ def train_adapters(
 ) -> None:
     """Replace base weights in the groups by adapters.
 
-    Check all optimizers before the first is changed.
+    1. Scaled groups that an earlier fit has left are removed: ``built_groups`` expects
+       none.
+    2. What the optimizers hold says which networks train: the others lose their
+       adapters, or these are paused.
+    3. The new groups are planned, and all of them are checked before the first
+       optimizer is changed.
+    4. They are written, and adapters with a scale get groups of their own.
     """
     for optimizer in optimizers:
-        # an earlier fit may have left some, which ``built_groups`` does not expect
         remove_scaled_groups(optimizer)
     view = view_of(model)
     paused = _settle_networks(view, optimizers)
@@ -55,9 +60,10 @@ def train_adapters(
 
 
 def _settle_networks(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
-    """Take adapters off networks that stand still.
+    """Take adapters off networks that stand still, or pause those that have learned.
 
-    Return paused layers: their adapters do not train, and keep what they have learned.
+    Return the paused layers: their adapters do not train, and keep what they have
+    learned.
     """
     paused = settle(view, _not_held(view, optimizers))
     if paused:
@@ -71,8 +77,8 @@ def _settle_networks(view: View, optimizers: Iterable[Optimizer]) -> list[str]:
 def _not_held(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """The base's parameters that no optimizer holds, neither themselves nor by their adapters.
 
-    If optimizers hold no adapted weight at all, the set is empty: that says nothing
-    about single networks.
+    Optimizers that hold no adapted weight at all say nothing of single networks: then
+    the set is empty.
     """
     held = _in_built_groups(optimizers)
     held |= base_weights_of(layers_trained_by(held, view), view)
@@ -91,7 +97,7 @@ def _in_built_groups(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
 
 
 def _plan(view: View, optimizers: Iterable[Optimizer]) -> list[Edit]:
-    """The groups that each optimizer is to have. Their number stays."""
+    """The groups that each optimizer is to have. The number of groups stays."""
     placement = _Placement(_replacements(view), _in_built_groups(optimizers))
     edits = []
     for optimizer in optimizers:
@@ -145,7 +151,10 @@ class _Placement:
         return groups
 
     def _candidates(self, group: Params) -> Iterable[nn.Parameter]:
-        """What may train in a group, each once: adapters in the places of their weights, and what is not frozen."""
+        """What may train in a group: adapters in the places of their weights, and what is not frozen.
+
+        Each comes once, also an adapter that the user's code has put beside its weight.
+        """
         adapters_of_weights = parameters_in(map(self._replacements_of, group))
         candidates: dict[nn.Parameter, None] = {}
         for parameter in group:
