@@ -102,7 +102,7 @@ class Stage:
         self.before_hooks = BeforeHooks.of(pl_module)
 
     def wants_another_adapter(self, pl_module: LightningModule) -> bool:
-        """Whether the module shows another adapter than this stage's."""
+        """Whether the module shows another adapter than this stage's. Without a name, a stage takes what is shown."""
         return self.adapter.name is not None and not self.adapter.is_shown_by(pl_module)
 
     def _activate_adapter(self, pl_module: LightningModule) -> None:
@@ -205,7 +205,7 @@ class Stage:
         self.add_adapters(pl_module, file_config)
         view = view_of(pl_module)
         view.record.base.note_filled(self.filled_buffers)
-        # later, the base and the callbacks' averages are those of a checkpoint
+        # once a checkpoint is loaded, the callbacks' averages are those in it
         if self.phase is Phase.SET_UP:
             begin_averages(
                 self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced

@@ -82,13 +82,6 @@ class LoadMethods(SetUpMethods):
         self._complete(checkpoint, checkpoint_path)
         return checkpoint
 
-    def _check_is_base(self, checkpoint: Checkpoint, path: Any) -> None:
-        """Refuse a full model with adapters on its layers: the names here are those of the base."""
-        expected = names_not_in(
-            self.module.state_dict(keep_vars=True), View(self.module).adapter_parameters
-        )
-        check_has_no_other_adapters(checkpoint["state_dict"], expected, path)
-
     def _remove_left_parts(self, path: Any) -> None:
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
         local = local_path(path)
@@ -134,6 +127,13 @@ class LoadMethods(SetUpMethods):
                 "Their updates are taken out, up to rounding. For the same bits, load "
                 "the base's own weights."
             )
+
+    def _check_is_base(self, checkpoint: Checkpoint, path: Any) -> None:
+        """Refuse a full model with adapters on its layers: the names here are those of the base."""
+        expected = names_not_in(
+            self.module.state_dict(keep_vars=True), View(self.module).adapter_parameters
+        )
+        check_has_no_other_adapters(checkpoint["state_dict"], expected, path)
 
     def _complete(self, checkpoint: Checkpoint, path: Any) -> None:
         """Add the base to a checkpoint of adapters, for hooks that expect a full model.
