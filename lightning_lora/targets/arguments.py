@@ -168,6 +168,14 @@ class _ModulesToSave(_ListOfNames):
     def candidates(self, lookup: Lookup) -> list[str]:
         return [*lookup.modules, *lookup.parameters]
 
+    def about_similar(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
+        """Say also which layer is the last one: it may be the new head."""
+        advice = super().about_similar(lookup, entries)
+        *_, last = ["", *lookup.adaptable()]
+        if not last or f"Nearest names: {last!r}" in advice:
+            return advice
+        return f"{advice} If {last!r}, the last layer, is a new head: modules_to_save={[last]}."
+
     def about_suggested(self, lookup: Lookup) -> str:
         outer = [name for name in lookup.modules if "." not in name]
         return f"Its modules are {listed(outer)}, and those inside."

@@ -182,6 +182,11 @@ MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (Sensor, {"modules_to_save": ["scael"]}, r"modules_to_save \['scael'\] .*'scale'"),
     (
         LitTiny,
+        {"modules_to_save": ["classifier"]},
+        r"If 'head', the last layer, is a new head: modules_to_save=\['head'\]\.",
+    ),
+    (
+        LitTiny,
         {"rank_pattern": {"k_proj": 2}},
         r"rank_pattern \['k_proj'\] .*names: 'v_proj', 'q_proj'\. Correct",
     ),
