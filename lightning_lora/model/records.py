@@ -18,7 +18,10 @@ _ATTRIBUTE = "_lora"  # the attribute that holds a model's record
 
 
 def find_record(model: nn.Module) -> Record | None:
-    """Return the record of ``model``, which a wrapper may be around, or None if it has no adapters."""
+    """Return the record of ``model``, or None if it has no adapters.
+
+    It is on the model itself, if ``model`` is a wrapper around it.
+    """
     record: Record | None = vars(plain_module(model)).get(_ATTRIBUTE)
     return record
 

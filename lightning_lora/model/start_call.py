@@ -1,4 +1,11 @@
-"""The start of a call on a model: from which states it may start, and what is said of others."""
+"""The start of a call on a model: from which states it may start, and what is said of others.
+
+A call begins with one of three functions:
+
+- ``start_call``, if the model may be plain.
+- ``record_of``, if it must have adapters.
+- ``view_of`` (``view.py``), if it must have all its adapters, and the call looks at them.
+"""
 
 from torch import nn
 
@@ -19,8 +26,8 @@ def start_call(model: nn.Module, call: str) -> Record | None:
     rule = CALLS[call]
     if not rule.in_block:
         refuse_in_block(model, call)
-    # after an evaluation, FSDP2 may show full weights in place of the model's own
-    # parameters, which all calls need
+    # after an evaluation, FSDP2 may show full weights. All calls need the model's own
+    # parameters in their place
     reshard(model)
     if state_of(model) not in rule.states:
         raise refusal_to_start(model, call)
