@@ -229,7 +229,7 @@ class Amplification(_NumberOfEachMatrix):
         u, sizes, v = subspace.directions(matrix.update())
         if self.of == "weight":
             u, _, v = subspace.directions(weight)
-        rank = matrix.rank()
+        rank = matrix.rank()  # the top ones of a weight are so many too
         u = u[..., :rank].to(weight.device)
         v = v[..., :rank].to(weight.device)
         if self.of == "random":

@@ -101,11 +101,8 @@ def plot_layers(run: str | Path, model: nn.Module | None = None) -> tuple[Any, A
         ranks = _in_order(ranks, order)
     norm_map = _heat_map(norms)
     rank_map = _heat_map(ranks)
-    longest_label = max(map(len, norm_map.columns))
-    width = 2 * (2 + 0.6 * len(norm_map.columns))
-    height = 1.2 + 0.36 * len(norm_map.rows) + 0.075 * longest_label
     figure, axes = _pyplot().subplots(
-        1, 2, layout="constrained", figsize=(width, height)
+        1, 2, layout="constrained", figsize=_size_of_two(norm_map)
     )
     _draw_heat_map(
         axes[0],
@@ -168,7 +165,7 @@ def _metrics_file(run: str | Path) -> Path:
 
 
 def _version(file: Path) -> tuple[int, str]:
-    """A key by which version_10 comes behind version_9."""
+    """A key for files of folders such as ``version_9``: version_10 comes behind it."""
     numbers = re.findall(r"\d+$", file.parent.name)
     return (int(numbers[0]) if numbers else -1), file.parent.name
 
@@ -293,6 +290,14 @@ def _without_common_beginning(names: Iterable[str]) -> list[str]:
             break
         common += 1
     return [".".join(parts[common:]) for parts in parts_of_names]
+
+
+def _size_of_two(heat_map: _HeatMap) -> tuple[float, float]:
+    """The size of a figure with two such heat maps side by side, which have labels below them."""
+    longest_label = max(map(len, heat_map.columns))
+    width = 2 * (2 + 0.6 * len(heat_map.columns))
+    height = 1.2 + 0.36 * len(heat_map.rows) + 0.075 * longest_label
+    return width, height
 
 
 def _draw_heat_map(
