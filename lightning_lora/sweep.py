@@ -92,6 +92,7 @@ class LoRASweep:
         values_of = {
             name: _values_to_try(name, value) for name, value in arguments.items()
         }
+        # the arguments of which there are several values to try
         self._varied = [name for name, values in values_of.items() if len(values) > 1]
         combinations = list(itertools.product(*values_of.values()))
         for combination in combinations:

@@ -20,6 +20,9 @@ from lightning_lora import (
     TargetError,
     disable_adapters,
 )
+from lightning_lora.training import running
+from lightning_lora.training.steps.gradients import Gradients
+from tests.support.cases import StopError, stop
 from tests.support.compared import assert_all_have_moved, assert_same_tensors
 from tests.support.fits import KeepsStates, fit
 from tests.support.models import (
@@ -708,3 +711,18 @@ def test_a_backward_pass_while_the_base_is_shown_is_told_if_something_trains_in_
         train(tmp_path, lora(), model=RefersInside(), max_epochs=1)
     train(tmp_path, lora(), model=Refers(), max_epochs=1)  # a warning would be an error
     train(tmp_path, lora(modules_to_save=None), model=RefersInside(), max_epochs=1)
+
+
+def test_a_watch_that_cannot_begin_closes_what_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+
+    def close(gradients: Gradients) -> None:
+        closed.append(gradients)
+
+    monkeypatch.setattr(Gradients, "close", close)
+    monkeypatch.setattr(running, "Backbones", stop)
+    with pytest.raises(StopError):
+        train(tmp_path, lora())
+    assert len(closed) == 1
