@@ -56,7 +56,7 @@ def explains_arguments(cls: _Class) -> _Class:
     The signature stays, for mypy and LightningCLI.
     """
     init = cls.__init__  # type: ignore[misc]  # of this very class
-    names = list(inspect.signature(init).parameters)[1:]  # without self
+    names = list(inspect.signature(cls).parameters)
     _EXPLAINED[cls.__name__] = names
 
     @functools.wraps(init)

@@ -19,7 +19,7 @@ def notes_given_arguments(cls: _Class) -> _Class:
     The signature stays, for mypy and LightningCLI.
     """
     init = cls.__init__  # type: ignore[misc]  # of this very class
-    names = list(inspect.signature(init).parameters)[1:]  # without self
+    names = list(defaults_of(cls))
 
     @functools.wraps(init)
     def noting(self: Any, *args: Any, **kwargs: Any) -> None:
