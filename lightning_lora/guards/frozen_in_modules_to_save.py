@@ -14,15 +14,15 @@ class FrozenInModulesToSave(Guard):
     """Names frozen weights that ``modules_to_save`` trains."""
 
     def training_begins(self, view: View) -> None:
-        """Name them where others of the same module were not frozen: one that was frozen whole is meant."""
+        """Name them where others of the same module were not frozen: a module that was frozen whole is meant so."""
         config = view.config
         for name, module in view.modules.items():
             if config.is_saved(name):
-                _look_at(view, name, module)
+                _warn_if_partly_frozen(view, name, module)
 
 
-def _look_at(view: View, name: str, module: nn.Module) -> None:
-    """Look at one module that trains in full."""
+def _warn_if_partly_frozen(view: View, name: str, module: nn.Module) -> None:
+    """Name the frozen weights of a module that trains in full, if they are some of it and not all."""
     trained = names_joined(name, where(parameters_by_name(module), _trains))
     flags_of_user = view.record.base.user_trains
     frozen_by_user = [each for each in trained if flags_of_user.get(each) is False]
