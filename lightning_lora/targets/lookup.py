@@ -36,11 +36,6 @@ class Lookup:
         """Return these modules by the first of their names, in the model's order."""
         return first_names(with_values(self.modules, modules))
 
-    def first_name_of(self, module: nn.Module) -> str:
-        """Return the first name of a module, which must be there."""
-        (name,) = self.first_names({module})
-        return name
-
     def adaptable(self) -> list[str]:
         """Return the layers that can be adapted."""
         return list(without(self.modules, self.refused(self.modules)))

@@ -1,7 +1,6 @@
 """The rows of embeddings that ``trainable_token_indices`` names."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -157,16 +156,31 @@ def _input_embeddings(lookup: Lookup, rows: Sequence[int]) -> list[str]:
 
 
 def _embeddings_that_models_name(lookup: Lookup) -> list[str]:
-    """The input embedding of each outermost model that says which it is, as those of transformers do."""
+    """The input embedding of each outermost model that says which it is, as those of transformers do.
+
+    The first name of each. A model inside another one that has said it is not asked.
+    """
     found: dict[str, str] = {}  # by the name of the model
     for name, model in lookup.all_modules.items():
-        ask = getattr(model, "get_input_embeddings", None)
-        is_outermost = found.keys().isdisjoint(["", *starts_of(name)])
-        if callable(ask) and is_outermost:
-            with suppress(NotImplementedError):
-                embedding = plain_module(ask())
-                found[name] = lookup.first_name_of(embedding)
+        # the model itself has the name ""
+        around = {"", *starts_of(name)}
+        if found.keys() & around:
+            continue
+        for embedding in lookup.first_names(_named_by(model)):
+            found[name] = embedding
     return list(found.values())
+
+
+def _named_by(model: nn.Module) -> set[nn.Module]:
+    """The input embedding that a model names: none if it cannot, or has none."""
+    ask = getattr(model, "get_input_embeddings", None)
+    if not callable(ask):
+        return set()
+    try:
+        embedding = ask()
+    except NotImplementedError:
+        return set()
+    return {plain_module(embedding)} if isinstance(embedding, nn.Module) else set()
 
 
 def _about_unknown_embedding(lookup: Lookup, rows: Sequence[int]) -> str:

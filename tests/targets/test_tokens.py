@@ -50,6 +50,22 @@ class Asks(Model):
         raise NotImplementedError
 
 
+class HasNone(Model):
+    """A model for speech, which has no embedding of words."""
+
+    def get_input_embeddings(self) -> Any:
+        return None
+
+
+class NamesAnOuterOne(Model):
+    """It names an embedding that it reads, but does not hold."""
+
+    outer = (nn.Embedding(10, 4),)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.outer[0]
+
+
 class Holder(nn.Module):
     """It reads the embedding's weight itself."""
 
@@ -74,7 +90,8 @@ def rows(model: nn.Module, given: Any, **config: Any) -> dict[str, tuple[int, ..
 def test_a_list_means_the_input_embedding() -> None:
     assert rows(Model(), [9, 0]) == {"words": (0, 9)}  # in order
     assert rows(Around(Model()), range(2, 4)) == {"model.words": (2, 3)}
-    assert rows(Asks(), [1]) == {"embed_tokens": (1,)}
+    for kind in (Asks, HasNone, NamesAnOuterOne):
+        assert rows(kind(), [1]) == {"embed_tokens": (1,)}
     both = nn.ModuleDict({"a": Model(), "b": Model()})
     assert rows(both, [1]) == {"a.words": (1,), "b.words": (1,)}
 
