@@ -25,6 +25,27 @@ def test_adapters_need_their_own_base(file: Path, place: int) -> None:
         ll.load_adapter(model, file)
 
 
+@pytest.mark.parametrize(
+    ("changed", "ends"),
+    [
+        (["q_proj"], r"load_adapter\. If this model is merged, load its base\."),
+        (["embed"], r"If these layers or rows are new, .* trainable_token_indices\)\."),
+        (["embed", "q_proj", "v_proj", "head"], r"__init__ or setup, or before .*"),
+    ],
+)
+def test_the_remedy_is_that_for_the_tensors_that_differ(
+    file: Path, changed: list[str], ends: str
+) -> None:
+    model = LitTiny()
+    for name in changed:
+        for parameter in model.get_submodule(name).parameters():
+            add_to(parameter, 1)
+    says = rf"such as .* Load the same pretrained weights as .*{ends}$"
+    with pytest.raises(ll.BaseMismatchError, match=says) as told:
+        ll.load_adapter(model, file)
+    assert ("If" in str(told.value)) == (len(changed) < 4)
+
+
 class Drifts(LitTiny):  # its own code loads another frozen weight, and a buffer
     def __init__(self) -> None:
         super().__init__()
