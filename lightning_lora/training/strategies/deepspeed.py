@@ -33,8 +33,11 @@ from lightning_lora.training.strategies.partitions import (
 )
 from lightning_lora.training.strategies.strategy_patch import patches_strategy
 
-_FLOAT32_SHARDS = "float32"
-"""The entry of an optimizer's state in half precision with DeepSpeed's float32 shards."""
+_FLOAT32_VALUES = "float32"
+"""The entry of an optimizer's state in half precision with the float32 values that DeepSpeed trains.
+
+For each group, it has a list of the values of each parameter, in full.
+"""
 
 _LOSS_SCALER = "loss_scaler"
 """The entry that says how DeepSpeed scales the loss in float16."""
@@ -203,9 +206,9 @@ class DeepSpeedMethods(LateRestoreMethods):
         (optimizer,) = self.strategy.optimizers
         (state,) = checkpoint["optimizer_states"]
         optimizer.optimizer.load_state_dict(scattered_state(self.partitions, state))
-        if _FLOAT32_SHARDS in state:
+        if _FLOAT32_VALUES in state:
             for partition, values in zip(
-                self.partitions, state[_FLOAT32_SHARDS], strict=True
+                self.partitions, state[_FLOAT32_VALUES], strict=True
             ):
                 partition.shard.detach().copy_(partition.scatter(values))
         if _LOSS_SCALER in state and hasattr(optimizer, "loss_scaler"):
@@ -217,11 +220,10 @@ class DeepSpeedMethods(LateRestoreMethods):
         device = self.strategy.root_device
         state = gathered_state(self.partitions, optimizer, device)
         if any(map(Partition.has_other_dtype, self.partitions)):
-            shards = [
+            state[_FLOAT32_VALUES] = [
                 partition.gather(partition.shard.detach(), device)
                 for partition in self.partitions
             ]
-            state[_FLOAT32_SHARDS] = shards
         scaler = vars(optimizer).get("loss_scaler")
         if scaler is not None and scaler.dynamic:
             state[_LOSS_SCALER] = where(vars(scaler), _is_plain)
@@ -234,7 +236,7 @@ class DeepSpeedMethods(LateRestoreMethods):
         return PartitionedGradients(self.module, self.partitions)
 
     def float32_steps(self, view: View) -> Float32Steps:
-        """Return one that does nothing: the shards are float32."""
+        """Return steps that show nothing: DeepSpeed's shards are float32."""
         return Float32Steps()
 
     def strip_non_backbones(self, optimizer: Any, backbones: Backbones) -> bool:
@@ -244,18 +246,18 @@ class DeepSpeedMethods(LateRestoreMethods):
 
 
 class PartitionedGradients(Gradients):
-    """Gradients of parameters that DeepSpeed's optimizer trains by its float32 shards of them."""
+    """Watches the gradients of parameters that DeepSpeed's optimizer trains by its float32 shards of them."""
 
     def __init__(self, model: nn.Module, partitions: Iterable[Partition]) -> None:
-        # what is written to a parameter now is lost: the shards have the values, so
-        # copies keep their adapters
+        # Copies do not begin with the originals' adapters: DeepSpeed's shards have the
+        # values, and what is written to a parameter now is lost.
         super().__init__(model, NotedGradients(model), begins_copies=False)
         self.sharded = set[nn.Parameter]()
         for partition in partitions:
             self.sharded.update(partition.parameters)
 
     def held_by(self, optimizer: Optimizer) -> Set[nn.Parameter]:
-        """Return all that are sharded: there is one optimizer."""
+        """Return all parameters that are sharded: there is one optimizer."""
         return self.sharded
 
 
