@@ -91,8 +91,8 @@ def _tell_of_only_group(view: View, added: Iterable[str]) -> None:
     told = names_outside(added, view.adapter.networks.under_head)
     if told:
         rank_zero_info(
-            f"No optimizer held {listed(told)} or their weights. They were added to "
-            "its only parameter group, and train at its rate."
+            f"Your optimizer was made without {listed(told)} and their weights. They "
+            "were added to the only group that it has, and train at the rate of that."
         )
 
 
