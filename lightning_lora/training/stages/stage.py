@@ -182,11 +182,7 @@ class Stage:
         return for_file or self.came_adapted
 
     def adapt(
-        self,
-        pl_module: LightningModule,
-        *,
-        file_config: LoRAConfig | None = None,
-        replaced: bool = False,
+        self, pl_module: LightningModule, *, file_config: LoRAConfig | None = None
     ) -> None:
         """Adapt the module after its own hooks have run.
 
@@ -196,7 +192,6 @@ class Stage:
             pl_module: The module.
             file_config: The arguments of the adapters in a file, for which the module
                 is adapted.
-            replaced: Whether these adapters come in place of others of this stage.
         """
         # in place: the callback keeps this set
         self.filled_buffers.update(self.before_hooks.take_filled_buffers(pl_module))
@@ -207,9 +202,7 @@ class Stage:
         view.record.base.note_filled(self.filled_buffers)
         # once a checkpoint is loaded, the callbacks' averages are those in it
         if self.phase is Phase.SET_UP:
-            begin_averages(
-                self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced
-            )
+            begin_averages(self.callbacks, pl_module, anew=loads_in_hooks(pl_module))
         if self.takes_base_from_hooks(view):
             self.set_base_from_hooks(view)
 

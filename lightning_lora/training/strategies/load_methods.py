@@ -107,8 +107,14 @@ class LoadMethods(SetUpMethods):
         # a file that is loaded while training runs finds the adapters that train
         if file_config is not None and stage.phase is not Phase.TRAINING:
             replaced = stage.take_config(self.module, file_config, path)
-        self.adapt(file_config=file_config, replaced=replaced)
-        if replaced and stage.is_running_fit:
+        self.adapt(file_config=file_config)
+        if replaced:
+            self._let_go_of_replaced_adapters()
+
+    def _let_go_of_replaced_adapters(self) -> None:
+        """Let averages and optimizers have the new adapters in place of the replaced ones."""
+        compatibility.begin_averages(self.stage.callbacks, self.module, anew=True)
+        if self.stage.is_running_fit:
             self.rebuild_optimizers()
 
     def rebuild_optimizers(self) -> None:

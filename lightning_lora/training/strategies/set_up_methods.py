@@ -103,14 +103,12 @@ class SetUpMethods(StrategyPatch):
         reinitialise_if_base_changed(view)
         self._note_converted_base(view)
 
-    def adapt(
-        self, *, file_config: LoRAConfig | None = None, replaced: bool = False
-    ) -> None:
+    def adapt(self, *, file_config: LoRAConfig | None = None) -> None:
         """Adapt the module after its own hooks have run.
 
         :meth:`.Stage.adapt` has the arguments.
         """
-        self.stage.adapt(self.module, file_config=file_config, replaced=replaced)
+        self.stage.adapt(self.module, file_config=file_config)
 
     def _tell_of_plain_weights(self, trainer: Trainer) -> None:
         """Say that a plain module is evaluated, unless a file comes."""

@@ -125,11 +125,9 @@ class ShardedMethods(LateRestoreMethods):
                     'mesh=self.device_mesh["data_parallel"]).'
                 )
 
-    def adapt(
-        self, *, file_config: LoRAConfig | None = None, replaced: bool = False
-    ) -> None:
+    def adapt(self, *, file_config: LoRAConfig | None = None) -> None:
         """Adapt the module, beside its shards."""
-        super().adapt(file_config=file_config, replaced=replaced)
+        super().adapt(file_config=file_config)
         if find_record(self.module) is None:
             return
         view = view_of(self.module)
