@@ -150,21 +150,22 @@ def test_trained_adapters_do_not_go_for_a_best_file_of_another_fit(
     assert not torch.equal(model.v_proj.weight, before["v_proj.weight"])
 
 
+# if adapters come first, the average has copied those that the file's replace
 @needs_averaging
-def test_averages_begin_from_the_arguments_of_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapters_first", [False, True])
+def test_averages_begin_from_the_arguments_of_the_file(
+    tmp_path: Path, adapters_first: bool
+) -> None:
     file = tmp_path / "a.ckpt"
     _, t = fit(tmp_path, lora(r=4, merge=False), bundled.EMAWeightAveraging())
     t.save_checkpoint(file)
 
     def resumed(**given: Any) -> LitTiny:
         adapters = ll.LoRACallback(**given, modules_to_save=["head"])
-        model, _ = fit(
-            tmp_path,
-            bundled.EMAWeightAveraging(),
-            adapters,
-            ckpt_path=file,
-            max_epochs=4,
-        )
+        callbacks = [adapters, bundled.EMAWeightAveraging()]
+        if not adapters_first:
+            callbacks.reverse()
+        model, _ = fit(tmp_path, *callbacks, ckpt_path=file, max_epochs=4)
         return model
 
     assert_same_tensors(state(resumed()), state(resumed(r=4)))
