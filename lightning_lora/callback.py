@@ -146,8 +146,9 @@ class LoRACallback(LoRAHooks):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        made_anew = {name for name in LoRAHooks.__annotations__ if name.startswith("_")}
-        kept = without(vars(self), made_anew | set(compatibility.SET_BY_LIGHTNING))
+        # `_prepare` makes the private ones again
+        private = {name for name in LoRAHooks.__annotations__ if name.startswith("_")}
+        kept = without(vars(self), private | set(compatibility.SET_BY_LIGHTNING))
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -194,7 +194,7 @@ class LoRAConfig:
     ) -> float:
         """Return a layer's ``alpha``.
 
-        With ``r``, the one that gives this rank the layer's scaling.
+        With ``r``: the alpha with which a layer of this rank has the same scaling.
 
         Example:
             >>> config = LoRAConfig(r=8, alpha=16)

@@ -76,8 +76,8 @@ class LoRAHooks(Callback):
     # Of one stage of a Trainer: `_leave_stage` drops them
 
     _stage: Stage
-    _strategy_methods: StrategyMethods
-    """Our methods on the Trainer's strategy. Before the set-up, the attribute is missing."""
+    _strategy_methods: StrategyMethods | None
+    """Our methods on the Trainer's strategy: None before the set-up."""
     _watch: NoTraining | TrainingWatch
     """NoTraining until the training begins."""
     _until_training_ends: ExitStack
@@ -91,9 +91,9 @@ class LoRAHooks(Callback):
 
     def _leave_stage(self) -> None:
         """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
-        # a file may be written after a stage too, and asks for one
+        # what writes a file asks for a stage, and a file may be written after the last
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
-        vars(self).pop("_strategy_methods", None)
+        self._strategy_methods = None
         self._watch = NoTraining()
         self._until_training_ends = ExitStack()
         compatibility.forget_module(self)
@@ -108,12 +108,13 @@ class LoRAHooks(Callback):
         loaded. The strategy adapts layers that the module's own hooks create later.
         """
         self._stage = self._new_stage(trainer, pl_module, is_fit=stage == "fit")
-        self._strategy_methods = patch_strategy(trainer.strategy, self._stage)
+        methods = patch_strategy(trainer.strategy, self._stage)
+        self._strategy_methods = methods
         compatibility.refuse_second_callback(self._stage.callbacks)
         # the checks of a fit ask how the module came
         self._stage.way_back.note_adapters(pl_module)
         if self._stage.is_fit:
-            self._check_fit(trainer, pl_module)
+            self._check_fit(trainer, pl_module, methods)
         else:
             # a callback would put the average of an earlier fit into the module
             compatibility.drop_averages(self._stage.callbacks)
@@ -124,7 +125,7 @@ class LoRAHooks(Callback):
         self._take_config_of(pl_module)
         # if configure_model shards the module, the strategy adds adapters after it: they
         # stay whole
-        if not self._strategy_methods.shards_before_adapters:
+        if not methods.shards_before_adapters:
             self._adapt_early(pl_module)
 
     def _new_stage(
@@ -144,11 +145,12 @@ class LoRAHooks(Callback):
             tools=StepTools(is_first_process=trainer.is_global_zero),
         )
 
-    def _check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _check_fit(
+        self, trainer: Trainer, pl_module: LightningModule, methods: StrategyMethods
+    ) -> None:
         """Refuse callbacks beside which no fit can adapt, and arguments that this fit cannot serve."""
         compatibility.check_callbacks(
-            self._stage.callbacks,
-            is_sharded=self._strategy_methods.shards_before_adapters,
+            self._stage.callbacks, is_sharded=methods.shards_before_adapters
         )
         switches = self._stage.wants_another_adapter(pl_module)
         merging.check_merge_arguments(
@@ -192,10 +194,11 @@ class LoRAHooks(Callback):
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
 
-    def _check_set_up(self) -> None:
-        """Refuse a fit that had begun when this callback came."""
-        if not hasattr(self, "_strategy_methods"):
+    def _check_set_up(self) -> StrategyMethods:
+        """Refuse a fit that had begun when this callback came. Return our methods on its strategy."""
+        if self._strategy_methods is None:
             raise compatibility.late_callback_error()
+        return self._strategy_methods
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log how the adapters train. The checkpoint is loaded now, if there is one."""
@@ -203,7 +206,7 @@ class LoRAHooks(Callback):
         tell_where_it_begins(
             view,
             is_new_beside_others=self._stage.adapter.is_new,
-            loaded_checkpoint=self._stage.phase is not Phase.SET_UP,
+            loaded_checkpoint=self._stage.has_loaded_or_trained,
         )
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
         guards = self._stage.tools.guards_in_first_process
@@ -216,7 +219,7 @@ class LoRAHooks(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the module, after its own hooks and the checkpoint, and watch its training from here on."""
-        self._check_set_up()
+        methods = self._check_set_up()
         # a weight that is computed now has lost its adapter, and view_of would only say
         # that the adapter is missing
         refuse_computed_weights(View(pl_module))
@@ -230,10 +233,12 @@ class LoRAHooks(Callback):
         if self._stage.takes_base_from_hooks(view):
             self._stage.set_base_from_hooks(view)
             # the fingerprint of the base is taken again: only changed tensors are read
-            self._strategy_methods.note_base(anew=False)
-        self._begin_training(trainer, pl_module)
+            methods.note_base(anew=False)
+        self._begin_training(trainer, pl_module, methods)
 
-    def _begin_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _begin_training(
+        self, trainer: Trainer, pl_module: LightningModule, methods: StrategyMethods
+    ) -> None:
         """Warn of what looks wrong, let new adapters start from data, and watch the steps.
 
         In this order:
@@ -252,16 +257,12 @@ class LoRAHooks(Callback):
         view = view_of(pl_module)
         tell_of_start(view, self._stage.tools.guards_in_first_process)
         base = base_digests(view)
-        is_new_fit = self._stage.phase is Phase.SET_UP
+        is_new_fit = not self._stage.has_loaded_or_trained
         if is_new_fit:
             start_from_data(trainer, pl_module)
         self._stage.begin_training()
         watch = TrainingWatch(
-            trainer,
-            self._stage,
-            self._strategy_methods,
-            is_new_fit=is_new_fit,
-            base=base,
+            trainer, self._stage, methods, is_new_fit=is_new_fit, base=base
         )
         self._watch = self._until_training_ends.enter_context(closing(watch))
         self._stage.take_random_numbers()
@@ -325,8 +326,7 @@ class LoRAHooks(Callback):
         trained any has nothing to merge.
         """
         self._check_set_up()
-        has_loaded_or_trained = self._stage.phase is not Phase.SET_UP
-        if not has_loaded_or_trained:
+        if not self._stage.has_loaded_or_trained:
             rank_zero_info(
                 f"This fit trained nothing: {type(pl_module).__name__} stays as it was "
                 "before."
@@ -383,7 +383,8 @@ class LoRAHooks(Callback):
         if find_record(pl_module) is None:
             return
         checkpoint[RANDOM] = random_states(trainer)
-        # after a run in spawned processes, the main process may save: it had no set-up
+        # After a run in spawned processes, the main process may save: it had no set-up.
+        # Its stage is over, and says how files are written.
         if methods_of(trainer.strategy) is None:
             self._stage.callbacks = compatibility.callbacks_of(trainer)
             patch_strategy(trainer.strategy, self._stage)

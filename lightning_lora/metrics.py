@@ -229,10 +229,12 @@ class Amplification(_NumberOfEachMatrix):
         u, sizes, v = subspace.directions(matrix.update())
         if self.of == "weight":
             u, _, v = subspace.directions(weight)
-        rank = matrix.rank()  # the top ones of a weight are so many too
+        # as many directions of a weight as the update has
+        rank = matrix.rank()
         u = u[..., :rank].to(weight.device)
         v = v[..., :rank].to(weight.device)
         if self.of == "random":
+            # of the shapes of u and v
             noise = torch.Generator(weight.device).manual_seed(0)
             u = _random_directions(u, noise)
             v = _random_directions(v, noise)

@@ -92,8 +92,9 @@ class FittingConsole(Console):
         try:
             super().print(*objects, **options)
         except UnicodeEncodeError:
+            # drop what is left of the first attempt in rich's buffer
             self.begin_capture()
-            self.end_capture()  # it takes what is left of the first attempt
+            self.end_capture()
             self._is_ascii = True
             super().print(*objects, **options)
         except BrokenPipeError:  # rich before 13.8 does not call it

@@ -97,7 +97,8 @@ class LoRASweep:
         combinations = list(itertools.product(*values_of.values()))
         for combination in combinations:
             self._add(dict(zip(arguments, combination, strict=True)))
-        if len(self.runs) < max(2, len(combinations)):
+        has_same_twice = len(self.runs) < len(combinations)
+        if len(self.runs) < 2 or has_same_twice:
             raise ConfigError(
                 f"LoRASweep got these adapters: {listed(self.runs)}. Expected several, "
                 "and none twice: lists such as r=[8, 16], and a list of lists for "

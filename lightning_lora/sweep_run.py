@@ -62,7 +62,10 @@ class SweptAdapter:
         }
 
     def go_on(self, fit: FitFunction, until: TrainsUntil) -> None:
-        """Train it further, in one fit. Leave no adapter on the module."""
+        """Train it further, in one fit. Leave no adapter on the module.
+
+        During the fit, the callback writes ``metrics``, ``epochs`` and ``has_ended``.
+        """
         callback = _Callback(self, {**self.arguments, "merge": False}, until)
         # so each adapter begins with the same random numbers, or with those in its file
         with isolate_rng():

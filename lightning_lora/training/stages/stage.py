@@ -85,6 +85,11 @@ class Stage:
         """Whether this is a fit that has not ended yet."""
         return self.is_fit and self.phase is not Phase.OVER
 
+    @property
+    def has_loaded_or_trained(self) -> bool:
+        """Whether a file's adapters are on the module, or its training has begun."""
+        return self.phase is not Phase.SET_UP
+
     # Begin
 
     def begin(self, pl_module: LightningModule) -> None:
@@ -201,7 +206,7 @@ class Stage:
         view = view_of(pl_module)
         view.record.base.note_filled(self.filled_buffers)
         # once a checkpoint is loaded, the callbacks' averages are those in it
-        if self.phase is Phase.SET_UP:
+        if not self.has_loaded_or_trained:
             begin_averages(self.callbacks, pl_module, anew=loads_in_hooks(pl_module))
         if self.takes_base_from_hooks(view):
             self.set_base_from_hooks(view)
@@ -233,7 +238,7 @@ class Stage:
         Once something was trained or loaded, the base stays, and so does its
         fingerprint.
         """
-        if self.phase is not Phase.SET_UP or view.adapter.may_have_learned:
+        if self.has_loaded_or_trained or view.adapter.may_have_learned:
             return False
         return view.is_fresh()
 
