@@ -28,16 +28,18 @@ def stacked(updates: Sequence[Factors]) -> Factors:
 def add_to_rows(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     r"""Add an update to each row of a linear layer's output.
 
-    An update of zero changes nothing.
+    An update of zero changes nothing. The dtype of ``x`` may be another than that of
+    ``output``: under autocast, or if the layer converts its output.
 
     Shape:
         ``output``: (n, \*, out), ``x``: (n, \*, in), ``lora_A``: (n, r, in),
         ``lora_B``: (n, out, r), with scaling.
     """
     a = as_dtype(lora_A, x.dtype)
-    b = as_dtype(lora_B, x.dtype)
+    b = as_dtype(lora_B, output.dtype)
     tokens = x.reshape(len(x), -1, x.shape[-1])
     hidden = torch.bmm(a, tokens.mT)  # (n, r, tokens): faster than (n, tokens, r)
+    hidden = as_dtype(hidden, output.dtype)
     flat = output.reshape(len(x), -1, output.shape[-1])
     if _can_add_in_place(flat, hidden, b):
         sums = flat.baddbmm_(hidden.mT, b.mT)
@@ -47,7 +49,5 @@ def add_to_rows(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Te
 
 
 def _can_add_in_place(output: Tensor, hidden: Tensor, lora_B: Tensor) -> bool:
-    if torch.is_grad_enabled():
-        return False
-    have_one_dtype = output.dtype is hidden.dtype is lora_B.dtype
-    return have_one_dtype and can_be_explicit(output, hidden, lora_B)
+    """Whether the sum may overwrite the output: no gradient needs it, and nobody looks at each operation."""
+    return not torch.is_grad_enabled() and can_be_explicit(output, hidden, lora_B)

@@ -90,7 +90,11 @@ class LoRALayer(LayerAsModule):
         return output + change + scaled_update
 
     def _lora_dora_scale(self) -> Tensor:
-        """DoRA's scale of each output feature, from the weight with its update."""
+        """DoRA's scale of each output feature, for an update that is added to the output.
+
+        ``_lora_dora_weight`` computes the same scale for the sum. The norm counts as a
+        constant in both: here, no graph of W + ΔW is built for it.
+        """
         with torch.no_grad():
             weight = self.lora_values(self, self._lora_weight("weight"))
             effective = added(weight, self._lora_delta("weight", weight))

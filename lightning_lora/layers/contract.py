@@ -68,11 +68,16 @@ class LayerKind(InPlace, nn.Module):
     lora_is_linear: ClassVar[bool] = False
     """Whether ``"all-linear"`` includes it."""
     lora_fits_dora: ClassVar[bool] = False
-    """Whether DoRA is possible: there is one matrix, and each of its rows is an output feature."""
-    lora_writes_rows: ClassVar[bool] = True
-    """Whether each row of its one matrix is an output feature, so that ``target_slices`` can name rows.
+    """Whether this package offers DoRA for it.
 
-    It has nothing to do with :attr:`lora_reads_rows`, which is about the input.
+    DoRA has one magnitude for each output feature, so a kind can only offer it if it has
+    one matrix, whose rows are the output features. Not every such kind does.
+    """
+    lora_writes_rows: ClassVar[bool] = True
+    """Whether each row of its matrix is an output feature, so that ``target_slices`` can name rows.
+
+    Only kinds with one matrix are asked: of several matrices, ``target_slices`` gives the
+    names. It has nothing to do with :attr:`lora_reads_rows`, which is about the input.
     """
     lora_reads_rows: ClassVar[bool] = False
     """Whether it multiplies each row of its one input by the weight, as nn.Linear does.
@@ -159,9 +164,9 @@ class LayerKind(InPlace, nn.Module):
     def lora_may_start_from_weight(cls) -> bool:
         """Whether both factors may differ from zero at first.
 
-        They may if the input has features (:attr:`lora_drops_input`). If it is indices
-        of tokens, a token that training never sees keeps the zero column that it starts
-        with.
+        They may not if the input is indices of tokens: there, a token that training never
+        sees must keep a column of zeros in A, and so no update. Such an input has no
+        features, which is what :attr:`lora_drops_input` says.
         """
         return cls.lora_drops_input
 

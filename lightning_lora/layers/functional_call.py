@@ -46,7 +46,7 @@ def functional_call(
     meanwhile, so other threads may run it too. Attributes that forward sets are copied
     back at the end, but for those in ``derived``, which it sets from the weights.
     """
-    copied: list[_Copied] = []
+    copied: list[_Copied] = []  # filled in the next line
     copy = _with_attributes(module, cls, attributes, copied)
     # the forward of the class, as one on the instance may be a wrapper of other code
     output = cls.forward(copy, *args, **kwargs)
@@ -60,23 +60,32 @@ def _with_attributes(
 ) -> Any:
     """A copy that shares everything with ``module`` but the given attributes.
 
-    ``copied`` gets this copy, and the copies of modules inside.
+    It has the same dicts of parameters and buffers, so a buffer that forward sets is set
+    on ``module`` at once. The other attributes are its own. ``copied`` gets this copy,
+    and the copies of modules inside.
     """
     copy: Any = object.__new__(cls)
     own, given_inside = _by_child(given)
     attributes = vars(copy)
     attributes.update(vars(module))
-    for name, value in vars(module).items():
-        # a method that is set on the module must run on the copy
-        if isinstance(value, MethodType) and value.__self__ is module:
-            attributes[name] = MethodType(value.__func__, copy)
+    attributes.update(_methods_set_on(module, copy))
     attributes.update(own)  # Python finds these before it looks among the parameters
     for child, given_to_child in given_inside.items():
         inner = module.get_submodule(child)
         inner_copy = _with_attributes(inner, type(inner), given_to_child, copied)
+        # a new dict: the module itself keeps its child
         attributes["_modules"] = {**attributes["_modules"], child: inner_copy}
     copied.append(_Copied(module, copy, attributes_before=dict(attributes)))
     return copy
+
+
+def _methods_set_on(module: nn.Module, copy: object) -> dict[str, MethodType]:
+    """The methods that are set on the module itself, so that they run on the copy."""
+    methods: dict[str, MethodType] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            methods[name] = MethodType(value.__func__, copy)
+    return methods
 
 
 def _by_child(

@@ -46,6 +46,18 @@ class UpdatedWeights(LayerKind):
       ``_lora_with_update`` computes it, for given values of W and with dropout.
     - ``lora_merged_weight``: the same in the dtype of W, which a merge writes. It is
       computed a few rows at a time where that is possible.
+
+    torch computes with DTensors alone, or with none. So two rules fit the adapter's
+    parameters to the weight W that they are used with:
+
+    ===========================  =====================  ==================  =============
+    W is                         a replicated one is    a sharded one is    by
+    ===========================  =====================  ==================  =============
+    plain in the layer           read as plain          left as it is       _lora_reader
+    a DTensor in the layer       left as it is          left as it is       _lora_reader
+    given, and plain (a merge)   gathered               gathered            _gathered_for
+    given, and a DTensor         left as it is          left as it is       _gathered_for
+    ===========================  =====================  ==================  =============
     """
 
     # put_on in on_layer.py sets these. All but lora_enabled are as in LayerAdapter.
@@ -131,7 +143,11 @@ class UpdatedWeights(LayerKind):
         return self.lora_as_weight(delta_weight(a, b, self._lora_scaling(name)), weight)
 
     def _lora_dora_weight(self, effective: Tensor, weight: Tensor) -> Tensor:
-        """DoRA: scale each row of a weight with its update to its magnitude."""
+        """DoRA: scale each row of a weight with its update to its magnitude.
+
+        It is for the sum and for a merge. A layer that adds its update to the output has
+        ``_lora_dora_scale`` for the same scale.
+        """
         matrix = self.lora_as_matrix(effective)
         magnitude = _gathered_for(weight, self._lora_magnitude())
         scale = magnitude_scale(magnitude, matrix)
@@ -145,12 +161,16 @@ class UpdatedWeights(LayerKind):
     def _lora_reader(self, weight: str) -> Callable[[str], Tensor]:
         """Return the function that reads the adapter's parameters by name, to compute with this weight.
 
-        torch computes with DTensors alone, or with none. So beside a plain weight, a
-        replicated parameter is read as the plain tensor in it.
+        Beside a plain weight, a replicated parameter is read as the plain tensor in it,
+        through which gradients flow.
         """
         if is_dtensor(self._lora_weight(weight)):
             return partial(getattr, self)
-        return lambda name: without_dtensor(getattr(self, name))
+        return self._lora_without_dtensor
+
+    def _lora_without_dtensor(self, name: str) -> Tensor:
+        """A parameter of the adapter, as a plain tensor if it is replicated."""
+        return without_dtensor(getattr(self, name))
 
     def _lora_scaling(self, name: str) -> float:
         """The scaling of a weight's update.
@@ -173,6 +193,7 @@ class UpdatedWeights(LayerKind):
 def _gathered_for(weight: Tensor, tensor: Tensor) -> Tensor:
     """A tensor of the adapter, to compute with these values of a weight: all of it, unless they are distributed too.
 
-    A merge computes with the full weight, and so it needs full factors.
+    A merge gathers a sharded weight. Its values are then a plain tensor, although the
+    layer's weight is a DTensor, and so the factors must be gathered as well.
     """
     return tensor if is_dtensor(weight) else full_tensor(tensor)

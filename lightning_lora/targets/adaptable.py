@@ -18,6 +18,7 @@ from lightning_lora.layers import (
 from lightning_lora.tensors.dicts import prefixed, where, without
 from lightning_lora.tensors.names import (
     Modules,
+    NoParameterError,
     direct_parameters,
     modules_by_name,
     own_parameter,
@@ -135,7 +136,7 @@ def _matrices_of(layer: nn.Module, kind: type[LoRALayer]) -> tuple[AdaptedMatrix
     """The matrices of a layer that can be updated: none if a weight is computed."""
     try:
         return kind.lora_matrices_of(layer)
-    except AttributeError:  # a weight is not a parameter
+    except NoParameterError:  # other AttributeErrors are mistakes in a user's class
         return ()
 
 

@@ -35,10 +35,14 @@ class UnmatchedEntries:
 
 
 class Argument:
-    """An argument that is one regular expression, or a list of names of modules."""
+    """An argument that is one regular expression, or a list of names of modules.
+
+    Most methods return sentences for the error about entries that match nothing. Their
+    docstrings show an example.
+    """
 
     what: ClassVar[str] = "module"  # the word for what its entries name
-    wildcard: ClassVar[str] = ".*"  # the expression for a star in a name
+    wildcard: ClassVar[str] = ".*"  # what advice writes for a star in a name
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -46,26 +50,32 @@ class Argument:
     # What it can name
 
     def candidates(self, lookup: Lookup) -> list[str]:
-        """Return the names that its entries are compared with."""
+        """Return all names that it accepts."""
         return list(lookup.modules)
 
-    def suggested(self, lookup: Lookup) -> list[str]:
-        """Return the names that advice may name for it."""
+    def names_to_suggest(self, lookup: Lookup) -> list[str]:
+        """Return the names that advice may propose, which are the useful ones of ``candidates``."""
         return self.candidates(lookup)
 
     # How it is written
 
-    def written(self, found: list[str]) -> str:
-        """Return several names in the form of this argument."""
+    def how_to_write_several(self, found: list[str]) -> str:
+        """Return these names as this argument takes them, as the end of a sentence.
+
+        ``a list: target_modules=['q_proj', 'v_proj']. In YAML: [q_proj, v_proj]``
+        """
         return f"a list: {self.name}={found}. In YAML: [{', '.join(found)}]"
 
-    def rewritten(
+    def how_to_write_expressions(
         self, entries: UnmatchedEntries, expressions: Mapping[str, str]
     ) -> str:
-        r"""Say how to write a list, or keys, some of which were meant as expressions.
+        r"""Say how to write entries if some of them were meant as expressions.
 
-        ``expressions`` has these by entry: ``{"layers.*.v_proj":
-        r"layers\..*\.v_proj"}``.
+        ``expressions`` has these by entry. From the list ``["q_proj",
+        "layers.*.v_proj"]``, and ``{"layers.*.v_proj": r"layers\..*\.v_proj"}``, it is:
+
+        ``Write one regular expression, and no list:
+        target_modules=r"(.*\.)?q_proj|layers\..*\.v_proj".``
         """
         alternatives = [
             expressions.get(entry, as_end(escaped(entry))) for entry in entries.given
@@ -77,15 +87,21 @@ class Argument:
 
     # What is said of its names
 
-    def about_similar(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
-        """Say what the entries are similar to, or what can be named."""
+    def about_similar_names(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
+        """Say which names the entries are similar to, or else which names there are.
+
+        ``Nearest names: 'q_proj' (2 of them, such as 'layers.0.q_proj').``
+        """
         similar = similar_names(entries.missing, entries.could_mean)
         if similar:
             return f"Nearest names: {', '.join(similar)}."
-        return self.about_suggested(lookup)
+        return self.about_what_there_is(lookup)
 
-    def about_suggested(self, lookup: Lookup) -> str:
-        """Say what can be named."""
+    def about_what_there_is(self, lookup: Lookup) -> str:
+        """Say which names there are, if none is similar.
+
+        ``Layers that can be adapted end in 'q_proj', 'v_proj'.``
+        """
         last_components = dict.fromkeys(map(last_component, lookup.adaptable()))
         if not last_components:
             return "It has no layer to adapt."
@@ -97,10 +113,13 @@ class _ListOfNames(Argument):
 
     wildcard = "[^.]*"
 
-    def rewritten(
+    def how_to_write_expressions(
         self, entries: UnmatchedEntries, expressions: Mapping[str, str]
     ) -> str:
-        """Say which names the expressions match."""
+        """Say which names the expressions match, as this argument takes no expression.
+
+        ``Write the names: modules_to_save=['layers.0.norm', 'layers.1.norm'].``
+        """
         matching: dict[str, None] = {}  # each name once
         for expression in expressions.values():
             matching |= dict.fromkeys(matched_whole(expression, entries.could_mean))
@@ -112,13 +131,17 @@ class _ListOfNames(Argument):
 class _Keys(Argument):
     """An argument with a key for each layer: an expression, or a name."""
 
-    def written(self, found: list[str]) -> str:
+    def how_to_write_several(self, found: list[str]) -> str:
+        """Return these names as keys: ``a key for each: 'q_proj', 'v_proj'``."""
         return f"a key for each: {', '.join(map(repr, found))}"
 
-    def rewritten(
+    def how_to_write_expressions(
         self, entries: UnmatchedEntries, expressions: Mapping[str, str]
     ) -> str:
-        """Say that each expression can be a key."""
+        r"""Say that each expression can be a key.
+
+        ``Write a regular expression as the key: r"layers\..*\.v_proj".``
+        """
         keys = [f'r"{expression}"' for expression in expressions.values()]
         return f"Write a regular expression as the key: {', '.join(keys)}."
 
@@ -126,12 +149,12 @@ class _Keys(Argument):
 class _TargetModules(Argument):
     """Layers to adapt."""
 
-    def suggested(self, lookup: Lookup) -> list[str]:
+    def names_to_suggest(self, lookup: Lookup) -> list[str]:
         return lookup.adaptable()
 
-    def about_similar(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
-        """Say also what belongs into another argument, and the word that an entry is similar to."""
-        advice = super().about_similar(lookup, entries)
+    def about_similar_names(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
+        """Say also that an entry belongs in ``target_parameters``, or is similar to the word "all"."""
+        advice = super().about_similar_names(lookup, entries)
         parameters = ending_in(lookup.parameters, entries.missing)
         if parameters:
             advice += (
@@ -153,13 +176,13 @@ class _TargetParameters(_ListOfNames):
     def candidates(self, lookup: Lookup) -> list[str]:
         return list(lookup.parameters)
 
-    def about_similar(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
-        """Say which parameter there is, if an entry names a module."""
+    def about_similar_names(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
+        """Say which parameter an entry could name, if it names the module that holds it."""
         modules = set(ending_in(lookup.modules, entries.missing))
         for parameter in lookup.parameters:
             if owner_of(parameter) in modules:
                 return f"Name parameters, such as {parameter!r}."
-        return super().about_similar(lookup, entries)
+        return super().about_similar_names(lookup, entries)
 
 
 class _ModulesToSave(_ListOfNames):
@@ -168,15 +191,15 @@ class _ModulesToSave(_ListOfNames):
     def candidates(self, lookup: Lookup) -> list[str]:
         return [*lookup.modules, *lookup.parameters]
 
-    def about_similar(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
+    def about_similar_names(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
         """Say also which layer is the last one: it may be the new head."""
-        advice = super().about_similar(lookup, entries)
-        *_, last = ["", *lookup.adaptable()]
+        advice = super().about_similar_names(lookup, entries)
+        *_, last = ["", *lookup.adaptable()]  # "" if no layer can be adapted
         if not last or f"Nearest names: {last!r}" in advice:
             return advice
         return f"{advice} If {last!r}, the last layer, is a new head: modules_to_save={[last]}."
 
-    def about_suggested(self, lookup: Lookup) -> str:
+    def about_what_there_is(self, lookup: Lookup) -> str:
         outer = [name for name in lookup.modules if "." not in name]
         return f"Its modules are {listed(outer)}, and those inside."
 
@@ -184,10 +207,10 @@ class _ModulesToSave(_ListOfNames):
 class _TokenIndices(_Keys):
     """Embeddings of which single rows train."""
 
-    def suggested(self, lookup: Lookup) -> list[str]:
+    def names_to_suggest(self, lookup: Lookup) -> list[str]:
         return lookup.embeddings()
 
-    def about_suggested(self, lookup: Lookup) -> str:
+    def about_what_there_is(self, lookup: Lookup) -> str:
         embeddings = lookup.embeddings()
         return (
             f"Its embeddings are {listed(embeddings)}."

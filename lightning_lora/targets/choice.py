@@ -29,9 +29,9 @@ def choose(
     """Return the adapter for these matrices.
 
     Patterns may give each parameter its own rank and scaling. The settings hold the
-    largest rank, and the scaling of the first matrix. A matrix with others holds its
-    own: of two matrices with the ranks 8 and 4, the settings hold ``r=8``, and the
-    second matrix holds ``r=4``.
+    largest rank, and the scaling of the first matrix. A matrix whose rank or scaling
+    differs from those holds both itself: for two matrices with the ranks 8 and 4, the
+    settings hold ``r=8``, and the second matrix holds ``r=4``.
     """
     ranks = []
     scalings = []
@@ -50,6 +50,7 @@ def choose(
     )
     chosen = []
     for matrix, r, scaling in zip(matrices, ranks, scalings, strict=True):
+        # a small matrix, which cuts the rank in the settings to its own, needs no r
         is_as_in_settings = (
             matrix.rank_for(settings.r) == r and scaling == settings.scaling
         )

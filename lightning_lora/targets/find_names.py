@@ -37,7 +37,11 @@ def _find_by_expression(
             f"match ends of names, give a list: {argument_name}={ends}."
         )
     raise unmatched(
-        lookup, argument, [expression], argument.suggested(lookup), given=expression
+        lookup,
+        argument,
+        [expression],
+        argument.names_to_suggest(lookup),
+        given=expression,
     )
 
 
@@ -51,7 +55,7 @@ def _find_by_list(
     missing = names_not_in(entries, matched)
     if missing:
         raise unmatched(
-            lookup, argument, missing, argument.suggested(lookup), given=entries
+            lookup, argument, missing, argument.names_to_suggest(lookup), given=entries
         )
     return found
 

@@ -35,7 +35,7 @@ def unmatched(
     advice = (
         _about_several_names(argument, entries)
         or _about_expressions(argument, entries)
-        or argument.about_similar(lookup, entries)
+        or argument.about_similar_names(lookup, entries)
     )
     return TargetError(
         f"{found} of {lookup.title}. {advice} Correct {argument.name}; {SEE_ALL}."
@@ -47,7 +47,7 @@ def _about_several_names(argument: Argument, entries: UnmatchedEntries) -> str:
     found = names_between_commas(entries.missing, entries.could_mean)
     if not found:
         return ""
-    return f"For several names, write {argument.written(found)}."
+    return f"For several names, write {argument.how_to_write_several(found)}."
 
 
 def _about_expressions(argument: Argument, entries: UnmatchedEntries) -> str:
@@ -64,6 +64,6 @@ def _about_expressions(argument: Argument, entries: UnmatchedEntries) -> str:
         advice = f'Perhaps write {argument.name}=r"{expression}".'
     else:
         about_star = '"*" is no wildcard in a name. '
-        advice = argument.rewritten(entries, expressions)
+        advice = argument.how_to_write_expressions(entries, expressions)
     has_star = any("*" in entry for entry in expressions)
     return about_star + advice if has_star else advice

@@ -220,6 +220,10 @@ def find_parameter(module: nn.Module, leaf: str) -> nn.Parameter | None:
     return held[leaf] if leaf in held else None  # noqa: SIM401  # a scripted module has no ``get`` for it
 
 
+class NoParameterError(AttributeError):
+    """A module has no parameter of this name, or what has the name is none."""
+
+
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter of a dotted name, which must be there.
 
@@ -229,7 +233,7 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     owner, _, leaf = name.rpartition(".")
     held: Any = submodule(module, owner)._parameters
     if leaf not in held or held[leaf] is None:
-        raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
+        raise NoParameterError(f"{type(module).__name__} has no parameter {name!r}")
     parameter: nn.Parameter = held[leaf]
     return parameter
 

@@ -53,25 +53,35 @@ def load_state_dict(
         model: The model.
         state: The state dict.
         strict: Whether all entries must be there.
-        notes: Marks for hooks of the model, which find them in the metadata of the
-            state dict.
+        notes: Marks for hooks of the model. torch passes them to hooks as metadata of
+            the state dict, under the name of their module: here the model's, ``""``.
     """
     present = model.state_dict(keep_vars=True)
     # {"q.weight": "q._orig_mod.weight"}: torch's wrappers have prefixes
     names_in_model = {plain_name(name): name for name in present}
-    loaded: dict[str, Any] = {}
-    # these entries stay as they are in the model, unless ``state`` has them: a user's
-    # code may ask for entries that ``state`` leaves out
-    for plain in _entries_loaded_in_own_way(model):
-        name = names_in_model.get(plain)
-        if name is not None:
-            loaded[name] = present[name]
+    loaded = _present_values_for_own_code(model, present, names_in_model)
     for plain, value in state.items():
         name = names_in_model.get(plain, plain)
         loaded[name] = distributed_as(value, present.get(name))
     complete: Any = OrderedDict({**_under_all_names(present, loaded), **loaded})
     setattr(complete, STATE_NOTES, {"": dict.fromkeys(notes, True)})
     model.load_state_dict(complete, strict=strict)
+
+
+def _present_values_for_own_code(
+    model: nn.Module, present: Mapping[str, Any], names_in_model: Mapping[str, str]
+) -> dict[str, Any]:
+    """The values that entries loaded by code of a user have now, by their names in the model.
+
+    To load them again changes nothing. But this code may ask for entries that a given
+    state leaves out.
+    """
+    values: dict[str, Any] = {}
+    for plain in _entries_loaded_in_own_way(model):
+        name = names_in_model.get(plain)
+        if name is not None:  # a buffer may be in no state dict
+            values[name] = present[name]
+    return values
 
 
 def _entries_loaded_in_own_way(model: nn.Module) -> list[str]:

@@ -87,3 +87,16 @@ def test_a_kind_that_writes_back_what_it_reads_is_merged_as_it_computes() -> Non
     adapted = model(x)
     ll.merge_adapters(model)
     torch.testing.assert_close(model(x), adapted)
+
+
+def test_a_mistake_in_a_kind_is_shown_and_not_taken_for_a_computed_weight() -> None:
+    class LoRAMistaken(LoRALayer):
+        @classmethod
+        def lora_matrices_of(cls, layer: Any) -> Any:
+            return layer.wieght.shape
+
+    own = type("Own", (Turned,), {})
+    ll.register_adapter(own, LoRAMistaken)
+    model = nn.Sequential(own(6, 6))
+    with pytest.raises(AttributeError, match="'Own' object has no attribute 'wieght'"):
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules="all"))
