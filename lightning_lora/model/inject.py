@@ -146,11 +146,12 @@ def _inject(
     with _activated(model, config, name):
         view = View(model, config)
         _refuse_pefts(view)
-        note_what_the_user_set(view)
-        plan = plan_for(view)
-        if plan.changes_layers:
-            refuse_in_block(model, "inject_adapters")
+        # the record and the model are changed in this block only
         with undone_on_error(view):
+            note_what_the_user_set(view)
+            plan = plan_for(view)
+            if plan.changes_layers:
+                refuse_in_block(model, "inject_adapters")
             # adapters that the plan takes off would be refused in the next step
             if plan.to_detach:
                 detach_from(view, plan.to_detach)

@@ -285,6 +285,45 @@ def test_a_factor_that_other_code_froze_alone_trains_after_another_injection() -
     assert model[0].lora_A.requires_grad
 
 
+REFUSED = {
+    "matches nothing": (ll.TargetError, ll.LoRAConfig(r=2, target_modules=["nope"])),
+    "another rank": (ll.AdapterMismatchError, ll.LoRAConfig(r=3)),
+}
+
+
+@pytest.mark.parametrize(("error", "config"), REFUSED.values(), ids=REFUSED)
+def test_a_refused_injection_does_not_note_what_was_frozen_at_that_moment(
+    error: type[Exception], config: ll.LoRAConfig
+) -> None:
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+    )
+    names = ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    record = record_of(model)
+    model[0].requires_grad_(False)
+    with unchanged(model), pytest.raises(error):
+        ll.inject_adapters(model, config)
+    assert record_of(model) is record
+    assert set(record.base.user_trains.values()) == {True}
+    for name in ("lora_A", "lora_B"):
+        model[0][0].get_parameter(name).requires_grad_(True)
+    assert ll.inject_adapters(model, ll.LoRAConfig(r=2)) == names
+
+
+def test_a_block_of_rows_still_shows_the_base_after_a_refused_injection() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4)
+    base = model(x)
+    for name in ("de", "fr"):
+        ll.inject_adapters(model, ll.LoRAConfig(r=2), name=name)
+        randomise(model)
+    with ll.adapter_names(model, ["de", "fr"]):
+        assert not torch.equal(model(x), base)
+        with pytest.raises(ll.AdapterMismatchError):
+            ll.inject_adapters(model, ll.LoRAConfig(r=3), name="fr")
+        with ll.disable_adapters(model):
+            assert torch.equal(model(x), base)
+
+
 def test_a_frozen_network_with_adapters_of_its_own_is_refused_until_these_are_merged() -> (
     None
 ):

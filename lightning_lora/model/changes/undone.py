@@ -37,8 +37,9 @@ class _ModelBefore:
             name: layer.lora_adapter() for name, layer in view.layers.items()
         }
         self.frozen_norms = set(of_type(view.modules, FrozenNorm).values())
-        self.records = {
-            name: record.snapshot() for name, record in records_in(view.modules).items()
+        self.records = records_in(view.modules)
+        self.contents = {
+            name: record.snapshot() for name, record in self.records.items()
         }
 
     def restore(self, view: View) -> None:
@@ -48,16 +49,27 @@ class _ModelBefore:
         for module in view.modules.values():
             set_frozen(module, module in self.frozen_norms)
         for parameter, flag in self.requires_grad.items():
-            set_requires_grad(parameter, flag)
+            # torch allows no write to a lazy parameter, whose flag never changes
+            if parameter.requires_grad != flag:
+                set_requires_grad(parameter, flag)
+        self._restore_records(view)
+
+    def _restore_records(self, view: View) -> None:
+        """Give the model and its modules their records again, with what these held before.
+
+        A record stays the same object, because an open block of ``adapter_names`` holds
+        it too.
+        """
         forget_record(view.model)
         for name, record in self.records.items():
+            vars(record).update(vars(self.contents[name]))
             keep_record(view.modules[name], record)
 
     def _restore_adapters(self, view: View) -> None:
         """Take off the adapters that are new, and attach those that were taken off.
 
-        ``lora_step`` tells which adapter is on a layer: an adapter keeps the same
-        object there for life.
+        Two adapters of a layer are told apart by their ``step`` (:class:`.Step`): each
+        adapter has one of its own for life, and its layer holds it as ``lora_step``.
         """
         steps_before = {adapter.step for adapter in self.adapters.values()}
         for layer in view.layers.values():
