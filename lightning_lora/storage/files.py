@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from lightning_lora.storage.load.built_modules import built_by_lightning
 from lightning_lora.storage.load.other_names import with_names_of
 from lightning_lora.storage.load.put import adapt_and_put
 from lightning_lora.storage.load.rebuilding import rebuild_modules
+from lightning_lora.storage.on_disk.place_of_model import PlaceOfModel
 from lightning_lora.storage.on_disk.places import check_output, local_path, path_here
 from lightning_lora.storage.same_base.stored_fingerprints import fingerprints_to_store
 from lightning_lora.storage.state import (
@@ -277,7 +277,7 @@ def load_adapter(
             ``check_base=False``.
 
     Example:
-        >>> import copy, tempfile
+        >>> import copy, tempfile, torch
         >>> from lightning_lora import LoRAConfig, inject_adapters
         >>> base = nn.Sequential(nn.Linear(4, 4))
         >>> names = inject_adapters(trained := copy.deepcopy(base), LoRAConfig(r=2))
@@ -339,7 +339,8 @@ def load_from_checkpoint(
         merge: Return a plain model with the updates merged, instead of an adapted
             model.
         check_base: Refuse another base, as in ``load_adapter``.
-        map_location: The device of the model, as in Lightning's method.
+        map_location: The device of the model; or a dict or a function that says it, as
+            in Lightning's method. By default it stays where ``cls`` has built it.
         weights_only: Set this to False for a file that you trust, if its
             hyperparameters are not plain types.
         **kwargs: Hyperparameters to override, as in Lightning's method. Loading is
@@ -349,13 +350,17 @@ def load_from_checkpoint(
         AdapterFileError: the file is truncated, was changed, or is of another kind.
         BaseMismatchError: the model that ``cls`` builds is not the base that the
             adapters were trained on.
+        ConfigError: ``cls`` is no class, or ``map_location`` is none of these.
     """
     if not isinstance(cls, type):
         raise ConfigError(
             f"Pass the class {type(cls).__name__}. For a module of it, call "
             "load_adapter(model, path)."
         )
-    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    place = PlaceOfModel(map_location)
+    checkpoint = read_checkpoint(
+        path, weights_only=weights_only, map_location=place.for_reading()
+    )
     stored = own.stored_adapters(checkpoint, path)
     check_is_lightning(checkpoint, path)
     kwargs.pop("strict", None)  # loading is always strict
@@ -371,6 +376,5 @@ def load_from_checkpoint(
     if merge:
         merge_adapters(model)
         remove_adapters(model)
-    if isinstance(map_location, str | torch.device):
-        return model.to(map_location)
-    return model
+    device = place.device()
+    return model if device is None else model.to(device)

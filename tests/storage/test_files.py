@@ -242,9 +242,41 @@ def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
     adapted = ll.load_from_checkpoint(LitTiny, file)
     assert torch.equal(adapted(X), model(X))
     assert adapted.hparams["lr"] == 0.01
-    placed = ll.load_from_checkpoint(LitTiny, file, map_location="meta")
-    for p in placed.parameters():
-        assert p.is_meta  # a device that every machine has
+
+
+ON_META = torch.UntypedStorage(0, device="meta")  # every machine has this device
+
+
+@pytest.mark.parametrize(
+    ("map_location", "device"),
+    [
+        (None, "cpu"),
+        ("meta", "meta"),
+        (torch.device("meta"), "meta"),
+        ({"cpu": "meta"}, "meta"),
+        ({"cpu": torch.device("meta")}, "meta"),
+        ({"cuda:0": "meta"}, "cpu"),  # the file was not written on this device
+        (lambda storage, location: storage, "cpu"),
+        (lambda storage, location: None, "cpu"),
+        (lambda storage, location: ON_META if location == "cpu" else None, "meta"),
+    ],
+)
+def test_load_from_checkpoint_takes_each_map_location_of_torch(
+    map_location: Any, device: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "lora.ckpt"
+    model = fitted(file)
+    placed = ll.load_from_checkpoint(LitTiny, file, map_location=map_location)
+    assert {p.device.type for p in placed.parameters()} == {device}
+    if device == "cpu":
+        assert torch.equal(placed(X), model(X))
+
+
+def test_load_from_checkpoint_refuses_what_torch_does_not_take(tmp_path: Path) -> None:
+    file = tmp_path / "lora.ckpt"
+    fitted(file)
+    with pytest.raises(ll.ConfigError, match="map_location=0 is not known"):
+        ll.load_from_checkpoint(LitTiny, file, map_location=0)
 
 
 def test_load_from_checkpoint_merges_for_good_if_asked(tmp_path: Path) -> None:

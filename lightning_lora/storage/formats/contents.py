@@ -39,14 +39,19 @@ def read_contents(path: str | Path | IO[bytes]) -> Any:
     return _read_with(path, partial(_load_plain, path))
 
 
-def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
-    """Return the contents of a checkpoint, with hyperparameters and all else in it."""
+def read_checkpoint(
+    path: str | Path | IO[bytes], *, weights_only: bool, map_location: Any = "cpu"
+) -> Any:
+    """Return the contents of a checkpoint, with hyperparameters and all else in it.
+
+    ``map_location`` is that of ``torch.load``.
+    """
     remedy = (
         "If you trust it, pass weights_only=False to load_from_checkpoint. If not, "
         "build the model yourself, and call load_adapter(model, path): it reads only "
         "the adapters."
     )
-    load = partial(torch.load, map_location="cpu", weights_only=weights_only)
+    load = partial(torch.load, map_location=map_location, weights_only=weights_only)
     return _read_with(path, load, remedy=remedy)
 
 
