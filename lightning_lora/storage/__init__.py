@@ -16,6 +16,20 @@ those of a new head, and buffers that hooks filled. Files hold these too. A "not
 torch stands beside the values of a state dict (``_metadata``), and a "hint" is an entry
 of the state itself, for readers without this package.
 
+Ten words are the names of what ``View`` (``model/view.py``), ``AdapterState`` and
+``Base`` (``lightning_lora/base/``) know of a model:
+
+- ``base_parameters``: all parameters that are no adapter's.
+- ``trainable_base``: those of them that train in full, beside the adapters.
+- ``frozen_base``: the rest of them, which do not train. Adapted weights belong here.
+- ``originals``: the base's values of all that may change beside the adapters.
+- ``changes``: the frozen tensors that other code than an optimizer has changed.
+- ``filled``: the buffers that the module's own hooks have filled.
+- ``random_weights``: the frozen weights that look untrained.
+- ``fingerprints``: the base as a Trainer has read it, in each form that it had.
+- ``may_have_learned``: whether training has begun, or a file was loaded.
+- ``layers``: the layers of an adapter. A new one is "without layers" at first.
+
 All this is called without a Trainer (``files.py``, ``several.py``), by a Trainer
 (``checkpoint.py`` and ``beside_adapters.py``), and by the console command
 (``offline/``). Merged models in files are computed by ``merged_state.py``, for

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.base.adapter_state import AdapterState
 from lightning_lora.base.record import Record
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.base_values import (
@@ -60,20 +61,16 @@ def adapt_and_put(
             stays inactive. None: the active one.
         refuses_other_base: Whether another base is refused. Otherwise it is only named.
     """
+    # load_from_checkpoint and sums follow the rule of load_adapter, and errors name it
     record = start_call(model, "load_adapter")
     if record is None or name is None or name == record.adapter.name:
         _put_in_place_of_active(
             model, read, name, refuses_other_base=refuses_other_base
         )
-        return
-    active = record.adapter
-    # the model is not merged inside this block, so the inner call has no merge to undo
-    with unmerged(model), activate(model, name, active.config) as undo:
-        _put_in_place_of_active(
-            model, read, name, refuses_other_base=refuses_other_base
+    else:
+        _put_beside_active(
+            model, read, name, record.adapter, refuses_other_base=refuses_other_base
         )
-        undo.keep()
-        switch_to(model, active.name)
 
 
 def put(
@@ -107,10 +104,17 @@ def put_state(model: nn.Module, state: StateDict) -> None:
 def _put_in_place_of_active(
     model: nn.Module, read: ReadFor, name: str | None, *, refuses_other_base: bool
 ) -> None:
-    """Put the adapters of a file in the place of the active one."""
+    """Put the adapters of a file in the place of the active one.
+
+    The active one may be new, without layers, or there is none.
+    """
     with _opened_to_adapt(model) as view:
         stored = read(view)
-        is_new = _adapt_if_plain(view, stored.config, name)
+        is_new = _has_no_layers_yet(view)
+        if is_new:
+            _adapt_as_file_says(view, stored.config, name)
+        record_of(model)  # refuses a model that shows its base
+        refuse_lost_adapters(view)
         stored = _with_values_of_base(view, stored, is_new=is_new)
         check_fits(
             view, stored, reads_base_anew=True, refuses_other_base=refuses_other_base
@@ -118,21 +122,52 @@ def _put_in_place_of_active(
         _write_adapters(view, stored)
 
 
+def _put_beside_active(
+    model: nn.Module,
+    read: ReadFor,
+    name: str,
+    active: AdapterState,
+    *,
+    refuses_other_base: bool,
+) -> None:
+    """Put the adapters of a file into another adapter than the active one, and switch back to that.
+
+    If the model has no adapter of this name, ``activate`` makes one without layers, and
+    drops it after an error. Its configuration is not used: the file's takes its place.
+    """
+    # inside of ``unmerged``, the model is not merged: the inner call has no merge to undo
+    with unmerged(model), activate(model, name, active.config) as undo:
+        _put_in_place_of_active(
+            model, read, name, refuses_other_base=refuses_other_base
+        )
+        undo.keep()  # otherwise the end of the block would drop a new adapter
+        switch_to(model, active.name)
+
+
 # Open a model for the change: take a merge out of it, and restore it after an error
 #
-# After an error, three parts restore it. The ``Undo`` in ``_write_state`` restores
-# values, and which of them are kept of the base. ``undone_on_error`` restores adapters,
-# records and ``requires_grad``: only a model that may be adapted needs it. A merge comes
-# back by ``unmerged`` in ``_opened``, and by ``_restore_merge`` in ``_opened_to_adapt``.
+# Four blocks restore a model after an error. They are nested, so the inner one is first:
+#
+# 1. The ``Undo`` in ``_write_state`` restores values, and which of them are kept of the
+#    base.
+# 2. ``undone_on_error`` in ``_opened_to_adapt`` restores adapters, records and
+#    ``requires_grad``. ``_opened`` needs no such block: there, the layers stay adapted
+#    as they are.
+# 3. A merge comes back. ``_restore_merge`` in ``_opened_to_adapt`` merges again, and if
+#    the adapters were dropped in place of that, it puts the record back. ``unmerged`` in
+#    ``_opened`` merges again in any case: with the new adapters after success, and with
+#    the old ones after an error.
+# 4. In ``_put_beside_active``, ``activate`` makes the former adapter active again. Then
+#    ``unmerged`` merges that one again.
 
 
 @contextmanager
 def _opened(model: nn.Module) -> Iterator[View]:
     """Open a model that is adapted.
 
-    If it is merged, it is merged again with the new adapters.
+    If it is merged, it is merged again at the end.
     """
-    view_of(model)  # refuses one that has no adapters, or has lost some
+    view_of(model)  # refuses a model without adapters, or one that has lost some
     with unmerged(model):
         yield view_of(model)
 
@@ -141,7 +176,8 @@ def _opened(model: nn.Module) -> Iterator[View]:
 def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
     """Open a model that may be plain.
 
-    It stays unmerged. Only an error merges it again.
+    If it is merged, it is unmerged and stays so. Or its adapters are dropped with a
+    warning, if its weights were replaced since the merge. An error restores both.
     """
     record = find_record(model)
     was_merged = record is not None and record.state.is_merged
@@ -158,60 +194,64 @@ def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
 
 def _restore_merge(model: nn.Module, record: Record) -> None:
     """Undo what :func:`unmerge_or_forget` has done to a merged model."""
-    was_forgotten = find_record(model) is None
-    if was_forgotten:
+    adapters_were_dropped = find_record(model) is None
+    if adapters_were_dropped:
         keep_record(model, record)
     elif not state_of(model).is_merged:
         merge(model)
 
 
-# Adapt a plain model
+# Adapt a model as a file says
 
 
-def _adapt_if_plain(view: View, config: LoRAConfig, name: str | None) -> bool:
-    """Adapt a model as a file says, if it has no adapters of its own.
+def _has_no_layers_yet(view: View) -> bool:
+    """Whether a model is plain, or its active adapter is new: :func:`.activate` makes one without layers."""
+    return not view.is_adapted or not view.adapter.layers
 
-    Return whether it had none.
+
+def _adapt_as_file_says(view: View, config: LoRAConfig, name: str | None) -> None:
+    """Adapt the layers that a file's configuration selects.
+
+    ``name`` is for the adapter of a plain model. An adapter without layers has a name.
     """
-    is_new = not view.is_adapted or not view.adapter.layers
-    if is_new:
-        inject_from_file(view.model, config, name=_name_of_new(view, name))
-        view.look_again()
-    record_of(view.model)  # refuses one that shows its base
-    refuse_lost_adapters(view)
-    return is_new
-
-
-def _name_of_new(view: View, name: str | None) -> str:
-    """The name of an adapter that is new on a model."""
-    if view.is_adapted:  # it has an adapter without layers
-        return view.adapter.name
-    return "default" if name is None else name
+    if view.is_adapted:
+        name = view.adapter.name
+    elif name is None:
+        name = "default"
+    inject_from_file(view.model, config, name=name)
+    view.look_again()
 
 
 def _with_values_of_base(
     view: View, stored: StoredAdapters, *, is_new: bool
 ) -> StoredAdapters:
-    """Add what files of other libraries do not hold, because it is the base's. What they hold stays."""
+    """Add what files of other libraries do not hold, because it is the base's. What they hold stays.
+
+    ``is_new``: whether the model was adapted as the file says, just before.
+    """
     if stored.names_its_base:
         return stored
-    trained = _base_values_of_trained(view, is_new=is_new)
-    return replace(
-        stored, state={**trained, **_frozen_in_adapters(view), **stored.state}
-    )
+    state = {
+        **_base_values_of_trained(view, is_new=is_new),
+        **_frozen_in_adapters(view),
+        **stored.state,
+    }
+    return replace(stored, state=state)
 
 
 def _base_values_of_trained(view: View, *, is_new: bool) -> dict[str, Tensor]:
-    """The base's values of what trains in full, for a file that may lack these.
+    """The base's values of what trains in full here, for a file that may lack these.
 
-    If the model had adapters before, the file may lack biases alone.
+    If the model was adapted before, the file must hold the modules that train here:
+    otherwise it does not fit. Only biases may be absent. Of those that ``bias="all"``
+    selects here, the file may hold some or none.
     """
     names = [name for name in view.trainable_base if is_new or is_bias(name)]
     return {name: kept_or_present_value(view, name) for name in names}
 
 
 def _frozen_in_adapters(view: View) -> dict[str, Tensor]:
-    """The adapters' parameters that do not train: they were computed from the base."""
+    """The adapters' parameters that do not train: the factors from which PiSSA and the like start."""
     frozen = dict[str, Tensor]()
     for layer_name, layer in view.layers.items():
         for parameter, spec in layer.lora_specs().items():
@@ -229,14 +269,14 @@ BEING_WRITTEN = "lightning_lora_written"
 
 
 def _write_adapters(view: View, stored: StoredAdapters) -> None:
-    """Write adapters that have been checked.
+    """Write adapters that have been checked, and note which tensors belong to no base.
 
-    Files of this package say which weights and buffers belong to no base. The model
-    remembers both as ``random_weights``. It does so at the end, when nothing can fail
-    any more: no :class:`.Undo` would take this back.
+    Files of this package say this. It is noted at the end, when nothing can fail any
+    more: no :class:`.Undo` would take it back.
     """
     _write_state(view, stored.state, filled=stored.filled_in_state)
     if stored.names_its_base:
+        # the filled buffers are among these: see ``AdapterState.random_weights``
         view.adapter.random_weights = tuple(stored.of_no_base)
         view.record.base.note_filled(stored.filled_in_state)
 
@@ -244,47 +284,69 @@ def _write_adapters(view: View, stored: StoredAdapters) -> None:
 def _write_state(view: View, state: StateDict, filled: Iterable[str] = ()) -> None:
     """Write a state that has been checked. If a module's own loading fails, restore the old values.
 
+    Each step leaves with ``undo`` what takes it back. After an error, the last step is
+    taken back first. So the old values are loaded last, when all buffers have their old
+    sizes and dtypes again.
+
     Args:
         view: The model.
         state: The values.
         filled: The buffers in the state that hooks have filled where it comes from.
             The model may have filled others.
     """
+    filled_anywhere = {*filled, *view.record.base.filled}
+    values_of_filled = only(state, filled_anywhere)
     with Undo() as undo:
-        old_values = _copies_of_written(view, state)
-        undo.callback(load_state_dict, view.model, old_values, notes=[BEING_WRITTEN])
-        _keep_frozen(view, state, undo)
-        filled_anywhere = {*filled, *view.record.base.filled}
-        _write_filled_buffers(view, only(state, filled_anywhere), undo)
+        _remember_old_values(view, state, undo)
+        # before the state's values take the place of these
+        _keep_base_of_frozen(view, state, undo)
+        # before the load: torch copies into a buffer as it is, which must be of the same
+        # size, and rounds to its dtype
+        _fit_filled_buffers(view, values_of_filled, undo)
+        # before the load: modules with code of their own for it see these values there
         restore_originals(view, _left_to_the_base(view, state), undo)
         load_state_dict(view.model, state, notes=[BEING_WRITTEN])
+        # after the load: this takes digests of the values that are there now
         view.record.note_adapter_loaded(base_values(view))
         undo.keep()
 
 
-def _keep_frozen(view: View, state: StateDict, undo: Undo) -> None:
+def _remember_old_values(view: View, state: StateDict, undo: Undo) -> None:
+    """Copy all tensors of a model that may be written, to be loaded again after an error."""
+    written = {*state, *view.adapter.originals}
+    present = of_type(state_dict(view.model), Tensor)
+    old_values = copies_of(only(present, written))
+    undo.callback(load_state_dict, view.model, old_values, notes=[BEING_WRITTEN])
+
+
+def _keep_base_of_frozen(view: View, state: StateDict, undo: Undo) -> None:
     """Keep the base's values of the frozen weights that get others."""
     adapter = view.adapter
     undo.callback(setattr, adapter, "originals", dict(adapter.originals))
     keep_frozen(view, only(view.frozen_base, state))
 
 
-def _copies_of_written(view: View, state: StateDict) -> dict[str, Tensor]:
-    """Copies of the tensors of a model that are written."""
-    present = of_type(state_dict(view.model), Tensor)
-    return copies_of(only(present, {*state, *view.adapter.originals}))
+def _fit_filled_buffers(view: View, values: StateDict, undo: Undo) -> None:
+    """Give buffers that hooks filled these values, with their sizes.
 
-
-def _write_filled_buffers(view: View, values: StateDict, undo: Undo) -> None:
-    """Write buffers that hooks filled: they may have another shape here, and a dtype that would round."""
+    Another run may have filled a buffer with more values, or in a wider dtype.
+    """
     for name, value in values.items():
         buffer = view.buffers[name]
-        dtype = buffer.dtype
-        # a model in half precision stays so: its code may compute in nothing else
-        if dtype.itemsize > 2:
-            dtype = torch.promote_types(dtype, value.dtype)
         undo.callback(replace_values, buffer, buffer.data)
+        dtype = _dtype_for(value, buffer)
         replace_values(buffer, value.to(buffer.device, dtype, copy=True))
+
+
+def _dtype_for(value: Tensor, buffer: Tensor) -> torch.dtype:
+    """The dtype in which a buffer takes a value: so wide that nothing is rounded.
+
+    But a dtype of one or two bytes stays: the code of a model in half precision may
+    compute in nothing else.
+    """
+    if buffer.dtype.itemsize <= 2:
+        return buffer.dtype
+    return torch.promote_types(buffer.dtype, value.dtype)
 
 
 def _left_to_the_base(view: View, state: StateDict) -> Iterable[str]:
