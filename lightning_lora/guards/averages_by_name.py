@@ -14,7 +14,7 @@ from lightning_lora.tensors.dicts import only, without
 from lightning_lora.tensors.names import starts_of
 from lightning_lora.tensors.values import is_tensor
 
-# the shapes of the parameters whose names end so, such as "0.weight"
+# by an ending of names, such as "0.weight": the shapes of the parameters with it
 _Shapes = dict[Any, set[tuple[int, ...]]]
 
 

@@ -42,8 +42,8 @@ class CopiesWithoutUpdates(Guard):
     def _is_written(self, view: View, copy: str) -> bool:
         """Whether code has written into a copy, and not into its original too.
 
-        An average may have written the values that were there, as the original's are
-        frozen. A load of the whole model writes into both, and is no average.
+        The values need not differ: an average of frozen weights writes the values that
+        were there. A load of the whole model writes into both, and is no average.
         """
         written = self._written_since(view)
         for name in names_inside(written, [copy]):

@@ -14,7 +14,7 @@ class LargeHyperparameters(Guard):
     """Names hyperparameters that are larger than the adapters."""
 
     def training_begins(self, view: View) -> None:
-        """Look at those of the module. A module among them is named by Lightning."""
+        """Look at those of the module. Lightning itself warns of an ``nn.Module`` among them."""
         size_of_adapters = sum(p.nbytes for p in view.adapter_parameters.values())
         large: dict[str, int] = {}
         for name, value in _hyperparameters(view.model).items():

@@ -9,7 +9,6 @@ from lightning_lora.errors import FreshLayerWarning, listed
 from lightning_lora.guards.wording import excluded_names, to_save, warn_in_each_fit
 from lightning_lora.layers import adapter_for
 from lightning_lora.model.untrained.find_untrained import Untrained
-from lightning_lora.model.untrained.of_no_base import names_of_no_base
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.names import names_outside, owner_of
@@ -54,9 +53,9 @@ def _tell_of_model(view: View, untrained: Untrained) -> None:
 
 
 def _perhaps_new(view: View, untrained: Untrained) -> list[str]:
-    """The layers that may be new.
+    """The layers that may be new, but for those that the user left out.
 
-    None, if the user left them out, or no layer was large enough to judge.
+    If no layer was large enough to judge, nobody can say: then the list is empty.
     """
     if not untrained.was_judged:
         return []
@@ -69,9 +68,10 @@ def _name_untrained(view: View, untrained: Untrained, perhaps_new: list[str]) ->
     message = _about_untrained(view, untrained)
     if perhaps_new:
         message += _about_perhaps_new_too(view, untrained, perhaps_new)
-    # Who excludes all that is random knows it: DeadAdapterWarning advises so, for layers
-    # that the loss does not depend on. Small layers are random too, besides those named.
-    if _are_excluded(view, names_of_no_base(view)):
+    # DeadAdapterWarning advises to exclude layers that the loss does not depend on. So a
+    # user who excludes all layers with random weights knows of them. Small layers count,
+    # which the message does not name.
+    if _are_excluded(view, view.adapter.known_random_weights):
         rank_zero_info(message)
     else:
         warn_in_each_fit(message, FreshLayerWarning)

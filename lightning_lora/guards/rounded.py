@@ -58,6 +58,7 @@ def _much(lost: Mapping[str, float]) -> dict[str, float]:
 
 
 def _is_much(share: float) -> bool:
+    """Whether much was rounded away. An infinite share is an overflow: Overflown names it."""
     return _MUCH < share < math.inf
 
 

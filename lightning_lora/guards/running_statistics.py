@@ -35,6 +35,7 @@ class RunningStatistics(Guard):
         norms = _norms_that_train(view)
         old = dict[str, float]()
         for name, seen in _batches_seen(norms).items():
+            # a norm that came later counts as one that saw no batch
             batches = seen - self.batches_before.get(name, seen)
             # a norm that was in eval mode saw none, and has trained as it evaluates
             if batches < _LEAST_BATCHES:

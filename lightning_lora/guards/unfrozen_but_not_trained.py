@@ -41,13 +41,16 @@ def modules_unfrozen_but_not_trained(view: View) -> list[str]:
     frozen_by_user = _frozen_by_user(view)
     if 2 * view.size_of(frozen_by_user) <= view.size_of(view.base_parameters):
         return []
-    with_frozen_weights = modules_around(frozen_by_user)
-    with_training = modules_around([*view.adapted_weights, *view.trainable_base])
+    around_frozen = modules_around(frozen_by_user)
+    around_trained = modules_around([*view.adapted_weights, *view.trainable_base])
     found: dict[str, None] = {}  # each once
     for weight in _unfrozen_weights(view):
-        unfrozen = largest_free_of(with_frozen_weights, weight)
-        module = owner_of(weight) if unfrozen == weight else unfrozen
-        if module not in with_training:
+        # the largest module around the weight in which the user froze nothing, or, if
+        # there is none, the weight itself
+        unfrozen = largest_free_of(around_frozen, weight)
+        is_weight = unfrozen == weight
+        module = owner_of(weight) if is_weight else unfrozen
+        if module not in around_trained:
             found[unfrozen] = None
     return list(found)
 

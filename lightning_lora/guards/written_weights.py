@@ -46,7 +46,11 @@ class WrittenWeights(Guard):
             warn(_about_written(view.title, written))
 
     def _is_written(self, view: View, weight: str) -> bool:
-        """Whether a weight has other values, by its digest where both are known, or by a quick look."""
+        """Whether a weight has other values than before.
+
+        Two digests that differ show it. Equal or unknown ones do not show the contrary,
+        as the digest of now may be an older one: then the values are compared.
+        """
         before = self.before.get(weight)
         if before is None:
             return False
@@ -73,10 +77,7 @@ def _note(view: View, name: str) -> _Noted:
 
 
 def _weights_inside(view: View, name: str, layer: LoRALayer) -> list[str]:
-    """The weights of an adapted layer.
-
-    A quantised one may change the layout of its own.
-    """
+    """The weights of an adapted layer: none of a quantised one, which changes their layout itself."""
     if layer.lora_is_quantised(layer):
         return []
     return list(only(view.base_parameters, names_joined(name, layer.lora_weights())))

@@ -45,7 +45,7 @@ def _holds_compiled_code(module: nn.Module) -> bool:
 def _defines_compiled_code(cls: type) -> bool:
     """Whether a class defines a compiled function, or the file around it.
 
-    Those of some packages do not.
+    Classes of ``_SKIPPED_PACKAGES`` are not looked at.
     """
     package, *_ = cls.__module__.split(".")
     if package in _SKIPPED_PACKAGES:

@@ -41,7 +41,11 @@ class ReadByHand(Guard):
         self._named: set[nn.Module] = set()
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
-        """Choose what is watched."""
+        """Choose what is watched.
+
+        Adapters that do not train change no loss that training lowers, so their layers
+        are left to evaluations.
+        """
         if not is_compiled(view.model):
             self._in_training = WeightWatch(
                 view, trained_layers(view), WeightInTraining

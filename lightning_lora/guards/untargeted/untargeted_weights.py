@@ -93,12 +93,12 @@ def untargeted_matrices(view: View) -> UntargetedMatrices:
 def _weights_that_targets_could_mean(view: View) -> list[str]:
     """All weights but those that the user froze or excluded, unless they are adapted all the same."""
     base = view.base_parameters
-    left_out = view.frozen_by_user.union(excluded_names(view))
-    names = {
-        *names_outside(base, left_out),
-        *with_values(base, _adapted_parameters(view)),
-    }
-    return list(only(base, names))
+    # names of weights, and names of modules around some
+    left_out = {*view.frozen_by_user, *excluded_names(view)}
+    not_left_out = names_outside(base, left_out)
+    adapted = with_values(base, _adapted_parameters(view))
+    in_order_of_model = only(base, {*not_left_out, *adapted})
+    return list(in_order_of_model)
 
 
 def _untargeted_among(view: View, weights: Iterable[str]) -> list[str]:
@@ -146,14 +146,13 @@ def _is_matrix(p: nn.Parameter) -> bool:
 
 
 def _is_usually_untargeted(layer: nn.Module) -> bool:
-    """Whether nobody expects an adapter here: in embeddings, norms, and output heads.
-
-    A linear layer without an adapter is such a head: automatic targets adapt all
-    others.
-    """
+    """Whether nobody expects an adapter here: in embeddings, norms, and output heads."""
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm):
         return True
-    return getattr(adapter_for(layer), "lora_is_linear", False)
+    # a linear layer without an adapter is an output head: automatic targets adapt all
+    # others
+    kind = adapter_for(layer)
+    return kind is not None and kind.lora_is_linear
 
 
 def _about_untargeted(view: View, untargeted: UntargetedMatrices) -> str:
