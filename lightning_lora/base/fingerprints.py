@@ -36,9 +36,10 @@ class StoredFingerprint(Fingerprint, total=False):
     """What a file says of a base."""
 
     rounded: HalfDigests
-    """The half digests of all tensors, by name. The key says "rounded" because files have it.
+    """The half digests of all tensors, by name, in the order of ``digests``.
 
-    It is absent if the base had other names when the file was written.
+    So it names the digests too. The key says "rounded" because files have it. It is
+    absent if the base had other names when the file was written.
     """
 
 

@@ -25,7 +25,7 @@ from lightning_lora.storage.load.from_state_dicts import (
 from lightning_lora.storage.load.full_states import load_base
 from lightning_lora.storage.load.put import put
 from lightning_lora.storage.merged_state import merged_state
-from lightning_lora.storage.same_base.base_changes import note_changes
+from lightning_lora.storage.same_base.base_changes import fingerprints_noting_changes
 from lightning_lora.storage.same_base.stored_fingerprints import with_half_digests
 from lightning_lora.storage.state import (
     copies_of,
@@ -67,7 +67,7 @@ def adapter_only(
     """
     view = view_of(model)
     # first, because a small state holds what has changed in the base
-    fingerprints = note_changes(view, anew=False)
+    fingerprints = fingerprints_noting_changes(view, anew=False)
     small = _with_small_states(view, checkpoint)
     if view.is_sharded:
         small = full_tensors(small)

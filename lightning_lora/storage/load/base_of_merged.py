@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.fingerprints import find_same_form
+from lightning_lora.base.fingerprints import Fingerprint, find_same_form
 from lightning_lora.functional.dtypes import wide
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View, view_of
@@ -23,39 +23,54 @@ from lightning_lora.tensors.values import replace_values
 def restore_base_from(
     model: nn.Module, merged: StateDict, checkpoint: Mapping[str, Any]
 ) -> bool:
-    """Make the base from a checkpoint's merged weights.
+    """Make the base again, if a model has the merged weights of a checkpoint.
 
-    Code without adapters loads these before it resumes a run.
+    A Trainer calls this before it goes on from a checkpoint that holds a merged model
+    beside its adapters. Code without adapters may have loaded that merged model into
+    the module before. Then the module's adapters are fresh, and merged weights are where
+    the base's belong.
 
     Args:
-        model: The model, perhaps with those weights.
+        model: The adapted model. It may have those merged weights, or the base's.
         merged: The merged weights. It is empty if the checkpoint has none.
         checkpoint: The checkpoint, with adapters alone as its state.
 
     Returns:
-        Whether the model had those weights, and has the base's now.
+        Whether the model had the merged weights, and has the base's now.
     """
     if not merged:
         return False
     view = view_of(model)
-    base_of_training = find_same_form(
-        checkpoint[KEY]["base"], fingerprint(view, anew=False)
-    )
     adapters = only(checkpoint["state_dict"], view.adapter_parameters)
+    base_of_training = _base_of_training(view, checkpoint)
     if base_of_training is None or not _can_be_taken_out(view, merged, adapters):
         return False
     _take_updates_out(view, adapters)
-    base_computed_back = fingerprint(view, anew=False)  # the same, up to rounding
-    view.record.base.note_computed_back(
-        changes_between(view, base_of_training, base_computed_back)
-    )
+    _note_as_base_of_training(view, base_of_training)
     return True
+
+
+def _base_of_training(view: View, checkpoint: Mapping[str, Any]) -> Fingerprint | None:
+    """The fingerprint in a checkpoint that has the form of the base here: the same names, shapes and dtypes."""
+    return find_same_form(checkpoint[KEY]["base"], fingerprint(view, anew=False))
+
+
+def _note_as_base_of_training(view: View, base_of_training: Fingerprint) -> None:
+    """Note that the model's base is the one of the training, up to rounding.
+
+    Weights whose bits are others now count as those of the training: see
+    ``Base.computed_back``.
+    """
+    base_computed_back = fingerprint(view, anew=False)
+    differing = changes_between(view, base_of_training, base_computed_back)
+    view.record.base.note_computed_back(differing)
 
 
 def _take_updates_out(view: View, adapters: StateDict) -> None:
     """Subtract the updates of these adapters from the model's weights.
 
-    The weights are the base's then, up to rounding.
+    The weights are the base's then, up to rounding. The model's own adapters have these
+    values only meanwhile.
     """
     with replaced_values(view, adapters), torch.no_grad():
         for layer in view.layers.values():
@@ -63,23 +78,24 @@ def _take_updates_out(view: View, adapters: StateDict) -> None:
 
 
 def _take_update_out(layer: LoRALayer) -> None:
-    """Subtract the update of a layer from its weights."""
+    """Subtract the update of a layer from its weights, which are merged ones."""
     for name in layer.lora_weights():
-        weight = own_parameter(layer, name)
-        # the effective weight is the present weight (now the merged one) + the update
-        update = layer.lora_effective_weight(name).sub_(weight)
-        base = weight.to(wide(weight.dtype)) - update
-        replace_values(weight, base.to(weight.dtype))
+        merged_weight = own_parameter(layer, name)
+        # the layer adds its update to what it has: here, it is added a second time
+        with_two_updates = layer.lora_effective_weight(name)
+        update = with_two_updates.sub_(merged_weight)
+        base = merged_weight.to(wide(merged_weight.dtype)) - update
+        replace_values(merged_weight, base.to(merged_weight.dtype))
     layer.lora_weights_changed()
 
 
 def _can_be_taken_out(view: View, merged: StateDict, adapters: StateDict) -> bool:
-    """Whether a file's updates can be subtracted from the weights of a model.
+    """Whether a model has merged weights, from which the file's updates can be subtracted.
 
-    Its ``adapters`` must be those of the model's layers. The model must have the file's
-    ``merged`` weights, and adapters that have learned nothing yet.
+    The costly test, of all weights, comes last.
     """
     have_one_shape = _shapes_of(adapters) == _shapes_of(view.adapter_parameters)
+    # adapters that have learned belong to the weights that they learned on
     return (
         have_one_shape
         and _is_exact_sum(view)
@@ -94,7 +110,10 @@ def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _is_exact_sum(view: View) -> bool:
-    """Whether an update can be subtracted again: not from a scaled, rounded or sharded sum."""
+    """Whether a merged weight is the base's weight plus the update, in float32 or wider.
+
+    DoRA scales the sum, a narrower dtype rounds it, and shards hold parts of it.
+    """
     uses_dora = any(layer.lora_settings.use_dora for layer in view.layers.values())
     is_rounded = any(
         _is_narrow(parameter) for parameter in view.base_parameters.values()
@@ -103,12 +122,12 @@ def _is_exact_sum(view: View) -> bool:
 
 
 def _is_narrow(parameter: Tensor) -> bool:
-    """Whether it is less precise than float32."""
+    """Whether a parameter is less precise than float32."""
     return parameter.is_floating_point() and parameter.element_size() < 4
 
 
 def _has_weights(view: View, merged: StateDict) -> bool:
-    """Whether all weights of the model are those of a file."""
+    """Whether all weights of the model have the values of a file's merged ones."""
     if not view.base_parameters.keys() <= merged.keys():
         return False
     return all(

@@ -1,8 +1,12 @@
 """A module that Lightning builds from a checkpoint, without the strict loading: the file has no base.
 
-Lightning's ``load_from_checkpoint`` builds and loads in one call. So it is given a
-subclass of the user's class, which keeps the state in place of loading it, and the
-module gets its own class back.
+Lightning's ``load_from_checkpoint`` builds a module and loads the state in one call. So
+it is given a subclass of the user's class, whose module keeps the state in place of
+loading it. Then the module gets its own class back.
+
+A module of LightningCLI is built otherwise: its checkpoint names a class, and Lightning
+refuses one that is no subclass of the class that it is called on. The user's class is no
+subclass of ours. So Lightning is called on the class of the user, with an empty state.
 """
 
 import warnings
@@ -26,15 +30,15 @@ def built_by_lightning(
 ) -> "tuple[Module, Any]":
     """Return a new module, and the state that its ``on_load_checkpoint`` has left for it.
 
-    Nothing of it is loaded.
+    Nothing of the state is loaded. The caller loads it.
     """
     if CLI_CLASS in checkpoint.get("hyper_parameters", {}):
         return _build_by_cli(cls, checkpoint, options), checkpoint["state_dict"]
-    subclass, kept_states = _that_loads_nothing(cls)
+    subclass, kept_states = _subclass_that_loads_nothing(cls)
     model = subclass.load_from_checkpoint(
         _as_file(checkpoint), map_location="cpu", **options
     )
-    del model.load_state_dict  # its own, which kept the state
+    del model.load_state_dict  # the module's own one, which has kept the state
     model.__class__ = cls
     return model, kept_states.pop()
 
@@ -42,21 +46,27 @@ def built_by_lightning(
 def _build_by_cli(
     cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]
 ) -> "Module":
-    """Build a module of LightningCLI, which builds another class than it is asked for."""
+    """Build a module of the class that a checkpoint of LightningCLI names: ``cls``, or a subclass of it.
+
+    Its ``on_load_checkpoint`` sees an empty state, so it cannot edit what is loaded.
+    """
+    without_values = _as_file({**checkpoint, "state_dict": {}})
     with warnings.catch_warnings():
+        # what Lightning says of an empty state
         warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
-        shell = _as_file({**checkpoint, "state_dict": {}})
         return cls.load_from_checkpoint(
-            shell, map_location="cpu", **options, strict=False
+            without_values, map_location="cpu", **options, strict=False
         )
 
 
-def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]":
-    """Return a subclass whose module keeps the state that Lightning loads, and the list of these states.
+def _subclass_that_loads_nothing(
+    cls: "type[Module]",
+) -> "tuple[type[Module], list[Any]]":
+    """Return a subclass whose module keeps the state that Lightning loads, and the list that gets this state.
 
     Lightning calls the subclass's ``on_load_checkpoint`` on the new module before it
-    loads. There the module gets a ``load_state_dict`` of its own, which only keeps the
-    state.
+    loads. There the user's ``on_load_checkpoint`` sees the whole state, and the module
+    gets a ``load_state_dict`` of its own, which only keeps the state.
     """
     states: list[Any] = []
 

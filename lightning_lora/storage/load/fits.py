@@ -86,7 +86,12 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
 
 
 def _is_same_start(settings: Settings, config: LoRAConfig) -> bool:
-    """Whether both updates are added to the whole weight, or both to what is left after one way to start (PiSSA)."""
+    """Whether an update means here what it meant in the file's training.
+
+    Most updates are added to the whole weight, and it no longer matters how they began.
+    With PiSSA and the like (``is_difference``), an update counts from where it began:
+    then both must have begun in the same way.
+    """
     if settings.init == config.init:
         return True
     return not settings.is_difference and not INITIALISATIONS[config.init].is_difference
@@ -148,9 +153,12 @@ def _check_names_of_file(view: View, stored: StoredAdapters) -> None:
     The changed weights that its description names must be in its state too.
     """
     needed = {**trained_tensors(view), **only(view.base_parameters, stored.changed)}
-    of_no_base: Collection[str] = ()
-    # a file of another library may hold weights that look untrained, and not say so
-    if not stored.names_its_base:
+    if stored.names_its_base:
+        # what belongs to no base is expected already: weights that look untrained are
+        # in ``changed``, and the rest are buffers
+        of_no_base: Collection[str] = ()
+    else:
+        # a file of another library does not say which weights look untrained
         of_no_base = view.adapter.known_random_weights
     _check_names(
         view,
@@ -169,13 +177,23 @@ def _check_names(
     of_no_base: Collection[str],
     remedy: str,
 ) -> None:
-    """Refuse a state that lacks what is needed, or has names that no file of this model has."""
+    """Refuse a state that lacks what is needed, or has names that no file of this model has.
+
+    Args:
+        view: The model.
+        state: The state.
+        needed: The names that it must have.
+        of_no_base: Names of frozen weights that it may have, because they look
+            untrained in this model.
+        remedy: The end of the error.
+    """
     missing = names_not_in(needed, state)
-    usual = {*needed, *view.buffers, *tensors_with_originals(view)}
-    unexpected = names_not_in(state, usual)
-    # few states have other names: only for these, the model's whole state is made
+    expected = {*needed, *view.buffers, *tensors_with_originals(view)}
+    unexpected = names_not_in(state, expected)
+    # the model's whole state is made only if it must be: few states have other names
     if unexpected:
-        unexpected = names_not_in(unexpected, _names_in_own_file(view, of_no_base))
+        in_own_file = _names_in_own_file(view, of_no_base)
+        unexpected = names_not_in(unexpected, in_own_file)
     wrong = misfits({"missing": missing, "unexpected": unexpected})
     if wrong:
         raise AdapterMismatchError(
@@ -184,7 +202,7 @@ def _check_names(
 
 
 def _names_in_own_file(view: View, of_no_base: Collection[str]) -> Collection[str]:
-    """The names that a file of this model would have now: also what modules' own code adds."""
+    """The names that a file of this model would have now: also those of entries that modules' own code adds."""
     return values_to_store(view, state_dict(view.model), of_no_base)
 
 
@@ -208,8 +226,8 @@ def _check_changed(view: View, state: StateDict) -> None:
 def _check_tensors(view: View, state: StateDict, *, is_converted: bool = False) -> None:
     """Refuse tensors of another shape or kind.
 
-    Of a converted base, all but adapters may be rounded. Filled buffers are not given
-    here: they may have another shape.
+    If the base is converted here (``is_converted``), a value may be rounded, but not an
+    adapter's. Filled buffers are not in this ``state``: they may have another shape.
     """
     present = {**view.base_parameters, **view.buffers, **trained_tensors(view)}
     # whether other entries fit, the code of their modules decides

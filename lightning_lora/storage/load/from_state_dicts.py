@@ -1,9 +1,9 @@
 """State dicts: one that is put back on a model, and those that other code lets torch load into one.
 
 Torch keeps notes in a state dict, as its ``_metadata``: for each module a dict, by the
-module's name, such as ``{"": {...}, "encoder": {"version": 1}}``. They go into files
-with it, and a hook of a module gets those on the module. So the notes on the model
-itself, whose name is ``""``, say which adapters a state dict holds.
+module's name, such as ``{"": {...}, "encoder": {"version": 1}}``. Files keep the notes
+too. When torch loads a state, a hook of a module gets the notes on that module. So the
+notes on the model itself, whose name is ``""``, say which adapters a state dict holds.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,6 @@ from torch import nn
 from lightning_lora.errors import LoRAError
 from lightning_lora.model.plain_state_dicts import note_plain_state
 from lightning_lora.model.start_call import record_of, start_call
-from lightning_lora.model.view import view_of
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.checksum import Description, checksum
 from lightning_lora.storage.load.put import BEING_WRITTEN, put, put_state
@@ -47,7 +46,6 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         AdapterFileError: a tensor holds NaN or infinite values.
         AdapterStateError: ``model`` has no adapters.
     """
-    view_of(model)  # refuses one that has no adapters, or has lost some
     put_state(model, without_hints(state))
 
 
@@ -71,6 +69,7 @@ def before_load(
     """
     if BEING_WRITTEN in notes:
         return
+    # refuse a call that may not start now, whatever the state holds
     start_call(model, "load_state_dict")
     were_put = _put_noted(model, state, notes)
     if were_put:
@@ -112,21 +111,27 @@ def _put_noted(model: nn.Module, state: StateDict, notes: Mapping[str, Any]) -> 
 def _put_beside_merged(
     model: nn.Module, state: StateDict, notes: Mapping[str, Any]
 ) -> bool:
-    """Put the adapters of a merged model. Return whether they were put.
+    """Put the adapters of a merged model, so that training goes on with them. Return whether they were put.
 
-    They are not put if this model has not been trained, or if other code has changed
-    the merged weights, or if the adapters are another model's. Then torch loads the
-    merged weights, as the base of this model.
+    They are not put in three cases. Then torch loads the merged weights, as the base of
+    this model:
+
+    1. The model's own adapters are fresh. Whoever loads a merged model before a new
+       training wants to train on top of it.
+    2. Other code has changed the merged weights: its values would be lost.
+    3. The adapters do not fit: another model has them, or another base, or they hold
+       NaN.
     """
     checksum_when_merged, description, adapters = notes[_BESIDE_MERGED]
-    if (
-        not record_of(model).adapter.may_have_learned
-        or checksum(state, {}) != checksum_when_merged
-    ):
+    is_fresh = not record_of(model).adapter.may_have_learned
+    if is_fresh:
+        return False
+    was_changed = checksum(state, {}) != checksum_when_merged
+    if was_changed:
         return False
     try:
         _put_described(model, adapters, description)
-    except LoRAError:  # the adapters are another model's
+    except LoRAError:
         return False
     return True
 

@@ -16,20 +16,23 @@ from lightning_lora.tensors.plain_states import StateDict, load_state_dict, stat
 
 
 def load_base(model: nn.Module, state: StateDict, *, call: str) -> None:
-    """Write a full state into the base, and initialise the adapters again.
+    """Write a full state into the base, and let the adapters begin anew.
 
     What the model remembers of the earlier base and its training is forgotten. Errors
     name the ``call``.
+
+    All adapters are initialised before the load: the state has no values for them, and
+    those that have learned would stay otherwise. After the load, those that start from
+    the base's weights (as with PiSSA) are initialised once more, from the new weights.
     """
     start_call(model, call)
     state = renamed(state, plain_name)
     _check_base_fits(model, state)
     with unmerged(model):
-        # new adapters, as a state without adapters does not say their values
         for layer in View(model).layers.values():
             layer.lora_initialise()
         load_state_dict(model, state)
-        # those that start from the base's weights (such as PiSSA) take the new ones
+        # a new view: code of modules may have replaced layers when it loaded
         reinitialise_if_base_changed(View(model))
     record = record_of(model)
     record.adapter.fingerprints = []

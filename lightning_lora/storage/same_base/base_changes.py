@@ -11,13 +11,22 @@ from lightning_lora.storage.same_base.compared_tensors import base_tensors
 from lightning_lora.storage.same_base.fingerprint import fingerprint
 
 
-def note_changes(view: View, *, anew: bool = True) -> list[Fingerprint]:
+def note_changes(view: View) -> None:
     """Note the frozen weights that have changed since the run began.
 
-    Return the fingerprints of the run's base, for a file. Files hold the values of these
-    weights from now on. So the run's fingerprints, from before the changes, stay right.
-    A base of a form that the run has not seen is another base: then only its present
-    fingerprint is returned.
+    All weights are read. Files hold the values of those that have changed from now on.
+    """
+    fingerprints_noting_changes(view, anew=True)
+
+
+def fingerprints_noting_changes(view: View, *, anew: bool) -> list[Fingerprint]:
+    """Do what :func:`note_changes` does, and return the fingerprints of the run's base, for a checkpoint.
+
+    They are from before the changes, and stay right: the checkpoint holds the values of
+    what has changed. A base of a form that the run has not seen is another base: then
+    nothing is noted, and only its present fingerprint is returned.
+
+    ``anew``: whether all weights are read, as in :func:`.fingerprint`.
     """
     record = view.record
     now = fingerprint(view, anew=anew)

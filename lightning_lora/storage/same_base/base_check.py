@@ -93,7 +93,10 @@ def _find_same_base(comparisons: Iterable[Comparison]) -> Comparison | None:
 
 
 def _nearest(comparisons: Sequence[Comparison], here: Fingerprint) -> Comparison:
-    """The first comparison with a base of the same dtypes, or the first of all."""
+    """The first comparison with a base of the same dtypes, or the first of all.
+
+    There is one for each fingerprint in the file, which has at least one.
+    """
     for found in comparisons:
         if found.fingerprint["dtypes"] == here["dtypes"]:
             return found
@@ -119,13 +122,16 @@ class _BaseHere:
         }
 
     def compare(self, fingerprint: StoredFingerprint) -> Comparison:
-        """Compare it with a fingerprint in the file.
+        """Compare this base with a fingerprint in the file.
 
-        If that does not say its names, they are those here, or nothing is compared: the
-        layout tells, which is a hash of them.
+        The tensors are compared by names. If the file does not say those of this
+        fingerprint, they are the names here, as long as both layouts are the same: a
+        layout is a hash of the names. With another layout, nothing can be compared. The
+        comparison is empty then, and counts as one of another architecture.
         """
         has_same_layout = fingerprint["layout"] == self.fingerprint["layout"]
-        if not (says_names(fingerprint) or has_same_layout):
+        names_are_known = says_names(fingerprint) or has_same_layout
+        if not names_are_known:
             return Comparison(fingerprint)
         there = BaseThere(fingerprint, self.names_there.values())
         return compare(
@@ -223,7 +229,10 @@ def _left_out(base: _BaseHere, found: Comparison) -> str:
 
 
 def _difference(base: _BaseHere, found: Comparison) -> _Message:
-    """What is different, and what to do."""
+    """What is different, and what to do.
+
+    Another architecture comes first: its comparison may be empty, too.
+    """
     if _is_other_architecture(base, found.fingerprint):
         return _other_architecture(base, found.fingerprint)
     if not found.compared:

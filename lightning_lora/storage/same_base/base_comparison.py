@@ -71,13 +71,14 @@ class BaseThere:
     ) -> None:
         """Read a fingerprint.
 
-        ``names`` are those of its tensors, in their order, if it does not say them
-        itself. Their half digests are not known then.
+        Its entry ``rounded`` has the names of its tensors, in the order of its digests.
+        Without this entry, ``names`` must be these. Half digests are not known then.
         """
         unknown: HalfDigests = dict.fromkeys(names, ())
         self.fingerprint = fingerprint
         self.half_digests = fingerprint.get("rounded", unknown)
-        self.digests = digests_by_name(self.half_digests, fingerprint)
+        names_in_order = self.half_digests.keys()
+        self.digests = digests_by_name(names_in_order, fingerprint)
         self.quantised = quantised_in(fingerprint)
         self.floating_dtypes = _floating_dtypes(fingerprint["dtypes"])
 
@@ -101,14 +102,16 @@ class BaseThere:
     def _came_from(self, here: ComparedTensor) -> bool:
         """Whether the tensor here, converted to a dtype there, is the one there: by digests of its conversions.
 
-        Those to half precision may be known already, so they come first.
+        The half digests may be known already, so they come first. Both are looked at, also
+        if only one of their dtypes is there: digests do not match by chance.
         """
         digest_there = self.digests[here.name_there]
         other_dtypes = self.floating_dtypes - {here.tensor.dtype}
         half_dtypes = other_dtypes.intersection(HALF_DTYPES)
         if half_dtypes and digest_there in here.compute_half_digests():
             return True
-        return digest_there in digests_as(here.tensor, list(other_dtypes - half_dtypes))
+        remaining_dtypes = list(other_dtypes - half_dtypes)
+        return digest_there in digests_as(here.tensor, remaining_dtypes)
 
 
 def _floating_dtypes(names: Iterable[str]) -> set[torch.dtype]:

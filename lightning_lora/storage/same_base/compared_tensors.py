@@ -15,7 +15,9 @@ Tensors = Mapping[str, Tensor]  # by name
 
 
 def base_tensors(view: View) -> dict[str, Tensor]:
-    """Return the base's tensors: frozen parameters without updates, and buffers with the values from before training.
+    """Return the base's tensors: all frozen parameters, and buffers with the values from before training.
+
+    Adapted weights are among them: of a merged one, the values without its update.
 
     Rows that train by themselves are zero here: resizing an embedding draws others each
     time. Embeddings with ``max_norm`` are left out: their own forward rescales the

@@ -23,10 +23,11 @@ from lightning_lora.tensors.dicts import where, without
 
 
 def fingerprints_to_store(view: View) -> list[StoredFingerprint]:
-    """Return the fingerprints of a model's base: in each form that the run has seen.
+    """Return the fingerprints of a model's base, for a file of its own: in each form that the run has seen.
 
     A base that the run has not seen is another one. It has only its present
-    fingerprint.
+    fingerprint. A change is not noted here, as it is for a checkpoint of a run
+    (:func:`.fingerprints_noting_changes`): the file is for the base as it is now.
     """
     fingerprints = view.record.adapter.fingerprints
     now = fingerprint(view)
@@ -40,7 +41,8 @@ def with_half_digests(
 ) -> list[StoredFingerprint]:
     """Return fingerprints of a model's base as files hold them: with the half digests of its tensors.
 
-    Only the first call costs a pass over the weights.
+    Half digests are remembered (``Readings``), so only the first call costs a pass over
+    the weights.
     """
     base = _BaseNow(view)
     stored = list[StoredFingerprint]()
@@ -66,7 +68,8 @@ class _BaseNow:
         }
         self.quantised = quantised_names(view)
         self.readings = view.record.base.readings
-        # of these, half digests can be computed: the model has the base's values of them
+        # of these, half digests can be computed: they are floating-point tensors with the
+        # base's values
         self.computable = where(
             without(self.tensors, {*self.quantised, *view.record.base.changes}),
             is_convertible,
@@ -75,20 +78,23 @@ class _BaseNow:
     def half_digests_for(self, fingerprint: Fingerprint) -> HalfDigests:
         """Return the half digests that belong to a fingerprint of this base.
 
+        They are in the order of its digests, because these have no names in a file.
+
         If the base has the form of the fingerprint now, those that are not known yet are
         computed. If it was converted since, its values are others: then those that are
-        known must do.
+        known must do, and the rest are empty.
         """
         digests = digests_by_name(self.tensors, fingerprint)
         known: HalfDigests = {
             name: self.readings.known_half_digests(digest)
             for name, digest in digests.items()
         }
-        for name in self.quantised & digests.keys():
-            known[name] = None
-        if not have_same_form(fingerprint, self.form):
-            return known
-        return {**known, **self._computed(digests)}
+        quantised: HalfDigests = dict.fromkeys(self.quantised & digests.keys())
+        computed: HalfDigests = {}
+        if have_same_form(fingerprint, self.form):
+            computed = self._computed(digests)
+        # ``known`` has all names, so the order stays
+        return {**known, **quantised, **computed}
 
     def _computed(self, digests: Mapping[str, int]) -> HalfDigests:
         """The half digests of all tensors whose values are at hand.
@@ -96,6 +102,8 @@ class _BaseNow:
         Each is computed once in a run.
         """
         by_digest = {digests[name]: tensor for name, tensor in self.computable.items()}
+        # of shards, all are computed first: one by one, each would cost a message between
+        # the processes
         self.readings.compute_half_digests_of_dtensors(by_digest)
         return {
             name: self.readings.half_digests_of(digests[name], tensor)
