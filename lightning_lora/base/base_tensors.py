@@ -37,8 +37,9 @@ class AfterMerge:
     An example of a tied weight: an adapted ``embedding`` and a ``head`` without adapter
     share a parameter P. The merge leaves P to ``head``, and gives ``embedding`` a new
     parameter, P + ΔW. Then ``seen`` has both, and the base's values in
-    ``bases["embedding.weight"]`` are P itself, without a copy.
-    ``seen_tied["embedding.weight"]`` says how P looked.
+    ``bases["embedding.weight"]`` are P itself, without a copy. So is
+    ``tied["embedding.weight"]``, and ``seen_tied["embedding.weight"]`` says how P
+    looked.
     """
 
     seen: dict[str, Seen] = field(default_factory=dict)
@@ -50,8 +51,14 @@ class AfterMerge:
     Of a tied weight, the parameter of its other uses.
     """
 
+    tied: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Of each tied weight with an update: the parameter of its other uses."""
+
     seen_tied: dict[str, Seen] = field(default_factory=dict)
-    """Of each tied weight with an update: how the parameter of its other uses looked."""
+    """How the parameters in ``tied`` looked, if the model still holds them.
+
+    It does not, if the layers of all uses are merged.
+    """
 
     @property
     def seen_without_update(self) -> dict[str, Seen]:

@@ -82,19 +82,23 @@ def keep_originals(view: View) -> None:
     Values that were copied before are kept.
     """
     changing = {**view.trainable_base, **view.buffers}
-    # frozen weights whose originals are kept: see keep_frozen
-    changing.update(only(view.base_parameters, view.adapter.originals))
+    # AdapterState.keep_originals drops all names but those that it is given: so the
+    # frozen weights that keep_frozen has added are given too
+    kept_before = only(view.base_parameters, view.adapter.originals)
+    changing.update(kept_before)
     view.adapter.keep_originals(changing, digests_of_extra_state(view))
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
-    """Copy frozen weights to CPU memory before they change: by a file, or as a copy of another network.
+    """Copy frozen weights to CPU memory before they change.
 
-    Weights are skipped if their base values were copied before, or are lost: other code
+    A file changes some, and others follow the network that they are a copy of. Weights
+    are skipped if their base values were copied before, or are lost, because other code
     has changed them.
     """
     copied_or_lost = {*view.adapter.originals, *view.record.base.changes}
-    view.adapter.set_originals(only(view.base_parameters, set(names) - copied_or_lost))
+    to_copy = set(names) - copied_or_lost
+    view.adapter.set_originals(only(view.base_parameters, to_copy))
 
 
 def restore_originals(view: View, names: Iterable[str], undo: Undo) -> None:

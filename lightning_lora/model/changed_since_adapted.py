@@ -45,21 +45,20 @@ def _was_replaced(layer: LoRALayer) -> bool:
 def refuse_resized_or_tied(view: View) -> None:
     """Refuse layers that were resized since they were adapted, and those tied or untied since.
 
-    Only ties to an embedding whose rows train matter: the other layer computes with
-    these rows.
+    A tie matters only if it is to an embedding whose rows train (``LoRATokens``): the
+    tied layer computes with these rows.
     """
-    resized = where(view.layers, LoRALayer.lora_is_resized)
-    embeddings_by_weight: dict[object, nn.Module] = {
-        layer.weight: layer for layer in of_type(view.layers, LoRATokens).values()
-    }
+    for name in where(view.layers, LoRALayer.lora_is_resized):
+        raise _changed_since(view, name, "resized")
+    embeddings_by_weight = dict[object, nn.Module]()
+    for embedding in of_type(view.layers, LoRATokens).values():
+        embeddings_by_weight[embedding.weight] = embedding
     for name, module in view.modules.items():
-        if name in resized:
-            raise _changed_since(view, name, "resized")
-        # whatever had the weight of such an embedding when the adapters came was tied
-        # to it then. tied_to gives a module that is not tied itself
-        weight = find_parameter(module, "weight")
-        owner_of_weight = embeddings_by_weight.get(weight, module)
-        if tied_to(module) is not owner_of_weight:
+        # a module that is not tied, as most are, counts as tied to itself
+        tied_then = tied_to(module)
+        weight_now = find_parameter(module, "weight")
+        tied_now = embeddings_by_weight.get(weight_now, module)
+        if tied_now is not tied_then:
             raise _changed_since(
                 view, name, "tied to an embedding whose rows train, or untied,"
             )
@@ -75,9 +74,9 @@ def _changed_since(view: View, layer: str, what: str) -> AdapterStateError:
 
 
 def refuse_other_configuration(view: View, choices: Mapping[str, Choice]) -> None:
-    """Refuse a configuration by which the adapters at hand would be on other layers, or other ones.
+    """Refuse a configuration that asks for other adapters than those at hand, or for other layers.
 
-    ``choices`` are the layers that it selects.
+    ``choices`` are the layers that the configuration selects.
     """
     for name, layer in view.layers.items():
         if name not in choices:
@@ -92,7 +91,8 @@ def refuse_other_configuration(view: View, choices: Mapping[str, Choice]) -> Non
     for prefix, record in records_in(view.modules).items():
         if record.state.is_merged or not record.adapter.layers:
             continue
-        if record.adapter.config != view.config:
+        is_other_configuration = record.adapter.config != view.config
+        if is_other_configuration:
             _check_same_trained(view, prefix)
 
 
@@ -104,7 +104,7 @@ def _check_same_layer(view: View, name: str, choice: Choice) -> None:
     layer = view.layers[name]
     here = _about(layer.lora_settings, layer.lora_matrices)
     wanted = _about(choice.settings, choice.matrices)
-    keys = {**here, **wanted}  # "init" may be in one of them only
+    keys = {**here, **wanted}  # "init" may be in only one of the two dicts
     different = [key for key in keys if here.get(key) != wanted.get(key)]
     if different:
         raise AdapterMismatchError(
@@ -116,7 +116,7 @@ def _check_same_layer(view: View, name: str, choice: Choice) -> None:
 
 
 def _named(values: Mapping[str, Any], keys: Collection[str]) -> str:
-    """Some of these values, in a message."""
+    """The values of these keys, as a message says them: ``r=4, alpha / r=2``."""
     return ", ".join(f"{key}={values.get(key)}" for key in keys)
 
 
@@ -147,7 +147,8 @@ def _about(settings: Settings, matrices: Iterable[AdaptedMatrix]) -> dict[str, A
     """An adapter's settings and matrices, in users' words."""
     compared = asdict(settings)
     del compared["trains"]  # a paused adapter is the same one
-    # how an adapter began does not matter later, unless its update counts from there
+    # how an adapter began does not matter later, unless its update is the difference
+    # from this beginning
     if not settings.is_difference:
         del compared["init"]
     about = renamed(compared, _in_users_words)
@@ -160,7 +161,7 @@ def _in_users_words(name: str) -> str:
 
 
 def _about_matrix(matrix: AdaptedMatrix) -> tuple[Any, ...]:
-    """What a matrix is, and what it has of its own."""
+    """What a matrix is, and which settings of its own it has, in place of its layer's."""
     about = (matrix.name or matrix.weight, matrix.first, matrix.reads, matrix.writes)
     its_own = [value for value in (matrix.r, matrix.scaling, matrix.tokens) if value]
     return (*about, *its_own)

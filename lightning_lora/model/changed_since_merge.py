@@ -54,7 +54,13 @@ def refuse_layers_of_another_model(view: View) -> None:
 
 
 def _is_as_merged_here(view: View) -> bool:
-    """Whether all parameters are as the merge left them. This process compares its part of DTensors."""
+    """Whether all parameters are as the merge left them. This process compares its part of DTensors.
+
+    If the model was converted to another dtype since, no values are the same. Then a
+    parameter without update is compared by about a thousand values, converted too: of
+    its earlier values, only these are kept. A merged weight is compared exactly: the merge is
+    done again from the base and the adapter, and its result converted.
+    """
     for name, seen in view.record.base.after_merge.seen_without_update.items():
         parameter = view.parameters.get(name)
         if parameter is None or not seen.may_have_same_values(parameter):
@@ -74,16 +80,17 @@ def _is_layer_as_merged(view: View, layer: str, adapter: LayerAdapter) -> bool:
     tied = only(after_merge.seen_tied, names)
     if not all(_is_tie_present(view, name) for name in tied):
         return False
-    has_same_values = all(
-        after_merge.seen[name].has_same_values(view.parameters[name]) for name in names
+    seen = only(after_merge.seen, names)
+    values_are_the_same = all(
+        seen[name].has_same_values(view.parameters[name]) for name in names
     )
-    return has_same_values or _is_result_of_second_merge(view, layer, adapter)
+    return values_are_the_same or _is_result_of_second_merge(view, layer, adapter)
 
 
 def _is_tie_present(view: View, name: str) -> bool:
     """Whether the other use of a weight that was tied is still there, on the same device in the same dtype."""
     parameter = view.parameters[name]
-    tied = view.record.base.after_merge.bases[name]
+    tied = view.record.base.after_merge.tied[name]
     if tied not in set(view.parameters.values()):
         return False
     return tied.dtype == parameter.dtype and tied.device == parameter.device

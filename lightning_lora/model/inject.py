@@ -87,13 +87,13 @@ def inject_adapters(
         >>> model[0]
         LoRALinear(in_features=16, out_features=16, bias=True, r=2, scaling=4)
     """
-    _check_arguments(model, config)
+    _check_arguments(model, config, name)
     names = inject(model, config, name=name)
     Guards().tell(Guard.injected_by_call, View(model))
     return names
 
 
-def _check_arguments(model: object, config: object) -> None:
+def _check_arguments(model: object, config: object, name: str) -> None:
     """Refuse what is no model or no configuration, and one that only a Trainer can serve."""
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
         about = (
@@ -106,9 +106,22 @@ def _check_arguments(model: object, config: object) -> None:
                 "alpha=..., dropout=...)."
             )
         raise ConfigError(about)
-    record = find_record(model)
-    if record is None or not record.adapter.may_have_learned:
+    # what needs a Trainer is how an adapter starts, which an adapter that has learned
+    # does not do again
+    if not _may_have_learned(model, name):
         refuse_trainer_only(config)
+
+
+def _may_have_learned(model: nn.Module, name: str) -> bool:
+    """Whether a model has an adapter ``name`` that is on its layers or rests, and whose training has begun."""
+    record = find_record(model)
+    # a merged model becomes a new base, where each adapter is new
+    if record is None or record.state.is_merged:
+        return False
+    states = record.adapter_states
+    # a name that is no text is refused later, and may have no hash
+    is_known = name in list(states)
+    return is_known and states[name].may_have_learned
 
 
 def inject(
@@ -140,7 +153,8 @@ def _inject(
     """Adapt a model as planned, and return the names of all adapted layers.
 
     ``plan_for`` plans what a view's configuration asks for, and changes nothing. After
-    an error, the model is as before.
+    an error, the model is as before: ``undone_on_error`` restores it, and then
+    ``_activated`` the adapter that was active.
     """
     _refuse_start(model, name)
     with _activated(model, config, name):
@@ -152,9 +166,9 @@ def _inject(
             plan = plan_for(view)
             if plan.changes_layers:
                 refuse_in_block(model, "inject_adapters")
-            # adapters that the plan takes off would be refused in the next step
             if plan.to_detach:
                 detach_from(view, plan.to_detach)
+            # after that step, since adapters that the plan takes off would be refused
             refuse_other_configuration(view, plan.choices)
             guards.tell(Guard.layers_chosen, view, plan.to_attach)
             _attach_and_freeze(model, plan, view, name)
@@ -165,7 +179,8 @@ def _refuse_start(model: nn.Module, name: str) -> None:
     """Refuse a model that cannot get the adapter ``name`` now."""
     start_call(model, "inject_adapters")
     names = adapters(model)
-    # a block of adapter_names allows the call only if it changes nothing: see _inject
+    # in a block of adapter_names, the call may name an adapter that is there. _inject
+    # refuses it if the layers would change
     if name not in names:
         refuse_in_block(model, "inject_adapters")
     # a merged model becomes a new base, and its inactive adapters would be lost

@@ -4,7 +4,7 @@ The record keeps the adapters and the base's values, for ``unmerge.py``.
 """
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,9 +27,10 @@ from lightning_lora.moments import Guard, Guards
 from lightning_lora.tensors.dicts import with_values
 from lightning_lora.tensors.names import (
     join,
+    names_joined,
     names_not_in,
     own_parameter,
-    set_parameter,
+    set_tensor,
 )
 from lightning_lora.tensors.seen import Seen
 from lightning_lora.tensors.shards import is_dtensor
@@ -103,10 +104,12 @@ def merge(model: nn.Module) -> MergeReport:
         return MergeReport()
     _begin_merge(view)
     tied = tied_weights(view)
+    tied_parameters = _parameters_of(view, tied)
     report = MergeReport(untied=list(tied))
     bases = dict[str, Tensor]()
     with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
-        # an Undo runs its last step first: so this one runs when all weights are back
+        # an Undo runs its last step first: so _freeze_again, which is added first, runs
+        # when all weights are back
         undo.callback(_freeze_again, view)
         for name, layer in view.layers.items():
             merged, report.lost[name] = _merged_weights(layer)
@@ -114,7 +117,7 @@ def merge(model: nn.Module) -> MergeReport:
         update_for_changed_weights(view)
         view.look_again()  # layers with a tied weight have new parameters
         unfreeze(view)
-        after_merge = _look_at_parameters(view, bases)
+        after_merge = _look_at_parameters(view, bases, tied_parameters)
         adapters = detach_adapters(view)
         undo.keep()
     view.record.note_merged(adapters, after_merge)
@@ -219,10 +222,10 @@ def _put_beside_tied(
 ) -> nn.Parameter:
     """Give a layer a new parameter with the update.
 
-    Return the tied one, which its other uses keep.
+    Return the tied parameter, which the other layers keep.
     """
     base = own_parameter(layer, weight)
-    undo.callback(set_parameter, layer, weight, base)
+    undo.callback(set_tensor, layer, weight, base)
     _set_new_parameter(layer, weight, merged)
     return base
 
@@ -241,7 +244,7 @@ def _put_for_good(
 def _set_new_parameter(layer: LoRALayer, weight: str, values: Tensor) -> None:
     """Give a layer a parameter of its own in place of a tied one."""
     requires_grad = own_parameter(layer, weight).requires_grad
-    set_parameter(layer, weight, nn.Parameter(values, requires_grad))
+    set_tensor(layer, weight, nn.Parameter(values, requires_grad))
 
 
 def _take_off_for_good(view: View, name: str, layer: LoRALayer) -> None:
@@ -255,30 +258,46 @@ def _take_off_for_good(view: View, name: str, layer: LoRALayer) -> None:
 # What the record keeps
 
 
-def _look_at_parameters(view: View, bases: dict[str, Tensor]) -> AfterMerge:
-    """Look at all parameters after a merge.
+def _parameters_of(
+    view: View, weights: Mapping[str, Iterable[str]]
+) -> dict[str, nn.Parameter]:
+    """The parameters of some weights, given by layer, by their names in the model."""
+    parameters = dict[str, nn.Parameter]()
+    for layer, names_in_layer in weights.items():
+        for name in names_joined(layer, names_in_layer):
+            parameters[name] = view.parameters[name]
+    return parameters
 
-    ``bases`` are the base's values of the merged ones.
+
+def _look_at_parameters(
+    view: View, bases: dict[str, Tensor], tied: dict[str, nn.Parameter]
+) -> AfterMerge:
+    """Look at all parameters after a merge. The example in :class:`.AfterMerge` shows what is kept of them.
+
+    ``bases`` are the base's values of the weights with an update. ``tied`` are those of
+    them that were tied.
     """
-    seen = dict[str, Seen]()
     merged = {view.parameters[name] for name in bases}
+    seen = dict[str, Seen]()
     for name, parameter in view.base_parameters.items():
-        # a merged one of a shared layer is here under another name too
+        # a merged weight of a shared layer has several names, and ``bases`` the first:
+        # so it is recognised as an object
         if parameter not in merged:
             seen[name] = Seen(parameter, _known_digest(view, name, parameter))
     for name in bases:
-        # without a digest, which is computed only if it is asked for
+        # its digest is computed later, and only if it is asked for
         seen[name] = Seen(view.parameters[name])
-    # the base of a tied weight is the parameter that another layer still has
-    still_in_model = with_values(bases, set(view.parameters.values()))
-    seen_tied = {name: Seen(parameter) for name, parameter in still_in_model.items()}
-    return AfterMerge(seen, bases, seen_tied)
+    in_model = set(view.parameters.values())
+    seen_tied = dict[str, Seen]()
+    for name, parameter in with_values(tied, in_model).items():
+        seen_tied[name] = Seen(parameter)
+    return AfterMerge(seen, bases, tied, seen_tied)
 
 
 def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:
     """The digest of a parameter of the base, which is read again only if it has changed.
 
-    None: it is a DTensor, or has no values.
+    None: the parameter is a DTensor, or has no values.
     """
     if parameter.is_meta or is_dtensor(parameter):
         return None

@@ -74,7 +74,8 @@ def tied_weights(view: View) -> dict[str, list[str]]:
     uses = Counter(direct_parameters(first_names(view.modules)).values())
     tied = defaultdict[str, list[str]](list)
     for name, layer in view.layers.items():
-        # the other use reads the same rows, and so has the update too
+        # a layer that is tied to such an embedding computes with its trained rows too: so
+        # both keep one weight
         if isinstance(layer, LoRATokens):
             continue
         for weight in layer.lora_weights():

@@ -22,12 +22,15 @@ def note_plain_state(
 
     What the state holds says what it is::
 
-        adapters, and all of the frozen base   a checkpoint: its statistics of norms
-                                               are noted as the base's
-        adapters, and less                     nothing is noted
-        no adapter, but frozen weights         a new base, or a merged model: noted
-        neither                                only what trains in full: nothing is
-                                               noted
+        adapters, and all untouched weights   a checkpoint: its statistics of norms
+                                              are noted as the base's
+        adapters, and less                    nothing is noted
+        no adapter, but untouched weights     a new base, or a merged model: noted
+        neither                               only what trains in full: nothing is
+                                              noted
+
+    Untouched weights are those parameters of the base of which the adapter keeps no
+    originals, because neither training nor a file gives them other values.
 
     A merged model takes any state but one with adapters. ``model`` may be a part of
     what is loaded: ``prefix`` is then its name there, with a dot. ``notes`` are torch's
@@ -41,20 +44,23 @@ def note_plain_state(
     if record.state.is_merged:
         _refuse_adapters(view, given_adapters)
         return
-    frozen = without(view.base_parameters, record.adapter.originals)
+    untouched = without(view.base_parameters, record.adapter.originals)
     if given_adapters:
-        holds_frozen_base = frozen.keys() <= given.keys()
-        if holds_frozen_base:
+        holds_all_untouched = untouched.keys() <= given.keys()
+        if holds_all_untouched:
             _take_statistics(view, given)
     else:
-        holds_some_of_frozen_base = not frozen.keys().isdisjoint(given)
-        if holds_some_of_frozen_base:
+        holds_some_untouched = not untouched.keys().isdisjoint(given)
+        if holds_some_untouched:
             _take_base(view, given, notes)
 
 
 def _take_base(view: View, given: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
     """Take the values of a new base, which other code loads. They may be those of a merged model."""
-    if not view.is_fresh() and (HAS_UPDATE in notes or _holds_updates(view, given)):
+    # this package notes HAS_UPDATE in the states of merged models that it writes. Other
+    # states say nothing, so their values are compared
+    has_updates = not view.is_fresh()
+    if has_updates and (HAS_UPDATE in notes or _holds_updates(view, given)):
         _begin_on_merged_weights(view)
     # all tensors of which some adapter keeps the base's values
     originals: dict[str, Tensor] = {}
@@ -86,10 +92,10 @@ def _begin_on_merged_weights(view: View) -> None:
 
 def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
     """Whether a full state is the base with other values in adapted weights alone: a merged model, most likely."""
-    adapted = set(view.adapted_weights)
+    adapted = only(view.frozen_base, set(view.adapted_weights))
     others = without(view.frozen_base, adapted)
-    others_are_given = bool(others) and _are_given(others, given)
-    return others_are_given and not _are_given(only(view.frozen_base, adapted), given)
+    others_are_the_same = bool(others) and _are_given(others, given)
+    return others_are_the_same and not _are_given(adapted, given)
 
 
 def _are_given(weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> bool:

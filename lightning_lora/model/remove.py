@@ -50,7 +50,8 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     # if the base is shown, tensors first get back what the adapter has in them
     switch_to(model, record.adapter.name)
     view_of(model)  # refuses a model in which layers have lost their adapters
-    # modules inside that were adapted on their own lose their adapters too
+    # modules inside that were adapted on their own lose their adapters too. Their
+    # originals are moved to ``record`` first, so that _restore_base writes them back
     absorb_inner_records(model, record)
     if not record.state.is_merged:
         _restore_base(model)

@@ -73,8 +73,10 @@ class SwitchBlock(AbstractContextManager[None]):
         record = find_record(self.model)
         if record is None:  # all were removed in the block
             return
-        if self.shown_before is None and self.active_before in record.inactive_adapters:
-            # the base was shown, and below it, another adapter was on the layers
+        is_inactive_now = self.active_before in record.inactive_adapters
+        if self.shown_before is None and is_inactive_now:
+            # the base was shown, but ``active_before`` was on the layers, without effect:
+            # so it is put on them again, before the base is shown
             switch_to(self.model, self.active_before)
         switch_to(self.model, self.shown_before)
 

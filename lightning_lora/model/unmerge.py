@@ -25,7 +25,7 @@ from lightning_lora.model.records import forget_record, state_of
 from lightning_lora.model.start_call import record_of, start_call
 from lightning_lora.model.view import View
 from lightning_lora.model.views.tensors_view import MergedWeight
-from lightning_lora.tensors.names import join, set_parameter
+from lightning_lora.tensors.names import join, set_tensor
 from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import (
     put_back,
@@ -135,9 +135,9 @@ def _move_to_layer(view: View, layer: str, adapter: LayerAdapter, undo: Undo) ->
 
 def _write_base(view: View, merged: MergedWeight, undo: Undo) -> None:
     """Give a layer's weight the base's values again, on its current device and in its current dtype."""
-    if merged.tied_parameter is not None:
-        module = view.modules[merged.layer]
-        _tie_again(module, merged, merged.tied_parameter, undo)
+    was_tied_to = merged.tied_parameter
+    if was_tied_to is not None:
+        _tie_again(view.modules[merged.layer], merged, was_tied_to, undo)
         return
     parameter, base = merged.parameter, merged.base_value
     undo.callback(put_back, parameter, set_aside(parameter), parameter.device)
@@ -149,10 +149,10 @@ def _tie_again(
     module: nn.Module, merged: MergedWeight, tied: nn.Parameter, undo: Undo
 ) -> None:
     """Give a layer the parameter back that it shared with others, with the flag of the merged one."""
-    undo.callback(set_parameter, module, merged.weight, merged.parameter)
+    undo.callback(set_tensor, module, merged.weight, merged.parameter)
     undo.callback(replace_values, tied, tied.data)
     # if all layers that shared it are merged, no module held it: so a move of the model
     # did not move it
     replace_values(tied, tied.data.to(merged.parameter))
     set_requires_grad(tied, merged.parameter.requires_grad)
-    set_parameter(module, merged.weight, tied)
+    set_tensor(module, merged.weight, tied)

@@ -33,6 +33,7 @@ def note_what_the_user_set(view: View) -> None:
         return
     # the user has frozen or thawed what is adapted now, not what is asked for
     view = view.as_recorded()
+    # one step for each row of the table above, in its order
     _note_thawed(view)
     _note_copied(view)
     _note_frozen_after_learning(view)

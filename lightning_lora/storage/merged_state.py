@@ -17,7 +17,7 @@ from lightning_lora.model.view import View
 from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.state import own_adapters_in
 from lightning_lora.tensors.dicts import names_of_each, only, renamed, without
-from lightning_lora.tensors.names import join, own_parameter, plain_name, set_parameter
+from lightning_lora.tensors.names import join, own_parameter, plain_name, set_tensor
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import detached
@@ -133,8 +133,8 @@ def _replace_values_of_layer(
             first_weight.device, parameter.dtype
         )
         if value is not parameter:
-            undo.callback(set_parameter, layer, leaf, parameter)
-            set_parameter(layer, leaf, nn.Parameter(value, requires_grad=False))
+            undo.callback(set_tensor, layer, leaf, parameter)
+            set_tensor(layer, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _merged_weights_on_host(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -238,7 +238,7 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def set_parameter(module: nn.Module, name: str, parameter: Tensor) -> None:
+def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace the parameter or buffer of a dotted name."""
     owner, _, leaf = name.rpartition(".")
-    setattr(submodule(module, owner), leaf, parameter)
+    setattr(submodule(module, owner), leaf, tensor)

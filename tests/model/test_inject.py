@@ -55,6 +55,24 @@ def test_what_only_a_trainer_can_serve_is_refused(name: str) -> None:
     ll.LoRACallback(**{name: VALUES[name]})
 
 
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_a_new_adapter_that_only_a_trainer_can_start_is_refused_beside_one_that_has_learned(
+    is_merged: bool,
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    config = ll.LoRAConfig(r=2)
+    ll.inject_adapters(model, config)
+    # as what has learned
+    ll.load_adapter_state_dict(model, ll.adapter_state_dict(model))
+    needs_trainer = replace(config, init_batches=3)
+    ll.inject_adapters(model, needs_trainer)  # it has started already
+    if is_merged:
+        ll.merge_adapters(model)
+    name = "default" if is_merged else "other"
+    with unchanged(model), pytest.raises(ll.ConfigError, match="init_batches=3"):
+        ll.inject_adapters(model, needs_trainer, name=name)
+
+
 def test_the_table_of_what_needs_a_trainer_is_complete() -> None:
     assert [each.name for each in TRAINER_ONLY] == list(WITHOUT_TRAINER)
 

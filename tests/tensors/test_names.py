@@ -29,7 +29,7 @@ from lightning_lora.tensors.names import (
     parameters_by_name,
     plain_module,
     plain_name,
-    set_parameter,
+    set_tensor,
     starts_of,
     submodule,
     with_all_inside,
@@ -163,5 +163,5 @@ def test_a_parameter_that_must_be_there_is_named(name: str) -> None:
 def test_a_parameter_is_replaced_where_it_is() -> None:
     model = net()
     other = nn.Parameter(torch.zeros(2))
-    set_parameter(model, "0.bias", other)
+    set_tensor(model, "0.bias", other)
     assert model[0].bias is other

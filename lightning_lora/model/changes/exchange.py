@@ -23,7 +23,7 @@ from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import (
     names_joined,
     names_not_in,
-    set_parameter,
+    set_tensor,
     with_all_inside,
 )
 from lightning_lora.tensors.undo import Undo
@@ -34,22 +34,30 @@ from lightning_lora.tensors.undo import Undo
 def exchange(view: View, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: an inactive one, or a new one that has no layers yet.
 
-    All that can fail comes before the first change of the model.
+    The active adapter leaves, and the other one comes. All that can fail is done before
+    the first change of the model: until then, only the coming adapter is changed, which
+    is on no layer.
     """
     prepare_for_model(view, coming)
     tensors_to_put = _tensors_to_put(view, coming)  # copies need memory
     refuse_lost_adapters(view)
+
+    # the first change. The leaving adapter keeps its tensors (head.weight, if it trained
+    # the head), and they must hold its own values, not the base's that are shown
     if view.record.state.shows_base:
         show_adapter(view)
+    leaving_tensors = tensors_with_originals(view)
+    leaving_layer_adapters = detach_adapters(view)
 
-    inactive_tensors = tensors_with_originals(view)
-    inactive_layer_adapters = detach_adapters(view)
+    # each of the coming adapter's parameters has kept its requires_grad, and those with
+    # the base's values are frozen
     for name, tensor in tensors_to_put.items():
-        set_parameter(view.model, name, tensor)
+        set_tensor(view.model, name, tensor)
     attach_adapters(view, coming.inactive_layer_adapters)
-    view.record.note_switched(inactive_layer_adapters, inactive_tensors, coming)
+    view.record.note_switched(leaving_layer_adapters, leaving_tensors, coming)
 
-    # from here on, the view shows the coming adapter, which trains other modules in full
+    # from here on, the view shows the coming adapter, which may train other modules in
+    # full than the one that left
     view.look_again()
     _freeze_other_norms(view)
     update_for_changed_weights(view)
@@ -66,12 +74,14 @@ def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
     """The tensors that take the place of the active adapter's, by name.
 
     They are the coming adapter's own, such as its trained ``head.weight``. Where only
-    the active adapter has trained one, it is a new tensor with the base's values.
+    the active adapter has trained a tensor, a new one with the base's values is put.
     """
     to_put = dict(coming.inactive_tensors)
     originals = view.adapter.originals
-    bases = dict[Tensor, Tensor]()  # one for each tensor: a tied one has several names
-    for name, tensor in without(tensors_with_originals(view), to_put).items():
+    trained_by_active_alone = without(tensors_with_originals(view), to_put)
+    # one new tensor for each old one: a tied tensor has several names
+    bases = dict[Tensor, Tensor]()
+    for name, tensor in trained_by_active_alone.items():
         if tensor not in bases:
             bases[tensor] = _base_of(tensor, originals[name])
         to_put[name] = bases[tensor]
@@ -83,11 +93,8 @@ def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
     if original.is_meta:  # the model was adapted before it had values
         return tensor
     value = original.to(tensor, copy=True)
-    return (
-        nn.Parameter(value, requires_grad=False)
-        if isinstance(tensor, nn.Parameter)
-        else value
-    )
+    is_buffer = not isinstance(tensor, nn.Parameter)
+    return value if is_buffer else nn.Parameter(value, requires_grad=False)
 
 
 # The adapter that comes
@@ -95,6 +102,7 @@ def _base_of(tensor: Tensor, original: Tensor) -> Tensor:
 
 def check_switchable(view: View) -> None:
     """Refuse to exchange adapters that are in merged weights or in shards."""
+    # for its refusal: the rule of a switch (base/states.py) allows no merged model
     start_call(view.model, SWITCH)
     if view.is_sharded:
         raise AdapterStateError(
@@ -136,9 +144,9 @@ def _check_still_there(view: View, state: AdapterState) -> None:
 
 
 def _update_kinds(view: View, state: AdapterState) -> None:
-    """Give an inactive adapter the kinds of its layers, which may have been quantised since."""
+    """Give an inactive adapter the classes that fit its layers now: these may have been quantised since."""
     for name, adapter in state.inactive_layer_adapters.items():
-        # kinds that are for no type of layer, such as LoRATokens, stay as they are
+        # a kind such as LoRATokens, which is not chosen by the type of the layer, stays
         if adapter.kind in ADAPTERS.values():
             adapter.kind = adapter_for(view.modules[name]) or adapter.kind
 

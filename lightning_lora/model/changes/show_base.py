@@ -41,18 +41,23 @@ def _hide(view: View, name: str, tensor: Tensor) -> None:
 
 
 def _base_values_to_show(view: View) -> dict[Tensor, Tensor]:
-    """Copies of the base's values, by the tensors that may have other values."""
+    """Copies of the base's values, by the tensors that may have other values.
+
+    They are the originals that the active adapter keeps, and the base's values of
+    merged weights.
+    """
     values = dict[Tensor, Tensor]()
     record = view.record
     for name, tensor in tensors_with_originals(view).items():
         original = record.adapter.originals[name]
-        # on the meta device, it has none: the model was adapted before it had values
-        has_base_value = not original.is_meta
-        if has_base_value and name not in record.base.filled:
+        # an original on the meta device has no values: the model was adapted before it
+        # had some. What hooks fill in, perhaps from data, is not the base's either
+        has_base_value = not original.is_meta and name not in record.base.filled
+        if has_base_value:
             values[tensor] = original.to(tensor, copy=True)
     for merged in view.merged_weights:
-        # the base of a tied weight is a parameter, which may have trained in its other
-        # use: then its original was found above
+        # the base of a tied weight is the parameter of its other uses, which may have
+        # trained there: then the loop above has found its original
         base = values.get(merged.base_value, merged.base_value)
         values[merged.parameter] = base.detach().to(merged.parameter)
     return values

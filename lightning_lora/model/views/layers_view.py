@@ -67,7 +67,9 @@ class LayersView:
         if self._config_asked_for is not None:
             return self._config_asked_for
         left_out = map(re.escape, self.adapter.networks.without_adapters)
-        return self.adapter.config.excluding("|".join(left_out))
+        # of no networks, this is "", which excludes nothing
+        expression = "|".join(left_out)
+        return self.adapter.config.excluding(expression)
 
     @property
     def is_adapted(self) -> bool:

@@ -27,19 +27,16 @@ class MergedWeight(NamedTuple):
     parameter: nn.Parameter  # with the update
     base_value: Tensor  # the base's values
 
+    tied_parameter: nn.Parameter | None
+    """The parameter that this weight shared with another layer before the merge.
+
+    ``base_value`` is this parameter too then. None: the weight was not tied.
+    """
+
     @property
     def name(self) -> str:
         """Its name in the model."""
         return join(self.layer, self.weight)
-
-    @property
-    def tied_parameter(self) -> nn.Parameter | None:
-        """The parameter that this weight shared with another layer, which has it still. None: it was not tied.
-
-        It is ``base_value`` itself: the base's values of other weights are no
-        parameters.
-        """
-        return self.base_value if isinstance(self.base_value, nn.Parameter) else None
 
 
 class TensorsView(LayersView):
@@ -80,7 +77,8 @@ class TensorsView(LayersView):
         for layer, adapter in self.record.merged_layer_adapters.items():
             for weight, base in after_merge.bases_of(layer, adapter.weights).items():
                 parameter = own_parameter(self.modules[layer], weight)
-                found.append(MergedWeight(layer, weight, parameter, base))
+                tied = after_merge.tied.get(join(layer, weight))
+                found.append(MergedWeight(layer, weight, parameter, base, tied))
         return found
 
     @cached_property

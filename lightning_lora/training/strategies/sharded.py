@@ -22,7 +22,7 @@ from lightning_lora.model.records import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors import shards
 from lightning_lora.tensors.dicts import grouped, where, where_not
-from lightning_lora.tensors.names import parameters_by_name, set_parameter
+from lightning_lora.tensors.names import parameters_by_name, set_tensor
 from lightning_lora.tensors.plain_states import load_state_dict
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.steps.gradients import Gradients
@@ -292,7 +292,7 @@ def _distribute_beside_others(view: View) -> None:
     for layer in view.layers.values():
         in_full = where_not(layer.lora_parameters(), shards.is_dtensor)
         for name, p in in_full.items():
-            set_parameter(layer, name, shards.replicated(p, first.device_mesh))
+            set_tensor(layer, name, shards.replicated(p, first.device_mesh))
 
 
 @torch.no_grad()
