@@ -115,9 +115,10 @@ def begin_record(model: nn.Module, config: LoRAConfig, name: str = "default") ->
 def absorb_inner_records(model: nn.Module, record: Record) -> None:
     """Move what modules inside ``model`` remember into its own ``record``.
 
-    These modules were adapted on their own. Their layers, networks and configuration
-    are not moved: an injection takes these from the whole model. What ``record`` knows
-    already stays.
+    These modules were adapted on their own, and lose their records. What they know of
+    their base is moved: user flags, changes and originals. Their layers, networks and
+    configuration are not: an injection takes these from the whole model. What
+    ``record`` knows already stays.
     """
     records = inner_records(model)
     _refuse_several_adapters(model, records)

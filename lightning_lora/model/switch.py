@@ -177,16 +177,18 @@ def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> U
 def _undo_activation(model: nn.Module, new: str | None = None) -> Undo:
     """What makes a model show again what it shows now, after another adapter was made active.
 
-    The adapter that is active now is made so again. Then the ``new`` one is dropped,
-    and last, the base is shown, if it is now. An :class:`.Undo` runs its steps from the
-    last to the first, so they stand here in reverse.
+    An :class:`.Undo` runs its last step first: so the steps stand here in reverse, with
+    the number of each.
     """
     active_now = adapters(model)[0]
     undo = Undo()
+    # 3. if the base is shown now, it is shown again
     if state_of(model).shows_base:
         undo.callback(switch_to, model, None)
+    # 2. the new adapter, inactive by then, is dropped
     if new is not None:
         undo.callback(_drop_inactive, model, new)
+    # 1. the adapter that is active now is made so again
     undo.callback(switch_to, model, active_now)
     return undo
 

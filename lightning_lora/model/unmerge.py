@@ -148,11 +148,11 @@ def _write_base(view: View, merged: MergedWeight, undo: Undo) -> None:
 def _tie_again(
     module: nn.Module, merged: MergedWeight, tied: nn.Parameter, undo: Undo
 ) -> None:
-    """Give a layer the parameter back that it shared with others, with the flag of the merged one."""
+    """Give a layer the parameter back that it shared with others, with the merged parameter's ``requires_grad``."""
     undo.callback(set_tensor, module, merged.weight, merged.parameter)
     undo.callback(replace_values, tied, tied.data)
-    # if all layers that shared it are merged, no module held it: so a move of the model
-    # did not move it
+    # if all layers that shared the parameter are merged, no module held it: so a move of
+    # the model did not move it
     replace_values(tied, tied.data.to(merged.parameter))
     set_requires_grad(tied, merged.parameter.requires_grad)
     set_tensor(module, merged.weight, tied)

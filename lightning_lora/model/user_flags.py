@@ -87,7 +87,10 @@ def _note_copied(view: View) -> None:
 
 
 def _note_frozen_after_learning(view: View) -> None:
-    """Note the weights that the user froze by freezing adapters that have learned."""
+    """Note the weights that the user froze by freezing adapters that have learned.
+
+    Their adapters train on in the next fit, and a guard names them (``frozen_since``).
+    """
     if not view.adapter.may_have_learned:
         return
     base = view.record.base
@@ -98,7 +101,11 @@ def _note_frozen_after_learning(view: View) -> None:
 
 
 def note_frozen_before_learning(view: View) -> None:
-    """Note the weights that the user froze by freezing adapters before they learned anything."""
+    """Note the weights that the user froze by freezing adapters before they learned anything.
+
+    Nothing learned is lost if such an adapter is dropped: so its weight counts as one
+    that the user froze before the adapters came (``user_trains`` is False).
+    """
     if view.adapter.may_have_learned:
         return
     frozen = _frozen_layers(view)

@@ -20,10 +20,11 @@ class View(TensorsView):
     """The layers, adapters, parameters and buffers of a model, by name.
 
     A shared layer or tensor has several names. A call makes one view, and what the view
-    has seen is cached. Whoever changes classes, parameters or noted networks calls
-    ``look_again``; those functions of ``changes/attach.py`` that attach or detach do so
-    themselves. With ``config``, the view shows what a new configuration asks for,
-    before the record has it.
+    has seen is cached. So after a change of classes, of parameters or of the networks
+    in the record, the view is stale until ``look_again``. The functions of
+    ``changes/attach.py`` that attach or detach adapters call it themselves, and whoever
+    else changes these calls it. With ``config``, the view shows what a new
+    configuration asks for, before the record has it.
 
     It is built in three steps, each a base class: layers (:class:`.LayersView`),
     tensors (:class:`.TensorsView`), and here, which of ``base_parameters`` train beside
