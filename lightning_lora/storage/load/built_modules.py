@@ -4,9 +4,10 @@ Lightning's ``load_from_checkpoint`` builds a module and loads the state in one 
 it is given a subclass of the user's class, whose module keeps the state in place of
 loading it. Then the module gets its own class back.
 
-A module of LightningCLI is built otherwise: its checkpoint names a class, and Lightning
-refuses one that is no subclass of the class that it is called on. The user's class is no
-subclass of ours. So Lightning is called on the class of the user, with an empty state.
+It is otherwise if LightningCLI has written the name of the module's class into the
+checkpoint (``_class_path``). Lightning refuses a named class that is no subclass of the
+class it is called on, and the user's class is no subclass of ours. So Lightning is
+called on the user's class there, with an empty state: there is nothing to load strictly.
 """
 
 import warnings

@@ -106,7 +106,7 @@ def _put_in_place_of_active(
 ) -> None:
     """Put the adapters of a file in the place of the active one.
 
-    The active one may be new, without layers, or there is none.
+    The active one may be new and without layers, or the model is plain and has none.
     """
     with _opened_to_adapt(model) as view:
         stored = read(view)
@@ -153,10 +153,10 @@ def _put_beside_active(
 # 2. ``undone_on_error`` in ``_opened_to_adapt`` restores adapters, records and
 #    ``requires_grad``. ``_opened`` needs no such block: there, the layers stay adapted
 #    as they are.
-# 3. A merge comes back. ``_restore_merge`` in ``_opened_to_adapt`` merges again, and if
-#    the adapters were dropped in place of that, it puts the record back. ``unmerged`` in
-#    ``_opened`` merges again in any case: with the new adapters after success, and with
-#    the old ones after an error.
+# 3. In ``_opened_to_adapt``, ``_restore_merge`` merges the model again. Or if it was not
+#    unmerged, because its adapters were dropped, the record of these comes back. In
+#    ``_opened``, ``unmerged`` merges again in any case: with the new adapters after
+#    success, and with the old ones after an error.
 # 4. In ``_put_beside_active``, ``activate`` makes the former adapter active again. Then
 #    ``unmerged`` merges that one again.
 
@@ -176,8 +176,8 @@ def _opened(model: nn.Module) -> Iterator[View]:
 def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
     """Open a model that may be plain.
 
-    If it is merged, it is unmerged and stays so. Or its adapters are dropped with a
-    warning, if its weights were replaced since the merge. An error restores both.
+    If it is merged, it is unmerged and stays so. But if its weights were replaced since
+    the merge, its adapters are dropped, with a warning. An error undoes either.
     """
     record = find_record(model)
     was_merged = record is not None and record.state.is_merged
@@ -256,9 +256,8 @@ def _frozen_in_adapters(view: View) -> dict[str, Tensor]:
     for layer_name, layer in view.layers.items():
         for parameter, spec in layer.lora_specs().items():
             if not spec.role.trains:
-                frozen[join(layer_name, parameter)] = own_parameter(
-                    layer, parameter
-                ).detach()
+                value = own_parameter(layer, parameter).detach()
+                frozen[join(layer_name, parameter)] = value
     return frozen
 
 

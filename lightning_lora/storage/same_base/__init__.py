@@ -5,6 +5,7 @@ Read first which tensors are compared (``compared_tensors.py``), then what a bas
 ``stored_fingerprints.py``. ``base_check.py`` refuses another base: it compares the base
 at hand ("here") with the fingerprints in a file ("there"), by ``base_comparison.py``.
 
+Words such as ``frozen_base`` and ``changes`` are explained in ``storage/__init__.py``.
 A base has one fingerprint for each form that it had: it gets another form when it is
 converted to another dtype, or quantised.
 
