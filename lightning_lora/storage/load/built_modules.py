@@ -5,9 +5,9 @@ it is given a subclass of the user's class, whose module keeps the state in plac
 loading it. Then the module gets its own class back.
 
 It is otherwise if LightningCLI has written the name of the module's class into the
-checkpoint (``_class_path``). Lightning refuses a named class that is no subclass of the
-class it is called on, and the user's class is no subclass of ours. So Lightning is
-called on the user's class there, with an empty state: there is nothing to load strictly.
+checkpoint (``_class_path``). Lightning may build the named class, and refuses one that is
+no subclass of the class it is called on: the user's class is no subclass of ours. So
+Lightning is called on the user's class there, with an empty state, and not strictly.
 """
 
 import warnings
@@ -47,9 +47,10 @@ def built_by_lightning(
 def _build_by_cli(
     cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]
 ) -> "Module":
-    """Build a module of the class that a checkpoint of LightningCLI names: ``cls``, or a subclass of it.
+    """Build a module of ``cls``, or of a subclass that a checkpoint of LightningCLI names.
 
-    Its ``on_load_checkpoint`` sees an empty state, so it cannot edit what is loaded.
+    Its ``on_load_checkpoint`` sees an empty state, so it cannot edit what is loaded. And
+    Lightning refuses a module that sets ``strict_loading`` to True.
     """
     without_values = _as_file({**checkpoint, "state_dict": {}})
     with warnings.catch_warnings():
