@@ -553,6 +553,16 @@ def test_files_that_are_not_read_are_called_what_they_are(
         ll.AdapterFileError, match="dora_scale', of another method than LoRA"
     ):
         ll.load_adapter(transformer(), path)
+    name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    t5 = {
+        f"{name}.lora_down.weight": torch.ones(2, 8),
+        f"{name}.lora_up.weight": torch.ones(8, 2),
+    }
+    save_file({**flux, **t5}, path)
+    with pytest.raises(
+        ll.AdapterFileError, match=f"'{name}', in no part .*Let diffusers read it"
+    ):
+        ll.load_adapter(transformer(), path)
     torch.save({"state_dict": flux}, tmp_path / "inside.ckpt")
     with pytest.raises(
         ll.AdapterFileError, match=r"adapters of kohya's.*Let diffusers read it"

@@ -54,3 +54,12 @@ def test_tokens_that_the_reader_has_or_the_files_hold_are_not(
     tmp_path: Path, by: int, config: dict[str, Any]
 ) -> None:
     assert said(resized(tmp_path, by, **config), tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"vocab_size": "many"}'])
+def test_a_configuration_of_another_tool_says_nothing(
+    tmp_path: Path, text: str
+) -> None:
+    model = resized(tmp_path, by=4)
+    (tmp_path / "base" / "config.json").write_text(text)
+    assert said(model, tmp_path) == []

@@ -87,6 +87,17 @@ def exchanges(a: Any, b: Any) -> Change:
     return change
 
 
+def with_magnitudes(folder: Path) -> None:
+    """Make it a file of DoRA, with a magnitude for each adapter."""
+    wrapped = [
+        name.removeprefix(PRE).removesuffix(".lora_A.weight")
+        for name in load_file(folder / WEIGHTS)
+        if name.endswith("lora_A.weight")
+    ]
+    asks(use_dora=True)(folder)
+    holds({f"{name}.lora_magnitude_vector": torch.ones(8) for name in wrapped})(folder)
+
+
 class Blocks(nn.Module):  # two blocks in a list
     def __init__(self) -> None:
         super().__init__()
@@ -241,6 +252,20 @@ CASES: list[
         MODEL,
         "'linear', which cannot be read: with use_dora, PEFT scales .* zero by zero",
     ),
+    (
+        Attending,
+        {"target_modules": ["attn"]},
+        with_magnitudes,
+        FILE,
+        "lora_magnitude_vector for 'attn.*, and PEFT has no DoRA",
+    ),
+    (
+        Expert,
+        BOTH,
+        with_magnitudes,
+        FILE,
+        "lora_magnitude_vector for 'experts.base_layer', and PEFT has no DoRA",
+    ),
 ]
 
 
@@ -284,7 +309,13 @@ LACKING: list[tuple[Callable[[], nn.Module], dict[str, Any], Change, str]] = [
     (Mixed, MORE, lacks(r"c_proj\.lora_mag.*"), "use_dora=True.*'c_proj'"),
     (Mixed, MORE, asks(use_dora=False), "use_dora=False.*'c_proj', 'linear'"),
     (Mixed, MORE, lacks("head"), "names 'head' in"),
-    (Mixed, MORE, lacks("embed"), "'embed: rows'"),
+    (
+        Mixed,
+        MORE,
+        lacks("embed"),
+        "rows of 'embed' in .*remove them from trainable_token_indices",
+    ),
+    (Mixed, {}, asks(trainable_token_indices=[1]), "rows of an embedding in"),
     (Expert, RNN, lacks("rnn"), "names 'rnn' in"),
     (
         Blocks,

@@ -49,17 +49,26 @@ def _is_factor(name: str) -> bool:
 
 
 def _check_names(names: Iterable[str], path: Any) -> None:
-    """Refuse a file in which a name is of another method than LoRA."""
-    odd = list[str]()
+    """Refuse a file with another method than LoRA, or with LoRA of a member that is not known here."""
+    of_other_methods = list[str]()
+    of_other_members = dict[str, None]()  # a set in the order of the file
     for name in names:
         layer, _, end = name.partition(".")
-        is_known = end == _ALPHA or end in _ENDS
-        if not (is_known and _LAYER.fullmatch(layer)):
-            odd.append(name)
-    if odd:
+        if end != _ALPHA and end not in _ENDS:
+            of_other_methods.append(name)
+        elif not _LAYER.fullmatch(layer):
+            of_other_members[layer] = None
+    if of_other_methods:
         raise AdapterFileError(
-            f"{path} holds {listed(odd)}, of another method than LoRA (such as DoRA, "
-            "LoHa, LoKr, or a core of a convolution). Use the merged model."
+            f"{path} holds {listed(of_other_methods)}, of another method than LoRA "
+            "(such as DoRA, LoHa, LoKr, or a core of a convolution). Use the merged "
+            "model."
+        )
+    if of_other_members:
+        raise AdapterFileError(
+            f"{path} holds adapters of {listed(of_other_members)}, in no part of a "
+            f"pipeline that is known: these begin with {listed(MEMBERS)}. "
+            f"{KOHYA_REMEDY}."
         )
 
 

@@ -49,11 +49,13 @@ def _rows_of(pretrained: str) -> int | None:
     path = Path(pretrained) / "config.json"
     if not pretrained or not path.is_file():
         return None
-    with suppress(OSError, ValueError):  # the file is of another tool
+    config: Any = None
+    with suppress(OSError, ValueError):
         config = json.loads(path.read_text(encoding="utf-8"))
-        size = config.get("vocab_size")
-        return size if isinstance(size, int) else None
-    return None
+    if not isinstance(config, dict):  # the file is of another tool
+        return None
+    size = config.get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _name_of(module: nn.Module, modules: Mapping[str, nn.Module]) -> str:

@@ -8,7 +8,6 @@ from lightning_lora.errors import AdapterMismatchError, warn
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.layers.kinds import LoRAAttention
-from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.layer_updates import LayerUpdate, pair_of
 from lightning_lora.storage.formats.peft.reading.adapted_module import AdaptedModule
 from lightning_lora.storage.formats.peft_names import without_wrappers
@@ -20,11 +19,8 @@ class AdaptedAttention(AdaptedModule):
 
     def read_update(self) -> LayerUpdate:
         """Return the update of the attention, with those of its matrices that the file adapts."""
-        tensors, *_ = self.adapters.values()
         layer = self.checked_layer(
-            LoRAAttention,
-            LoRAAttention.lora_matrices_of(self.module),
-            tensors.get(Role.MAGNITUDE),
+            LoRAAttention, LoRAAttention.lora_matrices_of(self.module)
         )
         in_file = self._factors_by_matrix(layer.matrices)
         factors = list[Factors]()
@@ -44,8 +40,10 @@ class AdaptedAttention(AdaptedModule):
         for name, tensors in self.adapters.items():
             factors = pair_of(name, tensors)
             if without_wrappers(name) == self.name_in_file:
+                self.check_has_no_magnitude(name)
                 in_file |= zip(qkv, _of_q_k_and_v(factors), strict=True)
             elif name.endswith(".base_layer.out_proj"):
+                self.check_has_no_magnitude(name)
                 a, b = factors
                 # PEFT adds the update of the output projection twice
                 in_file[out] = (a, 2 * b)

@@ -13,6 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer
+from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.layer_updates import (
     AdapterTensors,
     LayerUpdate,
@@ -91,6 +92,15 @@ class AdaptedModule(ABC):
                 "it with PEFT, and use the merged model."
             )
         return layer
+
+    def check_has_no_magnitude(self, wrapped: str) -> None:
+        """Refuse a magnitude of an adapter with which PEFT has no DoRA, and so writes none."""
+        if Role.MAGNITUDE in self.adapters[wrapped]:
+            raise AdapterFileError(
+                f"The file holds a lora_magnitude_vector for {wrapped!r}, and PEFT has "
+                "no DoRA for parameters or for a MultiheadAttention. Use the file as "
+                "PEFT wrote it."
+            )
 
     def checked_factors(
         self, layer: StoredLayer, matrix: AdaptedMatrix, in_file: Factors, target: str

@@ -37,6 +37,7 @@ class AdaptedParameters(AdaptedModule):
         layer = self.checked_layer(kind, matrices)
         layer = replace(layer, scaling=self._scaling_of(names[0]))
         factors = list[Factors]()
+        # both are in the module's order: its first parameter has the innermost wrapper
         for matrix, wrapped in zip(matrices, self._innermost_first(), strict=True):
             factors.append(self._factors_of(layer, matrix, wrapped))
         return LayerUpdate(layer, tuple(factors))
@@ -53,6 +54,7 @@ class AdaptedParameters(AdaptedModule):
         In the file it has its own scaling, and the layer here has one for all: B makes
         up for the difference.
         """
+        self.check_has_no_magnitude(wrapped)
         in_file = pair_of(wrapped, self.adapters[wrapped])
         a, b = self.checked_factors(
             layer, matrix, in_file, self._name_of(matrix.weight)

@@ -30,33 +30,36 @@ def check_complete(file: PeftFile) -> None:
     configuration names elsewhere may be no loss, because the file may be of a part of
     the model, such as its encoder.
     """
+    _check_rows_are_there(file)
     comparison = _Comparison(file)
-    lost = _missing_rows(file)
+    lost = list[str]()
     elsewhere = list[str]()
     for name in _modules_inside(file):
         if comparison.is_saved_in_part(name):
             lost.append(name)
         elif comparison.lacks_update_of(name):
             is_beside_others = comparison.has_something_in(owner_of(name))
-            place = lost if is_beside_others else elsewhere
-            place.append(name)
+            if is_beside_others:
+                lost.append(name)
+            else:
+                elsewhere.append(name)
     if lost:
         raise AdapterFileError(
-            f"{_says(lost, file)}Use all that was saved, on the model of the "
+            f"{_says(listed(lost), file)}Use all that was saved, on the model of the "
             "training. If they are to stay as they are, name them in exclude_modules "
             "of the configuration, or remove them from modules_to_save."
         )
     if elsewhere:
         warn(
-            f"{_says(elsewhere, file)}They stay as they are. To hide this warning, "
-            "name them in exclude_modules there."
+            f"{_says(listed(elsewhere), file)}They stay as they are. To hide this "
+            "warning, name them in exclude_modules there."
         )
 
 
-def _says(names: list[str], file: PeftFile) -> str:
+def _says(named: str, file: PeftFile) -> str:
     """What the configuration says and the file does not hold, for messages."""
     return (
-        f"{PEFT_CONFIG} also names {listed(names)} in {file.view.title}, and "
+        f"{PEFT_CONFIG} also names {named} in {file.view.title}, and "
         f"{file.path} holds no tensors for them: it is not whole, or of another model. "
     )
 
@@ -67,14 +70,19 @@ def _modules_inside(file: PeftFile) -> list[str]:
     return list(without(entries_inside(root, file.view.modules), [root]))
 
 
-def _missing_rows(file: PeftFile) -> list[str]:
-    """The embeddings of which the file lacks the rows that its configuration names, for messages."""
+def _check_rows_are_there(file: PeftFile) -> None:
+    """Refuse a file that lacks the rows of an embedding that its configuration names."""
     with_rows = list(map(without_wrappers, where(file.adapters, _holds_rows)))
-    missing = list[str]()
     for end in file.config.tokens:
-        if not any(name.endswith(end) for name in with_rows):
-            missing.append(f"{end}: rows")
-    return missing
+        if any(name.endswith(end) for name in with_rows):
+            continue
+        # the configuration may have a list of rows, without the name of the embedding
+        embedding = repr(end) if end else "an embedding"
+        raise AdapterFileError(
+            f"{_says(f'rows of {embedding}', file)}Use all that was saved, on the "
+            "model of the training. If the rows are to stay as they are, remove them "
+            "from trainable_token_indices of the configuration."
+        )
 
 
 @dataclass(frozen=True)
