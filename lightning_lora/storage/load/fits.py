@@ -77,9 +77,8 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
         is_same_start = _is_same_start(settings, config)
         for matrix in layer.lora_matrices:
             wanted = wanted_of(config, name, matrix, layer.lora_kind.__name__)
-            if not is_same_start or not wanted.is_met(
-                matrix, settings.r, settings.scaling
-            ):
+            is_met = wanted.is_met(matrix, settings.r, settings.scaling)
+            if not (is_same_start and is_met):
                 raise AdapterMismatchError(
                     _other_settings(view, config, wanted, matrix, layer)
                 )
@@ -122,7 +121,7 @@ def _other_settings(
 
 
 def _as_trained(view: View, config: LoRAConfig) -> str:
-    """What to do: take the arguments of the training that are others here, or the module."""
+    """What to do: take the arguments of the training that differ here, or if none do, the module of it."""
     here = view.config.to_dict()
     different = list[str]()
     for name, value in config.to_dict().items():
@@ -134,7 +133,11 @@ def _as_trained(view: View, config: LoRAConfig) -> str:
 
 
 def _check_same_rows(view: View, stored: StoredAdapters) -> None:
-    """Refuse a file that adapts other rows of a layer's weight than the model does."""
+    """Refuse a file that adapts other rows of a layer's weight than the model does.
+
+    Ranks and scalings are not compared here (:func:`.bare`): ``_check_settings`` does
+    that.
+    """
     for name, layer in only(view.layers, stored.layers).items():
         matrices_there = set(map(bare, stored.layers[name].matrices))
         if matrices_there != set(map(bare, layer.lora_matrices)):
@@ -210,7 +213,10 @@ def _names_in_own_file(view: View, of_no_base: Collection[str]) -> Collection[st
 
 
 def _check_changed(view: View, state: StateDict) -> None:
-    """Refuse a file without the values of weights that have changed since."""
+    """Refuse a state without the values of weights that other code has changed in this model.
+
+    Their earlier values are lost, so the model could not be what the file needs.
+    """
     lost = sorted(set(view.record.base.changes) - state.keys())
     if lost:
         raise BaseMismatchError(
@@ -230,7 +236,7 @@ def _check_tensors(view: View, state: StateDict, *, is_converted: bool = False) 
     adapter's. Filled buffers are not in this ``state``: they may have another shape.
     """
     present = {**view.base_parameters, **view.buffers, **trained_tensors(view)}
-    # whether other entries fit, the code of their modules decides
+    # the state may have other entries: code of their modules decides whether these fit
     for name, value in only(state, present).items():
         is_adapter = name in view.adapter_parameters
         _check_shape(name, value, present[name], is_adapter=is_adapter)

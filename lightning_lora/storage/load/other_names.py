@@ -70,11 +70,16 @@ def _renamed(view: View, stored: StoredAdapters, renaming: Renaming) -> StoredAd
 def _config_for_model(
     view: View, stored: StoredAdapters, renaming: Renaming
 ) -> LoRAConfig:
-    """The configuration of a file, by the model's names: its patterns might mean other modules here."""
-    in_place_of_file = entries_inside(
-        renaming.here, {**view.modules, **view.parameters}
+    """The configuration of a file, by the model's names.
+
+    It names each layer and each module that trains in full: the file's own patterns might
+    mean other modules here.
+    """
+    # the file's model is the module ``renaming.here`` of this model
+    modules_and_parameters = {**view.modules, **view.parameters}
+    names = without(
+        entries_inside(renaming.here, modules_and_parameters), [renaming.here]
     )
-    names = without(in_place_of_file, [renaming.here])
     saved = [
         name for name in names if stored.config.is_saved(renaming.name_there(name))
     ]

@@ -40,12 +40,18 @@ def _builder_of(layer: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def _load_own_part(module: nn.Module, name: str, state: dict[str, Any]) -> None:
-    """Let a module load its part of a state, and give it its own values back: all is checked before any is written."""
-    # a parameter or buffer that is not there is None
+    """Let a module load its part of a state, and give it its own values back: all is checked before any is written.
+
+    Only the parts that the module builds are to stay.
+    """
+    # a module may have registered None in place of a parameter or buffer
     tensors = of_type({**module._parameters, **module._buffers}, Tensor)
     values = copies_of(tensors)
+    prefix = f"{name}."
     try:
-        module._load_from_state_dict(state, f"{name}.", {}, False, [], [], [])
+        # as torch calls it: without notes on the module, not strictly, and with lists
+        # for missing keys, unexpected keys and errors, which nobody reads here
+        module._load_from_state_dict(state, prefix, {}, False, [], [], [])
     finally:
         for leaf, tensor in tensors.items():
             replace_values(tensor, values[leaf])

@@ -52,7 +52,8 @@ def base_digests(view: View) -> dict[str, int]:
 def _digests_of_base(view: View, tensors: Tensors, *, anew: bool) -> list[int]:
     """The digests of these tensors' values in the base, 0 on the meta device.
 
-    A tied tensor has several names, and is hashed once.
+    They are in the order of the tensors. A tied tensor has several names, and is hashed
+    once.
     """
     distinct = where_not(first_names(tensors), _is_meta)
     digests = _digests_of_distinct(view, distinct, anew=anew)
