@@ -92,10 +92,10 @@ def _take_update_out(layer: LoRALayer) -> None:
 def _can_be_taken_out(view: View, merged: StateDict, adapters: StateDict) -> bool:
     """Whether a model has merged weights, from which the file's updates can be subtracted.
 
-    The costly test, of all weights, comes last.
+    The model's own adapters must be fresh: those that have learned belong to the weights
+    that are there. The costly test, of all weights, comes last.
     """
     have_one_shape = _shapes_of(adapters) == _shapes_of(view.adapter_parameters)
-    # adapters that have learned belong to the weights that they learned on
     return (
         have_one_shape
         and _is_exact_sum(view)

@@ -66,9 +66,9 @@ def check_base(
     same = _find_same_base(comparisons)
     if same is None:
         nearest = _nearest(comparisons, here)
-        _refuse_or_warn(
-            _difference(base, nearest), refuses_other_base=refuses_other_base
-        )
+        difference = _difference(base, nearest)
+        _refuse_or_warn(difference, refuses_other_base=refuses_other_base)
+        # another base is used all the same: only a warning has named it
         return bool(here["dtypes"] != nearest.fingerprint["dtypes"])
     if same.is_converted:
         warn(_converted_message(base, same))
@@ -107,7 +107,7 @@ class _BaseHere:
     """The base of a model, to be compared with the fingerprints in a file."""
 
     def __init__(self, view: View, here: Fingerprint, stored: StoredAdapters) -> None:
-        """Find the tensors of the base, and their names in the file.
+        """Find the tensors of the base, their digests, and their names in the file: each by the name here.
 
         ``here`` is the base's own fingerprint.
         """
@@ -192,14 +192,14 @@ class _Message(NamedTuple):
 
 
 def _refuse_or_warn(message: _Message, *, refuses_other_base: bool) -> None:
-    """Say that the base is another one."""
+    """Say that the base is another one: in an error, or in a warning if another one is allowed."""
     if refuses_other_base:
         raise BaseMismatchError(f"{message.found} {message.remedy}")
     warn(f"{message.found} They were loaded all the same, because of check_base=False.")
 
 
 def _converted_message(base: _BaseHere, found: Comparison) -> str:
-    """The same base in another precision."""
+    """What a warning says of the same base in another precision."""
     trained_on = (
         f"These adapters were trained on a base in {_dtypes(found.fingerprint)}"
     )
