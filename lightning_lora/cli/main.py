@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     about = "Work with files of LoRA adapters, without the model."
-    # sys.modules has the package, which no room imports
+    # no file inside of the package imports the package itself: sys.modules has it
     version = f"%(prog)s {sys.modules['lightning_lora'].__version__}"
     parser = argparse.ArgumentParser(prog="lightning-lora", description=about)
     parser.add_argument("--version", action="version", version=version)

@@ -12,10 +12,10 @@ examples::
 
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
 
 from lightning_lora.errors import counted, listed
+from lightning_lora.printing import fitting_console
 from lightning_lora.storage.offline.merge_files import merge_files
 
 
@@ -32,7 +32,7 @@ def add_arguments(parser: Any) -> None:
 
 def run(arguments: Any) -> str:
     """Merge, with a progress bar on the standard error."""
-    console = Console(stderr=True)
+    console = fitting_console(stderr=True)
     with Progress(
         console=console, transient=True, disable=not console.is_terminal
     ) as bar:

@@ -71,6 +71,7 @@ def _range_of(key: str, group: Sequence[Plain]) -> str:
 
 
 def _line_of_others(described: Plain) -> str:
+    """The tensors besides adapters, each with its shape."""
     texts = list[str]()
     for name, value in described.items():
         texts.append(f"{name} {value['shape']}")

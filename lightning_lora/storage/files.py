@@ -288,11 +288,11 @@ def load_adapter(
         >>> torch.equal(base(torch.ones(4)), trained(torch.ones(4)))
         True
     """
-    reader = _reader_for_file(path, LoadArguments(alpha, target_slices))
-    adapt_and_put(model, reader, name=name, refuses_other_base=check_base)
+    read_for = _read_file(path, LoadArguments(alpha, target_slices))
+    adapt_and_put(model, read_for, name=name, refuses_other_base=check_base)
 
 
-def _reader_for_file(path: Any, arguments: LoadArguments) -> ReadFor:
+def _read_file(path: Any, arguments: LoadArguments) -> ReadFor:
     """Read a file of any format, and return a function that makes stored adapters of its contents for a model."""
     local = local_path(path)
     file = path if local is None else adapter_file_at(local)
@@ -301,11 +301,11 @@ def _reader_for_file(path: Any, arguments: LoadArguments) -> ReadFor:
     if found is None:
         _refuse_arguments(arguments, path)
         return partial(with_names_of, stored=own.stored_adapters(contents, path))
-    format, reader = found
+    format, read_for = found
     if not format.takes_arguments:
         _refuse_arguments(arguments, path)
     check_computable(contents, path)
-    return reader
+    return read_for
 
 
 def _refuse_arguments(arguments: LoadArguments, path: Any) -> None:
@@ -371,8 +371,8 @@ def load_from_checkpoint(
         cls, {**checkpoint, "state_dict": stored.state}, kwargs
     )
     rebuild_modules(model, state, stored.layers)
-    reader = partial(with_names_of, stored=replace(stored, state=state))
-    adapt_and_put(model, reader, refuses_other_base=check_base)
+    read_for = partial(with_names_of, stored=replace(stored, state=state))
+    adapt_and_put(model, read_for, refuses_other_base=check_base)
     if merge:
         merge_adapters(model)
         remove_adapters(model)

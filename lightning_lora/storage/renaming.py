@@ -64,6 +64,14 @@ def _beginning_of_names(prefix: str) -> str:
     return f"begin with {prefix!r}" if prefix else "have no prefix"
 
 
+def name_within(module: str, name: str) -> str:
+    """Return the name of something inside of a module, as that names it: ``q.bias`` for ``encoder.q.bias``.
+
+    A name outside of the module stays as it is.
+    """
+    return _exchange(name, module, "")
+
+
 def entries_inside(prefix: str, named: Mapping[str, Value]) -> dict[str, Value]:
     """Return what is ``prefix``, or lies inside it."""
     return {name: value for name, value in named.items() if is_in(name, prefix)}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lightning_lora.errors import ConfigError, ExportError, listed, warn
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.renaming import (
-    Renaming,
     by_names_inside,
+    name_within,
     names_without_prefix,
 )
 from lightning_lora.storage.stored import StoredAdapters
@@ -27,11 +27,12 @@ from lightning_lora.tensors.names import (
 
 @dataclass(frozen=True)
 class Export:
-    """Adapters for a reader, which is the program that opens the files.
+    """Adapters for a reader: in all of ``formats``, this word means another program that opens the files.
 
     This class has them from a file, :class:`ModelExport` from a model. The reader has
     the module ``stored.root`` of the trained model, or all of it (an empty root), and
-    names modules from there. What is known of modules:
+    names modules from there: with the root ``net.bert``, ``net.bert.q`` is its ``q``.
+    What is known of modules:
 
     by names            of what they are    here
     ------------------  ------------------  --------------------------------------------------
@@ -46,7 +47,7 @@ class Export:
 
     def name_for_reader(self, name: str) -> str:
         """Return the reader's name for a name of the model, without the prefix of the root."""
-        return Renaming(self.stored.root, "").name_here(name)
+        return name_within(self.stored.root, name)
 
     @property
     def modules_of_model(self) -> dict[str, nn.Module]:
@@ -162,11 +163,11 @@ def _check_root(root: str, stored: StoredAdapters) -> None:
 def _warn_of_lost_values(stored: StoredAdapters) -> None:
     """Warn of values that the reader does not get, such as those of a buffer that ``setup`` filled.
 
-    They are neither in its base nor trained. Buffers outside of the root are not
-    missed: the reader has none of them.
+    They are neither in its base nor trained. The reader has no buffers outside of the
+    root, so it does not miss these.
     """
-    outside = names_without_prefix(stored.filled_in_state, stored.root)
-    lost = names_not_in(stored.of_no_base, outside)
+    not_missed = names_without_prefix(stored.filled_in_state, stored.root)
+    lost = names_not_in(stored.of_no_base, not_missed)
     if lost:
         warn(
             f"{listed(lost)} may be untrained or were filled by setup, and PEFT's "

@@ -26,7 +26,11 @@ class LoadArguments(NamedTuple):
 
 
 class Recognise(Protocol):
-    """Tells whether a file has a format, by the names of its tensors."""
+    """A function that tells whether a file has a format, and how it is read then.
+
+    The names of its tensors tell. It may refuse a file that has the format, but holds
+    what is not read.
+    """
 
     def __call__(
         self, contents: Mapping[str, Any], path: Any, arguments: LoadArguments, /

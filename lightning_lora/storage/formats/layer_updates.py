@@ -31,7 +31,11 @@ class LayerUpdate:
 
     @property
     def r(self) -> int:
-        """The rank of the layer: the highest of its matrices, of which each is at most the matrix's largest."""
+        """The rank of the layer: the highest rank of its updates.
+
+        A file may have a higher rank for a matrix than its largest rank, its smaller
+        side. Then that one counts: it is enough for the same update.
+        """
         ranks = [matrix.rank_for(a.shape[-2]) for matrix, (a, _) in self._by_matrix()]
         return max(ranks)
 
@@ -44,6 +48,8 @@ class LayerUpdate:
         named = dict[str, Tensor]()
         for matrix, factors in self._by_matrix():
             r = matrix.rank_for(self.r)
+            # the update stays the same: zeros are added, or a rank above the largest one
+            # goes down to it
             a, b = with_rank(factors, r)
             named |= matrix.named((a.contiguous(), b.contiguous()))
         if self.magnitude is not None:
@@ -64,7 +70,7 @@ class RowsUpdate(LayerUpdate):
 
     @property
     def r(self) -> int:
-        """The rank in the configuration, which means nothing here."""
+        """The rank of the layer. Rows have none: it is what a configuration says of it."""
         return self.layer.r
 
     def _tensors_in_layer(self) -> dict[str, Tensor]:

@@ -19,12 +19,12 @@ from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
 from lightning_lora.patterns import fits
 from lightning_lora.storage.formats.format import Format, LoadArguments
+from lightning_lora.storage.formats.from_updates import renaming_of, stored_from_updates
 from lightning_lora.storage.formats.layer_updates import (
     LayerUpdate,
     check_shapes,
     pair_of,
 )
-from lightning_lora.storage.formats.reading import renaming_of, stored_from_updates
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import by_names_inside
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
@@ -100,8 +100,8 @@ def _adapters_in_file(
     factors = {name: pair_of(name, pair) for name, pair in file.pairs.items()}
     factors = renaming.with_names_here(factors)
     _check_slices(settings_of_file, factors)
-    reader = _UpdateReader(view, settings_of_file)
-    updates = [reader.read(name, pair) for name, pair in factors.items()]
+    layers = _LoralibLayers(view, settings_of_file)
+    updates = [layers.update_of(name, pair) for name, pair in factors.items()]
     rest = renaming.with_names_here(file.rest)
     # the settings are the defaults, because each update has its own scaling and slices
     return stored_from_updates(view, updates, rest, LoRAConfig())
@@ -121,14 +121,14 @@ def _check_slices(settings: LoRAConfig, layers: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _UpdateReader:
-    """Makes updates of the layers of a model from a file's factors."""
+class _LoralibLayers:
+    """The layers of a model that a file adapts: each makes an update of its factors in the file."""
 
     view: View
     # alpha, and the slices that the user names: the file says neither
     settings: LoRAConfig
 
-    def read(self, name: str, factors: Factors) -> LayerUpdate:
+    def update_of(self, name: str, factors: Factors) -> LayerUpdate:
         """Return the update of one layer, which was a ``MergedLinear`` if the user names slices of it."""
         module = self.view.modules[name]
         kind = self._checked_kind(name, factors)
@@ -138,7 +138,8 @@ class _UpdateReader:
         slices = self.settings.slices(name)
         if not slices:
             return _whole_layer(layer, factors)
-        matrices = sliced(Lookup(self.view.model), name, kind, layer.matrices, slices)
+        lookup = Lookup(self.view.model)
+        matrices = sliced(lookup, name, kind, layer.matrices, slices)
         return _merged_linear(layer, matrices, factors)
 
     def _checked_kind(self, name: str, factors: Factors) -> type[LoRALayer]:

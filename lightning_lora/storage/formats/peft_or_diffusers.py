@@ -45,14 +45,12 @@ def _has_updates(contents: Iterable[object]) -> bool:
 def _is_of_a_pipeline(contents: Mapping[Any, Any], path: Any) -> bool:
     """Whether updates are those of a pipeline, or PEFT's.
 
-    PEFT's configuration is    names                           of a pipeline
-    -------------------------  ------------------------------  -------------
-    beside, and in the header  none begins as PEFT's           yes
-    beside, and in the header  some begin as PEFT's            no
-    only beside                any                             no
-    only in the header         any                             yes
-    nowhere                    all as diffusers had them once  yes
-    nowhere                    others                          no
+    PEFT's configuration is    they are of a pipeline if
+    -------------------------  -------------------------------------------
+    beside, and in the header  no name begins as PEFT's
+    only beside                never
+    only in the header         always
+    nowhere                    all names are as diffusers had them once
     """
     names = list(map(str, without(contents, [HEADER])))
     has_header = METADATA in contents.get(HEADER, {})

@@ -82,7 +82,7 @@ def adapter_file_at(path: Path) -> Path:
     if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
         path = _cached(path.as_posix())
     is_of_deepspeed = (path / "checkpoint").is_dir()
-    # a checkpoint of DeepSpeed is a folder: its reader refuses it, with a better message
+    # a checkpoint of DeepSpeed is a folder: it is refused later, with a better message
     if is_of_deepspeed or not path.is_dir():
         return path
     found = file_in(path)

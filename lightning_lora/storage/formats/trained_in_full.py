@@ -54,13 +54,15 @@ def find_trained(
     changed = [
         name for name in entries if not is_value_of_base(view, name, entries[name])
     ]
-    modules = _modules_that_train(
-        _whole_modules(view, entries), changed, modules_to_save
-    )
+    whole = _whole_modules(view, entries)
+    modules = _modules_that_train(whole, changed, modules_to_save)
     names_in_modules = set(names_inside(entries, modules))
-    single = without(only(entries, view.base_parameters), names_in_modules)
-    biases = {name for name in single if is_bias(name)}
-    parameters = list(without(only(single, changed), biases))
+    parameters_in_file = only(entries, view.base_parameters)
+    outside = without(parameters_in_file, names_in_modules)
+    # a bias counts in any case, whether or not its value is another
+    biases = {name for name in outside if is_bias(name)}
+    changed_outside = only(outside, changed)
+    parameters = list(without(changed_outside, biases))
     names = names_in_modules.union(parameters, biases)
     return TrainedInFull(modules, parameters, biases, names)
 
@@ -101,10 +103,13 @@ def _whole_modules(view: View, entries: Iterable[str]) -> list[str]:
 
 
 def _tensors_by_module(names: Iterable[str]) -> Counter[str]:
-    """The number of these tensors in each module, and in the modules inside of it."""
-    count = Counter[str]()
+    """The number of these tensors in each module, and in the modules inside of it.
+
+    Each module is there before those inside of it.
+    """
+    count = Counter[str]()  # it keeps the order in which modules are counted first
     for name in names:
-        *around, _ = starts_of(name)
+        *around, _ = starts_of(name)  # the outermost module first
         count.update(around)
     return count
 

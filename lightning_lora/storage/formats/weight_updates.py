@@ -55,10 +55,13 @@ def _update_of(export: Export, layer: StoredLayer, weight: str) -> WeightUpdate:
     value_of = partial(_value_of, export.stored, layer)
     factors = weight_factors(weight, layer.matrices, settings, value_of)
     a, _ = factors
-    # patterns mean an adapted parameter by its own name, and another weight by its
-    # layer's
-    is_parameter = layer.adapter_class is LoRAParameters
-    parameter = join(layer.name, weight) if is_parameter else ""
+    rank = a.shape[-2]
+    # patterns mean an adapted parameter by its own name, and another weight by the name
+    # of its layer alone
+    parameter = ""
+    if layer.adapter_class is LoRAParameters:
+        parameter = join(layer.name, weight)
+    # the scaling and the name of the magnitude are those of the first part
     first, *_ = matrices_of_weight(weight, layer.matrices)
     magnitude = None
     if settings.use_dora:
@@ -68,7 +71,7 @@ def _update_of(export: Export, layer: StoredLayer, weight: str) -> WeightUpdate:
         name=export.name_for_reader(layer.name),
         weight=weight,
         factors=factors,
-        alpha=config.alpha_of(layer.name, parameter, r=a.shape[-2]),
+        alpha=config.alpha_of(layer.name, parameter, r=rank),
         scaling=first.scaling_for(layer.scaling),
         magnitude=magnitude,
     )

@@ -110,7 +110,11 @@ class PeftConfig(NamedTuple):
         return _matches_any(targets, name)
 
     def _is_in_blocks(self, name: str) -> bool:
-        """Whether a module lies in one of the blocks with these numbers: ``model.layers.0.mlp`` lies in block 0."""
+        """Whether a module lies in one of the blocks with these numbers: ``model.layers.0.mlp`` lies in block 0.
+
+        Of two numbers, as in ``model.layers.0.experts.3.up``, versions of PEFT take
+        another one: so both must be among these.
+        """
         if self.block_numbers is None:
             return True
         components = name.split(".")
@@ -156,8 +160,8 @@ def _matches_any(entries: Iterable[str], name: str) -> bool:
 def value_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the most common value, and a pattern for the others, as PEFT's ``r`` and ``rank_pattern``.
 
-    ``{"q": 8, "v": 8, "k": 4}`` -> ``8, {"^k": 4}``. Each expression means exactly one
-    name.
+    ``{"q": 8, "v": 8, "k": 4}`` -> ``8, {"^k": 4}``. PEFT adds the end ``$`` to an
+    expression, so each means exactly one name.
     """
     ((most, _),) = Counter(values.values()).most_common(1)
     others = {

@@ -22,12 +22,12 @@ from lightning_lora.storage.formats.format import (
     tensors_in,
 )
 from lightning_lora.storage.formats.peft.peft_config import PeftConfig, config_of
-from lightning_lora.storage.formats.peft.writing.exported import exported
 from lightning_lora.storage.formats.peft.writing.model_card import (
     FOLDER,
     ModelCard,
     repository_of,
 )
+from lightning_lora.storage.formats.peft.writing.peft_form import in_peft_form
 from lightning_lora.storage.formats.peft_names import METADATA, PREFIX, peft_key
 from lightning_lora.storage.formats.peft_or_diffusers import MEMBER_NAME, is_diffusers
 from lightning_lora.storage.formats.pipelines.pipeline import (
@@ -60,7 +60,9 @@ def write(export: Export, directory: Path, *, uniform: bool) -> None:
     header = dict[str, Any]()
     for member_export in exports_of_members(export, DIFFUSERS.name):
         # diffusers before 0.34, and others that read its files, scale all updates by 1
-        member_tensors, config = exported(member_export, uniform=uniform, scaling=1.0)
+        member_tensors, config = in_peft_form(
+            member_export, uniform=uniform, scaling=1.0
+        )
         name = checked_member(member_export, member_tensors, DIFFUSERS.name)
         tensors |= prefixed(name, member_tensors)
         header |= prefixed(name, config)
@@ -117,8 +119,16 @@ class _DiffusersFile(PipelineFile):
     def members(self) -> set[str]:
         """Return the members, by how names begin.
 
-        A file of one model alone may have one member, with an empty name or with PEFT's
+        A file of one model alone has one member, with an empty name or with PEFT's
         prefix as its name.
+
+        header           names of tensors  members
+        ---------------  ----------------  ------------------------------
+        none             of a pipeline     those of the tensors
+        none             of one model      the one with an empty name
+        of one model     any               that of the header
+        of a pipeline    any               those of the header and of the
+                                           tensors
         """
         of_tensors = set(map(_member_of, self.tensors))
         if not self.header:

@@ -39,7 +39,8 @@ _BLOCKS = {
 """For each kind of block in diffusers: the original one, and what is in it."""
 
 _LAYER = re.compile(rf"(({'|'.join(_BLOCKS)})\.(\d+))\.(.+)")
-# the layers with another number of outputs than q, as a multiple of it
+# of the parts of one original layer, those with another number of outputs than q, as a
+# multiple of it
 _SIZES = {"proj_mlp": 4}
 
 

@@ -162,6 +162,6 @@ _IN_ENCODER = re.compile(rf"(?:text_model\.)?(encoder\.layers\.\d+\.(?:{_IN_LAYE
 def _name_in_text_encoder(prefix: str, layer: str) -> str:
     """The name of a layer in a text encoder of CLIP, which has no ``text_model`` in transformers 5."""
     found = _IN_ENCODER.fullmatch(layer)
-    if found is None or not prefix:
+    if found is None:
         return ""
     return _joined(prefix, "text_model", found[1])

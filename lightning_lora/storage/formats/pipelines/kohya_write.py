@@ -16,7 +16,7 @@ from lightning_lora.functional.factors import Factors
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.layer_updates import pair_of
-from lightning_lora.storage.formats.peft.writing.exported import exported
+from lightning_lora.storage.formats.peft.writing.peft_form import in_peft_form
 from lightning_lora.storage.formats.peft_names import peft_key
 from lightning_lora.storage.formats.pipelines.kohya_flux import (
     FLUX_CLASS,
@@ -60,7 +60,7 @@ def _tensors_of_member(
 ) -> dict[str, Tensor]:
     """The tensors of one member: first as PEFT has them, with a scaling of one, then by the names of this format."""
     _refuse_dora(export)
-    of_peft, config = exported(export, uniform=uniform, scaling=1.0)
+    of_peft, config = in_peft_form(export, uniform=uniform, scaling=1.0)
     member = checked_member(export, of_peft, NAME)
     layers = _with_whole_attentions(_layers_in(of_peft))
     names = _names_in_file(export, member, layers, modules)
@@ -163,9 +163,17 @@ def _naming(export: Export, member: str, modules: set[str]) -> NameOf:
     """The function that gives a layer of a member its name in the file."""
     if export.stored_inner.class_name == FLUX_CLASS:
         return name_in_flux
-    modules_for_reader = by_names_inside(export.stored.root, dict.fromkeys(modules))
-    written_form, *_ = naming_forms(_prefix_for(member, modules), modules_for_reader)
+    prefix = _prefix_for(member, modules)
+    if not prefix:
+        return _no_name
+    modules_of_member = by_names_inside(export.stored.root, dict.fromkeys(modules))
+    written_form, *_ = naming_forms(prefix, modules_of_member)
     return written_form
+
+
+def _no_name(_: str) -> str:
+    """The name of a layer of a member that this format does not have: none."""
+    return ""
 
 
 def _grouped_by_name(

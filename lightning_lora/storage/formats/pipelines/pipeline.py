@@ -24,6 +24,7 @@ from lightning_lora.errors import (
 )
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.export import Export
+from lightning_lora.storage.formats.from_updates import stored_from_updates
 from lightning_lora.storage.formats.layer_updates import LayerUpdate
 from lightning_lora.storage.formats.peft.peft_config import (
     PeftConfig,
@@ -32,7 +33,6 @@ from lightning_lora.storage.formats.peft.peft_config import (
 from lightning_lora.storage.formats.peft.reading.read_peft import read_updates
 from lightning_lora.storage.formats.peft_names import peft_key
 from lightning_lora.storage.formats.peft_or_diffusers import MEMBER_NAME
-from lightning_lora.storage.formats.reading import stored_from_updates
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import by_names_inside, entries_inside
 from lightning_lora.storage.stored import StoredAdapters
@@ -41,6 +41,7 @@ from lightning_lora.tensors.names import (
     first_names,
     is_in_any,
     last_component,
+    modules_around,
     starts_of,
     submodule,
 )
@@ -120,14 +121,30 @@ def _roots_of_members(export: Export) -> list[str]:
     root = export.stored.root
     if member_name(export.inner, root):
         return [root]
+    is_file = export.inner is None
+    members = _members_by_names(export) if is_file else _members_of_model(export)
+    around_adapters = modules_around(export.stored.layers)
+    adapted_members = with_values(members, around_adapters)
+    if not adapted_members:
+        return [root]
+    return list(adapted_members.values())
+
+
+def _members_of_model(export: Export) -> dict[str, str]:
+    """The roots of all members in the model, by what the pipeline calls them."""
+    modules = first_names(export.modules_of_model)
+    return members_in(modules)
+
+
+def _members_by_names(export: Export) -> dict[str, str]:
+    """The roots of the members of an exported file, by what the pipeline calls them.
+
+    The file has no modules, so the names of those around its layers alone tell.
+    """
     around_adapters = dict[str, None]()  # a set in the order of the layers
     for layer in export.stored.layers:
         around_adapters |= dict.fromkeys(starts_of(layer))
-    modules: Mapping[str, nn.Module | None] = first_names(export.modules_of_model)
-    if export.inner is None:  # a file has no modules, so their names alone tell
-        modules = around_adapters
-    adapted_members = with_values(members_in(modules), around_adapters)
-    return list(adapted_members.values()) or [root]
+    return members_in(around_adapters)
 
 
 def _adapters_inside(root: str, stored: StoredAdapters) -> StoredAdapters:
@@ -292,13 +309,14 @@ def _roots_in_model(members: set[str], view: View) -> dict[str, str]:
     """The roots of the pipeline's members in the model, by what the pipeline calls them.
 
     If a file has one member alone, and the model has none of this name, the file is
-    meant for the model itself.
+    meant for the model itself. So it is if its member has no name, or PEFT's prefix.
     """
     root = root_of(view.model)
-    itself = member_name(submodule(view.model, root), root)
-    roots = {itself: root} if itself else members_in(view.modules)
+    name_of_itself = member_name(submodule(view.model, root), root)
+    roots = {name_of_itself: root} if name_of_itself else members_in(view.modules)
     if len(members) == 1 and members.isdisjoint(roots):
-        return dict.fromkeys(members, root)
+        (only_member,) = members
+        return {only_member: root}
     return roots
 
 

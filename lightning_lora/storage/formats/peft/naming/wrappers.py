@@ -49,7 +49,7 @@ def peft_tensors(export: Export, updates: Iterable[WeightUpdate]) -> dict[str, T
 
 
 def stand_ins_of(export: Export) -> dict[str, dict[str, Tensor]]:
-    """Return, for each layer, small tensors with the names that its own will have.
+    """Return, for each layer, small tensors with the names that those of its adapter will have.
 
     ``{"layers.0.q": {"layers.0.q.lora_A.weight": ..., "layers.0.q.lora_B.weight":
     ...}}``. PEFT is asked what becomes of these names when it loads them.

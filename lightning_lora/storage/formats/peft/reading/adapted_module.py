@@ -113,7 +113,8 @@ class AdaptedModule(ABC):
         self._check_start_of_tied(layer, matrix)
         rank = self._checked_rank(matrix, in_file, target)
         factors = in_file
-        # factors of wrong shapes may fail here: check_shapes refuses them as they are
+        # with factors of wrong shapes, this may fail: they are left as they are, and
+        # check_shapes refuses them
         with suppress(IndexError, RuntimeError):
             factors = counterpart_of(layer).from_peft(
                 in_file, layer.shapes[matrix.weight], layer.options

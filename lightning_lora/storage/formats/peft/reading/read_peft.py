@@ -11,6 +11,7 @@ from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.format import HEADER, LoadArguments, tensors_in
+from lightning_lora.storage.formats.from_updates import renaming_of, stored_from_updates
 from lightning_lora.storage.formats.layer_updates import AdapterTensors, LayerUpdate
 from lightning_lora.storage.formats.peft.peft_config import (
     MERGE_WITH_PEFT,
@@ -29,7 +30,6 @@ from lightning_lora.storage.formats.peft_names import (
     without_wrappers,
 )
 from lightning_lora.storage.formats.peft_or_diffusers import is_peft
-from lightning_lora.storage.formats.reading import renaming_of, stored_from_updates
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.on_disk.read_errors import json_object
 from lightning_lora.storage.stored import ReadFor, StoredAdapters

@@ -82,10 +82,10 @@ def adapted_around(name: str, stored: StoredAdapters) -> list[str]:
 
 def _because_of_its_kind(layer: StoredLayer, arrival: _Arrival) -> Reason:
     """PEFT has no counterpart for the layer's adapter, or one that computes something else."""
-    magnitude = layer.matrices[0].parameter_name(Role.MAGNITUDE)
-    return why_no_counterpart(
-        layer, arrival.export.stored.state.get(join(layer.name, magnitude))
-    )
+    name_in_layer = layer.matrices[0].parameter_name(Role.MAGNITUDE)
+    name = join(layer.name, name_in_layer)
+    magnitude = arrival.export.stored.state.get(name)  # None: it has no DoRA
+    return why_no_counterpart(layer, magnitude)
 
 
 def _because_it_is_the_root(layer: StoredLayer, arrival: _Arrival) -> Reason:
@@ -147,7 +147,8 @@ def _because_of_its_name(layer: StoredLayer, arrival: _Arrival) -> Reason:
     """PEFT refuses a layer of this name in a model of the reader's type."""
     if counterpart_of(layer).is_parameter:
         return ""
-    return arrival.loading.why_refused(layer.name)
+    name = arrival.export.name_for_reader(layer.name)
+    return arrival.loading.why_refused(name)
 
 
 def _because_taken_for_experts(layer: StoredLayer, arrival: _Arrival) -> Reason:
@@ -155,9 +156,9 @@ def _because_taken_for_experts(layer: StoredLayer, arrival: _Arrival) -> Reason:
 
     Named as a parameter, in ``target_parameters``, it would not be taken for experts.
     """
-    if counterpart_of(layer).is_parameter or not arrival.loading.is_taken_for_experts(
-        layer.name
-    ):
+    name = arrival.export.name_for_reader(layer.name)
+    is_parameter = counterpart_of(layer).is_parameter
+    if is_parameter or not arrival.loading.is_taken_for_experts(name):
         return ""
     config = arrival.export.stored.config
     if layer.adapter_class is LoRALinear and not config.use_dora and not config.dropout:

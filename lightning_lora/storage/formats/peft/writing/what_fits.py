@@ -10,7 +10,9 @@ from lightning_lora.errors import listed, warn
 from lightning_lora.layers import INITIALISATIONS
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.formats.export import Export
-from lightning_lora.storage.formats.peft.refusals.exportable import check_exportable
+from lightning_lora.storage.formats.peft.refusals.all_refusals import (
+    refuse_what_peft_cannot_hold,
+)
 from lightning_lora.storage.formats.peft.refusals.refused_layers import refused_layers
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -22,7 +24,7 @@ def with_what_peft_can_hold(export: Export) -> Export:
     """Return the adapters that PEFT can hold. Refuse the others."""
     export = _without_zeros(export)
     export = _with_tied_modules(export)
-    check_exportable(export)
+    refuse_what_peft_cannot_hold(export)
     return export
 
 

@@ -18,8 +18,8 @@ from lightning_lora.storage.formats.peft.readers.reader_warnings import (
     warn_of_left_out,
     warn_of_whole_modules,
 )
-from lightning_lora.storage.formats.peft.writing.exported import exported
 from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard
+from lightning_lora.storage.formats.peft.writing.peft_form import in_peft_form
 from lightning_lora.storage.formats.peft_names import (
     METADATA,
     NAMES_HERE,
@@ -35,7 +35,7 @@ from lightning_lora.tensors.names import names_not_in
 
 def write(export: Export, directory: Path, *, uniform: bool) -> None:
     """Write PEFT's two files, and a model card, after all of it has been computed and checked."""
-    tensors, config = exported(export, uniform=uniform)
+    tensors, config = in_peft_form(export, uniform=uniform)
     names_in_file = _names_in_file(export, tensors)
     warn_of_whole_modules(export)
     warn_of_left_out(export, kinds_in(tensors, config_of(config, directory)))

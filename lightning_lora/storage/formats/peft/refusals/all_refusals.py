@@ -20,9 +20,9 @@ _LEAVE_OUT = (
 )
 
 
-def check_exportable(export: Export) -> None:
+def refuse_what_peft_cannot_hold(export: Export) -> None:
     """Refuse what PEFT cannot hold, or would compute otherwise."""
-    # this comes before all else, because it refuses a file that lacks some tensors
+    # this property comes before all else, because it refuses a file that lacks tensors
     saved = export.saved_tensors
     _refuse_layers(export)
     _check_modules_to_save(export)

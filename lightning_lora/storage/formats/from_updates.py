@@ -1,7 +1,7 @@
-"""What the readers of other libraries' files share: from updates of layers to adapters of this package.
+"""What all formats of other libraries share as they are read: from updates of layers to adapters of this package.
 
 A file holds updates, and the *rest*: tensors that were trained in full, and copies of
-the base's. Readers give both by their names in the model.
+the base's. The code of each format gives both by their names in the model.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -62,7 +62,8 @@ def renaming_of(
             "were trained on."
         )
     (renaming,) = found
-    if renaming not in (SAME_NAMES, Renaming(here=root)):
+    into_root = Renaming(there="", here=root)
+    if renaming not in (SAME_NAMES, into_root):
         warn(renaming.told(title))
     return renaming
 

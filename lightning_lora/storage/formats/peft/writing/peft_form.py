@@ -4,12 +4,12 @@ Every format that is written begins here.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_lora.errors import ExportError
+from lightning_lora.errors import ExportError, listed
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.naming.wrappers import peft_tensors
 from lightning_lora.storage.formats.peft.readers.reader_warnings import (
@@ -28,16 +28,16 @@ from lightning_lora.storage.formats.weight_updates import (
 )
 
 
-class PeftExport(NamedTuple):
-    """What PEFT has of adapters."""
+class PeftForm(NamedTuple):
+    """Adapters as PEFT has them."""
 
     tensors: dict[str, Tensor]  # by names without PEFT's prefix
     config: dict[str, Any]  # the fields of adapter_config.json
 
 
-def exported(
+def in_peft_form(
     export: Export, *, uniform: bool, scaling: float | None = None
-) -> PeftExport:
+) -> PeftForm:
     """Return PEFT's tensors and configuration.
 
     In them, each update has:
@@ -53,9 +53,8 @@ def exported(
     """
     export = with_what_peft_can_hold(export)
     updates = weight_updates(export)
-    has_rows_alone = not updates  # so there is no rank to write
-    if uniform or scaling is not None or has_rows_alone:
-        _refuse_rows(export)
+    if export.layers_with_rows:
+        _check_rows_fit(export, updates, uniform=uniform, scaling=scaling)
     if uniform:
         updates = with_largest_rank(updates)
         if scaling is None:
@@ -68,7 +67,7 @@ def exported(
     warn_of_merges(export)
     if scaling is None:
         warn_of_scalings(export, updates, config)
-    return PeftExport(peft_tensors(export, updates), config)
+    return PeftForm(peft_tensors(export, updates), config)
 
 
 def _most_common_scaling(updates: Iterable[WeightUpdate]) -> float:
@@ -78,10 +77,28 @@ def _most_common_scaling(updates: Iterable[WeightUpdate]) -> float:
     return scaling
 
 
-def _refuse_rows(export: Export) -> None:
-    """Refuse single rows that train: they have no rank or scaling of their own."""
-    if export.layers_with_rows:
+def _check_rows_fit(
+    export: Export,
+    updates: Collection[WeightUpdate],
+    *,
+    uniform: bool,
+    scaling: float | None,
+) -> None:
+    """Refuse single rows that train where there is no place for them: they have no rank and no scaling."""
+    rows = f"{listed(export.layers_with_rows)} has rows that train (trainable_token_indices), "
+    if scaling is not None:
         raise ExportError(
-            "Rows (trainable_token_indices) fit in PEFT's format alone, beside "
-            "adapters, not uniform."
+            f"{rows}for which a file of a pipeline has no place. Leave format out: "
+            "PEFT's format has one."
+        )
+    if uniform:
+        raise ExportError(
+            f"{rows}which have no rank and no alpha to make uniform. Leave uniform out, "
+            "for PEFT itself."
+        )
+    if not updates:
+        raise ExportError(
+            f"{rows}and nothing else is adapted: PEFT's format needs the rank of an "
+            "adapter beside them. Adapt a layer too (target_modules), or save the whole "
+            "model: save_merged(model, path)."
         )
