@@ -60,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_command(commands: Any, module: _Command) -> None:
-    """Add a command to the parser."""
+    """Add a command to the parser.
+
+    Its arguments then have ``run`` and ``usage`` too, with which :func:`_run_command`
+    runs it.
+    """
     _, _, name = module.__name__.rpartition(".")
     text = module.__doc__ or ""
     first_line, _, _ = text.partition("\n")

@@ -56,7 +56,7 @@ def run(arguments: Any) -> None:
 def _show_lines(folder: Path) -> None:
     """Print a line for each reader of a folder."""
     console = fitting_console()
-    if _is_without_adapters(folder):
+    if not _may_hold_adapters(folder):
         raise no_adapters_of_peft(folder)
     file = adapter_file_at(folder)
     for reader, line in lines_of_readers(read_contents(file), file).items():
@@ -68,11 +68,16 @@ def _show_lines(folder: Path) -> None:
         )
 
 
-def _is_without_adapters(path: Path) -> bool:
-    """Whether a folder has no file with a known name for adapters, or a file does not end as PEFT's do."""
+def _may_hold_adapters(path: Path) -> bool:
+    """Whether a file ends as PEFT's do, or a folder has a file with a known name for adapters.
+
+    What is neither a file nor a folder may be a repository of the hub.
+    """
     if path.is_file():
-        return path.suffix not in _ENDINGS
-    return path.is_dir() and file_in(path) is None
+        return path.suffix in _ENDINGS
+    if path.is_dir():
+        return file_in(path) is not None
+    return True
 
 
 def _show_table() -> None:

@@ -13,7 +13,7 @@ from lightning_lora.printing import fitting_console, printable
 from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
 
 Plain = dict[str, Any]
-"""What is said of something, in types that JSON has."""
+"""What is said of something, in types that JSON has. ``inspect.inspect`` lists the keys for a whole file."""
 
 
 def show(found: Plain) -> None:
@@ -24,7 +24,8 @@ def show(found: Plain) -> None:
         line = _line_of_others(found["beside"])
         console.print(printable(line), soft_wrap=True, markup=False)
     console.print(printable(_line_of_base(found)), markup=False)
-    console.print(_line_of_arguments(found["config"]), soft_wrap=True, markup=False)
+    line = _line_of_arguments(found["config"])
+    console.print(printable(line), soft_wrap=True, markup=False)
     if found["metrics"]:
         line = _line_of_metrics(found["metrics"])
         console.print(printable(line), soft_wrap=True, markup=False)

@@ -77,7 +77,11 @@ def _has_usable_values(tensor: Tensor) -> bool:
 def _read_with(
     path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = ""
 ) -> Any:
-    """The contents of a file. An archive of torch is read by ``load``."""
+    """The contents of a file. An archive of torch is read by ``load``.
+
+    Messages have ``path``, as the user gave it. ``local`` is where the file lies on this
+    machine.
+    """
     if not places.is_open_file(path):
         places.check_path(path)
     with read_errors.reading(path, remedy), places.on_this_machine(path) as local:
@@ -89,7 +93,8 @@ def _read_with(
                 return _read_safetensors(file.read())
             _check_is_archive(file, kind, path)
             contents = load(file)
-            # what else lies in the state, such as a merged model, is taken out
+            # this changes the contents: what else lies in their state, such as a merged
+            # model, is taken out
             reduce_to_adapters(contents)
             return contents
 

@@ -52,7 +52,8 @@ def stand_ins_of(export: Export) -> dict[str, dict[str, Tensor]]:
     """Return, for each layer, small tensors with the names that those of its adapter will have.
 
     ``{"layers.0.q": {"layers.0.q.lora_A.weight": ..., "layers.0.q.lora_B.weight":
-    ...}}``. PEFT is asked what becomes of these names when it loads them.
+    ...}}``. PEFT is asked what becomes of these names when it loads them. The zeros that a
+    file has for the output projection of an attention are not among them.
     """
     layers = where(
         without(export.stored.layers, export.layers_with_rows), has_counterpart

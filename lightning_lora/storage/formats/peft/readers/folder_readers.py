@@ -141,7 +141,10 @@ def _add_update(kinds: KindsOfTraining, peft: PeftConfig, module: str) -> None:
 
 
 def _parameters_in(module: str, entries: Iterable[str]) -> list[str]:
-    """The parameters of a module that these entries may mean: ``experts.down_proj`` for ``mlp.experts.down_proj``."""
+    """The parameters of a module that these entries may mean: ``experts.down_proj`` for ``mlp.experts.down_proj``.
+
+    Without the model, it is not known whether the module has all of them.
+    """
     leaves = dict.fromkeys(map(last_component, entries))
     return names_joined(module, leaves)
 

@@ -32,9 +32,9 @@ def warn_of_transposed_layers(export: Export) -> None:
 
 def _is_tied_embedding(layer: StoredLayer) -> bool:
     """Whether a layer is an embedding with factors, and its weight has other names in the model."""
-    return bool(layer.tied) and layer.kind == LoRAEmbedding.__name__
+    return bool(layer.tied) and layer.adapter_class is LoRAEmbedding
 
 
 def _is_conv1d(layer: StoredLayer) -> bool:
     """Whether a layer is a Conv1D of transformers."""
-    return layer.kind == LoRAConv1D.__name__
+    return layer.adapter_class is LoRAConv1D

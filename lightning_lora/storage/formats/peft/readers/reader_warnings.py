@@ -103,6 +103,7 @@ def warn_of_scalings(
         return
     readers = list[str]()
     if _is_any_scaled_otherwise(updates, config):
+        # a reader that does not read the ranks of single layers has one scaling for all
         readers += readers_that(DIFFERS, RANKS)
     if config["alpha_pattern"]:
         readers += readers_that_know_one_alpha()
@@ -128,10 +129,10 @@ def warn_of_whole_modules(export: Export) -> None:
     whole = list(export.stored.saved)
     if not whole or not _is_served(export.stored_inner, whole):
         return
+    # the readers that take whole norms take whole heads too
     takers = " and ".join(readers_that(TAKES, NORMS))
-    ignorers = ", ".join(
-        dict.fromkeys([*readers_that(IGNORES, NORMS), *readers_that(IGNORES, HEADS)])
-    )
+    ignoring_any = [*readers_that(IGNORES, NORMS), *readers_that(IGNORES, HEADS)]
+    ignorers = ", ".join(dict.fromkeys(ignoring_any))
     warn(
         f"The folder holds {listed(whole)} whole (modules_to_save), for {takers}. "
         f"Other readers refuse that, or leave it out without a word ({ignorers}): "

@@ -126,11 +126,11 @@ def _because_of_its_rows(layer: StoredLayer, arrival: _Arrival) -> Reason:
     export = arrival.export
     if not layer.tokens:
         return ""
-    if export.modules_for_reader:
-        return why_rows_differ(
-            export.modules_for_reader, export.name_for_reader(layer.name)
-        )
-    return why_rows_of_file_differ(layer, export)
+    is_file = export.inner is None
+    if is_file:
+        return why_rows_of_file_differ(layer, export)
+    name = export.name_for_reader(layer.name)
+    return why_rows_differ(export.modules_for_reader, name)
 
 
 def _because_it_does_not_arrive(layer: StoredLayer, arrival: _Arrival) -> Reason:

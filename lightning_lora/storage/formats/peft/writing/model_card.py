@@ -153,7 +153,7 @@ def _mark_in(place: Path) -> _Mark:
         mark = _MARK.search(text)
         if mark is None:
             return _Mark.NONE
-        above = text[: mark.start() - 1]
+        above = text[: mark.start() - 1]  # without the newline before the mark
         return _Mark.UNCHANGED if mark[1] == _checksum(above) else _Mark.CHANGED
     return _Mark.NONE
 

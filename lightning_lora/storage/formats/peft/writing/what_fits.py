@@ -34,7 +34,8 @@ def with_what_peft_can_hold(export: Export) -> Export:
 def _without_zeros(export: Export) -> Export:
     """Leave out layers that PEFT cannot hold, if their update is zero: no batch has reached them.
 
-    If all are zero, none is left out: nothing would remain.
+    If all are zero, none is left out: nothing would remain. What is left in is asked for
+    its refusals once more, by :func:`refuse_what_peft_cannot_hold`.
     """
     stored = export.stored
     # with these, an update may be something else than zero if B is zero
