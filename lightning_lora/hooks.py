@@ -332,7 +332,7 @@ class LoRAHooks(Callback):
                 "before."
             )
             return
-        self._stage.end_fit()  # from here on, an error leaves the module as it is
+        self._stage.note_fit_ended()  # from here on, an error leaves the module as it is
         # not view_of: it would refuse layers that have lost their adapters, of which
         # check_layers_stayed says more
         view = View(pl_module)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 
 import torch
 from torch import nn
@@ -68,14 +69,22 @@ def unmerged(model: nn.Module) -> Iterator[None]:
             merge(model)
 
 
-def unmerge_or_forget(model: nn.Module) -> bool:
-    """Undo a merge, and return whether the adapters are back on their layers by that.
+class Unmerged(Enum):
+    """What :func:`unmerge_or_forget` has done."""
+
+    NOTHING = "the model was not merged"
+    DONE = "the adapters are back on their layers"
+    FORGOTTEN = "the model has no adapters any more"
+
+
+def unmerge_or_forget(model: nn.Module) -> Unmerged:
+    """Undo a merge, if there was one.
 
     Weights that were replaced since the merge are a new base: then a warning says that
     the adapters are forgotten.
     """
     if not state_of(model).is_merged:
-        return False
+        return Unmerged.NOTHING
     start_call(model, "unmerge_adapters")
     view = View(model)
     if not is_as_merged(view):
@@ -85,9 +94,9 @@ def unmerge_or_forget(model: nn.Module) -> bool:
             "into them: they are taken as a new base, and the adapters of the earlier "
             "fine-tune are dropped."
         )
-        return False
+        return Unmerged.FORGOTTEN
     _take_updates_out(view)
-    return True
+    return Unmerged.DONE
 
 
 def _unmerge(view: View) -> None:

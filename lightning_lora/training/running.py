@@ -29,8 +29,8 @@ from lightning_lora.training.untrained_at_start import tell_of_new_base
 class NoTraining:
     """What the callback's hooks call while no training runs: a user's code may take steps before and after one.
 
-    A step gives scaled groups the module's rates, a batch that ends is an error, and
-    all else does nothing.
+    It has the methods of :class:`TrainingWatch` that hooks call. Two of them act: a
+    step gives scaled groups the module's rates, and a batch that ends is an error.
     """
 
     def begin_batch(self) -> None:

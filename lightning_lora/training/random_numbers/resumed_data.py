@@ -33,7 +33,25 @@ class RandomNumbers:
 class ResumedNumbers(RandomNumbers):
     """The random numbers of a checkpoint, for one fit.
 
-    It stands in Lightning's ``setup_data`` until it is closed.
+    Who calls what, in order:
+
+    1. ``on_load_checkpoint`` of the callback makes the object. From then on, it stands
+       in the loop's ``setup_data``, until the training ends and the callback closes it.
+    2. Lightning calls ``setup_data``, which is ``_setup_data`` here. In it, our method
+       of the strategy calls ``begin_data`` for each loader that is made: this sets the
+       states of the file. When all have begun, the states are noted.
+    3. ``on_train_start`` of the callback calls ``set_for_first_step``, through the
+       stage. The stage needs nothing more of the object then.
+    4. Lightning may call ``setup_data`` again in a later epoch: this notes states that
+       nobody asks for.
+
+    Which states the first step gets::
+
+        the fit resumes                      states       why
+        before 2.6, at the start of a later
+          epoch                              of the file  its data begin after this
+        since 2.6, within an epoch           of the file  its data had begun before
+        otherwise                            after data   its data have begun here
     """
 
     def __init__(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ class Phase(Enum):
     - ``note_failed_loading``: LOADED to SET_UP, where the optimizers do not fit that
       file.
     - ``begin_training``: SET_UP or LOADED to TRAINING.
-    - ``end_fit``: LOADED or TRAINING to OVER, at the end of a fit. The module keeps
+    - ``note_fit_ended``: LOADED or TRAINING to OVER, at the end of a fit. The module keeps
       them, or is merged.
     - ``end`` and ``end_after_error``: to OVER, from each.
     """

@@ -1,5 +1,6 @@
 """One stage of a Trainer: fit, validate, test or predict."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -243,7 +244,11 @@ class Stage:
         return view.is_fresh()
 
     def set_base_from_hooks(self, view: View) -> None:
-        """Make what the module's hooks changed in this stage the base."""
+        """Make what the module's hooks changed in this stage the base.
+
+        The record keeps the base's values of what training changes (the originals):
+        these are taken again. The weights themselves stay.
+        """
         changed = self.before_hooks.changed_base_tensors(tensors_with_originals(view))
         view.adapter.set_originals(changed)
 
@@ -271,8 +276,8 @@ class Stage:
         self.random_numbers.set_for_first_step()
         self.random_numbers = RandomNumbers()
 
-    def end_fit(self) -> None:
-        """End a fit that has loaded or trained adapters, which stay."""
+    def note_fit_ended(self) -> None:
+        """Note that a fit which has loaded or trained adapters is over: they stay from here on."""
         self.phase = Phase.OVER
 
     def end(self, pl_module: LightningModule) -> None:
@@ -292,8 +297,10 @@ class Stage:
         ``others_may_be_missing``: other processes may not be here, so nothing that
         needs them is done.
         """
-        outcome = self._outcome_after_error(
-            pl_module, others_may_be_missing=others_may_be_missing
+        reached = self._close()
+        outcomes = end_of(reached, is_fit=self.is_fit).after_error
+        outcome = self._first_possible(
+            outcomes, pl_module, others_may_be_missing=others_may_be_missing
         )
         self.way_back.bring_about(outcome, pl_module)
         is_kept = outcome is Outcome.KEPT
@@ -301,12 +308,15 @@ class Stage:
             note_changes(view_of(pl_module))
         return is_kept
 
-    def _outcome_after_error(
-        self, pl_module: LightningModule, *, others_may_be_missing: bool
+    def _first_possible(
+        self,
+        outcomes: Iterable[Outcome],
+        pl_module: LightningModule,
+        *,
+        others_may_be_missing: bool,
     ) -> Outcome:
-        """End the stage. Return the first outcome that is possible."""
-        end = end_of(self._close(), is_fit=self.is_fit)
-        for outcome in end.after_error:
+        """The first of these outcomes that is possible."""
+        for outcome in outcomes:
             if self.way_back.allows(
                 outcome, pl_module, others_may_be_missing=others_may_be_missing
             ):

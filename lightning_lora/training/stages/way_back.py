@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_lora.model.merge import merge
 from lightning_lora.model.records import find_record, keep_record
 from lightning_lora.model.remove import remove_adapters
-from lightning_lora.model.unmerge import unmerge_or_forget
+from lightning_lora.model.unmerge import Unmerged, unmerge_or_forget
 from lightning_lora.model.view import View
 from lightning_lora.training.stages.chosen_adapter import ChosenAdapter
 from lightning_lora.training.stages.phases import Outcome
@@ -20,8 +20,9 @@ from lightning_lora.training.stages.phases import Outcome
 class WayBack:
     """Notes what a stage does to a module, to undo it.
 
-    A stage calls, in this order, ``note_adapters``, ``unmerge``, ``note_other_adapter``
-    and ``note_new_adapters``, and at its end ``bring_about``.
+    In this order: the callback's ``setup`` calls ``note_adapters``, whose answer the
+    checks need. Then the stage calls ``unmerge``, ``note_other_adapter`` and
+    ``note_new_adapters``, and at its end ``bring_about``.
     """
 
     adapter: ChosenAdapter
@@ -33,7 +34,9 @@ class WayBack:
     undo: ExitStack = field(default_factory=ExitStack)
     """Gives the module back as it came.
 
-    Only ``bring_about`` closes it, and not where loaded adapters stay.
+    Only ``bring_about`` closes it, for GIVEN_BACK. For SHOWN_AGAIN it stays open: it
+    would remove the adapters that were loaded. So the two steps that are undone then
+    stand there by hand.
     """
 
     # The way there
@@ -51,12 +54,11 @@ class WayBack:
         the merge is forgotten, and the module came plain.
         """
         record = find_record(pl_module)
-        if unmerge_or_forget(pl_module):
+        done = unmerge_or_forget(pl_module)
+        if done is Unmerged.DONE:
             self.came = "merged"
             self.undo.callback(merge, pl_module)
-            return
-        if record is not None and find_record(pl_module) is None:
-            # the merge was forgotten
+        elif done is Unmerged.FORGOTTEN and record is not None:
             self.undo.callback(keep_record, pl_module, record)
 
     def note_other_adapter(self, pl_module: LightningModule) -> None:

@@ -99,6 +99,8 @@ class Gradients:
             return []
         held = self.held_by(optimizer)
         unreached = self.received.unreached(held)
+        # A step of the module's own code may come before any gradient: it is no first
+        # step. After a backward pass of the Trainer's, missing gradients are a mistake.
         has_any_gradient = self.had_trainers_backward or unreached != held
         if not has_any_gradient:
             return []
@@ -106,7 +108,10 @@ class Gradients:
         return self._begin_first_step(held, unreached)
 
     def held_by(self, optimizer: Optimizer) -> Set[nn.Parameter]:
-        """Return the module's parameters that an optimizer trains."""
+        """Return the module's parameters that an optimizer trains.
+
+        A method, because DeepSpeed's optimizers hold others in their place.
+        """
         return held_by([optimizer])
 
     def _begin_first_step(
@@ -119,7 +124,9 @@ class Gradients:
         view = view_of(self.model)
         # hooks may compute weights since the training began
         refuse_computed_weights(view)
+        # no gradient has come here, in this process
         unreached_layers = layers_trained_by(unreached, view)
+        # those, and layers whose gradients are zero in all processes
         without_gradient = _layers_without_gradient(view, layers_trained_by(held, view))
         copies = copies_among(view, without_gradient)
         # in a fit that goes on, copies have adapters of their own from the file

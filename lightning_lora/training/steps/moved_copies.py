@@ -6,6 +6,7 @@ copy has its weights, and torch broadcasts an A of one row into them. A referenc
 is such a copy too, but no code moves it: this tells a reference from a target.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -67,14 +68,14 @@ class FrozenCopies:
     def _is_towards_original(self, view: View, name: str, copy: str) -> bool:
         """Whether a weight lies between what it was and its original, with or without the update."""
         weight = view.base_parameters[name]
+        originals = _weights_with_update(view, self.name_in_original(name, copy))
+        have_its_shape = all(original.shape == weight.shape for original in originals)
+        if not originals or not have_its_shape:
+            return False
         now = samples(weight)
-        ends = [self._before[name].some_values.to(now)]
-        for original in _weights_with_update(view, self.name_in_original(name, copy)):
-            if original.shape != weight.shape:
-                return False
-            ends.append(samples(original).to(now))
-        has_original = len(ends) > 1
-        return has_original and _are_between(now, torch.stack(ends).double())
+        before = self._before[name].some_values.to(now)
+        ends = [before, *(samples(original).to(now) for original in originals)]
+        return _are_between(now, torch.stack(ends).double())
 
 
 def _are_between(values: Tensor, ends: Tensor) -> bool:
@@ -122,21 +123,30 @@ def _copies_without_adapters(view: View) -> dict[str, str]:
     if any(map(is_dtensor, view.base_parameters.values())):
         return {}
     adapted = modules_around(view.layers)
-    busy = adapted | modules_around(map(owner_of, view.trainable_base))
-    still_parameters = set[nn.Parameter]()
-    for name, p in view.base_parameters.items():
-        if owner_of(name) not in busy:
-            still_parameters.add(p)
+    # a copy without adapters has no adapted layers by which to compare it: so all
+    # layers with a matrix count
     owners_of_matrices = set(map(owner_of, where(view.base_parameters, _is_matrix)))
     found = find_copies(
         view.modules,
         view.base_parameters,
-        owners_of_matrices,
-        still_parameters,
+        layers=owners_of_matrices,
+        still_parameters=_parameters_that_stand_still(view, adapted),
+        # a teacher may lack the token that masks its student's words
         may_be_smaller=True,
     )
     copies_of_adapted = with_values(found, adapted)
     return without(copies_of_adapted, adapted)
+
+
+def _parameters_that_stand_still(view: View, adapted: Set[str]) -> set[nn.Parameter]:
+    """The base's parameters in layers in which nothing trains."""
+    in_full = modules_around(map(owner_of, view.trainable_base))
+    still = set[nn.Parameter]()
+    for name, parameter in view.base_parameters.items():
+        owner = owner_of(name)
+        if owner not in adapted and owner not in in_full:
+            still.add(parameter)
+    return still
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
