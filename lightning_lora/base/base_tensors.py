@@ -87,9 +87,10 @@ class Base:
     """
 
     frozen_since: set[str] = field(default_factory=set)
-    """The parameters that the user has frozen since their adapters learned, and until the next fit.
+    """The parameters that the user has frozen since the adapters learned, until the next fit.
 
-    A guard names them then, because the adapters train on.
+    Of a merged model, these are all that were frozen. A guard looks for those of adapted
+    layers and names them then, because their adapters train on.
     """
 
     filled: set[str] = field(default_factory=set)

@@ -5,7 +5,7 @@ its base and its adapters is its record (``records.py``). A view (``view.py``) i
 look at the model and its record, which a call makes once.
 
 Originals are the base's values of what changes while an adapter trains, besides the
-adapter: modules trained in full, biases and buffers (``base_values.py``).
+adapter (``AdapterState.originals`` says of what; ``base_values.py``).
 
 On the base lie adapters, each of which is:
 

@@ -23,7 +23,8 @@ At its next step, one of three errors says what it holds in place of what trains
        merge_adapters(model)
        optimizer.step()
 
-There is no error if another optimizer holds what trains.
+There is no error if another optimizer holds what trains, unless the first mistake is of
+an optimizer that holds frozen weights alone: it can only be meant for adapters.
 """
 
 import gc
@@ -136,7 +137,8 @@ def _refuse_frozen_weights(view: View, held: _Held) -> None:
     adapters = _adapters_on(view, set(layers_by_weight.values()))
     if not adapters or not held.parameters.isdisjoint(adapters):
         return
-    # of two optimizers, one may train other parameters, and the other one the adapters
+    # of two optimizers, one may train other parameters, and the other one the adapters;
+    # one that holds frozen weights alone was made too early
     holds_others = held.frozen != held.parameters
     if holds_others and held.are_held_elsewhere(adapters):
         return

@@ -31,8 +31,10 @@ _ATTN_MASK = 5
 class MixedModule:
     """A module that differs between adapters: the rows of each name run apart.
 
-    ``names`` has a name for each row: for ``["de", None, "fr", "de"]``, ``rows`` is
-    ``{"de": [0, 3], None: [1], "fr": [2]}``.
+    The block has a name for each row. ``names_here`` has None in place of a name with
+    which this module runs as the base. If "fr" has no adapter here, then of the names
+    ``["de", None, "fr", "de"]``, ``names_here`` is ``["de", None, None, "de"]``, and
+    ``rows`` is ``{"de": [0, 3], None: [1, 2]}``.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class MixedModule:
         self.record = view.record
         used = _only_used(differences, names)
         self.runner = ModuleRunner(self.module, used, running)
-        self.names = _names_that_differ(self.module, used, names)
-        rows = grouped(range(len(self.names)), self.names.__getitem__)
+        self.names_here = _names_that_differ(self.module, used, names)
+        rows = grouped(range(len(self.names_here)), self.names_here.__getitem__)
         self.rows = {name: torch.tensor(its_rows) for name, its_rows in rows.items()}
-        self.factors = _FactorsOfRows(used.adapters, self.names)
+        self.factors = _FactorsOfRows(used.adapters, self.names_here)
+        # a norm that an adapter trains has another weight with it
         self.trains_statistics = has_running_statistics(
             self.module
         ) and differences.differ_in("weight")
@@ -60,8 +63,8 @@ class MixedModule:
         """Run the module, in the place of its own forward.
 
         - A copy of the module, or a model that shows its base, runs as always.
-        - Inside a module that runs the rows of one name, and in a batch with one name
-          alone, all rows run with that name.
+        - Inside a module that runs the rows of one name, and if ``names_here`` are one
+          name, all rows run with that name.
         - If the names differ only in updates of a linear layer, it runs once as the
           base, and each row gets its update.
         - Otherwise, the rows of each name run by themselves.
@@ -110,7 +113,7 @@ class MixedModule:
         The base runs on all rows, of which its own are taken: its bits may differ with
         fewer rows.
         """
-        n = len(self.names)
+        n = len(self.names_here)
         rows = self.rows[name]
         if name is None:
             output = self.runner.run_as(None, args, kwargs)
@@ -143,7 +146,7 @@ class MixedModule:
         shape = tuple(getattr(x, "shape", ()))
         raise ConfigError(
             f"{self.module_name!r} reads a {type(x).__name__} of shape {shape}. "
-            f"adapter_names got {len(self.names)} names, and needs one for each row "
+            f"adapter_names got {len(self.names_here)} names, and needs one for each row "
             "(or beam). Otherwise, use set_adapter."
         )
 
@@ -152,7 +155,7 @@ class MixedModule:
         # a row is a vector of features, or one index, or a bag of indices
         is_bag = isinstance(self.module, nn.EmbeddingBag)
         row_dims = int(is_bag or x.is_floating_point())
-        return x.dim() > row_dims and len(x) == len(self.names)
+        return x.dim() > row_dims and len(x) == len(self.names_here)
 
 
 def _only_used(differences: Differences, names: Sequence[Name]) -> Differences:

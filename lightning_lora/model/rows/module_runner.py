@@ -1,4 +1,4 @@
-"""Run a module with the adapter of one name, while its class, its attributes and its tensors stay as they are."""
+"""Run a copy of a module with the adapter of one name: the module itself does not change meanwhile."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,15 +71,16 @@ class ModuleRunner:
         self.plain_class: Any = (
             module.lora_plain_class if isinstance(module, LoRALayer) else type(module)
         )
-        # by the step of the active adapter, a Trainer says that a training step runs
+        # a Trainer notes in the active adapter's step that a training step runs: so the
+        # copies of the module have this very object
         self.step = vars(module).get("lora_step", Step())
         self.has_dropout = any(
             adapter.settings.dropout > 0 for adapter in self.adapters.values()
         )
-        self.only_adds_updates = self._only_adds_updates()
+        self.only_adds_updates = self._each_name_only_adds_an_update()
 
     def run_as(self, name: Name, args: Any, kwargs: Any) -> Any:
-        """Run the module with the adapter of this name."""
+        """Run a copy of the module, which has the class, the attributes and the tensors of this name."""
         cls = self.plain_class
         attributes = dict[str, Any]()
         adapter = self.adapters.get(name)
@@ -108,7 +109,7 @@ class ModuleRunner:
         dropout_acts = self.has_dropout and (self.module.training or self.step.runs)
         return self.only_adds_updates and not dropout_acts
 
-    def _only_adds_updates(self) -> bool:
+    def _each_name_only_adds_an_update(self) -> bool:
         """Whether each name computes what the base does, and perhaps adds an update to that."""
         if self.values or not self.adapters:
             return False

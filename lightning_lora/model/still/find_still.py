@@ -71,10 +71,10 @@ def _recorded_and_copies(
     *,
     copies_may_be_smaller: bool,
 ) -> StillNetworks:
-    """The record's networks that still stand still, and all copies.
+    """The record's networks beside training ones that still stand still, and all copies.
 
     A copy in the record is kept even if it trains now: ``settle``, which knows the
-    optimizers, takes it out.
+    optimizers, takes it out. Networks under a head are looked for anew.
     """
     recorded = view.adapter.networks if view.is_on_layers else StillNetworks()
     copies = find_copies(
@@ -95,6 +95,7 @@ def _not_thawed(view: View, networks: tuple[str, ...]) -> tuple[str, ...]:
     if not networks:
         return ()
     user_trains = view.record.base.user_trains
+    # a parameter that the record does not know is new: it trains
     thawed = [name for name in view.base_parameters if user_trains.get(name, True)]
     return tuple(names_not_in(networks, modules_around(thawed)))
 
@@ -158,7 +159,11 @@ def layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
 
 
 def _named_by_user(view: View) -> list[str]:
-    """What the user has left out, or trains in full."""
+    """What the user has left out, or trains in full.
+
+    The configuration also leaves out the record's networks without adapters: these are
+    named too.
+    """
     lookup = Lookup(view.model)
     left_out = find_names(lookup, "exclude_modules", view.config.exclude_modules)
     saved = find_names(lookup, "modules_to_save", view.config.modules_to_save)

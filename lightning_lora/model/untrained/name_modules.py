@@ -13,35 +13,36 @@ from lightning_lora.tensors.shards import to_local
 
 
 def as_modules(view: View, untrained: Mapping[str, Weights]) -> list[str]:
-    """Return the largest modules in which nothing looks trained: ``head``, in place of ``head.0`` and ``head.2``.
+    """Return the largest modules in which nothing looks trained.
 
-    Blank norms and small layers say nothing, so they may lie in such a module. A blank
-    norm beside an untrained layer is named with it.
+    Blank modules (norms as they are made) and small layers say nothing, so they may lie
+    in such a module: if ``head.0`` and ``head.2`` look untrained, and ``head.1`` is a
+    blank norm, this is ``head``. If ``encoder.proj`` looks untrained beside layers of
+    ``encoder`` that look trained, and beside a blank ``encoder.norm``, both are named.
     """
     if not untrained:
         return []
-    blank_norms = _blank_norms(view)
-    say_nothing = blank_norms | entirely_small_layers(view)
-    look_trained = (
-        set(map(owner_of, view.base_parameters)) - untrained.keys() - say_nothing
-    )
+    blank = _blank_modules(view)
+    say_nothing = blank | entirely_small_layers(view)
+    modules_with_parameters = set(map(owner_of, view.base_parameters))
+    look_trained = modules_with_parameters - untrained.keys() - say_nothing
     around_trained = modules_around(look_trained)
     modules = list[str]()
-    for name in _with_norms_beside(untrained, blank_norms):
+    for name in _with_blank_beside(untrained, blank):
         modules.append(largest_free_of(around_trained, name))
     return list(dict.fromkeys(modules))
 
 
-def _with_norms_beside(layers: Iterable[str], norms: Iterable[str]) -> list[str]:
-    """Layers, each with the norms that the same module holds."""
-    norms_by_owner = grouped(sorted(norms), owner_of)
+def _with_blank_beside(layers: Iterable[str], blank: Iterable[str]) -> list[str]:
+    """Layers, each with the blank modules that the same module holds."""
+    blank_by_owner = grouped(sorted(blank), owner_of)
     names = list[str]()
     for layer in layers:
-        names += [layer, *norms_by_owner.get(owner_of(layer), [])]
+        names += [layer, *blank_by_owner.get(owner_of(layer), [])]
     return names
 
 
-def _blank_norms(view: View) -> set[str]:
+def _blank_modules(view: View) -> set[str]:
     """The modules whose parameters are all blank, and do not train.
 
     Not the model, which nobody can name.
