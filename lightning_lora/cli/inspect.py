@@ -40,14 +40,14 @@ def add_arguments(parser: Any) -> None:
 
 def run(arguments: Any) -> None:
     """Read the file and print what it holds."""
-    found = inspect(read_without_model(arguments.file))
+    found = describe(read_without_model(arguments.file))
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
         show(found)
 
 
-def inspect(stored: StoredAdapters) -> Plain:
+def describe(stored: StoredAdapters) -> Plain:
     """Return what a file holds, in plain types."""
     # a file of this package names its base, once for each dtype: the first one tells
     base = stored.base[0]

@@ -13,7 +13,7 @@ from lightning_lora.printing import fitting_console, printable
 from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
 
 Plain = dict[str, Any]
-"""What is said of something, in types that JSON has. ``inspect.inspect`` lists the keys for a whole file."""
+"""What is said of something, in types that JSON has. ``inspect.describe`` lists the keys for a whole file."""
 
 
 def show(found: Plain) -> None:

@@ -28,8 +28,8 @@ class WeightUpdate:
     name: str  # the reader's name for the layer
     weight: str  # the name of the weight in the layer
     factors: Factors  # A and B
-    alpha: float  # which a configuration says, in place of the scaling
     scaling: float
+    alpha: float  # what a configuration says for this scaling
     magnitude: Tensor | None = None  # DoRA's
 
     @property
@@ -71,8 +71,8 @@ def _update_of(export: Export, layer: StoredLayer, weight: str) -> WeightUpdate:
         name=export.name_for_reader(layer.name),
         weight=weight,
         factors=factors,
-        alpha=config.alpha_of(layer.name, parameter, r=rank),
         scaling=first.scaling_for(layer.scaling),
+        alpha=config.alpha_of(layer.name, parameter, r=rank),
         magnitude=magnitude,
     )
 

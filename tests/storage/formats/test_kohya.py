@@ -1,6 +1,7 @@
 """diffusers computes what is computed here from a file of kohya's form, for Stable Diffusion and SDXL."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -344,9 +345,9 @@ class FluxTransformer2DModel(nn.Module):
 def test_single_blocks_of_flux_are_read_by_diffusers(
     targets: list[str], tmp_path: Path
 ) -> None:
-    convert = (
-        diffusers.loaders.lora_conversion_utils._convert_kohya_flux_lora_to_diffusers
-    )
+    # diffusers gives this module no name before something has imported it
+    conversion: Any = import_module("diffusers.loaders.lora_conversion_utils")
+    convert = conversion._convert_kohya_flux_lora_to_diffusers
     module: Any = nn.ModuleDict({"transformer": FluxTransformer2DModel()})
     module = trained(module, ll.LoRAConfig(r=2, alpha=3, target_modules=targets))
     ll.save_adapter(module, tmp_path / "adapter.safetensors")

@@ -56,7 +56,8 @@ def loading_of(export: Export) -> PeftLoading:
     """Return how PEFT loads these adapters onto the reader's model.
 
     PEFT is asked with the model. If a file is exported, it is asked with a shell, which
-    has only the types of the models that the file describes.
+    has only the types of the models that the file describes. It does not depend on which
+    layers are left out of an export.
     """
     if export.inner is not None:
         leaves = set(map(last_component, export.modules_for_reader))

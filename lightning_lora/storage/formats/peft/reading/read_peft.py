@@ -147,7 +147,7 @@ def _sorted_tensors(tensors: Mapping[str, Tensor], path: Any) -> _SortedTensors:
     """Sort the tensors of a file. Those of a method of PEFT that is not here are refused."""
     in_file = _SortedTensors()
     of_other_methods = list[str]()
-    for key, value in tensors.items():
+    for key, value in tensors.items():  # a key of PEFT's has its prefix, a name has not
         name = without_prefix(key)
         wrapped, role = peft_key(name)
         if role is not None:

@@ -16,6 +16,7 @@ from lightning_lora.storage.stored_modules import StoredModule
 README = "README.md"
 FOLDER = "path/of/this/folder"  # what the code in a card calls its folder
 
+# a base may have a name without an owner, such as "gpt2"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ALWAYS_SHOWN = ("r", "alpha", "target_modules")
 _MARK = re.compile(r"<!-- lightning_lora ([0-9a-f]{8}): .* -->\n$")
