@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import HAS_UPDATE, LoRALayer
+from lightning_lora.layers.each_kind.tokens import tied_to
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.changed_since_merge import refuse_changed_since_merge
 from lightning_lora.model.mergeable import refuse_unmergeable
@@ -67,6 +68,7 @@ def _state_with(view: View, changed: StateDict, merged: Mapping[str, Tensor]) ->
     Changed values without a place in the state dict are added at its end.
     """
     state: Any = view.model.state_dict(keep_vars=True)
+    # code of the model may have given the adapters other names in its state
     adapters_in_state = own_adapters_in(view, state)
     for name in adapters_in_state:
         del state[name]
@@ -158,11 +160,5 @@ def _merged_weights_on_host(view: View) -> tuple[dict[str, Tensor], dict[str, fl
 
 def _names_of_layers(view: View) -> dict[nn.Module, list[str]]:
     """All names of each layer, and of the modules that are tied to it: its weights have all these names."""
-    owners = {name: _layer_that_adapts(module) for name, module in view.modules.items()}
+    owners = {name: tied_to(module) for name, module in view.modules.items()}
     return names_of_each(owners)
-
-
-def _layer_that_adapts(module: nn.Module) -> nn.Module:
-    """The layer whose adapter a module computes with: its own, or of one that it is tied to."""
-    owners: tuple[nn.Module] = vars(module).get("lora_tied_to", (module,))
-    return owners[0]

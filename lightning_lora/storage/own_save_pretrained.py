@@ -43,10 +43,11 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _leave_out_disabled_layers(view: View) -> None:
-    """Leave out layers that compute without updates, while the model shows its base: none is merged.
+    """Take out of the view the layers that show their base now: their updates are not merged.
 
     The view still names the adapters of these layers, so that they are not written.
     """
+    # the view finds them by its layers: so before these change
     all_adapters = view.adapter_parameters
     view.layers = {
         name: layer for name, layer in view.layers.items() if layer.lora_enabled

@@ -231,7 +231,7 @@ def _add(model: nn.Module, record: Record, stored: StoredAdapters, name: str) ->
 
 
 def _stored(model: nn.Module, name: str) -> StoredAdapters:
-    """What a file of one adapter would hold, without the base's own values."""
+    """What a file of one adapter would hold, without what belongs to no base: it is the same with all adapters."""
     with switch.activate(model, name):
         view = view_of(model)
         stored = StoredAdapters.from_view(view, adapter_state(view), [])

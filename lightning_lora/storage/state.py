@@ -95,27 +95,32 @@ def values_to_store(
 ) -> dict[str, Any]:
     """Return what files hold of a state of the model, which may be an average of it.
 
-    1. All that trains. The model's own values stand in for what user code has dropped
-       from the state.
-    2. Frozen weights and buffers that may not have the base's values.
-    3. What else is in the state, such as entries of modules' own code.
+    ::
 
-    A value is left out if the adapter keeps the base's value of it
-    (``AdapterState.originals``), and both are the same. But what trains is always
-    stored, and so is what code has changed in the base (``Base.changes``), and what
-    belongs to no base (``of_no_base``: weights that look untrained, filled buffers).
+        what it is                                        stored
+        it trains: adapters, modules in full, biases      always
+        code has changed it in the base (Base.changes)    always
+        it belongs to no base (``of_no_base``)            always
+        the adapter keeps the base's value of it          if the value is another one
+          (AdapterState.originals)
+        other frozen weights, entries of quantised        never
+          layers
+        other buffers, and entries of modules' own code   as they are in the state
+
+    The model's own values stand in for what user code has dropped from the state. To
+    no base belong frozen weights that look untrained, and filled buffers.
     """
     not_the_bases = {*view.record.base.changes, *of_no_base}
     values = {
         **_without_graphs(trained_tensors(view)),
-        **_frozen_that_may_differ(view, not_the_bases),
+        **_frozen_that_may_be_stored(view, not_the_bases),
         **_besides_frozen(view, state),
     }
     originals = without(view.adapter.originals, {*view.trainable_base, *not_the_bases})
     return without(values, _unchanged(values, originals))
 
 
-def _frozen_that_may_differ(
+def _frozen_that_may_be_stored(
     view: View, not_the_bases: Collection[str]
 ) -> dict[str, Tensor]:
     """The frozen weights that are not the base's, or whose base value is kept, and the changed buffers."""
@@ -141,7 +146,11 @@ def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
 
 
 def _tied_names_with_merged_values(view: View) -> set[str]:
-    """The names of trained weights that are merged ones in the model now: an embedding's, whose tied head is merged."""
+    """The names of trained weights that are merged ones in the model now: an embedding's, whose tied head is merged.
+
+    In their place, the view has the parameter without the update, which the tied layer
+    still has (``view.base_parameters``).
+    """
     return {
         name
         for name, parameter in view.trainable_base.items()
@@ -195,7 +204,8 @@ def diverged(view: View, values: StateDict) -> list[str]:
     """Return what trains, and statistics of norms, whose values are NaN or infinite, as a diverged run leaves them."""
     names = [*view.adapter_parameters]
     originals = dict[str, Tensor]()
-    if view.is_adapted:  # otherwise a part of an adapted module is saved by itself
+    # not so if a part of an adapted module is saved by itself: the record is the module's
+    if view.is_adapted:
         names += [*view.trainable_base, *_statistics(view)]
         originals = view.adapter.originals
     broken = list[str]()

@@ -299,7 +299,11 @@ def _check_as_configured(
 def _split(
     of_no_base: Iterable[str], changed: Collection[str]
 ) -> tuple[list[str], list[str]]:
-    """Split what belongs to no base: into frozen weights that look untrained, and buffers that hooks filled."""
+    """Split what belongs to no base: into frozen weights that look untrained, and buffers that hooks filled.
+
+    ``changed`` are the names of weights that the file holds: all that look untrained are
+    among them.
+    """
     untrained = list[str]()
     filled = list[str]()
     for name in of_no_base:

@@ -117,7 +117,7 @@ def _lost_tensors(plan: MergePlan, there: BaseThere) -> list[str]:
     3. The same, but this name differs in one character, as ``norm.weighs`` does: the
        file is damaged, and the tensor lost.
     """
-    absent = _absent_tensors(plan, there)
+    absent = _absent_tensors(plan, there)  # case 1 is not among them
     if not absent:
         return []
     unnamed = _unnamed_tensors(plan, there)
@@ -125,6 +125,8 @@ def _lost_tensors(plan: MergePlan, there: BaseThere) -> list[str]:
     lost = list[str]()
     for name, digests in absent.items():
         has_other_name = not digests_of_unnamed.isdisjoint(digests)
+        # case 3 differs from case 2 in the name: one bit of a file that flips changes one
+        # character
         if not has_other_name or _is_misspelt(plan.name_in_base(name), unnamed):
             lost.append(name)
     return lost
