@@ -119,12 +119,13 @@ def _add_for_few_tokens(
 def _pays_to_update(tokens: Tensor, weight: Tensor, dropout: float) -> bool:
     r"""Whether it is faster to multiply by the sum :math:`W + \Delta W`.
 
-    Each pass computes the sum again. The sum costs r · in · out multiplications twice,
-    once in each pass. Adding the update separately costs r (in + out) for each token
-    instead. The sum pays off from twice the number of tokens at which both costs are
-    equal, whatever r (Cherniuk et al. 2023, "Run LoRA Run"). It must also keep small
-    updates: half precision would round them away, and so would float32 products whose
-    factors torch rounds.
+    Each of the two passes computes the sum again, for r · in · out multiplications. To
+    add the update separately costs r (in + out) for each token instead, in the forward
+    pass. In the backward pass, it costs g A, where the sum costs h once more: both are r ·
+    in. So the costs are equal if tokens · (in + out) = 2 · in · out. The sum pays off from
+    twice so many tokens, whatever r (Cherniuk et al. 2023, "Run LoRA Run"). It must also
+    keep small updates: half precision would round them away, and so would float32 products
+    whose factors torch rounds.
     """
     writes, reads = weight.shape
     if dropout or tokens.shape[0] * (writes + reads) < 4 * writes * reads:

@@ -71,6 +71,7 @@ def _by_gaps(size: int, p: float, generator: torch.Generator) -> Tensor:
         places = steps.cumsum(0)
         found.append(places)
         last = int(places[-1])
-    inside = int(torch.searchsorted(places, size))  # how many of the last round
+    # the last round went beyond the end: keep those of its places that are inside
+    inside = int(torch.searchsorted(places, size))
     found[-1] = places[:inside]
     return found[0] if len(found) == 1 else torch.cat(found)

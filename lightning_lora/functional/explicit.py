@@ -28,7 +28,7 @@ def can_be_explicit(x: Tensor, *others: Tensor | None) -> bool:
         and not private.count_modes()  # modes that count, trace or store operations
         and not private.is_forward_differentiating()
         and not private.tracing()
-        # a replay of a CUDA graph would drop the same elements, by the same seed
+        # dropout: a replay of a CUDA graph would drop the same elements, by the same seed
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 

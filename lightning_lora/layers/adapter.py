@@ -17,10 +17,12 @@ from lightning_lora.layers.matrices import (
 class Step:
     """Whether a Trainer's training step runs: then dropout acts, whatever the mode.
 
-    The Trainer's side sets it, because a module may be in eval mode in its step. A call
-    of ``train`` or ``eval`` in the step ends it: what the module says then counts. Each
-    adapter keeps one for life, also off its layer: so two objects of ``LayerAdapter``
-    with the same step are one adapter.
+    The Trainer's side sets ``runs``, because a module may be in eval mode in its step. A
+    call of ``train`` or ``eval`` in the step ends this: what the module says then counts.
+
+    The object is also the identity of an adapter, which keeps one ``Step`` for life, on
+    its layer and off it: two objects of ``LayerAdapter`` with the same step are one
+    adapter.
     """
 
     runs = False

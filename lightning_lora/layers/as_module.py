@@ -184,7 +184,8 @@ class LayerAsModule(AdapterOnLayer):
         ends_as_usual = text.endswith(")")  # as in Linear(...)
         if not ends_as_usual:
             return f"{class_name}: {text}, {about}"
-        says_adapter = about in text  # nn.Module's own __repr__ calls extra_repr
+        # torch's __repr__ calls extra_repr, which says it, and begins with the class name
+        says_adapter = about in text
         if not says_adapter:
             text = f"{text.removesuffix(')')}, {about})"
         if text.startswith(class_name):

@@ -83,7 +83,7 @@ def _update_path(module: nn.Module, path: InferencePath, *, is_off: bool) -> Non
     """Turn an inference path off, or on again as it was."""
     attributes = vars(module)
     if is_off:
-        unpack(module)
+        unpack(module)  # only a repacked 4-bit layer changes
         # only the first time: after that, the switch is off already
         attributes.setdefault(_SWITCH_BEFORE, getattr(module, path.switch))
         setattr(module, path.switch, path.off)

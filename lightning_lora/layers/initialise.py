@@ -95,8 +95,8 @@ class _Initialiser:
 
     layer: nn.Module
     adapter: LayerAdapter
-    # by name in the layer, the tensors to write: each is a parameter, or the full tensor
-    # in place of a DTensor
+    # The tensors to write, by name in the layer. Each is a parameter of the adapter, or,
+    # in place of a DTensor, a full tensor that is split afterwards.
     values: dict[str, Tensor]
 
     def initialise_factors(self, matrix: AdaptedMatrix) -> None:
@@ -117,7 +117,8 @@ class _Initialiser:
     @torch.no_grad()
     def initialise_rows(self, matrix: AdaptedMatrix) -> None:
         """Let the rows of an embedding start as those of the weight."""
-        # (in, out) again, with a row for each token
+        # read_base has turned the embedding into (out, in): turned back, it has a row for
+        # each token
         embeddings = self.read_base(matrix).T
         self.set_from_base(matrix, Role.ROWS, embeddings[list(matrix.tokens)])
         self.note_base(matrix)

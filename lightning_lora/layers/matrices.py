@@ -43,8 +43,8 @@ class Role(Enum):
 class Settings:
     """The settings of one layer's adapter."""
 
-    # the rank of its matrices. One that is smaller than r has its largest rank
-    # (AdaptedMatrix.rank_for)
+    # The rank of its matrices. A matrix with a side smaller than r has that as its rank
+    # (AdaptedMatrix.rank_for).
     r: int
     scaling: float  # the factor of B @ A
     dropout: float = 0.0  # the probability of dropping an input of A in training

@@ -33,6 +33,7 @@ def is_quantised(module: nn.Module, name: str) -> bool:
     parameter = find_parameter(module, name)
     if parameter is None:
         return False
+    # a layer of bitsandbytes holds a float weight until it is moved to a device
     if name == "weight" and _kind_of(module) is not None:
         return not parameter.is_floating_point()
     return dequantises(parameter)

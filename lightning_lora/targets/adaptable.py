@@ -72,7 +72,7 @@ def _about_unsupported(modules: Modules, name: str, layer: nn.Module) -> str:
 def _why_not_called(
     modules: Modules, name: str, layer: nn.Module, kind: type[LoRALayer]
 ) -> str:
-    """Why the adapter's methods would not be called, or not be the adapter's."""
+    """Why the adapter's methods would not be called, or whose ``lora_A`` is in their way."""
     outer = owner_of(name)
     if isinstance(modules.get(outer), nn.MultiheadAttention):
         return (

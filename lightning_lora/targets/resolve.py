@@ -100,6 +100,7 @@ def _modules_of(lookup: Lookup, named: Collection[str]) -> set[nn.Module]:
     ``attn.in_proj_weight``: it leaves out the matrices of this weight alone, in
     ``select``.
     """
+    # the layer q_proj is meant by its weight too: q_proj.weight
     modules = {name.removesuffix(".weight") for name in named}
     return with_all_inside(only(lookup.modules, modules).values())
 

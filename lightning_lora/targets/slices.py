@@ -123,7 +123,10 @@ def _about_unknown_ranges(name: str, matrix: AdaptedMatrix, wanted: WantedParts)
 
 
 def _known_sizes(lookup: Lookup, name: str, matrix: AdaptedMatrix) -> dict[str, int]:
-    """How many rows each part of a fused projection has, as far as its name and the configuration around it tell."""
+    """How many rows each part of a fused projection has, by its name and the configuration around it.
+
+    It is empty if these do not tell.
+    """
     leaf = name.rpartition(".")[2]
     if leaf == "gate_up_proj":
         return dict.fromkeys(("gate", "up"), matrix.writes // 2)
@@ -147,7 +150,7 @@ def _outer_modules(lookup: Lookup, name: str) -> list[nn.Module]:
 
 
 def _sizes_by_heads(config: Any, reads: int) -> dict[str, int]:
-    """Sizes of q, k and v.
+    """Sizes of q, k and v, or none if their rows are mixed.
 
     In grouped-query and multi-query attention, k and v are smaller than q.
     """

@@ -113,7 +113,9 @@ def _guessed_component(component: str, wildcard: str) -> str:
 
 
 def as_end(expression: str) -> str:
-    """Return the expression for names that end as this one says, which has no alternatives outside of a group.
+    r"""Return the expression for names that end as this one says: ``(.*\.)?q_proj`` for ``q_proj``.
+
+    Alternatives must be in a group: ``(q_proj|v_proj)``.
 
     Users copy it: it is shorter than that of :func:`lightning_lora.patterns.ending`.
     """

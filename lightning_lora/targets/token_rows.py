@@ -146,7 +146,10 @@ def _matrix_of_rows(layer: nn.Module, rows: Iterable[int]) -> AdaptedMatrix:
 
 
 def _input_embeddings(lookup: Lookup, rows: Sequence[int]) -> list[str]:
-    """What a list means: the input embedding of each outermost model that has one, or else ``embed_tokens``."""
+    """The keys that a list stands for: the input embedding of each outermost model that names one, or the usual end.
+
+    Those of models are whole names. The usual end of a name is ``embed_tokens``.
+    """
     found = _embeddings_that_models_name(lookup)
     if found:
         return found

@@ -20,7 +20,8 @@ from lightning_lora.tensors.shards import (
 _CHUNK = 1 << 18  # integers whose products stay in a cache
 _RANGE = 1 << 63  # a digest is smaller than this
 
-# by the bytes of an element; wider ones are read as several int32
+# The dtype of the integers by the bytes of an element. Wider elements are read as int32:
+# one for 4 bytes, two for 8.
 _INTEGERS = {1: torch.uint8, 2: torch.int16}
 
 
@@ -76,7 +77,7 @@ def _digest_of_sparse(tensor: Tensor) -> int:
 
 
 def _digest_of_integers(integers: Tensor) -> int:
-    """The hash of a vector of integers. A device is waited for once."""
+    """The hash of a vector of integers. The program waits for the device only once."""
     count = integers.numel()
     if count > _CHUNK:
         return _total(_sums_of_chunks(integers), count)
@@ -95,7 +96,9 @@ def _digest_of_integers(integers: Tensor) -> int:
 def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
     """Return the digests of tensors in ``dtype``.
 
-    DTensors take one message a placement, or are gathered.
+    Collective if there are DTensors. Each process hashes its shards. All DTensors
+    with the same placement share the messages that add up their sums. A DTensor whose shards are not
+    one run of its values is gathered instead.
     """
     found = [0] * len(tensors)
     distributed: dict[Any, list[int]] = {}  # by placement: the indices of DTensors
@@ -159,7 +162,9 @@ def _sum_of_shard(tensor: Tensor) -> Tensor:
 def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
     """Return a floating-point tensor's digests in other dtypes.
 
-    It is read once, and not copied as a whole.
+    The tensor is read once, and not copied as a whole. Its chunks of 2**18 elements are
+    as many integers, or twice as many in a dtype of 64 bits: then each gives the sums of
+    two chunks of integers.
     """
     is_plain = tensor.layout is torch.strided and not holds_inner_tensors(tensor)
     if not is_plain:
@@ -185,7 +190,7 @@ def _integers(tensor: Tensor) -> Tensor:
 
 
 def _sums_of_chunks(integers: Tensor) -> list[Tensor]:
-    """The sum of the products of each chunk, not yet multiplied by the one of the chunk."""
+    """The sum of the products of each chunk, not yet multiplied by the chunk's own multiplier."""
     multipliers = _multipliers(integers.device)
     chunks = integers.split(_CHUNK)
     return [_sum_of_products(chunk, multipliers[: chunk.numel()]) for chunk in chunks]
@@ -194,7 +199,7 @@ def _sums_of_chunks(integers: Tensor) -> list[Tensor]:
 def _total(sums: list[Tensor], count: int) -> int:
     """The hash of ``count`` integers with these sums of their chunks."""
     multipliers = _multipliers(sums[0].device)
-    # all of _multiplier_of_chunk at once
+    # these are what _multiplier_of_chunk returns for 0, 1, 2 and so on
     multipliers_of_chunks = multipliers[-len(sums) :].flip(0)
     total = (torch.stack(sums) * multipliers_of_chunks).sum()
     return (count + int(total)) % _RANGE
@@ -206,9 +211,9 @@ def _multiplier_of_chunk(chunk: int, multipliers: Tensor) -> Tensor:
 
 
 def _sum_of_products(integers: Tensor, multipliers: Tensor) -> Tensor:
-    """The sum modulo 2**64.
+    """The sum of integers times multipliers, modulo 2**64.
 
-    On a CPU, ``dot`` is a third faster; other devices have none for integers.
+    On a CPU, ``dot`` is a third faster. Other devices have no ``dot`` for integers.
     """
     if integers.device.type == "cpu":
         return torch.dot(integers.long(), multipliers)

@@ -121,7 +121,7 @@ def starts_of(name: str) -> list[str]:
 def is_in(name: str, module: str) -> bool:
     """Whether ``name`` is this module, or in it.
 
-    Everything is in the model itself, ``""``.
+    Every name is in the model itself: ``is_in("a.b", "")`` is True.
     """
     return module in ("", *starts_of(name))
 
@@ -129,10 +129,10 @@ def is_in(name: str, module: str) -> bool:
 def is_in_any(name: str, modules: Collection[str]) -> bool:
     """Whether ``name`` is one of these modules, or in one of them.
 
-    The model itself, ``""``, counts for nothing here: unlike in :func:`is_in`, no name
-    is in it.
+    Unlike in :func:`is_in`, ``""`` among the modules holds no names: ``is_in_any("a.b",
+    [""])`` is False.
     """
-    for outer in starts_of(name):  # noqa: SIM110  # a generator would be entered for each of them
+    for outer in starts_of(name):  # noqa: SIM110  # any() of a generator takes longer
         if outer in modules:
             return True
     return False

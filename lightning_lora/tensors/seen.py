@@ -91,7 +91,8 @@ def samples(tensor: Tensor) -> Tensor:
 def _step_between_samples(values: Tensor) -> int:
     """How many values lie between two samples.
 
-    It shares no factor with the rows: or some columns would be missed.
+    It shares no factor with the number of columns. Otherwise, the samples would be in
+    some of the columns alone, and a change of the others would be missed.
     """
     step = values.numel() // _SAMPLES + 1
     columns = max(1, values.shape[-1:].numel())
@@ -150,7 +151,8 @@ class Seen:
         if tensor.is_meta or self.has_same_values(tensor):
             return True
         local = to_local(tensor)
-        # has_same_values compares all values, unless those of then cannot be read now
+        # has_same_values has compared all values, if the dtype is the same and there is a
+        # digest of the earlier values
         all_values_were_compared = (
             local.dtype == self.dtype and self.digest() is not None
         )

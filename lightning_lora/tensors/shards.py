@@ -106,7 +106,12 @@ TENSOR_PARALLEL = "tensor_parallel"
 
 
 def sharded_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
-    """Return a full factor, sharded in ``dim`` if a tensor-parallel weight is (0: its output, -1: its input)."""
+    """Return a full factor, sharded in ``dim`` if a tensor-parallel weight is sharded there.
+
+    ``dim`` is 0 for the output of both, and -1 for the input of both. If it is None, or
+    the weight is sharded in the other one, the factor is replicated. For a weight without
+    tensor parallelism, it is returned unchanged.
+    """
     if not is_dtensor(weight) or TENSOR_PARALLEL not in _mesh_names(weight):
         return factor
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor

@@ -53,6 +53,7 @@ def replace_values(tensor: Tensor, values: Tensor) -> None:
 
 
 def _replace_distributed_values(tensor: Tensor, values: Tensor) -> None:
+    """Copy into a DTensor's shard, or swap the whole tensor if its shard has another dtype or shape."""
     shard = to_local(tensor)
     new_shard = to_local(values)
     if tensor.dtype == values.dtype and shard.shape == new_shard.shape:
@@ -108,11 +109,13 @@ def place_in_memory(tensor: Tensor) -> PlaceInMemory:
 def same_bits(tensor: Tensor, original: Tensor) -> bool:
     """Whether two tensors have the same bits in the first one's dtype.
 
-    Of a DTensor, the local shard is compared.
+    Of a DTensor, the local shard is compared. The tensors may be on different devices:
+    a digest is the same on each.
     """
     tensor, original = to_local(tensor), to_local(original)
     if tensor.is_meta or original.is_meta:
         return tensor.is_meta == original.is_meta
-    return tensor.shape == original.shape and digest(tensor.cpu()) == digest(
-        original.to(tensor.dtype)
-    )
+    if tensor.shape != original.shape:
+        return False
+    converted = original.to(tensor.dtype)
+    return digest(tensor.cpu()) == digest(converted)

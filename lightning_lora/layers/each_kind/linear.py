@@ -37,7 +37,7 @@ class LoRALinear(LoRALayer):
         # Most layers need neither lora_dropout nor lora_factors. With a few tokens, the
         # time of these calls counts.
         dropout = settings.dropout and self.lora_dropout()
-        # then there is no lora_A, but lora_A_q for the slice q
+        # with slices, there is no lora_A, but lora_A_q for the slice q
         has_slices = self.lora_matrices[0].name != ""
         # lora_A is no plain parameter if it is a DTensor, or if this is a replica
         if (

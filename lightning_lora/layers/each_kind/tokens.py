@@ -160,6 +160,7 @@ def _with_embeddings(
     for all tokens that have none. In the end, these keep the embedding in ``output``.
     """
     count = len(rows.tokens)
+    # the row of each token: if it has none, that of a higher token, or the last one
     nearest_row = torch.searchsorted(rows.indices, x.long()).clamp_max(count - 1)
     has_row = rows.indices[nearest_row] == x
     row_of_zeros = count

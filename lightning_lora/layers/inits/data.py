@@ -14,7 +14,7 @@ from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
 
 GAMMA = 16
-"""LoRA-GA's, in the scale of the factors that the authors' code calls ``"stable"``."""
+"""LoRA-GA's γ: a number in the scale of its factors, as the authors' code computes that for ``"stable"``."""
 
 
 class EvaObserver:

@@ -11,7 +11,10 @@ from torch import Tensor
 from lightning_lora.functional.factors import Factors
 
 Draw = Callable[[Tensor, Tensor], None]
-"""Initialises two factors in place, of shapes (*, r, in) and (*, out, r) or the other way round: the second is zero."""
+"""Initialises two factors in place: it draws the first, and sets the second to zero.
+
+The first is A: (*, r, in) and the second is B: (*, out, r), or the other way round.
+"""
 
 FromWeight = Callable[[Tensor, int, float], Factors]
 """Returns A: (*, r, in) and B: (*, out, r) for a weight as a matrix (*, out, in), a rank and a scaling."""
