@@ -131,10 +131,10 @@ class Record:
             self.base.forget_all_changes()
         self.adapter.fingerprints = [fingerprint]
 
-    def note_adapter_loaded(self, base: Mapping[str, Tensor]) -> None:
+    def note_adapter_loaded(self, base_tensors: Mapping[str, Tensor]) -> None:
         """Note that a file's values are in the active adapter, and in the tensors that code has changed.
 
-        ``base`` has the values of the base's tensors now.
+        ``base_tensors`` has the values of the base's tensors now.
         """
-        self.base.note_changes_loaded(base)
+        self.base.note_changes_loaded(base_tensors)
         self.adapter.may_have_learned = True

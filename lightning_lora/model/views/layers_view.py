@@ -138,7 +138,10 @@ class LayersView:
         return names
 
     def is_fresh(self) -> bool:
-        """Whether all updates are still zero. This reads the adapters' values."""
+        """Whether all updates on layers are still zero. This reads the adapters' values.
+
+        It is True if no adapter is on a layer, as in a merged model.
+        """
         return all(layer.lora_is_fresh() for layer in self.layers.values())
 
     @cached_property
