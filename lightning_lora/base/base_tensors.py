@@ -94,7 +94,7 @@ class Base:
     """
 
     filled: set[str] = field(default_factory=set)
-    """The buffers that the module's own hooks filled, perhaps from data.
+    """The buffers that set-up hooks of the LightningModule filled, perhaps from data.
 
     They are left out where a base is compared with another one.
     """
@@ -161,7 +161,7 @@ class Base:
             self.user_trains[name] = flag
 
     def note_frozen_since(self, names: Iterable[str]) -> None:
-        """Note that the user has frozen these below adapters that have learned."""
+        """Note that the user has frozen these."""
         self.frozen_since.update(names)
 
     def note_thawed_since(self, names: Iterable[str]) -> None:

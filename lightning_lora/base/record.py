@@ -43,7 +43,10 @@ class Record:
         return None if self.state.shows_base else self.adapter.name
 
     def snapshot(self) -> "Record":
-        """Return a copy that later events do not change. Tensors are not copied."""
+        """Return a copy that later events do not change, but for inactive adapters.
+
+        These are the same objects, as are all tensors.
+        """
         return replace(
             self,
             adapter=self.adapter.snapshot(),
@@ -122,7 +125,8 @@ class Record:
 
         If the adapter has other fingerprints, this is a new base: what was known of
         changes to the earlier base is dropped. If it has none, the adapter is new, and
-        the base may be the same as before: what is known of changes stays.
+        the base may be the same as before: what is known of changes stays. The
+        fingerprint of the converted base is added later, by the strategy's set-up.
         """
         fingerprints = self.adapter.fingerprints
         if fingerprint in fingerprints:
