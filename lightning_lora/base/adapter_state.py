@@ -112,8 +112,8 @@ class AdapterState:
         """Keep what training may change: copies of ``values`` as :attr:`originals`, and ``extra_state_digests``.
 
         The originals have exactly the names in ``values`` then, in CPU memory. A name
-        that is known keeps its first copy, because its values may be trained by now, unless
-        its tensor has another shape now.
+        that is known keeps its first copy, because its values may be trained by now,
+        unless its tensor has another shape now.
         For the same reason, ``extra_state_digests`` is only noted while the adapter has
         learned nothing.
         """
