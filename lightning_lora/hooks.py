@@ -256,13 +256,13 @@ class LoRAHooks(Callback):
         # a new view, because tensors may have been exchanged since the last one
         view = view_of(pl_module)
         tell_of_start(view, self._stage.tools.guards_in_first_process)
-        base = base_digests(view)
+        digests = base_digests(view)
         is_new_fit = not self._stage.has_loaded_or_trained
         if is_new_fit:
             start_from_data(trainer, pl_module)
         self._stage.begin_training()
         watch = TrainingWatch(
-            trainer, self._stage, methods, is_new_fit=is_new_fit, base=base
+            trainer, self._stage, methods, is_new_fit=is_new_fit, digests=digests
         )
         self._watch = self._until_training_ends.enter_context(closing(watch))
         self._stage.take_random_numbers()

@@ -132,7 +132,7 @@ def _rates_of(view: View) -> _Rates:
 
 def _in_layers(view: View, low: Mapping[str, float]) -> str:
     """In which layers the rate is low, if not in all."""
-    trained = where(view.layers, LoRALayer.lora_trainable)
+    trained = where(view.layers, LoRALayer.lora_trains)
     if trained.keys() == low.keys():
         return ""
     return f" in {listed(low)}"

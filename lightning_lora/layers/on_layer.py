@@ -39,9 +39,13 @@ class AdapterOnLayer(UpdatedWeights):
         own = self._lora_own_parameters()
         return {name: own[name] for name in self.lora_specs()}
 
+    def lora_trains(self) -> bool:
+        """Return whether the adapter trains itself: it is not paused, and does not follow another one."""
+        return self.lora_settings.trains
+
     def lora_trainable(self) -> list[nn.Parameter]:
-        """Return the adapter's trainable parameters."""
-        if not self.lora_settings.trains:
+        """Return the adapter's parameters that train: none if it does not train itself."""
+        if not self.lora_trains():
             return []
         own = self._lora_own_parameters()
         return [

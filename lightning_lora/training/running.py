@@ -72,7 +72,7 @@ class TrainingWatch:
         methods: StrategyMethods,
         *,
         is_new_fit: bool,
-        base: dict[str, int],
+        digests: dict[str, int],
     ) -> None:
         """Begin to watch the training of ``trainer.lightning_module``.
 
@@ -82,13 +82,13 @@ class TrainingWatch:
             methods: Our methods on its strategy.
             is_new_fit: Whether no checkpoint was loaded: then networks that copy others
                 begin with the adapters of these.
-            base: The digests of the base before adapters started from data.
+            digests: Those of the base, before adapters started from data.
         """
         self.module = trainer.lightning_module
         self.stage = stage
         self.methods = methods
         # None: the first batch has begun
-        self._base_before_first_batch: dict[str, int] | None = base
+        self._digests_before_first_batch: dict[str, int] | None = digests
         view = view_of(self.module)
         self._trained_adapter = view.adapter.name
         # parameters in optimizers that earlier steps have accepted
@@ -109,10 +109,10 @@ class TrainingWatch:
 
     def begin_batch(self) -> None:
         """Before the first batch, tell of weights that hooks have made new since the training began."""
-        before = self._base_before_first_batch
+        before = self._digests_before_first_batch
         if before is None:
             return
-        self._base_before_first_batch = None
+        self._digests_before_first_batch = None
         now = base_digests(view_of(self.module))
         changed = dict(now.items() - before.items())
         if changed:

@@ -23,7 +23,10 @@ from lightning_lora.guards.read_by_hand.watched_weight import (
     WeightInEvaluation,
     WeightInTraining,
 )
-from lightning_lora.guards.read_by_hand.weight_watch import WeightWatch, trained_layers
+from lightning_lora.guards.read_by_hand.weight_watch import (
+    WeightWatch,
+    layers_with_gradients,
+)
 from lightning_lora.guards.wording import MOST_NAMES, as_entries
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
@@ -48,7 +51,7 @@ class ReadByHand(Guard):
         """
         if not is_compiled(view.model):
             self._in_training = WeightWatch(
-                view, trained_layers(view), WeightInTraining
+                view, layers_with_gradients(view), WeightInTraining
             )
 
     def first_batch_runs(self, model: nn.Module) -> AbstractContextManager[None]:

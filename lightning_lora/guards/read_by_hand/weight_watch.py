@@ -79,13 +79,12 @@ class WeightWatch:
         self._weights = {}
 
 
-def trained_layers(view: View) -> dict[str, LoRALayer]:
-    """Return the layers whose adapters train."""
-    return where(view.layers, _trains)
+def layers_with_gradients(view: View) -> dict[str, LoRALayer]:
+    """Return the layers whose adapters get gradients: they train, and no code has frozen them since."""
+    return where(view.layers, _gets_gradients)
 
 
-def _trains(layer: LoRALayer) -> bool:
-    """Whether an adapter trains."""
+def _gets_gradients(layer: LoRALayer) -> bool:
     return any(p.requires_grad for p in layer.lora_trainable())
 
 

@@ -153,14 +153,10 @@ def _layers_of_frozen_weights(view: View, frozen: set[nn.Parameter]) -> dict[str
     """Those of these weights that have an adapter which trains, each with its layer: ``{"head.weight": "head"}``."""
     layers_by_weight = dict[str, str]()
     frozen_weights = with_values(view.base_parameters, frozen)
-    for name, layer in where(view.layers, _trains).items():
+    for name, layer in where(view.layers, LoRALayer.lora_trains).items():
         frozen_of_layer = only(frozen_weights, names_joined(name, layer.lora_weights()))
         layers_by_weight.update(dict.fromkeys(frozen_of_layer, name))
     return layers_by_weight
-
-
-def _trains(layer: LoRALayer) -> bool:
-    return bool(layer.lora_trainable())
 
 
 def _adapters_on(view: View, layers: Collection[str]) -> set[nn.Parameter]:

@@ -102,11 +102,7 @@ def layers_trained_by(held: Set[nn.Parameter], view: View) -> dict[str, LoRALaye
 
 def leading_layers(view: View) -> dict[str, LoRALayer]:
     """Return the layers whose adapters train themselves: those of copies of networks follow others."""
-    return where(view.layers, _leads)
-
-
-def _leads(layer: LoRALayer) -> bool:
-    return layer.lora_settings.trains
+    return where(view.layers, LoRALayer.lora_trains)
 
 
 def base_weights_of(layers: Iterable[str], view: View) -> set[nn.Parameter]:

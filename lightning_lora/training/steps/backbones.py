@@ -130,7 +130,7 @@ class Backbones:
 def _modules_that_train(view: View, networks: Collection[str]) -> set[nn.Module]:
     """What trains beside these networks: adapted layers, and modules in full."""
     layers_beside = only(view.layers, names_outside(view.layers, networks))
-    adapted = where(layers_beside, LoRALayer.lora_trainable)
+    adapted = where(layers_beside, LoRALayer.lora_trains)
     training: set[nn.Module] = set(adapted.values())
     for module in view.saved_modules:
         training.update(module.modules())

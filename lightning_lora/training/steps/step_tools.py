@@ -29,11 +29,13 @@ class StepTools:
         self.float32 = Float32Steps()
 
     def begin_training_step(self, model: nn.Module) -> None:
-        """Begin a training step, or compute its loss again.
+        """Begin a training step, or compute its loss again, as LBFGS does inside its own step.
 
-        LBFGS computes it again inside its own step. The loss is computed in float16.
+        ``first_steps`` begin apart: a strategy that shards leaves them out.
         """
         self.dropout.begin_training_step(model)
+        # the loss is computed in float16: so values in float32 give way until the
+        # optimizer's step
         self.float32.pause_optimizer_step()
 
     def end_batch(self, model: nn.Module) -> None:
@@ -49,7 +51,7 @@ class StepTools:
     def end_training(self) -> None:
         """End the last training step, also one that failed.
 
-        The watch of the training has closed ``float32``.
+        ``float32`` is closed already: by the :class:`.TrainingWatch` that has set it.
         """
         self.dropout.close()
 
