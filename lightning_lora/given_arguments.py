@@ -4,6 +4,10 @@ import functools
 import inspect
 from typing import Any, TypeVar
 
+from torch import nn
+
+from lightning_lora.errors import ConfigError
+
 _Class = TypeVar("_Class", bound=type)
 
 
@@ -23,6 +27,12 @@ def notes_given_arguments(cls: _Class) -> _Class:
 
     @functools.wraps(init)
     def noting(self: Any, *args: Any, **kwargs: Any) -> None:
+        if args and isinstance(args[0], nn.Module):
+            raise ConfigError(
+                f"{cls.__name__} takes no model, and got a {type(args[0]).__name__}. "
+                "Give the model to Trainer.fit, with Trainer(callbacks=[LoRACallback("
+                "r=8)]). Without a Trainer: inject_adapters(model, LoRAConfig(r=8))."
+            )
         init(self, *args, **kwargs)
         given = {*names[: len(args)], *kwargs}
         if given.issuperset(names):

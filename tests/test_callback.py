@@ -75,6 +75,11 @@ def test_after_fit_the_module_is_plain_and_computes_as_adapted(
     ]
 
 
+def test_a_model_as_first_argument_is_answered() -> None:
+    with pytest.raises(ll.ConfigError, match=r"takes no model, and got a LitTiny.*fit"):
+        ll.LoRACallback(LitTiny(), r=8)  # type: ignore[arg-type,misc]  # on purpose
+
+
 # a step by hand would add to it
 def test_after_fit_no_gradient_is_left(tmp_path: Path) -> None:
     model = LitTiny()

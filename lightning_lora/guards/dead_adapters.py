@@ -13,9 +13,12 @@ class DeadAdapters(Guard):
 
     def optimizer_begins(self, view: View, unreached: Sequence[str]) -> None:
         """Name them, and those that look untrained too."""
+        all_of_them = ""
+        if view.layers.keys() <= set(unreached):
+            all_of_them = f"These are all adapters of {view.title}. "
         message = (
             f"The adapters of {listed(unreached)} received no gradient before the "
-            "first optimizer step. Do they run under no_grad() or detach()? Do only "
+            f"first optimizer step. {all_of_them}Do they run under no_grad() or detach()? Do only "
             "other batches use them (as with experts)? Does other code freeze them "
             "(requires_grad), or read weights without calling the layers (name these "
             "in target_parameters)? If the loss does not depend on them, leave them "

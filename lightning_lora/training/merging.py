@@ -162,15 +162,21 @@ def check_layers_stayed(view: View) -> None:
 def merge_trained(trainer: Trainer, pl_module: LightningModule, merge: object) -> None:
     """Merge the adapters at the end of a fit, and say which."""
     which = load_best(trainer, pl_module) if merge == "best" else "the last adapters"
-    is_fresh = View(pl_module).is_fresh()
+    what_it_is = _after_merge(View(pl_module))
     merge_adapters(pl_module)
     count = len(record_of(pl_module).merged_layer_adapters)
     layers = counted(count, "layer")
     end_bar(trainer, pl_module)
-    what_it_is = "plain again, and remembers them: the next fit goes on with them"
-    if is_fresh:
-        what_it_is = "as before: all updates are zero"
     rank_zero_info(f"LoRA: merged {which} into {layers}. The model is {what_it_is}.")
+
+
+def _after_merge(view: View) -> str:
+    """What is said of a model whose adapters are going to be merged."""
+    if not view.is_fresh():
+        return "plain again, and remembers them: the next fit goes on with them"
+    if view.trainable_base:
+        return "plain again. All updates are zero: only what trains in full has changed"
+    return "as before: all updates are zero"
 
 
 def load_best(trainer: Trainer, pl_module: LightningModule) -> str:
