@@ -421,7 +421,7 @@ def test_the_recipe_of_a_command_line_runs(
 
 def test_the_first_program_learns_what_it_says(fitted: dict[str, Any]) -> None:
     after, before = re.findall(
-        r"loss ([\d.]+), before ([\d.]+)$", BLOCKS[0], re.MULTILINE
+        r"loss ([\d.]+) \(untrained: ([\d.]+)\)$", BLOCKS[0], re.MULTILINE
     )[0]
     trainer = fitted["trainer"]
     (found,) = trainer.test(fitted["model"], ckpt_path="best", verbose=False)
