@@ -184,7 +184,7 @@ def parameters() -> str:
             text(
                 round(x + right),
                 round(down(nearest) + below),
-                method,
+                "new head only" if method == "probe" else method,
                 f"ink small {anchor}".strip(),
             )
         )
@@ -245,5 +245,5 @@ def rates() -> str:
         best = max(points, key=lambda point: point[1])
         shapes += [dot(*point, colour, 6 if point == best else 3.5) for point in points]
     for lr, x in ticks.items():
-        shapes.append(text(round(x), 284, in_full(lr), "quiet small middle"))
+        shapes.append(text(round(x), 284, in_full(lr), "quiet tick middle"))
     return picture("Validation loss against learning rate", 314, *shapes)

@@ -37,8 +37,8 @@ def update() -> str:
         296,
         text(8, 154, "x", "ink large"),
         text(11, 176, "input", "quiet small middle"),
-        arrow((26, 144), (50, 110), (50, 70), (128, 70)),
-        arrow((26, 154), (50, 188), (50, 222), (70, 222)),
+        arrow((26, 148), (50, 148), (50, 70), (128, 70)),
+        arrow((50, 148), (50, 222), (70, 222)),
         box(132, 8, 124, 124, "frozen"),
         text(194, 52, "W", "ink large middle"),
         text(194, 76, f"{n} × {n}", "ink middle"),
@@ -57,10 +57,10 @@ def update() -> str:
         arrow((385, 146), (408, 146)),
         text(415, 153, "h", "ink large"),
         text(400, 172, "output", "quiet small"),
-        text(364, 216, "× alpha / r", "quiet small end"),
-        text(256, 250, f"A and B: {2 * n * r:,} trained", "ink small"),
+        text(366, 239, "× alpha / r", "quiet small end"),
+        text(256, 264, f"A and B: {2 * n * r:,} trained", "ink small"),
         text(
-            256, 268, f"({100 * 2 * r / n:.1f} % of {n * n / 1e6:.1f} M)", "quiet small"
+            256, 281, f"({100 * 2 * r / n:.1f} % of {n * n / 1e6:.1f} M)", "quiet small"
         ),
     )
 
@@ -68,7 +68,7 @@ def update() -> str:
 def steps() -> str:
     """What a fit does to a model."""
     shapes: list[str] = []
-    notes = ("the weights", "A and B", "only these", "only these", "into weights")
+    notes = ("the weights", "A and B", "A and B", "A and B", "into weights")
     names = {
         "freeze": frozen,
         "inject": injected,
@@ -78,14 +78,14 @@ def steps() -> str:
     }
     for place, (name, draw) in enumerate(names.items()):
         middle = 44 + 88 * place
-        shapes += [*draw(middle), text(middle, 116, name, "ink bold middle")]
-        shapes.append(text(middle, 135, notes[place], "quiet small middle"))
+        shapes += [*draw(middle), text(middle, 124, name, "ink bold middle")]
+        shapes.append(text(middle, 143, notes[place], "quiet small middle"))
         if place:
-            shapes.append(arrow((middle - 50, 52), (middle - 40, 52)))
-    return picture("A fit in five steps", 144, *shapes)
+            shapes.append(arrow((middle - 50, 60), (middle - 40, 60)))
+    return picture("A fit in five steps", 152, *shapes)
 
 
-LAYERS = (28, 46, 64)
+LAYERS = (36, 54, 72)
 """Where the three layers of the small model are."""
 
 
@@ -94,8 +94,8 @@ def frozen(x: float) -> list[str]:
     layers = [box(x - 24, y, 48, 13, "frozen") for y in LAYERS]
     return [
         *layers,
-        box(x - 7, 11, 14, 11, "ink"),
-        path(f"M{x - 4:g} 11v-3a4 4 0 0 1 8 0v3", "ink-line"),
+        box(x - 7, 19, 14, 11, "ink"),
+        path(f"M{x - 4:g} 19v-3a4 4 0 0 1 8 0v3", "ink-line"),
     ]
 
 
@@ -115,12 +115,12 @@ def adapter(x: float, y: float, kind: str = "") -> list[str]:
 
 def trained(x: float) -> list[str]:
     """Return the same with adapters that are filled, and a loss that falls."""
-    return [*injected(x, ""), path(f"M{x - 30:g} 2c4 16 20 18 60 18", "ink-line")]
+    return [*injected(x, ""), path(f"M{x - 30:g} 10c4 16 20 18 60 18", "ink-line")]
 
 
 def saved(x: float) -> list[str]:
     """Return a file with adapters alone."""
-    page = path(f"M{x - 22:g} 12h32l12 12v64h-44zM{x + 10:g} 12v12h12", "quiet-line")
+    page = path(f"M{x - 22:g} 20h32l12 12v64h-44zM{x + 10:g} 20v12h12", "quiet-line")
     return [page, *(shape for y in LAYERS for shape in adapter(x - 11, y + 4))]
 
 
@@ -160,44 +160,36 @@ def halving() -> str:
 
 
 FILES = {
-    ("adapter.safetensors", "save_adapter"): ["lightning_lora"],
-    ("last.ckpt", "the Trainer"): ["lightning_lora"],
-    ("adapter/", "export_peft"): ["lightning_lora", "peft, transformers"],
-    ("adapter/", "export_peft, uniform"): ["lightning_lora", "these, and vLLM"],
-    ("lora/", 'export_peft, "diffusers"'): ["lightning_lora", "diffusers"],
-    ("lora/", 'export_peft, "kohya"'): ["lightning_lora", "ComfyUI, A1111"],
-    ("merged.ckpt", "save_merged"): ["any code"],
+    ("adapter.safetensors", "save_adapter"): "",
+    ("last.ckpt", "the Trainer"): "",
+    ("adapter/", "export_peft"): "peft, transformers",
+    ("adapter/", "export_peft, uniform"): "peft, transformers, vLLM",
+    ("lora/", 'export_peft, "diffusers"'): "diffusers",
+    ("lora/", 'export_peft, "kohya"'): "ComfyUI, A1111",
+    ("merged.ckpt", "save_merged"): "any code",
 }
-"""Who reads a file, by its name and what writes it."""
+"""Who else reads a file, by its name and what writes it."""
 
 
 def readers() -> str:
     """Who reads which file."""
     shapes = [
         text(8, 16, "file", "quiet small"),
-        text(176, 16, "read by", "quiet small"),
+        text(210, 16, "lightning_lora", "quiet small middle"),
+        text(352, 16, "others", "quiet small middle"),
     ]
     y = 26
-    for (name, writer), found in FILES.items():
+    for (name, writer), others in FILES.items():
         shapes += [
             line(0, y, WIDTH, y, "frozen-line"),
             text(8, y + 20, name, "ink code"),
+            text(8, y + 38, writer, "quiet small"),
         ]
-        shapes.append(text(8, y + 38, writer, "quiet small"))
-        for reader in found:
-            is_own = reader == "lightning_lora"
-            x, width = (176, 106) if is_own else (290, 142)
-            shapes.append(
-                box(
-                    x,
-                    y + 11,
-                    width,
-                    24,
-                    f"{'blue' if is_own else 'orange'}-line hollow",
-                    12,
-                )
-            )
-            shapes.append(text(x + width / 2, y + 27.5, reader, "ink small middle"))
+        if name != "merged.ckpt":
+            shapes.append(dot(210, y + 23, "blue", 6))
+        if others:
+            shapes.append(box(264, y + 11, 176, 24, "orange-line hollow", 12))
+            shapes.append(text(352, y + 27.5, others, "ink small middle"))
         y += 48
     return picture("Who reads which file", y + 2, *shapes)
 

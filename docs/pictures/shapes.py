@@ -17,7 +17,7 @@ COLOURS = {  # on a light page, and on a dark one
     "orange": ("#bc4c00", "#f0883e"),
 }
 STYLE = """text{font:14px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
-.small{font-size:13px}.bold{font-weight:600}.large{font-size:20px;font-weight:600}.name{font-size:34px;font-weight:600}
+.small{font-size:13px}.tick{font-size:11.5px}.bold{font-weight:600}.large{font-size:20px;font-weight:600}.name{font-size:34px;font-weight:600}
 .code{font:13px ui-monospace,Menlo,Consolas,monospace}.end{text-anchor:end}.middle{text-anchor:middle}
 path,line{fill:none;stroke-width:1.5}.thick{stroke-width:3}.hollow{fill:none;stroke-width:2}"""
 

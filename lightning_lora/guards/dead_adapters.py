@@ -18,11 +18,11 @@ class DeadAdapters(Guard):
             all_of_them = f"These are all adapters of {view.title}. "
         message = (
             f"The adapters of {listed(unreached)} received no gradient before the "
-            f"first optimizer step. {all_of_them}Do they run under no_grad() or detach()? Do only "
-            "other batches use them (as with experts)? Does other code freeze them "
-            "(requires_grad), or read weights without calling the layers (name these "
-            "in target_parameters)? If the loss does not depend on them, leave them "
-            "out with exclude_modules."
+            f"first optimizer step. {all_of_them}Either these layers run under no_grad() "
+            "or detach(); or the loss does not depend on them: leave them out with "
+            "exclude_modules. Less often, only other batches use them (as with experts), "
+            "or other code freezes them (requires_grad) or reads their weights without "
+            "calling the layers (name these weights in target_parameters)."
         )
         fresh = _fresh_among(view, unreached)
         if fresh:

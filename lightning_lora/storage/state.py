@@ -18,10 +18,11 @@ from lightning_lora.tensors.shards import full_tensor, is_dtensor
 from lightning_lora.tensors.values import same_bits
 
 _HINT = (
-    "NOTE: this file holds only adapters. Load it with "
-    "lightning_lora.load_from_checkpoint(MyModule, path), or onto a model as it was "
-    "before its training with lightning_lora.load_adapter(model, path), or give the "
-    "Trainer a LoRACallback(). Files that any code loads: LoRACallback(save='model')"
+    "\n\nNOTE: this file holds only adapters. They are loaded by "
+    "lightning_lora.load_from_checkpoint(MyModule, path), or with merge=True as a "
+    "plain model; onto a model as it was before its training by "
+    "lightning_lora.load_adapter(model, path); by a Trainer with LoRACallback(). "
+    "Files for any code: lightning_lora.save_merged, LoRACallback(save='model')."
 )
 _HINT_OF_ANY_VERSION = "this file holds only adapters"
 
@@ -30,7 +31,8 @@ def hint_for(view: View) -> str:
     """Return the name of an entry without values, which a checkpoint's state has as a hint.
 
     Whoever loads the file as a full one reads it in torch's error. torch names what it
-    finds in the model's last module last: so the hint is there, and ends the error.
+    finds in the model's last module last: so the hint is there, and ends the error. It
+    begins on a line of its own.
     """
     *_, (last, _) = view.model.named_modules(remove_duplicate=False)
     return f"{plain_name(last)}.{_HINT}" if last else _HINT

@@ -38,8 +38,9 @@ def test_lightning_by_itself_says_what_the_file_is_and_what_loads_it(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     path = written(tmp_path, LitTiny())
-    says = r"only adapters\. Load it with lightning_lora\.load_from_checkpoint\("
-    says_last = rf"{says}[^\"]*\"\. $"  # one sees the end of an error
+    says = r"only adapters\. They are loaded by lightning_lora\.load_from_checkpoint\("
+    # one sees the end of an error, and the last of its lines
+    says_last = rf"\n\nNOTE: this file holds {says}[^\"\n]*\"\. $"
     with pytest.raises(RuntimeError, match=says_last):
         LitTiny.load_from_checkpoint(path)
     with pytest.raises(RuntimeError, match=says_last):
