@@ -239,7 +239,7 @@ def test_what_the_model_has_not_is_named(tmp_path: Path, name: str) -> None:
     )
     with pytest.raises(
         ll.AdapterMismatchError,
-        match=f"do not fit LitTiny: unexpected '{name}'.* saved from",
+        match=f"do not fit LitTiny: unexpected '{name}'.* built for training",
     ):
         ll.load_adapter(other, tmp_path / "a.safetensors")
     assert is_plain(other)

@@ -107,9 +107,9 @@ def _check_present(view: View, stored: StoredAdapters) -> None:
     if absent:
         wrong = misfits({"unexpected": absent})
         raise AdapterMismatchError(
-            f"These adapters do not fit {view.title}: {wrong}: the model has no "
-            "such layers. Build the module as it was built for training, with as many "
-            "layers. If the module makes them in setup, call model.setup('fit') first."
+            f"These adapters do not fit {view.title}: {wrong}. The model lacks "
+            "them: build the module as it was built for training, with as many layers. "
+            "If the module makes them in setup, call model.setup('fit') first."
         )
 
 
