@@ -517,7 +517,7 @@ def test_adapters_train_in_a_module_that_freezes_its_body(
     (said,) = [
         str(each.message) for each in told if each.category is DeadAdapterWarning
     ]
-    assert "code freeze them (requires_grad" in said
+    assert "code freezes them (requires_grad" in said
     assert "All updates are zero: only what trains in full has changed." in caplog.text
     assert "These are all adapters of FreezesLate." in said
     train(tmp_path, lora(modules_to_save=None), model=LitTiny(lr=0))
