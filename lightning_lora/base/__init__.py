@@ -10,6 +10,6 @@ The values and digests of the base are in five places, each of other tensors:
   base's values are there again.
 - ``Base.computed_back``: of weights that were computed back from merged ones. They
   stay.
-- ``Base.after_merge.bases``: the weights without updates, while the updates are merged.
+- ``Base.after_merge.weights``: the weights without updates, while the updates are merged.
 - ``Base.hidden``: the active adapter's values, while the base is shown in their place.
 """

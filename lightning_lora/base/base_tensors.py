@@ -28,46 +28,55 @@ class Hidden(NamedTuple):
     requires_grad: bool
 
 
+class WeightAtMerge(NamedTuple):
+    """A weight with an update, as the merge left it.
+
+    An example of a tied weight: an adapted ``embedding`` and a ``head`` without adapter
+    share a parameter P. The merge leaves P to ``head``, and gives ``embedding`` a new
+    parameter, P + ΔW. Then of ``embedding.weight``, ``seen`` is how P + ΔW looked,
+    ``base`` is P itself, without a copy, and so is ``tied_parameter``.
+    """
+
+    seen: Seen
+    """How the weight looked, with the update."""
+
+    base: Tensor
+    """The base's values. Of a tied weight, the parameter of its other uses."""
+
+    tied_parameter: nn.Parameter | None
+    """The parameter of the other uses. None: the weight was not tied."""
+
+    has_other_use: bool
+    """Whether the weight was tied, and the merge left the other use in the model.
+
+    If the layers of all uses are merged, the model does not hold the tied parameter.
+    """
+
+
 @dataclass(frozen=True)
 class AfterMerge:
     """The parameters as a merge left them. Empty while no updates are merged.
 
     By these, a later call notices what other code has changed.
-
-    An example of a tied weight: an adapted ``embedding`` and a ``head`` without adapter
-    share a parameter P. The merge leaves P to ``head``, and gives ``embedding`` a new
-    parameter, P + ΔW. Then ``seen`` has both, and the base's values in
-    ``bases["embedding.weight"]`` are P itself, without a copy. So is
-    ``tied["embedding.weight"]``, and ``seen_tied["embedding.weight"]`` says how P
-    looked.
     """
 
-    seen: dict[str, Seen] = field(default_factory=dict)
-    """How each parameter of the model looked."""
+    seen_without_update: dict[str, Seen] = field(default_factory=dict)
+    """How each parameter looked that has no update in it."""
 
-    bases: dict[str, Tensor] = field(default_factory=dict)
-    """The base's values of each weight with an update.
-
-    Of a tied weight, the parameter of its other uses.
-    """
-
-    tied: dict[str, nn.Parameter] = field(default_factory=dict)
-    """Of each tied weight with an update: the parameter of its other uses."""
-
-    seen_tied: dict[str, Seen] = field(default_factory=dict)
-    """How the parameters in ``tied`` looked, if the model still holds them.
-
-    It does not, if the layers of all uses are merged.
-    """
+    weights: dict[str, WeightAtMerge] = field(default_factory=dict)
+    """Each weight with an update."""
 
     @property
-    def seen_without_update(self) -> dict[str, Seen]:
-        """The parameters that have no update in them."""
-        return without(self.seen, self.bases)
+    def seen(self) -> dict[str, Seen]:
+        """How each parameter of the model looked."""
+        seen = dict(self.seen_without_update)
+        for name, weight in self.weights.items():
+            seen[name] = weight.seen
+        return seen
 
-    def bases_of(self, layer: str, weights: Iterable[str]) -> dict[str, Tensor]:
-        """Return the base's weights of a layer, by their names in it."""
-        return {weight: self.bases[join(layer, weight)] for weight in weights}
+    def weights_of(self, layer: str, names: Iterable[str]) -> dict[str, WeightAtMerge]:
+        """Return weights of a layer, by their names in it."""
+        return {name: self.weights[join(layer, name)] for name in names}
 
 
 @dataclass(eq=False)  # to compare tensors gives no single answer

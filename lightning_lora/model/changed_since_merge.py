@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_lora.base.base_tensors import WeightAtMerge
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import LayerAdapter, LoRALayer, put_on
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import of_type, only
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.names import join, names_joined, names_not_in, own_parameter
+from lightning_lora.tensors.names import join, own_parameter
 from lightning_lora.tensors.shards import is_dtensor, true_anywhere
 from lightning_lora.tensors.undo import Undo
 from lightning_lora.tensors.values import replace_values
@@ -73,27 +74,31 @@ def _is_as_merged_here(view: View) -> bool:
 
 def _is_layer_as_merged(view: View, layer: str, adapter: LayerAdapter) -> bool:
     """Whether the weights of a merged layer are as merged, perhaps converted, and tied to the same ones."""
-    after_merge = view.record.base.after_merge
-    names = names_joined(layer, adapter.weights)
-    if names_not_in(names, view.parameters):
-        return False  # prune or weight_norm computes a weight now
-    tied = only(after_merge.seen_tied, names)
-    if not all(_is_tie_present(view, name) for name in tied):
-        return False
-    seen = only(after_merge.seen, names)
-    values_are_the_same = all(
-        seen[name].has_same_values(view.parameters[name]) for name in names
-    )
+    values_are_the_same = True
+    weights = view.record.base.after_merge.weights_of(layer, adapter.weights)
+    for name_in_layer, at_merge in weights.items():
+        parameter = view.parameters.get(join(layer, name_in_layer))
+        if parameter is None:
+            return False  # prune or weight_norm computes the weight now
+        if not _is_tie_as_merged(view, parameter, at_merge):
+            return False
+        values_are_the_same &= at_merge.seen.has_same_values(parameter)
     return values_are_the_same or _is_result_of_second_merge(view, layer, adapter)
 
 
-def _is_tie_present(view: View, name: str) -> bool:
-    """Whether the other use of a weight that was tied is still there, on the same device in the same dtype."""
-    parameter = view.parameters[name]
-    tied = view.record.base.after_merge.tied[name]
-    if tied not in set(view.parameters.values()):
-        return False
-    return tied.dtype == parameter.dtype and tied.device == parameter.device
+def _is_tie_as_merged(
+    view: View, parameter: nn.Parameter, at_merge: WeightAtMerge
+) -> bool:
+    """Whether the other use of a weight that was tied is still there, on the same device in the same dtype.
+
+    True, if the merge left no other use.
+    """
+    tied = at_merge.tied_parameter
+    if tied is None or not at_merge.has_other_use:
+        return True
+    is_in_model = tied in set(view.parameters.values())
+    is_like_it = tied.dtype == parameter.dtype and tied.device == parameter.device
+    return is_in_model and is_like_it
 
 
 def _is_result_of_second_merge(view: View, layer: str, adapter: LayerAdapter) -> bool:
@@ -128,6 +133,6 @@ def _give_values_of_merge(
     for parameter in adapter.parameters.values():
         replace_values(parameter, parameter.data.to(device))
     after_merge = view.record.base.after_merge
-    for name, base in after_merge.bases_of(layer, adapter.weights).items():
-        dtype = after_merge.seen[join(layer, name)].dtype
-        replace_values(weights[name], base.data.to(weights[name].device, dtype))
+    for name, at_merge in after_merge.weights_of(layer, adapter.weights).items():
+        base = at_merge.base.data.to(weights[name].device, at_merge.seen.dtype)
+        replace_values(weights[name], base)

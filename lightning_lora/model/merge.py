@@ -4,13 +4,13 @@ The record keeps the adapters and the base's values, for ``unmerge.py``.
 """
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.base_tensors import AfterMerge
+from lightning_lora.base.base_tensors import AfterMerge, WeightAtMerge
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.changes.attach import (
@@ -19,19 +19,16 @@ from lightning_lora.model.changes.attach import (
     update_for_changed_weights,
 )
 from lightning_lora.model.changes.freeze import freeze, unfreeze
-from lightning_lora.model.mergeable import refuse_unmergeable, tied_weights
+from lightning_lora.model.mergeable import (
+    layers_with_tied_weights,
+    refuse_unmergeable,
+    tied_weights,
+)
 from lightning_lora.model.own_loop.early_optimizers import note_detached_adapter
 from lightning_lora.model.records import forget_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guard, Guards
-from lightning_lora.tensors.dicts import with_values
-from lightning_lora.tensors.names import (
-    join,
-    names_joined,
-    names_not_in,
-    own_parameter,
-    set_tensor,
-)
+from lightning_lora.tensors.names import join, names_not_in, own_parameter, set_tensor
 from lightning_lora.tensors.seen import Seen
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.undo import Undo
@@ -104,8 +101,7 @@ def merge(model: nn.Module) -> MergeReport:
         return MergeReport()
     _begin_merge(view)
     tied = tied_weights(view)
-    tied_parameters = _parameters_of(view, tied)
-    report = MergeReport(untied=list(tied))
+    report = MergeReport(untied=layers_with_tied_weights(view))
     bases = dict[str, Tensor]()
     with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
         # an Undo runs its last step first: so _freeze_again, which is added first, runs
@@ -113,11 +109,11 @@ def merge(model: nn.Module) -> MergeReport:
         undo.callback(_freeze_again, view)
         for name, layer in view.layers.items():
             merged, report.lost[name] = _merged_weights(layer)
-            bases |= _put_on_layer(view, name, merged, tied.get(name, ()), undo)
+            bases |= _put_on_layer(view, name, merged, tied, undo)
         update_for_changed_weights(view)
         view.look_again()  # layers with a tied weight have new parameters
         unfreeze(view)
-        after_merge = _look_at_parameters(view, bases, tied_parameters)
+        after_merge = _look_at_parameters(view, bases, tied)
         adapters = detach_adapters(view)
         undo.keep()
     view.record.note_merged(adapters, after_merge)
@@ -141,11 +137,11 @@ def _merge_for_good(model: nn.Module) -> MergeReport:
         return MergeReport()
     _begin_merge(view)
     tied = tied_weights(view)
-    report = MergeReport(untied=list(tied))
+    report = MergeReport(untied=layers_with_tied_weights(view))
     with torch.inference_mode(False), torch.no_grad():
         for name, layer in view.layers.items():
             merged, report.lost[name] = _merged_weights(layer)
-            _put_for_good(layer, merged, tied.get(name, ()))
+            _put_for_good(view, name, merged, tied)
             _take_off_for_good(view, name, layer)
     torch.clear_autocast_cache()
     view.look_again()  # layers with a tied weight have new parameters
@@ -199,7 +195,7 @@ def _put_on_layer(
     bases = dict[str, Tensor]()
     for weight, values in merged.items():
         name = join(layer_name, weight)
-        if weight in tied:
+        if name in tied:
             layer = view.layers[layer_name]
             bases[name] = _put_beside_tied(layer, weight, values, undo)
         else:
@@ -231,11 +227,12 @@ def _put_beside_tied(
 
 
 def _put_for_good(
-    layer: LoRALayer, merged: Mapping[str, Tensor], tied: Container[str]
+    view: View, layer_name: str, merged: Mapping[str, Tensor], tied: Container[str]
 ) -> None:
     """Give a layer its merged weights, and keep nothing of the base."""
+    layer = view.layers[layer_name]
     for weight, values in merged.items():
-        if weight in tied:
+        if join(layer_name, weight) in tied:
             _set_new_parameter(layer, weight, values)
         else:
             replace_values(own_parameter(layer, weight), values)
@@ -258,40 +255,33 @@ def _take_off_for_good(view: View, name: str, layer: LoRALayer) -> None:
 # What the record keeps
 
 
-def _parameters_of(
-    view: View, weights: Mapping[str, Iterable[str]]
-) -> dict[str, nn.Parameter]:
-    """The parameters of some weights, given by layer, by their names in the model."""
-    parameters = dict[str, nn.Parameter]()
-    for layer, names_in_layer in weights.items():
-        for name in names_joined(layer, names_in_layer):
-            parameters[name] = view.parameters[name]
-    return parameters
-
-
 def _look_at_parameters(
-    view: View, bases: dict[str, Tensor], tied: dict[str, nn.Parameter]
+    view: View, bases: Mapping[str, Tensor], tied: Mapping[str, nn.Parameter]
 ) -> AfterMerge:
-    """Look at all parameters after a merge. The example in :class:`.AfterMerge` shows what is kept of them.
+    """Look at all parameters after a merge.
 
-    ``bases`` are the base's values of the weights with an update. ``tied`` are those of
-    them that were tied.
+    ``bases`` are the base's values of the weights with an update. ``tied`` are those
+    that were tied, each with the parameter of its other uses.
     """
+    in_model = set(view.parameters.values())
+    weights = dict[str, WeightAtMerge]()
+    for name, base in bases.items():
+        weights[name] = WeightAtMerge(
+            # its digest is computed later, and only if it is asked for
+            Seen(view.parameters[name]),
+            base,
+            tied_parameter=tied.get(name),
+            has_other_use=tied.get(name) in in_model,
+        )
     merged = {view.parameters[name] for name in bases}
-    seen = dict[str, Seen]()
+    seen_without_update = dict[str, Seen]()
     for name, parameter in view.base_parameters.items():
         # a merged weight of a shared layer has several names, and ``bases`` the first:
         # so it is recognised as an object
         if parameter not in merged:
-            seen[name] = Seen(parameter, _known_digest(view, name, parameter))
-    for name in bases:
-        # its digest is computed later, and only if it is asked for
-        seen[name] = Seen(view.parameters[name])
-    in_model = set(view.parameters.values())
-    seen_tied = dict[str, Seen]()
-    for name, parameter in with_values(tied, in_model).items():
-        seen_tied[name] = Seen(parameter)
-    return AfterMerge(seen, bases, tied, seen_tied)
+            digest = _known_digest(view, name, parameter)
+            seen_without_update[name] = Seen(parameter, digest)
+    return AfterMerge(seen_without_update, weights)
 
 
 def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:

@@ -1,15 +1,22 @@
 """Which weights an update can be merged into, and which of them another layer uses too."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import LoRATokens
+from lightning_lora.layers import LoRALayer, LoRATokens
 from lightning_lora.model.changed_since_adapted import refuse_resized_or_tied
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import direct_parameters, first_names, own_parameter
+from lightning_lora.tensors.dicts import where_not
+from lightning_lora.tensors.names import (
+    direct_parameters,
+    first_names,
+    join,
+    names_joined,
+    own_parameter,
+)
 from lightning_lora.tensors.shards import is_dtensor
 
 
@@ -66,24 +73,29 @@ def quantised_layers(view: View) -> list[str]:
     ]
 
 
-def tied_weights(view: View) -> dict[str, list[str]]:
-    """Return the weights with an update that another layer uses too.
-
-    They are by the names of the adapted layers: ``{"embedding": ["weight"]}``.
-    """
+def tied_weights(view: View) -> dict[str, nn.Parameter]:
+    """Return the weights with an update that another layer uses too: ``{"embedding.weight": ...}``."""
     uses = Counter(direct_parameters(first_names(view.modules)).values())
-    tied = defaultdict[str, list[str]](list)
-    for name, layer in view.layers.items():
-        # a layer that is tied to such an embedding computes with its trained rows too: so
-        # both keep one weight
-        if isinstance(layer, LoRATokens):
-            continue
+    tied: dict[str, nn.Parameter] = {}
+    # a layer that is tied to an embedding whose rows train computes with these rows too:
+    # so both keep one weight
+    for name, layer in where_not(view.layers, _trains_rows).items():
         for weight in layer.lora_weights():
-            if uses[own_parameter(layer, weight)] > 1:
-                tied[name].append(weight)
-    return dict(tied)
+            parameter = own_parameter(layer, weight)
+            if uses[parameter] > 1:
+                tied[join(name, weight)] = parameter
+    return tied
+
+
+def _trains_rows(layer: LoRALayer) -> bool:
+    return isinstance(layer, LoRATokens)
 
 
 def layers_with_tied_weights(view: View) -> list[str]:
     """Return the adapted layers of which another layer uses a weight too."""
-    return list(tied_weights(view))
+    tied = tied_weights(view)
+    return [
+        name
+        for name, layer in view.layers.items()
+        if not tied.keys().isdisjoint(names_joined(name, layer.lora_weights()))
+    ]

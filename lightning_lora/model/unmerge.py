@@ -133,9 +133,8 @@ def _take_updates_out(view: View) -> None:
 def _move_to_layer(view: View, layer: str, adapter: LayerAdapter, undo: Undo) -> None:
     """Give a merged adapter the device of its layer, and its dtype if that was converted since the merge."""
     name = join(layer, adapter.weights[0])
-    is_converted = (
-        view.parameters[name].dtype != view.record.base.after_merge.seen[name].dtype
-    )
+    at_merge = view.record.base.after_merge.weights[name]
+    is_converted = view.parameters[name].dtype != at_merge.seen.dtype
     if is_converted:
         convert_to_layer(view.modules[layer], adapter, undo)
     else:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_lora.base.base_tensors import AfterMerge, Base, Change
+from lightning_lora.base.base_tensors import AfterMerge, Base, Change, WeightAtMerge
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.seen import Seen
 
@@ -83,7 +83,7 @@ def test_what_the_user_thawed_in_a_merged_model_is_not_frozen_since() -> None:
     base = Base(
         user_trains={"weight": False},
         frozen_since={"weight"},
-        after_merge=AfterMerge({}, {"a": trains}),
+        after_merge=AfterMerge({"a": Seen(trains)}),
     )
     base.note_unmerged({"weight": trains, "new": trains})
     assert base.frozen_since == set()
@@ -118,11 +118,11 @@ def test_a_file_that_is_loaded_has_the_changed_values_of_the_same_base() -> None
 
 
 def test_a_merge_tells_weights_with_an_update_from_others() -> None:
-    seen = {"layer.weight": Seen(torch.zeros(2)), "bias": Seen(torch.zeros(1))}
-    weight = torch.ones(2)
-    after_merge = AfterMerge(seen, {"layer.weight": weight})
-    assert list(after_merge.seen_without_update) == ["bias"]
-    assert after_merge.bases_of("layer", ["weight"]) == {"weight": weight}
+    seen, bias = Seen(torch.zeros(2)), Seen(torch.zeros(1))
+    at_merge = WeightAtMerge(seen, torch.ones(2), None, has_other_use=False)
+    after_merge = AfterMerge({"bias": bias}, {"layer.weight": at_merge})
+    assert after_merge.seen == {"bias": bias, "layer.weight": seen}
+    assert after_merge.weights_of("layer", ["weight"]) == {"weight": at_merge}
 
 
 def test_what_was_kept_for_an_error_does_not_follow_the_base() -> None:

@@ -75,10 +75,19 @@ class TensorsView(LayersView):
         found = []
         after_merge = self.record.base.after_merge
         for layer, adapter in self.record.merged_layer_adapters.items():
-            for weight, base in after_merge.bases_of(layer, adapter.weights).items():
-                parameter = own_parameter(self.modules[layer], weight)
-                tied = after_merge.tied.get(join(layer, weight))
-                found.append(MergedWeight(layer, weight, parameter, base, tied))
+            for name, at_merge in after_merge.weights_of(
+                layer, adapter.weights
+            ).items():
+                parameter = own_parameter(self.modules[layer], name)
+                found.append(
+                    MergedWeight(
+                        layer,
+                        name,
+                        parameter,
+                        base_value=at_merge.base,
+                        tied_parameter=at_merge.tied_parameter,
+                    )
+                )
         return found
 
     @cached_property
