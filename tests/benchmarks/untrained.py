@@ -7,11 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters
-from lightning_lora.model.untrained.judge_layers import (
-    has_small_weight,
-    layers_to_judge,
-    looks_untrained,
-)
+from lightning_lora.model.untrained.judge_layers import judge_layers
 from lightning_lora.model.view import View
 
 STEPS = (10, 30, 100, 300)
@@ -81,12 +77,8 @@ def untrained(model: nn.Module) -> tuple[int, int]:
     """Return how many layers look untrained, and how many can be judged."""
     adapted = deepcopy(model)
     inject_adapters(adapted, LoRAConfig(r=2, target_modules="all"))
-    view = View(adapted)
-    judged = []
-    for name, weights in layers_to_judge(view, except_for=()).items():
-        if not has_small_weight(weights):
-            judged.append(looks_untrained(view, name, weights))
-    return sum(judged), len(judged)
+    judged = judge_layers(View(adapted), except_for=())
+    return len(judged.untrained), len(judged.untrained) + len(judged.trained)
 
 
 def trained(

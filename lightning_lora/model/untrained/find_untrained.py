@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_lora.model.untrained.judge_layers import (
+    Judged,
     Weights,
-    has_small_weight,
     is_embedding,
-    layers_to_judge,
+    judge_layers,
     looks_untrained,
 )
 from lightning_lora.model.untrained.name_modules import as_modules
 from lightning_lora.model.view import View
-from lightning_lora.tensors.dicts import of_type, only, where, where_not, without
+from lightning_lora.tensors.dicts import of_type, only, where, without
 from lightning_lora.tensors.names import names_joined, names_outside
 
 MOST_SHARE = 0.5  # more than this share of the weights is most of a model
@@ -63,18 +63,13 @@ class Untrained:
 
 def find_untrained(view: View) -> Untrained:
     """Find what looks untrained and does not train."""
-    frozen_layers = layers_to_judge(view, except_for=view.trainable_base.values())
-    small_layers = where(frozen_layers, has_small_weight)
-    judged = without(frozen_layers, small_layers)
-    untrained = _those_that_look_untrained(view, judged)
-    modules = _modules_to_name(view, untrained)
-    linear_layers = of_type(view.modules, nn.Linear)
-    unsure = _those_that_look_untrained(
-        view, _not_frozen_by_user(view, only(small_layers, linear_layers))
-    )
+    frozen = judge_layers(view, except_for=view.trainable_base.values())
+    training = judge_layers(view, except_for=view.frozen_base.values())
+    modules = _modules_to_name(view, frozen.untrained)
+    unsure = _linear_layers_that_look_untrained(view, frozen.small)
     return Untrained(
         modules=tuple(modules),
-        share=_share(view, untrained, judged),
+        share=_share_of_untrained(frozen, training),
         unsure=tuple(names_outside(unsure, modules)),
     )
 
@@ -89,35 +84,28 @@ def _modules_to_name(view: View, untrained: Mapping[str, Weights]) -> list[str]:
     return as_modules(view, _not_frozen_by_user(view, others))
 
 
-def _share(
-    view: View, untrained: Mapping[str, Weights], judged: Mapping[str, Weights]
-) -> float:
+def _share_of_untrained(frozen: Judged, training: Judged) -> float:
     """The share of the values that look untrained, of those of all layers.
 
-    Layers that train count only if they look trained.
+    Layers that train count only if they look trained: the model is not untrained as a
+    whole then.
     """
-    values = _number_of_values(judged) + _number_of_values(_pretrained_that_train(view))
-    if not values:
+    untrained = _number_of_values(frozen.untrained)
+    trained = _number_of_values(frozen.trained) + _number_of_values(training.trained)
+    if not untrained + trained:
         return math.nan
-    return _number_of_values(untrained) / values
+    return untrained / (untrained + trained)
 
 
-def _pretrained_that_train(view: View) -> dict[str, Weights]:
-    """The layers that train in full and look trained: with these, the model is not untrained as a whole."""
-    layers = where_not(
-        layers_to_judge(view, except_for=view.frozen_base.values()), has_small_weight
-    )
-    return without(layers, _those_that_look_untrained(view, layers))
-
-
-def _those_that_look_untrained(
+def _linear_layers_that_look_untrained(
     view: View, layers: Mapping[str, Weights]
-) -> dict[str, Weights]:
-    return {
-        name: weights
-        for name, weights in layers.items()
-        if looks_untrained(view, name, weights)
-    }
+) -> list[str]:
+    linear_layers = of_type(view.modules, nn.Linear)
+    found = []
+    for name, weights in _not_frozen_by_user(view, only(layers, linear_layers)).items():
+        if looks_untrained(view, name, weights):
+            found.append(name)
+    return found
 
 
 def _not_frozen_by_user(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from torch import nn
 
@@ -18,13 +19,41 @@ Weights = dict[str, nn.Parameter]
 FEWEST = 256  # with fewer values than this, a trained weight may look drawn by chance
 
 
-def layers_to_judge(
+class Judged(NamedTuple):
+    """Layers by what their weights look like: each with these weights, by its name."""
+
+    untrained: dict[str, Weights]
+    """Layers that look untrained."""
+
+    trained: dict[str, Weights]
+    """Layers that do not."""
+
+    small: dict[str, Weights]
+    """Layers with a weight that has too few values to tell."""
+
+
+def judge_layers(view: View, except_for: Iterable[nn.Parameter]) -> Judged:
+    """Judge the layers of a model by their weights, but not by the parameters in ``except_for``.
+
+    These are those that train, where frozen layers are judged.
+    """
+    judged = Judged({}, {}, {})
+    for name, weights in _weights_to_judge(view, except_for).items():
+        if any(map(is_small, weights.values())):
+            judged.small[name] = weights
+        elif looks_untrained(view, name, weights):
+            judged.untrained[name] = weights
+        else:
+            judged.trained[name] = weights
+    return judged
+
+
+def _weights_to_judge(
     view: View, except_for: Iterable[nn.Parameter]
 ) -> dict[str, Weights]:
-    """Return the weights of each layer that can be judged, by its name: ``{"head": {"weight": ...}}``.
+    """The weights of each layer, if they can be read here: ``{"head": {"weight": ...}}``.
 
-    Parameters in ``except_for`` count for nothing: those that train, where frozen
-    layers are judged. A shared weight belongs to its first layer.
+    A shared weight belongs to its first layer.
     """
     seen = {*view.adapter_parameters.values(), *except_for}
     layers: dict[str, Weights] = {}
@@ -33,7 +62,7 @@ def layers_to_judge(
         if weights and adapter_for(module) is not None:
             layers[name] = weights
             seen.update(weights.values())
-    return where(layers, _can_be_judged)
+    return where(layers, _are_readable_here)
 
 
 def _matrices_besides(module: nn.Module, seen: set[nn.Parameter]) -> Weights:
@@ -45,7 +74,7 @@ def _matrices_besides(module: nn.Module, seen: set[nn.Parameter]) -> Weights:
     return weights
 
 
-def _can_be_judged(weights: Weights) -> bool:
+def _are_readable_here(weights: Weights) -> bool:
     return all(map(_is_readable_here, weights.values()))
 
 
@@ -57,11 +86,6 @@ def _is_readable_here(weight: nn.Parameter) -> bool:
         return False
     needed = max(1, min(FEWEST, weight.numel()))
     return to_local(weight).numel() >= needed
-
-
-def has_small_weight(weights: Weights) -> bool:
-    """Whether one of the weights has too few values to be judged."""
-    return any(map(is_small, weights.values()))
 
 
 def is_small(weight: nn.Parameter) -> bool:
