@@ -106,19 +106,22 @@ class AdapterState:
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(False)
 
-    def keep_originals(
-        self, values: Mapping[str, Tensor], extra_state_digests: dict[str, int]
-    ) -> None:
-        """Keep what training may change: copies of ``values`` as :attr:`originals`, and ``extra_state_digests``.
+    def note_extra_state(self, digests: dict[str, int]) -> None:
+        """Note the digests of what modules keep besides tensors.
 
-        The originals have exactly the names in ``values`` then, in CPU memory. A name
-        that is known keeps its first copy, because its values may be trained by now,
-        unless its tensor has another shape now.
-        For the same reason, ``extra_state_digests`` is only noted while the adapter has
-        learned nothing.
+        Once the adapter may have learned, the earlier ones stay: training may have
+        changed what is there now.
         """
         if not self.may_have_learned:
-            self.extra_state_digests = extra_state_digests
+            self.extra_state_digests = digests
+
+    def keep_originals(self, values: Mapping[str, Tensor]) -> None:
+        """Keep what training may change: copies of ``values`` in CPU memory, as :attr:`originals`.
+
+        The originals have exactly the names in ``values`` then. A name that is known
+        keeps its first copy, because its values may be trained by now, unless its
+        tensor has another shape now.
+        """
         earlier = self.originals
         self.originals = {}
         for name, tensor in values.items():

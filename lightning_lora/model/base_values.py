@@ -22,6 +22,18 @@ def tensors_with_originals(view: View) -> dict[str, Tensor]:
     return {name: present[name] for name in view.adapter.originals if name in present}
 
 
+def known_original(view: View, name: str) -> Tensor | None:
+    """Return the original of a tensor, or None if there is none, or it is not the base's value.
+
+    On the meta device, it has no values: the model was adapted before it had some. And
+    what hooks fill in, perhaps from data, is not the base's.
+    """
+    original = view.adapter.originals.get(name)
+    if original is None or original.is_meta or name in view.record.base.filled:
+        return None
+    return original
+
+
 def frozen_values(view: View) -> dict[str, Tensor]:
     """Return the values of the frozen parameters without updates."""
     bases = dict[nn.Parameter, Tensor]()
@@ -79,14 +91,12 @@ def digests_of_extra_state(view: View) -> dict[str, int]:
 def keep_originals(view: View) -> None:
     """Copy to CPU memory the values that training may change.
 
-    Values that were copied before are kept.
+    Values that were copied before are kept, also those that ``keep_frozen`` has copied.
     """
-    changing = {**view.trainable_base, **view.buffers}
-    # AdapterState.keep_originals drops all names but those that it is given: so the
-    # frozen weights that keep_frozen has added are given too
-    kept_before = only(view.base_parameters, view.adapter.originals)
-    changing.update(kept_before)
-    view.adapter.keep_originals(changing, digests_of_extra_state(view))
+    view.adapter.note_extra_state(digests_of_extra_state(view))
+    view.adapter.keep_originals(
+        {**view.trainable_base, **view.buffers, **tensors_with_originals(view)}
+    )
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:

@@ -35,26 +35,26 @@ def test_an_adapter_has_a_name(name: Any) -> None:
 def test_an_original_is_copied_once_unless_its_shape_is_another() -> None:
     state = AdapterState(LoRAConfig(r=2))
     tensors = {"bias": torch.zeros(2), "head": torch.zeros(3)}
-    state.keep_originals(tensors, extra_state_digests={"a": 1})
-    trained = {"bias": torch.ones(2), "head": torch.ones(4)}
-    state.keep_originals(trained, extra_state_digests={"a": 2})
+    state.keep_originals(tensors)
+    state.keep_originals({"bias": torch.ones(2), "head": torch.ones(4)})
     assert torch.equal(state.originals["bias"], torch.zeros(2))
     assert torch.equal(state.originals["head"], torch.ones(4))
-    assert state.extra_state_digests == {"a": 2}
     tensors["bias"].add_(5)
     assert torch.equal(state.originals["bias"], torch.zeros(2))
 
 
-def test_what_is_not_named_again_is_let_go_and_a_trained_adapter_keeps_what_it_noted() -> (
-    None
-):
-    state = AdapterState(
-        LoRAConfig(r=2), may_have_learned=True, extra_state_digests={"a": 1}
-    )
-    state.keep_originals({"bias": torch.zeros(2)}, extra_state_digests={"a": 2})
-    assert state.extra_state_digests == {"a": 1}
-    state.keep_originals({}, extra_state_digests={})
+def test_what_is_not_named_again_is_let_go() -> None:
+    state = AdapterState(LoRAConfig(r=2), originals={"bias": torch.zeros(2)})
+    state.keep_originals({})
     assert state.originals == {}
+
+
+def test_the_state_of_modules_is_noted_until_the_adapter_may_have_learned() -> None:
+    state = AdapterState(LoRAConfig(r=2), extra_state_digests={"a": 1})
+    state.note_extra_state({"a": 2})
+    state.may_have_learned = True
+    state.note_extra_state({"a": 3})
+    assert state.extra_state_digests == {"a": 2}
 
 
 def test_a_new_base_is_looked_at_again_and_only_what_is_kept_is_taken() -> None:

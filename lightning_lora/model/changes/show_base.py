@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_lora.model.base_values import tensors_with_originals
+from lightning_lora.model.base_values import known_original, tensors_with_originals
 from lightning_lora.model.view import View
 from lightning_lora.tensors.dicts import only, where, with_values
 from lightning_lora.tensors.names import first_names
@@ -47,13 +47,9 @@ def _base_values_to_show(view: View) -> dict[Tensor, Tensor]:
     merged weights.
     """
     values = dict[Tensor, Tensor]()
-    record = view.record
     for name, tensor in tensors_with_originals(view).items():
-        original = record.adapter.originals[name]
-        # an original on the meta device has no values: the model was adapted before it
-        # had some. What hooks fill in, perhaps from data, is not the base's either
-        has_base_value = not original.is_meta and name not in record.base.filled
-        if has_base_value:
+        original = known_original(view, name)
+        if original is not None:
             values[tensor] = original.to(tensor, copy=True)
     for merged in view.merged_weights:
         # the base of a tied weight is the parameter of its other uses, which may have
