@@ -1,29 +1,30 @@
-"""Several adapters in one forward pass: a name for each row of the batch, and what differs between the names."""
+"""Several adapters in one forward pass: a name for each row of the batch."""
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from itertools import chain
 from types import MethodType
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.base.adapter_state import AdapterState
-from lightning_lora.base.blocks import is_in_block, open_block
+from lightning_lora.base.blocks import open_block
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.layers import LayerAdapter, LoRAParameters
 from lightning_lora.layers.bypasses import inference_path
 from lightning_lora.model.changes.exchange import check_switchable, prepare_for_model
+from lightning_lora.model.rows.differences import (
+    Differences,
+    Name,
+    differences_by_module,
+)
 from lightning_lora.model.rows.mixed_module import MixedModule
-from lightning_lora.model.rows.module_runner import Differences, Name, RunningNames
+from lightning_lora.model.rows.module_runner import RunningNames
 from lightning_lora.model.start_call import record_of
-from lightning_lora.model.switch import check_known, layer_adapters_of
+from lightning_lora.model.switch import check_known
 from lightning_lora.model.view import View, view_of
-from lightning_lora.targets.adaptable import has_forward
-from lightning_lora.tensors.dicts import only, where, with_values
+from lightning_lora.tensors.dicts import only, with_values
 from lightning_lora.tensors.names import Modules, first_names, modules_around, owner_of
 from lightning_lora.tensors.undo import set_own_attribute
-from lightning_lora.tensors.values import same_bits
 
 
 def adapter_names(
@@ -86,7 +87,7 @@ class _Block(ExitStack):
         view = view_of(self.model)
         check_switchable(view)
         states = self._move_used_adapters(view)
-        differences = _differences_by_module(view, states)
+        differences = differences_by_module(view, states)
         modules = first_names(view.modules)
         differing = with_values(modules, differences)
         around = only(modules, {"", *modules_around(differing)})
@@ -114,7 +115,8 @@ class _Block(ExitStack):
     def _move_used_adapters(self, view: View) -> list[AdapterState]:
         """Move the adapters of the rows to where the model is.
 
-        Return these adapters, and the active one.
+        Return these adapters, and the active one: it is on its layers, which run rows of
+        other names without it.
         """
         names = {view.adapter.name, *self.names}
         for state in only(view.record.inactive_adapters, names).values():
@@ -126,82 +128,6 @@ class _Block(ExitStack):
         path = inference_path(module)
         if path is not None:
             set_own_attribute(module, path.switch, path.off, self)
-
-
-# What differs between the names
-
-
-def _differences_by_module(
-    view: View, states: Collection[AdapterState]
-) -> dict[nn.Module, Differences]:
-    """What each module that is to run in its own way has with each name.
-
-    A module that a block around this one runs is among them: in this block, its names
-    count no more, even where nothing differs.
-    """
-    differences = defaultdict[nn.Module, Differences](Differences)
-    for module in where(view.modules, is_in_block).values():
-        differences[module] = Differences()
-    for state in states:
-        for layer, adapter in layer_adapters_of(view.model, state.name).items():
-            differences[view.modules[layer]].adapters[state.name] = adapter
-    for tensor, values in _differing_tensors(view, states).items():
-        reader = _reading_module(view, tensor)
-        tensor_in_reader = tensor.removeprefix(f"{reader}.")
-        differences[view.modules[reader]].add_values(tensor_in_reader, values)
-    return differences
-
-
-def _differing_tensors(
-    view: View, states: Collection[AdapterState]
-) -> dict[str, dict[Name, Tensor]]:
-    """The values of base tensors that one of these adapters has changed: ``{"head.bias": {None: ..., "de": ...}}``.
-
-    A parameter counts as changed if an adapter trains it. A buffer is compared.
-    """
-    differing: dict[str, dict[Name, Tensor]] = {}
-    tensors = chain.from_iterable(state.originals for state in states)
-    for tensor in dict.fromkeys(tensors):
-        values = _values_of(view, tensor, states)
-        is_parameter = isinstance(view.base_tensors[tensor], nn.Parameter)
-        if is_parameter or not _are_all_alike(values):
-            differing[tensor] = values
-    return differing
-
-
-def _values_of(
-    view: View, tensor: str, states: Iterable[AdapterState]
-) -> dict[Name, Tensor]:
-    """The values that a tensor of the base has with each name.
-
-    - The base (None): the original values, if they are known.
-    - The active adapter: the tensor that is in the model now.
-    - Another adapter: a tensor of its own, or else the base's.
-    """
-    in_model = view.base_tensors[tensor]
-    original = view.adapter.originals.get(tensor, in_model)
-    is_known = not original.is_meta and tensor not in view.record.base.filled
-    base = original.to(in_model) if is_known else in_model
-    values: dict[Name, Tensor] = {None: base}
-    for state in states:
-        values[state.name] = state.inactive_tensors.get(tensor, base)
-    values[view.adapter.name] = in_model
-    return values
-
-
-def _are_all_alike(values: Mapping[Name, Tensor]) -> bool:
-    base = values[None]
-    return all(same_bits(value, base) for value in values.values())
-
-
-def _reading_module(view: View, tensor: str) -> str:
-    """The name of the module whose forward reads a tensor: its own, or the one around that."""
-    owner = owner_of(tensor)
-    outer = owner_of(owner)
-    is_in_attention = isinstance(view.modules[outer], nn.MultiheadAttention)
-    if is_in_attention or not has_forward(view.modules[owner]):
-        return outer
-    return owner
 
 
 # Layers in which rows cannot have adapters of their own

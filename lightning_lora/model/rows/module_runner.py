@@ -1,10 +1,6 @@
 """Run a copy of a module with the adapter of one name: the module itself does not change meanwhile."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from lightning_lora.layers import (
     LayerAdapter,
@@ -15,10 +11,8 @@ from lightning_lora.layers import (
 )
 from lightning_lora.layers.each_kind.recurrent import LoRARecurrent
 from lightning_lora.layers.functional_call import functional_call
+from lightning_lora.model.rows.differences import Differences, Name
 from lightning_lora.tensors.inplace import combined
-
-Name = str | None
-"""An adapter's name. None: the base."""
 
 RunningNames = list[Name]
 """The names whose rows run now, the innermost last: all modules of a block share one list.
@@ -32,30 +26,6 @@ _DERIVED = LoRARecurrent.lora_from_weights
 
 No other layer has attributes of these names.
 """
-
-
-@dataclass
-class Differences:
-    """What a module has with each name, where the names differ in it."""
-
-    adapters: dict[Name, LayerAdapter] = field(default_factory=dict)
-    """Its adapter with each name, if the name has one here."""
-
-    values: dict[Name, dict[str, Tensor]] = field(default_factory=dict)
-    """The other tensors that differ, by their names in the module.
-
-    Each of them has a value with each name, so also with that of the base: ``{None:
-    {"weight": ...}, "de": {"weight": ...}}``.
-    """
-
-    def add_values(self, tensor: str, values: Mapping[Name, Tensor]) -> None:
-        """Add a tensor of the module, with the value that it has with each name."""
-        for name, value in values.items():
-            self.values.setdefault(name, {})[tensor] = value
-
-    def differ_in(self, tensor: str) -> bool:
-        """Return whether the names have different values of this tensor."""
-        return any(tensor in values for values in self.values.values())
 
 
 class ModuleRunner:
