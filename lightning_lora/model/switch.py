@@ -165,33 +165,30 @@ def activate(model: nn.Module, name: str, config: LoRAConfig | None = None) -> U
     Use it as a ``with`` block: at its end, the former adapter is active again, a new
     one is dropped, and the base is shown if it was before. ``keep`` prevents all this.
     """
-    if config is None or name in adapters(model):
-        undo = _undo_activation(model)
+    names_before = adapters(model)
+    base_was_shown = state_of(model).shows_base
+    is_known = name in names_before
+    if config is None or is_known:
         switch_to(model, name)
     else:
-        undo = _undo_activation(model, new=name)
         exchange(View(model), AdapterState(config, name))
-    return undo
-
-
-def _undo_activation(model: nn.Module, new: str | None = None) -> Undo:
-    """What makes a model show again what it shows now, after another adapter was made active.
-
-    An :class:`.Undo` runs its last step first: so the steps stand here in reverse, with
-    the number of each.
-    """
-    active_now = adapters(model)[0]
     undo = Undo()
-    # 3. if the base is shown now, it is shown again
-    if state_of(model).shows_base:
-        undo.callback(switch_to, model, None)
-    # 2. the new adapter, inactive by then, is dropped
-    if new is not None:
-        undo.callback(_drop_inactive, model, new)
-    # 1. the adapter that is active now is made so again
-    undo.callback(switch_to, model, active_now)
+    undo.callback(
+        _show_former,
+        model,
+        names_before[0],
+        base_was_shown=base_was_shown,
+        new=None if is_known else name,
+    )
     return undo
 
 
-def _drop_inactive(model: nn.Module, name: str) -> None:
-    del record_of(model).inactive_adapters[name]
+def _show_former(
+    model: nn.Module, former: str, *, base_was_shown: bool, new: str | None
+) -> None:
+    """Make a model show again what it showed before another adapter, perhaps a new one, was active."""
+    switch_to(model, former)
+    if new is not None:
+        del record_of(model).inactive_adapters[new]
+    if base_was_shown:
+        switch_to(model, None)

@@ -76,7 +76,7 @@ def note_detached_adapter(view: View, layer: str, adapter: LayerAdapter) -> None
 
 
 def _check_optimizer(optimizer: Optimizer, *_: object) -> None:
-    """Refuse an optimizer that takes a step and trains nothing."""
+    """Refuse an optimizer that takes a step and trains nothing, or whose step ends in NaN."""
     if optimizer in _CHECKED_OPTIMIZERS:
         return
     held = _Held(optimizer)
@@ -100,7 +100,7 @@ class _Held:
         self.optimizer_name = type(optimizer).__name__
         self.parameters = _held_by(optimizer)
         self.with_gradients = _with_gradients(self.parameters)
-        self.frozen = {
+        self.frozen_without_gradient = {
             p for p in self.parameters - self.with_gradients if not p.requires_grad
         }
 
@@ -133,13 +133,13 @@ def _with_gradients(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
 
 def _refuse_frozen_weights(view: View, held: _Held) -> None:
     """Refuse an optimizer that holds frozen weights of adapted layers, and none of their adapters."""
-    layers_by_weight = _layers_of_frozen_weights(view, held.frozen)
+    layers_by_weight = _layers_of_frozen_weights(view, held.frozen_without_gradient)
     adapters = _adapters_on(view, set(layers_by_weight.values()))
     if not adapters or not held.parameters.isdisjoint(adapters):
         return
     # of two optimizers, one may train other parameters, and the other one the adapters;
     # one that holds frozen weights alone was made too early
-    holds_others = held.frozen != held.parameters
+    holds_others = held.frozen_without_gradient != held.parameters
     if holds_others and held.are_held_elsewhere(adapters):
         return
     raise OptimizerError(
