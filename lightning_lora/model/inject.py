@@ -1,6 +1,6 @@
 """Add adapters to a model in place: plan which layers get some, then change the model."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,7 +14,6 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.layers import LayerAdapter, new_adapter
 from lightning_lora.model.base_values import keep_originals
-from lightning_lora.model.changed_since_adapted import refuse_other_configuration
 from lightning_lora.model.changes.attach import (
     attach_adapters,
     detach_from,
@@ -22,13 +21,9 @@ from lightning_lora.model.changes.attach import (
 )
 from lightning_lora.model.changes.freeze import freeze
 from lightning_lora.model.changes.undone import undone_on_error
+from lightning_lora.model.other_configuration import refuse_other_configuration
 from lightning_lora.model.own_loop.trainer_only import refuse_trainer_only
-from lightning_lora.model.plan_adapters import (
-    Plan,
-    not_adapted_yet,
-    plan_adapters,
-    plan_as_in_file,
-)
+from lightning_lora.model.plan_adapters import Plan, not_adapted_yet, plan_adapters
 from lightning_lora.model.records import begin_record, find_record, state_of
 from lightning_lora.model.start_call import refusal_to_start, start_call
 from lightning_lora.model.still.follow import follow_originals
@@ -118,44 +113,37 @@ def _may_have_learned(model: nn.Module, name: str) -> bool:
     # a merged model becomes a new base, where each adapter is new
     if record is None or record.state.is_merged:
         return False
-    states = record.adapter_states
-    # a name that is no text is refused later, and may have no hash
-    is_known = name in list(states)
-    return is_known and states[name].may_have_learned
+    # a list, because a name that is no text is refused later, and may have no hash
+    have_learned = [
+        state.name for state in record.adapter_states.values() if state.may_have_learned
+    ]
+    return name in have_learned
 
 
 def inject(
     model: nn.Module, config: LoRAConfig, *, name: str = "default"
 ) -> tuple[str, ...]:
     """Adapt a model as :func:`inject_adapters` does."""
-    return _inject(model, config, name, plan_adapters, Guards())
+    return _inject(model, config, name, from_file=False)
 
 
 def inject_from_file(
     model: nn.Module, config: LoRAConfig, *, name: str = "default"
 ) -> tuple[str, ...]:
-    """Adapt a model as a file's ``config`` says.
-
-    The file's configuration excludes the networks that stood still in its training. So
-    only copies of networks are looked for, and no guard speaks.
-    """
+    """Adapt a model as a file's ``config`` says. No guard speaks."""
     config = _without_lost_exclusions(model, config)
-    return _inject(model, config, name, plan_as_in_file, NO_GUARDS)
+    return _inject(model, config, name, from_file=True)
 
 
 def _inject(
-    model: nn.Module,
-    config: LoRAConfig,
-    name: str,
-    plan_for: Callable[[View], Plan],
-    guards: Guards,
+    model: nn.Module, config: LoRAConfig, name: str, *, from_file: bool
 ) -> tuple[str, ...]:
     """Adapt a model as planned, and return the names of all adapted layers.
 
-    ``plan_for`` plans what a view's configuration asks for, and changes nothing. After
-    an error, the model is as before: ``undone_on_error`` restores it, and then
+    After an error, the model is as before: ``undone_on_error`` restores it, and then
     ``_activated`` the adapter that was active.
     """
+    guards = NO_GUARDS if from_file else Guards()
     _refuse_start(model, name)
     with _activated(model, config, name):
         view = View(model, config)
@@ -163,7 +151,7 @@ def _inject(
         # the record and the model are changed in this block only
         with undone_on_error(view):
             note_what_the_user_set(view)
-            plan = plan_for(view)
+            plan = plan_adapters(view, from_file=from_file)
             if plan.changes_layers:
                 refuse_in_block(model, "inject_adapters")
             if plan.to_detach:

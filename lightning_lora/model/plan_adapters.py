@@ -13,7 +13,6 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.model.still.find_still import (
     about_networks_left_out,
     find_still_networks,
-    known_still_networks,
     parameters_frozen_by_user,
 )
 from lightning_lora.model.view import View
@@ -53,33 +52,19 @@ class Plan:
         return bool(self.to_detach or self.to_attach)
 
 
-def plan_adapters(view: View) -> Plan:
-    """Plan what the view's configuration asks for, and look for networks that stand still."""
-    targeted = select(view.model, view.config)
-    networks = find_still_networks(
-        view, _kinds(targeted), parameters_frozen_by_user(view)
-    )
-    return _plan(view, targeted, networks)
+def plan_adapters(view: View, *, from_file: bool) -> Plan:
+    """Plan what the view's configuration asks for: all layers that it targets, but those in networks without adapters.
 
-
-def plan_as_in_file(view: View) -> Plan:
-    """Plan what a file's configuration says.
-
-    It excludes the networks that stood still, so only copies are looked for.
+    A file's configuration excludes the networks that stood still in its training. So of
+    these, only copies are looked for.
     """
     targeted = select(view.model, view.config)
-    networks = known_still_networks(
-        view, _kinds(targeted), parameters_frozen_by_user(view)
+    networks = find_still_networks(
+        view,
+        {name: choice.kind for name, choice in targeted.items()},
+        parameters_frozen_by_user(view),
+        no_others=from_file,
     )
-    return _plan(view, targeted, networks)
-
-
-def _kinds(targeted: Mapping[str, Choice]) -> dict[str, type[LoRALayer]]:
-    return {name: choice.kind for name, choice in targeted.items()}
-
-
-def _plan(view: View, targeted: Mapping[str, Choice], networks: StillNetworks) -> Plan:
-    """The plan: of the layers that are targeted, those in networks without adapters get none."""
     choices = only(targeted, names_outside(targeted, networks.without_adapters))
     if not choices:
         raise TargetError(

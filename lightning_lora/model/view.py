@@ -10,7 +10,7 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.model.records import records_in
 from lightning_lora.model.start_call import record_of
 from lightning_lora.model.views.tensors_view import TensorsView
-from lightning_lora.networks.still_networks import StillNetworks
+from lightning_lora.networks.still_networks import NO_NETWORKS
 from lightning_lora.tensors.dicts import only, prefixed, where, with_values, without
 from lightning_lora.tensors.names import is_bias, names_not_in, names_outside, owner_of
 from lightning_lora.tensors.shards import is_dtensor
@@ -49,7 +49,7 @@ class View(TensorsView):
             return {}
         selected = self._saved_parameters() | self._trained_biases()
         trained = with_values(self.base_parameters, selected)
-        networks = self.adapter.networks if self.is_adapted else StillNetworks()
+        networks = self.adapter.networks if self.is_adapted else NO_NETWORKS
         stand_still = (*networks.copies, *networks.beside_training)
         return only(trained, set(names_outside(trained, stand_still)))
 

@@ -2,11 +2,10 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
-from types import MappingProxyType
 
 from torch import nn
 
-from lightning_lora.networks.still_networks import StillNetworks
+from lightning_lora.networks.still_networks import NO_NETWORKS, StillNetworks
 from lightning_lora.tensors.dicts import by_owner, only, where
 from lightning_lora.tensors.names import (
     Modules,
@@ -39,13 +38,13 @@ def find_networks(
     layers: Set[str],
     still_parameters: Set[nn.Parameter],
     *,
+    known: StillNetworks = NO_NETWORKS,
     named_by_user: Collection[str] = (),
-    copies: Mapping[str, str] = MappingProxyType({}),
     find_untrained: Callable[[], Collection[str]] = lambda: (),
 ) -> StillNetworks:
-    """Return the networks that stand still: the largest modules around layers that do not train.
+    """Return the known networks, and others that stand still: the largest modules around layers that do not train.
 
-    What else trains decides what they are:
+    What else trains decides what the others are:
 
     1. Nothing trains: the model is only evaluated. Or no layer stands still. Then no
        network is told from another one.
@@ -59,38 +58,42 @@ def find_networks(
         base: Its parameters, without those of adapters.
         layers: The layers that would get adapters.
         still_parameters: Those that stand still: frozen, or in no optimizer.
+        known: Networks beside training ones, and copies: their layers are in no other
+            network.
         named_by_user: Modules and parameters that the user trains in full, or leaves
             out.
-        copies: The copies that were found: their layers are in no other network.
         find_untrained: Returns what looks untrained, as a new head. It takes long, and
             is only asked where it decides.
     """
-    matrices = _matrices_by_module(base, named_by_user)
-    still_layers = _still_layers(only(matrices, layers), still_parameters, copies)
+    not_judged = {*named_by_user, *known.beside_training}
+    matrices = _matrices_by_module(base, not_judged)
+    judged_layers = set(names_outside(layers, known.beside_training))
+    still_layers = _still_layers(
+        only(matrices, judged_layers), still_parameters, known.copies
+    )
     training = _training_modules(modules, matrices, still_parameters)
+    # what the user names may train too, and ``matrices`` has nothing of it
     something_trains = training or named_by_user
     if not still_layers or not something_trains:
-        return StillNetworks(copies=copies)
+        return known
     # these train, or are in a copy, or the user names their matrices
-    other_layers = layers - set(still_layers)
-    networks = _largest_modules(
-        still_layers, {*training, *other_layers, *named_by_user}
-    )
+    other_layers = judged_layers - set(still_layers)
+    networks = _largest_modules(still_layers, {*training, *other_layers, *not_judged})
     # without other layers, no layer at all would get an adapter
     if other_layers and _holds_student(
         training, still_layers, matrices, find_untrained
     ):
-        return StillNetworks(beside_training=networks, copies=copies)
-    return StillNetworks(under_head=networks, copies=copies)
+        return known.with_beside_training(networks)
+    return known.with_under_head(networks)
 
 
 def _matrices_by_module(
-    base: Parameters, named_by_user: Collection[str]
+    base: Parameters, left_out: Collection[str]
 ) -> dict[str, list[nn.Parameter]]:
-    """The matrices that each module holds itself, without those that the user names."""
+    """The matrices that each module holds itself, without those in modules that are left out."""
     matrices = where(base, _is_matrix)
-    not_named = names_outside(matrices, named_by_user)
-    return by_owner(only(matrices, set(not_named)))
+    judged = names_outside(matrices, left_out)
+    return by_owner(only(matrices, set(judged)))
 
 
 def _still_layers(

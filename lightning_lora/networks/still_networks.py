@@ -40,6 +40,16 @@ class StillNetworks:
         """The networks and layers that get no adapters."""
         return (*self.beside_training, *self.bare_layers)
 
+    def with_beside_training(self, networks: Iterable[str]) -> "StillNetworks":
+        """Return these networks, and others beside which networks train."""
+        all_beside = dict.fromkeys((*self.beside_training, *networks))
+        return replace(self, beside_training=tuple(all_beside))
+
+    def with_under_head(self, networks: Iterable[str]) -> "StillNetworks":
+        """Return these networks, and others under a head."""
+        all_under_head = dict.fromkeys((*self.under_head, *networks))
+        return replace(self, under_head=tuple(all_under_head))
+
     def with_bare_layers(self, layers: Set[str]) -> "StillNetworks":
         """Return these networks, and the bare layers of their copies.
 
@@ -60,3 +70,6 @@ class StillNetworks:
             for name in names_inside(layers, [copy]):
                 originals.setdefault(name, original + name.removeprefix(copy))
         return originals
+
+
+NO_NETWORKS = StillNetworks()

@@ -17,8 +17,9 @@ import lightning_lora as ll
 from lightning_lora import moments
 from lightning_lora.model.own_loop.trainer_only import TRAINER_ONLY
 from lightning_lora.model.start_call import record_of
-from lightning_lora.model.still.settle import strip_adapters
+from lightning_lora.model.still.settle import settle, strip_adapters
 from lightning_lora.model.view import View
+from lightning_lora.networks.still_networks import StillNetworks
 from tests.support.compared import assert_same_state, assert_same_tensors, assert_state
 from tests.support.faults import fails_at, kinds, unchanged
 from tests.support.models import LitTiny, randomise, state
@@ -387,3 +388,19 @@ def test_a_network_that_lost_its_adapters_before_is_left_out_once() -> None:
     strip_adapters(view, ("teacher", "other"))
     assert view.adapter.networks.beside_training == ("teacher", "other")
     assert list(view.layers) == ["net.0"]
+
+
+def test_beside_a_teacher_a_student_that_its_user_has_frozen_is_under_no_head() -> None:
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+
+    model = nn.ModuleDict(
+        {"student": network(), "teacher": network(), "norm": nn.LayerNorm(4)}
+    )
+    for frozen in ("teacher", "student"):
+        model[frozen].requires_grad_(False)
+        with pytest.warns(ll.LoRAWarning, match="No adapter for 'teacher'"):
+            ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    view = View(model)
+    settle(view, unheld=set())
+    assert view.adapter.networks == StillNetworks(beside_training=("teacher",))

@@ -153,8 +153,28 @@ def test_what_was_found_as_a_copy_is_no_other_network() -> None:
     model = networks(net=3, average=3, teacher=3)
     still = parameters_in(model, "average", "teacher")
     copies = {"average": "net"}
-    still_networks = found(model, layers_of(model), still, copies=copies)
+    known = StillNetworks(copies=copies)
+    still_networks = found(model, layers_of(model), still, known=known)
     assert still_networks == StillNetworks(beside_training=("teacher",), copies=copies)
+
+
+def test_beside_a_known_teacher_nothing_that_trains_makes_no_head() -> None:
+    model = networks(student=3, teacher=3)
+    known = StillNetworks(beside_training=("teacher",))
+    still = set(model.parameters())
+    assert found(model, layers_of(model), still, known=known) == known
+
+
+def test_a_known_teacher_is_in_no_network_that_is_found() -> None:
+    model = nn.ModuleDict(
+        {"nets": networks(student=3, teacher=3), "head": nn.Linear(8, 2)}
+    )
+    known = StillNetworks(beside_training=("nets.teacher",))
+    still = set(model["nets"].parameters())
+    still_networks = found(model, layers_of(model), still, known=known)
+    assert still_networks == StillNetworks(
+        beside_training=("nets.teacher",), under_head=("nets.student",)
+    )
 
 
 def test_layers_of_copies_whose_originals_have_no_adapter_are_bare() -> None:

@@ -1,7 +1,7 @@
 """Which networks of a model stand still, and so get no adapters, or follow others."""
 
 from collections.abc import Collection, Mapping, Set
-from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -11,83 +11,61 @@ from lightning_lora.model.untrained.find_untrained import find_untrained
 from lightning_lora.model.view import View
 from lightning_lora.networks.copies import find_copies
 from lightning_lora.networks.find import find_networks
-from lightning_lora.networks.still_networks import StillNetworks
+from lightning_lora.networks.still_networks import NO_NETWORKS, StillNetworks
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.find_names import find_names
 from lightning_lora.targets.lookup import Lookup
 from lightning_lora.tensors.dicts import only, where, where_not, with_values
-from lightning_lora.tensors.names import modules_around, names_not_in, names_outside
+from lightning_lora.tensors.names import modules_around, names_not_in
 
 Kinds = Mapping[str, type]
 """Layers that are to have an adapter, each with the adapter's class: ``{"blocks.0.q": LoRALinear}``."""
 
 
 def find_still_networks(
-    view: View, kinds: Kinds, still_parameters: Set[nn.Parameter]
+    view: View,
+    kinds: Kinds,
+    still_parameters: Set[nn.Parameter],
+    *,
+    no_others: bool = False,
 ) -> StillNetworks:
     """Return which networks get no adapter, and which follow another one.
 
     1. The record's networks without adapters stay so, unless the user has thawed some
        of them.
     2. Copies are looked for, and the record's copies are kept.
-    3. Other networks are looked for, in the other layers.
+    3. Other networks are looked for, in the other layers. Those under a head are always
+       looked for anew.
 
     Layers that the user names, and not a word such as ``"all-linear"``, always get an
-    adapter. Then the third step is left out, and copies must be exact.
+    adapter. Then the third step is left out, as with ``no_others``, and copies must be
+    exact.
 
     Args:
         view: The model, adapted or not.
         kinds: The layers that are targeted, with their adapter classes.
         still_parameters: Parameters of the base that stand still: frozen, or in no
             optimizer.
+        no_others: Whether the third step is left out.
     """
-    if view.config.target_modules not in AUTOMATIC:
-        return known_still_networks(view, kinds, still_parameters)
-    networks = _recorded_and_copies(
-        view, kinds, still_parameters, copies_may_be_smaller=True
-    )
-    if still_parameters:
-        networks = _with_other_networks(view, networks, kinds, still_parameters)
-    return networks.with_bare_layers(kinds.keys())
-
-
-def known_still_networks(
-    view: View, kinds: Kinds, still_parameters: Set[nn.Parameter]
-) -> StillNetworks:
-    """Return which networks get no adapter as before, and which are exact copies.
-
-    No other network is looked for.
-    """
-    networks = _recorded_and_copies(
-        view, kinds, still_parameters, copies_may_be_smaller=False
-    )
-    return networks.with_bare_layers(kinds.keys())
-
-
-def _recorded_and_copies(
-    view: View,
-    kinds: Kinds,
-    still_parameters: Set[nn.Parameter],
-    *,
-    copies_may_be_smaller: bool,
-) -> StillNetworks:
-    """The record's networks beside training ones that still stand still, and all copies.
-
-    A copy in the record is kept even if it trains now: ``settle``, which knows the
-    optimizers, takes it out. Networks under a head are looked for anew.
-    """
-    recorded = view.adapter.networks if view.is_on_layers else StillNetworks()
+    looks_for_others = not no_others and view.config.target_modules in AUTOMATIC
+    recorded = view.adapter.networks if view.is_on_layers else NO_NETWORKS
     copies = find_copies(
         view.modules,
         view.base_parameters,
         kinds.keys(),
         still_parameters,
-        may_be_smaller=copies_may_be_smaller,
+        may_be_smaller=looks_for_others,
     )
-    return StillNetworks(
+    networks = StillNetworks(
         beside_training=_not_thawed(view, recorded.beside_training),
+        # a recorded copy is kept even if it trains now: ``settle``, which knows the
+        # optimizers, takes it out
         copies={**_still_in_model(view, recorded.copies), **copies},
     )
+    if looks_for_others and still_parameters:
+        networks = _with_other_networks(view, networks, kinds, still_parameters)
+    return networks.with_bare_layers(kinds.keys())
 
 
 def _not_thawed(view: View, networks: tuple[str, ...]) -> tuple[str, ...]:
@@ -106,39 +84,32 @@ def _still_in_model(view: View, copies: Mapping[str, str]) -> dict[str, str]:
 
 
 def _with_other_networks(
-    view: View,
-    networks: StillNetworks,
-    kinds: Kinds,
-    still_parameters: Set[nn.Parameter],
+    view: View, known: StillNetworks, kinds: Kinds, still_parameters: Set[nn.Parameter]
 ) -> StillNetworks:
-    """These networks, and those that are found in layers outside them.
+    """The known networks, and those that are found in layers outside them.
 
     Weights below adapters that have learned count as training, whatever stands still:
     so no such adapter is lost.
     """
-
-    # this reads weights, so it is called only if it is needed
-    def find_new_modules() -> tuple[str, ...]:
-        return find_untrained(view).new_modules
-
-    other_layers = names_outside(_whole_layers(kinds), networks.beside_training)
-    found = find_networks(
+    return find_networks(
         view.modules,
         view.base_parameters,
-        set(other_layers),
+        _whole_layers(kinds),
         still_parameters - _weights_that_have_learned(view),
+        known=known,
         named_by_user=_named_by_user(view),
-        copies=networks.copies,
-        find_untrained=find_new_modules,
-    )
-    return replace(
-        found, beside_training=(*networks.beside_training, *found.beside_training)
+        find_untrained=partial(_find_new_modules, view),
     )
 
 
-def _whole_layers(kinds: Kinds) -> list[str]:
+def _find_new_modules(view: View) -> tuple[str, ...]:
+    """The modules that look new in a trained model. This reads weights."""
+    return find_untrained(view).new_modules
+
+
+def _whole_layers(kinds: Kinds) -> set[str]:
     """The layers that are adapted as a whole: not single parameters or rows, which the user has named."""
-    return list(where(kinds, _adapts_whole_layers))
+    return set(where(kinds, _adapts_whole_layers))
 
 
 def _adapts_whole_layers(kind: type) -> bool:
@@ -159,14 +130,11 @@ def layers_that_have_learned(view: View) -> dict[str, LoRALayer]:
 
 
 def _named_by_user(view: View) -> list[str]:
-    """What the user has left out, or trains in full.
-
-    The configuration also leaves out the record's networks without adapters: these are
-    named too.
-    """
+    """What the user has left out, or trains in full."""
     lookup = Lookup(view.model)
-    left_out = find_names(lookup, "exclude_modules", view.config.exclude_modules)
-    saved = find_names(lookup, "modules_to_save", view.config.modules_to_save)
+    config = view.config_of_user
+    left_out = find_names(lookup, "exclude_modules", config.exclude_modules)
+    saved = find_names(lookup, "modules_to_save", config.modules_to_save)
     return [*left_out, *saved]
 
 

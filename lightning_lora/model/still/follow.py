@@ -68,6 +68,7 @@ def copies_among(view: View, layers: Set[str]) -> dict[str, str]:
     """Return the networks of these layers that copy a network of the other layers."""
     if not layers:
         return {}
+    # copies are looked for among what stands still: here, that is what no other layer has
     around_other_layers = modules_around(without(view.layers, layers))
     still_parameters = set[nn.Parameter]()
     for name, parameter in view.base_parameters.items():

@@ -19,6 +19,7 @@ from lightning_lora.moments import Guard, Guards
 from lightning_lora.networks.still_networks import StillNetworks
 from lightning_lora.tensors.dicts import without
 from lightning_lora.tensors.names import (
+    is_in_any,
     modules_around,
     names_inside,
     names_not_in,
@@ -32,10 +33,11 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     No optimizer holds the parameters in ``unheld``. In this order:
 
     1. The networks that stand still are found: frozen, or in no optimizer.
-    2. Adapters that have learned, and that no optimizer trains, are paused. The record
-       still says which networks an earlier fit found under a head: their adapters
-       train although no optimizer holds their weights.
-    3. All others train, also those that an earlier fit has paused. Guards are told.
+    2. Adapters that have learned, and that no optimizer trains, are paused. All others
+       train, also those that an earlier fit has paused. The record still says which
+       networks an earlier fit found under a head: their adapters train although no
+       optimizer holds their weights.
+    3. Guards are told.
     4. The networks are noted. What trains in full depends on them.
     5. Networks beside others that train lose their adapters, none of which has learned.
     6. The base is frozen anew, and adapters of copies follow those of their originals.
@@ -45,8 +47,7 @@ def settle(view: View, unheld: Set[nn.Parameter]) -> list[str]:
     still_parameters = unheld | parameters_frozen_by_user(view)
     found = find_still_networks(view, _kinds_that_train(view), still_parameters)
     found = _without_copies_that_train(view, found, still_parameters)
-    paused = _pause_layers(view, unheld, found.copies)
-    _resume_layers(view, paused, found.copies)
+    paused = _pause_or_resume_layers(view, unheld, found.copies)
     _tell_guards_and_forget_frozen(view, paused)
     _note_networks(view, found)
     strip_adapters(view, found.beside_training)
@@ -77,34 +78,28 @@ def _without_copies_that_train(
     return replace(found, copies=without(found.copies, modules_around(training)))
 
 
-def _pause_layers(
+def _pause_or_resume_layers(
     view: View, unheld: Set[nn.Parameter], copies: Mapping[str, str]
 ) -> list[str]:
-    """Pause adapters that have learned, if no optimizer holds their weights.
+    """Pause adapters that have learned, if no optimizer holds their weights. Let all others train, but for copies.
 
-    Return their layers. Adapters under a head train although no optimizer holds their
-    weights, and those of copies follow their originals.
+    Return the paused layers. Adapters under a head train although no optimizer holds
+    their weights. Those that train again were paused in an earlier fit, or followed a
+    network that is no copy now.
     """
     # an earlier fit has found these: no adapter in a network found now has learned
     under_head = view.adapter.networks.under_head
-    may_be_unheld = {*under_head, *copies}
     paused = []
-    for name in names_outside(view.layers, may_be_unheld):
+    for name in names_outside(view.layers, copies):
         layer = view.layers[name]
-        if view.base_weights_of(name) <= unheld and not layer.lora_is_fresh():
+        may_be_unheld = is_in_any(name, under_head)
+        is_unheld = view.base_weights_of(name) <= unheld
+        if is_unheld and not may_be_unheld and not layer.lora_is_fresh():
             layer.lora_pause()
             paused.append(name)
-    return paused
-
-
-def _resume_layers(
-    view: View, paused: Collection[str], copies: Mapping[str, str]
-) -> None:
-    """Let adapters train again that were paused in an earlier fit, or followed a network that is no copy now."""
-    standing_still = {*paused, *names_inside(view.layers, copies)}
-    for layer in without(view.layers, standing_still).values():
-        if not layer.lora_settings.trains:
+        elif not layer.lora_settings.trains:
             layer.lora_train_again()
+    return paused
 
 
 def _tell_guards_and_forget_frozen(view: View, paused: list[str]) -> None:
@@ -116,11 +111,8 @@ def _tell_guards_and_forget_frozen(view: View, paused: list[str]) -> None:
 
 def _note_networks(view: View, found: StillNetworks) -> None:
     """Note the networks that keep adapters: those found under a head, besides earlier ones, and the copies found."""
-    before = view.adapter.networks
-    all_under_head = dict.fromkeys((*before.under_head, *found.under_head))
-    view.adapter.networks = replace(
-        before, under_head=tuple(all_under_head), copies=found.copies
-    )
+    with_earlier = view.adapter.networks.with_under_head(found.under_head)
+    view.adapter.networks = replace(with_earlier, copies=found.copies)
     view.look_again()  # what trains in full depends on the networks
 
 
@@ -130,14 +122,11 @@ def strip_adapters(view: View, networks: Collection[str]) -> None:
     Files say that they are left out. Callers ``freeze`` afterwards: nothing trains in
     full there any more. An error, if no adapter would be left, changes nothing.
     """
-    before = view.adapter.networks
-    all_beside = dict.fromkeys((*before.beside_training, *networks))
+    earlier = view.adapter.networks
     now = replace(
-        before,
-        beside_training=tuple(all_beside),
-        under_head=tuple(names_not_in(before.under_head, networks)),
-    )
-    now = now.with_bare_layers(view.layers.keys())
+        earlier.with_beside_training(networks),
+        under_head=tuple(names_not_in(earlier.under_head, networks)),
+    ).with_bare_layers(view.layers.keys())
     to_strip = names_inside(view.layers, now.without_adapters)
     if not to_strip:
         return

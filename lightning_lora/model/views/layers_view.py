@@ -57,12 +57,22 @@ class LayersView:
         return self.record.adapter
 
     @property
+    def config_of_user(self) -> LoRAConfig:
+        """The configuration as the user has given it.
+
+        ``View(model, config)`` shows the one that is asked for, before the record has
+        it. ``View(model)`` shows the active adapter's.
+        """
+        if self._config_asked_for is not None:
+            return self._config_asked_for
+        return self.adapter.config
+
+    @property
     def config(self) -> LoRAConfig:
         """The configuration that says what is adapted and trained, in this view.
 
-        ``View(model, config)`` shows the one that is asked for, before the record has
-        it. ``View(model)`` shows the active adapter's. It excludes the networks without
-        adapters too, which no argument of the user names.
+        It is the user's. That of the active adapter also excludes the networks without
+        adapters, which no argument of the user names.
         """
         if self._config_asked_for is not None:
             return self._config_asked_for
