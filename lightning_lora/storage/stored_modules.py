@@ -67,7 +67,7 @@ def modules_to_store(
     named = [*layers, *others]
     names = {"", *modules_around(layers), *_named_alike(modules, named)}
     return {
-        name: _stored_module(module) for name, module in only(modules, names).items()
+        name: stored_module(module) for name, module in only(modules, names).items()
     }
 
 
@@ -85,8 +85,8 @@ def _is_of_fsdp(cls: type) -> bool:
     return "FSDPModule" in {ancestor.__name__ for ancestor in cls.__mro__}
 
 
-def _stored_module(module: nn.Module) -> StoredModule:
-    """What a file says of a module."""
+def stored_module(module: nn.Module) -> StoredModule:
+    """Return what a file says of a module."""
     classes = list[str]()
     for ancestor in original_class(module).__mro__:
         if ancestor is nn.Module:
@@ -100,12 +100,12 @@ def _stored_module(module: nn.Module) -> StoredModule:
         has_bias=find_parameter(module, "bias") is not None,
         says_tied=bool(getattr(config, "tie_word_embeddings", False)),
         model_type=_text(config, "model_type"),
-        input_embedding=input_embedding_in(module),
+        input_embedding=_input_embedding_in(module),
     )
 
 
-def input_embedding_in(module: nn.Module) -> str:
-    """Return the name in a model of another library of the embedding of its inputs.
+def _input_embedding_in(module: nn.Module) -> str:
+    """The name in a model of another library of the embedding of its inputs.
 
     Empty: it does not say which.
     """

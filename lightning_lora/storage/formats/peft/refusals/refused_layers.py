@@ -19,8 +19,7 @@ from lightning_lora.storage.formats.peft.naming.when_loaded import (
 from lightning_lora.storage.formats.peft.naming.wrappers import stand_ins_of
 from lightning_lora.storage.formats.peft.reasons import Reason, first_reason
 from lightning_lora.storage.formats.peft.refusals.refused_rows import (
-    why_rows_differ,
-    why_rows_of_file_differ,
+    why_exported_rows_differ,
 )
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -123,14 +122,7 @@ def _because_inside_of_adapted(layer: StoredLayer, arrival: _Arrival) -> Reason:
 
 def _because_of_its_rows(layer: StoredLayer, arrival: _Arrival) -> Reason:
     """Single rows of the layer train, and PEFT computes something else with them."""
-    export = arrival.export
-    if not layer.tokens:
-        return ""
-    is_file = export.inner is None
-    if is_file:
-        return why_rows_of_file_differ(layer, export)
-    name = export.name_for_reader(layer.name)
-    return why_rows_differ(export.modules_for_reader, name)
+    return why_exported_rows_differ(layer, arrival.export) if layer.tokens else ""
 
 
 def _because_it_does_not_arrive(layer: StoredLayer, arrival: _Arrival) -> Reason:
