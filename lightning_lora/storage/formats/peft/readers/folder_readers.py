@@ -191,14 +191,14 @@ def _line(reader: Reader, kinds: KindsOfTraining) -> str:
     """What a reader does with a folder: ``refuses biases; ignores whole heads (score)``."""
     parts = list[str]()
     for does, words in _WORDS.items():
-        found = _kinds_with(reader, kinds, does)
+        found = kinds_with(reader, kinds, does)
         if found:
             parts.append(f"{words} {', '.join(found)}")
     return "; ".join(parts) or "takes it as it is"
 
 
-def _kinds_with(reader: Reader, kinds: KindsOfTraining, does: str) -> list[str]:
-    """The kinds in a folder with which a reader does this, each with its modules."""
+def kinds_with(reader: Reader, kinds: KindsOfTraining, does: str) -> list[str]:
+    """Return the kinds in a folder with which a reader does this, each with its modules."""
     found = list[str]()
     for kind, modules in kinds.modules.items():
         if reader.cells[kind] == does and not _is_harmless(reader, kinds, kind):

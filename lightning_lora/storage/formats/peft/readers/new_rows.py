@@ -1,7 +1,6 @@
 """What is said of tokens that were added to a model, and that its base does not have."""
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from torch import nn
 
 from lightning_lora.errors import warn
 from lightning_lora.storage.formats.export import Export
+from lightning_lora.tensors.dicts import dict_or_empty
 from lightning_lora.tensors.names import is_in
 
 
@@ -19,11 +19,11 @@ def warn_of_new_rows(export: Export) -> None:
     ``resize_token_embeddings`` has added them. The reader loads the base without them,
     or gives them other values.
     """
-    embedding = _embedding_of(export.inner)
+    name = export.stored_inner.input_embedding
+    embedding = export.modules_for_reader.get(name)
     rows_of_base = _rows_of(export.stored_inner.pretrained)
-    if embedding is None or rows_of_base is None:
+    if not isinstance(embedding, nn.Embedding) or rows_of_base is None:
         return
-    name = _name_of(embedding, export.modules_for_reader)
     rows = len(embedding.weight)
     if rows > rows_of_base and not _is_exported(name, export):
         warn(
@@ -34,16 +34,6 @@ def warn_of_new_rows(export: Export) -> None:
         )
 
 
-def _embedding_of(inner: nn.Module | None) -> nn.Embedding | None:
-    """The embedding of the tokens, as transformers finds it."""
-    find: Any = getattr(inner, "get_input_embeddings", None)
-    embedding = None
-    if find is not None:
-        with suppress(NotImplementedError):  # transformers: a model without tokens
-            embedding = find()
-    return embedding if isinstance(embedding, nn.Embedding) else None
-
-
 def _rows_of(pretrained: str) -> int | None:
     """The size of the vocabulary of a base, if its configuration is on this machine."""
     path = Path(pretrained) / "config.json"
@@ -52,15 +42,8 @@ def _rows_of(pretrained: str) -> int | None:
     config: Any = None
     with suppress(OSError, ValueError):
         config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):  # the file is of another tool
-        return None
-    size = config.get("vocab_size")
+    size = dict_or_empty(config).get("vocab_size")  # the file may be of another tool
     return size if isinstance(size, int) else None
-
-
-def _name_of(module: nn.Module, modules: Mapping[str, nn.Module]) -> str:
-    """The first name that a module has among all."""
-    return next(name for name, each in modules.items() if each is module)
 
 
 def _is_exported(name: str, export: Export) -> bool:

@@ -175,12 +175,3 @@ def readers_that(does: str, kind: str) -> list[str]:
         if reader.cells[kind] == does:
             names.append(reader.name)
     return names
-
-
-def readers_that_know_one_alpha() -> list[str]:
-    """Return the names of the readers that know the rank of each layer, but not its alpha."""
-    names = list[str]()
-    for name in readers_that(DIFFERS, ALPHAS):
-        if name in readers_that(TAKES, RANKS):
-            names.append(name)
-    return names

@@ -2,34 +2,27 @@
 
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any
 
 from torch import nn
 
 from lightning_lora.errors import listed, warn
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.hooked_layers import warn_of_hooks
+from lightning_lora.storage.formats.peft.readers import llama_cpp
 from lightning_lora.storage.formats.peft.readers.folder_readers import (
     KindsOfTraining,
+    kinds_with,
     with_modules,
 )
-from lightning_lora.storage.formats.peft.readers.llama_cpp import (
-    warn_of_tied_embeddings,
-    warn_of_transposed_layers,
-)
 from lightning_lora.storage.formats.peft.readers.reader_table import (
-    ALPHAS,
     DIFFERS,
     HEADS,
     IGNORES,
     NORMS,
-    RANKS,
-    RSLORA,
+    PEFT_READERS,
     TAKES,
     readers_that,
-    readers_that_know_one_alpha,
 )
-from lightning_lora.storage.formats.weight_updates import WeightUpdate
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.storage.stored_modules import StoredModule, module_and_name
 from lightning_lora.tensors.dicts import only, where, without
@@ -91,44 +84,35 @@ def _is_encoder_layer(module: StoredModule) -> bool:
     return module_and_name(nn.TransformerEncoderLayer) in module.classes
 
 
-def warn_of_scalings(
-    export: Export, updates: Iterable[WeightUpdate], config: dict[str, Any]
-) -> None:
-    """Name the readers that would scale otherwise.
+def warn_of_readers(export: Export, kinds: KindsOfTraining) -> None:
+    """Warn of readers of a folder that would compute something else, or not read it.
 
-    Most scale all updates by one number. llama.cpp takes one alpha over the rank of
-    each layer.
+    They are servers of language models, so nothing is said of other models.
     """
-    if not _is_causal_lm(export.stored_inner):
-        return
-    readers = list[str]()
-    if _is_any_scaled_otherwise(updates, config):
-        # a reader that does not read the ranks of single layers has one scaling for all
-        readers += readers_that(DIFFERS, RANKS)
-    if config["alpha_pattern"]:
-        readers += readers_that_know_one_alpha()
-    if config["use_rslora"]:
-        readers += readers_that(DIFFERS, RSLORA)
-    if readers:
-        names = ", ".join(dict.fromkeys(readers))
+    model = export.stored_inner
+    whole = list(export.stored.saved)
+    if whole and _is_served(model, whole):
+        _warn_of_whole_modules(whole)
+    if _is_causal_lm(model):
+        _warn_of_scalings(kinds)
+        _warn_of_left_out(kinds)
+        llama_cpp.warn_of_layers(export.stored.layers)
+
+
+def _warn_of_scalings(kinds: KindsOfTraining) -> None:
+    """Name the readers that would scale the updates in a folder otherwise."""
+    names = [
+        reader.name for reader in PEFT_READERS if kinds_with(reader, kinds, DIFFERS)
+    ]
+    if names:
         warn(
-            f"For {names}, pass uniform=True (--uniform): they may scale this adapter "
-            "otherwise, without a word."
+            f"For {', '.join(names)}, pass uniform=True (--uniform): they may scale "
+            "this adapter otherwise, without a word."
         )
 
 
-def warn_of_layers(export: Export) -> None:
-    """Name adapted layers that llama.cpp cannot run."""
-    if _is_causal_lm(export.stored_inner):
-        warn_of_tied_embeddings(export)
-        warn_of_transposed_layers(export)
-
-
-def warn_of_whole_modules(export: Export) -> None:
-    """Name modules that train whole, if servers of language models read the folder: some leave them out."""
-    whole = list(export.stored.saved)
-    if not whole or not _is_served(export.stored_inner, whole):
-        return
+def _warn_of_whole_modules(whole: Iterable[str]) -> None:
+    """Name modules that train whole: some readers leave them out."""
     # the readers that take whole norms take whole heads too
     takers = " and ".join(readers_that(TAKES, NORMS))
     ignoring_any = [*readers_that(IGNORES, NORMS), *readers_that(IGNORES, HEADS)]
@@ -141,17 +125,11 @@ def warn_of_whole_modules(export: Export) -> None:
     )
 
 
-_SAID_OTHERWISE = (RANKS, ALPHAS, RSLORA, HEADS, NORMS)
-"""The kinds of training that :func:`warn_of_scalings` and :func:`warn_of_whole_modules` speak of."""
-
-
-def warn_of_left_out(export: Export, kinds: KindsOfTraining) -> None:
-    """Name what servers of language models would leave out of a folder, and compute without it."""
-    if not _is_causal_lm(export.stored_inner):
-        return
+def _warn_of_left_out(kinds: KindsOfTraining) -> None:
+    """Name what readers would leave out of a folder, and compute without it, besides whole modules."""
     left_out = list[str]()
     readers = dict[str, None]()
-    for kind, modules in without(kinds.modules, _SAID_OTHERWISE).items():
+    for kind, modules in without(kinds.modules, (HEADS, NORMS)).items():
         ignoring = readers_that(IGNORES, kind)
         if ignoring:
             left_out.append(with_modules(kind, modules))
@@ -180,13 +158,3 @@ def _is_served(model: StoredModule, whole: Iterable[str]) -> bool:
 def _is_causal_lm(model: StoredModule) -> bool:
     """Whether a model writes text, as those that are served by vLLM and llama.cpp."""
     return model.class_name.endswith(("ForCausalLM", "LMHeadModel"))
-
-
-def _is_any_scaled_otherwise(
-    updates: Iterable[WeightUpdate], config: dict[str, Any]
-) -> bool:
-    """Whether the configuration's r and lora_alpha do not say how each update is scaled."""
-    power = 0.5 if config["use_rslora"] else 1
-    scaling = config["lora_alpha"] / config["r"] ** power
-    largest_difference = max(abs(update.scaling - scaling) for update in updates)
-    return bool(largest_difference > 1e-6 * scaling)

@@ -12,10 +12,7 @@ from torch import Tensor
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.peft.naming.wrappers import peft_tensors
-from lightning_lora.storage.formats.peft.readers.reader_warnings import (
-    warn_of_merges,
-    warn_of_scalings,
-)
+from lightning_lora.storage.formats.peft.readers.reader_warnings import warn_of_merges
 from lightning_lora.storage.formats.peft.writing.what_fits import (
     with_what_peft_can_hold,
 )
@@ -65,8 +62,6 @@ def in_peft_form(
         use_rslora = False  # each alpha is now the scaling times the rank
     config = written_config(export, updates, use_rslora=use_rslora)
     warn_of_merges(export)
-    if scaling is None:
-        warn_of_scalings(export, updates, config)
     return PeftForm(peft_tensors(export, updates), config)
 
 

@@ -13,11 +13,7 @@ from lightning_lora.storage.formats.peft.naming.when_loaded import loading_of
 from lightning_lora.storage.formats.peft.peft_config import config_of
 from lightning_lora.storage.formats.peft.readers.folder_readers import kinds_in
 from lightning_lora.storage.formats.peft.readers.new_rows import warn_of_new_rows
-from lightning_lora.storage.formats.peft.readers.reader_warnings import (
-    warn_of_layers,
-    warn_of_left_out,
-    warn_of_whole_modules,
-)
+from lightning_lora.storage.formats.peft.readers.reader_warnings import warn_of_readers
 from lightning_lora.storage.formats.peft.writing.model_card import FOLDER, ModelCard
 from lightning_lora.storage.formats.peft.writing.peft_form import in_peft_form
 from lightning_lora.storage.formats.peft_names import (
@@ -37,9 +33,7 @@ def write(export: Export, directory: Path, *, uniform: bool) -> None:
     """Write PEFT's two files, and a model card, after all of it has been computed and checked."""
     tensors, config = in_peft_form(export, uniform=uniform)
     names_in_file = _names_in_file(export, tensors)
-    warn_of_whole_modules(export)
-    warn_of_left_out(export, kinds_in(tensors, config_of(config, directory)))
-    warn_of_layers(export)
+    warn_of_readers(export, kinds_in(tensors, config_of(config, directory)))
     warn_of_new_rows(export)
     by_name_in_file = renamed(tensors, names_in_file.__getitem__)
     header = _header(config, names_in_file)
