@@ -30,14 +30,16 @@ from lightning_lora.storage.formats.peft.writing.model_card import (
 from lightning_lora.storage.formats.peft.writing.peft_form import in_peft_form
 from lightning_lora.storage.formats.peft_names import METADATA, PREFIX, peft_key
 from lightning_lora.storage.formats.peft_or_diffusers import MEMBER_NAME, is_diffusers
-from lightning_lora.storage.formats.pipelines.pipeline import (
+from lightning_lora.storage.formats.pipelines.exported_members import (
+    checked_member,
+    exports_of_members,
+    warn_of_replaced,
+)
+from lightning_lora.storage.formats.pipelines.read_members import (
     PeftContents,
     PipelineFile,
     adapters_in_pipeline,
-    checked_member,
-    exports_of_members,
     fields_of_ranks,
-    warn_of_replaced,
 )
 from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.on_disk.read_errors import json_object

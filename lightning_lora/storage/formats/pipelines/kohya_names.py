@@ -13,7 +13,7 @@ from functools import partial
 MEMBERS = {
     "lora_unet": "unet",
     "lora_te": "text_encoder",
-    "lora_te1": "text_encoder",  # if there is a second one, as in SDXL
+    "lora_te1": "text_encoder",  # the same, if there is a second one, as in SDXL
     "lora_te2": "text_encoder_2",
 }
 """The prefixes of names in a file, and the members of a pipeline that they mean."""

@@ -15,7 +15,7 @@ from lightning_lora.storage.formats.pipelines.kohya_names import (
     member_prefix,
     naming_forms,
 )
-from lightning_lora.storage.formats.pipelines.pipeline import (
+from lightning_lora.storage.formats.pipelines.read_members import (
     PeftContents,
     PipelineFile,
     adapters_in_pipeline,

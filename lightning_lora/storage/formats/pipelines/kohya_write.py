@@ -18,6 +18,11 @@ from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.layer_updates import pair_of
 from lightning_lora.storage.formats.peft.writing.peft_form import in_peft_form
 from lightning_lora.storage.formats.peft_names import peft_key
+from lightning_lora.storage.formats.pipelines.exported_members import (
+    checked_member,
+    exports_of_members,
+    warn_of_replaced,
+)
 from lightning_lora.storage.formats.pipelines.kohya_flux import (
     FLUX_CLASS,
     name_in_flux,
@@ -25,20 +30,16 @@ from lightning_lora.storage.formats.pipelines.kohya_flux import (
 )
 from lightning_lora.storage.formats.pipelines.kohya_names import (
     ATTENTION,
+    MEMBERS,
     OUTER,
     NameOf,
     member_prefix,
     naming_forms,
 )
-from lightning_lora.storage.formats.pipelines.pipeline import (
-    checked_member,
-    exports_of_members,
-    warn_of_replaced,
-)
 from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.on_disk.safetensors_bytes import save
 from lightning_lora.storage.renaming import by_names_inside
-from lightning_lora.tensors.dicts import only, where_not
+from lightning_lora.tensors.dicts import only, where_not, with_values
 from lightning_lora.tensors.names import join, last_component, starts_of
 
 NAME = "kohya"
@@ -163,9 +164,10 @@ def _naming(export: Export, member: str, modules: set[str]) -> NameOf:
     """The function that gives a layer of a member its name in the file."""
     if export.stored_inner.class_name == FLUX_CLASS:
         return name_in_flux
-    prefix = _prefix_for(member, modules)
-    if not prefix:
+    prefixes = list(with_values(MEMBERS, [member]))
+    if not prefixes:
         return _no_name
+    prefix = prefixes[-1] if _has_two_text_encoders(modules) else prefixes[0]
     modules_of_member = by_names_inside(export.stored.root, dict.fromkeys(modules))
     written_form, *_ = naming_forms(prefix, modules_of_member)
     return written_form
@@ -197,21 +199,9 @@ _WITH_TWO_TEXT_ENCODERS = {
 """The names of modules that only pipelines with two text encoders have, SDXL and Flux."""
 
 
-def _prefix_for(member: str, modules: Iterable[str]) -> str:
-    """The prefix of a member's names in a file.
-
-    Empty: this format has no such member.
-    """
-    has_two_encoders = not _WITH_TWO_TEXT_ENCODERS.isdisjoint(
-        map(last_component, modules)
-    )
-    if member == "text_encoder" and has_two_encoders:
-        return "lora_te1"
-    return {
-        "unet": "lora_unet",
-        "text_encoder": "lora_te",
-        "text_encoder_2": "lora_te2",
-    }.get(member, "")
+def _has_two_text_encoders(modules: Iterable[str]) -> bool:
+    """Whether the pipeline around these modules has two text encoders."""
+    return not _WITH_TWO_TEXT_ENCODERS.isdisjoint(map(last_component, modules))
 
 
 def _known_modules(export: Export) -> set[str]:
