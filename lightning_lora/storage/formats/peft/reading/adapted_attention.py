@@ -20,18 +20,15 @@ class AdaptedAttention(AdaptedModule):
     def read_update(self) -> LayerUpdate:
         """Return the update of the attention, with those of its matrices that the file adapts."""
         layer = self.checked_layer(
-            LoRAAttention, LoRAAttention.lora_matrices_of(self.module)
+            LoRAAttention,
+            LoRAAttention.lora_matrices_of(self.module),
+            self.settings.scaling(self.name_in_file),
         )
         in_file = self._factors_by_matrix(layer.matrices)
         factors = list[Factors]()
         for matrix, pair in in_file.items():
             factors.append(self.checked_factors(layer, matrix, pair, self.name_in_file))
-        layer = replace(
-            layer,
-            scaling=self.settings.scaling(self.name_in_file),
-            matrices=tuple(in_file),
-        )
-        return LayerUpdate(layer, tuple(factors))
+        return LayerUpdate(replace(layer, matrices=tuple(in_file)), tuple(factors))
 
     def _factors_by_matrix(self, matrices: Matrices) -> dict[AdaptedMatrix, Factors]:
         """A and B of each matrix, as the file has them."""

@@ -1,6 +1,6 @@
 """A layer with one weight, as PEFT adapts it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.functional.factors import Factors
@@ -19,10 +19,16 @@ class AdaptedLayer(AdaptedModule):
 
     def read_update(self) -> LayerUpdate:
         """Return the update of the layer."""
+        parameter = f"{self.name_in_file}.weight"
+        is_parameter = self.file.config.names_parameter(parameter)
+        target = parameter if is_parameter else self.name_in_file
         tensors, *others = self.adapters.values()
         magnitude = tensors.get(Role.MAGNITUDE)
         layer = self.checked_layer(
-            self.kind, self.kind.lora_matrices_of(self.module), magnitude
+            self.kind,
+            self.kind.lora_matrices_of(self.module),
+            self.settings.scaling(target),
+            magnitude,
         )
         if others:
             raise AdapterFileError(
@@ -31,14 +37,10 @@ class AdaptedLayer(AdaptedModule):
             )
         factors = pair_of(self.name_in_file, tensors)
         self._check_is_not_olora_of_conv1d()
-        target = self.name_in_file
-        parameter = f"{self.name_in_file}.weight"
-        if self.file.config.names_parameter(parameter):
-            target = parameter
+        if is_parameter:
             factors = self._factors_of_parameter(factors)
         (matrix,) = layer.matrices
         factors = self.checked_factors(layer, matrix, factors, target)
-        layer = replace(layer, scaling=self.settings.scaling(target))
         return LayerUpdate(layer, (factors,), magnitude)
 
     def _factors_of_parameter(self, factors: Factors) -> Factors:

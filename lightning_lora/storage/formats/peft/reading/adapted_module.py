@@ -72,18 +72,18 @@ class AdaptedModule(ABC):
         return type(self.module).__name__
 
     def checked_layer(
-        self, kind: type[LoRALayer], matrices: Matrices, magnitude: Tensor | None = None
+        self,
+        kind: type[LoRALayer],
+        matrices: Matrices,
+        scaling: float,
+        magnitude: Tensor | None = None,
     ) -> StoredLayer:
         """Return the layer with this adapter.
 
         A layer with which PEFT computes something else is refused.
         """
-        layer = described(
-            self.file.view,
-            self.file.renaming.name_here(self.name_in_file),
-            kind,
-            matrices,
-        )
+        name = self.file.renaming.name_here(self.name_in_file)
+        layer = described(self.file.view, name, kind, matrices, scaling=scaling)
         reason = why_no_counterpart(layer, magnitude)
         if reason:
             raise AdapterMismatchError(

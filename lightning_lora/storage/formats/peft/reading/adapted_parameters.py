@@ -1,7 +1,5 @@
 """Parameters of a module, as PEFT adapts them: ``target_parameters`` names them."""
 
-from dataclasses import replace
-
 from lightning_lora.errors import AdapterMismatchError
 from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
@@ -34,8 +32,7 @@ class AdaptedParameters(AdaptedModule):
                 "on."
             )
         kind, matrices = self._adapter_of(names)
-        layer = self.checked_layer(kind, matrices)
-        layer = replace(layer, scaling=self._scaling_of(names[0]))
+        layer = self.checked_layer(kind, matrices, self._scaling_of(names[0]))
         factors = list[Factors]()
         # both are in the module's order: its first parameter has the innermost wrapper
         for matrix, wrapped in zip(matrices, self._innermost_first(), strict=True):

@@ -32,10 +32,9 @@ class AdaptedRows(AdaptedModule):
 
     def _layer_with(self, matrix: AdaptedMatrix) -> StoredLayer:
         """The embedding with the rows of this matrix."""
-        layer = self.checked_layer(LoRATokens, (matrix,))
-        scaling = self.settings.scaling(self.name_in_file)
-        r = matrix.rank_for(self.settings.rank(self.name_in_file))
-        return replace(layer, scaling=scaling, r=r)
+        name = self.name_in_file
+        layer = self.checked_layer(LoRATokens, (matrix,), self.settings.scaling(name))
+        return replace(layer, r=matrix.rank_for(self.settings.rank(name)))
 
     def _check_is_computed_alike(self) -> None:
         """Refuse rows with which PEFT computes something else."""

@@ -17,7 +17,7 @@ from lightning_lora.storage.formats.peft.refusals.refused_layers import refused_
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.dicts import only, without
-from lightning_lora.tensors.names import join, names_joined, owner_of
+from lightning_lora.tensors.names import direct_parameters, join, names_joined, owner_of
 
 
 def with_what_peft_can_hold(export: Export) -> Export:
@@ -86,18 +86,15 @@ def _with_tied_modules(export: Export) -> Export:
     head is saved too.
     """
     stored = export.stored
-    saved_entries = chain.from_iterable(stored.saved.values())
-    saved_modules = set(_modules_with(saved_entries, export).values())
-    saved_weights = set[nn.Parameter]()
-    for module in saved_modules:
-        saved_weights.update(module.parameters(recurse=False))
-    tied = dict[str, list[str]]()
+    saved_modules = _modules_with(chain.from_iterable(stored.saved.values()), export)
+    saved_weights = set(direct_parameters(saved_modules).values())
+    saved = dict(stored.saved)
     trained_in_full = without(_modules_with(stored.state, export), stored.layers)
     for name, module in trained_in_full.items():
         is_tied = not saved_weights.isdisjoint(module.parameters(recurse=False))
-        if is_tied and module not in saved_modules:
-            tied[name] = names_joined(name, module.state_dict())
-    return replace(export, stored=replace(stored, saved={**stored.saved, **tied}))
+        if is_tied and module not in saved_modules.values():
+            saved[name] = names_joined(name, module.state_dict())
+    return replace(export, stored=replace(stored, saved=saved))
 
 
 def _modules_with(entries: Iterable[str], export: Export) -> dict[str, nn.Module]:
