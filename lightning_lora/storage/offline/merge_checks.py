@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from operator import ne
 
 import torch
 from torch import Tensor
@@ -184,13 +185,11 @@ def _digests_of(plan: MergePlan, base_names: Iterable[str]) -> set[int]:
 
 def _is_misspelt(name: str, others: Iterable[str]) -> bool:
     """Whether one of the others differs from a name in one character."""
-    return any(_differ_in_one_character(name, other) for other in others)
-
-
-def _differ_in_one_character(one: str, other: str) -> bool:
-    """Whether two names of one length have one place with other characters."""
-    differing = [a for a, b in zip(one, other, strict=False) if a != b]
-    return len(differing) == 1 and len(one) == len(other)
+    for other in others:
+        differing = sum(map(ne, name, other))
+        if differing == 1 and len(name) == len(other):
+            return True
+    return False
 
 
 # The values that the base of the training had

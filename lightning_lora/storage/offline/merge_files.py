@@ -76,25 +76,19 @@ def _write_in_form_of_base(
     merged: MergedTensors, files: TensorFiles, out: Path
 ) -> None:
     """Write the merged model as what the base is, or as one safetensors file."""
+    of_checkpoints = (".ckpt", files.path.suffix)
     if isinstance(files, SafetensorsFolder):
         _write_folder(merged, files, out)
     elif out.suffix == ".safetensors":
         _write_file(merged, out)
-    elif not isinstance(files, CheckpointFile):
-        raise _cannot_be_written(files.path, out, ".safetensors")
-    elif out.suffix in (".ckpt", files.path.suffix):
+    elif isinstance(files, CheckpointFile) and out.suffix in of_checkpoints:
         _write_checkpoint(merged, files, out)
     else:
-        raise _cannot_be_written(
-            files.path, out, f".safetensors or {files.path.suffix}"
+        endings = dict.fromkeys((".safetensors", files.path.suffix))
+        raise AdapterFileError(
+            f"{out} cannot be written from {files.path}. Name a file that ends in "
+            f"{' or '.join(endings)}."
         )
-
-
-def _cannot_be_written(base: Path, out: Path, endings: str) -> AdapterFileError:
-    """The error for an output whose name does not end as that of any file that can be written from this base."""
-    return AdapterFileError(
-        f"{out} cannot be written from {base}. Name a file that ends in {endings}."
-    )
 
 
 def _check_no_adapters(out: Path) -> None:

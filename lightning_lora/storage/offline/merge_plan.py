@@ -1,6 +1,7 @@
 """Which tensors of a base a file of adapters changes, and how: what a merge of files begins with."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,9 @@ class MergePlan:
         self.stored = stored
         self.base_path = files.path
         self.source = stored.source
-        # from names in the adapters' file to those in the base; all below go by it
+        # from names in the adapters' file to those in the base
         self.renaming = _find_renaming(files, stored)
         _check_inside(self.renaming, files, stored)
-        # the training's base, in each form whose fingerprint says the names
-        self.bases_there = list(map(BaseThere, filter(says_names, stored.base)))
-        # the weights that get an update, by their names in the base
-        self.adapted = self._find_adapted()
-        # tensors of the adapters' file that come into the merged model as they are, by
-        # their names in the base
-        self.replaced = self._find_replaced()
-        # for each tensor of the merged model, by its name there: the file of the base to
-        # whose counterpart it goes
-        self.output_of = self._find_outputs()
 
     def has_place(self, name: str) -> bool:
         """Whether a name in the adapters' file lies inside of what the base is."""
@@ -103,8 +94,14 @@ class MergePlan:
         """
         return {*self.stored.changed, *self.stored.of_no_base}
 
-    def _find_adapted(self) -> dict[str, AdaptedWeight]:
-        """The weights that get an update."""
+    @cached_property
+    def bases_there(self) -> list[BaseThere]:
+        """The training's base, in each form whose fingerprint says the names."""
+        return list(map(BaseThere, filter(says_names, self.stored.base)))
+
+    @cached_property
+    def adapted(self) -> dict[str, AdaptedWeight]:
+        """The weights that get an update, by their names in the base."""
         adapted = dict[str, AdaptedWeight]()
         for layer in self.stored.layers.values():
             for weight in layer.shapes:
@@ -120,8 +117,9 @@ class MergePlan:
         base_names = map(self.find_in_base, others)
         return [base_name for base_name in base_names if base_name is not None]
 
-    def _find_replaced(self) -> dict[str, Any]:
-        """The values of the adapters' file that are no adapters, by their names in the base.
+    @cached_property
+    def replaced(self) -> dict[str, Any]:
+        """The values of the adapters' file that come into the merged model as they are, by their names in the base.
 
         A buffer that the file's run filled is among them only if the base's file has a
         tensor of its name.
@@ -133,8 +131,9 @@ class MergePlan:
                 replaced[base_name] = self.stored.state[name]
         return replaced
 
-    def _find_outputs(self) -> dict[str, Path]:
-        """For each tensor of the merged model, the file of the base to whose counterpart it goes.
+    @cached_property
+    def output_of(self) -> dict[str, Path]:
+        """The file of the base to whose counterpart each tensor of the merged model goes, by the tensor's name there.
 
         What the base lacks, such as a new head, goes to its last file.
         """

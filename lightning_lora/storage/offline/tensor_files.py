@@ -39,9 +39,9 @@ class TensorFiles(ABC):
     def get(self, name: str) -> Tensor:
         """Return one tensor."""
 
-    @abstractmethod
     def metadata(self, file: Path) -> dict[str, str]:
-        """Return what a ``.safetensors`` file says of itself."""
+        """Return what a file says of itself. Only a ``.safetensors`` file says something."""
+        return {}
 
 
 def tensor_files(path: Path) -> TensorFiles:
@@ -93,10 +93,6 @@ class CheckpointFile(TensorFiles):
         """Return one tensor."""
         value: Tensor = self.entries[name]
         return value
-
-    def metadata(self, file: Path) -> dict[str, str]:
-        """Return nothing: a checkpoint is no ``.safetensors`` file."""
-        return {}
 
 
 class _SafetensorsFiles(TensorFiles):
@@ -180,24 +176,18 @@ def _read_index(path: Path) -> dict[str, Any]:
     """
     index = json_object(path.read_bytes(), path)
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise _no_weight_map(path)
+    if not isinstance(weight_map, dict) or of_type(weight_map, str) != weight_map:
+        raise AdapterFileError(
+            f"{path} has no 'weight_map' from tensors to files. Use it as it was "
+            "written."
+        )
     for file in weight_map.values():
-        if not isinstance(file, str):
-            raise _no_weight_map(path)
         if not _is_inside_folder(path.parent, file):
             raise AdapterFileError(
                 f"The 'weight_map' in {path} names {file!r}, which is no file in its "
                 "folder. Get all files of the base."
             )
     return index
-
-
-def _no_weight_map(path: Path) -> AdapterFileError:
-    """The error for an index that is not as anybody writes one."""
-    return AdapterFileError(
-        f"{path} has no 'weight_map' from tensors to files. Use it as it was written."
-    )
 
 
 def _is_inside_folder(folder: Path, name: str) -> bool:
