@@ -57,6 +57,11 @@ class Format:
     # whether the files do not say all, so that the user gives ``LoadArguments``
     takes_arguments: bool = False
 
+    def files_in(self, folder: Path) -> list[Path]:
+        """Return the files of this format that a folder has."""
+        places = [folder / name for name in self.files]
+        return [place for place in places if place.is_file()]
+
 
 class Writer(Protocol):
     """Writes adapters into a directory."""

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.checksum import check_as_written
 from lightning_lora.storage.stored import KEY
-from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.dicts import dict_or_empty, without
 from lightning_lora.tensors.names import last_component, names_not_in
 
 # the entry with the version of Lightning that wrote the checkpoint
@@ -58,8 +58,8 @@ def remove_callback_state(checkpoint: dict[str, Any]) -> None:
     The callback is here, and needs no state. Beside weights alone, Lightning writes no
     entry of callbacks, so an empty one is taken out, too.
     """
-    states = checkpoint.get(_CALLBACKS)
-    if not isinstance(states, dict) or _OURS not in states:
+    states = dict_or_empty(checkpoint.get(_CALLBACKS))
+    if _OURS not in states:
         return
     del states[_OURS]
     has_weights_only = "optimizer_states" not in checkpoint

@@ -59,10 +59,8 @@ def find_unread_tool(names: Collection[str]) -> UnreadTool | None:
 def file_in(folder: Path) -> tuple[Format, Path] | None:
     """Return a folder's format, and its file with adapters: the first that is there, in the order of ``FORMATS``."""
     for format in FORMATS:
-        for name in format.files:
-            file = folder / name
-            if file.is_file():
-                return format, file
+        for file in format.files_in(folder):
+            return format, file
     return None
 
 
@@ -88,20 +86,21 @@ def adapter_file_at(path: Path) -> Path:
     found = file_in(path)
     if found is None:
         raise AdapterFileError(_no_adapters_in(path))
-    _, file = found
-    _warn_of_other_files(path, file)
+    format, file = found
+    _warn_of_other_files(path, format, file)
     return file
 
 
-def _warn_of_other_files(folder: Path, file: Path) -> None:
+def _warn_of_other_files(folder: Path, format: Format, file: Path) -> None:
     """Warn if a folder has a file of another format too: one of the files may be older."""
-    others = list[str]()
-    for format in FORMATS:
-        if file.name not in format.files:
-            others += [name for name in format.files if (folder / name).is_file()]
+    others = list[Path]()
+    for other in FORMATS:
+        if other is not format:
+            others += other.files_in(folder)
     if others:
+        names = listed(other.name for other in others)
         warn(
-            f"{folder} also holds {listed(others)}. {file.name!r} is read; to read "
+            f"{folder} also holds {names}. {file.name!r} is read; to read "
             "another one, pass the file itself."
         )
 

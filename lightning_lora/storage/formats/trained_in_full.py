@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.model.base_values import kept_or_present_value
 from lightning_lora.model.view import View
-from lightning_lora.tensors.dicts import names_of_each, only, without
+from lightning_lora.tensors.dicts import names_of_each, only
 from lightning_lora.tensors.names import (
     is_bias,
     is_in_any,
     modules_around,
     names_inside,
+    names_outside,
     owner_of,
     starts_of,
 )
@@ -51,19 +52,19 @@ def find_trained(
         modules_to_save: The ends of the names of modules that train. None: the file
             does not say which.
     """
-    changed = [
+    changed = {
         name for name in entries if not is_value_of_base(view, name, entries[name])
-    ]
+    }
     whole = _whole_modules(view, entries)
     modules = _modules_that_train(whole, changed, modules_to_save)
-    names_in_modules = set(names_inside(entries, modules))
-    parameters_in_file = only(entries, view.base_parameters)
-    outside = without(parameters_in_file, names_in_modules)
-    # a bias counts in any case, whether or not its value is another
-    biases = {name for name in outside if is_bias(name)}
-    changed_outside = only(outside, changed)
-    parameters = list(without(changed_outside, biases))
-    names = names_in_modules.union(parameters, biases)
+    biases = set[str]()
+    parameters = list[str]()
+    for name in names_outside(only(entries, view.base_parameters), modules):
+        if is_bias(name):  # a bias counts, whether or not its value is another
+            biases.add(name)
+        elif name in changed:
+            parameters.append(name)
+    names = {*names_inside(entries, modules), *biases, *parameters}
     return TrainedInFull(modules, parameters, biases, names)
 
 
