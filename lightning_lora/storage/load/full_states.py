@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import BaseMismatchError, misfits
 from lightning_lora.model.changes.attach import reinitialise_if_base_changed
-from lightning_lora.model.start_call import record_of, start_call
 from lightning_lora.model.unmerge import unmerged
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.state import own_adapters_in
@@ -25,36 +24,36 @@ def load_base(model: nn.Module, state: StateDict, *, call: str) -> None:
     those that have learned would stay otherwise. After the load, those that start from
     the base's weights (as with PiSSA) are initialised once more, from the new weights.
     """
-    start_call(model, call)
+    view = view_of(model, call)
     state = renamed(state, plain_name)
-    _check_base_fits(model, state)
+    _check_base_fits(view, state)
     with unmerged(model):
+        # a new view: a merged model has its adapters on the layers again
         for layer in View(model).layers.values():
             layer.lora_initialise()
         load_state_dict(model, state)
-        # a new view: code of modules may have replaced layers when it loaded
+        # another one: code of modules may have replaced layers when it loaded
         reinitialise_if_base_changed(View(model))
-    record = record_of(model)
-    record.adapter.fingerprints = []
-    record.adapter.may_have_learned = False
-    record.base.forget_all_changes()
+    view.adapter.fingerprints = []
+    view.adapter.may_have_learned = False
+    view.record.base.forget_all_changes()
 
 
-def _check_base_fits(model: nn.Module, state: StateDict) -> None:
+def _check_base_fits(view: View, state: StateDict) -> None:
     """Refuse a full state that does not fit this model."""
-    wrong = _what_does_not_fit(_state_of_base(model), state)
+    wrong = _what_does_not_fit(_state_of_base(view), state)
     if wrong:
         raise BaseMismatchError(
             "This checkpoint has no adapters of this package, and as a base it does "
-            f"not fit {type(model).__name__}: {wrong}. Pass a checkpoint of the same "
+            f"not fit {view.title}: {wrong}. Pass a checkpoint of the same "
             "model, trained with or without LoRACallback."
         )
 
 
-def _state_of_base(model: nn.Module) -> dict[str, Any]:
+def _state_of_base(view: View) -> dict[str, Any]:
     """The state of a model without its adapters."""
-    state = state_dict(model, keep_vars=True)
-    return without(state, own_adapters_in(view_of(model), state))
+    state = state_dict(view.model, keep_vars=True)
+    return without(state, own_adapters_in(view, state))
 
 
 def _what_does_not_fit(expected: StateDict, state: StateDict) -> str:

@@ -27,7 +27,7 @@ from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.inject import inject_from_file
 from lightning_lora.model.merge import merge
 from lightning_lora.model.records import find_record, keep_record, state_of
-from lightning_lora.model.start_call import record_of, start_call
+from lightning_lora.model.start_call import start_call
 from lightning_lora.model.switch import activate, switch_to
 from lightning_lora.model.unmerge import unmerge_or_forget, unmerged
 from lightning_lora.model.view import View, refuse_lost_adapters, view_of
@@ -64,13 +64,20 @@ def adapt_and_put(
     # load_from_checkpoint and sums follow the rule of load_adapter, and errors name it
     record = start_call(model, "load_adapter")
     if record is None or name is None or name == record.adapter.name:
-        _put_in_place_of_active(
-            model, read, name, refuses_other_base=refuses_other_base
-        )
+        opened = _opened_to_adapt(model)
     else:
-        _put_beside_active(
-            model, read, name, record.adapter, refuses_other_base=refuses_other_base
+        opened = _opened_beside(model, record.adapter, name)
+    with opened as view:
+        stored = read(view)
+        is_new = _has_no_layers_yet(view)
+        if is_new:
+            _adapt_as_file_says(view, stored.config, name)
+        refuse_lost_adapters(view)
+        stored = _with_values_of_base(view, stored, is_new=is_new)
+        check_fits(
+            view, stored, reads_base_anew=True, refuses_other_base=refuses_other_base
         )
+        _write_adapters(view, stored)
 
 
 def put(
@@ -85,8 +92,7 @@ def put(
         reads_base_anew: Whether all of the base is read to be compared. Otherwise it
             has just been read.
     """
-    start_call(model, call)
-    with _opened(model) as view:
+    with _opened(model, call) as view:
         check_fits(
             view, stored, reads_base_anew=reads_base_anew, refuses_other_base=True
         )
@@ -95,81 +101,29 @@ def put(
 
 def put_state(model: nn.Module, state: StateDict) -> None:
     """Put a state alone on an adapted model, as :func:`put` does: nothing says how it was trained."""
-    start_call(model, "load_adapter_state_dict")
-    with _opened(model) as view:
+    with _opened(model, "load_adapter_state_dict") as view:
         check_state_fits(view, state)
         _write_state(view, state)
 
 
-def _put_in_place_of_active(
-    model: nn.Module, read: ReadFor, name: str | None, *, refuses_other_base: bool
-) -> None:
-    """Put the adapters of a file in the place of the active one.
-
-    The active one may be new and without layers, or the model is plain and has none.
-    """
-    with _opened_to_adapt(model) as view:
-        stored = read(view)
-        is_new = _has_no_layers_yet(view)
-        if is_new:
-            _adapt_as_file_says(view, stored.config, name)
-        record_of(model)  # refuses a model that shows its base
-        refuse_lost_adapters(view)
-        stored = _with_values_of_base(view, stored, is_new=is_new)
-        check_fits(
-            view, stored, reads_base_anew=True, refuses_other_base=refuses_other_base
-        )
-        _write_adapters(view, stored)
-
-
-def _put_beside_active(
-    model: nn.Module,
-    read: ReadFor,
-    name: str,
-    active: AdapterState,
-    *,
-    refuses_other_base: bool,
-) -> None:
-    """Put the adapters of a file into another adapter than the active one, and switch back to that.
-
-    If the model has no adapter of this name, ``activate`` makes one without layers, and
-    drops it after an error. Its configuration is not used: the file's takes its place.
-    """
-    # inside of ``unmerged``, the model is not merged: the inner call has no merge to undo
-    with unmerged(model), activate(model, name, active.config) as undo:
-        _put_in_place_of_active(
-            model, read, name, refuses_other_base=refuses_other_base
-        )
-        undo.keep()  # otherwise the end of the block would drop a new adapter
-        switch_to(model, active.name)
-
-
-# Open a model for the change: take a merge out of it, and restore it after an error
+# Open a model for the change
 #
-# Four blocks restore a model after an error. They are nested, so the inner one is first:
-#
-# 1. The ``Undo`` in ``_write_state`` restores values, and which of them are kept of the
-#    base.
-# 2. ``undone_on_error`` in ``_opened_to_adapt`` restores adapters, records and
-#    ``requires_grad``. ``_opened`` needs no such block: there, the layers stay adapted
-#    as they are.
-# 3. In ``_opened_to_adapt``, ``_restore_merge`` merges the model again. Or if it was not
-#    unmerged, because its adapters were dropped, the record of these comes back. In
-#    ``_opened``, ``unmerged`` merges again in any case: with the new adapters after
-#    success, and with the old ones after an error.
-# 4. In ``_put_beside_active``, ``activate`` makes the former adapter active again. Then
-#    ``unmerged`` merges that one again.
+# Each of the three blocks yields a view of the model: it is not merged, and the adapter to
+# be written is the active one. After an error, a block restores the model, but for its
+# values: ``_write_state`` restores these.
 
 
 @contextmanager
-def _opened(model: nn.Module) -> Iterator[View]:
+def _opened(model: nn.Module, call: str) -> Iterator[View]:
     """Open a model that is adapted.
 
-    If it is merged, it is merged again at the end.
+    If it is merged, it is merged again at the end: with the new adapters, or after an
+    error with the old ones. Its layers stay adapted as they are, so nothing else needs to
+    be restored.
     """
-    view_of(model)  # refuses a model without adapters, or one that has lost some
+    view_of(model, call)  # refuses a model without adapters, or one that has lost some
     with unmerged(model):
-        yield view_of(model)
+        yield View(model)
 
 
 @contextmanager
@@ -199,6 +153,22 @@ def _restore_merge(model: nn.Module, record: Record) -> None:
         keep_record(model, record)
     elif not state_of(model).is_merged:
         merge(model)
+
+
+@contextmanager
+def _opened_beside(model: nn.Module, active: AdapterState, name: str) -> Iterator[View]:
+    """Open a model for another adapter than the active one, which is active again at the end.
+
+    Then the model is also merged again, if it was. If it has no adapter of this name,
+    ``activate`` makes one without layers, and drops it after an error. Its
+    configuration is not used: the file's takes its place.
+    """
+    with unmerged(model), activate(model, name, active.config) as undo:
+        view = View(model)
+        with undone_on_error(view):
+            yield view
+        undo.keep()  # otherwise the end of the block would drop a new adapter
+        switch_to(model, active.name)
 
 
 # Adapt a model as a file says
