@@ -28,12 +28,7 @@ def switch_to(model: nn.Module, name: str | None) -> "SwitchBlock":
     """
     record = record_of(model, "set_adapter")
     check_known(record, name, model)
-    block = SwitchBlock(
-        model,
-        name,
-        shown_before=record.name_in_effect,
-        active_before=record.adapter.name,
-    )
+    block = SwitchBlock.from_now(model, record, name)
     if name == block.shown_before:
         return block
     if name is None:
@@ -65,6 +60,13 @@ class SwitchBlock(AbstractContextManager[None]):
 
     active_before: str
     """The adapter that was on the layers before, with effect or without."""
+
+    @classmethod
+    def from_now(
+        cls, model: nn.Module, record: Record, name: str | None
+    ) -> "SwitchBlock":
+        """Return the block of a call that is about to switch: it leads back to what the model shows now."""
+        return cls(model, name, record.name_in_effect, record.adapter.name)
 
     def __enter__(self) -> None:
         switch_to(self.model, self.name)

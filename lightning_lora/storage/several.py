@@ -110,13 +110,8 @@ def _show_sum(
             f"An adapter has the name of this sum, {title!r}. Load it under another "
             "name."
         )
-    # the end of this block leads back to what the model shows now, before the switch
-    block = switch.SwitchBlock(
-        model,
-        title,
-        shown_before=record.name_in_effect,
-        active_before=record.adapter.name,
-    )
+    # made first: _put_sum may switch already
+    block = switch.SwitchBlock.from_now(model, record, title)
     _put_sum(model, record, title, summed, weights)
     switch.switch_to(model, title)
     return block
@@ -240,8 +235,7 @@ def _stored(model: nn.Module, name: str) -> StoredAdapters:
     return replace(
         stored,
         state=state,
-        untrained=[],
-        filled=[],
+        of_no_base=[],
         source=f"the adapter {name!r} of {stored.source}",
     )
 

@@ -1,6 +1,6 @@
 """Adapters outside of a model: what training changed, and what a file says of it."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from lightning_lora.storage.stored_modules import (
 )
 from lightning_lora.targets.lookup import OUTPUT_HEAD
 from lightning_lora.tensors.dicts import dict_or_empty, only, where
-from lightning_lora.tensors.names import is_in_any, names_inside, owner_of
+from lightning_lora.tensors.names import is_in_any, names_inside, names_not_in, owner_of
 from lightning_lora.tensors.values import is_computable
 
 # the entry of a checkpoint, or of a file's metadata, that describes the adapters
@@ -56,8 +56,8 @@ class StoredAdapters:
     """Adapters outside of a model: every file format reads into this or writes from it.
 
     ``state`` has the values. Beside adapters and what trains in full, it has values
-    that are not the base's own, in two groups: ``changed`` weights, which are frozen
-    (some look ``untrained``, as a new head), and ``filled`` buffers.
+    that are not the base's own: of ``changed`` weights, which are frozen, and of
+    buffers. Those that each run has for itself belong to no base (``of_no_base``).
 
     All names are those of the model that was saved; after :meth:`with_names_of_model`,
     those of the model at hand. Only ``base`` keeps the file's names, because its layout
@@ -82,11 +82,11 @@ class StoredAdapters:
     changed: Sequence[str] = field(default_factory=list)
     """The frozen weights whose values are in the state."""
 
-    untrained: Sequence[str] = field(default_factory=list)
-    """Those of the changed weights that look untrained: they belong to no base."""
+    of_no_base: Sequence[str] = field(default_factory=list)
+    """The changed weights that look untrained, and the buffers that hooks filled, perhaps from data.
 
-    filled: Sequence[str] = field(default_factory=list)
-    """The buffers that hooks filled, perhaps from data: they belong to no base."""
+    Files call these ``random``.
+    """
 
     saved: dict[str, list[str]] = field(default_factory=dict)
     """The names of all tensors in each module of ``modules_to_save``."""
@@ -117,16 +117,13 @@ class StoredAdapters:
         layers = layers_of(view)
         _check_as_configured(view, config, layers.values())
         saved = _saved_entries(view, config)
-        changed = list(only(state, view.frozen_base))
-        untrained, filled = _split(names_of_no_base(view), changed)
         return cls(
             config=config,
             state=state,
             layers=layers,
             base=base,
-            changed=changed,
-            untrained=untrained,
-            filled=filled,
+            changed=list(only(state, view.frozen_base)),
+            of_no_base=list(names_of_no_base(view)),
             saved=saved,
             root=root_of(view.model),
             modules=modules_to_store(
@@ -148,16 +145,13 @@ class StoredAdapters:
             layers[about["name"]] = StoredLayer.from_dict(about)
         config = stored_config(description)
         since = _said_since_0_2_0(description)
-        changed = description.get("changed", [])
-        untrained, filled = _split(description.get("random", ()), changed)
         return cls(
             config=config,
             state=state,
             layers=layers,
             base=description.get("base", []),
-            changed=changed,
-            untrained=untrained,
-            filled=filled,
+            changed=description.get("changed", []),
+            of_no_base=description.get("random", []),
             saved=description.get("saved", {}),
             root=description.get("root", ""),
             modules=modules_of(since.get("modules", ())),
@@ -200,8 +194,7 @@ class StoredAdapters:
             state=renaming.with_names_here(self.state),
             layers=layers,
             changed=renaming.names_here(self.changed),
-            untrained=renaming.names_here(self.untrained),
-            filled=renaming.names_here(self.filled),
+            of_no_base=renaming.names_here(self.of_no_base),
             saved=saved,
             root=renaming.name_here(self.root),
             modules=renaming.with_names_here(self.modules),
@@ -218,17 +211,10 @@ class StoredAdapters:
         return bool(self.base)
 
     @property
-    def of_no_base(self) -> list[str]:
-        """The names of weights that look untrained, and of filled buffers: each run has its own values of them.
-
-        Files call these ``random``.
-        """
-        return [*self.untrained, *self.filled]
-
-    @property
     def filled_in_state(self) -> list[str]:
-        """The filled buffers that have a value in the state: user code may have dropped others from it."""
-        return [name for name in self.filled if name in self.state]
+        """The buffers that hooks filled and whose values are in the state: user code may drop some from it."""
+        buffers = names_not_in(self.of_no_base, set(self.changed))
+        return [name for name in buffers if name in self.state]
 
     def adapter_names(self) -> set[str]:
         """Return the names of the adapters' tensors in the state."""
@@ -294,22 +280,6 @@ def _check_as_configured(
             "from another model. Adapt this one with their r and alpha (rank_pattern, "
             "alpha_pattern), and copy lora_A and lora_B."
         )
-
-
-def _split(
-    of_no_base: Iterable[str], changed: Collection[str]
-) -> tuple[list[str], list[str]]:
-    """Split what belongs to no base: into frozen weights that look untrained, and buffers that hooks filled.
-
-    ``changed`` are the names of weights that the file holds: all that look untrained are
-    among them.
-    """
-    untrained = list[str]()
-    filled = list[str]()
-    for name in of_no_base:
-        group = untrained if name in changed else filled
-        group.append(name)
-    return untrained, filled
 
 
 # What a file says

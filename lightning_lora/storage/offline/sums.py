@@ -70,7 +70,7 @@ def weighted_sum(
         state,
         layers,
         first.base,
-        filled=first.filled_in_state,
+        of_no_base=first.filled_in_state,
         root=first.root,
         modules=modules,
     )
