@@ -1,11 +1,14 @@
 """Where a model goes that is loaded from a checkpoint: ``map_location``, as ``torch.load`` takes it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from lightning_lora.errors import ConfigError
+
+Device = str | torch.device
 
 
 class PlaceOfModel:
@@ -17,27 +20,15 @@ class PlaceOfModel:
     """
 
     def __init__(self, map_location: Any) -> None:
-        # a device can be called too: as a decorator
-        self._is_device = isinstance(map_location, str | torch.device)
-        self._is_map = isinstance(map_location, Mapping)
-        self._is_function = not self._is_device and callable(map_location)
-        is_known = self._is_device or self._is_map or self._is_function
-        if map_location is not None and not is_known:
-            raise ConfigError(
-                f"map_location={map_location!r} is not known. Expected a device such "
-                "as 'cuda:0', a dict from devices to devices, or a function, as "
-                "torch.load takes them."
-            )
         self._map_location = map_location
+        self._find_device = _finder(map_location)
         # where the file's first tensor was when it was saved, such as "cuda:0"
         self._saved_on = ""
 
     def for_reading(self) -> Any:
         """Return the ``map_location`` that reads a file into the host's memory."""
         # torch takes no function for some tensors: so it gets one only if it must
-        if self._is_map or self._is_function:
-            return self._keep_on_host
-        return "cpu"
+        return "cpu" if self._find_device is None else self._keep_on_host
 
     def _keep_on_host(self, storage: Any, location: str) -> Any:
         """Leave a storage where torch has read it, and note where the first one was."""
@@ -45,17 +36,37 @@ class PlaceOfModel:
             self._saved_on = location
         return storage
 
-    def device(self) -> str | torch.device | None:
+    def device(self) -> Device | None:
         """Return the device for the model, after its file was read.
 
         None: the model stays where it is.
         """
-        saved_on = self._saved_on or "cpu"
-        if self._is_map:
-            mapped: str | torch.device = self._map_location.get(saved_on, saved_on)
-            return mapped
-        if self._is_function:
-            storage = self._map_location(torch.UntypedStorage(0), saved_on)
-            # None: the function leaves it to torch, which takes the device of the file
-            return torch.device(saved_on) if storage is None else storage.device
-        return self._map_location  # type: ignore[no-any-return]  # a device, or None
+        if self._find_device is None:
+            return self._map_location  # type: ignore[no-any-return]  # a device, or None
+        return self._find_device(self._saved_on or "cpu")
+
+
+def _finder(map_location: Any) -> Callable[[str], Device] | None:
+    """What finds the device of the model by that of the file. None: the device is given, or none is."""
+    # a device comes first, because it can be called too: as a decorator
+    if map_location is None or isinstance(map_location, str | torch.device):
+        return None
+    if isinstance(map_location, Mapping):
+        return lambda saved_on: map_location.get(saved_on, saved_on)
+    if callable(map_location):
+        return partial(_device_by, map_location)
+    raise ConfigError(
+        f"map_location={map_location!r} is not known. Expected a device such as "
+        "'cuda:0', a dict from devices to devices, or a function, as torch.load takes "
+        "them."
+    )
+
+
+def _device_by(function: Callable[[Any, str], Any], saved_on: str) -> torch.device:
+    """Where a function puts a storage that was saved on a device.
+
+    Torch calls it with the storage. If it returns None, torch takes the device of the
+    file.
+    """
+    storage = function(torch.UntypedStorage(0), saved_on)
+    return torch.device(saved_on) if storage is None else storage.device

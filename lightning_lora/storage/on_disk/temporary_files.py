@@ -54,6 +54,7 @@ def remove_left_parts(folder: Path) -> None:
 
 def _is_left(path: Path, name: re.Match[str]) -> bool:
     """Whether nobody is writing a temporary file any more."""
+    # a name of 0.2.0 says no machine
     can_be_asked_for = name["machine"] == _machine() and os.name == "posix"
     if not can_be_asked_for:
         return time.time() - path.stat().st_mtime > _ABANDONED

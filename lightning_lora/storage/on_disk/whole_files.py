@@ -13,18 +13,14 @@ from lightning_lora.storage.on_disk.temporary_files import temporary_file
 
 
 @contextmanager
-def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
+def writing(path: Any) -> Iterator[Any]:
     """Yield a temporary file, then move it to its place: there is always a whole file, the old one or the new one.
 
-    Args:
-        path: The place. What is elsewhere, such as ``s3://...``, is yielded as it is.
-        beside: Whether there is a temporary file. Otherwise this turns errors into
-            ours, and no more.
+    A place elsewhere, such as ``s3://...``, is yielded as it is.
     """
-    local = local_path(path) if beside else None
-    with write_errors(
-        path
-    ):  # checks of the path may fail too: its name may be too long
+    local = local_path(path)
+    # the checks in this block may fail too: a name may be too long
+    with write_errors(path):
         if local is None:
             yield path
             return
@@ -81,10 +77,10 @@ def _is_free(path: Path) -> bool:
 
 
 @contextmanager
-def write_errors(path: Any) -> Iterator[None]:
-    """Turn what writing to ``path`` raises into one of our errors."""
+def write_errors(path: Any) -> Iterator[Any]:
+    """Yield a path as it is, and turn what writing to it raises into one of our errors."""
     try:
-        yield
+        yield path
     except LoRAError:
         raise
     except (

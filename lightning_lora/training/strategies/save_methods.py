@@ -10,7 +10,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guard
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage.formats.lightning import with_callback_state
-from lightning_lora.storage.on_disk.whole_files import writing
+from lightning_lora.storage.on_disk.whole_files import write_errors, writing
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import names_inside
 from lightning_lora.training import compatibility
@@ -57,7 +57,8 @@ class SaveMethods(SetUpMethods):
         # the process that writes at once does so beside the file, which is replaced
         # when all is written
         writes_beside = self.strategy.is_global_zero and not written_later
-        with writing(filepath, beside=writes_beside) as path:
+        write = writing if writes_beside else write_errors
+        with write(filepath) as path:
             self.original.save_checkpoint(checkpoint, path, storage_options)
 
     def _may_be_written_later(self) -> bool:
