@@ -12,6 +12,9 @@ converted to another dtype, or quantised.
 A fingerprint in a file has one digest for each tensor. Its entry ``rounded`` has half
 digests by the tensors' names: those of the values in bfloat16 and in float16. None: the
 tensor is quantised. Empty: the tensor has integers, or its half digests are not known.
-A file without this entry does not say the names. ``BaseThere`` is what all this says of
-the base of a training.
+A file without this entry does not say the names.
+
+A comparison has three parts. The tensors here are listed, each as a ``ComparedTensor``.
+``BaseThere`` has what a fingerprint says, and tells of each of them whether it is the
+same. ``compare`` asks that of all, and answers with a ``Comparison``.
 """

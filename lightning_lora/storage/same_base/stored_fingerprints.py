@@ -85,27 +85,27 @@ class _BaseNow:
         known must do, and the rest are empty.
         """
         digests = digests_by_name(self.tensors, fingerprint)
-        known: HalfDigests = {
-            name: self.readings.known_half_digests(digest)
+        if have_same_form(fingerprint, self.form):
+            self._compute_half_digests(digests)
+        return {
+            name: self._known_half_digests(name, digest)
             for name, digest in digests.items()
         }
-        quantised: HalfDigests = dict.fromkeys(self.quantised & digests.keys())
-        computed: HalfDigests = {}
-        if have_same_form(fingerprint, self.form):
-            computed = self._computed(digests)
-        # ``known`` has all names, so the order stays
-        return {**known, **quantised, **computed}
 
-    def _computed(self, digests: Mapping[str, int]) -> HalfDigests:
-        """The half digests of all tensors whose values are at hand.
+    def _known_half_digests(self, name: str, digest: int) -> list[int] | None:
+        """What a file says of a tensor with this digest."""
+        if name in self.quantised:
+            return None
+        # integers have none, though a floating-point tensor may have the same digest
+        if not is_convertible(self.tensors[name]):
+            return []
+        return self.readings.known_half_digests(digest)
 
-        Each is computed once in a run.
-        """
+    def _compute_half_digests(self, digests: Mapping[str, int]) -> None:
+        """Compute the half digests of all tensors whose values are at hand: they are known from then on."""
         by_digest = {digests[name]: tensor for name, tensor in self.computable.items()}
         # of shards, all are computed first: one by one, each would cost a message between
         # the processes
         self.readings.compute_half_digests_of_dtensors(by_digest)
-        return {
-            name: self.readings.half_digests_of(digests[name], tensor)
-            for name, tensor in self.computable.items()
-        }
+        for digest, tensor in by_digest.items():
+            self.readings.half_digests_of(digest, tensor)
