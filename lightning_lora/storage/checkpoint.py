@@ -98,10 +98,10 @@ def _with_description(
 def with_merged_model(
     model: nn.Module, checkpoint: Checkpoint, *, written_later: bool = False
 ) -> tuple[Checkpoint, dict[str, float]]:
-    """Return a checkpoint with the whole merged model, for any code.
+    """Return a checkpoint of :func:`adapter_only` with the whole merged model as its state, for any code.
 
-    The adapters are in the entry of this package. Also return the share of each layer's
-    update that is lost to rounding.
+    The adapters go into the entry of this package. Also return the share of each
+    layer's update that is lost to rounding.
     """
     adapters = without_hints(checkpoint["state_dict"])
     description = without(checkpoint[KEY], [SHOWN])

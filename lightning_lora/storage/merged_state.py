@@ -76,9 +76,9 @@ def _state_with(view: View, changed: StateDict, merged: Mapping[str, Tensor]) ->
     adapter_names = {*view.adapter_parameters, *map(plain_name, adapters_in_state)}
     new_values = without({**changed, **merged}, adapter_names)
     for name, value in state.items():
-        state[name] = detached(new_values.get(plain_name(name), value))
-    added = without(new_values, set(map(plain_name, state)))
-    state.update(added)
+        state[name] = detached(new_values.pop(plain_name(name), value))
+    values_without_place = new_values  # the loop has taken out all others
+    state.update(values_without_place)
     return state
 
 

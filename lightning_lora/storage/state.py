@@ -93,7 +93,7 @@ def is_hint(name: object) -> bool:
 
 
 def values_to_store(
-    view: View, state: StateDict, of_no_base: Collection[str] = ()
+    view: View, state: StateDict, of_no_base: Collection[str]
 ) -> dict[str, Any]:
     """Return what files hold of a state of the model, which may be an average of it.
 
@@ -116,7 +116,7 @@ def values_to_store(
     values = {
         **_without_graphs(trained_tensors(view)),
         **_frozen_that_may_be_stored(view, not_the_bases),
-        **_besides_frozen(view, state),
+        **besides_frozen(view, state),
     }
     originals = without(view.adapter.originals, {*view.trainable_base, *not_the_bases})
     return without(values, _unchanged(values, originals))
@@ -131,8 +131,8 @@ def _frozen_that_may_be_stored(
     return _without_graphs({**frozen, **changed_buffers})
 
 
-def _besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
-    """What a state of the model holds besides frozen weights and entries of quantised layers, which are frozen too.
+def besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
+    """Return what a state of the model holds besides frozen weights, and frozen entries of quantised layers.
 
     Of a shared adapter, which has several names, only that of its layer is left. Trained
     weights are left out too where the state has merged values in their place.
@@ -206,7 +206,8 @@ def diverged(view: View, values: StateDict) -> list[str]:
     """Return what trains, and statistics of norms, whose values are NaN or infinite, as a diverged run leaves them."""
     names = [*view.adapter_parameters]
     originals = dict[str, Tensor]()
-    # not so if a part of an adapted module is saved by itself: the record is the module's
+    # a part of an adapted model may be saved by itself. It has no record, which alone says
+    # what else trains
     if view.is_adapted:
         names += [*view.trainable_base, *_statistics(view)]
         originals = view.adapter.originals

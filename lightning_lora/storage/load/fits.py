@@ -19,7 +19,7 @@ from lightning_lora.model.base_values import tensors_with_originals
 from lightning_lora.model.untrained.of_no_base import names_of_no_base
 from lightning_lora.model.view import View
 from lightning_lora.storage.same_base.base_check import check_base
-from lightning_lora.storage.state import diverged, trained_tensors, values_to_store
+from lightning_lora.storage.state import besides_frozen, diverged, trained_tensors
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import Wanted, bare, wanted_of
 from lightning_lora.tensors.dicts import only, without
@@ -186,27 +186,29 @@ def _check_names(
         view: The model.
         state: The state.
         needed: The names that it must have.
-        of_no_base: Names of frozen weights that it may have, because they look
-            untrained in this model.
+        of_no_base: Names of tensors of this model that it may have, because each run
+            has its own values of them.
         remedy: The end of the error.
     """
     missing = names_not_in(needed, state)
-    expected = {*needed, *view.buffers, *tensors_with_originals(view)}
+    frozen = {*of_no_base, *view.record.base.changes}
+    expected = {
+        *needed,
+        *only(view.frozen_base, frozen),
+        *view.buffers,
+        *tensors_with_originals(view),
+    }
     unexpected = names_not_in(state, expected)
-    # the model's whole state is made only if it must be: few states have other names
+    # modules' own code may have added the rest. The model's whole state tells, which is
+    # made only if it must be
     if unexpected:
-        in_own_file = _names_in_own_file(view, of_no_base)
-        unexpected = names_not_in(unexpected, in_own_file)
+        in_whole_state = besides_frozen(view, state_dict(view.model))
+        unexpected = names_not_in(unexpected, in_whole_state)
     wrong = misfits({"missing": missing, "unexpected": unexpected})
     if wrong:
         raise AdapterMismatchError(
             f"These adapters do not fit {view.title}: {wrong}. {remedy}"
         )
-
-
-def _names_in_own_file(view: View, of_no_base: Collection[str]) -> Collection[str]:
-    """The names that a file of this model would have now: also those of entries that modules' own code adds."""
-    return values_to_store(view, state_dict(view.model), of_no_base)
 
 
 # The base
