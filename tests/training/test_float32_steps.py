@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.training.optimizers.float32_steps import Float32Steps
+from lightning_lora.training.optimizers.float32_steps import KEY, Float32Steps
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import fit, resumes_to_the_bit
 from tests.support.models import LitTiny, X, data, lora, state
@@ -127,6 +127,24 @@ def test_a_file_of_a_float32_base_loads_into_a_float16_one(tmp_path: Path) -> No
     for p in half.parameters():
         assert p.dtype == torch.float16
     assert type(half.head) is nn.Linear
+
+
+def test_a_step_that_is_skipped_leaves_the_float32_values_in_the_optimizers_state() -> (
+    None
+):
+    p = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    optimizer = torch.optim.Adam([p], lr=1e-5)
+    steps = Float32Steps([p])
+    p.grad = torch.ones_like(p)
+    steps.begin_optimizer_step(optimizer)
+    optimizer.step()
+    values = optimizer.state[p][KEY].clone()
+    steps.begin_optimizer_step(optimizer)
+    steps.pause_optimizer_step()
+    assert p.tolist() == [1.0, 1.0]
+    assert (values < 1).all()
+    assert torch.equal(optimizer.state[p][KEY], values)
+    steps.close()
 
 
 def test_the_next_step_begins_from_what_other_code_has_written() -> None:

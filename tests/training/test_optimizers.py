@@ -21,7 +21,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.model.view import view_of
-from lightning_lora.training.optimizers.edits import rewrite_groups
+from lightning_lora.training.optimizers.edits import take_out
 from lightning_lora.training.optimizers.groups import held_by
 from lightning_lora.training.optimizers.optimizer_states import refusing_other_states
 from lightning_lora.training.optimizers.train_adapters import train_adapters
@@ -666,12 +666,7 @@ def test_an_optimizer_from_which_adapters_were_taken_out_trains_those_of_the_nex
         assert held_by([optimizer]) == {
             p for p in model.parameters() if p.requires_grad
         }
-        of_first = set(model[0].parameters())
-        left = [
-            [p for p in group["params"] if p not in of_first]
-            for group in optimizer.param_groups
-        ]
-        rewrite_groups(view_of(model), optimizer, left)
+        take_out(view_of(model), optimizer, set(model[0].parameters()))
         remove_adapters(model)
 
 

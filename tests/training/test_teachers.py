@@ -69,6 +69,20 @@ class Apart(Student):
         return [of_first, of_last]
 
 
+class ScaledByLoss(Student):
+    """Its loss has a parameter that is not the module's, as those of pytorch-metric-learning have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_loss = [nn.Parameter(torch.ones(()))]
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * self.of_loss[0]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([*self.student.parameters(), *self.of_loss], lr=0.01)
+
+
 def fit(folder: Path, module: Any) -> None:
     """Fit with adapters that stay."""
     rows = TensorDataset(torch.randn(16, 8))
@@ -91,6 +105,17 @@ def test_a_teacher_is_left_alone_whatever_the_groups_of_its_student(
     ]
     assert module.student[0].lora_B.any()
     assert_same_tensors(values_of(module.teacher), before)
+
+
+def test_a_parameter_of_the_loss_trains_on_beside_a_teacher_that_is_left_alone(
+    tmp_path: Path,
+) -> None:
+    module = ScaledByLoss()
+    fit(tmp_path, module)
+    assert not any(
+        name.startswith("teacher.0.lora") for name in names_of_parameters(module)
+    )
+    assert module.of_loss[0] < 1
 
 
 def test_a_backbone_that_no_group_holds_is_an_error_before_the_first_step(

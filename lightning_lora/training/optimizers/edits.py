@@ -1,7 +1,8 @@
 """What we write into an optimizer's groups, and what stood there before, as it may come again in another fit."""
 
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -14,10 +15,10 @@ from lightning_lora.training.optimizers.groups import (
     held_by,
     listed_parameters,
 )
-from lightning_lora.training.optimizers.scaled_groups import find_scaled_groups
 
 
-class _Written(NamedTuple):
+@dataclass
+class _Written:
     """An optimizer's groups as they were built, and as we have written them."""
 
     built: list[Params]
@@ -71,13 +72,16 @@ def built_groups(optimizer: Optimizer) -> list[Params]:
     return now
 
 
-def rewrite_groups(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
-    """Write other parameters into groups that an edit has written before, and into the scaled groups behind them."""
-    _write(view, optimizer, groups)
-    scaled = find_scaled_groups(optimizer)
-    ours = listed_parameters(optimizer) if scaled is None else scaled.listed_without()
+def take_out(view: View, optimizer: Optimizer, parameters: Set[nn.Parameter]) -> None:
+    """Take parameters out of the groups that an edit has written, and of the scaled groups behind them."""
+    _write(view, optimizer, _without(listed_parameters(optimizer), parameters))
     written: _Written = vars(optimizer)[_ATTRIBUTE]
-    vars(optimizer)[_ATTRIBUTE] = _Written(written.built, ours)
+    written.ours = _without(written.ours, parameters)
+
+
+def _without(groups: list[Params], parameters: Set[nn.Parameter]) -> list[Params]:
+    """Some groups without these parameters."""
+    return [[p for p in group if p not in parameters] for group in groups]
 
 
 def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:

@@ -49,18 +49,14 @@ def _requires_grad(p: nn.Parameter) -> bool:
 class Float32Steps:
     """Lets each optimizer of a fit see float32 values in its steps.
 
-    Where the float32 values of a weight are:
-
-    - in a step of its optimizer: in the weight, which is float32 then.
-    - while that step computes its loss again: in ``_in_paused_steps``.
-    - between two steps: in the optimizer's state.
+    In a step of its optimizer, a weight is float32. Otherwise its float32 values are in
+    the optimizer's state: between two steps, and while a step computes its loss again.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
         self._weights = set(weights)
         # the weights that are float32 now, each with the optimizer whose step that is
         self._shown_to: dict[nn.Parameter, Optimizer] = {}
-        self._in_paused_steps: dict[nn.Parameter, Tensor] = {}
         self._hooks: dict[Optimizer, RemovableHandle] = {}
         self._while_open = ExitStack()
 
@@ -83,30 +79,21 @@ class Float32Steps:
         if not hidden:
             return
         for p in hidden & held_by([optimizer]):
-            _convert(p, _as_float32(p, self._pop_values(optimizer, p)))
+            # optimizers take an empty state for a parameter's first step: so the values
+            # are not in it
+            values = optimizer.state.get(p, {}).pop(KEY, None)
+            _convert(p, _as_float32(p, values))
             self._shown_to[p] = optimizer
         if optimizer not in self._hooks:
             self._hooks[optimizer] = optimizer.register_step_post_hook(
                 self._end_optimizer_step
             )
 
-    def _pop_values(self, optimizer: Optimizer, p: nn.Parameter) -> Tensor | None:
-        """Take the float32 values of a paused step, or of the last one.
-
-        In a step, they are not in the state: optimizers take an empty state for a
-        parameter's first step.
-        """
-        if p in self._in_paused_steps:
-            return self._in_paused_steps.pop(p)
-        state = optimizer.state.get(p, {})
-        values: Tensor | None = state.pop(KEY, None)
-        return values
-
     def _end_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Keep the float32 values in the optimizer's state."""
+        """Hide the float32 values that this optimizer has seen in its step."""
         for p, shown_to in list(self._shown_to.items()):
             if shown_to is optimizer:
-                optimizer.state[p][KEY] = self._hide(p)
+                self._hide(p)
 
     def pause_optimizer_step(self) -> None:
         """Hide the float32 values, if an optimizer's step is not over.
@@ -114,14 +101,13 @@ class Float32Steps:
         LBFGS and SAM compute the loss again in a step; a GradScaler may skip it.
         """
         for p in list(self._shown_to):
-            self._in_paused_steps[p] = self._hide(p)
+            self._hide(p)
 
-    def _hide(self, p: nn.Parameter) -> Tensor:
-        """Make a weight float16 again. Return its float32 values."""
-        values = p.data
-        _convert(p, values.half())
-        del self._shown_to[p]
-        return values
+    def _hide(self, p: nn.Parameter) -> None:
+        """Make a weight float16 again. The state of its optimizer gets its float32 values."""
+        optimizer = self._shown_to.pop(p)
+        optimizer.state[p][KEY] = p.data
+        _convert(p, p.data.half())
 
     def close(self) -> None:
         """End a step that failed, and remove the hooks."""
@@ -129,7 +115,6 @@ class Float32Steps:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        self._in_paused_steps.clear()
         self._while_open.close()
 
 

@@ -26,7 +26,6 @@ from lightning_lora.training.optimizers.groups import (
     ParameterGroup,
     Params,
     held_by,
-    listed_parameters,
     settings_of,
 )
 from lightning_lora.training.optimizers.scales import GroupScale, Scales
@@ -165,14 +164,6 @@ class ScaledGroups:
         for group, origin in zip(groups[self._slice], self._origins, strict=False):
             yield _Scaled(group, groups[origin.place], origin.scale)
 
-    def listed_without(self) -> list[Params]:
-        """Return the parameters that each of the module's groups would have without the scaled groups."""
-        groups = listed_parameters(self._optimizer)
-        for parameters, origin in zip(groups[self._slice], self._origins, strict=True):
-            groups[origin.place] += parameters
-        del groups[self._slice]
-        return groups
-
     # Their rates
 
     def update_rates(self) -> None:
@@ -188,10 +179,11 @@ class ScaledGroups:
     def hidden(self) -> Iterator[None]:
         """Hide the scaled groups from a scheduler that steps inside the ``with`` block.
 
-        Afterwards they get the rates that it has set, times their scales.
+        Afterwards they get the rates that it has set, times their scales. If it calls
+        the optimizer's step, as some Noam schedulers do, ``begin_step`` shows them for
+        that.
         """
-        # a scheduler that has called this one has hidden them
-        if self._hidden:
+        if self._hidden:  # this scheduler is inside another one, which has hidden them
             yield
             return
         groups = self._optimizer.param_groups
@@ -204,7 +196,7 @@ class ScaledGroups:
             self.update_rates()
 
     def _show(self) -> None:
-        """Put hidden groups back, if there are any."""
+        """Put the hidden groups back, if there are any."""
         self._optimizer.param_groups[self._first : self._first] = self._hidden
         self._hidden = []
 
@@ -224,16 +216,17 @@ class ScaledGroups:
         self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Update the rates before a step. Return its arguments, if they change."""
-        # a scheduler that hides the scaled groups may call the optimizer's step
         self._show()
         # code may have written one rate into all groups, as a warm-up does
         self.update_rates()
         self._steps.begin(optimizer, optimizer.param_groups[self._slice])
+        # Lightning passes the closure by name. Other code may pass one by place: no
+        # hook runs in that.
         closure = kwargs.get("closure")
-        if closure:
-            return args, {**kwargs, "closure": partial(self._run_closure, closure)}
-        self._steps.note_gradients()
-        return None
+        if closure is None:
+            self._steps.note_gradients()
+            return None
+        return args, {**kwargs, "closure": partial(self._run_closure, closure)}
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         """Run the closure of a step, in which hooks may write rates too."""

@@ -34,7 +34,12 @@ class _Before(NamedTuple):
 
 
 class WatchedSteps:
-    """Watches an optimizer's steps until one has trained added groups."""
+    """Watches an optimizer's steps until one has trained added groups.
+
+    Each step is between ``begin`` and ``end``. Some optimizers remove the gradients in
+    their step, as SAM does: so ``note_gradients`` is also called before that, when they
+    are there.
+    """
 
     def __init__(self) -> None:
         self._before_step: list[_Before] = []  # empty between two steps
@@ -65,7 +70,7 @@ class WatchedSteps:
 
     def end(self, optimizer: Optimizer) -> None:
         """After a step, refuse an optimizer that has trained nothing of these groups."""
-        self.note_gradients()  # a closure may have computed them in the step
+        self.note_gradients()
         self._has_trained |= any(
             each.was_trained_by(optimizer) for each in self._before_step
         )

@@ -5,7 +5,6 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import StrategyError, listed
@@ -15,7 +14,7 @@ from lightning_lora.model.still.settle import strip_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.dicts import with_values, without
 from lightning_lora.tensors.names import names_inside, names_outside
-from lightning_lora.training.optimizers.edits import rewrite_groups
+from lightning_lora.training.optimizers.edits import take_out
 from lightning_lora.training.optimizers.group_checks import no_place_error
 from lightning_lora.training.optimizers.groups import groups_of, held_by
 from lightning_lora.training.steps.backbones import Backbones, Judged
@@ -37,11 +36,7 @@ def strip_non_backbones(
         _check_places(view, judged.backbones, strategy.optimizers)
         _tell_of_backbones(view, judged)
     if judged.others:
-        view = view_of(model)
-        strip_adapters(view, judged.others)
-        freeze(view)
-        rank_zero_info(about_networks_left_out(judged.others, view.title))
-        _take_out_frozen(model, optimizer)
+        _strip(view_of(model), optimizer, judged.others)
     return bool(judged.others)
 
 
@@ -99,11 +94,12 @@ def _tell_of_backbones(view: View, judged: Judged) -> None:
         )
 
 
-def _take_out_frozen(model: nn.Module, optimizer: Optimizer) -> None:
-    """Take parameters that train no more out of the groups."""
-    view = view_of(model)
-    trained = set(model.parameters()) - set(view.frozen_base.values())
-    groups = []
-    for group in optimizer.param_groups:
-        groups.append([p for p in group["params"] if p in trained])
-    rewrite_groups(view, optimizer, groups)
+def _strip(view: View, optimizer: Optimizer, networks: Sequence[str]) -> None:
+    """Remove the adapters of networks, and take what trains no more out of the optimizer."""
+    adapters = set(view.adapter_parameters.values())
+    strip_adapters(view, networks)
+    freeze(view)
+    rank_zero_info(about_networks_left_out(networks, view.title))
+    view = view_of(view.model)
+    removed = adapters.difference(view.adapter_parameters.values())
+    take_out(view, optimizer, removed.union(view.frozen_base.values()))
