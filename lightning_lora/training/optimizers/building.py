@@ -18,16 +18,18 @@ def build_optimizers(strategy: Any, build: Callable[[], Any]) -> Any:
     """Run the user's ``configure_optimizers``, by ``build``, where the base looks trainable.
 
     If adapters make it fail, run it once more without them. Some code sorts all
-    parameters by name, as minGPT's does, and refuses names that it does not know.
+    parameters by name, as minGPT's does, and refuses names that it does not know. If it
+    fails again, the first error is raised.
     """
     with _showing_trainable_base(strategy.lightning_module):
         try:
             return build()
         except Exception as error:
             view = View(strategy.lightning_module)
-            if not _names_any(error, view.adapter_parameters):
-                raise
-            return _build_without_adapters(view, strategy, build, error)
+            if _names_any(error, view.adapter_parameters):
+                with suppress(Exception):
+                    return _build_without_adapters(view, strategy, build)
+            raise
 
 
 @contextmanager
@@ -53,22 +55,16 @@ def _names_any(error: Exception, names: Iterable[str]) -> bool:
     return any(name in text for name in names)
 
 
-def _build_without_adapters(
-    view: View, strategy: Any, build: Callable[[], Any], error: Exception
-) -> Any:
+def _build_without_adapters(view: View, strategy: Any, build: Callable[[], Any]) -> Any:
     """Build the optimizers while no layer has an adapter.
 
-    If this fails too, raise ``error``, the one that came with adapters. The same holds
-    if a group is empty: it was meant for adapters, so this code knows them.
+    An empty group is an error: it was meant for adapters, so this code knows them.
     """
-    with _without_adapters(view), suppress(Exception):
+    with _without_adapters(view):
         built = build()
-        has_empty_group = not all(
-            group.parameters for group in groups_of(strategy.optimizers)
-        )
-        if not has_empty_group:
-            return built
-    raise error
+    if not all(group.parameters for group in groups_of(strategy.optimizers)):
+        raise ValueError("a group is empty")
+    return built
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Each parameter that trains has a place in an optimizer, and no frozen one has: put it there, or refuse."""
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from os.path import commonprefix
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -27,13 +26,11 @@ from lightning_lora.training.optimizers.groups import (
 from lightning_lora.training.optimizers.scales import Scales
 
 
-def place_remaining(
-    view: View, edits: Sequence[Edit], paused: Sequence[str]
-) -> Sequence[Edit]:
-    """Put what trains, and what no group holds, into the only group.
+def place_remaining(view: View, edits: Iterable[Edit], paused: Sequence[str]) -> None:
+    """Put what trains, and what no group holds, into the only group of the edits.
 
-    Return the edits with it. If the optimizers have several groups together, or none,
-    it is refused. Adapters of ``paused`` layers need no place.
+    If the optimizers have several groups together, or none, it is refused. Adapters of
+    ``paused`` layers need no place.
     """
     groups: list[Params] = []
     for edit in edits:
@@ -41,9 +38,9 @@ def place_remaining(
     remaining = _without_place(view, parameters_in(groups), networks_around(paused))
     if len(groups) == 1:
         _tell_of_only_group(view, remaining)
-        return _with_more_in_only_group(edits, remaining.values())
-    _refuse_without_place(view, remaining, len(groups))
-    return edits
+        groups[0] += remaining.values()
+    else:
+        _refuse_without_place(view, remaining, len(groups))
 
 
 def _refuse_without_place(
@@ -60,17 +57,6 @@ def _refuse_without_place(
     refused = names_outside(names, waiting)
     if refused:
         raise no_place_error(view.title, refused, number_of_groups)
-
-
-def _with_more_in_only_group(
-    edits: Iterable[Edit], parameters: Collection[nn.Parameter]
-) -> list[Edit]:
-    """The same edits, of which only one has a group: with these parameters at its end."""
-    with_more = []
-    for edit in edits:
-        groups = [[*group, *parameters] for group in edit.groups]
-        with_more.append(replace(edit, groups=groups))
-    return with_more
 
 
 def _without_place(

@@ -50,7 +50,8 @@ def train_adapters(
     view = view_of(model)
     paused = _settle_networks(view, optimizers)
     scales = scaled_parameters(view, lr_scale)
-    edits = place_remaining(view, _plan(view, optimizers), paused)
+    edits = _plan(view, optimizers)
+    place_remaining(view, edits, paused)
     for number, edit in enumerate(edits):
         check_emptied(view, number, edit)
         check_rates(edit, scales)
@@ -122,7 +123,9 @@ class _Placement:
     """Which group each adapter comes into.
 
     - The one that the user's code has put it in.
-    - Otherwise that of its weight. If a weight is in two groups, the first.
+    - Otherwise that of its weight. If a weight is in two groups of an optimizer, the
+      first. If it is in two optimizers, both train its adapter, as they would the
+      weight.
 
     For example, where V and W are adapted, the groups ``[V], [W, bias]`` become ``[A
     and B of V], [A and B of W, bias]``, without the bias if that is frozen.
@@ -139,27 +142,28 @@ class _Placement:
 
         Their order stays: files keep states by it.
         """
-        already_placed = set[nn.Parameter]()
+        in_earlier_groups = set[nn.Parameter]()
         groups = []
         for group in built:
-            placed_elsewhere = already_placed | self.placed_by_user.difference(group)
+            placed_elsewhere = self.placed_by_user.difference(group) | in_earlier_groups
             placed_here = [
                 p for p in self._candidates(group) if p not in placed_elsewhere
             ]
-            already_placed.update(placed_here)
+            in_earlier_groups.update(placed_here)
             groups.append(placed_here)
         return groups
 
     def _candidates(self, group: Params) -> Iterable[nn.Parameter]:
         """What may train in a group: adapters in the places of their weights, and what is not frozen.
 
-        Each comes once, also an adapter that the user's code has put beside its weight.
+        Each comes once. An adapter that the user's code has put beside its weight comes in
+        the weight's place.
         """
-        adapters_of_weights = parameters_in(map(self._replacements_of, group))
+        of_weights_here = parameters_in(map(self._replacements_of, group))
         candidates: dict[nn.Parameter, None] = {}
         for parameter in group:
             candidates.update(dict.fromkeys(self._replacements_of(parameter)))
-            if parameter.requires_grad and parameter not in adapters_of_weights:
+            if parameter.requires_grad and parameter not in of_weights_here:
                 candidates[parameter] = None
         return candidates
 
