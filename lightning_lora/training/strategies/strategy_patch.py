@@ -5,8 +5,6 @@ from functools import update_wrapper
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar
 
-from lightning_lora.tensors.dicts import only
-
 # a strategy's attribute, with the patch on it
 _ATTRIBUTE = "lora_patch"
 # an attribute of our methods that replace the strategy's of the same name
@@ -21,10 +19,18 @@ class PatchedMethod:
     good.
     """
 
-    def __init__(self, ours: Callable[..., Any], original: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        ours: Callable[..., Any],
+        original: Callable[..., Any],
+        *,
+        is_by_other_code: bool,
+    ) -> None:
         update_wrapper(self, ours)
-        self.original = original
         self.called = ours
+        self.original = original
+        # whether other code had set the original method on the strategy object
+        self.is_by_other_code = is_by_other_code
 
     def step_aside(self) -> None:
         """Call the original method from now on."""
@@ -53,13 +59,8 @@ def patches_strategy(method: Method) -> Method:
 
 
 def _patching_names(kind: type) -> list[str]:
-    """The names of a class's methods that are marked, there or in a class above it."""
-    names = dict[str, None]()
-    for each in reversed(kind.__mro__):
-        for name, method in vars(each).items():
-            if _MARK in getattr(method, "__dict__", {}):
-                names[name] = None
-    return list(names)
+    """The names of a class's methods that are marked."""
+    return [name for name in dir(kind) if hasattr(getattr(kind, name), _MARK)]
 
 
 class StrategyPatch:
@@ -67,6 +68,16 @@ class StrategyPatch:
 
     They call the methods that they replace by ``original``, as in
     ``self.original.setup(trainer)``.
+
+    Each set-up of a Trainer calls ``patch``. For example, other code wraps a patched
+    method between two set-ups:
+
+    1. The first ``patch`` sets a :class:`PatchedMethod` P on the strategy, which calls
+       ours. Ours calls the method of the strategy's class.
+    2. Other code replaces P by W, which calls P.
+    3. The second ``patch`` replaces W by Q, which calls ours. Ours calls W from now on,
+       and W calls P, which has stepped aside for the method of the class.
+    4. ``unpatch`` puts W back.
     """
 
     skipped_overrides: ClassVar[frozenset[str]] = frozenset()
@@ -79,48 +90,43 @@ class StrategyPatch:
         self.strategy = strategy
         self.original: Any = SimpleNamespace()
         self._patched: dict[str, PatchedMethod] = {}
-        # methods that other code had set on the strategy object before ours
-        self._by_other_code: dict[str, Any] = {}
 
     def __reduce__(self) -> Any:
         """Pickle and copy nothing: a copied strategy is as it was before."""
         return type(None), ()
 
     def patch(self) -> None:
-        """Set our methods on the strategy, or again those that other code has replaced since.
-
-        Then ours call the methods of that code.
-        """
+        """Set our methods on the strategy, or again those that other code has replaced since."""
         on_strategy = vars(self.strategy)
         on_strategy[_ATTRIBUTE] = self
         for name in _patching_names(type(self)):
-            patched = self._patched.get(name)
-            if patched is None or on_strategy.get(name) is not patched:
+            earlier = self._patched.get(name)
+            if earlier is None:
+                self._patch_method(name)
+            elif on_strategy.get(name) is not earlier:
+                earlier.step_aside()
                 self._patch_method(name)
 
     def _patch_method(self, name: str) -> None:
         """Set one method of ours on the strategy."""
-        if name in self._patched:
-            # the method of other code may call our earlier one
-            self._patched[name].step_aside()
-        self._note_other_code(name)
-        original = self._by_other_code.get(name, self._method_of_class(name))
-        patched = PatchedMethod(getattr(self, name), original)
+        by_other_code = self._method_by_other_code(name)
+        original = by_other_code or self._method_of_class(name)
+        patched = PatchedMethod(
+            getattr(self, name), original, is_by_other_code=by_other_code is not None
+        )
         self._patched[name] = patched
         vars(self.strategy)[name] = patched
         setattr(self.original, name, original)
 
-    def _note_other_code(self, name: str) -> None:
-        """Note whether other code has set a method of this name on the strategy object.
+    def _method_by_other_code(self, name: str) -> Any:
+        """The method of this name that other code has set on the strategy object, or None.
 
         A copied strategy object has the class's own method there, in place of ours:
         that is no other code.
         """
-        self._by_other_code.pop(name, None)
-        of_class = self._bound_method(type(self.strategy), name)
-        on_strategy = vars(self.strategy).get(name, of_class)
-        if on_strategy != of_class:
-            self._by_other_code[name] = on_strategy
+        on_strategy = vars(self.strategy).get(name)
+        is_of_class = on_strategy == self._bound_method(type(self.strategy), name)
+        return None if is_of_class else on_strategy
 
     def _method_of_class(self, name: str) -> Any:
         """The method that the strategy has from its class, or from the class of all strategies."""
@@ -138,8 +144,8 @@ class StrategyPatch:
         return None if method is None else method.__get__(self.strategy)
 
     def is_by_other_code(self, name: str) -> bool:
-        """Whether other code has set a method of this name on the strategy."""
-        return name in self._by_other_code
+        """Whether our method of this name calls one that other code has set on the strategy."""
+        return self._patched[name].is_by_other_code
 
     def unpatch(self) -> None:
         """Give the strategy back as it was: with its own methods, and those that other code has set on it."""
@@ -147,9 +153,10 @@ class StrategyPatch:
         for name, patched in self._patched.items():
             patched.step_aside()
             if on_strategy.get(name) is patched:
-                # the class's own method shows again, or that of other code
+                # the class's own method shows again
                 del on_strategy[name]
-                on_strategy.update(only(self._by_other_code, [name]))
+                if patched.is_by_other_code:
+                    on_strategy[name] = patched.original
         del on_strategy[_ATTRIBUTE]
 
 
