@@ -80,23 +80,33 @@ class Unmerged(Enum):
 def unmerge_or_forget(model: nn.Module) -> Unmerged:
     """Undo a merge, if there was one.
 
-    Weights that were replaced since the merge are a new base: then a warning says that
-    the adapters are forgotten.
+    Weights that were replaced since the merge are a new base: then the adapters are
+    forgotten, with a warning.
     """
     if not state_of(model).is_merged:
         return Unmerged.NOTHING
     start_call(model, "unmerge_adapters")
-    view = View(model)
-    if not is_as_merged(view):
-        forget_record(model)
-        warn(
-            f"The weights of {view.title} were replaced after its adapters were merged "
-            "into them: they are taken as a new base, and the adapters of the earlier "
-            "fine-tune are dropped."
-        )
+    if forget_replaced_merge(model):
         return Unmerged.FORGOTTEN
-    _take_updates_out(view)
+    _take_updates_out(View(model))
     return Unmerged.DONE
+
+
+def forget_replaced_merge(model: nn.Module) -> bool:
+    """Forget the adapters of a merged model, if its weights were replaced since the merge, and warn of that.
+
+    Return whether they were. An adapted model stays as it is.
+    """
+    view = View(model)
+    if is_as_merged(view):
+        return False
+    forget_record(model)
+    warn(
+        f"The weights of {view.title} were replaced after its adapters were merged "
+        "into them: they are taken as a new base, and the adapters of the earlier "
+        "fine-tune are dropped."
+    )
+    return True
 
 
 def _unmerge(view: View) -> None:

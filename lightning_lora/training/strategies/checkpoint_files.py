@@ -40,18 +40,16 @@ def read_checkpoint(
 def _read_plain_types(methods: StrategyPatch, path: Any) -> Any:
     """Let a strategy read a file of plain types.
 
-    A strategy that cannot be told to read only these reads in its own way.
+    Lightning before 2.6 cannot be told to read only these: torch reads in its place.
+    Other code that cannot be told so reads in its own way.
     """
     load = methods.original.load_checkpoint
     if _takes_weights_only(methods):
         return load(path, weights_only=True)
-    if methods.is_by_other_code("load_checkpoint") or not has_lightnings_io(
-        methods.strategy
-    ):
-        return load(path)
-    # Lightning before 2.6 cannot be told to accept only plain types
-    with places.opened(path) as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
+    if uses_lightnings_io(methods, "load_checkpoint"):
+        with places.opened(path) as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    return load(path)
 
 
 def _refuse_safetensors(path: Any) -> None:
@@ -94,9 +92,10 @@ def _takes_weights_only(methods: StrategyPatch) -> bool:
     )
 
 
-def has_lightnings_io(strategy: Any) -> bool:
-    """Whether Lightning's own plugin writes and reads files: with torch.save and torch.load, at once."""
-    return _is_lightnings_own(strategy.checkpoint_io)
+def uses_lightnings_io(methods: StrategyPatch, method: str) -> bool:
+    """Whether a method writes or reads by Lightning's own plugin: with torch.save or torch.load, at once."""
+    plugin = methods.strategy.checkpoint_io
+    return _is_lightnings_own(plugin) and not methods.is_by_other_code(method)
 
 
 def _reads_with_torch(methods: StrategyPatch) -> bool:

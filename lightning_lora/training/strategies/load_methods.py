@@ -61,30 +61,24 @@ class LoadMethods(SetUpMethods):
         - Of a full model: the base of the fine-tune, without the state of its run. But
           a plain module that is evaluated gets all of it.
         """
-        self._remove_left_parts(checkpoint_path)
         self.stage.file = checkpoint_path
-        checkpoint: Checkpoint = read_checkpoint(self, checkpoint_path, *args, **kwargs)
-        # empty, unless the file has a merged model beside its adapters
-        merged_weights = reduce_to_adapters(checkpoint)
-        check_readable(checkpoint, checkpoint_path)
-        remove_callback_state(checkpoint)
+        self._remove_left_parts()
+        checkpoint, merged_weights = self._read(*args, **kwargs)
         if merged_weights and self._is_plain_outside_of_fit():
-            return _plain_model_in(checkpoint, merged_weights)
+            return {**without(checkpoint, [KEY]), "state_dict": merged_weights}
         if self.stage.phase is not Phase.OVER:
-            self._adapt_to_file(checkpoint, checkpoint_path)
-            self._take_updates_out(merged_weights, checkpoint, checkpoint_path)
-        has_adapters = find_record(self.module) is not None
-        if not has_adapters:
+            self._adapt_to_file(checkpoint)
+            self._take_updates_out(merged_weights, checkpoint)
+        if find_record(self.module) is None:
             return checkpoint
         if KEY not in checkpoint:
-            self._check_is_base(checkpoint, checkpoint_path)
-            return _new_base_in(checkpoint, checkpoint_path)
-        self._complete(checkpoint, checkpoint_path)
+            return self._new_base_in(checkpoint)
+        self._complete(checkpoint)
         return checkpoint
 
-    def _remove_left_parts(self, path: Any) -> None:
+    def _remove_left_parts(self) -> None:
         """Remove what a failed run has left beside its file: the new run may save elsewhere."""
-        local = local_path(path)
+        local = local_path(self.stage.file)
         if (
             local is not None
             and self.stage.is_running_fit
@@ -92,24 +86,41 @@ class LoadMethods(SetUpMethods):
         ):
             remove_left_parts(local.parent)
 
+    def _read(self, *args: Any, **kwargs: Any) -> tuple[Checkpoint, Checkpoint]:
+        """Read the file, and refuse what no Trainer has written.
+
+        Return a checkpoint whose state is adapters alone, or a full model. Beside it,
+        return the merged model that the file has beside its adapters, or an empty dict.
+        """
+        path = self.stage.file
+        checkpoint: Checkpoint = read_checkpoint(self, path, *args, **kwargs)
+        merged_weights = reduce_to_adapters(checkpoint)
+        check_readable(checkpoint, path)
+        remove_callback_state(checkpoint)
+        return checkpoint, merged_weights
+
     def _is_plain_outside_of_fit(self) -> bool:
         """Whether the module has no adapters, and no fit runs that gives it some."""
         return not self.stage.is_running_fit and find_record(self.module) is None
 
-    def _adapt_to_file(self, checkpoint: Checkpoint, path: Any) -> None:
+    def _adapt_to_file(self, checkpoint: Checkpoint) -> None:
         """Adapt the module as its arguments and the file say."""
-        stage = self.stage
-        # a merged module that is evaluated has not begun its stage: it ran as it is
-        if View(self.module).is_merged and not stage.is_fit:
-            stage.begin(self.module)
+        self._begin_stage_if_merged()
         file_config = _config_in(checkpoint)
-        replaced = False
+        has_replaced = False
         # a file that is loaded while training runs finds the adapters that train
-        if file_config is not None and stage.phase is not Phase.TRAINING:
-            replaced = stage.take_config(self.module, file_config, path)
+        if file_config is not None and self.stage.phase is not Phase.TRAINING:
+            has_replaced = self.stage.take_config(
+                self.module, file_config, self.stage.file
+            )
         self.adapt(file_config=file_config)
-        if replaced:
+        if has_replaced:
             self._let_go_of_replaced_adapters()
+
+    def _begin_stage_if_merged(self) -> None:
+        """Begin the stage of a merged module that is evaluated: until a file came, it ran as it is."""
+        if View(self.module).is_merged and not self.stage.is_fit:
+            self.stage.begin(self.module)
 
     def _let_go_of_replaced_adapters(self) -> None:
         """Let averages and optimizers have the new adapters in place of the replaced ones."""
@@ -124,30 +135,40 @@ class LoadMethods(SetUpMethods):
         """
 
     def _take_updates_out(
-        self, merged_weights: Checkpoint, checkpoint: Checkpoint, path: Any
+        self, merged_weights: Checkpoint, checkpoint: Checkpoint
     ) -> None:
         """Make the weights the base again, if other code has loaded the file's merged weights into the module."""
         if restore_base_from(self.module, merged_weights, checkpoint):
             rank_zero_info(
-                f"{type(self.module).__name__} holds the merged weights of {path}. "
-                "Their updates are taken out, up to rounding. For the same bits, load "
-                "the base's own weights."
+                f"{type(self.module).__name__} holds the merged weights of "
+                f"{self.stage.file}. Their updates are taken out, up to rounding. For "
+                "the same bits, load the base's own weights."
             )
 
-    def _check_is_base(self, checkpoint: Checkpoint, path: Any) -> None:
+    def _new_base_in(self, checkpoint: Checkpoint) -> Checkpoint:
+        """What a file of a full model holds for a fine-tune, which begins anew on this base."""
+        self._check_is_base(checkpoint)
+        rank_zero_info(
+            f"{self.stage.file} holds a full model and no adapters: its weights are "
+            "the base of the fine-tune. The state of its run is not restored: training "
+            "begins at step 0."
+        )
+        return without_run_state(checkpoint)
+
+    def _check_is_base(self, checkpoint: Checkpoint) -> None:
         """Refuse a full model with adapters on its layers: the names here are those of the base."""
         expected = names_not_in(
             self.module.state_dict(keep_vars=True), View(self.module).adapter_parameters
         )
-        check_has_no_other_adapters(checkpoint["state_dict"], expected, path)
+        check_has_no_other_adapters(checkpoint["state_dict"], expected, self.stage.file)
 
-    def _complete(self, checkpoint: Checkpoint, path: Any) -> None:
+    def _complete(self, checkpoint: Checkpoint) -> None:
         """Add the base to a checkpoint of adapters, for hooks that expect a full model.
 
         Before a training, refuse one from which a fit cannot go on.
         """
         if self.stage.is_running_fit and self.stage.phase is not Phase.TRAINING:
-            check_resumable(checkpoint, path)
+            check_resumable(checkpoint, self.stage.file)
         checkpoints.complete_averages(self.module, checkpoint)
         show_base(self.module, checkpoint)
 
@@ -163,11 +184,14 @@ class LoadMethods(SetUpMethods):
         reduce_to_adapters(checkpoint)
         self._rebuild_replaced_layers(checkpoint)
         self.adapt_replaced_layers(checkpoint)
-        # a plain module is only evaluated
-        if KEY not in checkpoint and find_record(self.module) is None:
-            self._check_is_base(checkpoint, self.stage.file)
+        if KEY in checkpoint or find_record(self.module) is not None:
+            self._load_into_adapted(checkpoint)
+        else:  # a plain module is only evaluated
+            self._check_is_base(checkpoint)
             self.load_plain(checkpoint, strict=strict)
-            return
+
+    def _load_into_adapted(self, checkpoint: Checkpoint) -> None:
+        """Load the file's adapters, or a new base, into an adapted module."""
         # the file's adapters must belong to the base as it was loaded
         self.note_base()
         self.convert_to_float64()
@@ -228,20 +252,6 @@ class LoadMethods(SetUpMethods):
     def load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states."""
         self.original.load_optimizer_state_dict(checkpoint)
-
-
-def _new_base_in(checkpoint: Checkpoint, path: Any) -> Checkpoint:
-    """What a file of a full model holds for a fine-tune, which begins anew on this base."""
-    rank_zero_info(
-        f"{path} holds a full model and no adapters: its weights are the base of the "
-        "fine-tune. The state of its run is not restored: training begins at step 0."
-    )
-    return without_run_state(checkpoint)
-
-
-def _plain_model_in(checkpoint: Checkpoint, merged_weights: Checkpoint) -> Checkpoint:
-    """A checkpoint of the plain model that a file holds beside its adapters."""
-    return {**without(checkpoint, [KEY]), "state_dict": merged_weights}
 
 
 def _config_in(checkpoint: Checkpoint) -> LoRAConfig | None:

@@ -3,9 +3,8 @@
 from typing import Any
 
 from lightning_lora.model.base_values import keep_frozen
-from lightning_lora.model.changed_since_merge import is_as_merged
 from lightning_lora.model.records import find_record
-from lightning_lora.model.unmerge import unmerge_or_forget
+from lightning_lora.model.unmerge import forget_replaced_merge
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guard
 from lightning_lora.storage import checkpoint as checkpoints
@@ -18,7 +17,7 @@ from lightning_lora.training.reports import logged_metrics
 from lightning_lora.training.stages.phases import Phase
 from lightning_lora.training.strategies.checkpoint_files import (
     Checkpoint,
-    has_lightnings_io,
+    uses_lightnings_io,
 )
 from lightning_lora.training.strategies.set_up_methods import SetUpMethods
 from lightning_lora.training.strategies.strategy_patch import patches_strategy
@@ -50,7 +49,8 @@ class SaveMethods(SetUpMethods):
         # before the training begins, a tuner saves, for its trial
         if self.stage.is_fit and self.stage.phase is Phase.SET_UP:
             self._keep_copies_for_trial()
-        written_later = self._may_be_written_later()
+        # other code may write while training goes on: it gets copies of the values
+        written_later = not uses_lightnings_io(self, "save_checkpoint")
         # a module's hook may write files of its own instead
         if "state_dict" in checkpoint:
             checkpoint = self._as_written(checkpoint, written_later=written_later)
@@ -60,12 +60,6 @@ class SaveMethods(SetUpMethods):
         write = writing if writes_beside else write_errors
         with write(filepath) as path:
             self.original.save_checkpoint(checkpoint, path, storage_options)
-
-    def _may_be_written_later(self) -> bool:
-        """Whether other code writes, perhaps while training goes on: it gets copies of the values."""
-        if self.is_by_other_code("save_checkpoint"):
-            return True
-        return not has_lightnings_io(self.strategy)
 
     def _as_written(self, checkpoint: Checkpoint, *, written_later: bool) -> Checkpoint:
         """A checkpoint with what training changed, and perhaps the merged model.
@@ -110,9 +104,7 @@ class SaveMethods(SetUpMethods):
         its record, the module is a plain one. A file of adapters alone needs no
         weights: it holds the adapters that were merged.
         """
-        if self.stage.save == "model" and not is_as_merged(View(self.module)):
-            # for replaced weights, this drops the record, and says so
-            unmerge_or_forget(self.module)
+        if self.stage.save == "model" and forget_replaced_merge(self.module):
             # the averages are those of the adapted module
             compatibility.drop_averages(self.stage.callbacks)
 
