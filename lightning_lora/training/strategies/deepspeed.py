@@ -135,12 +135,13 @@ class DeepSpeedMethods(LateRestoreMethods):
     def _check_dtypes(self) -> None:
         """Refuse adapters in float32 where DeepSpeed trains all parameters in one dtype."""
         view = View(self.module)
-        layers_with_dora = where(view.layers, _uses_dora)
-        layers_in_float32 = {**layers_with_dora, **where(view.layers, _is_autocast)}
-        if not layers_in_float32 or not self._trains_in_one_dtype(view):
+        layers = view.layers.values()
+        uses_dora = any(map(_uses_dora, layers))
+        has_float32 = uses_dora or any(map(_is_autocast, layers))
+        if not has_float32 or not self._trains_in_one_dtype(view):
             return
         remedy = "autocast_adapter_dtype=False"
-        if layers_with_dora:
+        if uses_dora:
             remedy += " and use_dora=False"
         raise StrategyError(
             "In half precision, DeepSpeed trains all parameters in one dtype, and the "
@@ -262,7 +263,7 @@ class PartitionedGradients(Gradients):
 
 
 def _uses_dora(layer: LoRALayer) -> bool:
-    """Whether a layer has a magnitude of DoRA."""
+    """Whether a layer has a magnitude of DoRA, which is float32."""
     return layer.lora_settings.use_dora
 
 

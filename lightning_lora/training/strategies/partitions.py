@@ -1,8 +1,8 @@
 """DeepSpeed's groups of parameters, of which each process trains a shard: their values and states in full, and back."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import StrategyError
 from lightning_lora.private import own_span
-from lightning_lora.tensors.dicts import where
 
 OptimizerState = dict[str, Any]
 """The state dict of an optimizer, or what it keeps of one parameter."""
@@ -77,19 +76,15 @@ class Partition:
             all_values.append(values)
         return all_values
 
-    def scatter(self, all_values: Iterable[Tensor]) -> Tensor:
-        """Return this process's shard of the values of all parameters."""
-        return self._scatter_some(dict(enumerate(all_values)))
+    def scatter(self, all_values: Iterable[Tensor | None]) -> Tensor:
+        """Return this process's shard of the values of each parameter.
 
-    def _scatter_some(self, values_by_index: Mapping[int, Tensor]) -> Tensor:
-        """Return this process's shard of the values of some parameters, by their place in the group.
-
-        It is zero where the other parameters are.
+        It is zero where a parameter has None.
         """
         shard = torch.zeros_like(self.shard)
-        for index, values in values_by_index.items():
-            piece = self.pieces[index]
-            piece.of_shard(shard).copy_(piece.of_parameter(values))
+        for piece, values in zip(self.pieces, all_values, strict=True):
+            if values is not None:
+                piece.of_shard(shard).copy_(piece.of_parameter(values))
         return shard
 
     def copy_parameters(self) -> None:
@@ -138,32 +133,31 @@ class Partition:
 
         ``states`` are those of the parameters.
         """
-        # by name, such as "exp_avg": the values of the parameters that have one, by
-        # their place in the group
-        entries: dict[str, dict[int, Any]] = defaultdict(dict)
-        for index, state in enumerate(states):
-            for name, value in where(state, _is_there).items():
-                entries[name][index] = value
-        return {
-            name: self._scatter_entry(name, values) for name, values in entries.items()
-        }
+        state_of_shard: OptimizerState = {}
+        # in one order in all processes: ``gather_states`` goes through it collectively
+        for name in dict.fromkeys(chain.from_iterable(states)):
+            # of a parameter without a gradient, there may be no entry, or None
+            values = [state.get(name) for state in states]
+            if any(value is not None for value in values):
+                state_of_shard[name] = self._scatter_entry(name, values)
+        return state_of_shard
 
-    def _scatter_entry(self, name: str, values: dict[int, Any]) -> Any:
-        """One entry of this shard's state: its part of the parameters' values, or one value for all."""
-        if all(
-            _has_shape_of(self.parameters[index], value)
-            for index, value in values.items()
-        ):
-            return self._scatter_some(values)
-        for_all, *_ = values.values()
+    def _scatter_entry(self, name: str, values: Sequence[Any]) -> Any:
+        """One entry of this shard's state, such as "exp_avg": its part of the parameters' values, or one value for all.
+
+        ``values`` has that entry of each parameter, or None.
+        """
+        present = {
+            p: value
+            for p, value in zip(self.parameters, values, strict=True)
+            if value is not None
+        }
+        if all(_has_shape_of(p, value) for p, value in present.items()):
+            return self.scatter(values)
+        for_all, *_ = present.values()
         if isinstance(for_all, Tensor) and for_all.dim():
             raise ValueError(f"its entry {name!r} has other shapes than the parameters")
         return for_all
-
-
-def _is_there(value: object) -> bool:
-    """Whether an entry has a value: an optimizer may hold None in place of one."""
-    return value is not None
 
 
 def _has_shape_of(tensor: Tensor, value: object) -> bool:

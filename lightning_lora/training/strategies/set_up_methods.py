@@ -89,7 +89,7 @@ class SetUpMethods(StrategyPatch):
         The base is noted as it was loaded, and again if the strategy converts it.
         """
         self.adapt()
-        if not shows_adapters(self.module):  # it is only evaluated
+        if not shows_adapters(self.module):  # the module is only evaluated
             self._tell_of_plain_weights(trainer)
             self.original.setup(trainer)
             return
@@ -122,7 +122,9 @@ class SetUpMethods(StrategyPatch):
     def note_base(self, *, anew: bool = True) -> None:
         """Note the base's fingerprint as it was loaded: later, a checkpoint or a conversion may change it.
 
-        Without ``anew``, a weight is read again only if a quick look shows a change.
+        This is done in the set-up, before a file's adapters are loaded, and at the start
+        of a training whose hooks have loaded weights since. Without ``anew``, a weight is
+        read again only if a quick look shows a change.
         """
         view = view_of(self.module)
         view.record.note_fingerprint(fingerprint(view, anew=anew))
@@ -137,7 +139,7 @@ class SetUpMethods(StrategyPatch):
     def _note_converted_base(self, view: View) -> None:
         """Note the base's fingerprint too in the dtypes that it has now, if none is noted in these."""
         fingerprints = view.record.adapter.fingerprints
-        if not fingerprints:
+        if not fingerprints:  # a base on the meta device is noted when it is loaded
             return
         dtypes = dtypes_of(base_tensors(view))
         if all(each["dtypes"] != dtypes for each in fingerprints):

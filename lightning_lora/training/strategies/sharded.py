@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -183,10 +183,10 @@ class ShardedMethods(LateRestoreMethods):
 
     # Training
 
-    def look_at_first_steps(self, module: LightningModule) -> None:
+    def look_at_first_steps(self) -> None:
         """Look at nothing: sharded weights are other tensors from one moment to the next."""
 
-    def watching(self, module: LightningModule) -> AbstractContextManager[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Let no guard watch them either."""
         return nullcontext()
 
@@ -248,14 +248,20 @@ class ShardedGradients(Gradients):
 
     @torch.no_grad()
     def _average(self, parameters: list[nn.Parameter]) -> None:
-        """Average the gradients of parameters of one dtype, with one message."""
-        gradients = [_local_gradient(p) for p in parameters]
-        message = torch.cat([gradient.ravel() for gradient in gradients])
+        """Average the gradients of parameters of one dtype, with one message.
+
+        All processes send as many values: zeros for a parameter without a gradient.
+        """
+        _give_missing_gradients(parameters)
+        sent = [_values_to_send(p) for p in parameters]
+        message = torch.cat([values.ravel() for values in sent])
         message.mul_(1 / self.mesh.size())  # before the sum, as DDP
         dist.all_reduce(message, group=self.mesh.get_group())
-        sizes = [gradient.numel() for gradient in gradients]
-        for gradient, mean in zip(gradients, message.split(sizes), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        sizes = [values.numel() for values in sent]
+        for p, mean in zip(parameters, message.split(sizes), strict=True):
+            if p.grad is not None:
+                gradient = shards.to_local(p.grad)
+                gradient.copy_(mean.view_as(gradient))
 
 
 def _is_left_to_us(p: nn.Parameter) -> bool:
@@ -267,18 +273,19 @@ def _dtype_of(p: nn.Parameter) -> torch.dtype:
     return p.dtype
 
 
-def _local_gradient(p: nn.Parameter) -> Tensor:
-    """This process's part of a parameter's gradient, to be sent and written to.
+def _give_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give parameters of layers that this process has not run a gradient of zero.
 
-    Where the gradient is missing, the parameter gets zeros. A parameter that the user
-    froze in the run gets none: zeros are only sent, because other processes wait for
-    them.
+    A parameter that the user froze in the run gets none.
     """
-    gradient = p.grad
-    if gradient is None:
-        gradient = torch.zeros_like(p)
-        if p.requires_grad:
-            p.grad = gradient
+    for p in parameters:
+        if p.grad is None and p.requires_grad:
+            p.grad = torch.zeros_like(p)
+
+
+def _values_to_send(p: nn.Parameter) -> Tensor:
+    """This process's part of a parameter's gradient, or zeros if it has none."""
+    gradient = torch.zeros_like(p) if p.grad is None else p.grad
     return shards.to_local(gradient)
 
 
@@ -302,13 +309,14 @@ def _broadcast_from_first(tensors: Iterable[Tensor]) -> None:
         values = tensor.detach().contiguous()
         # as bytes: gloo of torch 2.7 takes not all dtypes
         dist.broadcast(values.view(-1).view(torch.uint8), 0)
-        if values.data_ptr() != tensor.data_ptr():
+        if not tensor.is_contiguous():  # the values are a copy
             tensor.copy_(values)
 
 
 def _broadcast_adapters(view: View) -> None:
     """Give every process the adapters of the first one: in full, or the process's own shards."""
     for p in view.adapter_parameters.values():
-        values = shards.full_tensor(p.detach())
-        _broadcast_from_first([values])
-        replace_values(p, shards.distributed_as(values, p))
+        # the parameter's own memory, if it is no DTensor
+        in_full = shards.full_tensor(p.detach())
+        _broadcast_from_first([in_full])
+        replace_values(p, shards.distributed_as(in_full, p))

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 
 from lightning_lora.model.records import state_of
@@ -42,38 +41,36 @@ class StepMethods(SetUpMethods):
         With automatic optimization, it acts until the backward pass is over, which may
         compute layers again. Otherwise, the step runs its backward pass itself.
         """
-        module = self.strategy.lightning_module
-        self.stage.tools.begin_training_step(module)
-        self.look_at_first_steps(module)
+        self.stage.tools.begin_training_step(self.module)
+        self.look_at_first_steps()
         output = self._run(self.original.training_step, IN_A_STEP, *args, **kwargs)
-        if not module.automatic_optimization:
+        if not self.module.automatic_optimization:
             self.stage.tools.dropout.end_training_step()
         return output
 
-    def look_at_first_steps(self, module: LightningModule) -> None:
+    def look_at_first_steps(self) -> None:
         """Look at weights before the first two steps."""
-        self.stage.tools.first_steps.begin_training_step(module)
+        self.stage.tools.first_steps.begin_training_step(self.module)
 
     @patches_strategy
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. Then dropout acts no more: what comes until the next step is evaluation."""
-        module = self.strategy.lightning_module
         # the module's own backward method may take a loss without a graph
-        if not compatibility.has_own(module, "backward"):
-            check_loss(module, closure_loss)
-        self._look_at_backward(module)
+        if not compatibility.has_own(self.module, "backward"):
+            check_loss(self.module, closure_loss)
+        self._look_at_backward()
         loss = self._run(
             self.original.backward, IN_BACKWARD, closure_loss, *args, **kwargs
         )
-        if module.automatic_optimization:
+        if self.module.automatic_optimization:
             self.stage.tools.dropout.end_training_step()
         return loss
 
-    def _look_at_backward(self, module: LightningModule) -> None:
+    def _look_at_backward(self) -> None:
         """Let guards look at a backward pass that begins while adapters are disabled."""
-        if state_of(module).shows_base:
+        if state_of(self.module).shows_base:
             self.stage.tools.guards_in_each_process.tell(
-                Guard.backward_begins_without_adapters, View(module)
+                Guard.backward_begins_without_adapters, View(self.module)
             )
 
     def _run(
@@ -84,17 +81,16 @@ class StepMethods(SetUpMethods):
         In it, gradients pass the module's activation checkpoints, whose layers the
         backward pass runs again, and torch's errors are explained with ``advice``.
         """
-        module = self.strategy.lightning_module
-        with letting_gradients_pass(module), self.watching(module):
+        with letting_gradients_pass(self.module), self.watching():
             try:
                 return part(*args, **kwargs)
             except Exception as error:
-                explain(error, module, advice)
+                explain(error, self.module, advice)
                 raise
 
-    def watching(self, module: LightningModule) -> AbstractContextManager[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Let guards watch a part of the first batch, in the first process."""
-        return self.stage.tools.first_steps.watching(module)
+        return self.stage.tools.first_steps.watching(self.module)
 
     # Evaluations
 
@@ -104,7 +100,7 @@ class StepMethods(SetUpMethods):
 
         The sanity check comes before the training, whose first batch is looked at first.
         """
-        if self.strategy.lightning_module.trainer.sanity_checking:
+        if self.module.trainer.sanity_checking:
             return self.original.validation_step(*args, **kwargs)
         with self.watching_evaluation("validation step"):
             return self.original.validation_step(*args, **kwargs)
@@ -123,8 +119,7 @@ class StepMethods(SetUpMethods):
 
     def watching_evaluation(self, step: str) -> AbstractContextManager[None]:
         """Let guards watch the first batch of an evaluation, in the first process."""
-        module = self.strategy.lightning_module
-        return self.stage.tools.first_evaluations.watching(module, step)
+        return self.stage.tools.first_evaluations.watching(self.module, step)
 
     # What a training watch asks for
 
