@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.base.base_tensors import WeightAtMerge
 from lightning_lora.errors import AdapterStateError, listed
@@ -102,27 +102,37 @@ def _is_tie_as_merged(
 
 
 def _is_result_of_second_merge(view: View, layer: str, adapter: LayerAdapter) -> bool:
-    """Whether a second merge of a layer gives the weights that it has, perhaps converted.
+    """Whether a second merge of a layer gives the weights that it has, perhaps converted."""
+    module = view.modules[layer]
+    weights = {name: own_parameter(module, name) for name in adapter.weights}
+    if any(weight.is_meta or is_dtensor(weight) for weight in weights.values()):
+        return False
+    merged = _merged_again(view, layer, adapter, weights)
+    return all(
+        digest(merged[name].to(weight.dtype)) == digest(weight.data)
+        for name, weight in weights.items()
+    )
+
+
+def _merged_again(
+    view: View, layer: str, adapter: LayerAdapter, weights: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The weights of a layer that a second merge gives, by their names in it.
 
     For this, the layer gets the base's weights and the adapter. Afterwards, the layer,
     its weights and the adapter are as before.
     """
     module: Any = view.modules[layer]
-    weights = {name: own_parameter(module, name) for name in adapter.weights}
-    if any(weight.is_meta or is_dtensor(weight) for weight in weights.values()):
-        return False
     with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
-        values_now = {name: weight.data for name, weight in weights.items()}
         for parameter in (*weights.values(), *adapter.parameters.values()):
             undo.callback(replace_values, parameter, parameter.data)
         _give_values_of_merge(view, layer, adapter, weights)
         put_on(module, adapter)
         undo.callback(module.lora_detach)
-        for name, values in values_now.items():
-            merged, _ = module.lora_merged_weight(name)
-            if digest(merged.to(values.dtype)) != digest(values):
-                return False
-    return True
+        merged = dict[str, Tensor]()
+        for name in weights:
+            merged[name], _ = module.lora_merged_weight(name)
+    return merged
 
 
 def _give_values_of_merge(

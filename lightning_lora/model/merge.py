@@ -4,7 +4,7 @@ The record keeps the adapters and the base's values, for ``unmerge.py``.
 """
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -113,7 +113,10 @@ def merge(model: nn.Module) -> MergeReport:
         update_for_changed_weights(view)
         view.look_again()  # layers with a tied weight have new parameters
         unfreeze(view)
-        after_merge = _look_at_parameters(view, bases, tied)
+        after_merge = AfterMerge(
+            seen_without_update=_look_at_others(view, merged=bases),
+            weights=_look_at_merged(view, bases, tied),
+        )
         adapters = detach_adapters(view)
         undo.keep()
     view.record.note_merged(adapters, after_merge)
@@ -255,13 +258,13 @@ def _take_off_for_good(view: View, name: str, layer: LoRALayer) -> None:
 # What the record keeps
 
 
-def _look_at_parameters(
+def _look_at_merged(
     view: View, bases: Mapping[str, Tensor], tied: Mapping[str, nn.Parameter]
-) -> AfterMerge:
-    """Look at all parameters after a merge.
+) -> dict[str, WeightAtMerge]:
+    """Look at the weights with an update.
 
-    ``bases`` are the base's values of the weights with an update. ``tied`` are those
-    that were tied, each with the parameter of its other uses.
+    ``bases`` are the base's values of these. ``tied`` are those that were tied, each
+    with the parameter of its other uses.
     """
     in_model = set(view.parameters.values())
     weights = dict[str, WeightAtMerge]()
@@ -273,15 +276,19 @@ def _look_at_parameters(
             tied_parameter=tied.get(name),
             has_other_use=tied.get(name) in in_model,
         )
-    merged = {view.parameters[name] for name in bases}
-    seen_without_update = dict[str, Seen]()
+    return weights
+
+
+def _look_at_others(view: View, merged: Iterable[str]) -> dict[str, Seen]:
+    """Look at all parameters but the merged weights."""
+    # a weight of a shared layer has several names, and ``merged`` the first: so it is
+    # recognised as an object
+    merged_parameters = {view.parameters[name] for name in merged}
+    seen = dict[str, Seen]()
     for name, parameter in view.base_parameters.items():
-        # a merged weight of a shared layer has several names, and ``bases`` the first:
-        # so it is recognised as an object
-        if parameter not in merged:
-            digest = _known_digest(view, name, parameter)
-            seen_without_update[name] = Seen(parameter, digest)
-    return AfterMerge(seen_without_update, weights)
+        if parameter not in merged_parameters:
+            seen[name] = Seen(parameter, _known_digest(view, name, parameter))
+    return seen
 
 
 def _known_digest(view: View, name: str, parameter: nn.Parameter) -> int | None:

@@ -45,14 +45,12 @@ def note_plain_state(
         _refuse_adapters(view, given_adapters)
         return
     untouched = without(view.base_parameters, record.adapter.originals)
-    if given_adapters:
-        holds_all_untouched = untouched.keys() <= given.keys()
-        if holds_all_untouched:
-            _take_statistics(view, given)
-    else:
-        holds_some_untouched = not untouched.keys().isdisjoint(given)
-        if holds_some_untouched:
-            _take_base(view, given, notes)
+    holds_all_untouched = untouched.keys() <= given.keys()
+    holds_some_untouched = not untouched.keys().isdisjoint(given)
+    if given_adapters and holds_all_untouched:
+        _take_statistics(view, given)
+    elif not given_adapters and holds_some_untouched:
+        _take_base(view, given, notes)
 
 
 def _take_base(view: View, given: Mapping[str, Any], notes: Mapping[str, Any]) -> None:

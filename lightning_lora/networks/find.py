@@ -6,13 +6,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from torch import nn
 
 from lightning_lora.networks.still_networks import NO_NETWORKS, StillNetworks
-from lightning_lora.tensors.dicts import by_owner, only, where
+from lightning_lora.tensors.dicts import Thing, by_owner, only, where, without
 from lightning_lora.tensors.names import (
     Modules,
     Parameters,
     largest_free_of,
     modules_around,
-    names_not_in,
     names_outside,
 )
 
@@ -66,56 +65,47 @@ def find_networks(
             is only asked where it decides.
     """
     not_judged = {*named_by_user, *known.beside_training}
-    matrices = _matrices_by_module(base, not_judged)
+    matrices = by_owner(_outside(where(base, _is_matrix), not_judged))
     judged_layers = set(names_outside(layers, known.beside_training))
-    still_layers = _still_layers(
-        only(matrices, judged_layers), still_parameters, known.copies
-    )
-    training = _training_modules(modules, matrices, still_parameters)
+    still = _still_layers(only(matrices, judged_layers), still_parameters, known.copies)
+    training = _training_modules(matrices, still_parameters, modules)
     # what the user names may train too, and ``matrices`` has nothing of it
     something_trains = training or named_by_user
-    if not still_layers or not something_trains:
+    if not still or not something_trains:
         return known
     # these train, or are in a copy, or the user names their matrices
-    other_layers = judged_layers - set(still_layers)
-    networks = _largest_modules(still_layers, {*training, *other_layers, *not_judged})
+    other_layers = judged_layers - still.keys()
+    networks = _largest_modules(still, {*training, *other_layers, *not_judged})
     # without other layers, no layer at all would get an adapter
-    if other_layers and _holds_student(
-        training, still_layers, matrices, find_untrained
-    ):
+    if other_layers and _holds_student(training, still, find_untrained):
         return known.with_beside_training(networks)
     return known.with_under_head(networks)
 
 
-def _matrices_by_module(
-    base: Parameters, left_out: Collection[str]
-) -> dict[str, list[nn.Parameter]]:
-    """The matrices that each module holds itself, without those in modules that are left out."""
-    matrices = where(base, _is_matrix)
-    judged = names_outside(matrices, left_out)
-    return by_owner(only(matrices, set(judged)))
+def _outside(named: Mapping[str, Thing], modules: Collection[str]) -> dict[str, Thing]:
+    """Those that are in none of these modules."""
+    return only(named, set(names_outside(named, modules)))
 
 
 def _still_layers(
     matrices: _MatricesByModule,
     still_parameters: Set[nn.Parameter],
     copies: Collection[str],
-) -> list[str]:
+) -> dict[str, list[nn.Parameter]]:
     """The layers all of whose matrices stand still, and which are in no copy."""
     entirely_still = where(matrices, set(still_parameters).issuperset)
-    return names_outside(entirely_still, copies)
+    return _outside(entirely_still, copies)
 
 
 def _training_modules(
-    modules: Modules, matrices: _MatricesByModule, still_parameters: Set[nn.Parameter]
-) -> list[str]:
+    matrices: _MatricesByModule, still_parameters: Set[nn.Parameter], modules: Modules
+) -> dict[str, list[nn.Parameter]]:
     """The modules all of whose matrices train.
 
     An embedding that trains, as with new tokens, is no network.
     """
     entirely_training = where(matrices, still_parameters.isdisjoint)
-    embeddings = where(modules, _is_embedding)
-    return names_not_in(entirely_training, embeddings)
+    return without(entirely_training, where(modules, _is_embedding))
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
@@ -137,59 +127,49 @@ def _largest_modules(layers: Iterable[str], others: Iterable[str]) -> tuple[str,
 
 
 def _holds_student(
-    training: list[str],
-    still_layers: list[str],
-    matrices: _MatricesByModule,
+    training: _MatricesByModule,
+    still: _MatricesByModule,
     find_untrained: Callable[[], Collection[str]],
 ) -> bool:
     """Whether the modules that train hold a pretrained network, which is more than a head of what stands still."""
     if not training:
         return False
-    pretrained = names_outside(training, find_untrained())
-    return bool(pretrained) and not _are_head(pretrained, still_layers, matrices)
+    pretrained = _outside(training, find_untrained())
+    return bool(pretrained) and not _are_head(pretrained, still)
 
 
-def _are_head(
-    training: list[str], still_layers: list[str], matrices: _MatricesByModule
-) -> bool:
+def _are_head(training: _MatricesByModule, still: _MatricesByModule) -> bool:
     """Whether the modules that train are a head of what stands still: small, and no later blocks of it."""
-    if _are_later_blocks(training, still_layers, matrices):
+    if _are_later_blocks(training, still):
         return False
     if len(training) <= HEAD_LAYERS:
         return True
-    training_size = _size(training, matrices)
-    still_size = _size(still_layers, matrices)
-    return training_size <= HEAD_SHARE * (training_size + still_size)
+    return _size(training) <= HEAD_SHARE * (_size(training) + _size(still))
 
 
-def _are_later_blocks(
-    training: list[str], still_layers: list[str], matrices: _MatricesByModule
-) -> bool:
+def _are_later_blocks(training: _MatricesByModule, still: _MatricesByModule) -> bool:
     """Whether the modules that train go on with a network that stands still.
 
     ``blocks.11.q`` trains so after ``blocks.0.q`` to ``blocks.10.q``.
     """
-    earlier_blocks = _alike_but_for_numbers(still_layers, training)
-    still_size = _size(still_layers, matrices)
-    return _size(earlier_blocks, matrices) >= _LATER_BLOCK_SHARE * still_size
+    earlier_blocks = only(still, _alike_but_for_numbers(still, training))
+    return _size(earlier_blocks) >= _LATER_BLOCK_SHARE * _size(still)
 
 
-def _alike_but_for_numbers(names: Iterable[str], others: Iterable[str]) -> list[str]:
+def _alike_but_for_numbers(names: Iterable[str], others: Iterable[str]) -> set[str]:
     """The names that differ from one of the others only in numbers: ``blocks.0.q`` from ``blocks.11.q``."""
-    patterns = set[str]()
-    for other in others:
-        patterns.add(_without_numbers(other))
-    return [name for name in names if _without_numbers(name) in patterns]
+    patterns = {_without_numbers(other) for other in others}
+    return {name for name in names if _without_numbers(name) in patterns}
 
 
 def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _size(names: Iterable[str], matrices: _MatricesByModule) -> int:
-    """The number of values in the matrices of these modules."""
+def _size(matrices: _MatricesByModule) -> int:
+    """The number of values in all of these matrices."""
     size = 0
-    for name in names:
-        for matrix in matrices[name]:
+    for matrices_of_module in matrices.values():
+        for matrix in matrices_of_module:
             size += matrix.numel()
     return size

@@ -75,19 +75,13 @@ class TensorsView(LayersView):
         found = []
         after_merge = self.record.base.after_merge
         for layer, adapter in self.record.merged_layer_adapters.items():
-            for name, at_merge in after_merge.weights_of(
-                layer, adapter.weights
-            ).items():
+            weights = after_merge.weights_of(layer, adapter.weights)
+            for name, at_merge in weights.items():
                 parameter = own_parameter(self.modules[layer], name)
-                found.append(
-                    MergedWeight(
-                        layer,
-                        name,
-                        parameter,
-                        base_value=at_merge.base,
-                        tied_parameter=at_merge.tied_parameter,
-                    )
+                merged = MergedWeight(
+                    layer, name, parameter, at_merge.base, at_merge.tied_parameter
                 )
+                found.append(merged)
         return found
 
     @cached_property
