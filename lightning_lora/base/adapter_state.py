@@ -18,6 +18,17 @@ from lightning_lora.tensors.values import copy_to_host
 
 
 @dataclass
+class Kept:
+    """What is kept of an inactive adapter, which is off the model."""
+
+    layer_adapters: dict[str, LayerAdapter] = field(default_factory=dict)
+    """What it has for each layer, by the layer's name."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Its own values of the base's tensors, with the names of its ``originals``."""
+
+
+@dataclass
 class AdapterState:
     """What a model remembers of one adapter."""
 
@@ -59,11 +70,8 @@ class AdapterState:
     fingerprints: list[Fingerprint] = field(default_factory=list)
     """The fingerprints of what it does not train: as loaded, and as converted by a Trainer's precision."""
 
-    inactive_layer_adapters: dict[str, LayerAdapter] = field(default_factory=dict)
-    """While another adapter is active: what this one has for each layer, by the layer's name."""
-
-    inactive_tensors: dict[str, Tensor] = field(default_factory=dict)
-    """While another adapter is active: this one's trained tensors, with the names of :attr:`originals`."""
+    kept: Kept = field(default_factory=Kept)
+    """While another adapter is active: what is kept of this one. Otherwise, it is empty."""
 
     sum_of: dict[str, float] | None = None
     """The names and weights of the adapters that it adds up.
@@ -93,14 +101,13 @@ class AdapterState:
             originals=dict(self.originals),
             extra_state_digests=dict(self.extra_state_digests),
             fingerprints=list(self.fingerprints),
-            inactive_layer_adapters=dict(self.inactive_layer_adapters),
-            inactive_tensors=dict(self.inactive_tensors),
+            kept=Kept(dict(self.kept.layer_adapters), dict(self.kept.tensors)),
         )
 
     def become_sum(self, weights: Mapping[str, float]) -> None:
         """Make this inactive adapter a sum of others, with these weights: it never trains."""
         self.sum_of = dict(weights)
-        for adapter in self.inactive_layer_adapters.values():
+        for adapter in self.kept.layer_adapters.values():
             # its values follow from the adapters that it adds up
             adapter.settings = replace(adapter.settings, trains=False)
             for parameter in adapter.parameters.values():

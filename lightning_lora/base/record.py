@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.adapter_state import AdapterState, Kept
 from lightning_lora.base.base_tensors import AfterMerge, Base
 from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.base.states import FOLLOWING, State
@@ -88,25 +88,18 @@ class Record:
 
     # Other events
 
-    def note_switched(
-        self,
-        inactive_layer_adapters: dict[str, LayerAdapter],
-        inactive_tensors: dict[str, Tensor],
-        coming: AdapterState,
-    ) -> None:
+    def note_switched(self, leaving: Kept, coming: AdapterState) -> None:
         """Note that the active adapter was taken off its layers, and that ``coming`` is active now.
 
-        The former one keeps what it had on each layer, and its values of the base's
-        tensors. ``coming`` may be new, or one of the inactive adapters.
+        ``leaving`` is what is kept of the former one. ``coming`` may be new, or one of
+        the inactive adapters.
         """
-        leaving = self.adapter
-        leaving.inactive_layer_adapters = inactive_layer_adapters
-        leaving.inactive_tensors = inactive_tensors
-        self.inactive_adapters[leaving.name] = leaving
+        former = self.adapter
+        former.kept = leaving
+        self.inactive_adapters[former.name] = former
         self.inactive_adapters.pop(coming.name, None)
         self.adapter = coming
-        coming.inactive_layer_adapters = {}
-        coming.inactive_tensors = {}
+        coming.kept = Kept()
 
     def note_new_base(
         self, names: Collection[str], values: Mapping[str, Tensor]

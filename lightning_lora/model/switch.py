@@ -135,7 +135,7 @@ def layer_adapters_of(model: nn.Module, name: str) -> dict[str, LayerAdapter]:
     record = record_of(model)
     check_known(record, name, model)
     if name in record.inactive_adapters:
-        return record.inactive_adapters[name].inactive_layer_adapters
+        return record.inactive_adapters[name].kept.layer_adapters
     return View(model).active_layer_adapters
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
-from lightning_lora.tensors.names import names_inside, names_outside
+from lightning_lora.tensors.names import names_inside, names_not_in, names_outside
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,12 @@ class StillNetworks:
         return (*self.beside_training, *self.bare_layers)
 
     def with_beside_training(self, networks: Iterable[str]) -> "StillNetworks":
-        """Return these networks, and others beside which networks train."""
+        """Return these networks, and others beside which networks train. These are under no head any more."""
         all_beside = dict.fromkeys((*self.beside_training, *networks))
-        return replace(self, beside_training=tuple(all_beside))
+        under_head = names_not_in(self.under_head, all_beside)
+        return replace(
+            self, beside_training=tuple(all_beside), under_head=tuple(under_head)
+        )
 
     def with_under_head(self, networks: Iterable[str]) -> "StillNetworks":
         """Return these networks, and others under a head."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lora import ConfigError, LoRAConfig, inject_adapters
-from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.adapter_state import AdapterState, Kept
 
 
 def test_what_was_kept_for_an_error_does_not_change_with_later_events() -> None:
@@ -18,10 +18,10 @@ def test_what_was_kept_for_an_error_does_not_change_with_later_events() -> None:
     state.set_originals({"weight": torch.ones(2, 2)})
     state.fingerprints.append({"layout": "b"})
     state.extra_state_digests["part"] = 1
-    state.inactive_tensors["bias"] = torch.ones(2)
+    state.kept.tensors["bias"] = torch.ones(2)
     assert list(before.originals) == ["bias"]
     assert before.fingerprints == [{"layout": "a"}]
-    assert before.extra_state_digests == before.inactive_tensors == {}
+    assert before.extra_state_digests == before.kept.tensors == {}
 
 
 @pytest.mark.parametrize("name", ["", None, 3])
@@ -74,7 +74,7 @@ def test_a_sum_of_adapters_never_trains() -> None:
     inject_adapters(model, LoRAConfig(r=2))
     layer: Any = model[0]
     adapter = layer.lora_adapter()
-    state = AdapterState(LoRAConfig(r=2), "sum", inactive_layer_adapters={"0": adapter})
+    state = AdapterState(LoRAConfig(r=2), "sum", kept=Kept({"0": adapter}))
     state.become_sum({"fr": 0.5})
     assert state.sum_of == {"fr": 0.5}
     assert not adapter.settings.trains

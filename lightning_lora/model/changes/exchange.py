@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.adapter_state import AdapterState
+from lightning_lora.base.adapter_state import AdapterState, Kept
 from lightning_lora.base.states import SWITCH
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import ADAPTERS, adapter_for, is_resized
@@ -46,15 +46,16 @@ def exchange(view: View, coming: AdapterState) -> None:
     # the head), and they must hold its own values, not the base's that are shown
     if view.record.state.shows_base:
         show_adapter(view)
-    leaving_tensors = tensors_with_originals(view)
-    leaving_layer_adapters = detach_adapters(view)
+    leaving = Kept(
+        tensors=tensors_with_originals(view), layer_adapters=detach_adapters(view)
+    )
 
     # each of the coming adapter's parameters has kept its requires_grad, and those with
     # the base's values are frozen
     for name, tensor in tensors_to_put.items():
         set_tensor(view.model, name, tensor)
-    attach_adapters(view, coming.inactive_layer_adapters)
-    view.record.note_switched(leaving_layer_adapters, leaving_tensors, coming)
+    attach_adapters(view, coming.kept.layer_adapters)
+    view.record.note_switched(leaving, coming)
 
     # from here on, the view shows the coming adapter, which may train other modules in
     # full than the one that left
@@ -76,7 +77,7 @@ def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
     They are the coming adapter's own, such as its trained ``head.weight``. Where only
     the active adapter has trained a tensor, a new one with the base's values is put.
     """
-    to_put = dict(coming.inactive_tensors)
+    to_put = dict(coming.kept.tensors)
     originals = view.adapter.originals
     trained_by_active_alone = without(tensors_with_originals(view), to_put)
     # one new tensor for each old one: a tied tensor has several names
@@ -122,17 +123,17 @@ def prepare_for_model(view: View, state: AdapterState) -> None:
     _update_kinds(view, state)
     _check_not_resized(view, state)
     with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
-        for name, tensor in state.inactive_tensors.items():
+        for name, tensor in state.kept.tensors.items():
             move_to(tensor, view.tensors[name].device, view.tensors[name].dtype)
-        for name, adapter in state.inactive_layer_adapters.items():
+        for name, adapter in state.kept.layer_adapters.items():
             convert_to_layer(view.modules[name], adapter, undo)
         undo.keep()
 
 
 def _check_still_there(view: View, state: AdapterState) -> None:
     """Refuse a model that has lost what an inactive adapter is for."""
-    needed = list(state.inactive_tensors)
-    for name, adapter in state.inactive_layer_adapters.items():
+    needed = list(state.kept.tensors)
+    for name, adapter in state.kept.layer_adapters.items():
         needed += names_joined(name, adapter.weights)
     absent = names_not_in(dict.fromkeys(needed), view.tensors)
     if absent:
@@ -145,7 +146,7 @@ def _check_still_there(view: View, state: AdapterState) -> None:
 
 def _update_kinds(view: View, state: AdapterState) -> None:
     """Give an inactive adapter the classes that fit its layers now: these may have been quantised since."""
-    for name, adapter in state.inactive_layer_adapters.items():
+    for name, adapter in state.kept.layer_adapters.items():
         # a kind such as LoRATokens, which is not chosen by the type of the layer, stays
         if adapter.kind in ADAPTERS.values():
             adapter.kind = adapter_for(view.modules[name]) or adapter.kind
@@ -154,7 +155,7 @@ def _update_kinds(view: View, state: AdapterState) -> None:
 def _check_not_resized(view: View, state: AdapterState) -> None:
     """Refuse layers that were resized while an adapter of theirs was not active."""
     resized = []
-    for name, adapter in state.inactive_layer_adapters.items():
+    for name, adapter in state.kept.layer_adapters.items():
         if is_resized(view.modules[name], adapter.kind, adapter.matrices):
             resized.append(name)
     if resized:

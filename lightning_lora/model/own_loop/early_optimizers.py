@@ -169,9 +169,7 @@ def _adapters_on(view: View, layers: Collection[str]) -> set[nn.Parameter]:
     for layer in only(view.layers, layers).values():
         found.update(layer.lora_parameters().values())
     for state in _inactive_adapters(view):
-        found.update(
-            _parameters_of(only(state.inactive_layer_adapters, layers).values())
-        )
+        found.update(_parameters_of(only(state.kept.layer_adapters, layers).values()))
     return found
 
 
@@ -200,8 +198,8 @@ def _inactive_parameters(view: View) -> set[Tensor]:
     """All parameters of the inactive adapters, and what trains in full with them."""
     found = set[Tensor]()
     for state in _inactive_adapters(view):
-        found.update(state.inactive_tensors.values())
-        found.update(_parameters_of(state.inactive_layer_adapters.values()))
+        found.update(state.kept.tensors.values())
+        found.update(_parameters_of(state.kept.layer_adapters.values()))
     return found
 
 

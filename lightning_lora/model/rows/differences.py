@@ -108,7 +108,7 @@ def _values_of(
     base = in_model if original is None else original.to(in_model)
     values: dict[Name, Tensor] = {None: base}
     for state in states:
-        values[state.name] = state.inactive_tensors.get(tensor, base)
+        values[state.name] = state.kept.tensors.get(tensor, base)
     values[view.adapter.name] = in_model
     return values
 

@@ -22,7 +22,6 @@ from lightning_lora.tensors.names import (
     is_in_any,
     modules_around,
     names_inside,
-    names_not_in,
     names_outside,
 )
 
@@ -122,11 +121,8 @@ def strip_adapters(view: View, networks: Collection[str]) -> None:
     Files say that they are left out. Callers ``freeze`` afterwards: nothing trains in
     full there any more. An error, if no adapter would be left, changes nothing.
     """
-    earlier = view.adapter.networks
-    now = replace(
-        earlier.with_beside_training(networks),
-        under_head=tuple(names_not_in(earlier.under_head, networks)),
-    ).with_bare_layers(view.layers.keys())
+    with_more = view.adapter.networks.with_beside_training(networks)
+    now = with_more.with_bare_layers(view.layers.keys())
     to_strip = names_inside(view.layers, now.without_adapters)
     if not to_strip:
         return
