@@ -98,13 +98,13 @@ def stored_from_updates(
         )
     _check_floating(updates)
     adapted_weights = _adapted_weights(updates)
-    trained, values_of_rest = _trained_in_rest(
-        view, rest, adapted_weights, modules_to_save
-    )
+    _check_copied_weights(view, rest, adapted_weights)
+    trained = find_trained(view, without(rest, adapted_weights), modules_to_save)
+    check_ties(view, trained.values)
     settings = _with_what_tensors_say(settings, updates, trained, adapted_weights)
     layers = [replace(update.layer, r=update.r) for update in updates]
     config = by_whole_names(layers, settings, view.modules.keys())
-    state = dict(values_of_rest)
+    state = dict[str, Any](trained.values)
     for update in updates:
         state |= update.tensors()
     layers_with_rows = {layer.name: layer for layer in layers if layer.tokens}
@@ -122,24 +122,6 @@ def _check_floating(updates: Iterable[LayerUpdate]) -> None:
                     "integers. Use the file as it was written, or write it again with "
                     "the values of .float()."
                 )
-
-
-def _trained_in_rest(
-    view: View,
-    rest: Mapping[str, Tensor],
-    adapted_weights: Collection[str],
-    modules_to_save: Collection[str] | None,
-) -> tuple[TrainedInFull, dict[str, Tensor]]:
-    """What the rest of a file trains in full, and the values of this and of buffers.
-
-    All else in the rest is a copy of the base's, and is left out.
-    """
-    _check_copied_weights(view, rest, adapted_weights)
-    others = without(rest, adapted_weights)
-    trained = find_trained(view, others, modules_to_save)
-    values = only(others, trained.names.union(view.buffers))
-    check_ties(view, values)
-    return trained, values
 
 
 def _with_what_tensors_say(

@@ -27,12 +27,12 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 @dataclass(frozen=True)
 class TrainedInFull:
-    """The names of what trains beside updates."""
+    """What trains beside updates, by names in the model."""
 
     modules: list[str]
     parameters: list[str]  # single ones, outside of these modules
     biases: set[str]  # outside of these modules, too
-    names: set[str]  # the names of all tensors of these three groups
+    values: dict[str, Tensor]  # of all tensors of these three groups, and of buffers
 
 
 def find_trained(
@@ -44,7 +44,7 @@ def find_trained(
        them. If the file does not say which, one value must differ from the base's.
     2. Biases outside of these modules.
     3. Other parameters outside of them, whose values differ from the base's: the others
-       are copies of it.
+       are copies of it, and are left out.
 
     Args:
         view: The model.
@@ -64,8 +64,8 @@ def find_trained(
             biases.add(name)
         elif name in changed:
             parameters.append(name)
-    names = {*names_inside(entries, modules), *biases, *parameters}
-    return TrainedInFull(modules, parameters, biases, names)
+    names = {*names_inside(entries, modules), *biases, *parameters, *view.buffers}
+    return TrainedInFull(modules, parameters, biases, values=only(entries, names))
 
 
 def _modules_that_train(
