@@ -64,7 +64,10 @@ def _tensors_of_member(
     of_peft, config = in_peft_form(export, uniform=uniform, scaling=1.0)
     member = checked_member(export, of_peft, NAME)
     layers = _with_whole_attentions(_layers_in(of_peft))
-    names = _names_in_file(export, member, layers, modules)
+    name_of = _naming(export, member, modules)
+    names = {layer: name_of(layer) for layer in layers}
+    _refuse_unnamed(names, member)
+    _warn_of_skipped(export, member, names)
     tensors = dict[str, Tensor]()
     for name, updates in _grouped_by_name(layers, names).items():
         tensors |= _tensors_of_layer(name, stacked_update(updates), alpha=config["r"])
@@ -126,12 +129,8 @@ def _with_whole_attentions(layers: Mapping[str, Factors]) -> dict[str, Factors]:
 # Their names
 
 
-def _names_in_file(
-    export: Export, member: str, layers: Iterable[str], modules: set[str]
-) -> dict[str, str]:
-    """The names in the file of a member's layers. A layer that has none is refused."""
-    name_of = _naming(export, member, modules)
-    names = {layer: name_of(layer) for layer in layers}
+def _refuse_unnamed(names: Mapping[str, str], member: str) -> None:
+    """Refuse layers of a member that have no name in the file."""
     unnamed = where_not(names, bool)
     if unnamed:
         raise ExportError(
@@ -140,8 +139,6 @@ def _names_in_file(
             "Diffusion and SDXL, and for the blocks of Flux. Leave these layers out "
             "(exclude_modules), or write format='diffusers', which ComfyUI reads too."
         )
-    _warn_of_skipped(export, member, names)
-    return names
 
 
 def _warn_of_skipped(export: Export, member: str, names: Mapping[str, str]) -> None:
@@ -167,6 +164,7 @@ def _naming(export: Export, member: str, modules: set[str]) -> NameOf:
     prefixes = list(with_values(MEMBERS, [member]))
     if not prefixes:
         return _no_name
+    # only a text encoder has two: the second one is for pipelines with two of them
     prefix = prefixes[-1] if _has_two_text_encoders(modules) else prefixes[0]
     modules_of_member = by_names_inside(export.stored.root, dict.fromkeys(modules))
     written_form, *_ = naming_forms(prefix, modules_of_member)
