@@ -119,7 +119,7 @@ def _lost_tensors(plan: MergePlan, there: BaseThere) -> list[str]:
        file is damaged, and the tensor lost.
     """
     absent = _absent_tensors(plan, there)  # case 1 is not among them
-    if not absent:
+    if not absent:  # so no values are read
         return []
     unnamed = _unnamed_tensors(plan, there)
     digests_of_unnamed = _digests_of(plan, unnamed)

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -92,40 +92,34 @@ def _modules_of_all(summands: Summands) -> dict[str, StoredModule]:
 # Sums of updates
 
 
-@dataclass
-class _Terms:
-    """The terms of a sum of updates of one matrix."""
-
-    updates: list[Factors] = field(default_factory=list)
-    # the number by which each update is multiplied
-    weights: list[float] = field(default_factory=list)
-
-    def add(self, update: Factors, weight: float) -> None:
-        """Add one more update."""
-        self.updates.append(update)
-        self.weights.append(weight)
-
-    def factors(self, matrix: AdaptedMatrix, r: int | None) -> Factors:
-        """Return A and B of the sum.
-
-        They are exact if the rank r suffices. None: the largest that the matrix can have.
-        """
-        update = concatenated(self.updates, self.weights)
-        allowed = matrix.largest_rank if r is None else matrix.rank_for(r)
-        if _rank_of(update) <= allowed:
-            return update
-        return truncated(update, allowed)
-
-
 def _summed_updates(
     summands: Summands, weights: Weights, name: str, r: int | None
 ) -> _Updates:
     """The sum for each matrix of a layer. A summand that does not adapt the layer adds nothing."""
-    sums = defaultdict[AdaptedMatrix, _Terms](_Terms)
+    updates_of = defaultdict[AdaptedMatrix, list[Factors]](list)
+    weights_of = defaultdict[AdaptedMatrix, list[float]](list)
     for stored, weight in zip(summands, weights, strict=True):
         for matrix, update in updates_of_layer(stored, name).items():
-            sums[matrix].add(update, weight)
-    return {matrix: terms.factors(matrix, r) for matrix, terms in sums.items()}
+            updates_of[matrix].append(update)
+            weights_of[matrix].append(weight)
+    sums = _Updates()
+    for matrix, updates in updates_of.items():
+        exact = concatenated(updates, weights_of[matrix])
+        sums[matrix] = _with_allowed_rank(exact, matrix, r)
+    return sums
+
+
+def _with_allowed_rank(
+    update: Factors, matrix: AdaptedMatrix, r: int | None
+) -> Factors:
+    """The update, or its best approximation, if its rank is above r.
+
+    None: it may have the largest rank that the matrix can have.
+    """
+    allowed = matrix.largest_rank if r is None else matrix.rank_for(r)
+    if _rank_of(update) <= allowed:
+        return update
+    return truncated(update, allowed)
 
 
 def _named_factors(name: str, updates: _Updates, r: int) -> dict[str, Tensor]:

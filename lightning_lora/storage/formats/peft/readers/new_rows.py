@@ -36,9 +36,9 @@ def warn_of_new_rows(export: Export) -> None:
 
 def _rows_of(pretrained: str) -> int | None:
     """The size of the vocabulary of a base, if its configuration is on this machine."""
-    path = Path(pretrained) / "config.json"
-    if not pretrained or not path.is_file():
+    if not pretrained:
         return None
+    path = Path(pretrained) / "config.json"
     config: Any = None
     with suppress(OSError, ValueError):
         config = json.loads(path.read_text(encoding="utf-8"))
