@@ -115,18 +115,12 @@ class LoRAHooks(Callback):
         self._stage.way_back.note_adapters(pl_module)
         if self._stage.is_fit:
             self._check_fit(trainer, pl_module, methods)
-        else:
-            # a callback would put the average of an earlier fit into the module
-            compatibility.drop_averages(self._stage.callbacks)
-            if self._stage.runs_merged(pl_module):
-                return
-        # all checks are made: from here on, the module changes
-        self._stage.begin(pl_module)
-        self._take_config_of(pl_module)
-        # if configure_model shards the module, the strategy adds adapters after it: they
-        # stay whole
-        if not methods.shards_before_adapters:
-            self._adapt_early(pl_module)
+            self._begin_stage(pl_module, methods)
+            return
+        # a callback would put the average of an earlier fit into the module
+        compatibility.drop_averages(self._stage.callbacks)
+        if not self._stage.runs_merged(pl_module):
+            self._begin_stage(pl_module, methods)
 
     def _new_stage(
         self, trainer: Trainer, pl_module: LightningModule, *, is_fit: bool
@@ -158,24 +152,27 @@ class LoRAHooks(Callback):
         )
         check_data_init(trainer, pl_module, self.config)
 
-    def _take_config_of(self, pl_module: LightningModule) -> None:
-        """Take arguments that were not given from adapters that the module has."""
+    def _begin_stage(
+        self, pl_module: LightningModule, methods: StrategyMethods
+    ) -> None:
+        """Change the module: all checks are made. Its layers are adapted before other callbacks copy it."""
+        self._stage.begin(pl_module)
         record = find_record(pl_module)
         if record is not None:
-            self._stage.take_config(
-                pl_module,
-                record.adapter.config,
-                f"the adapters of {type(pl_module).__name__}",
-            )
-
-    def _adapt_early(self, pl_module: LightningModule) -> None:
-        """Adapt the layers that are there, before other callbacks copy the module."""
+            # arguments that were not given are those of its adapters
+            source = f"the adapters of {type(pl_module).__name__}"
+            self._stage.take_config(pl_module, record.adapter.config, source)
+        # if configure_model shards the module, the strategy adds adapters after it: they
+        # stay whole
+        if methods.shards_before_adapters:
+            return
         # a plain module that is only evaluated gets no adapters
-        if self._stage.should_be_adapted(pl_module):
-            # targets may name layers that the module creates in a later hook: the
-            # strategy adapts them then, or repeats the error
-            with suppress(LoRAError):
-                self._stage.add_adapters(pl_module)
+        if not self._stage.should_be_adapted(pl_module):
+            return
+        # targets may name layers that the module creates in a later hook: the strategy
+        # adapts them then, or repeats the error
+        with suppress(LoRAError):
+            self._stage.add_adapters(pl_module)
 
     # Fit
 
@@ -209,8 +206,7 @@ class LoRAHooks(Callback):
             loaded_checkpoint=self._stage.has_loaded_or_trained,
         )
         is_scaled = "lr_scale" in self.given or self.lr_scale != 1
-        guards = self._stage.tools.guards_in_first_process
-        guards.tell(
+        self._stage.tools.guards.tell(
             Guard.optimizers_built, view, trainer.optimizers, is_scaled=is_scaled
         )
         log_what_trains(
@@ -223,17 +219,11 @@ class LoRAHooks(Callback):
         # a weight that is computed now has lost its adapter, and view_of would only say
         # that the adapter is missing
         refuse_computed_weights(View(pl_module))
-        view = view_of(pl_module)
-        refuse_targets_without_adapters(view)
+        refuse_targets_without_adapters(view_of(pl_module))
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
         # the checkpoint may have been written with another lr_scale
         update_scaled_rates(*trainer.optimizers)
-        # the module's hooks may have loaded weights since the set-up
-        if self._stage.takes_base_from_hooks(view):
-            self._stage.set_base_from_hooks(view)
-            # the fingerprint of the base is taken again: only changed tensors are read
-            methods.note_base(anew=False)
         self._begin_training(trainer, pl_module, methods)
 
     def _begin_training(
@@ -243,19 +233,25 @@ class LoRAHooks(Callback):
 
         In this order:
 
-        1. Guards look. Only now, because the module's ``on_fit_start`` may load
-           weights.
-        2. The base is read. Then adapters start from data: that runs the user's code,
+        1. If the module's own hooks have loaded weights since the set-up, these are the
+           base.
+        2. Guards look at it.
+        3. The base is read. Then adapters start from data: that runs the user's code,
            which may change the base, and the watch compares it with what was read.
-        3. The phase changes, which has said until now whether a checkpoint was loaded.
+        4. The phase changes, which has said until now whether a checkpoint was loaded.
            From here on, the module keeps its adapters if the fit fails.
-        4. The watch begins.
-        5. The first step gets the random numbers of the checkpoint: all before may have
+        5. The watch begins.
+        6. The first step gets the random numbers of the checkpoint: all before may have
            drawn some.
         """
-        # a new view, because tensors may have been exchanged since the last one
         view = view_of(pl_module)
-        tell_of_start(view, self._stage.tools.guards_in_first_process)
+        if self._stage.takes_base_from_hooks(view):
+            self._stage.set_base_from_hooks(view)
+            # the fingerprint of the base is taken again: only changed tensors are read
+            methods.note_base(anew=False)
+            # tensors may have been exchanged
+            view = view_of(pl_module)
+        tell_of_start(view, self._stage.tools.guards)
         digests = base_digests(view)
         is_new_fit = not self._stage.has_loaded_or_trained
         if is_new_fit:
@@ -310,8 +306,7 @@ class LoRAHooks(Callback):
         """Stop watching the training."""
         self._check_set_up()
         self._watch.check_adapter()
-        guards = self._stage.tools.guards_in_each_process
-        guards.tell(Guard.training_ended, view_of(pl_module))
+        self._stage.tools.guards.tell(Guard.training_ended, view_of(pl_module))
         self._end_training()
 
     def _end_training(self) -> None:
@@ -339,7 +334,7 @@ class LoRAHooks(Callback):
         merging.check_layers_stayed(view)
         # the last gradients take memory, and a later step by hand would use them
         pl_module.zero_grad()
-        guards = self._stage.tools.guards_in_each_process
+        guards = self._stage.tools.guards
         guards.tell(Guard.fit_ended, view, trainer.optimizers, trainer.global_step)
         self._compare_base(pl_module)
         if self.merge and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
@@ -349,7 +344,7 @@ class LoRAHooks(Callback):
         """Compare the base with its fingerprint, for the guards and for later files."""
         view = view_of(pl_module)
         note_changes(view)
-        self._stage.tools.guards_in_first_process.tell(Guard.base_compared, view)
+        self._stage.tools.guards.tell(Guard.base_compared, view)
 
     def teardown(
         self, trainer: Trainer, pl_module: LightningModule, stage: str
@@ -365,7 +360,7 @@ class LoRAHooks(Callback):
     ) -> None:
         """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
-        methods = methods_of(trainer.strategy)
+        methods = self._strategy_methods
         # a sharded module is spread over processes, of which some may be gone
         is_sharded = methods is not None and methods.shards_before_adapters
         is_kept = self._stage.end_after_error(

@@ -5,7 +5,7 @@ What the rest of the package knows of them is in this file.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +17,19 @@ if TYPE_CHECKING:
     from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 _Arguments = ParamSpec("_Arguments")
+_Moment = TypeVar("_Moment", bound=Callable[..., object])
+
+_IN_FIRST_PROCESS: set[str] = set()
+"""The names of the moments that are marked so."""
+
+
+def in_first_process(moment: _Moment) -> _Moment:
+    """Mark a moment that all processes of a fit see alike.
+
+    The first one alone is told, so that what guards say is said once.
+    """
+    _IN_FIRST_PROCESS.add(moment.__name__)
+    return moment
 
 
 class Guard:
@@ -26,12 +39,9 @@ class Guard:
     guard has those that it needs. Each fit, and each call, has guards of its own, which
     may note what they see.
 
-    Where a fit runs in several processes, and all see the same, the first one alone is
-    told, so that it is said once: at ``optimizers_built``, ``training_begins``,
-    ``new_adapters_begin``, ``adapters_ready``, ``base_made_new``,
-    ``first_step_begins``, ``first_batch_runs``, ``first_batch_ended``,
-    ``first_evaluation_runs``, ``base_compared`` and ``merged_in_checkpoint``. At all
-    other moments, each process is told.
+    Where a fit runs in several processes, each of them is told of a moment: one may see
+    it alone, or all must look at it together, as at shards. The moments that are marked
+    ``@in_first_process`` are told to the first one.
     """
 
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:
@@ -49,6 +59,7 @@ class Guard:
         ``frozen_since`` are weights that the user has frozen since adapters learned.
         """
 
+    @in_first_process
     def optimizers_built(
         self, view: "View", optimizers: Sequence[Optimizer], *, is_scaled: bool
     ) -> None:
@@ -57,27 +68,33 @@ class Guard:
         ``is_scaled``: the user has set ``lr_scale``.
         """
 
+    @in_first_process
     def training_begins(self, view: "View") -> None:
         """The module's own ``on_fit_start`` has run."""
 
+    @in_first_process
     def new_adapters_begin(self, view: "View", untrained: "Untrained") -> None:
         """New adapters begin to train, so what is said can still be changed.
 
         The module's own ``on_fit_start`` has run. ``untrained``: what looks untrained.
         """
 
+    @in_first_process
     def adapters_ready(self, view: "View") -> None:
         """Adapters have the values with which they begin to train."""
 
+    @in_first_process
     def base_made_new(self, view: "View", untrained: "Untrained") -> None:
         """The first batch comes, and hooks have changed weights since, of which these look untrained now."""
 
+    @in_first_process
     def first_step_begins(self, view: "View", copies: "FrozenCopies") -> None:
         """The first training step begins.
 
         ``copies``: frozen copies without adapters of networks that have some.
         """
 
+    @in_first_process
     def first_batch_runs(self, model: nn.Module) -> AbstractContextManager[None]:
         """A part of the first batch runs: a training step, or a backward pass."""
         return nullcontext()
@@ -88,9 +105,11 @@ class Guard:
     def optimizer_begins(self, view: "View", unreached: Sequence[str]) -> None:
         """An optimizer makes its first step, and adapters in it have no gradient: those of these layers."""
 
+    @in_first_process
     def first_batch_ended(self, model: nn.Module) -> None:
         """The first batch is over."""
 
+    @in_first_process
     def first_evaluation_runs(
         self, view: "View", step: str
     ) -> AbstractContextManager[None]:
@@ -100,6 +119,7 @@ class Guard:
         """
         return nullcontext()
 
+    @in_first_process
     def base_compared(self, view: "View") -> None:
         """A file is written in training, or the fit ends: the record has just compared the base."""
 
@@ -125,7 +145,7 @@ class Guard:
         """
 
     def merged_in_checkpoint(self, title: str, lost: Mapping[str, float]) -> None:
-        """A Trainer's file gets merged weights (``save="model"``)."""
+        """A Trainer's file gets merged weights (``save="model"``), in the process that writes it."""
 
     def merged_offline(self, base: str, lost: Mapping[str, float]) -> None:
         """The files of a base are merged, without a model."""
@@ -142,10 +162,16 @@ order.
 class Guards:
     """All guards of one fit, or of one call: they look at a moment in turn."""
 
-    def __init__(self, kinds: Collection[type[Guard]] | None = None) -> None:
+    def __init__(
+        self,
+        kinds: Collection[type[Guard]] | None = None,
+        *,
+        is_first_process: bool = True,
+    ) -> None:
         """Make a guard of each kind: None means all."""
         kinds = GUARDS if kinds is None else kinds
         self.guards = [kind() for kind in kinds]
+        self._is_first_process = is_first_process
 
     def tell(
         self,
@@ -171,7 +197,9 @@ class Guards:
             yield
 
     def _looking_at(self, moment: Callable[..., object]) -> list[Guard]:
-        """The guards that have a method of their own for a moment."""
+        """The guards that have a method of their own for a moment: none if another process is told of it."""
+        if moment.__name__ in _IN_FIRST_PROCESS and not self._is_first_process:
+            return []
         return [
             guard
             for guard in self.guards
@@ -184,4 +212,4 @@ class Guards:
 
 
 NO_GUARDS = Guards([])
-"""For a process, or a call, in which nothing is said."""
+"""For a call in which nothing is said."""

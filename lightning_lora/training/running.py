@@ -94,7 +94,7 @@ class TrainingWatch:
         # parameters in optimizers that earlier steps have accepted
         self._accepted: set[nn.Parameter] = set()
         _let_layers_train(view)
-        stage.tools.guards_in_first_process.tell(Guard.adapters_ready, view)
+        stage.tools.guards.tell(Guard.adapters_ready, view)
         average_what_trains(callbacks_of(trainer), view)
         # an error in this block closes what was begun before it
         with ExitStack() as begun:
@@ -116,9 +116,7 @@ class TrainingWatch:
         now = base_digests(view_of(self.module))
         changed = dict(now.items() - before.items())
         if changed:
-            tell_of_new_base(
-                self.module, self.stage.tools.guards_in_first_process, changed
-            )
+            tell_of_new_base(self.module, self.stage.tools.guards, changed)
 
     def begin_backward(self, loss: Tensor) -> None:
         """Let activation checkpoints in the module send gradients through frozen weights."""
@@ -148,7 +146,7 @@ class TrainingWatch:
         update_scaled_rates(optimizer)
         unreached = self.gradients.begin_optimizer_step(optimizer)
         if unreached:
-            self.stage.tools.guards_in_each_process.tell(
+            self.stage.tools.guards.tell(
                 Guard.optimizer_begins, View(self.module), unreached
             )
         self.stage.tools.float32.begin_optimizer_step(optimizer)

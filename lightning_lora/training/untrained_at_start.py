@@ -15,8 +15,7 @@ from lightning_lora.tensors.names import modules_around
 def tell_of_start(view: View, guards: Guards) -> None:
     """Let guards say what trains too little, and note random weights, which files must hold.
 
-    Each process calls it, because all must agree on random weights. In all but the
-    first one, these guards do nothing.
+    Each process calls it, because all must agree on random weights.
     """
     guards.tell(Guard.training_begins, view)
     if not view.is_fresh():  # its adapters are trained already

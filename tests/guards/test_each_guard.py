@@ -5,13 +5,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import lightning_lora
 from lightning_lora import moments
+from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from tests.support.models import LitTiny, data, lora, same, state, trainer
 
@@ -117,3 +120,30 @@ def test_guards_are_told_of_a_moment_in_the_order_of_the_list(
     moments.Guards().tell(Guard.merged_offline, "base", {})
     moments.NO_GUARDS.tell(Guard.merged_offline, "base", {})
     assert told == [(First, "base", {}), (Second, "base", {})]
+
+
+@pytest.mark.parametrize("is_first_process", [True, False])
+def test_a_moment_that_all_processes_see_alike_is_told_in_the_first_one(
+    monkeypatch: pytest.MonkeyPatch, is_first_process: bool
+) -> None:
+    told = []
+
+    class Noting(Guard):
+        def base_compared(self, view: View) -> None:
+            told.append("base_compared")
+
+        def first_batch_runs(self, model: nn.Module) -> AbstractContextManager[None]:
+            told.append("first_batch_runs")
+            return nullcontext()
+
+        def training_ended(self, view: View) -> None:
+            told.append("training_ended")
+
+    monkeypatch.setattr(moments, "GUARDS", [Noting])
+    guards = moments.Guards(is_first_process=is_first_process)
+    model = nn.Linear(1, 1)
+    guards.tell(Guard.base_compared, View(model))
+    with guards.watching(Guard.first_batch_runs, model):
+        guards.tell(Guard.training_ended, View(model))
+    alike = ["base_compared", "first_batch_runs"] if is_first_process else []
+    assert told == [*alike, "training_ended"]

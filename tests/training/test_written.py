@@ -239,6 +239,6 @@ def test_nothing_of_the_module_is_kept_after_a_fit_or_a_failure(
         fit(tmp_path, callback, model=build(), **NO_SAVES)
     tools = callback._stage.tools
     assert not tools.first_steps._copies.originals
-    for guard in tools.guards_in_each_process.guards:
+    for guard in tools.guards.guards:
         for note in vars(guard).values():
             assert not getattr(note, "originals", note)

@@ -13,7 +13,6 @@ class FirstSteps:
     """The first two steps, and the first batch, which may have several."""
 
     def __init__(self, guards: Guards) -> None:
-        # those of the first process: all processes see the same weights
         self.guards = guards
         self._copies = FrozenCopies()
         self._steps_begun = 0
@@ -52,7 +51,6 @@ class FirstEvaluations:
     """The first batch of each kind of evaluation in a run."""
 
     def __init__(self, guards: Guards) -> None:
-        # they look in the first process alone: all compute with the same weights
         self.guards = guards
         self._begun: set[str] = set()
 

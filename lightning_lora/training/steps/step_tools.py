@@ -2,28 +2,19 @@
 
 from torch import nn
 
-from lightning_lora.moments import NO_GUARDS, Guards
+from lightning_lora.moments import Guards
 from lightning_lora.training.optimizers.float32_steps import Float32Steps
 from lightning_lora.training.steps.first_steps import FirstEvaluations, FirstSteps
 from lightning_lora.training.steps.step_dropout import StepDropout
 
 
 class StepTools:
-    """The guards of a stage, and what acts in its training steps.
-
-    There are two names for the guards. If all processes see the same,
-    ``guards_in_first_process`` are told of a moment: so it is said once. If one process
-    may see it alone, or if all must look at it together, as at shards,
-    ``guards_in_each_process`` are told.
-    """
+    """The guards of a stage, and what acts in its training steps."""
 
     def __init__(self, *, is_first_process: bool = False) -> None:
-        self.guards_in_each_process = Guards()
-        self.guards_in_first_process = NO_GUARDS
-        if is_first_process:
-            self.guards_in_first_process = self.guards_in_each_process
-        self.first_steps = FirstSteps(self.guards_in_first_process)
-        self.first_evaluations = FirstEvaluations(self.guards_in_first_process)
+        self.guards = Guards(is_first_process=is_first_process)
+        self.first_steps = FirstSteps(self.guards)
+        self.first_evaluations = FirstEvaluations(self.guards)
         self.dropout = StepDropout()
         # this one shows nothing: a training that begins sets its own
         self.float32 = Float32Steps()
@@ -57,5 +48,5 @@ class StepTools:
 
     def close(self) -> None:
         """Let go of the module's weights, which guards and first steps have noted."""
-        self.guards_in_each_process.close()
+        self.guards.close()
         self.first_steps.close()

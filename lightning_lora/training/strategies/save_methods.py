@@ -77,7 +77,7 @@ class SaveMethods(SetUpMethods):
         )
         # adapter_only has just compared the base with its fingerprint
         if stage.phase is Phase.TRAINING:
-            stage.tools.guards_in_first_process.tell(Guard.base_compared, View(module))
+            stage.tools.guards.tell(Guard.base_compared, View(module))
         if stage.save == "adapters":
             return with_callback_state(checkpoint, view_of(module).adapter.name)
         # the process that writes has the whole model, and merges alone
@@ -92,7 +92,7 @@ class SaveMethods(SetUpMethods):
         checkpoint, lost = checkpoints.with_merged_model(
             self.module, checkpoint, written_later=written_later
         )
-        self.stage.tools.guards_in_each_process.tell(
+        self.stage.tools.guards.tell(
             Guard.merged_in_checkpoint, type(self.module).__name__, lost
         )
         return checkpoint

@@ -69,7 +69,7 @@ class StepMethods(SetUpMethods):
     def _look_at_backward(self) -> None:
         """Let guards look at a backward pass that begins while adapters are disabled."""
         if state_of(self.module).shows_base:
-            self.stage.tools.guards_in_each_process.tell(
+            self.stage.tools.guards.tell(
                 Guard.backward_begins_without_adapters, View(self.module)
             )
 
@@ -89,7 +89,7 @@ class StepMethods(SetUpMethods):
                 raise
 
     def watching(self) -> AbstractContextManager[None]:
-        """Let guards watch a part of the first batch, in the first process."""
+        """Let guards watch a part of the first batch."""
         return self.stage.tools.first_steps.watching(self.module)
 
     # Evaluations
@@ -118,7 +118,7 @@ class StepMethods(SetUpMethods):
             return self.original.predict_step(*args, **kwargs)
 
     def watching_evaluation(self, step: str) -> AbstractContextManager[None]:
-        """Let guards watch the first batch of an evaluation, in the first process."""
+        """Let guards watch the first batch of an evaluation."""
         return self.stage.tools.first_evaluations.watching(self.module, step)
 
     # What a training watch asks for
