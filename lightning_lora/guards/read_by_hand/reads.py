@@ -30,7 +30,7 @@ from lightning_lora.guards.read_by_hand.weight_watch import (
 from lightning_lora.guards.wording import MOST_NAMES, as_entries
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
-from lightning_lora.tensors.dicts import where_not, with_values
+from lightning_lora.tensors.names import names_not_in
 from lightning_lora.training.steps.moved_copies import FrozenCopies
 
 
@@ -41,7 +41,7 @@ class ReadByHand(Guard):
         # what watches the first batch of a training, until that is over
         self._in_training: WeightWatch | None = None
         # layers that this guard has named, and dead ones, which DeadAdapters names
-        self._named: set[nn.Module] = set()
+        self._named: set[str] = set()
 
     def first_step_begins(self, view: View, copies: FrozenCopies) -> None:
         """Choose what is watched.
@@ -86,10 +86,9 @@ class ReadByHand(Guard):
 
     def _take_new_names(self, watch: WeightWatch) -> list[str]:
         """The names of layers that were read, and were not named before. They count as named now."""
-        layers_read = with_values(watch.layers, watch.read)
-        new = where_not(layers_read, self._named.__contains__)
-        self._named.update(new.values())
-        return list(new)
+        new = names_not_in(watch.layers_read(), self._named)
+        self._named.update(new)
+        return new
 
 
 def _about_training(title: str, names: list[str]) -> str:

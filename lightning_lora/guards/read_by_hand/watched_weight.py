@@ -1,7 +1,9 @@
 """The classes of watched weights, which see what torch computes with them."""
 
-import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,12 +35,36 @@ _GIVE_NO_GRADIENT = (
 _NO_READS = {*_NEED_THE_PARAMETER, *_SET_HOOKS, *_GIVE_NO_GRADIENT}
 
 
+_Run = Callable[[Any, Any], Any]
+"""A function of torch, to call with its arguments and keyword arguments."""
+
+
 class WatchedWeight(nn.Parameter):
     """A frozen weight of an adapted layer that notes when other code reads it."""
 
     lora_layer: LoRALayer
-    # the layers whose weights were read so far
-    lora_read: dict[LoRALayer, None]
+    lora_read: set[LoRALayer]
+    """The layers whose weights were read so far: all watched weights have this one set."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a function of torch that gets a watched weight."""
+        run = partial(super().__torch_function__, func, types)  # type: ignore[no-untyped-call]  # torch's own
+        kwargs = kwargs or {}
+        if _is_read(func, kwargs) and not _is_called_by_us():
+            return cls.lora_run_read(run, args, kwargs)
+        return run(args, kwargs)
+
+    @classmethod
+    def lora_run_read(cls, run: _Run, args: Any, kwargs: Any) -> Any:
+        """Run a function with which other code reads a watched weight."""
+        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
@@ -51,34 +77,28 @@ class WeightInTraining(WatchedWeight):
     """It notes a read only if a loss depends on what was read."""
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if _is_recorded() and _is_read(func, kwargs) and not _is_called_by_us():
+    def lora_run_read(cls, run: _Run, args: Any, kwargs: Any) -> Any:
+        """Run it with tensors that have a graph, which shows what depends on them."""
+        if _is_recorded():
             args, kwargs = private.tree_map(_as_read, (args, kwargs))
-        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch's own
+        return run(args, kwargs)
 
 
 class WeightInEvaluation(WatchedWeight):
     """It notes each read that gives more than one number: there is no graph that says what depends on it."""
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch's own
-        if _is_read(func, kwargs) and _has_values(result) and not _is_called_by_us():
-            private.tree_map(_note_read, (args, kwargs))
+    def lora_run_read(cls, run: _Run, args: Any, kwargs: Any) -> Any:
+        """Run it, and note the weights if it gives values.
+
+        In a block of ``disable_adapters``, the frozen weight is what is wanted.
+        """
+        result = run(args, kwargs)
+        if not _has_values(result):
+            return result
+        for value in private.tree_leaves((args, kwargs)):
+            if isinstance(value, WatchedWeight) and value.lora_layer.lora_enabled:
+                value.lora_read.add(value.lora_layer)
         return result
 
 
@@ -86,7 +106,7 @@ def watch(
     weight: nn.Parameter,
     kind: type[WatchedWeight],
     layer: LoRALayer,
-    read: dict[LoRALayer, None],
+    read: set[LoRALayer],
 ) -> None:
     """Let a weight of ``layer`` add this layer to ``read`` when it is read."""
     weight.__class__ = kind
@@ -141,30 +161,22 @@ def _has_values(result: object) -> bool:
     )
 
 
-def _note_read(value: object) -> object:
-    """Note a weight that was read while its layer shows its adapter.
-
-    In a block of ``disable_adapters``, the frozen weight is what is wanted.
-    """
-    if isinstance(value, WatchedWeight) and value.lora_layer.lora_enabled:
-        value.lora_read[value.lora_layer] = None
-    return value
-
-
 def _is_called_by_us() -> bool:
     """Whether the nearest code outside of torch is this package's.
 
     It adds the update itself.
     """
-    here: Any = inspect.currentframe()
-    # f_back is __torch_function__, and its own f_back the code that has called torch
-    frame = here.f_back.f_back
-    while frame is not None:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package != "torch":
-            return bool(package == __name__.partition(".")[0])
+    # the code that has called torch: behind this function and __torch_function__
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and _package_of(frame) == "torch":
         frame = frame.f_back
-    return False
+    return frame is not None and _package_of(frame) == "lightning_lora"
+
+
+def _package_of(frame: FrameType) -> str:
+    """The outermost package of the code that runs in a frame."""
+    module: str = frame.f_globals.get("__name__", "")
+    return module.partition(".")[0]
 
 
 def _as_read(value: Any) -> Any:
@@ -188,5 +200,5 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
-        ctx.read[ctx.layer] = None
+        ctx.read.add(ctx.layer)
         return None, None

@@ -15,7 +15,7 @@ from lightning_lora.guards.read_by_hand.watched_weight import (
 )
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
-from lightning_lora.tensors.dicts import only, where, with_values, without
+from lightning_lora.tensors.dicts import only, where, where_not, with_values, without
 from lightning_lora.tensors.names import names_joined, owner_of
 
 
@@ -30,11 +30,11 @@ class WeightWatch:
         self, view: View, layers: Mapping[str, LoRALayer], kind: type[WatchedWeight]
     ) -> None:
         """Choose what is watched: the weights of these layers, each of which becomes of this kind."""
-        self.layers = dict(layers)
-        self.kind = kind
+        self._layers = dict(layers)
+        self._kind = kind
+        self._is_running = False
         # the layers whose weights other code has read
-        self.read: dict[LoRALayer, None] = {}
-        self.is_running = False
+        self._read: set[LoRALayer] = set()
         self._weights = _plain_frozen_weights(view, layers)
         self._forwards = list(map(OwnForward, _readers(view, self._weights)))
 
@@ -42,7 +42,7 @@ class WeightWatch:
     def running(self) -> Iterator[None]:
         """Watch the weights meanwhile."""
         # a backward pass may run inside of a training step, which is watched already
-        if self.is_running or not self._weights:
+        if self._is_running or not self._weights:
             yield
             return
         try:
@@ -52,22 +52,26 @@ class WeightWatch:
         finally:
             self._stop()
 
-    def layers_without_call(self) -> list[LoRALayer]:
-        """Return the layers that nothing has called meanwhile."""
+    def layers_read(self) -> list[str]:
+        """Return the names of the layers whose weights other code has read meanwhile."""
+        return list(with_values(self._layers, self._read))
+
+    def layers_without_call(self) -> list[str]:
+        """Return the names of the layers that nothing has called meanwhile."""
         called = {forward.layer for forward in self._forwards if forward.was_called}
-        return [layer for layer in self.layers.values() if layer not in called]
+        return list(where_not(self._layers, called.__contains__))
 
     def _begin(self) -> None:
         """Watch the weights. Their layers see plain tensors."""
-        self.is_running = True
+        self._is_running = True
         for weight, layer in self._weights.items():
-            watch(weight, self.kind, layer, self.read)
+            watch(weight, self._kind, layer, self._read)
         for forward in self._forwards:
             forward.put_on()
 
     def _stop(self) -> None:
         """Make weights and layers plain again."""
-        self.is_running = False
+        self._is_running = False
         for weight in self._weights:
             unwatch(weight)
         for forward in self._forwards:
