@@ -19,7 +19,7 @@ from rich.table import Table
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.printing import fitting_console
-from lightning_lora.sweep_run import FitFunction, SweptAdapter, TrainsUntil
+from lightning_lora.sweep_run import FitFunction, SweptAdapter
 
 _LISTS = {
     "target_modules",
@@ -158,9 +158,8 @@ class LoRASweep:
         """
         while adapters:
             will_drop_some = len(adapters) > 1 and self.keep < 1
-            until = TrainsUntil.NEXT_VALIDATION if will_drop_some else TrainsUntil.END
             for adapter in adapters:
-                adapter.go_on(fit, until)
+                adapter.go_on(fit, to_next_validation=will_drop_some)
             adapters = [adapter for adapter in adapters if not adapter.has_ended]
             if adapters:
                 adapters = self._drop_worse(adapters)

@@ -1,7 +1,6 @@
-"""One adapter of a LoRASweep, through all its fits, and its callback in each of them."""
+"""One adapter of a LoRASweep, through all its fits, and its callbacks: one that trains it, and one that merges it."""
 
 from collections.abc import Callable, Iterable
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,6 @@ from lightning_lora.training.returned_records import returns_state_only
 
 FitFunction = Callable[[Any, str | None], object]
 """The user's function of a callback and a ``ckpt_path``."""
-
-
-class TrainsUntil(Enum):
-    """How far one fit trains its adapter."""
-
-    NEXT_VALIDATION = (
-        "the end of the next epoch with a validation, after which the sweep compares "
-        "adapters"
-    )
-    END = "the user's max_epochs"
-    NOW = "no further: the fit only merges what is in the adapter's file"
 
 
 class SweptAdapter:
@@ -61,12 +49,14 @@ class SweptAdapter:
             "dropped": self.dropped,
         }
 
-    def go_on(self, fit: FitFunction, until: TrainsUntil) -> None:
+    def go_on(self, fit: FitFunction, *, to_next_validation: bool) -> None:
         """Train it further, in one fit. Leave no adapter on the module.
 
-        During the fit, the callback writes ``metrics``, ``epochs`` and ``has_ended``.
+        The fit ends with the next epoch that has a validation, or else as the user's
+        Trainer says. During the fit, the callback writes ``metrics``, ``epochs`` and
+        ``has_ended``.
         """
-        callback = _Callback(self, {**self.arguments, "merge": False}, until)
+        callback = _TrainingCallback(self, to_next_validation=to_next_validation)
         # so each adapter begins with the same random numbers, or with those in its file
         with isolate_rng():
             try:
@@ -90,33 +80,51 @@ class SweptAdapter:
 
         Return False if ``fit`` has run no fit.
         """
-        callback = _Callback(self, self.arguments, TrainsUntil.NOW)
+        callback = _MergingCallback(self, **self.arguments)
         fit(callback, str(self.file))
         return callback.module is not None
 
 
-class _Callback(LoRACallback):
-    """LoRACallback for one fit of one adapter: it writes the adapter's file, or merges what is in it.
+class _CallbackOfSweep(LoRACallback):
+    """LoRACallback for one fit of one adapter, which ends where the sweep says.
 
-    It ends the fit where it should by a lower ``max_epochs`` of the Trainer:
-
-    - ``NEXT_VALIDATION``: set where an epoch with a validation ends. ``on_train_end``
-      gives the user's back, and then writes the file, which holds it.
-    - ``END``: the user's stays.
-    - ``NOW``: set before the first epoch, so no training begins, and only
-      ``on_fit_end`` is left to give the user's back.
+    It ends the fit by a lower ``max_epochs`` of the Trainer, and gives the user's back.
     """
 
-    def __init__(
-        self, adapter: SweptAdapter, arguments: dict[str, Any], until: TrainsUntil
-    ) -> None:
+    def __init__(self, adapter: SweptAdapter, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.run = adapter.name  # the user's ``fit`` may read it
         self.adapter = adapter
-        self.until = until
-        self._validations_before = len(adapter.metrics)
         self.module: LightningModule | None = None  # None until a fit has begun
         self.max_epochs: int | None = None  # the user's
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            _check_works_in_sweep(trainer, pl_module)
+            self.module = pl_module
+            self.max_epochs = trainer.fit_loop.max_epochs
+        super().setup(trainer, pl_module, stage)
+
+
+class _MergingCallback(_CallbackOfSweep):
+    """Merges what is in the adapter's file: all its epochs are over, so no training begins."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        _end_after(trainer, self.adapter.epochs)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        _end_after(trainer, self.max_epochs)
+
+
+class _TrainingCallback(_CallbackOfSweep):
+    """Trains the adapter, notes its metrics, and writes its file."""
+
+    def __init__(self, adapter: SweptAdapter, *, to_next_validation: bool) -> None:
+        super().__init__(adapter, **{**adapter.arguments, "merge": False})
+        self._to_next_validation = to_next_validation
+        self._validations_before = len(adapter.metrics)
 
     def has_validated(self) -> bool:
         """Whether a validation of this fit has ended."""
@@ -126,18 +134,6 @@ class _Callback(LoRACallback):
         """Take what the fit has left off the module, if it had one."""
         if self.module is not None and find_record(self.module):
             remove_adapters(self.module)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            _check_works_in_sweep(trainer, pl_module)
-            self.module = pl_module
-            self.max_epochs = trainer.fit_loop.max_epochs
-        super().setup(trainer, pl_module, stage)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        if self.until is TrainsUntil.NOW:
-            _end_after(trainer, self.adapter.epochs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.adapter.epochs and not trainer.global_step:
@@ -162,7 +158,7 @@ class _Callback(LoRACallback):
         self.adapter.metrics.append(trainer.strategy.broadcast(value))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.until is TrainsUntil.NEXT_VALIDATION and self.has_validated():
+        if self._to_next_validation and self.has_validated():
             _end_after(trainer, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,15 +166,12 @@ class _Callback(LoRACallback):
         adapter = self.adapter
         adapter.epochs = trainer.current_epoch
         has_epochs_left = adapter.epochs != self.max_epochs
-        goes_on = self.until is TrainsUntil.NEXT_VALIDATION and has_epochs_left
+        goes_on = self._to_next_validation and has_epochs_left
         # should_stop: EarlyStopping has ended its training for good
         adapter.has_ended = trainer.should_stop or not goes_on
+        # the file holds max_epochs too
         _end_after(trainer, self.max_epochs)
         trainer.save_checkpoint(adapter.file, weights_only=False)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_end(trainer, pl_module)
-        _end_after(trainer, self.max_epochs)
 
 
 def _end_after(trainer: Trainer, epochs: int | None) -> None:
