@@ -83,17 +83,3 @@ moments.GUARDS[:] = [
     Overflown,
     Rounded,
 ]
-"""In the order in which they look, where several look at one moment. Some only note something then.
-
-- ``injected_by_call``: NetworksStandingStill, HookedWeights.
-- ``optimizers_built``: LearningRates, ScaledForSGD.
-- ``training_begins``: NetworksStandingStill, FrozenInModulesToSave,
-  LargeHyperparameters, AveragesByName, RunningStatistics.
-- ``new_adapters_begin``: LooksUntrained, UnfrozenButNotTrained, Tied, TokenHeads,
-  RefusedExports, Untargeted.
-- ``first_step_begins``: ReadByHand, WrittenWeights, CopiesWithoutUpdates.
-- ``optimizer_begins``: DeadAdapters, NothingLearned.
-- ``base_compared``: WrittenWeights, CopiesWithoutUpdates.
-- ``fit_ended``: NothingLearned, RunningStatistics.
-- ``merged``: Untied, Overflown, Rounded.
-"""

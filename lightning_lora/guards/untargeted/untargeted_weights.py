@@ -1,9 +1,9 @@
 """Matrices without adapters, where automatic targets reach only a part of the weights."""
 
 from collections import Counter
-from collections.abc import Iterable
-from enum import Enum
+from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 from torch import nn
@@ -19,7 +19,6 @@ from lightning_lora.model.untrained.find_untrained import MOST_SHARE, Untrained
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.targets.adaptable import (
-    COMPUTED,
     adaptable_parameters,
     class_name_of,
     has_computed_weight,
@@ -27,7 +26,7 @@ from lightning_lora.targets.adaptable import (
 from lightning_lora.targets.arguments import AUTOMATIC
 from lightning_lora.targets.find_names import as_target_parameters
 from lightning_lora.targets.lookup import Lookup
-from lightning_lora.tensors.dicts import grouped, only, where, with_values
+from lightning_lora.tensors.dicts import grouped, only, with_values, without
 from lightning_lora.tensors.names import names_outside, owner_of, owner_or_itself
 
 # layers of a class with a smaller share of the weights are not named
@@ -56,83 +55,56 @@ class Untargeted(Guard):
 class UntargetedMatrices(NamedTuple):
     """Matrices that automatic targets do not reach."""
 
-    # their names by the class of their layers, such as {"Conv2d": ["stem.weight"]}: the
-    # class with most weights first
+    # the names of those to tell of, by the class of their layers, such as {"Conv2d":
+    # ["stem.weight"]}: the class with most weights first
     by_class: dict[str, list[str]]
-    share: float  # their share of the values in all weights that targets could mean
+    # what all of them have of the values in all weights that targets could mean
+    share: float
 
     @property
     def names(self) -> list[str]:
-        """The names of all these matrices."""
-        names = list[str]()
-        for names_in_class in self.by_class.values():
-            names += names_in_class
-        return names
+        """The names of those to tell of."""
+        return list(chain.from_iterable(self.by_class.values()))
 
 
 def untargeted_matrices(view: View) -> UntargetedMatrices:
     """Return the matrices that automatic targets have not reached.
 
     Embeddings, output heads and what the user left out do not count. Computed weights,
-    and classes with few weights, are in the share only.
+    which another message names, and classes with few weights are in the share only.
     """
-    weights = _weights_that_targets_could_mean(view)
-    size = max(view.size_of(weights), 1)
-    by_class = grouped(_untargeted_among(view, weights), partial(_class_of_layer, view))
+    base = view.base_parameters
+    # a tied weight may be there by several names, of which one is adapted
+    adapted = with_values(base, set(only(base, set(view.adapted_weights)).values()))
+    # names of weights, and names of modules around some
+    left_out = {*view.frozen_by_user, *excluded_names(view)}
+    not_adapted = set(names_outside(without(base, adapted), left_out))
+    size = max(view.size_of([*adapted, *not_adapted]), 1)
+    untargeted = list[str]()
+    by_class: dict[str, list[str]] = {}
+    for name, matrix in only(view.frozen_base, not_adapted).items():
+        layer = view.modules[owner_of(name)]
+        if not _is_matrix(matrix) or _is_usually_untargeted(layer):
+            continue
+        untargeted.append(name)
+        if not has_computed_weight(layer):
+            by_class.setdefault(class_name_of(layer), []).append(name)
+    share = view.size_of(untargeted) / size
+    return UntargetedMatrices(_large_classes(view, by_class, size), share)
+
+
+def _large_classes(
+    view: View, by_class: Mapping[str, list[str]], size: int
+) -> dict[str, list[str]]:
+    """The classes with more than a small share of the weights, that with most weights first."""
     sizes = Counter[str]()
     for layer_class, names in by_class.items():
         sizes[layer_class] = view.size_of(names)
-    named = dict[str, list[str]]()
-    for layer_class, size_of_class in sizes.most_common():
-        has_many_weights = size_of_class > _LEAST_SHARE * size
-        if has_many_weights and layer_class != COMPUTED:
-            named[layer_class] = by_class[layer_class]
-    return UntargetedMatrices(named, sizes.total() / size)
-
-
-def _weights_that_targets_could_mean(view: View) -> list[str]:
-    """All weights but those that the user froze or excluded, unless they are adapted all the same."""
-    base = view.base_parameters
-    # names of weights, and names of modules around some
-    left_out = {*view.frozen_by_user, *excluded_names(view)}
-    not_left_out = names_outside(base, left_out)
-    adapted = with_values(base, _adapted_parameters(view))
-    in_order_of_model = only(base, {*not_left_out, *adapted})
-    return list(in_order_of_model)
-
-
-def _untargeted_among(view: View, weights: Iterable[str]) -> list[str]:
-    """Those of these weights that are matrices without adapters, where somebody may expect one."""
-    adapted = _adapted_parameters(view)
-    frozen_matrices = where(only(view.frozen_base, set(weights)), _is_matrix)
-    untargeted = []
-    for name, matrix in frozen_matrices.items():
-        is_expected = not _is_usually_untargeted(_layer_of(view, name))
-        if matrix not in adapted and is_expected:
-            untargeted.append(name)
-    return untargeted
-
-
-def _adapted_parameters(view: View) -> set[nn.Parameter]:
-    """The parameters that have an update.
-
-    A tied one may be there by another name too.
-    """
-    return set(only(view.base_parameters, set(view.adapted_weights)).values())
-
-
-def _class_of_layer(view: View, name: str) -> str:
-    """The class of the layer that holds a matrix.
-
-    All layers with computed weights have one class here: another message names them.
-    """
-    layer = _layer_of(view, name)
-    return COMPUTED if has_computed_weight(layer) else class_name_of(layer)
-
-
-def _layer_of(view: View, name: str) -> nn.Module:
-    """The layer that holds a parameter."""
-    return view.modules[owner_of(name)]
+    return {
+        layer_class: by_class[layer_class]
+        for layer_class, size_of_class in sizes.most_common()
+        if size_of_class > _LEAST_SHARE * size
+    }
 
 
 def _is_matrix(p: nn.Parameter) -> bool:
@@ -169,33 +141,27 @@ def _about_untargeted(view: View, untargeted: UntargetedMatrices) -> str:
 
 def _arguments_for(view: View, matrices: Iterable[str]) -> list[str]:
     """The arguments that would train these matrices."""
-    ways = grouped(matrices, partial(_way_to_train, view))
+    by_argument = grouped(matrices, partial(_argument_for, view))
     arguments = []
-    if _Way.LAYER in ways:
+    if "target_modules" in by_argument:
         arguments.append('target_modules="all"')
-    if _Way.PARAMETER in ways:
+    if "target_parameters" in by_argument:
         targets_now = view.config.target_parameters or ()
-        parameters = as_target_parameters(Lookup(view.model), ways[_Way.PARAMETER])
+        parameters = as_target_parameters(
+            Lookup(view.model), by_argument["target_parameters"]
+        )
         arguments.append(f"target_parameters={[*targets_now, *parameters]}")
-    if _Way.IN_FULL in ways:
-        arguments.append(to_save(view, ways[_Way.IN_FULL]))
+    if "modules_to_save" in by_argument:
+        arguments.append(to_save(view, by_argument["modules_to_save"]))
     return arguments
 
 
-class _Way(Enum):
-    """How a matrix may be trained."""
-
-    LAYER = "an adapter fits its layer"
-    PARAMETER = "an adapter fits the matrix alone"
-    IN_FULL = "no adapter fits"
-
-
-def _way_to_train(view: View, name: str) -> _Way:
-    """How a matrix may be trained where it is."""
+def _argument_for(view: View, name: str) -> str:
+    """The argument that would train a matrix: by an adapter of its layer, or of the matrix alone, or in full."""
     owner = owner_of(name)
     layer = view.modules[owner]
     if adapter_for(layer):
-        return _Way.LAYER
+        return "target_modules"
     if name in adaptable_parameters(owner, layer):
-        return _Way.PARAMETER
-    return _Way.IN_FULL
+        return "target_parameters"
+    return "modules_to_save"
