@@ -76,6 +76,7 @@ class LoRAHooks(Callback):
     # Of one stage of a Trainer: `_leave_stage` drops them
 
     _stage: Stage
+    """Between two stages of a Trainer, it is one that is over: a file may be written then."""
     _strategy_methods: StrategyMethods | None
     """Our methods on the Trainer's strategy: None before the set-up."""
     _watch: NoTraining | TrainingWatch
@@ -91,7 +92,6 @@ class LoRAHooks(Callback):
 
     def _leave_stage(self) -> None:
         """Keep nothing of the module and the Trainer: a notebook may keep this callback in a variable."""
-        # what writes a file asks for a stage, and a file may be written after the last
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         self._strategy_methods = None
         self._watch = NoTraining()
@@ -273,28 +273,27 @@ class LoRAHooks(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Let activation checkpoints in the module send gradients through frozen weights."""
-        if trainer.training:  # an evaluation may call manual_backward too
-            self._watch.begin_backward(loss)
+        self._watch_in(trainer).begin_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen.
 
         Under DDP, give unused adapters a zero gradient.
         """
-        if trainer.training:
-            self._watch.end_backward()
+        self._watch_in(trainer).end_backward()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Check that the optimizer trains adapters, and nothing frozen."""
         self._check_set_up()
-        if not trainer.training:  # the module's code takes a step in an evaluation
-            update_scaled_rates(optimizer)
-            return
-        fewer_train = self._watch.begin_optimizer_step(optimizer)
+        fewer_train = self._watch_in(trainer).begin_optimizer_step(optimizer)
         if fewer_train:
             tell_that_fewer_train(trainer, pl_module)
+
+    def _watch_in(self, trainer: Trainer) -> NoTraining | TrainingWatch:
+        """What looks at a backward pass or a step: not at those in an evaluation, where code may run some by hand."""
+        return self._watch if trainer.training else NoTraining()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any
@@ -378,8 +377,7 @@ class LoRAHooks(Callback):
         if find_record(pl_module) is None:
             return
         checkpoint[RANDOM] = random_states(trainer)
-        # After a run in spawned processes, the main process may save: it had no set-up.
-        # Its stage is over, and says how files are written.
+        # the main process may save after a run in spawned ones: it had no set-up
         if methods_of(trainer.strategy) is None:
             self._stage.callbacks = compatibility.callbacks_of(trainer)
             patch_strategy(trainer.strategy, self._stage)
