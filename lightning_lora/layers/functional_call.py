@@ -18,6 +18,7 @@ class _Copied:
     module: nn.Module
     copy: Any
     attributes_before: dict[str, Any]  # those of the copy, before it runs
+    inside: list["_Copied"]  # the modules inside that are copied too
 
     def copy_back(self, derived: Collection[str]) -> None:
         """Set on the module what forward has set on the copy, but for the ``derived`` attributes."""
@@ -25,6 +26,8 @@ class _Copied:
         for name, value in vars(self.copy).items():
             if name not in derived and not self._is_as_before(name, value):
                 attributes[name] = value
+        for inner in self.inside:
+            inner.copy_back(derived)
 
     def _is_as_before(self, name: str, value: object) -> bool:
         before = self.attributes_before
@@ -46,23 +49,18 @@ def functional_call(
     meanwhile, so other threads may run it too. Attributes that forward sets are copied
     back at the end, but for those in ``derived``, which it sets from the weights.
     """
-    copied: list[_Copied] = []  # filled in the next line
-    copy = _with_attributes(module, cls, attributes, copied)
+    copied = _copied(module, cls, attributes)
     # the forward of the class, as one on the instance may be a wrapper of other code
-    output = cls.forward(copy, *args, **kwargs)
-    for each in copied:
-        each.copy_back(derived)
+    output = cls.forward(copied.copy, *args, **kwargs)
+    copied.copy_back(derived)
     return output
 
 
-def _with_attributes(
-    module: nn.Module, cls: type, given: Mapping[str, Any], copied: list[_Copied]
-) -> Any:
+def _copied(module: nn.Module, cls: type, given: Mapping[str, Any]) -> _Copied:
     """A copy that shares everything with ``module`` but the given attributes.
 
     It has the same dicts of parameters and buffers, so a buffer that forward sets is set
-    on ``module`` at once. The other attributes are its own. ``copied`` gets this copy,
-    and the copies of modules inside.
+    on ``module`` at once. The other attributes are its own.
     """
     copy: Any = object.__new__(cls)
     own, given_inside = _by_child(given)
@@ -70,13 +68,14 @@ def _with_attributes(
     attributes.update(vars(module))
     attributes.update(_methods_set_on(module, copy))
     attributes.update(own)  # Python finds these before it looks among the parameters
+    inside: list[_Copied] = []
     for child, given_to_child in given_inside.items():
         inner = module.get_submodule(child)
-        inner_copy = _with_attributes(inner, type(inner), given_to_child, copied)
+        copied_child = _copied(inner, type(inner), given_to_child)
+        inside.append(copied_child)
         # a new dict: the module itself keeps its child
-        attributes["_modules"] = {**attributes["_modules"], child: inner_copy}
-    copied.append(_Copied(module, copy, attributes_before=dict(attributes)))
-    return copy
+        attributes["_modules"] = {**attributes["_modules"], child: copied_child.copy}
+    return _Copied(module, copy, dict(attributes), inside)
 
 
 def _methods_set_on(module: nn.Module, copy: object) -> dict[str, MethodType]:
