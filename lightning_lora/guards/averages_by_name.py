@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_lora.guards.wording import warn_in_each_fit
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
+from lightning_lora.targets.matching import ends_of
 from lightning_lora.tensors.dicts import only, without
-from lightning_lora.tensors.names import starts_of
 from lightning_lora.tensors.values import is_tensor
 
 # by an ending of names, such as "0.weight": the shapes of the parameters with it
@@ -83,7 +83,8 @@ def _shapes_by_ending(parameters: Mapping[str, nn.Parameter]) -> _Shapes:
     """The shapes of parameters by each ending of their names: code of an inner network leaves out the beginning."""
     shapes: _Shapes = {}
     for name, parameter in parameters.items():
-        for ending in _endings(name):
+        # of net.0.weight: net.0.weight, 0.weight and weight
+        for ending in ends_of([name]):
             shapes.setdefault(ending, set()).add(tuple(parameter.shape))
     return shapes
 
@@ -95,11 +96,3 @@ def _named_as(shapes: _Shapes, tensors: Mapping[Any, Tensor]) -> list[Any]:
         for name, tensor in tensors.items()
         if tuple(tensor.shape) in shapes.get(name, ())
     ]
-
-
-def _endings(name: str) -> Iterator[str]:
-    """A name, and what follows each of its dots: ``net.0.weight``, ``0.weight`` and ``weight``."""
-    yield name
-    for start in starts_of(name):
-        if start != name:
-            yield name.removeprefix(start).removeprefix(".")

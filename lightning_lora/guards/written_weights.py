@@ -55,11 +55,7 @@ class WrittenWeights(Guard):
         if before is None:
             return False
         change = view.record.base.changes.get(weight)
-        if (
-            change is not None
-            and before.digest is not None
-            and before.digest != change.digest_now
-        ):
+        if change is not None and before.digest not in (None, change.digest_now):
             return True
         return not before.seen.may_have_same_values(view.base_parameters[weight])
 
