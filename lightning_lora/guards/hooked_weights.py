@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from lightning_lora.errors import listed, warn
-from lightning_lora.guards.wording import MOST_NAMES, as_entries
+from lightning_lora.guards.wording import MOST_NAMES, in_full_or_excluded
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
@@ -49,11 +49,10 @@ def _has_hooked_weight(layer: LoRALayer) -> bool:
 
 def _about_hooks(title: str, names: list[str]) -> str:
     """What is said of gradient hooks on these layers' weights."""
-    entries = as_entries(names)
     return (
         f"The weights of {listed(names, MOST_NAMES)} of {title} have gradient hooks, "
         "which never run now: the weights are frozen, and what the hooks mask or scale "
         "is no part of the updates. Train these layers in full: "
-        f"modules_to_save={entries}. Or leave them out: exclude_modules={entries}. If "
-        "the hooks only watch, nothing else is missing."
+        f"{in_full_or_excluded(names)} If the hooks only watch, nothing else is "
+        "missing."
     )

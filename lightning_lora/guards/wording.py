@@ -16,11 +16,10 @@ def warn_in_each_fit(message: str, category: type[LoRAWarning] = LoRAWarning) ->
     warn(message, category, anew=True)
 
 
-def as_entries(names: list[str]) -> str:
-    """Return the names as an argument has them, if they are few."""
-    if len(names) > MOST_NAMES:
-        return "[...]"
-    return str(names)
+def in_full_or_excluded(names: list[str]) -> str:
+    """Return the two arguments under which these layers get no adapters, as the end of a sentence and another one."""
+    entries = str(names) if len(names) <= MOST_NAMES else "[...]"
+    return f"modules_to_save={entries}. Or leave them out: exclude_modules={entries}."
 
 
 def to_save(view: View, names: Iterable[str]) -> str:

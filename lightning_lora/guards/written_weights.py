@@ -8,7 +8,7 @@ sum of base and update.
 from typing import NamedTuple
 
 from lightning_lora.errors import listed, warn
-from lightning_lora.guards.wording import MOST_NAMES, as_entries
+from lightning_lora.guards.wording import MOST_NAMES, in_full_or_excluded
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
@@ -80,11 +80,9 @@ def _weights_inside(view: View, name: str, layer: LoRALayer) -> list[str]:
 
 
 def _about_written(title: str, names: list[str]) -> str:
-    entries = as_entries(names)
     return (
         f"Code has written into the weight of {listed(names, MOST_NAMES)} of {title} "
         "in training (a norm, a mask, a clamp). That reaches the frozen weight, and "
         "not the update that the layer adds to it. If the sum must be so, train these "
-        f"layers in full: modules_to_save={entries}. Or leave them out: "
-        f"exclude_modules={entries}."
+        f"layers in full: {in_full_or_excluded(names)}"
     )

@@ -27,7 +27,7 @@ from lightning_lora.guards.read_by_hand.weight_watch import (
     WeightWatch,
     layers_with_gradients,
 )
-from lightning_lora.guards.wording import MOST_NAMES, as_entries
+from lightning_lora.guards.wording import MOST_NAMES, in_full_or_excluded
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
 from lightning_lora.tensors.names import names_not_in
@@ -92,23 +92,19 @@ class ReadByHand(Guard):
 
 
 def _about_training(title: str, names: list[str]) -> str:
-    entries = as_entries(names)
     return (
         f"A training step reads the weight of {listed(names, MOST_NAMES)} of {title} "
         "itself, without its update: a penalty, a hook, a product by hand. It sees the "
         "frozen weight, and a merge would change what it computes. Train these layers "
-        f"in full: modules_to_save={entries}. Or leave them out: "
-        f"exclude_modules={entries}. An output head that shares a weight can be a tied "
-        "layer instead: nn.Linear without bias."
+        f"in full: {in_full_or_excluded(names)} An output head that shares a weight "
+        "can be a tied layer instead: nn.Linear without bias."
     )
 
 
 def _about_evaluation(step: str, title: str, names: list[str]) -> str:
-    entries = as_entries(names)
     return (
         f"A {step} reads the weight of {listed(names, MOST_NAMES)} of {title} itself, "
         "without its update: a product by hand, a shortcut in eval mode. It sees the "
         "frozen weight, so it does not compute what was trained. Call the layer there "
-        f"too. Or train these layers in full: modules_to_save={entries}. Or leave them "
-        f"out: exclude_modules={entries}."
+        f"too. Or train these layers in full: {in_full_or_excluded(names)}"
     )
