@@ -184,10 +184,7 @@ class LayerAsModule(AdapterOnLayer):
         ends_as_usual = text.endswith(")")  # as in Linear(...)
         if not ends_as_usual:
             return f"{class_name}: {text}, {about}"
-        # torch's __repr__ calls extra_repr, which says it, and begins with the class name
-        says_adapter = about in text
-        if not says_adapter:
-            text = f"{text.removesuffix(')')}, {about})"
-        if text.startswith(class_name):
-            return text
-        return class_name + text[text.index("(") :]
+        arguments = text[text.index("(") :]
+        if about not in text:  # torch's __repr__ calls extra_repr, which says it
+            arguments = f"{arguments.removesuffix(')')}, {about})"
+        return class_name + arguments

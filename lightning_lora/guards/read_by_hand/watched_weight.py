@@ -66,11 +66,8 @@ class WatchedWeight(nn.Parameter):
         """Run a function with which other code reads a watched weight."""
         raise NotImplementedError
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
-        copied: nn.Parameter = memo[id(self)]
-        return copied
+    def __deepcopy__(self, _: dict[int, Any]) -> nn.Parameter:
+        return nn.Parameter(self.detach().clone(), self.requires_grad)
 
 
 class WeightInTraining(WatchedWeight):
