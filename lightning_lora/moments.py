@@ -40,8 +40,8 @@ class Guard:
     may note what they see.
 
     Where a fit runs in several processes, each of them is told of a moment: one may see
-    it alone, or all must look at it together, as at shards. The moments that are marked
-    ``@in_first_process`` are told to the first one.
+    it alone, or all must look at it together, as at shards. Of a moment that is marked
+    ``@in_first_process``, the first one alone is told.
     """
 
     def layers_chosen(self, view: "View", new: Collection[str]) -> None:
