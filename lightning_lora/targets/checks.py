@@ -8,24 +8,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError, TargetError, counted, listed, shortened
+from lightning_lora.errors import ConfigError, TargetError, listed, shortened
 from lightning_lora.layers import INITIALISATIONS, adapter_for, why_merge_is_wrong
-from lightning_lora.targets.adaptable import adaptable_parameters, supported_types
-from lightning_lora.targets.arguments import AUTOMATIC
+from lightning_lora.targets.adaptable import supported_types
 from lightning_lora.targets.choice import Choice
-from lightning_lora.targets.find_names import as_target_parameters
 from lightning_lora.targets.lookup import Lookup
 from lightning_lora.targets.pattern_keys import check_pattern_keys
-from lightning_lora.targets.resolve import ResolvedArguments
-from lightning_lora.targets.unmatched import SEE_ALL
-from lightning_lora.tensors.dicts import (
-    names_of_each,
-    where,
-    where_not,
-    with_values,
-    without,
-)
-from lightning_lora.tensors.names import Modules, join, names_inside, starts_of
+from lightning_lora.tensors.dicts import where, where_not, with_values
+from lightning_lora.tensors.names import Modules, join, names_inside
 
 _SHOWN = 5  # the number of layers that an error names
 
@@ -80,7 +70,7 @@ def _about_refused_layers(
     adaptable = names_inside(lookup.adaptable(), refused)
     said_reasons = "; ".join(reasons)
     found = (
-        f"target_modules {_as_given(config)!r} match layers of {lookup.title} that "
+        f"target_modules {as_given(config)!r} match layers of {lookup.title} that "
         f"cannot be adapted ({said_reasons})."
     )
     remedy = "Name other layers"
@@ -93,91 +83,9 @@ def _about_refused_layers(
     return f"{found} {remedy}."
 
 
-def _as_given(config: LoRAConfig) -> object:
-    """What ``target_modules`` was given as, in plain types."""
+def as_given(config: LoRAConfig) -> object:
+    """Return what ``target_modules`` was given as, in plain types."""
     return config.to_dict()["target_modules"]
-
-
-# No layer at all
-
-
-def no_layer_selected(
-    lookup: Lookup, config: LoRAConfig, resolved: ResolvedArguments
-) -> TargetError:
-    """Return the error for a selection of no layer."""
-    targets_left_out = lookup.first_names(resolved.targets_left_out())
-    if targets_left_out and config.target_modules not in AUTOMATIC:
-        return TargetError(_about_targets_left_out(lookup, config, targets_left_out))
-    all_modules = set(lookup.modules.values())
-    not_left_out = lookup.first_names(all_modules - resolved.left_out_modules)
-    by_class = _adaptable_by_class(lookup, not_left_out)
-    if by_class and config.target_modules == "all-linear":
-        hint = _hint_of_all(by_class)
-    else:
-        hint = _hint_of_what_there_is(lookup, not_left_out)
-    return TargetError(
-        f"target_modules {_as_given(config)!r} select no layer of {lookup.title} "
-        f"beyond those in exclude_modules and modules_to_save. {hint} ({SEE_ALL}.)"
-    )
-
-
-def _about_targets_left_out(
-    lookup: Lookup, config: LoRAConfig, targets: Collection[str]
-) -> str:
-    """What is said if another argument leaves out each targeted layer: modules_to_save, or exclude_modules."""
-    saved = [name for name in targets if _is_in_saved_module(config, name)]
-    if saved:
-        layers, argument, why = (
-            saved,
-            "modules_to_save",
-            "trains in full, and so without an adapter",
-        )
-    else:
-        layers, argument, why = list(targets), "exclude_modules", "gets none"
-    return (
-        f"target_modules and {argument} both mean {listed(layers)} of {lookup.title}, "
-        f"and nothing else is targeted: no layer would get an adapter. What {argument} "
-        f"names {why}. Name other layers in target_modules, or leave these out of "
-        f"{argument}."
-    )
-
-
-def _is_in_saved_module(config: LoRAConfig, name: str) -> bool:
-    return any(config.is_saved(outer) for outer in starts_of(name))
-
-
-def _adaptable_by_class(lookup: Lookup, layers: Modules) -> dict[str, list[str]]:
-    """The layers that can be adapted, by the names of their classes."""
-    classes = {name: type(layer).__name__ for name, layer in layers.items()}
-    return names_of_each(without(classes, lookup.refused(layers)))
-
-
-def _hint_of_all(by_class: Mapping[str, list[str]]) -> str:
-    """What ``"all"`` would adapt."""
-    number = sum(map(len, by_class.values()))
-    kinds = [
-        f"{len(layers)} {kind} ({listed(layers, most=1)})"
-        for kind, layers in by_class.items()
-    ]
-    return (
-        f'"all" would adapt {counted(number, "layer")}: {", ".join(kinds[:_SHOWN])}. '
-        "Set "
-        'target_modules="all", or name some of them.'
-    )
-
-
-def _hint_of_what_there_is(lookup: Lookup, layers: Modules) -> str:
-    """Which kinds of layers can be adapted, and which parameters of these."""
-    hint = f"Expected at least one {supported_types()} layer. Correct target_modules."
-    matrices: list[str] = []
-    for name, layer in layers.items():
-        matrices += adaptable_parameters(name, layer)
-    if matrices:
-        hint += (
-            " Or adapt matrices of other kinds of layers: "
-            f"target_parameters={as_target_parameters(lookup, matrices)}."
-        )
-    return hint
 
 
 # The layers that are chosen

@@ -13,6 +13,7 @@ from lightning_lora.layers import (
 from lightning_lora.targets import checks
 from lightning_lora.targets.choice import Choice, choose
 from lightning_lora.targets.lookup import Lookup
+from lightning_lora.targets.no_layer import no_layer_selected
 from lightning_lora.targets.resolve import ResolvedArguments, resolve_arguments
 from lightning_lora.targets.slices import Matrices, sliced
 from lightning_lora.tensors.names import Modules, names_joined, starts_of
@@ -30,7 +31,7 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     checks.check_supported(lookup, config, layers, resolved.remaining_targets)
     choices = _choices(lookup, config, resolved, layers)
     if not choices:
-        raise checks.no_layer_selected(lookup, config, resolved)
+        raise no_layer_selected(lookup, config, resolved)
     checks.check_choices(lookup, config, choices)
     return choices
 
