@@ -1,6 +1,6 @@
 """The classes of watched weights, which see what torch computes with them."""
 
-import sys
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import FrameType
@@ -163,8 +163,9 @@ def _is_called_by_us() -> bool:
 
     It adds the update itself.
     """
-    # the code that has called torch: behind this function and __torch_function__
-    frame: FrameType | None = sys._getframe(2)
+    here: Any = inspect.currentframe()
+    # behind this function and __torch_function__ is the code that has called torch
+    frame: FrameType | None = here.f_back.f_back
     while frame is not None and _package_of(frame) == "torch":
         frame = frame.f_back
     return frame is not None and _package_of(frame) == "lightning_lora"
