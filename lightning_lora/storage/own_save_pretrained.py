@@ -1,16 +1,21 @@
 """A model's own ``save_pretrained``, while the model is adapted: it writes merged weights, whoever calls it."""
 
 from collections.abc import Callable
+from functools import cached_property
 from inspect import Parameter, signature
 from typing import Any
 
+from torch import nn
+
 from lightning_lora.errors import warn
+from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from lightning_lora.storage.merged_model import (
     answering,
     checked_merged_state,
     refuse_to_tie_again,
 )
+from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.names import plain_name
 from lightning_lora.tensors.plain_states import StateDict
 from lightning_lora.tensors.shards import reshard
@@ -22,12 +27,11 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     save = type(model).save_pretrained
     args, kwargs = _by_name(save, args, kwargs)
     given = kwargs.get("state_dict")
-    view = View(model)
+    view = _ViewInEffect(model)
     # ``answering``, here or in ``save_merged``, gives the model this attribute
     is_inside_another_save = "state_dict" in vars(model)
     if is_inside_another_save or _is_plain_state(given, view):
         return save(model, *args, **kwargs)
-    _leave_out_disabled_layers(view)
     refuse_to_tie_again(view)
     state = checked_merged_state(view, given or {})
     if view.layers:
@@ -42,17 +46,27 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         return save(model, *args, **kwargs)
 
 
-def _leave_out_disabled_layers(view: View) -> None:
-    """Take out of the view the layers that show their base now: their updates are not merged.
+class _ViewInEffect(View):
+    """A view without the layers that show their base now: their updates are not merged.
 
-    The view still names the adapters of these layers, so that they are not written.
+    The adapters of these layers are known to it all the same, so that they are not
+    written.
     """
-    # the view finds them by its layers: so before these change
-    all_adapters = view.adapter_parameters
-    view.layers = {
-        name: layer for name, layer in view.layers.items() if layer.lora_enabled
-    }
-    view.adapter_parameters = all_adapters
+
+    @cached_property
+    def layers(self) -> dict[str, LoRALayer]:
+        """The adapted layers whose updates have their effect."""
+        return where(View(self.model).layers, _is_in_effect)
+
+    @cached_property
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of all adapters, in effect or not."""
+        return View(self.model).adapter_parameters
+
+
+def _is_in_effect(layer: LoRALayer) -> bool:
+    """Whether a layer computes with its update now."""
+    return layer.lora_enabled
 
 
 def _is_plain_state(given: StateDict | None, view: View) -> bool:
