@@ -1,6 +1,5 @@
 """Save, export and load adapters without a Trainer."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
@@ -27,10 +26,9 @@ from lightning_lora.storage.formats.registry import (
     adapter_file_at,
     find_format,
 )
-from lightning_lora.storage.load.built_modules import built_by_lightning
+from lightning_lora.storage.load.built_modules import built_module
 from lightning_lora.storage.load.other_names import with_names_of
 from lightning_lora.storage.load.put import adapt_and_put
-from lightning_lora.storage.load.rebuilding import rebuild_modules
 from lightning_lora.storage.on_disk.place_of_model import PlaceOfModel
 from lightning_lora.storage.on_disk.places import check_output, local_path, path_here
 from lightning_lora.storage.same_base.stored_fingerprints import fingerprints_to_store
@@ -366,15 +364,11 @@ def load_from_checkpoint(
     kwargs.pop("strict", None)  # loading is always strict
     if not weights_only:
         kwargs["weights_only"] = False
-    # the state may be another now: the module's on_load_checkpoint has had it
-    model, state = built_by_lightning(
-        cls, {**checkpoint, "state_dict": stored.state}, kwargs
-    )
-    rebuild_modules(model, state, stored.layers)
-    read_for = partial(with_names_of, stored=replace(stored, state=state))
+    model, stored = built_module(cls, checkpoint, stored, kwargs)
+    read_for = partial(with_names_of, stored=stored)
     adapt_and_put(model, read_for, refuses_other_base=check_base)
     if merge:
         merge_adapters(model)
         remove_adapters(model)
-    device = place.device()
-    return model if device is None else model.to(device)
+    place.move(model)
+    return model

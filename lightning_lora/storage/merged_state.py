@@ -123,9 +123,10 @@ def replaced_values(view: View, values: StateDict) -> Iterator[None]:
 def _replace_values_of_layer(
     name: str, layer: LoRALayer, values: StateDict, undo: ExitStack
 ) -> None:
-    """Give one adapter and its weights other values, where these are.
+    """Give one adapter and its weights the values that there are for them.
 
-    All go to the device of the first weight.
+    Some of these may be on another device than the model. All go to that of the first
+    weight.
     """
     leaves = (*layer.lora_weights(), *layer.lora_specs())
     first_weight = values.get(join(name, leaves[0]), own_parameter(layer, leaves[0]))

@@ -11,6 +11,7 @@ Lightning is called on the user's class there, with an empty state, and not stri
 """
 
 import warnings
+from dataclasses import replace
 from io import BytesIO
 from types import SimpleNamespace, new_class
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +20,8 @@ import torch
 
 from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.beside_adapters import reduce_to_adapters, show_base
+from lightning_lora.storage.load.rebuilding import rebuild_modules
+from lightning_lora.storage.stored import StoredAdapters
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -26,13 +29,34 @@ if TYPE_CHECKING:
     Module = TypeVar("Module", bound=LightningModule)
 
 
-def built_by_lightning(
+def built_module(
+    cls: "type[Module]",
+    checkpoint: dict[str, Any],
+    stored: StoredAdapters,
+    options: dict[str, Any],
+) -> "tuple[Module, StoredAdapters]":
+    """Build the module of a checkpoint, with all parts that its adapters need. They are not loaded yet.
+
+    Args:
+        cls: The module's class.
+        checkpoint: The checkpoint, as it was read.
+        stored: The adapters in it.
+        options: What Lightning's ``load_from_checkpoint`` gets besides.
+
+    Returns:
+        The module, and the adapters to load: its ``on_load_checkpoint`` may have edited
+        the state.
+    """
+    with_adapters = {**checkpoint, "state_dict": stored.state}
+    model, state = _built_by_lightning(cls, with_adapters, options)
+    rebuild_modules(model, state, stored.layers)
+    return model, replace(stored, state=state)
+
+
+def _built_by_lightning(
     cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]
 ) -> "tuple[Module, Any]":
-    """Return a new module, and the state that its ``on_load_checkpoint`` has left for it.
-
-    Nothing of the state is loaded. The caller loads it.
-    """
+    """A new module, and the state that its ``on_load_checkpoint`` has left for it."""
     if CLI_CLASS in checkpoint.get("hyper_parameters", {}):
         return _build_by_cli(cls, checkpoint, options), checkpoint["state_dict"]
     subclass, kept_states = _subclass_that_loads_nothing(cls)

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_lora.errors import ConfigError
 
@@ -36,14 +37,13 @@ class PlaceOfModel:
             self._saved_on = location
         return storage
 
-    def device(self) -> Device | None:
-        """Return the device for the model, after its file was read.
-
-        None: the model stays where it is.
-        """
-        if self._find_device is None:
-            return self._map_location  # type: ignore[no-any-return]  # a device, or None
-        return self._find_device(self._saved_on or "cpu")
+    def move(self, model: nn.Module) -> None:
+        """Move the model to its device, after its file was read."""
+        device = self._map_location
+        if self._find_device is not None:
+            device = self._find_device(self._saved_on or "cpu")
+        if device is not None:
+            model.to(device)
 
 
 def _finder(map_location: Any) -> Callable[[str], Device] | None:

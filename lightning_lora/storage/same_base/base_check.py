@@ -1,6 +1,6 @@
 """Whether a base is the one that adapters were trained on: the comparison with its fingerprint."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -63,13 +63,14 @@ def check_base(
         return False
     base = _BaseHere(view, here, stored)
     comparisons = [base.compare(there) for there in stored.base]
-    same = _find_same_base(comparisons)
-    if same is None:
+    same_bases = [found for found in comparisons if found.is_same_base]
+    if not same_bases:
         nearest = _nearest(comparisons, here)
         difference = _difference(base, nearest)
         _refuse_or_warn(difference, refuses_other_base=refuses_other_base)
         # another base is used all the same: only a warning has named it
         return bool(here["dtypes"] != nearest.fingerprint["dtypes"])
+    same = same_bases[0]
     if same.is_converted:
         warn(_converted_message(base, same))
     return same.is_converted
@@ -82,14 +83,6 @@ def _has_fingerprint(stored: StoredAdapters, view: View, here: Fingerprint) -> b
         forms_here += view.adapter.fingerprints
     forms_there = [without_half_digests(each) for each in stored.base]
     return any(form in forms_there for form in forms_here)
-
-
-def _find_same_base(comparisons: Iterable[Comparison]) -> Comparison | None:
-    """The first comparison that has found the same base, or None."""
-    for found in comparisons:
-        if found.is_same_base:
-            return found
-    return None
 
 
 def _nearest(comparisons: Sequence[Comparison], here: Fingerprint) -> Comparison:
