@@ -1,21 +1,21 @@
 """Norms whose running statistics a training was too short to move."""
 
 from collections.abc import Sequence
-from typing import TypeGuard
 
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import listed
 from lightning_lora.guards.wording import warn_in_each_fit
+from lightning_lora.layers.norms import has_running_statistics
 from lightning_lora.model.view import View
 from lightning_lora.moments import Guard
+from lightning_lora.private import NormBase
+from lightning_lora.tensors.dicts import of_type, where, with_values
+from lightning_lora.tensors.names import with_all_inside
 
 # a warning is shown if a larger share of the statistics is still the base's
 _MUCH_OF_THE_BASE = 0.1
 _LEAST_BATCHES = 20  # a fit of fewer ones is a trial
-
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 class RunningStatistics(Guard):
@@ -48,24 +48,13 @@ class RunningStatistics(Guard):
             warn_in_each_fit(_about_old(view, old))
 
 
-def _norms_that_train(view: View) -> dict[str, BatchNorm]:
+def _norms_that_train(view: View) -> dict[str, NormBase]:
     """The norms in ``modules_to_save`` that keep running statistics, by name."""
-    saved = set[nn.Module]()
-    for module in view.saved_modules:
-        saved.update(module.modules())
-    norms = dict[str, BatchNorm]()
-    for name, module in view.modules.items():
-        if module in saved and _has_running_statistics(module):
-            norms[name] = module
-    return norms
+    modules = with_values(view.modules, with_all_inside(view.saved_modules))
+    return where(of_type(modules, NormBase), has_running_statistics)
 
 
-def _has_running_statistics(module: nn.Module) -> TypeGuard[BatchNorm]:
-    """Whether a module is a norm that evaluates with what it saw in training."""
-    return isinstance(module, BatchNorm) and module.track_running_stats
-
-
-def _batches_seen(norms: dict[str, BatchNorm]) -> dict[str, int]:
+def _batches_seen(norms: dict[str, NormBase]) -> dict[str, int]:
     """How many batches each norm has seen in training mode, in its whole life."""
     seen = dict[str, int]()
     for name, norm in norms.items():
@@ -74,7 +63,7 @@ def _batches_seen(norms: dict[str, BatchNorm]) -> dict[str, int]:
     return seen
 
 
-def _share_of_the_base(norm: BatchNorm, batches: int) -> float:
+def _share_of_the_base(norm: NormBase, batches: int) -> float:
     """How much of a norm's running statistics is older than so many batches.
 
     Without a momentum, all count alike.
