@@ -298,6 +298,42 @@ def test_a_copy_of_a_layer_is_no_read_and_has_parameters_of_torch(
     assert kinds == {nn.Parameter}
 
 
+def test_a_copy_that_runs_in_the_first_batch_computes_as_its_layer_and_keeps_nothing(
+    tmp_path: Path,
+) -> None:
+    def run_copy(model: Kinds) -> float:
+        copied = copy.deepcopy(model.conv)
+        x = torch.ones(1, WIDTH, 4)
+        assert torch.equal(copied(x), model.conv(x))
+        assert vars(copied).keys().isdisjoint(["forward", "weight"])
+        return 0.0
+
+    assert said(tmp_path, Kinds(run_copy)) == []
+
+
+class Wrapped(Words):
+    """Other code has wrapped the forward of a layer when training begins."""
+
+    def on_train_start(self) -> None:
+        self.calls = 0
+        original = self.out.forward
+
+        def counting(x: Tensor) -> Tensor:
+            self.calls += 1
+            return original(x)
+
+        vars(self.out)["forward"] = self.counting = counting
+
+    def on_train_end(self) -> None:
+        assert vars(self.out)["forward"] is self.counting
+
+
+def test_a_forward_that_other_code_has_set_runs_and_comes_back(tmp_path: Path) -> None:
+    model = Wrapped()
+    assert said(tmp_path, model) == []
+    assert model.calls == model.trainer.global_step
+
+
 class CallsNoLayer(LitTiny):
     def forward(self, index: Tensor) -> Tensor:
         x = self.v_proj(self.embed(index))
