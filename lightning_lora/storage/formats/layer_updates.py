@@ -1,4 +1,4 @@
-"""The update of one layer that is read from another library's file, in the form of this package."""
+"""The update of one layer in the form of this package: read from another library's file, or a sum of others."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ AdapterTensors = Mapping[Role, Tensor]
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """The update of one layer that is read: A and B of each matrix, of any rank, and DoRA's magnitudes.
+    """The update of one layer: A and B of each matrix, of any rank, and DoRA's magnitudes.
 
-    A matrix may be some rows of a weight, as those of q. What is written is a
-    :class:`WeightUpdate`, because other programs adapt whole weights.
+    A matrix may be some rows of a weight, as those of q. What is written for other
+    programs is a :class:`WeightUpdate`, because they adapt whole weights.
     """
 
     # the layer with the scaling of the update; its rank is ``r`` here, not that of the

@@ -1,23 +1,17 @@
 """Sum the updates of several files of adapters, or of several adapters of a model."""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from lightning_lora.base.fingerprints import names_in
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
-from lightning_lora.functional.factors import (
-    Factors,
-    concatenated,
-    truncated,
-    with_rank,
-)
+from lightning_lora.functional.factors import Factors, concatenated, truncated
 from lightning_lora.layers import AdaptedMatrix
+from lightning_lora.storage.formats.layer_updates import LayerUpdate
 from lightning_lora.storage.offline.without_model import (
     tensors_beside_adapters,
     updates_of_layer,
@@ -26,12 +20,11 @@ from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
 from lightning_lora.storage.stored_modules import StoredModule
 from lightning_lora.storage.whole_names import by_whole_names
-from lightning_lora.tensors.dicts import only, prefixed
+from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.names import owner_of
 
 Summands = Sequence[StoredAdapters]
 Weights = Sequence[float]  # the numbers by which their updates are multiplied
-_Updates = dict[AdaptedMatrix, Factors]  # A and B for each matrix of one layer
 
 
 @torch.no_grad()
@@ -58,10 +51,9 @@ def weighted_sum(
     layers = dict[str, StoredLayer]()
     state = only(first.state, first.filled_in_state)
     for name, layer in _checked_layers(summands).items():
-        updates = _summed_updates(summands, weights, name, r)
-        layer_r = max(map(_rank_of, updates.values()))
-        layers[name] = replace(layer, r=layer_r)
-        state.update(_named_factors(name, updates, layer_r))
+        update = _summed_update(summands, weights, layer, r)
+        layers[name] = replace(layer, r=update.r)
+        state |= update.tensors()
     modules = _modules_of_all(summands)
     known_modules = {*layers, *module_names, *modules, *_owners_in_base(first)}
     config = by_whole_names(layers.values(), LoRAConfig(), known_modules)
@@ -92,21 +84,22 @@ def _modules_of_all(summands: Summands) -> dict[str, StoredModule]:
 # Sums of updates
 
 
-def _summed_updates(
-    summands: Summands, weights: Weights, name: str, r: int | None
-) -> _Updates:
-    """The sum for each matrix of a layer. A summand that does not adapt the layer adds nothing."""
-    updates_of = defaultdict[AdaptedMatrix, list[Factors]](list)
-    weights_of = defaultdict[AdaptedMatrix, list[float]](list)
+def _summed_update(
+    summands: Summands, weights: Weights, layer: StoredLayer, r: int | None
+) -> LayerUpdate:
+    """The sum of the updates of a layer. A summand that does not adapt the layer adds nothing."""
+    updates = list[Mapping[AdaptedMatrix, Factors]]()
+    weights_of_updates = list[float]()
     for stored, weight in zip(summands, weights, strict=True):
-        for matrix, update in updates_of_layer(stored, name).items():
-            updates_of[matrix].append(update)
-            weights_of[matrix].append(weight)
-    sums = _Updates()
-    for matrix, updates in updates_of.items():
-        exact = concatenated(updates, weights_of[matrix])
-        sums[matrix] = _with_allowed_rank(exact, matrix, r)
-    return sums
+        if layer.name in stored.layers:
+            updates.append(updates_of_layer(stored, layer.name))
+            weights_of_updates.append(weight)
+    sums = list[Factors]()
+    for matrix in layer.matrices:
+        of_matrix = [factors[matrix] for factors in updates]
+        exact = concatenated(of_matrix, weights_of_updates)
+        sums.append(_with_allowed_rank(exact, matrix, r))
+    return LayerUpdate(layer, tuple(sums))
 
 
 def _with_allowed_rank(
@@ -117,27 +110,9 @@ def _with_allowed_rank(
     None: it may have the largest rank that the matrix can have.
     """
     allowed = matrix.largest_rank if r is None else matrix.rank_for(r)
-    if _rank_of(update) <= allowed:
-        return update
-    return truncated(update, allowed)
-
-
-def _named_factors(name: str, updates: _Updates, r: int) -> dict[str, Tensor]:
-    """A and B of a layer by their names in a file.
-
-    All have rank r, or the largest that their matrix can have.
-    """
-    named = dict[str, Tensor]()
-    for matrix, update in updates.items():
-        a, b = with_rank(update, matrix.rank_for(r))
-        named |= matrix.named((a.contiguous(), b.contiguous()))
-    return prefixed(name, named)
-
-
-def _rank_of(update: Factors) -> int:
-    """The rank of an update."""
     a, _ = update
-    return a.shape[-2]
+    rank = a.shape[-2]
+    return update if rank <= allowed else truncated(update, allowed)
 
 
 def _owners_in_base(stored: StoredAdapters) -> set[str]:

@@ -46,13 +46,11 @@ def tensors_beside_adapters(stored: StoredAdapters) -> dict[str, Any]:
 
 
 def updates_of_layer(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
-    """Return A and B for each matrix of a layer, with the scaling in B. Without the layer, there are none.
+    """Return A and B for each matrix of a layer, with the scaling in B.
 
     The matrices are :func:`bare`: they have no rank or scaling of their own, so those of
     several files are the same keys.
     """
-    if name not in stored.layers:
-        return {}
     layer = stored.layers[name]
     settings = layer.settings(stored.config)
 
