@@ -19,40 +19,47 @@ class AdaptedLayer(AdaptedModule):
 
     def read_update(self) -> LayerUpdate:
         """Return the update of the layer."""
-        parameter = f"{self.name_in_file}.weight"
-        is_parameter = self.file.config.names_parameter(parameter)
-        target = parameter if is_parameter else self.name_in_file
-        tensors, *others = self.adapters.values()
+        tensors, *_ = self.adapters.values()
         magnitude = tensors.get(Role.MAGNITUDE)
-        layer = self.checked_layer(
-            self.kind,
-            self.kind.lora_matrices_of(self.module),
-            self.settings.scaling(target),
-            magnitude,
-        )
-        if others:
+        target = self._weight if self._is_parameter else self.name_in_file
+        scaling = self.settings.scaling(target)
+        matrices = self.kind.lora_matrices_of(self.module)
+        layer = self.checked_layer(self.kind, matrices, scaling, magnitude)
+        self._check_has_one_adapter()
+        self._check_is_not_olora_of_conv1d()
+        (matrix,) = matrices
+        in_file = self._factors_of_layer(pair_of(self.name_in_file, tensors))
+        factors = self.checked_factors(layer, matrix, in_file, target)
+        return LayerUpdate(layer, (factors,), magnitude)
+
+    @property
+    def _weight(self) -> str:
+        """The name in the file of the layer's weight."""
+        return f"{self.name_in_file}.weight"
+
+    @property
+    def _is_parameter(self) -> bool:
+        """Whether the configuration names the weight as a parameter, and not the layer."""
+        return self.file.config.names_parameter(self._weight)
+
+    def _check_has_one_adapter(self) -> None:
+        """Refuse several adapters of the layer."""
+        if len(self.adapters) > 1:
             raise AdapterFileError(
                 f"The file holds {listed(self.adapters)}: two updates of one "
                 f"{self.class_name}."
             )
-        factors = pair_of(self.name_in_file, tensors)
-        self._check_is_not_olora_of_conv1d()
-        if is_parameter:
-            factors = self._factors_of_parameter(factors)
-        (matrix,) = layer.matrices
-        factors = self.checked_factors(layer, matrix, factors, target)
-        return LayerUpdate(layer, (factors,), magnitude)
 
-    def _factors_of_parameter(self, factors: Factors) -> Factors:
-        """A and B of the layer, from those of its weight as a parameter.
+    def _factors_of_layer(self, in_file: Factors) -> Factors:
+        """A and B of the layer, also if they are of its weight as a parameter.
 
         PEFT takes a parameter for a matrix (out, in). The weights of an embedding and of
-        a Conv1D are (in, out), so the update is transposed.
+        a Conv1D are (in, out), so their update is transposed.
         """
-        if self.kind not in (LoRAEmbedding, LoRAConv1D):
-            return factors
-        a, b = factors
-        return b.T, a.T
+        if self._is_parameter and self.kind in (LoRAEmbedding, LoRAConv1D):
+            a, b = in_file
+            return b.T, a.T
+        return in_file
 
     def _check_is_not_olora_of_conv1d(self) -> None:
         """Refuse an olora of a Conv1D: its start cannot be computed again."""
