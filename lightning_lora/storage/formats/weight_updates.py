@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.functional.dtypes import wide
 from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers import LoRAParameters
@@ -54,13 +55,6 @@ def _update_of(export: Export, layer: StoredLayer, weight: str) -> WeightUpdate:
     settings = layer.settings(config)
     value_of = partial(_value_of, export.stored, layer)
     factors = weight_factors(weight, layer.matrices, settings, value_of)
-    a, _ = factors
-    rank = a.shape[-2]
-    # patterns mean an adapted parameter by its own name, and another weight by the name
-    # of its layer alone
-    parameter = ""
-    if layer.adapter_class is LoRAParameters:
-        parameter = join(layer.name, weight)
     # the scaling and the name of the magnitude are those of the first part
     first, *_ = matrices_of_weight(weight, layer.matrices)
     magnitude = None
@@ -72,9 +66,24 @@ def _update_of(export: Export, layer: StoredLayer, weight: str) -> WeightUpdate:
         weight=weight,
         factors=factors,
         scaling=first.scaling_for(layer.scaling),
-        alpha=config.alpha_of(layer.name, parameter, r=rank),
+        alpha=_alpha_of(config, layer, weight, factors),
         magnitude=magnitude,
     )
+
+
+def _alpha_of(
+    config: LoRAConfig, layer: StoredLayer, weight: str, factors: Factors
+) -> float:
+    """The alpha that a configuration says for the update of a weight.
+
+    Patterns mean an adapted parameter by its own name, and another weight by the name of
+    its layer alone.
+    """
+    a, _ = factors
+    parameter = ""
+    if layer.adapter_class is LoRAParameters:
+        parameter = join(layer.name, weight)
+    return config.alpha_of(layer.name, parameter, r=a.shape[-2])
 
 
 def _value_of(stored: StoredAdapters, layer: StoredLayer, parameter: str) -> Tensor:

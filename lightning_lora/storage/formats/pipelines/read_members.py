@@ -53,35 +53,28 @@ def adapters_in_pipeline(view: View, file: PipelineFile) -> StoredAdapters:
 
     What the file has for a member is read as a file of PEFT's for the member's root.
     """
-    members = file.members()
-    roots = _roots_in_model(members, view)
-    _check_members(members, roots, file.path)
     updates = list[LayerUpdate]()
     rest = dict[str, Tensor]()
     settings = list[LoRAConfig]()
     modules_to_save = list[str]()
-    for member in sorted(members & roots.keys()):
-        root = roots[member]
+    for member, root in _roots_to_read(view, file).items():
         modules = by_names_inside(root, view.modules)
         tensors, config = file.contents_of(member, modules)
-        updates_of_member, rest_of_member = read_updates(
-            view, tensors, config, file.path, root
-        )
-        updates += updates_of_member
-        rest |= rest_of_member
+        new_updates, new_rest = read_updates(view, tensors, config, file.path, root)
+        updates += new_updates
+        rest |= new_rest
         settings.append(config.as_ours)
         modules_to_save += config.modules_to_save
-    return stored_from_updates(
-        view, updates, rest, _settings_of_all(settings, file.path), modules_to_save
-    )
+    common_settings = _settings_of_all(settings, file.path)
+    return stored_from_updates(view, updates, rest, common_settings, modules_to_save)
 
 
-def _settings_of_all(configs: Sequence[LoRAConfig], path: Any) -> LoRAConfig:
+def _settings_of_all(settings: Sequence[LoRAConfig], path: Any) -> LoRAConfig:
     """The settings that all members have.
 
     Their ranks and scalings may differ: each update has its own.
     """
-    first, *others = configs
+    first, *others = settings
     for other in others:
         if (other.use_dora, other.init) != (first.use_dora, first.init):
             raise AdapterFileError(
@@ -89,6 +82,14 @@ def _settings_of_all(configs: Sequence[LoRAConfig], path: Any) -> LoRAConfig:
                 "onto its model."
             )
     return first
+
+
+def _roots_to_read(view: View, file: PipelineFile) -> dict[str, str]:
+    """The roots of the members that both the file and the model have, by what the pipeline calls them."""
+    members = file.members()
+    roots = _roots_in_model(members, view)
+    _check_members(members, roots, file.path)
+    return {member: roots[member] for member in sorted(members & roots.keys())}
 
 
 def _roots_in_model(members: set[str], view: View) -> dict[str, str]:

@@ -87,7 +87,8 @@ def _is_encoder_layer(module: StoredModule) -> bool:
 def warn_of_readers(export: Export, kinds: KindsOfTraining) -> None:
     """Warn of readers of a folder that would compute something else, or not read it.
 
-    They are servers of language models, so nothing is said of other models.
+    They are servers of language models, so nothing is said of models that these do not
+    serve.
     """
     model = export.stored_inner
     whole = list(export.stored.saved)
