@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState, Kept
-from lightning_lora.base.base_tensors import AfterMerge, Base
+from lightning_lora.base.after_merge import AfterMerge
+from lightning_lora.base.base_tensors import Base
 from lightning_lora.base.fingerprints import Fingerprint
 from lightning_lora.base.states import FOLLOWING, State
 from lightning_lora.layers import LayerAdapter

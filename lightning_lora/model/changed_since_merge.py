@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.base_tensors import WeightAtMerge
+from lightning_lora.base.after_merge import WeightAtMerge
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import LayerAdapter, LoRALayer, put_on
 from lightning_lora.model.view import View

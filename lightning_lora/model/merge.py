@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base.base_tensors import AfterMerge, WeightAtMerge
+from lightning_lora.base.after_merge import AfterMerge, WeightAtMerge
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.changed_since_adapted import refuse_computed_weights
 from lightning_lora.model.changes.attach import (

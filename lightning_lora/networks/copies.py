@@ -12,6 +12,7 @@ from lightning_lora.tensors.names import (
     Modules,
     Parameters,
     is_in_any,
+    join,
     modules_around,
     names_inside,
     owner_of,
@@ -66,7 +67,7 @@ class _Search:
 
     ``parameters_in`` has the parameters of each module by their names in it, also those
     of modules inside: ``{"encoder": {"proj.weight": W}, "encoder.proj": {"weight": W}}``.
-    ``adapted_in`` has only those of layers with adapters.
+    ``adapted`` are the names in the model of those in layers with adapters.
     """
 
     def __init__(
@@ -86,8 +87,7 @@ class _Search:
         ]
         self.around_training = modules_around(owners_of_training)
         self.parameters_in = _parameters_by_module(base)
-        adapted = names_inside(base, layers)
-        self.adapted_in = _parameters_by_module(only(base, set(adapted)))
+        self.adapted = set(names_inside(base, layers))
         originals = only(self.parameters_in, self.around_training)
         self.originals_by_class = grouped(originals, self._class_of)
         self.number_of_copies: Counter[str] = Counter()  # of each original
@@ -143,8 +143,10 @@ class _Search:
 
     def _share_an_adapted_weight(self, copy: str, original: str) -> bool:
         """Whether some weight is adapted in both networks: only then can one follow the other."""
-        adapted = self.adapted_in.get(copy, {})
-        return not adapted.keys().isdisjoint(self.adapted_in.get(original, {}))
+        return any(
+            {join(copy, name), join(original, name)} <= self.adapted
+            for name in self.parameters_in[copy]
+        )
 
     def _have_same_shapes(self, copy: str, original: str) -> bool:
         """Whether both networks have parameters of the same names and shapes."""

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from lightning_lora.base.base_tensors import AfterMerge, Base, Change, WeightAtMerge
+from lightning_lora.base.after_merge import AfterMerge, WeightAtMerge
+from lightning_lora.base.base_tensors import Base, Change
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.seen import Seen
 
