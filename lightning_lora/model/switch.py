@@ -29,13 +29,13 @@ def switch_to(model: nn.Module, name: str | None) -> "SwitchBlock":
     record = record_of(model, "set_adapter")
     check_known(record, name, model)
     block = SwitchBlock.from_now(model, record, name)
-    if name == block.shown_before:
+    if name == record.name_in_effect:
         return block
     if name is None:
         view = view_of(model)
         refuse_changed_since_merge(view)
         show_base(view)
-    elif name == block.active_before:
+    elif name == record.adapter.name:
         show_adapter(View(model))
     else:
         exchange(View(model), record.inactive_adapters[name])
@@ -55,18 +55,18 @@ class SwitchBlock(AbstractContextManager[None]):
     name: str | None
     """The adapter that the call has switched to. None: the base."""
 
-    shown_before: str | None
-    """The adapter that had its effect before. None: the base was shown."""
-
     active_before: str
     """The adapter that was on the layers before, with effect or without."""
+
+    base_was_shown: bool
+    """Whether it was without effect."""
 
     @classmethod
     def from_now(
         cls, model: nn.Module, record: Record, name: str | None
     ) -> "SwitchBlock":
         """Return the block of a call that is about to switch: it leads back to what the model shows now."""
-        return cls(model, name, record.name_in_effect, record.adapter.name)
+        return cls(model, name, record.adapter.name, record.state.shows_base)
 
     def __enter__(self) -> None:
         switch_to(self.model, self.name)
@@ -75,12 +75,13 @@ class SwitchBlock(AbstractContextManager[None]):
         record = find_record(self.model)
         if record is None:  # all were removed in the block
             return
+        # if the base was shown, its adapter may have been removed in the block, or is on
+        # its layers still
         is_inactive_now = self.active_before in record.inactive_adapters
-        if self.shown_before is None and is_inactive_now:
-            # the base was shown, but ``active_before`` was on the layers, without effect:
-            # so it is put on them again, before the base is shown
+        if is_inactive_now or not self.base_was_shown:
             switch_to(self.model, self.active_before)
-        switch_to(self.model, self.shown_before)
+        if self.base_was_shown:
+            switch_to(self.model, None)
 
     def __repr__(self) -> str:
         shown = "its base" if self.name is None else f"its adapter {self.name!r}"
