@@ -1,6 +1,6 @@
 """Parameter groups that code adds in the middle of a fit, as gradual unfreezing does."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -46,13 +46,23 @@ def trimming_added_groups(module: LightningModule) -> Iterator[None]:
 
 
 def _add_param_group(model: nn.Module, optimizer: Optimizer, group: Any) -> None:
-    """Add a group without what it should not hold."""
-    # torch refuses any other group, and says what is wrong
-    if isinstance(group, dict) and not isinstance(group.get("params"), set | None):
+    """Add a group without what it should not hold.
+
+    What torch takes for no group is left to torch: it says what is wrong.
+    """
+    if _is_group(group):
         given = group["params"]
         group["params"] = [given] if isinstance(given, torch.Tensor) else list(given)
         _trim(view_of(model), optimizer, group)
     type(optimizer).add_param_group(optimizer, group)
+
+
+def _is_group(group: Any) -> bool:
+    """Whether torch takes this for a group: its parameters have an order, so they are no set."""
+    if not isinstance(group, dict):
+        return False
+    given = group.get("params")
+    return isinstance(given, Iterable) and not isinstance(given, set)
 
 
 def _trim(view: View, optimizer: Optimizer, group: Group) -> None:

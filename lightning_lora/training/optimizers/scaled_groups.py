@@ -123,9 +123,15 @@ class ScaledGroups:
                 self._add_group(place, scale, adapters)
         self.update_rates()
         self._hooks += [
-            self._optimizer.register_load_state_dict_pre_hook(_check_stored),
-            self._optimizer.register_step_pre_hook(_begin_step),
-            self._optimizer.register_step_post_hook(_end_step),
+            self._optimizer.register_load_state_dict_pre_hook(
+                partial(_hook, ScaledGroups.check_stored)
+            ),
+            self._optimizer.register_step_pre_hook(
+                partial(_hook, ScaledGroups.begin_step)
+            ),
+            self._optimizer.register_step_post_hook(
+                partial(_hook, ScaledGroups.end_step)
+            ),
         ]
 
     def _add_group(self, place: int, scale: GroupScale, adapters: Params) -> None:
@@ -202,10 +208,10 @@ class ScaledGroups:
 
     # In the optimizer's own methods
 
-    def check_stored(self, state: dict[str, Any]) -> None:
+    def check_stored(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Refuse a file's states of A for B: their sizes may be the same."""
         stored = settings_of(state["param_groups"][self._slice], "name")
-        here = settings_of(self._optimizer.param_groups[self._slice], "name")
+        here = settings_of(optimizer.param_groups[self._slice], "name")
         if stored != here:
             raise ValueError(
                 f"its parameter groups of adapters are {stored}, and the module's "
@@ -235,30 +241,19 @@ class ScaledGroups:
         self._steps.note_gradients()
         return loss
 
-    def end_step(self, optimizer: Optimizer) -> None:
+    def end_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Refuse an optimizer that does not train the scaled groups."""
         self._steps.end(optimizer)
 
 
-# The hooks of an optimizer with scaled groups. They are no methods, because some
-# optimizers copy and pickle their hooks, and a copy has no scaled groups.
+def _hook(method: Callable[..., Any], optimizer: Optimizer, *args: Any) -> Any:
+    """Call a method of an optimizer's scaled groups.
 
-
-def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    A hook is no bound method, because some optimizers copy and pickle their hooks, and a
+    copy has no scaled groups.
+    """
     scaled = find_scaled_groups(optimizer)
-    if scaled is not None:
-        scaled.check_stored(state)
-
-
-def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-    scaled = find_scaled_groups(optimizer)
-    return None if scaled is None else scaled.begin_step(optimizer, args, kwargs)
-
-
-def _end_step(optimizer: Optimizer, *_: Any) -> None:
-    scaled = find_scaled_groups(optimizer)
-    if scaled is not None:
-        scaled.end_step(optimizer)
+    return None if scaled is None else method(scaled, optimizer, *args)
 
 
 def _set_rate(group: Group, key: str, rate: Any) -> None:

@@ -44,7 +44,11 @@ _LOSS_SCALER = "loss_scaler"
 
 
 class DeepSpeedMethods(LateRestoreMethods):
-    """The methods for DeepSpeedStrategy."""
+    """The methods for DeepSpeedStrategy.
+
+    In a fit, ``init_deepspeed`` builds the engine. The strategy's own, which it calls,
+    calls ``_init_optimizers`` for the optimizer whose parameters the engine shards.
+    """
 
     # DeepSpeedStrategy's own read and write a folder, with a file of each process
     skipped_overrides = frozenset(
@@ -123,7 +127,7 @@ class DeepSpeedMethods(LateRestoreMethods):
         """Build the engine of a fit, and find this process's shards in it."""
         self._check_dtypes()
         self._check_scale()
-        self._placeholders = {}  # ``_init_optimizers``, which is called here, fills it
+        self._placeholders = {}  # ``_init_optimizers`` fills it
         try:
             self.original.init_deepspeed()
         finally:
