@@ -565,7 +565,8 @@ def full() -> tuple[list[list[int]], dict[str, Any]]:
     partition = partition_of(dist.get_rank())
     empty = Partition([], torch.zeros(2), [])
     values = partition.gather(partition.shard, torch.device("cpu"))
-    assert bits([partition.scatter(values)]) == bits([partition.shard])
+    by_parameter = dict(zip(partition.parameters, values, strict=True))
+    assert bits([partition.scatter(by_parameter)]) == bits([partition.shard])
     partition.shard = nn.Parameter(partition.shard)
     empty.shard = nn.Parameter(empty.shard)
     groups = [

@@ -215,7 +215,8 @@ class DeepSpeedMethods(LateRestoreMethods):
             for partition, values in zip(
                 self.partitions, state[_FLOAT32_VALUES], strict=True
             ):
-                partition.shard.detach().copy_(partition.scatter(values))
+                by_parameter = dict(zip(partition.parameters, values, strict=True))
+                partition.shard.detach().copy_(partition.scatter(by_parameter))
         if _LOSS_SCALER in state and hasattr(optimizer, "loss_scaler"):
             vars(optimizer.loss_scaler).update(state[_LOSS_SCALER])
 

@@ -1,6 +1,6 @@
 """DeepSpeed's groups of parameters, of which each process trains a shard: their values and states in full, and back."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any, NamedTuple
@@ -76,15 +76,16 @@ class Partition:
             all_values.append(values)
         return all_values
 
-    def scatter(self, all_values: Iterable[Tensor | None]) -> Tensor:
-        """Return this process's shard of the values of each parameter.
+    def scatter(self, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """Return this process's shard of the values of some parameters.
 
-        It is zero where a parameter has None.
+        It is zero where the other parameters are.
         """
         shard = torch.zeros_like(self.shard)
-        for piece, values in zip(self.pieces, all_values, strict=True):
-            if values is not None:
-                piece.of_shard(shard).copy_(piece.of_parameter(values))
+        for piece in self.pieces:
+            if piece.parameter in values:
+                of_piece = piece.of_parameter(values[piece.parameter])
+                piece.of_shard(shard).copy_(of_piece)
         return shard
 
     def copy_parameters(self) -> None:
@@ -137,24 +138,20 @@ class Partition:
         # in one order in all processes: ``gather_states`` goes through it collectively
         for name in dict.fromkeys(chain.from_iterable(states)):
             # of a parameter without a gradient, there may be no entry, or None
-            values = [state.get(name) for state in states]
-            if any(value is not None for value in values):
+            values = {
+                p: state[name]
+                for p, state in zip(self.parameters, states, strict=True)
+                if state.get(name) is not None
+            }
+            if values:
                 state_of_shard[name] = self._scatter_entry(name, values)
         return state_of_shard
 
-    def _scatter_entry(self, name: str, values: Sequence[Any]) -> Any:
-        """One entry of this shard's state, such as "exp_avg": its part of the parameters' values, or one value for all.
-
-        ``values`` has that entry of each parameter, or None.
-        """
-        present = {
-            p: value
-            for p, value in zip(self.parameters, values, strict=True)
-            if value is not None
-        }
-        if all(_has_shape_of(p, value) for p, value in present.items()):
+    def _scatter_entry(self, name: str, values: Mapping[nn.Parameter, Any]) -> Any:
+        """One entry of this shard's state, such as "exp_avg": its part of these values, or one value for all."""
+        if all(map(_has_shape_of, values, values.values())):
             return self.scatter(values)
-        for_all, *_ = present.values()
+        for_all, *_ = values.values()
         if isinstance(for_all, Tensor) and for_all.dim():
             raise ValueError(f"its entry {name!r} has other shapes than the parameters")
         return for_all

@@ -248,20 +248,15 @@ class ShardedGradients(Gradients):
 
     @torch.no_grad()
     def _average(self, parameters: list[nn.Parameter]) -> None:
-        """Average the gradients of parameters of one dtype, with one message.
-
-        All processes send as many values: zeros for a parameter without a gradient.
-        """
+        """Average the gradients of parameters of one dtype, with one message: of as many values in each process."""
         _give_missing_gradients(parameters)
-        sent = [_values_to_send(p) for p in parameters]
-        message = torch.cat([values.ravel() for values in sent])
+        gradients = [_local_gradient_or_zeros(p) for p in parameters]
+        message = torch.cat([gradient.ravel() for gradient in gradients])
         message.mul_(1 / self.mesh.size())  # before the sum, as DDP
         dist.all_reduce(message, group=self.mesh.get_group())
-        sizes = [values.numel() for values in sent]
-        for p, mean in zip(parameters, message.split(sizes), strict=True):
-            if p.grad is not None:
-                gradient = shards.to_local(p.grad)
-                gradient.copy_(mean.view_as(gradient))
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, mean in zip(gradients, message.split(sizes), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def _is_left_to_us(p: nn.Parameter) -> bool:
@@ -283,8 +278,11 @@ def _give_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
             p.grad = torch.zeros_like(p)
 
 
-def _values_to_send(p: nn.Parameter) -> Tensor:
-    """This process's part of a parameter's gradient, or zeros if it has none."""
+def _local_gradient_or_zeros(p: nn.Parameter) -> Tensor:
+    """This process's part of a parameter's gradient, in its own memory.
+
+    Zeros take the place of one that is missing.
+    """
     gradient = torch.zeros_like(p) if p.grad is None else p.grad
     return shards.to_local(gradient)
 
