@@ -66,15 +66,14 @@ def find_networks(
     """
     not_judged = {*named_by_user, *known.beside_training}
     matrices = by_owner(_outside(where(base, _is_matrix), not_judged))
-    judged_layers = set(names_outside(layers, known.beside_training))
-    still = _still_layers(only(matrices, judged_layers), still_parameters, known.copies)
+    still = _still_layers(only(matrices, layers), still_parameters, known.copies)
     training = _training_modules(matrices, still_parameters, modules)
     # what the user names may train too, and ``matrices`` has nothing of it
     something_trains = training or named_by_user
     if not still or not something_trains:
         return known
     # these train, or are in a copy, or the user names their matrices
-    other_layers = judged_layers - still.keys()
+    other_layers = set(names_outside(layers, known.beside_training)) - still.keys()
     networks = _largest_modules(still, {*training, *other_layers, *not_judged})
     # without other layers, no layer at all would get an adapter
     if other_layers and _holds_student(training, still, find_untrained):

@@ -22,7 +22,7 @@ from lightning_lora.model.rows.module_runner import RunningNames
 from lightning_lora.model.start_call import record_of
 from lightning_lora.model.switch import check_known
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.dicts import only, with_values
+from lightning_lora.tensors.dicts import only
 from lightning_lora.tensors.names import Modules, first_names, modules_around, owner_of
 from lightning_lora.tensors.undo import set_own_attribute
 
@@ -89,13 +89,13 @@ class _Block(ExitStack):
         states = self._move_used_adapters(view)
         differences = differences_by_module(view, states)
         modules = first_names(view.modules)
-        differing = with_values(modules, differences)
-        around = only(modules, {"", *modules_around(differing)})
-        _check_have_rows(view.title, modules, differences, around)
+        around = only(modules, {"", *modules_around(differences)})
+        _refuse_shared_adapters(view, differences)
+        _refuse_rows_second(view, modules, around)
         running: RunningNames = []
         mixed = [
-            MixedModule(view, name, self.names, differences[module], running)
-            for name, module in differing.items()
+            MixedModule(view, name, self.names, of_module, running)
+            for name, of_module in differences.items()
         ]
         self._begin(mixed, around.values())
         return self
@@ -133,36 +133,32 @@ class _Block(ExitStack):
 # Layers in which rows cannot have adapters of their own
 
 
-def _check_have_rows(
-    title: str,
-    modules: Modules,
-    differences: Mapping[nn.Module, Differences],
-    around: Collection[str],
-) -> None:
+def _refuse_shared_adapters(view: View, differences: Mapping[str, Differences]) -> None:
+    """Refuse a layer with an adapter that all rows of a batch share."""
+    for name, of_module in differences.items():
+        if any(map(_is_shared_by_rows, of_module.adapters.values())):
+            raise _no_own_rows(
+                view,
+                name,
+                "an adapter of experts, parameters or tokens, which all rows of a "
+                "batch share",
+            )
+
+
+def _is_shared_by_rows(adapter: LayerAdapter) -> bool:
+    return issubclass(adapter.kind, LoRAParameters) or bool(adapter.matrices[0].tokens)
+
+
+def _refuse_rows_second(view: View, modules: Modules, around: Collection[str]) -> None:
     """Refuse a layer whose batches do not begin with rows.
 
     Modules in ``around`` hold one that takes part, or are one.
     """
     for name, module in modules.items():
-        if module in differences and _has_adapter_for_all_rows(differences[module]):
-            raise _no_own_rows(
-                title,
-                name,
-                "an adapter of experts, parameters or tokens, which all rows of a "
-                "batch share",
-            )
         if _takes_part(name, module, around) and _has_rows_second(module):
             raise _no_own_rows(
-                title, name, "batch_first=False: its rows are the second dimension"
+                view, name, "batch_first=False: its rows are the second dimension"
             )
-
-
-def _has_adapter_for_all_rows(differences: Differences) -> bool:
-    return any(map(_is_shared_by_rows, differences.adapters.values()))
-
-
-def _is_shared_by_rows(adapter: LayerAdapter) -> bool:
-    return issubclass(adapter.kind, LoRAParameters) or bool(adapter.matrices[0].tokens)
 
 
 def _takes_part(name: str, module: nn.Module, around: Collection[str]) -> bool:
@@ -178,9 +174,9 @@ def _has_rows_second(module: nn.Module) -> bool:
     return has_batch_first and not module.batch_first
 
 
-def _no_own_rows(title: str, name: str, what: str) -> AdapterStateError:
+def _no_own_rows(view: View, name: str, what: str) -> AdapterStateError:
     """The error about a layer that has ``what``."""
     return AdapterStateError(
-        f"{name!r} of {title} has {what}. So no row can have its own adapter. Run the "
+        f"{name!r} of {view.title} has {what}. So no row can have its own adapter. Run the "
         "rows of each adapter in a batch of their own, with set_adapter."
     )

@@ -14,8 +14,8 @@ from lightning_lora.model.base_values import known_original
 from lightning_lora.model.switch import layer_adapters_of
 from lightning_lora.model.view import View
 from lightning_lora.targets.adaptable import has_forward
-from lightning_lora.tensors.dicts import where
-from lightning_lora.tensors.names import owner_of
+from lightning_lora.tensors.dicts import where, with_values
+from lightning_lora.tensors.names import first_names, owner_of
 from lightning_lora.tensors.values import same_bits
 
 Name = str | None
@@ -58,8 +58,8 @@ class Differences:
 
 def differences_by_module(
     view: View, states: Collection[AdapterState]
-) -> dict[nn.Module, Differences]:
-    """Return what each module that is to run in its own way has with each name.
+) -> dict[str, Differences]:
+    """Return what each module that is to run in its own way has with each name, by the module's first name.
 
     A module that a block around this one runs is among them: in this block, its names
     count no more, even where nothing differs.
@@ -74,7 +74,8 @@ def differences_by_module(
         reader = _reading_module(view, tensor)
         tensor_in_reader = tensor.removeprefix(f"{reader}.")
         differences[view.modules[reader]].add_values(tensor_in_reader, values)
-    return differences
+    modules = with_values(first_names(view.modules), differences)
+    return {name: differences[module] for name, module in modules.items()}
 
 
 def _differing_tensors(

@@ -123,8 +123,9 @@ def _weight_looks_untrained(
     layer = view.modules[name]
     values = to_local(weight)
     block = block_of(values)
-    # block_of leaves out rows of zeros, so most rows of this weight are zero
-    if block.numel() < min(FEWEST, number_of_values(weight)):
+    # block_of leaves out rows of zeros
+    is_mostly_zero = block.numel() < min(FEWEST, number_of_values(weight))
+    if is_mostly_zero:
         return isinstance(layer, nn.Linear) and not has_bias and not values.any()
     if any(is_uniform(block, bound) for bound in _bounds(layer, weight)):
         return True
