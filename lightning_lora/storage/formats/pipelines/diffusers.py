@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.errors import warn
-from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.export import Export
 from lightning_lora.storage.formats.format import (
@@ -28,7 +27,7 @@ from lightning_lora.storage.formats.peft.writing.model_card import (
     repository_of,
 )
 from lightning_lora.storage.formats.peft.writing.peft_form import in_peft_form
-from lightning_lora.storage.formats.peft_names import METADATA, PREFIX, peft_key
+from lightning_lora.storage.formats.peft_names import METADATA, PREFIX
 from lightning_lora.storage.formats.peft_or_diffusers import MEMBER_NAME, is_diffusers
 from lightning_lora.storage.formats.pipelines.exported_members import (
     checked_member,
@@ -39,7 +38,7 @@ from lightning_lora.storage.formats.pipelines.read_members import (
     PeftContents,
     PipelineFile,
     adapters_in_pipeline,
-    fields_of_ranks,
+    fields_of_tensors,
 )
 from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.on_disk.read_errors import json_object
@@ -154,7 +153,7 @@ class _DiffusersFile(PipelineFile):
         """
         fields = by_names_inside(member, self.header)
         if not fields:
-            fields = _unscaled_fields(tensors)
+            fields = fields_of_tensors(tensors, alphas={})
             warn(
                 f"{self.path} does not say with which lora_alpha it was trained. As in "
                 "diffusers, it is taken to be the rank. If it was another, save the "
@@ -162,19 +161,6 @@ class _DiffusersFile(PipelineFile):
                 "unet_lora_adapter_metadata=...)."
             )
         return config_of({"peft_type": "LORA", **fields}, self.path)
-
-
-def _unscaled_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of PEFT's configuration with which each layer has a scaling of one: its alpha is its rank."""
-    ranks = dict[str, int]()
-    use_dora = False
-    for name, value in tensors.items():
-        layer, role = peft_key(name)
-        if role is Role.A and value.dim():
-            ranks[layer] = len(value)
-        elif role is Role.MAGNITUDE:
-            use_dora = True
-    return {**fields_of_ranks(ranks, alphas={}), "use_dora": use_dora}
 
 
 DIFFUSERS = WrittenFormat(

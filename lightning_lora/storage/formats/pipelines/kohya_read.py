@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from lightning_lora.storage.formats.pipelines.read_members import (
     PeftContents,
     PipelineFile,
     adapters_in_pipeline,
-    fields_of_ranks,
+    fields_of_tensors,
 )
 from lightning_lora.storage.formats.unread import KOHYA_REMEDY
 from lightning_lora.storage.stored import ReadFor
@@ -83,21 +83,26 @@ class _KohyaFile(PipelineFile):
     def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
         """Return what PEFT would have in a file of one member."""
         layers = _layers_by_name(member, modules)
-        adapters = _Adapters()
+        tensors = dict[str, Tensor]()  # by PEFT's names
+        alphas = dict[str, float]()
         unknown = dict[str, None]()  # a set in the order of the file
         for name, value in self._tensors_of(member).items():
             layer_in_file, _, end = name.partition(".")
-            if layer_in_file in layers:
-                adapters.add(layers[layer_in_file], end, value)
-            else:
+            layer = layers.get(layer_in_file)
+            if layer is None:
                 unknown[layer_in_file] = None
+            elif end == _ALPHA:
+                alphas[layer] = value.item()
+            else:
+                tensors[f"{layer}.{_ENDS[end]}"] = value
         if unknown:
             raise AdapterMismatchError(
                 f"{self.path} holds adapters of {listed(unknown)}, and the model has "
                 "no such layers of a UNet or a CLIP text encoder. Pass the model that "
                 f"they were trained on. {KOHYA_REMEDY}."
             )
-        return PeftContents(adapters.tensors, config_of(adapters.fields(), self.path))
+        fields = fields_of_tensors(tensors, alphas)
+        return PeftContents(tensors, config_of(fields, self.path))
 
     def _tensors_of(self, member: str) -> dict[str, Tensor]:
         """The tensors of one member."""
@@ -125,25 +130,3 @@ def _layers_by_name(member: str, modules: Collection[str]) -> dict[str, str]:
             # all that this format cannot hold has the empty name
             layers |= without(by_name, [""])
     return layers
-
-
-@dataclass
-class _Adapters:
-    """The adapters of one member, by PEFT's names."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    alphas: dict[str, float] = field(default_factory=dict)
-
-    def add(self, layer: str, end: str, value: Tensor) -> None:
-        """Add one tensor of a layer."""
-        if end == _ALPHA:
-            self.alphas[layer] = value.item()
-            return
-        self.tensors[f"{layer}.{_ENDS[end]}"] = value
-        if end == "lora_down.weight" and value.dim():
-            self.ranks[layer] = len(value)
-
-    def fields(self) -> dict[str, Any]:
-        """Return the fields of PEFT's configuration. A layer without alpha is not scaled."""
-        return fields_of_ranks(self.ranks, self.alphas)

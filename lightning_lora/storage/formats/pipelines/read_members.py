@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
+from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.from_updates import stored_from_updates
 from lightning_lora.storage.formats.layer_updates import LayerUpdate
@@ -17,6 +18,7 @@ from lightning_lora.storage.formats.peft.peft_config import (
     value_and_pattern,
 )
 from lightning_lora.storage.formats.peft.reading.read_peft import read_updates
+from lightning_lora.storage.formats.peft_names import peft_key
 from lightning_lora.storage.formats.pipelines.members import member_name, members_in
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.renaming import by_names_inside
@@ -123,23 +125,33 @@ def _check_members(members: set[str], roots: Mapping[str, str], path: Any) -> No
         )
 
 
-# The configuration, if the file says ranks alone
+# The configuration, if the file has none
 
 
-def fields_of_ranks(
-    ranks: Mapping[str, int], alphas: Mapping[str, float]
+def fields_of_tensors(
+    tensors: Mapping[str, Tensor], alphas: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the fields of PEFT's configuration for layers with these ranks.
+    """Return the fields of PEFT's configuration for tensors of adapters, which have PEFT's names.
 
-    The alpha of a layer is its rank, if ``alphas`` has no other. A damaged file may have
-    no rank: it is refused later, with the name of a layer.
+    The alpha of a layer is its rank, if ``alphas`` has no other: then the update is not
+    scaled. A damaged file may have no rank: it is refused later, with the name of a
+    layer.
     """
+    ranks = dict[str, int]()
+    use_dora = False
+    for name, value in tensors.items():
+        layer, role = peft_key(name)
+        if role is Role.A and value.dim():
+            ranks[layer] = len(value)
+        elif role is Role.MAGNITUDE:
+            use_dora = True
     if not ranks:
-        return {"peft_type": "LORA"}
+        return {"peft_type": "LORA", "use_dora": use_dora}
     r, rank_pattern = value_and_pattern(ranks)
     alpha, alpha_pattern = value_and_pattern({**ranks, **only(alphas, ranks)})
     return {
         "peft_type": "LORA",
+        "use_dora": use_dora,
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
