@@ -54,7 +54,7 @@ def _check_names(names: Iterable[str], path: Any) -> None:
     of_other_members = dict[str, None]()  # a set in the order of the file
     for name in names:
         layer, _, end = name.partition(".")
-        if end != _ALPHA and end not in _ENDS:
+        if end not in (_ALPHA, *_ENDS):
             of_other_methods.append(name)
         elif not _LAYER.fullmatch(layer):
             of_other_members[layer] = None

@@ -5,7 +5,6 @@ import re
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum, auto
 from pathlib import Path
 
 from lightning_lora.config import LoRAConfig
@@ -32,20 +31,9 @@ class ModelCard:
 
     def files(self, directory: Path) -> dict[str, bytes]:
         """Return the README.md to write into a directory: nothing, if one is there that is not as we wrote it."""
-        place = directory / README
-        text = self.text()
-        ours = {README: _marked(text).encode()}
-        if not place.exists():
-            return ours
-        mark = _mark_in(place)
-        if mark is _Mark.UNCHANGED:
-            return ours
-        if mark is _Mark.CHANGED:
-            warn(
-                f"{place} was changed after export_peft wrote it, so it stays as it "
-                "is. It may be of other adapters."
-            )
-        return {}
+        if not _may_be_replaced(directory / README):
+            return {}
+        return {README: _marked(self.text()).encode()}
 
     def text(self) -> str:
         """Return the card, without the mark at its end."""
@@ -139,24 +127,24 @@ def _marked(text: str) -> str:
     return f"{text}\n{mark}\n"
 
 
-class _Mark(Enum):
-    """What the mark of a README.md says."""
-
-    NONE = auto()  # others wrote the file
-    CHANGED = auto()  # we wrote it, and it was changed
-    UNCHANGED = auto()
-
-
-def _mark_in(place: Path) -> _Mark:
-    """Read the mark of a file."""
+def _may_be_replaced(place: Path) -> bool:
+    """Whether there is no file yet, or one as we wrote it. Warn of one of ours that was changed."""
+    if not place.exists():
+        return True
+    text = ""
     with suppress(OSError, ValueError):
         text = place.read_text(encoding="utf-8")
-        mark = _MARK.search(text)
-        if mark is None:
-            return _Mark.NONE
-        above = text[: mark.start() - 1]  # without the newline before the mark
-        return _Mark.UNCHANGED if mark[1] == _checksum(above) else _Mark.CHANGED
-    return _Mark.NONE
+    mark = _MARK.search(text)
+    if mark is None:  # others wrote the file
+        return False
+    above = text[: mark.start() - 1]  # without the newline before the mark
+    is_as_written = mark[1] == _checksum(above)
+    if not is_as_written:
+        warn(
+            f"{place} was changed after export_peft wrote it, so it stays as it is. It "
+            "may be of other adapters."
+        )
+    return is_as_written
 
 
 def _checksum(text: str) -> str:
