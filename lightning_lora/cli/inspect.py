@@ -16,7 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.cli.shown import Plain, show
+from lightning_lora.cli.shown import (
+    DescribedFile,
+    DescribedLayer,
+    DescribedTensor,
+    show,
+)
 from lightning_lora.functional.subspace import directions, effective_rank
 from lightning_lora.storage.checksum import FORMAT
 from lightning_lora.storage.offline.without_model import (
@@ -47,11 +52,11 @@ def run(arguments: Any) -> None:
         show(found)
 
 
-def describe(stored: StoredAdapters) -> Plain:
+def describe(stored: StoredAdapters) -> DescribedFile:
     """Return what a file holds, in plain types."""
     # a file of this package names its base, once for each dtype: the first one tells
     base = stored.base[0]
-    layers: list[Plain] = []
+    layers: list[DescribedLayer] = []
     rows = dict[str, list[int]]()
     for name, layer in stored.layers.items():
         if layer.tokens:  # they are no update: the base's rows are not in the file
@@ -91,7 +96,7 @@ def _size_of(source: str) -> int:
     return size
 
 
-def _describe_layer(stored: StoredAdapters, name: str) -> Plain:
+def _describe_layer(stored: StoredAdapters, name: str) -> DescribedLayer:
     """One layer: what it is, and the size of its update."""
     layer = stored.layers[name]
     updates = updates_of_layer(stored, name)
@@ -113,9 +118,9 @@ def _describe_layer(stored: StoredAdapters, name: str) -> Plain:
     }
 
 
-def _describe_others(stored: StoredAdapters) -> Plain:
+def _describe_others(stored: StoredAdapters) -> dict[str, DescribedTensor]:
     """The shape and dtype of each tensor that is no adapter's."""
-    described: Plain = {}
+    described: dict[str, DescribedTensor] = {}
     for name, tensor in of_type(tensors_beside_adapters(stored), Tensor).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         described[name] = {"shape": list(tensor.shape), "dtype": dtype}

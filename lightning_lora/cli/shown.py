@@ -1,7 +1,7 @@
 """What a file of adapters holds, shown in a terminal."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 from rich.console import RenderableType
 from rich.filesize import decimal
@@ -12,11 +12,54 @@ from lightning_lora.errors import counted
 from lightning_lora.printing import fitting_console, printable
 from lightning_lora.tables import LayerName, grouped_by_name, layer_table, shown_range
 
-Plain = dict[str, Any]
-"""What is said of something, in types that JSON has. ``inspect.describe`` lists the keys for a whole file."""
+# What is said of a file, in types that JSON has: ``inspect --json`` prints these keys
+
+DescribedLayer = TypedDict(
+    "DescribedLayer",
+    {
+        "name": str,
+        "class": str,  # with its package
+        "parts": list[str],  # the names of its matrices, if it has several
+        "r": int,
+        "scaling": float,
+        "shapes": dict[str, list[int]],  # of its weights, by name in it
+        "norm": float,  # of all its updates together
+        "effective_rank": float,  # the mean of its updates
+    },
+)
 
 
-def show(found: Plain) -> None:
+class DescribedTensor(TypedDict):
+    """A tensor that is no adapter's."""
+
+    shape: list[int]
+    dtype: str
+
+
+class DescribedBase(TypedDict):
+    """The base that the adapters were trained on."""
+
+    tensors: int  # how many are frozen
+    dtypes: list[str]
+    name: str  # the repository or folder of the one model inside, or nothing
+
+
+class DescribedFile(TypedDict):
+    """What a file of adapters holds."""
+
+    file: str
+    bytes: int
+    format: int  # the version of its description
+    root: str  # the name of the one model inside, or nothing
+    base: DescribedBase
+    config: dict[str, Any]
+    layers: list[DescribedLayer]
+    tokens: dict[str, list[int]]  # the rows that train, of each embedding
+    beside: dict[str, DescribedTensor]
+    metrics: dict[str, float]
+
+
+def show(found: DescribedFile) -> None:
     """Print what a file holds: a table of its layers, then a line for all else."""
     console = fitting_console()
     console.print(_table(found))
@@ -31,7 +74,7 @@ def show(found: Plain) -> None:
         console.print(printable(line), soft_wrap=True, markup=False)
 
 
-def _table(found: Plain) -> Table:
+def _table(found: DescribedFile) -> Table:
     """A table with a row for each group of like layers."""
     layers = {layer["name"]: layer for layer in found["layers"]}
     size = decimal(found["bytes"])
@@ -44,13 +87,12 @@ def _table(found: Plain) -> Table:
     return table
 
 
-def _common_of_layers(layer: Plain) -> str:
+def _common_of_layers(layer: DescribedLayer) -> str:
     """What layers of one group have in common."""
-    common = [layer[key] for key in ("class", "r", "scaling", "shapes")]
-    return str(common)
+    return str([layer["class"], layer["r"], layer["scaling"], layer["shapes"]])
 
 
-def _cells(title: str, group: Sequence[Plain]) -> tuple[RenderableType, ...]:
+def _cells(title: str, group: Sequence[DescribedLayer]) -> tuple[RenderableType, ...]:
     """The row of a group."""
     first = group[0]
     if len(group) > 1:
@@ -58,20 +100,19 @@ def _cells(title: str, group: Sequence[Plain]) -> tuple[RenderableType, ...]:
     _, _, class_name = first["class"].rpartition(".")
     r = str(first["r"])
     scaling = f"{first['scaling']:g}"
-    norm = _range_of("norm", group)
-    rank = _range_of("effective_rank", group)
+    norm = _range_of([layer["norm"] for layer in group])
+    rank = _range_of([layer["effective_rank"] for layer in group])
     return LayerName(title), LayerName(class_name), r, scaling, norm, rank
 
 
-def _range_of(key: str, group: Sequence[Plain]) -> str:
-    """The least and the greatest number in a group, as they are shown."""
-    values = [layer[key] for layer in group]
+def _range_of(values: Sequence[float]) -> str:
+    """The least and the greatest of these numbers, as they are shown."""
     least = f"{min(values):.3g}"
     greatest = f"{max(values):.3g}"
     return shown_range(least, greatest)
 
 
-def _line_of_others(described: Plain) -> str:
+def _line_of_others(described: Mapping[str, DescribedTensor]) -> str:
     """The tensors besides adapters, each with its shape."""
     texts = list[str]()
     for name, value in described.items():
@@ -79,7 +120,7 @@ def _line_of_others(described: Plain) -> str:
     return f"Besides adapters: {', '.join(texts)}"
 
 
-def _line_of_base(found: Plain) -> str:
+def _line_of_base(found: DescribedFile) -> str:
     """What the adapters were trained on, and which single rows of it."""
     count = found["base"]["tensors"]
     dtypes = ", ".join(found["base"]["dtypes"])
@@ -91,7 +132,7 @@ def _line_of_base(found: Plain) -> str:
     return line
 
 
-def _line_of_arguments(config: Plain) -> str:
+def _line_of_arguments(config: Mapping[str, Any]) -> str:
     """The arguments that differ from the defaults, and those that are always shown."""
     always_shown = ("r", "alpha", "target_modules")
     usual = LoRAConfig().to_dict()
@@ -102,7 +143,7 @@ def _line_of_arguments(config: Plain) -> str:
     return f"Arguments: {', '.join(given)}"
 
 
-def _line_of_metrics(metrics: Plain) -> str:
+def _line_of_metrics(metrics: Mapping[str, float]) -> str:
     """The metrics that the run logged last before it wrote the file."""
     texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
     return f"Logged last: {', '.join(texts)}"

@@ -101,6 +101,7 @@ def _known_ranges(
 ) -> Ranges:
     """The rows of each part of a fused projection, one part after the other."""
     sizes = _known_sizes(lookup, name, matrix)
+    # the configuration may tell nothing, or of another weight
     if sum(sizes.values()) != matrix.writes:
         raise TargetError(_about_unknown_ranges(name, matrix, wanted))
     ranges: Ranges = {}
