@@ -52,9 +52,9 @@ class SweptAdapter:
     def go_on(self, fit: FitFunction, *, to_next_validation: bool) -> None:
         """Train it further, in one fit. Leave no adapter on the module.
 
-        The fit ends with the next epoch that has a validation, or else as the user's
-        Trainer says. During the fit, the callback writes ``metrics``, ``epochs`` and
-        ``has_ended``.
+        With ``to_next_validation``, the fit ends with the next epoch that has a
+        validation. Without it, the fit ends as the user's Trainer says. During the fit,
+        the callback writes ``metrics``, ``epochs`` and ``has_ended``.
         """
         callback = _TrainingCallback(self, to_next_validation=to_next_validation)
         # so each adapter begins with the same random numbers, or with those in its file

@@ -31,15 +31,11 @@ def is_compiled(model: nn.Module) -> bool:
 def _holds_compiled_code(module: nn.Module) -> bool:
     """Whether a module is compiled, or one of its attributes."""
     attributes = vars(module)
-    if (
+    return (
         private.COMPILED in module._modules
         or attributes.get(private.COMPILED_CALL) is not None
-    ):
-        return True
-    functions = [
-        value for value in attributes.values() if isinstance(value, FunctionType)
-    ]
-    return any(map(_is_compiled_function, functions))
+        or any(map(_is_compiled_function, attributes.values()))
+    )
 
 
 def _defines_compiled_code(cls: type) -> bool:
@@ -55,7 +51,7 @@ def _defines_compiled_code(cls: type) -> bool:
         *where(vars(cls), _is_compiled_function),
         *where(dict(vars(file)), _is_compiled_function),
     ]
-    return any(not _is_result(name) for name in compiled)
+    return not all(map(_is_result, compiled))
 
 
 def _is_result(name: str) -> bool:
