@@ -79,8 +79,8 @@ class Float32Steps:
         if not hidden:
             return
         for p in hidden & held_by([optimizer]):
-            # optimizers take an empty state for a parameter's first step: so the values
-            # are not in it
+            # the values leave the state, because optimizers take an empty one for a
+            # parameter's first step
             values = optimizer.state.get(p, {}).pop(KEY, None)
             _convert(p, _as_float32(p, values))
             self._shown_to[p] = optimizer

@@ -85,7 +85,7 @@ def held_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """Return the parameters that some optimizers hold."""
     held = set[nn.Parameter]()
     for optimizer in optimizers:
-        # not groups_of: this runs in each step
+        # this runs in each step, so groups_of would cost too much
         for group in optimizer.param_groups:
             held.update(group["params"])
     return held

@@ -41,7 +41,7 @@ def refusing_other_states(
         for each in loading:
             each.check_settings()
     except Exception as error:
-        # all, before the first explanation is raised
+        # all states are undone before the first explanation is raised
         for each in loading:
             each.undo()
         for each in loading:

@@ -48,7 +48,7 @@ def rates_by_layer(view: View, optimizers: Iterable[Optimizer]) -> dict[str, flo
 def _rates_by_parameter(optimizers: Iterable[Optimizer]) -> dict[nn.Parameter, float]:
     """The highest rate of each parameter: several optimizers may hold it."""
     rates: dict[nn.Parameter, float] = {}
-    # so the highest is written last
+    # the groups are sorted, so that the highest rate is written last
     for group in sorted(groups_of(optimizers), key=attrgetter("peak_rate")):
         rates.update(dict.fromkeys(group.parameters, group.peak_rate))
     return rates

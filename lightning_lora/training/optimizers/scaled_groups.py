@@ -31,11 +31,12 @@ from lightning_lora.training.optimizers.groups import (
 from lightning_lora.training.optimizers.scales import GroupScale, Scales
 from lightning_lora.training.optimizers.watched_steps import WatchedSteps
 
-_ATTRIBUTE = "lora_scaled_groups"  # of an optimizer that has some
-# settings of a group that are scaled
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
-# settings that schedulers and users change too: they stay equal
-_OTHERS = ("momentum", "betas", "weight_decay")
+# the attribute of an optimizer that has scaled groups
+_ATTRIBUTE = "lora_scaled_groups"
+# settings that a scaled group has from the module's group, times its scale
+_SCALED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+# settings that it has from the module's group as they are: schedulers change them too
+_COPIED = ("momentum", "betas", "weight_decay")
 
 
 def add_scaled_groups(optimizer: Optimizer, scales: Scales) -> None:
@@ -69,7 +70,7 @@ def find_scaled_groups(optimizer: object) -> "ScaledGroups | None":
 def update_scaled_rates(*optimizers: Any) -> None:
     """Give the scaled groups of some optimizers the rates that the module's groups have now."""
     for each in optimizers:
-        # DeepSpeed's has the module's inside
+        # DeepSpeed's optimizer has the module's inside
         for optimizer in (each, getattr(each, "optimizer", None)):
             scaled = find_scaled_groups(optimizer)
             if scaled is not None:
@@ -173,12 +174,12 @@ class ScaledGroups:
     # Their rates
 
     def update_rates(self) -> None:
-        """Give each scaled group the rates of the module's group, times its scale."""
+        """Give each scaled group the rates of the module's group, times its scale, and some settings as they are."""
         for scaled in self._scaled_groups():
             for key, value in scaled.source.items():
-                if key in _OTHERS:
+                if key in _COPIED:
                     scaled.group[key] = value
-                elif key in _RATES:
+                elif key in _SCALED:
                     _set_rate(scaled.group, key, value * scaled.scale)
 
     @contextmanager

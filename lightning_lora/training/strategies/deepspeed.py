@@ -50,23 +50,24 @@ class DeepSpeedMethods(LateRestoreMethods):
     calls ``_init_optimizers`` for the optimizer whose parameters the engine shards.
     """
 
-    # DeepSpeedStrategy's own read and write a folder, with a file of each process
+    # DeepSpeedStrategy's own methods read and write a folder with a file of each process
     skipped_overrides = frozenset(
         {"load_checkpoint", "load_model_state_dict", "save_checkpoint"}
     )
 
     def __init__(self, strategy: Any) -> None:
         super().__init__(strategy)
-        # of each group, what this process trains: there from the fit's engine on
+        # what this process trains of each group: empty until the engine of a fit is built
         self.partitions: Sequence[Partition] = ()
         # parameters that keep the places of groups which train nothing, by their names
-        # in the module, such as "lora_idle_0": there while the engine is built
+        # in the module, such as "lora_idle_0": the module has them while the engine is
+        # built
         self._placeholders: dict[str, nn.Parameter] = {}
 
     @classmethod
     def check(cls, strategy: Any) -> None:
         """Accept ZeRO stage 1 or 2."""
-        # from its arguments or from a file
+        # Lightning has read them, if they are in a file
         settings = strategy.config.get("zero_optimization") or {}
         stage = int(settings.get("stage", 0))
         title = type(strategy).__name__
@@ -104,7 +105,7 @@ class DeepSpeedMethods(LateRestoreMethods):
         for number, group in enumerate(optimizer.param_groups):
             if not group["params"]:
                 name = f"lora_idle_{number}"
-                # each process has a shard of two elements
+                # it has two elements for each process
                 placeholder = nn.Parameter(torch.zeros(2 * dist.get_world_size()))
                 self._placeholders[name] = placeholder
                 self.module.register_parameter(name, placeholder)
@@ -191,7 +192,7 @@ class DeepSpeedMethods(LateRestoreMethods):
             return
         engine.destroy()
         for optimizer in self.strategy.optimizers:
-            # without strict: a set-up that failed has found no partitions
+            # a set-up that failed has found no partitions: so the zip is not strict
             for partition, group in zip(
                 self.partitions, optimizer.param_groups, strict=False
             ):

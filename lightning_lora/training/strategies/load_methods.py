@@ -108,7 +108,7 @@ class LoadMethods(SetUpMethods):
         self._begin_stage_if_merged()
         file_config = _config_in(checkpoint)
         has_replaced = False
-        # a file that is loaded while training runs finds the adapters that train
+        # while training runs, its adapters keep their arguments
         if file_config is not None and self.stage.phase is not Phase.TRAINING:
             has_replaced = self.stage.take_config(
                 self.module, file_config, self.stage.file

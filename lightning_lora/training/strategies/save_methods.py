@@ -46,7 +46,7 @@ class SaveMethods(SetUpMethods):
 
         ``save="model"`` adds the whole merged model.
         """
-        # before the training begins, a tuner saves, for its trial
+        # only a tuner saves before the training begins: for its trial
         if self.stage.is_fit and self.stage.phase is Phase.SET_UP:
             self._keep_copies_for_trial()
         # other code may write while training goes on: it gets copies of the values
@@ -54,8 +54,8 @@ class SaveMethods(SetUpMethods):
         # a module's hook may write files of its own instead
         if "state_dict" in checkpoint:
             checkpoint = self._as_written(checkpoint, written_later=written_later)
-        # the process that writes at once does so beside the file, which is replaced
-        # when all is written
+        # the process that writes at once writes beside the file, and replaces it when
+        # all is written
         writes_beside = self.strategy.is_global_zero and not written_later
         write = writing if writes_beside else write_errors
         with write(filepath) as path:

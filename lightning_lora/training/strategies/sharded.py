@@ -36,8 +36,8 @@ from lightning_lora.training.strategies.strategy_patch import patches_strategy
 class ShardedMethods(LateRestoreMethods):
     """The methods for ModelParallelStrategy."""
 
-    # ModelParallelStrategy's own read and write a folder of shards, and states by the
-    # names of parameters
+    # ModelParallelStrategy's own methods read and write a folder of shards, and states
+    # by the names of parameters
     skipped_overrides = frozenset(
         {
             "load_checkpoint",
@@ -209,7 +209,7 @@ class ShardedMethods(LateRestoreMethods):
         """Turn the averages of gradients on or off: ours, and those of FSDP2."""
         self.averages_gradients = flag
         for module in self.module.modules():
-            # of FSDP2's modules
+            # only modules of FSDP2 have it
             set_sync: Any = getattr(module, "set_requires_gradient_sync", None)
             if set_sync is not None:
                 set_sync(flag, recurse=False)
@@ -305,7 +305,7 @@ def _broadcast_from_first(tensors: Iterable[Tensor]) -> None:
     """Give every process the values of the first one."""
     for tensor in tensors:
         values = tensor.detach().contiguous()
-        # as bytes: gloo of torch 2.7 takes not all dtypes
+        # bytes are sent, because gloo of torch 2.7 does not take all dtypes
         dist.broadcast(values.view(-1).view(torch.uint8), 0)
         if not tensor.is_contiguous():  # the values are a copy
             tensor.copy_(values)
@@ -314,7 +314,7 @@ def _broadcast_from_first(tensors: Iterable[Tensor]) -> None:
 def _broadcast_adapters(view: View) -> None:
     """Give every process the adapters of the first one: in full, or the process's own shards."""
     for p in view.adapter_parameters.values():
-        # the parameter's own memory, if it is no DTensor
+        # if the parameter is no DTensor, this is its own memory
         in_full = shards.full_tensor(p.detach())
         _broadcast_from_first([in_full])
         replace_values(p, shards.distributed_as(in_full, p))

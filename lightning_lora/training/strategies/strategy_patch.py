@@ -153,7 +153,7 @@ class StrategyPatch:
         for name, patched in self._patched.items():
             patched.step_aside()
             if on_strategy.get(name) is patched:
-                # the class's own method shows again
+                # the method of the class shows again, or that of other code
                 del on_strategy[name]
                 if patched.is_by_other_code:
                     on_strategy[name] = patched.original
