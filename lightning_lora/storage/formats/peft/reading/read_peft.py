@@ -33,7 +33,7 @@ from lightning_lora.storage.formats.peft_or_diffusers import is_peft
 from lightning_lora.storage.inner_model import root_of
 from lightning_lora.storage.on_disk.read_errors import json_object
 from lightning_lora.storage.stored import ReadFor, StoredAdapters
-from lightning_lora.tensors.dicts import where, where_not
+from lightning_lora.tensors.dicts import where
 from lightning_lora.tensors.names import join
 
 _WITHOUT_EFFECT = re.compile(r"\.(original_module|lora_velora_embed)(\.|$)")
@@ -176,14 +176,13 @@ def _check_magnitudes(
     adapters: Mapping[str, AdapterTensors], path: object, *, use_dora: bool
 ) -> None:
     """Refuse a file that lacks some of DoRA's magnitudes, or has some that its configuration does not mean."""
-    with_factors = where(adapters, _has_factors)
-    if use_dora:
-        odd = where_not(with_factors, _has_magnitude)
-        found = "no"
-    else:
-        odd = where(with_factors, _has_magnitude)
-        found = "a"
+    odd = list[str]()
+    for name, tensors in where(adapters, _has_factors).items():
+        has_magnitude = Role.MAGNITUDE in tensors
+        if has_magnitude != use_dora:
+            odd.append(name)
     if odd:
+        found = "no" if use_dora else "a"
         raise AdapterFileError(
             f"{PEFT_CONFIG} says use_dora={use_dora}, and {path} holds {found} "
             f"lora_magnitude_vector for {listed(odd)}. Use the configuration and the "
@@ -194,8 +193,3 @@ def _check_magnitudes(
 def _has_factors(tensors: AdapterTensors) -> bool:
     """Whether an adapter is A and B, and not single rows."""
     return Role.A in tensors
-
-
-def _has_magnitude(tensors: AdapterTensors) -> bool:
-    """Whether an adapter has a magnitude of DoRA."""
-    return Role.MAGNITUDE in tensors
