@@ -48,12 +48,12 @@ def peft_tensors(export: Export, updates: Iterable[WeightUpdate]) -> dict[str, T
     return tensors
 
 
-def stand_ins_of(export: Export) -> dict[str, dict[str, Tensor]]:
-    """Return, for each layer, small tensors with the names that those of its adapter will have.
+def layers_by_tensor(export: Export) -> dict[str, str]:
+    """Return the layer of each tensor of an adapter, by the name that the tensor will have.
 
-    ``{"layers.0.q": {"layers.0.q.lora_A.weight": ..., "layers.0.q.lora_B.weight":
-    ...}}``. PEFT is asked what becomes of these names when it loads them. The zeros that a
-    file has for the output projection of an attention are not among them.
+    ``{"layers.0.q.lora_A.weight": "layers.0.q", "layers.0.q.lora_B.weight":
+    "layers.0.q", ...}``. The zeros that a file has for the output projection of an
+    attention are not among them.
     """
     layers = where(
         without(export.stored.layers, export.layers_with_rows), has_counterpart
@@ -61,12 +61,13 @@ def stand_ins_of(export: Export) -> dict[str, dict[str, Tensor]]:
     wrappers = _Wrappers()
     for name, layer in layers.items():
         for _ in layer.shapes:  # PEFT has a wrapper for each weight
-            tensors = dict.fromkeys(counterpart_of(layer).keys, torch.zeros(1, 1))
+            tensors = dict.fromkeys(counterpart_of(layer).keys, torch.empty(0))
             wrappers.add(export.name_for_reader(name), tensors)
-    stand_ins = dict[str, dict[str, Tensor]]()
+    layer_of = dict[str, str]()
     for name in layers:
-        stand_ins[name] = wrappers.tensors_around(export.name_for_reader(name))
-    return stand_ins
+        tensors = wrappers.tensors_around(export.name_for_reader(name))
+        layer_of |= dict.fromkeys(tensors, name)
+    return layer_of
 
 
 def _wrappers_of(updates: Iterable[WeightUpdate]) -> "_Wrappers":

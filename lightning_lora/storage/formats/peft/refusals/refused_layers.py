@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from lightning_lora.errors import listed
 from lightning_lora.layers.kinds import LoRALinear
@@ -16,20 +16,15 @@ from lightning_lora.storage.formats.peft.naming.when_loaded import (
     PeftLoading,
     loading_of,
 )
-from lightning_lora.storage.formats.peft.naming.wrappers import stand_ins_of
+from lightning_lora.storage.formats.peft.naming.wrappers import layers_by_tensor
 from lightning_lora.storage.formats.peft.reasons import Reason, first_reason
 from lightning_lora.storage.formats.peft.refusals.refused_rows import (
     why_exported_rows_differ,
 )
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import (
-    join,
-    last_component,
-    names_not_in,
-    owner_of,
-    starts_of,
-)
+from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.names import join, last_component, owner_of, starts_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class _Arrival:
 
     export: Export
     loading: PeftLoading
-    lost: list[str]  # the layers whose tensors would not arrive
+    lost: set[str]  # the layers of which some tensor would not arrive
 
 
 def refused_layers(export: Export) -> dict[Reason, list[str]]:
@@ -55,19 +50,13 @@ def refused_layers(export: Export) -> dict[Reason, list[str]]:
 def _arrival_of(export: Export) -> _Arrival:
     """Ask PEFT which layers would arrive.
 
-    Small tensors stand in for the layers' own: PEFT is only asked what becomes of their
-    names.
+    It is only asked what becomes of the names of their tensors, so a small tensor stands
+    in for each.
     """
     loading = loading_of(export)
-    stand_ins = stand_ins_of(export)
-    of_all_layers = dict[str, Tensor]()
-    for tensors in stand_ins.values():
-        of_all_layers |= tensors
-    arriving = loading.names_in_file(of_all_layers)
-    lost = list[str]()
-    for layer, tensors in stand_ins.items():
-        if names_not_in(tensors, arriving):
-            lost.append(layer)
+    layer_of = layers_by_tensor(export)
+    arriving = loading.names_in_file(dict.fromkeys(layer_of, torch.zeros(1, 1)))
+    lost = set(without(layer_of, arriving).values())
     return _Arrival(export, loading, lost)
 
 
