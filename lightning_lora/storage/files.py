@@ -187,19 +187,20 @@ def export_peft(
             f"format={format!r} is not known. Expected "
             f"{' or '.join(map(repr, WRITTEN))}."
         )
-    if isinstance(model_or_file, nn.Module):
-        view = view_of(model_or_file)
-        stored = StoredAdapters.from_view(view, _state_of(view), [])
-        export = for_reader(
-            ModelExport(stored, model_or_file, base_name=base_name), root
-        )
-    else:
-        stored = own.read_adapter_file(model_or_file)
-        export = for_reader(Export(stored, base_name=base_name), root)
+    export = for_reader(_export_of(model_or_file, base_name), root)
     chosen = WRITTEN[format]
     written_file, *_ = chosen.files
     check_output(directory, [model_or_file], [written_file])
     chosen.write(export, path_here(directory), uniform=uniform)
+
+
+def _export_of(model_or_file: nn.Module | str | Path, base_name: str | None) -> Export:
+    """The adapters of a model or a file, for a reader whose model is loaded from ``base_name``."""
+    if isinstance(model_or_file, nn.Module):
+        view = view_of(model_or_file)
+        stored = StoredAdapters.from_view(view, _state_of(view), [])
+        return ModelExport(stored, model_or_file, base_name=base_name)
+    return Export(own.read_adapter_file(model_or_file), base_name=base_name)
 
 
 def _state_of(view: View) -> dict[str, Any]:
