@@ -1,8 +1,7 @@
 """Unmerge a model exactly: its adapters come back, and every bit of its base."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import Enum
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from lightning_lora.model.changes.freeze import freeze
 from lightning_lora.model.changes.off_layers import convert_to_layer, move_to_layer
 from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.merge import merge
-from lightning_lora.model.records import forget_record, state_of
+from lightning_lora.model.records import forget_record, keep_record, state_of
 from lightning_lora.model.start_call import record_of, start_call
 from lightning_lora.model.view import View
 from lightning_lora.model.views.tensors_view import MergedWeight
@@ -69,27 +68,21 @@ def unmerged(model: nn.Module) -> Iterator[None]:
             merge(model)
 
 
-class Unmerged(Enum):
-    """What :func:`unmerge_or_forget` has done."""
-
-    NOTHING = "the model was not merged"
-    DONE = "the adapters are back on their layers"
-    FORGOTTEN = "the model has no adapters any more"
-
-
-def unmerge_or_forget(model: nn.Module) -> Unmerged:
-    """Undo a merge, if there was one.
+def unmerge_or_forget(model: nn.Module, undo: ExitStack) -> bool:
+    """Undo a merge, if there was one. Return whether this has put adapters back on their layers.
 
     Weights that were replaced since the merge are a new base: then the adapters are
-    forgotten, with a warning.
+    forgotten, with a warning. ``undo`` gets the step that takes back what was done.
     """
     if not state_of(model).is_merged:
-        return Unmerged.NOTHING
-    start_call(model, "unmerge_adapters")
+        return False
+    record = record_of(model, "unmerge_adapters")
     if forget_replaced_merge(model):
-        return Unmerged.FORGOTTEN
+        undo.callback(keep_record, model, record)
+        return False
     _take_updates_out(View(model))
-    return Unmerged.DONE
+    undo.callback(merge, model)
+    return True
 
 
 def forget_replaced_merge(model: nn.Module) -> bool:
@@ -100,12 +93,13 @@ def forget_replaced_merge(model: nn.Module) -> bool:
     view = View(model)
     if is_as_merged(view):
         return False
-    forget_record(model)
+    # before the change, because with warnings as errors this raises one
     warn(
         f"The weights of {view.title} were replaced after its adapters were merged "
         "into them: they are taken as a new base, and the adapters of the earlier "
         "fine-tune are dropped."
     )
+    forget_record(model)
     return True
 
 

@@ -210,3 +210,15 @@ def test_autocast_remembers_no_weight_of_another_model(base_first: bool) -> None
         refuse_targets_without_adapters()
         check_base()
         refuse_targets_without_adapters()
+
+
+@pytest.mark.filterwarnings("error:The weights of LitTiny were replaced")
+def test_a_warning_that_is_an_error_drops_no_adapters(tmp_path: Path) -> None:
+    model, t = fit(tmp_path, lora(merge="last"))
+    merged = state(model)
+    model.load_state_dict(LitTiny().state_dict())
+    with pytest.raises(ll.LoRAWarning, match="were replaced"):
+        t.fit(model, data())
+    model.load_state_dict(merged)
+    ll.unmerge_adapters(model)
+    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.base.adapter_state import AdapterState
-from lightning_lora.base.record import Record
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.base_values import (
     base_values,
@@ -25,8 +24,6 @@ from lightning_lora.model.base_values import (
 )
 from lightning_lora.model.changes.undone import undone_on_error
 from lightning_lora.model.inject import inject_from_file
-from lightning_lora.model.merge import merge
-from lightning_lora.model.records import find_record, keep_record, state_of
 from lightning_lora.model.start_call import start_call
 from lightning_lora.model.switch import activate, switch_to
 from lightning_lora.model.unmerge import unmerge_or_forget, unmerged
@@ -133,26 +130,12 @@ def _opened_to_adapt(model: nn.Module) -> Iterator[View]:
     If it is merged, it is unmerged and stays so. But if its weights were replaced since
     the merge, its adapters are dropped, with a warning. An error undoes either.
     """
-    record = find_record(model)
-    was_merged = record is not None and record.state.is_merged
-    try:
-        unmerge_or_forget(model)
+    with Undo() as undo:
+        unmerge_or_forget(model, undo)
         view = View(model)
         with undone_on_error(view):
             yield view
-    except BaseException:
-        if record is not None and was_merged:
-            _restore_merge(model, record)
-        raise
-
-
-def _restore_merge(model: nn.Module, record: Record) -> None:
-    """Undo what :func:`unmerge_or_forget` has done to a merged model."""
-    adapters_were_dropped = find_record(model) is None
-    if adapters_were_dropped:
-        keep_record(model, record)
-    elif not state_of(model).is_merged:
-        merge(model)
+        undo.keep()
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.model.merge import merge
-from lightning_lora.model.records import find_record, keep_record
+from lightning_lora.model.records import find_record
 from lightning_lora.model.remove import remove_adapters
-from lightning_lora.model.unmerge import Unmerged, unmerge_or_forget
+from lightning_lora.model.unmerge import unmerge_or_forget
 from lightning_lora.model.view import View
 from lightning_lora.training.stages.chosen_adapter import ChosenAdapter
 from lightning_lora.training.stages.phases import Outcome
@@ -53,13 +53,8 @@ class WayBack:
         If the merged weights were replaced since, they are a new base: the record of
         the merge is forgotten, and the module came plain.
         """
-        record = find_record(pl_module)
-        done = unmerge_or_forget(pl_module)
-        if done is Unmerged.DONE:
+        if unmerge_or_forget(pl_module, self.undo):
             self.came = "merged"
-            self.undo.callback(merge, pl_module)
-        elif done is Unmerged.FORGOTTEN and record is not None:
-            self.undo.callback(keep_record, pl_module, record)
 
     def note_other_adapter(self, pl_module: LightningModule) -> None:
         """Note that the stage's adapter is active now, in place of another one."""
