@@ -89,7 +89,7 @@ class Record:
 
     # Other events
 
-    def note_switched(self, leaving: Kept, coming: AdapterState) -> None:
+    def note_exchanged(self, leaving: Kept, coming: AdapterState) -> None:
         """Note that the active adapter was taken off its layers, and that ``coming`` is active now.
 
         ``leaving`` is what is kept of the former one. ``coming`` may be new, or one of

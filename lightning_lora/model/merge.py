@@ -19,11 +19,7 @@ from lightning_lora.model.changes.attach import (
     update_for_changed_weights,
 )
 from lightning_lora.model.changes.freeze import freeze, unfreeze
-from lightning_lora.model.mergeable import (
-    layers_with_tied_weights,
-    refuse_unmergeable,
-    tied_weights,
-)
+from lightning_lora.model.mergeable import layers_with, refuse_unmergeable, tied_weights
 from lightning_lora.model.own_loop.early_optimizers import note_detached_adapter
 from lightning_lora.model.records import forget_record
 from lightning_lora.model.view import View, view_of
@@ -101,7 +97,7 @@ def merge(model: nn.Module) -> MergeReport:
         return MergeReport()
     _begin_merge(view)
     tied = tied_weights(view)
-    report = MergeReport(untied=layers_with_tied_weights(view))
+    report = MergeReport(untied=layers_with(view, tied.keys()))
     bases = dict[str, Tensor]()
     with torch.inference_mode(False), torch.no_grad(), Undo() as undo:
         # an Undo runs its last step first: so _freeze_again, which is added first, runs
@@ -140,7 +136,7 @@ def _merge_for_good(model: nn.Module) -> MergeReport:
         return MergeReport()
     _begin_merge(view)
     tied = tied_weights(view)
-    report = MergeReport(untied=layers_with_tied_weights(view))
+    report = MergeReport(untied=layers_with(view, tied.keys()))
     with torch.inference_mode(False), torch.no_grad():
         for name, layer in view.layers.items():
             merged, report.lost[name] = _merged_weights(layer)

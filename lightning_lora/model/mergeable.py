@@ -1,7 +1,7 @@
 """Which weights an update can be merged into, and which of them another layer uses too."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Set
 
 from torch import Tensor, nn
 
@@ -93,9 +93,15 @@ def _trains_rows(layer: LoRALayer) -> bool:
 
 def layers_with_tied_weights(view: View) -> list[str]:
     """Return the adapted layers of which another layer uses a weight too."""
-    tied = tied_weights(view)
+    return layers_with(view, tied_weights(view).keys())
+
+
+def layers_with(view: View, weights: Set[str]) -> list[str]:
+    """Return the adapted layers that have one of these weights."""
+    if not weights:
+        return []
     return [
         name
         for name, layer in view.layers.items()
-        if not tied.keys().isdisjoint(names_joined(name, layer.lora_weights()))
+        if not weights.isdisjoint(names_joined(name, layer.lora_weights()))
     ]

@@ -55,7 +55,7 @@ def exchange(view: View, coming: AdapterState) -> None:
     for name, tensor in tensors_to_put.items():
         set_tensor(view.model, name, tensor)
     attach_adapters(view, coming.kept.layer_adapters)
-    view.record.note_switched(leaving, coming)
+    view.record.note_exchanged(leaving, coming)
 
     # from here on, the view shows the coming adapter, which may train other modules in
     # full than the one that left
