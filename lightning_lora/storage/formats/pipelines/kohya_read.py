@@ -24,6 +24,7 @@ from lightning_lora.storage.formats.pipelines.read_members import (
 from lightning_lora.storage.formats.unread import KOHYA_REMEDY
 from lightning_lora.storage.stored import ReadFor
 from lightning_lora.tensors.dicts import with_values, without
+from lightning_lora.tensors.names import names_not_in
 
 # the ends of names in a file, and PEFT's
 _ENDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
@@ -83,26 +84,30 @@ class _KohyaFile(PipelineFile):
     def contents_of(self, member: str, modules: Collection[str]) -> PeftContents:
         """Return what PEFT would have in a file of one member."""
         layers = _layers_by_name(member, modules)
+        in_file = self._tensors_of(member)
+        self._check_layers(in_file, layers)
         tensors = dict[str, Tensor]()  # by PEFT's names
         alphas = dict[str, float]()
-        unknown = dict[str, None]()  # a set in the order of the file
-        for name, value in self._tensors_of(member).items():
+        for name, value in in_file.items():
             layer_in_file, _, end = name.partition(".")
-            layer = layers.get(layer_in_file)
-            if layer is None:
-                unknown[layer_in_file] = None
-            elif end == _ALPHA:
+            layer = layers[layer_in_file]
+            if end == _ALPHA:
                 alphas[layer] = value.item()
             else:
                 tensors[f"{layer}.{_ENDS[end]}"] = value
+        fields = fields_of_tensors(tensors, alphas)
+        return PeftContents(tensors, config_of(fields, self.path))
+
+    def _check_layers(self, tensors: Iterable[str], layers: Collection[str]) -> None:
+        """Refuse tensors of layers with other names than these."""
+        names = dict.fromkeys(map(_layer_of, tensors))  # a set in the order of the file
+        unknown = names_not_in(names, layers)
         if unknown:
             raise AdapterMismatchError(
                 f"{self.path} holds adapters of {listed(unknown)}, and the model has "
                 "no such layers of a UNet or a CLIP text encoder. Pass the model that "
                 f"they were trained on. {KOHYA_REMEDY}."
             )
-        fields = fields_of_tensors(tensors, alphas)
-        return PeftContents(tensors, config_of(fields, self.path))
 
     def _tensors_of(self, member: str) -> dict[str, Tensor]:
         """The tensors of one member."""
@@ -111,6 +116,11 @@ class _KohyaFile(PipelineFile):
             for name, value in self.tensors.items()
             if _member_of(name) == member
         }
+
+
+def _layer_of(name: str) -> str:
+    """The layer of a tensor, by names in a file: ``lora_unet_conv_in`` for ``lora_unet_conv_in.alpha``."""
+    return name.partition(".")[0]
 
 
 def _member_of(name: str) -> str:

@@ -137,24 +137,28 @@ def fields_of_tensors(
     scaled. A damaged file may have no rank: it is refused later, with the name of a
     layer.
     """
-    ranks = dict[str, int]()
-    use_dora = False
-    for name, value in tensors.items():
-        layer, role = peft_key(name)
-        if role is Role.A and value.dim():
-            ranks[layer] = len(value)
-        elif role is Role.MAGNITUDE:
-            use_dora = True
+    roles = {peft_key(name).role for name in tensors}
+    fields = {"peft_type": "LORA", "use_dora": Role.MAGNITUDE in roles}
+    ranks = _ranks_in(tensors)
     if not ranks:
-        return {"peft_type": "LORA", "use_dora": use_dora}
+        return fields
     r, rank_pattern = value_and_pattern(ranks)
     alpha, alpha_pattern = value_and_pattern({**ranks, **only(alphas, ranks)})
     return {
-        "peft_type": "LORA",
-        "use_dora": use_dora,
+        **fields,
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "target_modules": list(ranks),
     }
+
+
+def _ranks_in(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The rank of each layer, by the rows of its A."""
+    ranks = dict[str, int]()
+    for name, value in tensors.items():
+        layer, role = peft_key(name)
+        if role is Role.A and value.dim():
+            ranks[layer] = len(value)
+    return ranks
