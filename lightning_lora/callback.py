@@ -20,6 +20,12 @@ from lightning_lora.tensors.dicts import without
 from lightning_lora.training import compatibility
 from lightning_lora.training.optimizers.scales import scale_of_each_factor
 
+_OF_ONE_PROCESS = {
+    *(name for name in LoRAHooks.__annotations__ if name.startswith("_")),
+    *compatibility.SET_BY_LIGHTNING,
+}
+"""The attributes that are in no pickle: ``_prepare`` makes them again, or Lightning sets them."""
+
 
 @documents_arguments_of(LoRAConfig)
 @explains_arguments
@@ -146,9 +152,7 @@ class LoRACallback(LoRAHooks):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        # `_prepare` makes the private ones again
-        private = {name for name in LoRAHooks.__annotations__ if name.startswith("_")}
-        kept = without(vars(self), private | set(compatibility.SET_BY_LIGHTNING))
+        kept = without(vars(self), _OF_ONE_PROCESS)
         return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
