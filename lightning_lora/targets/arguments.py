@@ -194,8 +194,11 @@ class _ModulesToSave(_ListOfNames):
     def about_similar_names(self, lookup: Lookup, entries: UnmatchedEntries) -> str:
         """Say also which layer is the last one: it may be the new head."""
         advice = super().about_similar_names(lookup, entries)
-        *_, last = ["", *lookup.adaptable()]  # "" if no layer can be adapted
-        if not last or f"Nearest names: {last!r}" in advice:
+        adaptable = lookup.adaptable()
+        if not adaptable:
+            return advice
+        last = adaptable[-1]
+        if f"Nearest names: {last!r}" in advice:
             return advice
         return f"{advice} If {last!r}, the last layer, is a new head: modules_to_save={[last]}."
 
