@@ -187,7 +187,10 @@ def copies_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def own_adapters_in(view: View, state: StateDict) -> dict[str, Tensor]:
-    """Return the model's own adapters among the values of a state dict, where a hook may have renamed them."""
+    """Return the model's own adapters among the values of a state dict, by all names that they have there.
+
+    A hook may have renamed them, and a shared adapter has several names.
+    """
     return with_values(of_type(state, Tensor), set(view.adapter_parameters.values()))
 
 

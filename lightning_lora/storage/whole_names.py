@@ -75,6 +75,7 @@ class _Targets:
             self.tokens[layer.name] = layer.tokens
             return
         self.modules.append(layer.name)
+        # the matrices of a module have names if target_slices chooses among them
         if all(matrix.name for matrix in layer.matrices):
             self.slices[_exactly(layer.name)] = _slices(layer)
 
