@@ -80,15 +80,15 @@ def update_scaled_rates(*optimizers: Any) -> None:
 class _Origin(NamedTuple):
     """What is remembered of a scaled group.
 
-    An optimizer that loads a state gets new groups. So this has the place among them of
-    the module's group out of which the scaled one has come.
+    An optimizer that loads a state gets new groups. So this has the place of the
+    module's group out of which the scaled one has come, and not that group.
     """
 
-    place: int
+    source_place: int
     scale: float
 
 
-class _Scaled(NamedTuple):
+class _WithSource(NamedTuple):
     """A scaled group as it is now, and the module's group out of which it has come."""
 
     group: Group
@@ -148,7 +148,7 @@ class ScaledGroups:
 
     def remove(self) -> None:
         """Move all adapters back into the module's groups."""
-        for scaled in self._scaled_groups():
+        for scaled in self._with_sources():
             ParameterGroup(scaled.group).move(
                 scaled.group["params"], ParameterGroup(scaled.source)
             )
@@ -161,21 +161,21 @@ class ScaledGroups:
         """Where the scaled groups stand among the optimizer's groups."""
         return slice(self._first, self._first + len(self._origins))
 
-    def _scaled_groups(self) -> Iterator[_Scaled]:
-        """Go through the scaled groups.
+    def _with_sources(self) -> Iterator[_WithSource]:
+        """Go through the scaled groups, each with the module's group out of which it has come.
 
         In a step of DeepSpeed, the optimizer has only one of its groups: then there may
         be no scaled one.
         """
         groups = self._optimizer.param_groups
         for group, origin in zip(groups[self._slice], self._origins, strict=False):
-            yield _Scaled(group, groups[origin.place], origin.scale)
+            yield _WithSource(group, groups[origin.source_place], origin.scale)
 
     # Their rates
 
     def update_rates(self) -> None:
         """Give each scaled group the rates of the module's group, times its scale, and some settings as they are."""
-        for scaled in self._scaled_groups():
+        for scaled in self._with_sources():
             for key, value in scaled.source.items():
                 if key in _COPIED:
                     scaled.group[key] = value
