@@ -85,16 +85,9 @@ class _AdapterMetric(Metric):
         names = axes.get_legend_handles_labels()[1]
         _color_by_depth(axes.lines)
         if isinstance(val, dict):
-            # a point for each matrix, whose name is below it
-            axes.get_legend().remove()
-            axes.get_xaxis().set_visible(True)
-            axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+            _name_points(axes, names)
         elif names:
-            # a line for each matrix, over several steps: their names are beside the axes
-            columns = 1 + len(names) // 25
-            axes.legend(
-                loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", ncols=columns
-            )
+            _name_lines(axes, names)
         if figure is not None:
             figure.set(layout_engine="constrained", figwidth=max(6, len(names) / 3))
         return figure, axes
@@ -107,6 +100,21 @@ def _cut_to_common_size(grids: Sequence[Tensor]) -> list[Tensor]:
     for sizes in zip(*shapes, strict=True):
         common.append(slice(min(sizes)))
     return [grid[tuple(common)] for grid in grids]
+
+
+def _name_points(axes: Any, names: Sequence[str]) -> None:
+    """Write the name of each matrix below its point."""
+    axes.get_legend().remove()
+    axes.get_xaxis().set_visible(True)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+
+
+def _name_lines(axes: Any, names: Sequence[str]) -> None:
+    """Write the names of matrices, each of which has a line over several steps, beside the axes."""
+    columns = 1 + len(names) // 25
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", ncols=columns
+    )
 
 
 def _color_by_depth(lines: Sequence[Any]) -> None:
