@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_lora.errors import warn
 from lightning_lora.storage.formats.export import Export
-from lightning_lora.tensors.dicts import dict_or_empty
+from lightning_lora.tensors.dicts import dict_or_empty, with_values
 from lightning_lora.tensors.names import is_in
 
 
@@ -19,11 +19,11 @@ def warn_of_new_rows(export: Export) -> None:
     ``resize_token_embeddings`` has added them. The reader loads the base without them,
     or gives them other values.
     """
-    name = export.stored_inner.input_embedding
-    embedding = export.modules_for_reader.get(name)
+    embedding = _embedding_of(export.inner)
     rows_of_base = _rows_of(export.stored_inner.pretrained)
-    if not isinstance(embedding, nn.Embedding) or rows_of_base is None:
+    if embedding is None or rows_of_base is None:
         return
+    name, *_ = with_values(export.modules_for_reader, {embedding})
     rows = len(embedding.weight)
     if rows > rows_of_base and not _is_exported(name, export):
         warn(
@@ -32,6 +32,16 @@ def warn_of_new_rows(export: Export) -> None:
             "new rows (trainable_token_indices), or save the resized base for the "
             "reader too and pass its folder as base_name."
         )
+
+
+def _embedding_of(inner: nn.Module | None) -> nn.Embedding | None:
+    """The embedding of the tokens, as any class may give it that has the method of transformers."""
+    find: Any = getattr(inner, "get_input_embeddings", None)
+    embedding = None
+    if find is not None:
+        with suppress(NotImplementedError):  # transformers: a model without tokens
+            embedding = find()
+    return embedding if isinstance(embedding, nn.Embedding) else None
 
 
 def _rows_of(pretrained: str) -> int | None:
