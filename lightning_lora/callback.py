@@ -158,7 +158,7 @@ class LoRACallback(LoRAHooks):
     def __setstate__(self, state: dict[str, Any]) -> None:
         own_defaults = without(defaults_of(LoRACallback), defaults_of(LoRAConfig))
         # an earlier version has pickled fewer arguments
-        vars(self).update({**own_defaults, **state})
+        vars(self).update({**own_defaults, "gives_all": False, **state})
         self.config = LoRAConfig.from_dict(state["config"])
         self.given = frozenset(state["given"])
         self._prepare()

@@ -20,7 +20,7 @@ def defaults_of(cls: type) -> dict[str, Any]:
 def notes_given_arguments(cls: _Class) -> _Class:
     """Let each object of a class have the names of its given arguments, as ``given``.
 
-    The signature stays, for mypy and LightningCLI.
+    ``gives_all`` says that all were given. The signature stays, for mypy and LightningCLI.
     """
     init = cls.__init__  # type: ignore[misc]  # of this very class
     names = list(defaults_of(cls))
@@ -35,7 +35,8 @@ def notes_given_arguments(cls: _Class) -> _Class:
             )
         init(self, *args, **kwargs)
         given = {*names[: len(args)], *kwargs}
-        if given.issuperset(names):
+        self.gives_all = given.issuperset(names)
+        if self.gives_all:
             # A command line gives all arguments, also those that its user left out. So
             # of those at their defaults, nothing is known. The others count as given
             # without being named here: who reads `given` compares with the default too.

@@ -63,6 +63,8 @@ class LoRAHooks(Callback):
 
     One that is not at its default counts as given too, whether it is in here or not.
     """
+    gives_all: bool
+    """Whether all arguments were given, as a command line does."""
     merge: Merge
     save: Save
     lr_scale: float | dict[str, float]
@@ -131,6 +133,7 @@ class LoRAHooks(Callback):
         return kind(
             self.config,
             given=self.given,
+            gives_all=self.gives_all,
             adapter=ChosenAdapter(self.name if is_named else None),
             save=self.save,
             lr_scale=self.lr_scale,

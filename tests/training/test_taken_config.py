@@ -1,6 +1,5 @@
 """Arguments that were left at their defaults come from the file."""
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor
 
 import lightning_lora as ll
+from lightning_lora.given_arguments import defaults_of
 from lightning_lora.model.view import view_of
 from tests.support.compared import assert_same_tensors
 from tests.support.fits import fit, loaded, outcome
 from tests.support.messages import lines_with
-from tests.support.models import LitTiny, best, is_plain, lora, state, trainer
+from tests.support.models import LitTiny, best, data, is_plain, lora, state, trainer
 from tests.support.versions import needs_averaging
 
 ARGUMENTS: dict[str, Any] = {
@@ -107,9 +107,24 @@ def test_an_argument_that_was_given_by_its_place_must_agree(file: Path) -> None:
 
 
 def test_a_command_line_which_gives_every_default_takes_them(file: Path) -> None:
-    parameters = inspect.signature(ll.LoRACallback).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    assert result_of(file, LitTiny(), **defaults) == numbers(file)
+    every = defaults_of(ll.LoRACallback)
+    assert result_of(file, LitTiny(), **every) == numbers(file)
+
+
+def test_a_fit_of_a_command_line_warns_of_what_it_takes(file: Path) -> None:
+    # it cannot know whether its user wrote r=8, which is the default
+    every = defaults_of(ll.LoRACallback) | {"merge": False}
+    says = r"takes r=3.* from .*last.ckpt.* if you wrote r=8, .*it is not used"
+    t = trainer(file.parent, [ll.LoRACallback(**every)], max_epochs=2)
+    with pytest.warns(ll.LoRAWarning, match=says):
+        t.fit(LitTiny(), data(), ckpt_path=file)
+    t = trainer(file.parent, [ll.LoRACallback(**every)], max_epochs=1)
+    t.test(LitTiny(), data(), ckpt_path=file, verbose=False)  # warnings are errors
+
+
+def test_a_fit_in_python_takes_them_with_a_line_alone(file: Path) -> None:
+    t = trainer(file.parent, [ll.LoRACallback(merge=False)], max_epochs=2)
+    t.fit(LitTiny(), data(), ckpt_path=file)  # warnings are errors
 
 
 def test_arguments_are_taken_from_the_adapters_of_the_model(

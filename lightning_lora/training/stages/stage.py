@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.base.states import State
 from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import warn
 from lightning_lora.model.base_values import tensors_with_originals
 from lightning_lora.model.changed_since_merge import refuse_layers_of_another_model
 from lightning_lora.model.inject import inject, inject_from_file
@@ -39,6 +40,12 @@ class Stage:
 
     given: frozenset[str] = frozenset()
     """The names of the arguments that were given."""
+
+    gives_all: bool = False
+    """Whether all were given, as LightningCLI does.
+
+    Then ``given`` is empty: nobody knows which of them the user has written.
+    """
 
     adapter: ChosenAdapter = field(default_factory=ChosenAdapter)
     save: str = "adapters"
@@ -139,12 +146,26 @@ class Stage:
         config = self.config.completed(found, self.given)
         if config == self.config:
             return False
-        taken = ", ".join(_changed_arguments(config, self.config))
-        rank_zero_info(
-            f"LoRACallback takes {taken} from {source}, instead of the defaults."
-        )
+        self._tell_of_taken(config, source)
         self.config = config
         return self._replace_own_adapters(pl_module)
+
+    def _tell_of_taken(self, config: LoRAConfig, source: object) -> None:
+        """Say which arguments are taken from a file or a module.
+
+        A fit that continues what other arguments began may not be what its user wanted.
+        """
+        taken = ", ".join(_changed_arguments(config, self.config))
+        message = f"LoRACallback takes {taken} from {source}, instead of the defaults."
+        if self.is_fit and self.gives_all:
+            defaults = ", ".join(_changed_arguments(self.config, config))
+            warn(
+                f"{message} LightningCLI gives every argument, so a default that you "
+                f"wrote looks like one that you left out: if you wrote {defaults}, it "
+                "is not used. Write what the file has, or begin a new run without it."
+            )
+        else:
+            rank_zero_info(message)
 
     def _replace_own_adapters(self, pl_module: LightningModule) -> bool:
         """Replace the adapters that this stage has made. Return whether there were any.
