@@ -34,9 +34,9 @@ from lightning_lora.training.random_numbers.generator_states import (
     RANDOM,
     random_states,
 )
-from lightning_lora.training.random_numbers.resumed_data import ResumedNumbers
+from lightning_lora.training.random_numbers.resumed_numbers import resumed_numbers
 from lightning_lora.training.returned_records import extend_launchers
-from lightning_lora.training.running import NoTraining, TrainingWatch
+from lightning_lora.training.running import NoTraining, TrainingWatch, let_layers_train
 from lightning_lora.training.stages.chosen_adapter import ChosenAdapter
 from lightning_lora.training.stages.phases import Phase
 from lightning_lora.training.stages.stage import Fit, Stage
@@ -243,13 +243,12 @@ class LoRAHooks(Callback):
            which may change the base, and the watch compares it with what was read.
         4. The phase changes, which has said until now whether a checkpoint was loaded.
            From here on, the module keeps its adapters if the fit fails.
-        5. The watch begins.
+        5. All layers begin to train, and the watch begins.
         6. The first step gets the random numbers of the checkpoint: all before may have
            drawn some.
         """
         view = view_of(pl_module)
-        if self._stage.takes_base_from_hooks(view):
-            self._stage.set_base_from_hooks(view)
+        if self._stage.take_base_from_hooks(view):
             # the fingerprint of the base is taken again: only changed tensors are read
             methods.note_base(anew=False)
             # tensors may have been exchanged
@@ -260,6 +259,7 @@ class LoRAHooks(Callback):
         if is_new_fit:
             start_from_data(trainer, pl_module)
         self._stage.begin_training()
+        let_layers_train(trainer, self._stage, methods)
         watch = TrainingWatch(
             trainer, self._stage, methods, is_new_fit=is_new_fit, digests=digests
         )
@@ -390,7 +390,7 @@ class LoRAHooks(Callback):
     ) -> None:
         """Keep the stored random states until training starts."""
         if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), dict):
-            resumed = ResumedNumbers(trainer, checkpoint)
+            resumed = resumed_numbers(trainer, checkpoint)
             self._stage.random_numbers = self._until_training_ends.enter_context(
                 closing(resumed)
             )

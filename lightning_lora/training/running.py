@@ -1,4 +1,4 @@
-"""What watches a training while it runs: from its start to its end, in the order of Lightning's hooks."""
+"""How layers begin to train, and what watches the training until its end, in the order of Lightning's hooks."""
 
 from contextlib import ExitStack, closing
 
@@ -24,6 +24,23 @@ from lightning_lora.training.stages.stage import Stage
 from lightning_lora.training.steps.backbones import Backbones
 from lightning_lora.training.strategies.strategy import StrategyMethods
 from lightning_lora.training.untrained_at_start import tell_of_new_base
+
+
+def let_layers_train(trainer: Trainer, stage: Stage, methods: StrategyMethods) -> None:
+    """Let all adapted layers train from here on, those too that came since the set-up."""
+    view = view_of(trainer.lightning_module)
+    # hooks may have loaded the base since the set-up
+    reinitialise_if_base_changed(view)
+    # hooks may have copied networks too: the record does not know the copies' layers
+    new_layers = view.layers.keys() - view.recorded_layers
+    follow_new_copies(view, new_layers)
+    view.look_again()  # layers that follow another network do not train now
+    view.adapter.layers = tuple(view.layers)
+    # an adapter counts as trained as soon as its training begins
+    view.adapter.may_have_learned = True
+    stage.tools.guards.tell(Guard.adapters_ready, view)
+    average_what_trains(callbacks_of(trainer), view)
+    stage.tools.begin_training(methods.float32_steps(view))
 
 
 class NoTraining:
@@ -93,18 +110,12 @@ class TrainingWatch:
         self._trained_adapter = view.adapter.name
         # parameters in optimizers that earlier steps have accepted
         self._accepted: set[nn.Parameter] = set()
-        _let_layers_train(view)
-        stage.tools.guards.tell(Guard.adapters_ready, view)
-        average_what_trains(callbacks_of(trainer), view)
         # an error in this block closes what was begun before it
         with ExitStack() as begun:
             self.gradients = begun.enter_context(
                 closing(methods.gradients(is_new_fit=is_new_fit))
             )
             self.backbones = begun.enter_context(closing(Backbones(trainer, view)))
-            stage.tools.float32 = begun.enter_context(
-                closing(methods.float32_steps(view))
-            )
             self._at_the_end = begun.pop_all()
 
     def begin_batch(self) -> None:
@@ -176,16 +187,3 @@ class TrainingWatch:
     def close(self) -> None:
         """Stop watching."""
         self._at_the_end.close()
-
-
-def _let_layers_train(view: View) -> None:
-    """Let all layers begin to train, those too that came since the set-up."""
-    # hooks may have loaded the base since the set-up
-    reinitialise_if_base_changed(view)
-    # hooks may have copied networks too: the record does not know the copies' layers
-    new_layers = view.layers.keys() - view.recorded_layers
-    follow_new_copies(view, new_layers)
-    view.look_again()  # layers that follow another network do not train now
-    view.adapter.layers = tuple(view.layers)
-    # an adapter counts as trained as soon as its training begins
-    view.adapter.may_have_learned = True

@@ -51,6 +51,8 @@ def fit(
     build: Callable[[], LitNet] = LitNet,
     kwargs: dict[str, Any] | None = None,
     path: Path | None = None,
+    *,
+    train: Callable[[], Any] = data,
     **options: Any,
 ) -> State:
     """Fit with ``callback``, or one of these ``kwargs``, a file after each epoch, and options of the Trainer."""
@@ -63,7 +65,7 @@ def fit(
     ]
     callbacks.append(Saves(folder, kind))
     t = trainer_of(kind, folder, callbacks, **options)
-    t.fit(module, data(), data(), ckpt_path=path, weights_only=True)
+    t.fit(module, train(), data(), ckpt_path=path, weights_only=True)
     return whole_state(module)
 
 

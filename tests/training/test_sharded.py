@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import (
@@ -297,6 +298,31 @@ def test_run_resumes_to_the_same_bits(
     last = path_of(tmp_path, written, 1)
     last_again = path_of(tmp_path / "b", resumed, 1)
     assert differing(last_again, last, "optimizer") == []
+
+
+class ReadsAhead(DataLoader[Any]):
+    """A loader that draws its order when it begins, as one with workers does."""
+
+    def __iter__(self) -> Any:
+        return iter(list(super().__iter__()))
+
+
+def shuffled_ahead() -> ReadsAhead:
+    return ReadsAhead(data().dataset, batch_size=4, shuffle=True)
+
+
+def test_data_that_begin_before_the_checkpoint_is_loaded_begin_again_in_its_epoch(
+    tmp_path: Path,
+) -> None:
+    def run(folder: Path, path: Path | None) -> State:
+        states = fit_in_processes(
+            "sharded", folder, WarmsUp, {}, path, train=shuffled_ahead
+        )
+        return states[0]
+
+    whole = run(tmp_path, None)
+    resumed = run(tmp_path / "b", path_of(tmp_path, "sharded", 0))
+    assert_same(resumed, whole)
 
 
 @dataclass

@@ -1,11 +1,6 @@
-"""How a resumed run goes on with the random numbers of its checkpoint, and so with the same batches.
+"""The data of a resumed fit, which begin with the random numbers of its checkpoint."""
 
-Loaders draw when they begin, their workers draw ahead, and other code may draw or seed
-at any time. So the generators are set twice: when Lightning begins the data, and for
-the first step.
-"""
-
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -20,38 +15,16 @@ from lightning_lora.training.random_numbers.generator_states import (
 )
 
 
-class RandomNumbers:
-    """The random numbers of a stage that resumes nothing: whatever the generators give."""
+class ResumedData:
+    """Lets the data of one fit begin with the random numbers of its checkpoint.
 
-    def begin_data(self, loader: Any) -> None:
-        """Let a loader draw as it will."""
+    Loaders draw when they begin, and their workers draw ahead. So the generators are
+    set before each loader begins, and their states are noted when all have begun.
 
-    def set_for_first_step(self) -> None:
-        """Set nothing."""
-
-
-class ResumedNumbers(RandomNumbers):
-    """The random numbers of a checkpoint, for one fit.
-
-    Who calls what, in order:
-
-    1. ``on_load_checkpoint`` of the callback makes the object. From then on, it stands
-       in the loop's ``setup_data``, until the training ends and the callback closes it.
-    2. Lightning calls ``setup_data``, which is ``_setup_data`` here. In it, our method
-       of the strategy calls ``begin_data`` for each loader that is made: this sets the
-       states of the file. When all have begun, the states are noted.
-    3. ``on_train_start`` of the callback calls ``set_for_first_step``, through the
-       stage. The stage needs nothing more of the object then.
-    4. Lightning may call ``setup_data`` again in a later epoch: this notes states that
-       nobody asks for.
-
-    Which states the first step gets::
-
-        the fit resumes                      states       why
-        before 2.6, at the start of a later
-          epoch                              of the file  its data begin after this
-        since 2.6, within an epoch           of the file  its data had begun before
-        otherwise                            after data   its data have begun here
+    Until ``close``, this object stands in the loop's ``setup_data``. Lightning calls
+    that before the first epoch, and again in later ones: what is noted then, nobody
+    asks for. In it, our method of the strategy calls ``begin_loader`` for each loader
+    that is made.
     """
 
     def __init__(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
@@ -60,10 +33,10 @@ class ResumedNumbers(RandomNumbers):
         self.states_in_file = stored_here(checkpoint[RANDOM], trainer)
         progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
         self.epoch_in_file: int = progress["current"]["processed"]
-        # whether a loader is being set up with the states of the file
-        self.is_beginning_data = False
-        # empty until data have begun with the states of the file
-        self.states_after_data: States = {}
+        # None: no data have begun with the states of the file yet
+        self.states_after_beginning: States | None = None
+        # whether a loader was made in the call of setup_data that runs now
+        self.is_beginning = False
         self.loop: Any = trainer.fit_loop
         # what the file holds of loaders that have states of their own
         self.stored_loader_states: Any = []
@@ -71,117 +44,78 @@ class ResumedNumbers(RandomNumbers):
         vars(self.loop)["setup_data"] = self._setup_data
 
     def close(self) -> None:
-        """Give the loop Lightning's own way of beginning its data back."""
+        """Give the loop Lightning's own ``setup_data`` back."""
         vars(self.loop).pop("setup_data", None)
 
-    # When the data begin
-
     def _setup_data(self) -> None:
-        """Call Lightning's ``setup_data``, and note the states when the data have begun.
+        """Call Lightning's ``setup_data``, and note the states if data have begun in it.
 
-        In it, the strategy calls ``begin_data`` for each loader that is made. Lightning
-        forgets the states of loaders that it has loaded: they are kept here.
+        Lightning forgets the states of loaders that it has loaded: they are kept here.
         """
         self.stored_loader_states = (
             loader_states(self.loop) or self.stored_loader_states
         )
         self.lightnings_setup_data()
-        if self.is_beginning_data:
-            self.is_beginning_data = False
-            self.states_after_data = states_here(self.device)
+        if self.is_beginning:
+            self.is_beginning = False
+            self.states_after_beginning = states_here(self.device)
 
-    def begin_data(self, loader: Any) -> None:
-        """Set the generators for a loader that begins next, and its sampler's epoch.
+    def begin_loader(self, loader: Any) -> None:
+        """Set the generators for a training loader that begins next, and its sampler's epoch."""
+        if self.trainer.training:  # a fit makes loaders of its validation too
+            self.is_beginning = True
+            self.set_states_in_file()
+            _set_epoch([loader], self.epoch_in_file)
 
-        Its workers draw before the first step.
+    def have_begun_otherwise(self, epoch: int) -> bool:
+        """Whether the data have begun otherwise than a fit needs that goes on in ``epoch``.
+
+        - They began too early: without the random numbers, or the loaders' own states.
+        - They began in another epoch, and have another order there. A file that was
+          written at the last batch of an epoch names that epoch, and the fit goes on in
+          the next one.
         """
-        if self.trainer.training:
-            self.is_beginning_data = True
-            set_states(self.states_in_file, self.device)
-            _set_epoch(loader, self.epoch_in_file)
-
-    # When the training begins
-
-    def set_for_first_step(self) -> None:
-        """Set the generators for the first step.
-
-        - Where Lightning begins the epoch's data only after this (before 2.6), they
-          begin with the states of the file.
-        - Otherwise, data that began with other numbers begin again. Then, if the fit
-          goes on within an epoch, the first step gets the states of the file, whose
-          data had begun before it was written. If the file was written between two
-          epochs, the first step comes after the beginning of the data here.
-        """
-        has_another_epoch = self._set_another_epoch()
-        if self._begins_data_later():
-            set_states(self.states_in_file, self.device)
-            return
-        if has_another_epoch or self._began_without_states():
-            self._begin_data_again()
-        if self._goes_on_within_an_epoch():
-            set_states(self.states_in_file, self.device)
-        else:
-            set_states(self.states_after_data, self.device)
-
-    def _set_another_epoch(self) -> bool:
-        """If the fit begins in another epoch than the file's, set it in the loaders' samplers.
-
-        Return whether a sampler has an epoch.
-        """
-        epoch = self.loop.epoch_progress.current.processed
-        if epoch == self.epoch_in_file:
-            return False
-        have_an_epoch = [
-            _set_epoch(loader, epoch) for loader in loader_of(self.loop).flattened
-        ]
-        return any(have_an_epoch)
-
-    def _begins_data_later(self) -> bool:
-        """Whether Lightning begins the epoch's data after this: before 2.6, if this is not the first epoch."""
-        if self._knows_resuming:
-            return False
-        return self.trainer.current_epoch > 0 and not self.loop.epoch_loop.restarting
-
-    def _began_without_states(self) -> bool:
-        """Whether the data began too early: without the random numbers, or the loaders' own states."""
-        if not self.states_after_data:
+        if self.states_after_beginning is None:
             return True
         # states that still wait here are loaded into no loader yet
-        return bool(self.loop.restarting and loader_states(self.loop))
+        if self.loop.restarting and loader_states(self.loop):
+            return True
+        return epoch != self.epoch_in_file and bool(_samplers_of(self.loaders()))
 
-    def _begin_data_again(self) -> None:
-        """Begin the loaders again with the states of the file, and note the states then."""
-        set_states(self.states_in_file, self.device)
+    def begin_again(self, epoch: int) -> None:
+        """Begin the loaders again, in ``epoch`` and with the states of the file, and note the states then."""
+        _set_epoch(self.loaders(), epoch)
+        self.set_states_in_file()
         begin_loaders_again(self.loop, self.stored_loader_states)
-        self.states_after_data = states_here(self.device)
+        self.states_after_beginning = states_here(self.device)
 
-    def _goes_on_within_an_epoch(self) -> bool:
-        """Whether Lightning goes on in the middle of an epoch, whose data had begun in the file."""
-        if not (self._knows_resuming and self.loop.restarting):
-            return False
-        epoch_loop = self.loop.epoch_loop
-        is_over = (
-            epoch_loop.restarted_on_train_batch_end
-            and epoch_loop.batch_progress.is_last_batch
-        )
-        return not is_over
+    def loaders(self) -> list[Any]:
+        """Return the training loaders."""
+        loaders: list[Any] = loader_of(self.loop).flattened
+        return loaders
 
-    @property
-    def _knows_resuming(self) -> bool:
-        """Whether Lightning itself knows where in an epoch a fit resumes: since 2.6."""
-        return hasattr(type(self.loop), "is_resuming")
+    def set_states_in_file(self) -> None:
+        """Set the generators as they were when the file was written."""
+        set_states(self.states_in_file, self.device)
+
+    def set_states_after_beginning(self) -> None:
+        """Set the generators as they were when the data had begun here."""
+        assert self.states_after_beginning is not None
+        set_states(self.states_after_beginning, self.device)
 
 
-def _set_epoch(loader: Any, epoch: int) -> bool:
-    """Set the epoch of a loader's samplers, as Lightning does later.
+def _set_epoch(loaders: Iterable[Any], epoch: int) -> None:
+    """Set the epoch of loaders' samplers, as Lightning does later."""
+    for sampler in _samplers_of(loaders):
+        sampler.set_epoch(epoch)
 
-    Return whether one has an epoch.
-    """
-    was_set = False
-    for owner in (loader, getattr(loader, "batch_sampler", None)):
-        sampler = getattr(owner, "sampler", None)
-        set_epoch = getattr(sampler, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(epoch)
-            was_set = True
-    return was_set
+
+def _samplers_of(loaders: Iterable[Any]) -> list[Any]:
+    """The samplers that have an order for each epoch, as DistributedSampler has."""
+    found = []
+    for loader in loaders:
+        for owner in (loader, getattr(loader, "batch_sampler", None)):
+            sampler = getattr(owner, "sampler", None)
+            if callable(getattr(sampler, "set_epoch", None)):
+                found.append(sampler)
+    return found

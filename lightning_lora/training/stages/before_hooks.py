@@ -23,8 +23,8 @@ from lightning_lora.tensors.seen import Seen
 class BeforeHooks:
     """A module as it came. By default, before the stage begins, nothing is known of it."""
 
-    modules: set[str] = field(default_factory=set)
-    """The names of its modules. The set is empty once their hooks have run."""
+    modules: frozenset[str] = frozenset()
+    """The names of its modules."""
 
     buffers: dict[str, int] = field(default_factory=dict)
     """The digests of its buffers, by name."""
@@ -32,12 +32,18 @@ class BeforeHooks:
     base_tensors: dict[str, Seen] = field(default_factory=dict)
     """The tensors of which its adapters keep the base's values, because training changes them."""
 
+    awaits_hooks: bool = False
+    """Whether the module has come to a stage, and its hooks have not run yet."""
+
     @classmethod
     def of(cls, pl_module: LightningModule) -> "BeforeHooks":
-        """Look at a module as it came."""
+        """Look at a module as it came, before its hooks run."""
         view = View(pl_module)
         return cls(
-            set(view.modules), _digests_of_buffers(view), _kept_by_adapters(view)
+            frozenset(view.modules),
+            _digests_of_buffers(view),
+            _kept_by_adapters(view),
+            awaits_hooks=True,
         )
 
     def take_filled_buffers(self, pl_module: LightningModule) -> set[str]:
@@ -47,26 +53,22 @@ class BeforeHooks:
         then, other code has filled.
         """
         filled = set[str]()
-        if not self.modules:
+        if not self.awaits_hooks:
             return filled
+        self.awaits_hooks = False
         for name, now in _digests_of_buffers(View(pl_module)).items():
             if now != self.buffers.get(name) and owner_of(name) in self.modules:
                 filled.add(name)
-        self.modules.clear()
         return filled
 
     def changed_base_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return those of these tensors that are new, or have other values now than before the hooks."""
-        return {
-            name: tensor
-            for name, tensor in tensors.items()
-            if not self._is_as_before(name, tensor)
-        }
-
-    def _is_as_before(self, name: str, tensor: Tensor) -> bool:
-        return name in self.base_tensors and self.base_tensors[name].has_same_values(
-            tensor
-        )
+        changed = {}
+        for name, tensor in tensors.items():
+            before = self.base_tensors.get(name)
+            if before is None or not before.has_same_values(tensor):
+                changed[name] = tensor
+        return changed
 
 
 def _kept_by_adapters(view: View) -> dict[str, Seen]:

@@ -50,9 +50,9 @@ class End(NamedTuple):
     without_error: Outcome
 
     after_error: tuple[Outcome, ...]
-    """The first of these that is possible.
+    """The first of these that ``WayBack.possible_after_error`` names.
 
-    ``WayBack.allows`` says which are: LEFT always is.
+    The last one is LEFT, which is always possible.
     """
 
 

@@ -1,6 +1,5 @@
 """One stage of a Trainer: fit, validate, test or predict."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -19,7 +18,7 @@ from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.same_base.base_changes import note_changes
 from lightning_lora.training.compatibility import begin_averages, loads_in_hooks
 from lightning_lora.training.random_numbers.drawing_apart import drawing_apart
-from lightning_lora.training.random_numbers.resumed_data import RandomNumbers
+from lightning_lora.training.random_numbers.resumed_numbers import RandomNumbers
 from lightning_lora.training.stages.before_hooks import BeforeHooks
 from lightning_lora.training.stages.chosen_adapter import ChosenAdapter
 from lightning_lora.training.stages.phases import Outcome, Phase, end_of
@@ -85,7 +84,7 @@ class Stage:
 
     @property
     def came_adapted(self) -> bool:
-        """Whether the module came with adapters on its layers."""
+        """Whether the module came with adapters on its layers: its own, or those of networks inside."""
         return self.way_back.came == "adapted"
 
     @property
@@ -101,7 +100,7 @@ class Stage:
     # Begin
 
     def begin(self, pl_module: LightningModule) -> None:
-        """Give the module this stage's adapter, to train it or to load a checkpoint, and note the way back.
+        """Give the module this stage's adapter, to train it or to load a checkpoint.
 
         1. A merged module is unmerged: only then can another adapter become active.
         2. If the module shows another adapter, this stage's becomes active.
@@ -110,8 +109,6 @@ class Stage:
         self.way_back.unmerge(pl_module)
         if self.wants_another_adapter(pl_module):
             self._activate_adapter(pl_module)
-            self.way_back.note_other_adapter(pl_module)
-        self.way_back.note_new_adapters(pl_module)
         self.before_hooks = BeforeHooks.of(pl_module)
 
     def wants_another_adapter(self, pl_module: LightningModule) -> bool:
@@ -177,9 +174,7 @@ class Stage:
         if find_record(pl_module) is None or not was_made_here:
             return False
         # first, because adapters that are taken off put the base's values back
-        view = view_of(pl_module)
-        if self.takes_base_from_hooks(view):
-            self.set_base_from_hooks(view)
+        self.take_base_from_hooks(view_of(pl_module))
         if self.adapter.is_new:
             self.adapter.switch_back(pl_module)
             self._activate_adapter(pl_module)
@@ -230,8 +225,7 @@ class Stage:
         # once a checkpoint is loaded, the callbacks' averages are those in it
         if not self.has_loaded_or_trained:
             begin_averages(self.callbacks, pl_module, anew=loads_in_hooks(pl_module))
-        if self.takes_base_from_hooks(view):
-            self.set_base_from_hooks(view)
+        self.take_base_from_hooks(view)
 
     def add_adapters(
         self, pl_module: LightningModule, file_config: LoRAConfig | None = None
@@ -254,24 +248,24 @@ class Stage:
                     name=name,
                 )
 
-    def takes_base_from_hooks(self, view: View) -> bool:
-        """Whether what the module's hooks load is the base.
-
-        Once something was trained or loaded, the base stays, and so does its
-        fingerprint.
-        """
-        if self.has_loaded_or_trained or view.adapter.may_have_learned:
-            return False
-        return view.is_fresh()
-
-    def set_base_from_hooks(self, view: View) -> None:
-        """Make what the module's hooks changed in this stage the base.
+    def take_base_from_hooks(self, view: View) -> bool:
+        """Make what the module's hooks changed in this stage the base, if nothing was trained or loaded yet.
 
         The record keeps the base's values of what training changes (the originals):
-        these are taken again. The weights themselves stay.
+        these are taken again. The weights themselves stay. Return whether that was
+        done. If not, the base stays, and so does its fingerprint.
         """
+        # in this stage, in an earlier one, or by the user's own code
+        was_trained_or_loaded = (
+            self.has_loaded_or_trained
+            or view.adapter.may_have_learned
+            or not view.is_fresh()
+        )
+        if was_trained_or_loaded:
+            return False
         changed = self.before_hooks.changed_base_tensors(tensors_with_originals(view))
         view.adapter.set_originals(changed)
+        return True
 
     # From one phase to the next
 
@@ -320,29 +314,16 @@ class Stage:
         """
         reached = self._close()
         outcomes = end_of(reached, is_fit=self.is_fit).after_error
-        outcome = self._first_possible(
-            outcomes, pl_module, others_may_be_missing=others_may_be_missing
+        possible = self.way_back.possible_after_error(
+            pl_module, others_may_be_missing=others_may_be_missing
         )
+        # the last of the outcomes is LEFT, which is always possible
+        outcome, *_ = [each for each in outcomes if each in possible]
         self.way_back.bring_about(outcome, pl_module)
         is_kept = outcome is Outcome.KEPT
         if is_kept and not others_may_be_missing:
             note_changes(view_of(pl_module))
         return is_kept
-
-    def _first_possible(
-        self,
-        outcomes: Iterable[Outcome],
-        pl_module: LightningModule,
-        *,
-        others_may_be_missing: bool,
-    ) -> Outcome:
-        """The first of these outcomes that is possible."""
-        for outcome in outcomes:
-            if self.way_back.allows(
-                outcome, pl_module, others_may_be_missing=others_may_be_missing
-            ):
-                return outcome
-        return Outcome.LEFT
 
     def _close(self) -> Phase:
         """Set the phase OVER. Return the one before."""

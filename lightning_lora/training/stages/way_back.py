@@ -7,7 +7,6 @@ from typing import Literal
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.model.merge import merge
 from lightning_lora.model.records import find_record
 from lightning_lora.model.remove import remove_adapters
 from lightning_lora.model.unmerge import unmerge_or_forget
@@ -18,26 +17,24 @@ from lightning_lora.training.stages.phases import Outcome
 
 @dataclass
 class WayBack:
-    """Notes what a stage does to a module, to undo it.
+    """Notes how a module came to a stage, to give it back so.
 
     In this order: the callback's ``setup`` calls ``note_adapters``, whose answer the
-    checks need. Then the stage calls ``unmerge``, ``note_other_adapter`` and
-    ``note_new_adapters``, and at its end ``bring_about``.
+    checks need. Then the stage calls ``unmerge``, and at its end ``bring_about``.
     """
 
     adapter: ChosenAdapter
-    """The adapter that the stage uses."""
+    """The adapter that the stage uses. It knows which one the module showed before."""
 
-    came: Literal["plain", "adapted", "merged"] = "plain"
-    """How the module came: known once ``unmerge`` was called."""
+    came: Literal["plain", "adapted", "merged"] | None = None
+    """How the module came.
 
-    undo: ExitStack = field(default_factory=ExitStack)
-    """Gives the module back as it came.
-
-    Only ``bring_about`` closes it, for GIVEN_BACK. For SHOWN_AGAIN it stays open: it
-    would remove the adapters that were loaded. So the two steps that are undone then
-    stand there by hand.
+    None: that is not known yet, because the stage has not begun. Nothing is undone
+    then.
     """
+
+    undo_unmerge: ExitStack = field(default_factory=ExitStack)
+    """Takes back what ``unmerge`` has done: the module is merged again, or has the record of the merge again."""
 
     # The way there
 
@@ -53,53 +50,33 @@ class WayBack:
         If the merged weights were replaced since, they are a new base: the record of
         the merge is forgotten, and the module came plain.
         """
-        if unmerge_or_forget(pl_module, self.undo):
+        if unmerge_or_forget(pl_module, self.undo_unmerge):
             self.came = "merged"
-
-    def note_other_adapter(self, pl_module: LightningModule) -> None:
-        """Note that the stage's adapter is active now, in place of another one."""
-        self.undo.callback(self.adapter.switch_back, pl_module)
-
-    def note_new_adapters(self, pl_module: LightningModule) -> None:
-        """Note that a module which came plain gets its adapters from now on."""
-        if self.came == "plain":
-            self.undo.callback(_remove_all, pl_module)
+        elif self.came is None:
+            self.came = "plain"
 
     # The way back
 
-    def allows(
-        self,
-        outcome: Outcome,
-        pl_module: LightningModule,
-        *,
-        others_may_be_missing: bool,
-    ) -> bool:
-        """Whether an outcome is possible after an error.
-
-        ``others_may_be_missing``: other processes may not be here, so nothing that
-        needs them is done.
-        """
-        if outcome is Outcome.KEPT:
-            return View(pl_module).is_on_layers
-        if outcome is Outcome.GIVEN_BACK:
-            return self._can_give_back(
-                pl_module, others_may_be_missing=others_may_be_missing
-            )
-        return True
-
-    def _can_give_back(
+    def possible_after_error(
         self, pl_module: LightningModule, *, others_may_be_missing: bool
-    ) -> bool:
-        """Whether a module can be given back.
+    ) -> set[Outcome]:
+        """Return which outcomes are possible.
 
-        - A module that is merged now cannot: it was evaluated so, or its own code has
-          merged what it trained.
-        - A module that came merged would be merged again. All processes must merge
-          together: where some may be missing, its adapters stay.
+        - KEPT: adapters are on the layers.
+        - GIVEN_BACK: the module is not merged now. If it is, it was evaluated so, or
+          its own code has merged what it trained. A module that came merged would be
+          merged again, and all processes must merge together. So if
+          ``others_may_be_missing`` (some may have ended), its adapters stay.
+        - LEFT: always.
         """
-        if View(pl_module).is_merged:
-            return False
-        return not (others_may_be_missing and self.came == "merged")
+        possible = {Outcome.LEFT}
+        view = View(pl_module)
+        if view.is_on_layers:
+            possible.add(Outcome.KEPT)
+        would_merge_alone = others_may_be_missing and self.came == "merged"
+        if not view.is_merged and not would_merge_alone:
+            possible.add(Outcome.GIVEN_BACK)
+        return possible
 
     def bring_about(
         self, outcome: Outcome, pl_module: LightningModule, *, has_loaded: bool = False
@@ -109,20 +86,36 @@ class WayBack:
         ``has_loaded``: it has a file's adapters.
         """
         if outcome is Outcome.GIVEN_BACK:
-            self.undo.close()
+            self._give_back(pl_module)
         elif outcome is Outcome.SHOWN_AGAIN and find_record(pl_module) is not None:
-            self.adapter.switch_back(pl_module)
-            if self.came == "merged":
-                self._merge_again(pl_module, has_loaded=has_loaded)
+            self._show_again(pl_module, has_loaded=has_loaded)
 
-    def _merge_again(self, pl_module: LightningModule, *, has_loaded: bool) -> None:
-        merge(pl_module)
+    def _give_back(self, pl_module: LightningModule) -> None:
+        """Undo all that the stage did, the last step first."""
+        if self.came == "plain":
+            _remove_all(pl_module)
+        self.adapter.switch_back(pl_module)
+        self.undo_unmerge.close()
+
+    def _show_again(self, pl_module: LightningModule, *, has_loaded: bool) -> None:
+        """Let the module show what it showed before: another adapter, or merged weights."""
+        self.adapter.switch_back(pl_module)
+        # a module that came plain keeps what it has loaded: no record takes its place
+        if self.came != "merged":
+            return
+        self.undo_unmerge.close()
+        # if another adapter is shown again, that one is merged
         if has_loaded and self.adapter.is_shown_by(pl_module):
-            title = type(pl_module).__name__
-            rank_zero_info(
-                f"LoRA: merged the checkpoint's adapters. {title} is plain again, and "
-                "keeps these weights."
-            )
+            _tell_of_merge(pl_module)
+
+
+def _tell_of_merge(pl_module: LightningModule) -> None:
+    """Say that a module which came merged is merged again, with what the stage has loaded."""
+    title = type(pl_module).__name__
+    rank_zero_info(
+        f"LoRA: merged the checkpoint's adapters. {title} is plain again, and keeps "
+        "these weights."
+    )
 
 
 def _remove_all(pl_module: LightningModule) -> None:

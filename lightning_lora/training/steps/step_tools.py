@@ -16,8 +16,12 @@ class StepTools:
         self.first_steps = FirstSteps(self.guards)
         self.first_evaluations = FirstEvaluations(self.guards)
         self.dropout = StepDropout()
-        # this one shows nothing: a training that begins sets its own
+        # before a training: it knows no weights, and does nothing
         self.float32 = Float32Steps()
+
+    def begin_training(self, float32: Float32Steps) -> None:
+        """Let float16 weights take their steps with ``float32`` until the training ends."""
+        self.float32 = float32
 
     def begin_training_step(self, model: nn.Module) -> None:
         """Begin a training step, or compute its loss again, as LBFGS does inside its own step.
@@ -40,13 +44,11 @@ class StepTools:
         self.first_steps.end_batch(model)
 
     def end_training(self) -> None:
-        """End the last training step, also one that failed.
-
-        ``float32`` is closed already: by the :class:`.TrainingWatch` that has set it.
-        """
+        """End the last training step, also one that failed."""
         self.dropout.close()
+        self.float32.close()
 
     def close(self) -> None:
-        """Let go of the module's weights, which guards and first steps have noted."""
+        """Let go of the module's weights at the end of the stage: guards and first steps have noted some."""
         self.guards.close()
         self.first_steps.close()

@@ -31,7 +31,7 @@ class StepMethods(SetUpMethods):
     @patches_strategy
     def process_dataloader(self, dataloader: object) -> object:
         """Begin a resumed run's data with its random numbers."""
-        self.stage.random_numbers.begin_data(dataloader)
+        self.stage.random_numbers.begin_loader(dataloader)
         return self.original.process_dataloader(dataloader)
 
     @patches_strategy
