@@ -27,14 +27,12 @@ def run_batches(
 
     A step that writes to parameters is refused: these cannot be given back.
     """
-    runs = _BatchRuns(trainer, pl_module, config)
     versions = _versions_of(pl_module)
-    number = runs.run()
+    number = _BatchRuns(trainer, pl_module, config).run()
     written = where(versions, _Version.has_passed)
     if written:
-        raise runs.step_refusal(
-            f"has written to {listed(written)}, so build the module anew"
-        )
+        why = f"has written to {listed(written)}, so build the module anew"
+        raise refusal_of_step(config, pl_module, why)
     return number
 
 
@@ -74,8 +72,11 @@ class _BatchRuns:
         if isinstance(output, Mapping):
             loss = output.get("loss")
         if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise self.step_refusal("returns no loss with a gradient")
+            raise refusal_of_step(
+                self.config, self.module, "returns no loss with a gradient"
+            )
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+        # not the module's own method, which the user may have replaced
         nn.Module.zero_grad(self.module)
 
     @contextmanager
@@ -86,14 +87,11 @@ class _BatchRuns:
         except LoRAError:
             raise
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise self.step_refusal(
-                f"ended in {what}. (Hooks such as on_train_epoch_start run later)"
-            ) from error
-
-    def step_refusal(self, does: str) -> LoRAError:
-        """Return the error of a step that ``does`` what cannot be done here."""
-        return refusal_of_step(self.config, self.module, does)
+            why = (
+                f"ended in {type(error).__name__}: {error}. (Hooks such as "
+                "on_train_epoch_start run later)"
+            )
+            raise refusal_of_step(self.config, self.module, why) from error
 
 
 class _Version(NamedTuple):

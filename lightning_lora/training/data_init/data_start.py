@@ -22,7 +22,7 @@ from lightning_lora.tensors.names import names_not_in
 from lightning_lora.training.compatibility import begin_averages, callbacks_of
 from lightning_lora.training.data_init.batch_runs import run_batches
 from lightning_lora.training.data_init.data_refusals import refusal, refusal_of_step
-from lightning_lora.training.data_init.no_trace import leave_no_trace
+from lightning_lora.training.data_init.no_trace import leaving_no_trace
 from lightning_lora.training.optimizers.groups import leading_layers
 
 
@@ -111,11 +111,10 @@ class _DataStart:
 
     def run(self) -> None:
         """Run batches, write the factors that they give, and tell of it."""
-        with ExitStack() as undo:
-            leave_no_trace(self.trainer, self.module, undo)
+        with leaving_no_trace(self.trainer, self.module), ExitStack() as hooks:
             if not self.initialisation.needs_gradients:
                 self.module.eval()  # dropout would blur the inputs
-            observed = self._observe(undo)
+            observed = self._observe(hooks)
             number_of_batches = run_batches(self.trainer, self.module, self.config)
             started = []
             for name, compute_factors in observed.items():
@@ -123,8 +122,8 @@ class _DataStart:
                     started.append(name)
         _tell(self.config, self.layers, started, number_of_batches)
 
-    def _observe(self, undo: ExitStack) -> dict[str, FromData]:
-        """Let layers look at the batches that will run.
+    def _observe(self, hooks: ExitStack) -> dict[str, FromData]:
+        """Let layers look at the batches that will run, until ``hooks`` are closed.
 
         Return for each the function that computes the factors of its matrices from what
         it has seen. Layers that have nothing to look at are left out.
@@ -132,7 +131,7 @@ class _DataStart:
         assert self.initialisation.observe is not None
         observed = {}
         for name, layer in self.layers.items():
-            compute_factors = self.initialisation.observe(layer, undo)
+            compute_factors = self.initialisation.observe(layer, hooks)
             if compute_factors is not None:
                 observed[name] = compute_factors
         return observed

@@ -1,8 +1,8 @@
 """Give back what a module's step changes: all but the values of parameters, which the caller checks."""
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_lora.training.steps.reentrant import letting_gradients_pass
 
@@ -20,55 +21,83 @@ _MANY = 10_000
 _CONTAINERS = (dict, set, list, deque)
 
 
-def leave_no_trace(
-    trainer: Trainer, pl_module: LightningModule, undo: ExitStack
-) -> None:
-    """Let ``undo`` give back what a step changes: gradients, modes, buffers, metrics, attributes.
+@contextmanager
+def leaving_no_trace(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Give back what steps in the ``with`` block change: gradients, modes, buffers, metrics, attributes.
 
     The values of parameters are not given back: the caller refuses a step that writes
-    to them. ``undo`` runs backwards. So what is remembered here is written back in the
-    ``no_grad`` block around it, and the steps run in the ``enable_grad`` block after
-    it.
+    to them.
     """
-    undo.enter_context(isolate_rng())
-    undo.enter_context(letting_gradients_pass(pl_module))
-    _keep_parameters(pl_module, undo)
-    _keep_trainer(trainer, undo)
-    # code that torch compiles in these steps would keep the hooks of the start from data
-    if hasattr(torch.compiler, "set_stance"):
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
-    undo.enter_context(torch.no_grad())
-    memory = _Memory(undo)
-    memory.remember(pl_module)
-    for optimizer in trainer.optimizers:
-        memory.remember(optimizer.param_groups)
-    undo.enter_context(torch.enable_grad())
-    _log_nothing_in(pl_module)  # after its attributes are remembered
+    with (
+        isolate_rng(),
+        letting_gradients_pass(pl_module),
+        _running_eagerly(),
+        _giving_back_parameters(pl_module),
+        _giving_back_trainer(trainer),
+        _giving_back_contents(pl_module, trainer.optimizers),
+    ):
+        _log_nothing_in(pl_module)
+        yield
 
 
-def _keep_parameters(pl_module: LightningModule, undo: ExitStack) -> None:
-    """Let ``undo`` give parameters their memory and their gradients back.
+def _running_eagerly() -> AbstractContextManager[object]:
+    """Let torch compile no step: the code would keep the hooks of the start from data."""
+    eagerly: AbstractContextManager[object] = nullcontext()
+    if hasattr(torch.compiler, "set_stance"):  # since torch 2.6
+        eagerly = torch.compiler.set_stance("force_eager")
+    return eagerly
+
+
+@contextmanager
+def _giving_back_parameters(pl_module: LightningModule) -> Iterator[None]:
+    """Give parameters their memory and their gradients back.
 
     Meanwhile, they begin without gradients.
     """
-    for parameter in pl_module.parameters():
-        undo.callback(setattr, parameter, "grad", parameter.grad)
-        undo.callback(_put_back, parameter, parameter.data)
-        parameter.grad = None
+    with ExitStack() as undo:
+        for parameter in pl_module.parameters():
+            undo.callback(setattr, parameter, "grad", parameter.grad)
+            undo.callback(_put_back, parameter, parameter.data)
+            parameter.grad = None
+        yield
 
 
-def _keep_trainer(trainer: Trainer, undo: ExitStack) -> None:
-    """Let ``undo`` give back what a step sets on the Trainer.
+def _put_back(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter its own memory back, if it has got another one."""
+    if parameter.data_ptr() != values.data_ptr():
+        parameter.data = values
+
+
+@contextmanager
+def _giving_back_trainer(trainer: Trainer) -> Iterator[None]:
+    """Give back what a step sets on the Trainer.
 
     Meanwhile, its loggers take nothing.
     """
-    undo.callback(setattr, trainer, "should_stop", trainer.should_stop)
-    undo.callback(setattr, trainer, "loggers", trainer.loggers)
-    trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+    should_stop, loggers = trainer.should_stop, trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.should_stop, trainer.loggers = should_stop, loggers
+
+
+@contextmanager
+def _giving_back_contents(
+    pl_module: LightningModule, optimizers: Iterable[Optimizer]
+) -> Iterator[None]:
+    """Write the earlier contents back into the module's tensors and containers, and into optimizers' groups."""
+    with torch.no_grad(), ExitStack() as undo:  # which writes to tensors
+        memory = _Memory(undo)
+        memory.remember(pl_module)
+        for optimizer in optimizers:
+            memory.remember(optimizer.param_groups)
+        with torch.enable_grad():
+            yield
 
 
 def _log_nothing_in(pl_module: LightningModule) -> None:
-    """Let ``log`` of all LightningModules inside do nothing."""
+    """Let ``log`` of all LightningModules inside do nothing, until their attributes are given back."""
     for module in pl_module.modules():
         if hasattr(module, "log_dict"):
             vars(module)["log"] = _log_nothing
@@ -86,7 +115,7 @@ class _Memory:
 
     def __init__(self, undo: ExitStack) -> None:
         self.undo = undo
-        self.seen: set[int] = set()  # ids
+        self.seen: set[int] = set()  # the ids of what is remembered already
 
     def remember(self, value: Any) -> None:
         """Note what a module, a tensor or a container holds, to any depth."""
@@ -123,12 +152,6 @@ def _fill_again(container: Any, held_before: Any) -> None:
         container.update(held_before)
     else:
         container.extend(held_before)
-
-
-def _put_back(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give a parameter its own memory back, if it has got another one."""
-    if parameter.data_ptr() != values.data_ptr():
-        parameter.data = values
 
 
 def _write_back(tensor: Tensor, values: Tensor) -> None:
