@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.layers import LoRALayer
@@ -22,9 +22,18 @@ from lightning_lora.tensors.names import names_inside, names_outside, owner_of
 from lightning_lora.tensors.values import is_tensor
 from lightning_lora.training.steps.reentrant import CHECKPOINT_FUNCTION
 
-# stands for whatever a reentrant checkpoint has computed: its graph is made in the
-# backward pass
-_UNKNOWN = 0
+
+@dataclass(eq=False)
+class WatchedNetwork:
+    """A frozen network under a head, in the first step."""
+
+    parameters: set[nn.Parameter] = field(default_factory=set)
+    """Those of its adapters that train."""
+
+    has_run: bool = False
+
+    may_be_read: bool = False
+    """Whether inputs of what trains were computed from it, or nobody can know."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +57,27 @@ class Backbones:
 
     def __init__(self, trainer: Trainer, view: View) -> None:
         self.trainer = trainer
-        # the frozen networks, each with the ids of its adapters' parameters
-        self.unjudged: dict[str, set[int]] = {}
-        self.networks_run: set[str] = set()
+        self.unjudged: dict[str, WatchedNetwork] = {}
         self.what_trains_has_run = False
-        # the ids of parameters from which inputs of what trains were computed
-        self.leaves_read: set[int] = set()
         self.hooks: list[RemovableHandle] = []
-        for network in view.adapter.networks.under_head:
-            self._watch_network(view, network)
+        for name in view.adapter.networks.under_head:
+            self.unjudged[name] = self._watch_network(view, name)
         if self.unjudged:
             self._watch_what_trains(view)
 
-    def _watch_network(self, view: View, network: str) -> None:
+    def _watch_network(self, view: View, name: str) -> WatchedNetwork:
         """Note when a layer of a frozen network runs."""
-        parameters = self.unjudged[network] = set()
-        for name in names_inside(view.layers, [network]):
-            layer = view.layers[name]
-            parameters.update(map(id, layer.lora_trainable()))
-            self.hooks.append(
-                layer.register_forward_pre_hook(partial(self._note_run, network))
-            )
+        network = WatchedNetwork()
+        note_run = partial(self._note_run, network)
+        for layer_name in names_inside(view.layers, [name]):
+            layer = view.layers[layer_name]
+            network.parameters.update(layer.lora_trainable())
+            self.hooks.append(layer.register_forward_pre_hook(note_run))
+        return network
 
-    def _note_run(self, network: str, *_: Any) -> None:
+    def _note_run(self, network: WatchedNetwork, *_: Any) -> None:
         if self.trainer.training:  # in a validation of the fit, all may run
-            self.networks_run.add(network)
+            network.has_run = True
 
     def _watch_what_trains(self, view: View) -> None:
         """Look at the inputs of what trains beside the frozen networks."""
@@ -89,37 +94,33 @@ class Backbones:
         if not torch.is_grad_enabled():
             return
         self.what_trains_has_run = True
+        networks = self.unjudged.values()
         # no input can come from a network that has not run yet
-        if not self.networks_run.isdisjoint(self.unjudged):
-            self.leaves_read |= _leaves_behind(tree_leaves((args, kwargs)))
+        if not any(network.has_run for network in networks):
+            return
+        leaves = _leaves_behind(tree_leaves((args, kwargs)))
+        for network in networks:
+            if leaves is None or leaves & network.parameters:
+                network.may_be_read = True
 
-    def judge(
-        self, networks: Iterable[str], is_agreed: Callable[[bool], bool]
-    ) -> Judged:
+    def judge(self, names: Iterable[str], is_agreed: Callable[[bool], bool]) -> Judged:
         """Judge those of these networks that can be judged now. Each is judged once.
 
         A network must have run, and so must what trains, in all processes: until then,
-        it waits for another step. ``is_agreed`` says whether something is true in all
-        processes.
+        it waits for another step. A network that is read in one process is a backbone
+        in all. ``is_agreed`` says whether something is true in all processes.
         """
         judged = Judged()
-        for name in networks:
-            if not is_agreed(self._have_both_run(name)):
+        for name in names:
+            network = self.unjudged[name]
+            if not is_agreed(self.what_trains_has_run and network.has_run):
                 continue
-            if is_agreed(self._is_read_by_nothing(name)):
+            if is_agreed(not network.may_be_read):
                 judged.others.append(name)
             else:
                 judged.backbones.append(name)
             del self.unjudged[name]
         return judged
-
-    def _have_both_run(self, network: str) -> bool:
-        """Whether a network and what trains have run."""
-        return self.what_trains_has_run and network in self.networks_run
-
-    def _is_read_by_nothing(self, network: str) -> bool:
-        """Whether nothing that trains was computed from the network."""
-        return self.leaves_read.isdisjoint({*self.unjudged[network], _UNKNOWN})
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -143,12 +144,18 @@ def _modules_without_adapters(view: View) -> set[nn.Module]:
     return set(only(view.modules, owners - view.layers.keys()).values())
 
 
-def _leaves_behind(values: Iterable[object]) -> set[int]:
-    """The ids of the parameters from which these values were computed, or which are among them."""
+def _leaves_behind(values: Iterable[object]) -> set[Tensor] | None:
+    """The parameters from which these values were computed, or which are among them.
+
+    None: they cannot be known, because a reentrant checkpoint has computed some values.
+    It makes its graph in the backward pass.
+    """
     tensors = list(filter(is_tensor, values))
-    found = set(map(id, tensors))
+    leaves = set(tensors)
     for node in nodes_behind(tensors):
-        found.add(id(getattr(node, "variable", None)))
         if issubclass(getattr(type(node), NODE_FUNCTION, object), CHECKPOINT_FUNCTION):
-            found.add(_UNKNOWN)
-    return found
+            return None
+        leaf = getattr(node, "variable", None)  # only nodes of leaves have one
+        if is_tensor(leaf):
+            leaves.add(leaf)
+    return leaves

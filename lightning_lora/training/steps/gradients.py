@@ -119,21 +119,29 @@ class Gradients:
     ) -> list[str]:
         """Check the weights, and let copies begin as their originals.
 
-        Return the layers of other networks that no gradient has reached.
+        Return the layers of other networks that no gradient has reached in this
+        process.
         """
         view = view_of(self.model)
         # hooks may compute weights since the training began
         refuse_computed_weights(view)
-        # no gradient has come here, in this process
-        unreached_layers = layers_trained_by(unreached, view)
-        # those, and layers whose gradients are zero in all processes
-        without_gradient = _layers_without_gradient(view, layers_trained_by(held, view))
+        copies = self._begin_copies(view, layers_trained_by(held, view))
+        return names_outside(layers_trained_by(unreached, view), copies)
+
+    def _begin_copies(
+        self, view: View, layers: Mapping[str, LoRALayer]
+    ) -> dict[str, str]:
+        """Let copies among these layers' networks begin as their originals, if no process has a gradient for them.
+
+        Return these copies, each with its original.
+        """
+        without_gradient = _layers_without_gradient(view, layers)
         copies = copies_among(view, without_gradient)
         # in a fit that goes on, copies have adapters of their own from the file
         if copies and self.begins_copies:
             begin_as_originals(view, copies, without_gradient)
             _tell_of_copies(view, copies)
-        return names_outside(unreached_layers, copies)
+        return copies
 
     def close(self) -> None:
         """Leave nothing thawed, and remove the hooks."""
@@ -151,7 +159,11 @@ def _tell_of_copies(view: View, copies: Mapping[str, str]) -> None:
 
 
 def _layers_without_gradient(view: View, layers: Mapping[str, LoRALayer]) -> set[str]:
-    """Those of these layers whose gradients are zero or missing in all processes. Collective."""
+    """Those of these layers whose gradients are zero or missing in all processes.
+
+    Under DDP, all processes have the same gradients. With shards, this is collective:
+    all processes come here, because FSDP2 lets none run a backward pass alone.
+    """
     here = list(map(_has_gradient, layers.values()))
     in_any_process = true_anywhere(here, list(view.adapter_parameters.values()))
     return set(layers).difference(compress(layers, in_any_process))

@@ -1,6 +1,6 @@
 """Take adapters off frozen networks that are no backbones of what trains, before the first optimizer step."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -17,7 +17,7 @@ from lightning_lora.tensors.names import names_inside, names_outside
 from lightning_lora.training.optimizers.edits import take_out
 from lightning_lora.training.optimizers.group_checks import no_place_error
 from lightning_lora.training.optimizers.groups import groups_of, held_by
-from lightning_lora.training.steps.backbones import Backbones, Judged
+from lightning_lora.training.steps.backbones import Backbones, Judged, WatchedNetwork
 
 
 def strip_non_backbones(
@@ -58,17 +58,16 @@ def refuse_non_backbones(
 def _to_judge(
     optimizer: Optimizer,
     optimizers: Sequence[Optimizer],
-    networks: Mapping[str, Set[int]],
+    networks: Mapping[str, WatchedNetwork],
 ) -> list[str]:
-    """The networks that an optimizer trains, or that none does.
-
-    ``networks`` has the ids of their adapters' parameters.
-    """
-    held_here = set(map(id, held_by([optimizer])))
-    held_anywhere = set(map(id, held_by(optimizers)))
+    """The networks that an optimizer trains, or that none does."""
+    held_here = held_by([optimizer])
+    held_elsewhere = held_by(optimizers) - held_here
     found = []
-    for name, parameters in networks.items():
-        if not held_here.isdisjoint(parameters) or held_anywhere.isdisjoint(parameters):
+    for name, network in networks.items():
+        is_held_here = bool(network.parameters & held_here)
+        is_held_elsewhere = bool(network.parameters & held_elsewhere)
+        if is_held_here or not is_held_elsewhere:
             found.append(name)
     return found
 
