@@ -107,11 +107,8 @@ class _Average:
     def skip_equal_tensors(self) -> None:
         """Average only tensors that differ."""
         average = getattr(self.callback, AVERAGES_WITH)
-        setattr(
-            self.callback,
-            AVERAGES_WITH,
-            _only_where_they_differ(average, _average_tensor),
-        )
+        skipping = _wrapped_once(average, _AverageOfTensors)
+        setattr(self.callback, AVERAGES_WITH, skipping)
 
     def drop(self) -> None:
         """Drop nothing: SWA does nothing outside of fit."""
@@ -132,16 +129,13 @@ class _TorchAverage(_Average):
 
     def skip_equal_tensors(self) -> None:
         """Average only tensors that differ."""
-        if not self.model.avg_fn and not self.model.multi_avg_fn:
+        model = self.model
+        if not model.avg_fn and not model.multi_avg_fn:
             self._set_default()
-        if self.model.avg_fn:
-            self.model.avg_fn = _only_where_they_differ(
-                self.model.avg_fn, _average_tensor
-            )
+        if model.avg_fn:
+            model.avg_fn = _wrapped_once(model.avg_fn, _AverageOfTensors)
         else:
-            self.model.multi_avg_fn = _only_where_they_differ(
-                self.model.multi_avg_fn, _average_tensors
-            )
+            model.multi_avg_fn = _wrapped_once(model.multi_avg_fn, _AverageOfLists)
 
     def _set_default(self) -> None:
         """Set what torch averages with by default.
@@ -166,44 +160,47 @@ def _without_frozen_norms(
     moving = [
         module for module in pl_module.modules() if not isinstance(module, FrozenNorm)
     ]
+    # SWA uses nothing else of the module
     return method(SimpleNamespace(modules=lambda: moving, device=pl_module.device))
 
 
 # Equal tensors are not averaged: arithmetic would lose -0.0 and infinity.
 
 
-def _only_where_they_differ(average: Any, wrapper: Callable[..., Any]) -> Any:
-    """The function ``average`` in a ``wrapper``, which calls it only with what differs.
+@dataclass(frozen=True)
+class _AverageOfTensors:
+    """A function that averages two tensors, called only if they differ."""
 
-    A second fit finds it wrapped already.
-    """
-    is_wrapped = getattr(average, "func", None) is wrapper
-    return average if is_wrapped else partial(wrapper, average)
+    average: Callable[..., Any]
 
-
-def _average_tensor(
-    average: Callable[..., Any], averaged: Tensor, current: Tensor, count: Any
-) -> Any:
-    """Average two tensors, if they differ."""
-    if _is_same(averaged, current):
-        return averaged
-    return average(averaged, current, count)
+    def __call__(self, averaged: Tensor, current: Tensor, count: Any) -> Any:
+        if _is_same(averaged, current):
+            return averaged
+        return self.average(averaged, current, count)
 
 
-def _average_tensors(
-    average: Callable[..., Any],
-    averaged: list[Tensor],
-    current: list[Tensor],
-    count: Any,
-) -> Any:
-    """Average two lists of tensors, of those that differ."""
-    pairs = [
-        pair for pair in zip(averaged, current, strict=True) if not _is_same(*pair)
-    ]
-    if not pairs:
-        return None
-    some_averaged, some_current = zip(*pairs, strict=True)
-    return average(list(some_averaged), list(some_current), count)
+@dataclass(frozen=True)
+class _AverageOfLists:
+    """A function that averages two lists of tensors, called only with those that differ."""
+
+    average: Callable[..., Any]
+
+    def __call__(
+        self, averaged: list[Tensor], current: list[Tensor], count: Any
+    ) -> None:
+        some_averaged = []
+        some_current = []
+        for average, tensor in zip(averaged, current, strict=True):
+            if not _is_same(average, tensor):
+                some_averaged.append(average)
+                some_current.append(tensor)
+        if some_averaged:
+            self.average(some_averaged, some_current, count)
+
+
+def _wrapped_once(average: Any, kind: Callable[[Any], Any]) -> Any:
+    """The function ``average`` in an object of this kind. An earlier fit may have done this."""
+    return average if type(average) is kind else kind(average)
 
 
 def _is_same(averaged: Tensor, current: Tensor) -> bool:
