@@ -100,7 +100,8 @@ class WayBack:
     def _show_again(self, pl_module: LightningModule, *, has_loaded: bool) -> None:
         """Let the module show what it showed before: another adapter, or merged weights."""
         self.adapter.switch_back(pl_module)
-        # a module that came plain keeps what it has loaded: no record takes its place
+        # a module that came plain keeps the adapters that it has loaded: the record of a
+        # replaced merge does not come back
         if self.came != "merged":
             return
         self.undo_unmerge.close()
