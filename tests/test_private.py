@@ -47,6 +47,18 @@ def test_each_private_name_that_no_other_test_would_miss_is_there() -> None:
     assert getattr(ModelSummary(0), private.SUMMARY_DEPTH) == 0
 
 
+@pytest.mark.parametrize(
+    "register", ["register_hook", "register_post_accumulate_grad_hook"]
+)
+def test_a_hook_on_a_gradient_is_seen_until_it_is_removed(register: str) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    assert not private.has_gradient_hooks(weight)
+    hook = getattr(weight, register)(lambda _: None)
+    assert private.has_gradient_hooks(weight)
+    hook.remove()
+    assert not private.has_gradient_hooks(weight)
+
+
 # They are read in one place
 
 

@@ -102,7 +102,7 @@ def _check_mergeable(view: View, merge: object) -> None:
 
 def _check_whole_files(view: View, tied: list[str]) -> None:
     """Refuse files of the whole model that would be wrong."""
-    stored = state_dict(view.model, keep_vars=True)
+    stored = state_dict(view.model)
     not_stored = names_not_in(view.adapted_weights, stored)
     _refuse_whole_files(not_stored, "the module's own state_dict does not hold {}.")
     quantised = quantised_layers(view)

@@ -117,6 +117,20 @@ def test_the_other_layer_of_a_tied_pair_reads_a_weight_of_its_own(
     assert said(tmp_path, TiedLayer(), target_modules=[adapted]) == []
 
 
+class ScriptedHead(Words):
+    """Its head is compiled, and has the weight of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = torch.jit.script(self.out)
+        self.out.weight = self.embed.weight
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_a_scripted_layer_reads_a_weight_of_its_own(tmp_path: Path) -> None:
+    assert said(tmp_path, ScriptedHead(), target_modules=["embed"]) == []
+
+
 # Every kind of layer, and every way to read it
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_lora as ll
 from lightning_lora.errors import AdapterStateError
@@ -113,6 +114,32 @@ def test_a_tied_head_computes_with_the_rows_and_sends_gradients_to_them(
     ll.remove_adapters(model)
     assert type(model.lm_head) is nn.Linear
     assert torch.equal(model(INDEX), fresh)
+
+
+class Made(TorchDispatchMode):
+    """It notes the shape of each tensor that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = set[torch.Size]()
+
+    def __torch_dispatch__(
+        self, operation: Any, _: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        self.shapes.add(made.shape)
+        return made
+
+
+def test_a_tied_head_makes_no_copy_of_the_weight() -> None:
+    model: Any = TinyLM()
+    ll.inject_adapters(
+        model, ll.LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS})
+    )
+    x = model.embed(INDEX)
+    with Made() as made:
+        model.lm_head(x)
+    assert model.lm_head.weight.shape not in made.shapes
 
 
 class SharesAWeight(nn.Module):

@@ -103,6 +103,26 @@ def test_injecting_something_else_is_an_error() -> None:
         ll.inject_adapters(nn.Linear(2, 2), peft.LoraConfig(r=8))  # type: ignore[arg-type]
 
 
+class Parallel(nn.parallel.DistributedDataParallel):
+    """It stands around a module, and joins no other process."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module = module
+
+
+def test_adapters_come_before_the_wrapper_that_averages_gradients() -> None:
+    model = LitTiny()
+    config = ll.LoRAConfig(r=2)
+    with (
+        unchanged(model),
+        pytest.raises(ll.AdapterStateError, match="before DistributedDataParallel"),
+    ):
+        ll.inject_adapters(Parallel(model), config)
+    ll.inject_adapters(model, config)
+    ll.inject_adapters(Parallel(model), config)  # which has them already
+
+
 def test_adapters_that_are_made_or_unmerged_in_inference_mode_train() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with torch.inference_mode():

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_lora import ConfigError, LoRAConfig, TargetError, inject_adapters
+from lightning_lora import (
+    ConfigError,
+    LoRAConfig,
+    TargetError,
+    inject_adapters,
+    register_adapter,
+)
+from lightning_lora.layers import LoRALayer
 from tests.support.faults import unchanged
 from tests.support.layers import Linear
 from tests.support.models import LitTiny, is_plain
@@ -370,3 +377,27 @@ def test_matrices_whose_factors_would_have_one_name_are_refused() -> None:
     adapted(
         nn.Sequential(Alike()), target_modules=[], target_parameters=["read.weight"]
     )
+
+
+class Turned(nn.Module):
+    """A linear layer with its weight as (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+
+
+class LoRATurned(LoRALayer):
+    @staticmethod
+    def lora_as_matrix(weight: Tensor) -> Tensor:
+        return weight.T
+
+
+def test_a_class_of_ones_own_that_would_merge_another_update_is_refused() -> None:
+    register_adapter(Turned, LoRATurned)
+    model = net(a=Turned())
+    with (
+        unchanged(model),
+        pytest.raises(TargetError, match=r"LoRATurned, .* would merge a wrong update"),
+    ):
+        adapted(model, target_modules=["a"])

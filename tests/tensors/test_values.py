@@ -144,3 +144,20 @@ def test_tensors_without_values_are_like_each_other_alone() -> None:
     assert values.same_bits(absent, absent)
     assert not values.same_bits(absent, present)
     assert not values.same_bits(present, absent)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_computable"),
+    [
+        (torch.ones(2), True),
+        (torch.ones(2, dtype=torch.int8), True),
+        (torch.ones(2, dtype=torch.bool), True),
+        (torch.ones(2).to(torch.float8_e4m3fn), False),
+        (torch.ones(2).to_sparse(), False),
+        ([1.0, 1.0], False),
+    ],
+)
+def test_torch_computes_with_all_but_sparse_tensors_and_those_in_float8(
+    value: Any, is_computable: bool
+) -> None:
+    assert values.is_computable(value) == is_computable

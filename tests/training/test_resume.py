@@ -18,6 +18,7 @@ from lightning_lora import (
     MergePrecisionWarning,
     inject_adapters,
 )
+from lightning_lora.storage.on_disk.temporary_files import temporary_file
 from lightning_lora.training.random_numbers.drawing_apart import drawing_apart
 from tests.support.cases import held
 from tests.support.compared import assert_same_tensors
@@ -292,3 +293,20 @@ def test_random_numbers_go_on_where_no_adapter_is_new() -> None:
     with drawing_apart(model):
         inject_adapters(model, LoRAConfig(r=2))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_killed_run_left_beside_its_file_goes_when_a_fit_goes_on_from_it(
+    tmp_path: Path,
+) -> None:
+    run = trainer(tmp_path / "run", [lora()], max_epochs=1)
+    run.fit(LitTiny(), data())
+    file = tmp_path / "run" / "a.ckpt"
+    run.save_checkpoint(file)
+    with temporary_file(file) as part:
+        pass
+    part.write_bytes(b"half")
+    elsewhere = tmp_path / "elsewhere"
+    trainer(elsewhere, [lora()]).validate(LitTiny(), data(), str(file), verbose=False)
+    assert part.exists()
+    trainer(elsewhere, [lora()]).fit(LitTiny(), data(), ckpt_path=str(file))
+    assert not part.exists()
