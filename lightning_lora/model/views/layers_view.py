@@ -58,7 +58,7 @@ class LayersView:
 
     @property
     def config_of_user(self) -> LoRAConfig:
-        """The configuration as the user has given it.
+        """The configuration as the user, or a file, has given it.
 
         ``View(model, config)`` shows the one that is asked for, before the record has
         it. ``View(model)`` shows the active adapter's.
