@@ -29,6 +29,7 @@ from lightning_lora.storage.formats.peft.readers.reader_table import (
     PARTS,
     READERS,
     SCALINGS,
+    SERVERS,
 )
 from lightning_lora.storage.formats.peft_names import PEFT_WEIGHTS
 from lightning_lora.storage.formats.registry import adapter_file_at, file_in
@@ -66,6 +67,9 @@ def _show_lines(folder: Path) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    names = ", ".join(reader.name for reader in SERVERS)
+    note = f"{names}: only models that they have code for, which is not looked at."
+    console.print(note, markup=False, highlight=False)
 
 
 def _may_hold_adapters(path: Path) -> bool:

@@ -612,7 +612,7 @@ def test_the_scale_that_is_given_counts_and_other_groups_are_refused(
     expected = rate_of(0.3, 0.3, 0.1)
     assert_rates([rates.first, *rates.seen], [expected] * 5)
     with pytest.raises(
-        OptimizerError, match=r"parameter groups.*the same kind of lr_scale"
+        OptimizerError, match=r"parameter groups.*give lr_scale as in that run"
     ):
         fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
 
@@ -624,7 +624,7 @@ def test_groups_of_the_same_sizes_are_refused_by_name(tmp_path: Path) -> None:
     _, t = fit(tmp_path, of_a, max_epochs=1)
     t.save_checkpoint(file)
     with pytest.raises(
-        OptimizerError, match=r"pg1-lora_A.*pg1-lora_B.*the same kind of lr_scale"
+        OptimizerError, match=r"pg1-lora_A.*pg1-lora_B.*give lr_scale as in that run"
     ):
         fit(tmp_path, of_b, ckpt_path=file, max_epochs=2)
 

@@ -30,6 +30,7 @@ from lightning_lora.storage.on_disk.whole_files import (
     writing,
     writing_folder,
 )
+from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.dicts import dict_or_empty
 
 
@@ -64,7 +65,7 @@ def merge_files(
     files = tensor_files(base)
     check_output(out, [base, adapter, *files.files])
     _check_no_adapters(out)
-    plan = MergePlan(files, read_without_model(adapter))
+    plan = MergePlan(files, _read_adapters(adapter, base))
     check_plan(plan)
     merged = MergedTensors(plan, progress)
     _write_in_form_of_base(merged, files, out)
@@ -91,18 +92,37 @@ def _write_in_form_of_base(
         )
 
 
+def _read_adapters(adapter: str | Path, base: Path) -> StoredAdapters:
+    """Read the adapters. If the two files were given in the wrong order, say so."""
+    try:
+        return read_without_model(adapter)
+    except AdapterFileError as error:
+        if not _holds_adapters(base):
+            raise
+        raise AdapterFileError(
+            f"{base} holds adapters, and {adapter} holds none. Give the base first, "
+            "and then the adapters."
+        ) from error
+
+
 def _check_no_adapters(out: Path) -> None:
     """Refuse to write over a file of adapters, which are hardly meant to be lost."""
-    if not out.is_file():
-        return
+    if _holds_adapters(out):
+        raise FileExistsError(
+            f"{out} holds adapters. Name another file. To sum adapters: lightning-lora "
+            "combine."
+        )
+
+
+def _holds_adapters(path: Path) -> bool:
+    """Whether a path is a file of adapters."""
+    if not path.is_file():
+        return False
     try:
-        read_without_model(out)
+        read_without_model(path)
     except AdapterFileError:  # the file holds something else
-        return
-    raise FileExistsError(
-        f"{out} holds adapters. Name another file. To sum adapters: lightning-lora "
-        "combine."
-    )
+        return False
+    return True
 
 
 # A file

@@ -215,8 +215,8 @@ class ScaledGroups:
         here = settings_of(optimizer.param_groups[self._slice], "name")
         if stored != here:
             raise ValueError(
-                f"its parameter groups of adapters are {stored}, and the module's "
-                f"{here}"
+                f"the parameter groups that lr_scale made were {stored or 'none'}, "
+                f"and are {here} now"
             )
 
     def begin_step(

@@ -244,9 +244,10 @@ class LoadMethods(SetUpMethods):
             self.stage.note_failed_loading()
             raise OptimizerError(
                 "The checkpoint is of a run with other optimizers "
-                f"({type(error).__name__}: {error}). Return the same, "
-                "with the same kind of lr_scale. Or load_adapter(model, path), and fit "
-                "without ckpt_path."
+                f"({type(error).__name__}: {error}). To resume, return the same, and "
+                "give lr_scale as in that run: not at all, one number, or numbers for "
+                "the same matrices. Or load_adapter(model, path), and fit without "
+                "ckpt_path."
             ) from error
 
     def load_states(self, checkpoint: Any) -> None:

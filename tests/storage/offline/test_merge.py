@@ -318,6 +318,16 @@ def test_a_bit_of_a_base_that_is_a_checkpoint_is_noticed(
     )
 
 
+def test_files_in_the_wrong_order_are_refused_with_the_right_one(
+    tmp_path: Path,
+) -> None:
+    save_files(tmp_path, Mixed(), target_modules=["linear"])
+    base, adapter = tmp_path / "base.safetensors", tmp_path / "adapter.safetensors"
+    says = r"adapter.* holds adapters, and .*base.* holds none\. Give the base first"
+    with pytest.raises(ll.AdapterFileError, match=says):
+        merge_files(adapter, base, tmp_path / "out.safetensors")
+
+
 def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
     save_files(tmp_path, Mixed(), target_modules=["linear"])
     (tmp_path / "empty").mkdir()

@@ -162,7 +162,10 @@ _DIFFUSERS = Reader(
     "Where it refuses, so does the export, before anything is written.",
 )
 
-PEFT_READERS = (_PEFT, _TRANSFORMERS, _VLLM, _SGLANG, _TGI, _LORAX, _LLAMA_CPP)
+SERVERS = (_VLLM, _SGLANG, _TGI, _LORAX, _LLAMA_CPP)
+"""Those with code of their own for each model: of others, they run none."""
+
+PEFT_READERS = (_PEFT, _TRANSFORMERS, *SERVERS)
 """Those that read the folder of PEFT's format. diffusers has one of its own."""
 
 READERS = (*PEFT_READERS, _DIFFUSERS)
