@@ -38,6 +38,7 @@ def extend_launchers() -> None:
     No callback's hook runs in the main process, which gets them.
     """
     for launcher in multiprocessing_launchers():
+        # a partialmethod is ours: an earlier callback has set it
         if not isinstance(vars(launcher)["get_extra_results"], partialmethod):
             launcher.get_extra_results = partialmethod(
                 _send, launcher.get_extra_results
