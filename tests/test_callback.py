@@ -333,6 +333,17 @@ def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(
     assert_is_not_merged(fitted([lora(), At(2, stop)], tmp_path, {}))
 
 
+def test_a_fast_dev_run_says_that_it_merges_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        fitted([lora()], tmp_path, {"fast_dev_run": True})
+        assert "fast_dev_run merges nothing. The adapters stay" in caplog.text
+        caplog.clear()
+        fitted([lora(merge=False)], tmp_path, {"fast_dev_run": True})
+    assert "merges nothing" not in caplog.text
+
+
 def fitted(
     callbacks: list[L.Callback], folder: Path, options: dict[str, Any]
 ) -> LitTiny:
