@@ -65,6 +65,7 @@ def test_summary_counts_what_trains_and_what_it_costs(
     summary = summarize(model)
     assert summary.trained == count_of(trainable(model))
     assert summary.frozen == count_of(model.parameters()) - summary.trained
+    assert summary.share == summary.trained / count_of(model.parameters())
     # Adam's two moments, fp32
     assert summary.optimizer_bytes == 2 * 4 * summary.trained
     # buffers as the base has them are not stored

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.formats.own import read_adapter_file
+from lightning_lora.storage.formats.written_files import write_files
 from lightning_lora.storage.on_disk.whole_files import writing
 from tests.support.compared import assert_same_tensors
 from tests.support.faults import (
@@ -402,3 +403,15 @@ def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
         save_adapter(adapted(), path)
     assert path.is_fifo()
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_folder_stays_after_a_failed_write_if_it_was_there_before(
+    tmp_path: Path, is_there: bool
+) -> None:
+    folder = tmp_path / "a"
+    if is_there:
+        folder.mkdir()
+    with pytest.raises(AdapterFileError):
+        write_files(folder, {"a": b"", "missing/b": b""})
+    assert folder.exists() == is_there

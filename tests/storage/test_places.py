@@ -99,3 +99,9 @@ def test_places_that_do_not_exist_are_told(elsewhere: str) -> None:
         load_adapter(LitTiny(), "nowhere://a.ckpt")
     with pytest.raises(AdapterFileError, match="nowhere"):
         save_adapter(trained(), "nowhere://a.ckpt")
+
+
+def test_a_file_is_written_into_a_folder_that_is_there(tmp_path: Path) -> None:
+    places.check_output(tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"missing does not exist\. Make it"):
+        places.check_output(tmp_path / "missing" / "a.safetensors")

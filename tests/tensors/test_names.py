@@ -165,3 +165,10 @@ def test_a_parameter_is_replaced_where_it_is() -> None:
     other = nn.Parameter(torch.zeros(2))
     set_tensor(model, "0.bias", other)
     assert model[0].bias is other
+
+
+@pytest.mark.parametrize("name", ["_forward_module", "_original_module"])
+def test_one_of_the_two_names_in_fabrics_wrapper_makes_no_wrapper(name: str) -> None:
+    model = nn.Module()
+    model.add_module(name, nn.Linear(2, 2))
+    assert plain_module(model) is model

@@ -1,14 +1,16 @@
 """Frozen weights that look untrained are noted for files when a fit begins, and until its adapters learn."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_lora import LoRAConfig, inject_adapters
+from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
 from lightning_lora.model.view import view_of
 from lightning_lora.moments import Guards
 from lightning_lora.training.untrained_at_start import tell_of_new_base, tell_of_start
-from tests.support.models import LitTiny, aged, randomise
+from tests.support.messages import warned_by
+from tests.support.models import LitTiny, aged, data, randomise, trainer
 
 HEAD = ("head.weight", "head.bias")
 SILENT = Guards([])
@@ -67,3 +69,19 @@ def test_a_head_that_is_made_new_beside_trained_adapters_is_not_noted(
     model.head.reset_parameters()
     tell_of_new_base(model, SILENT, ["head.weight"])
     assert view_of(model).adapter.random_weights == ()
+
+
+class Resets(LitTiny):
+    """It resets its head before the first batch."""
+
+    def on_train_epoch_start(self) -> None:
+        self.head.reset_parameters()
+
+
+def test_a_head_that_is_reset_before_the_first_batch_is_noted(tmp_path: Path) -> None:
+    model = Resets(64)
+    aged(model)
+    callback = LoRACallback(r=2, target_modules=["q_proj", "v_proj"], merge=False)
+    run = trainer(tmp_path, [callback], max_epochs=1)
+    warned_by(run.fit, model, data())
+    assert view_of(model).adapter.random_weights == HEAD
