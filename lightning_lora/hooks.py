@@ -339,13 +339,7 @@ class LoRAHooks(Callback):
         guards = self._stage.tools.guards
         guards.tell(Guard.fit_ended, view, trainer.optimizers, trainer.global_step)
         self._compare_base(pl_module)
-        if not self.merge:
-            return
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
-            rank_zero_info(
-                "LoRA: a fast_dev_run merges nothing. The adapters stay on the layers."
-            )
-        else:
+        if self.merge:
             merging.merge_trained(trainer, pl_module, self.merge)
 
     def _compare_base(self, pl_module: LightningModule) -> None:

@@ -160,7 +160,12 @@ def check_layers_stayed(view: View) -> None:
 
 
 def merge_trained(trainer: Trainer, pl_module: LightningModule, merge: object) -> None:
-    """Merge the adapters at the end of a fit, and say which."""
+    """Merge the adapters at the end of a fit, and say which. A ``fast_dev_run`` merges nothing."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
+        rank_zero_info(
+            "LoRA: a fast_dev_run merges nothing. The adapters stay on the layers."
+        )
+        return
     which = load_best(trainer, pl_module) if merge == "best" else "the last adapters"
     what_it_is = _after_merge(View(pl_module))
     merge_adapters(pl_module)
