@@ -300,3 +300,20 @@ def test_a_frozen_norm_stays_in_its_mode_and_computes_as_in_evaluation() -> None
     torch.testing.assert_close(model.train()(x), expected)
     assert model[1].training
     assert model[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "shown"),
+    [
+        (nn.Linear(4, 4), {}, "r=2, scaling=4)"),
+        (nn.Linear(4, 4), {"use_dora": True}, "r=2, scaling=4, use_dora=True)"),
+        (nn.Linear(4, 4), {"init": "pissa"}, "r=2, scaling=4, init='pissa')"),
+        (nn.LSTMCell(4, 4), {}, "r=2, scaling=4, parts=['ih', 'hh'])"),
+    ],
+)
+def test_a_layer_is_printed_with_its_adapter(
+    layer: nn.Module, options: dict[str, Any], shown: str
+) -> None:
+    model = nn.Sequential(layer)
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all", **options))
+    assert repr(model[0]).endswith(f", {shown}")
