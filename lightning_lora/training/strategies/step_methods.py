@@ -41,10 +41,11 @@ class StepMethods(SetUpMethods):
         With automatic optimization, it acts until the backward pass is over, which may
         compute layers again. Otherwise, the step runs its backward pass itself.
         """
-        self.stage.tools.begin_training_step(self.module)
+        module = self.module
+        self.stage.tools.begin_training_step(module)
         self.look_at_first_steps()
         output = self._run(self.original.training_step, IN_A_STEP, *args, **kwargs)
-        if not self.module.automatic_optimization:
+        if not module.automatic_optimization:
             self.stage.tools.dropout.end_training_step()
         return output
 
@@ -55,14 +56,15 @@ class StepMethods(SetUpMethods):
     @patches_strategy
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. Then dropout acts no more: what comes until the next step is evaluation."""
+        module = self.module
         # the module's own backward method may take a loss without a graph
-        if not compatibility.has_own(self.module, "backward"):
-            check_loss(self.module, closure_loss)
+        if not compatibility.has_own(module, "backward"):
+            check_loss(module, closure_loss)
         self._look_at_backward()
         loss = self._run(
             self.original.backward, IN_BACKWARD, closure_loss, *args, **kwargs
         )
-        if self.module.automatic_optimization:
+        if module.automatic_optimization:
             self.stage.tools.dropout.end_training_step()
         return loss
 
