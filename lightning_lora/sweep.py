@@ -9,7 +9,7 @@ function gets is the adapter's name.
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.table import Table
 
 from lightning_lora.callback import LoRACallback
-from lightning_lora.errors import ConfigError, listed
+from lightning_lora.errors import ConfigError
 from lightning_lora.printing import fitting_console
 from lightning_lora.sweep_run import FitFunction, SweptAdapter
 
@@ -44,7 +44,7 @@ class LoRASweep:
         keep: The share of the adapters that goes on. 1 keeps all to the end.
         directory: The folder for the file of each adapter. It is made.
         arguments: LoRACallback's, as values or lists of values (of lists, for
-            ``target_modules`` and the like).
+            ``target_modules`` and the like). At least one has several.
 
     Raises:
         ConfigError: an argument has an invalid value.
@@ -75,13 +75,8 @@ class LoRASweep:
         directory: str | Path = "lora_sweep",
         **arguments: Any,
     ) -> None:
-        if mode is None and "loss" in monitor:
-            mode = "min"
-        if mode not in ("min", "max") or not 0 < keep <= 1:
-            raise ConfigError(
-                f"mode={mode!r}, keep={keep!r}: {monitor} needs 'min' or 'max', keep a "
-                "share in (0, 1]."
-            )
+        mode = _checked_mode(mode, monitor)
+        _check_share(keep)
         self.monitor = monitor
         self.mode = mode
         self.keep = keep
@@ -94,22 +89,23 @@ class LoRASweep:
         }
         # the arguments of which there are several values to try
         self._varied = [name for name, values in values_of.items() if len(values) > 1]
-        combinations = list(itertools.product(*values_of.values()))
-        for combination in combinations:
+        for combination in itertools.product(*values_of.values()):
             self._add(dict(zip(arguments, combination, strict=True)))
-        has_same_twice = len(self.runs) < len(combinations)
-        if len(self.runs) < 2 or has_same_twice:
+        if len(self.runs) < 2:
             raise ConfigError(
-                f"LoRASweep got these adapters: {listed(self.runs)}. Expected several, "
-                "and none twice: lists such as r=[8, 16], and a list of lists for "
-                "target_modules and its like."
+                f"{self} has one adapter: each argument has one value. Give a list of "
+                f"values, such as r=[4, 8].{_about_lists(arguments)}"
             )
 
     def _add(self, arguments: dict[str, Any]) -> None:
-        """Add an adapter, once, under a name that says its arguments."""
+        """Add an adapter under a name that says its arguments."""
         LoRACallback(**arguments)  # checks them
         if arguments in self.runs.values():
-            return
+            varied = [f"{name}={arguments[name]!r}" for name in self._varied]
+            raise ConfigError(
+                f"{self} has an adapter twice: {', '.join(varied)}. Expected each value "
+                "once."
+            )
         parts = [_part_of_name(name, arguments[name]) for name in self._varied]
         name = "-".join(parts)[:200]
         if name in self.runs:
@@ -215,14 +211,64 @@ class LoRASweep:
         return table
 
 
-def _values_to_try(argument: str, given: object) -> list[Any]:
+def _checked_mode(mode: Any, monitor: str) -> Literal["min", "max"]:
+    """Which value of the metric is best: as given, or the least one of a loss."""
+    if mode is None and "loss" in monitor:
+        return "min"
+    if mode is None:
+        raise ConfigError(
+            f"monitor={monitor!r} is not called a loss, so LoRASweep cannot tell which "
+            "value is best. Write mode='max' if it is a high one, as of an accuracy, or "
+            "mode='min'."
+        )
+    if mode not in ("min", "max"):
+        raise ConfigError(f"mode={mode!r} is not valid. Expected 'min' or 'max'.")
+    best: Literal["min", "max"] = mode
+    return best
+
+
+def _check_share(keep: Any) -> None:
+    """Refuse what is no share of the adapters."""
+    is_share = isinstance(keep, int | float) and 0 < keep <= 1
+    if not is_share:
+        raise ConfigError(
+            f"keep={keep!r} is not valid. Expected the share of the adapters that goes "
+            "on, above 0 and at most 1, such as keep=0.5."
+        )
+
+
+def _values_to_try(argument: str, given: object) -> Sequence[Any]:
     """The values of an argument: one, or those in a list."""
-    if not isinstance(given, list):
+    if not _is_list(given):
         return [given]
-    if argument not in _LISTS:
-        return given
-    are_lists = any(isinstance(each, list) for each in given)
-    return given if are_lists else [given]
+    values: Any = given
+    if argument in _LISTS and not any(map(_is_list, values)):
+        return [given]
+    if not values:
+        raise ConfigError(
+            f"{argument}={given!r} is not valid. Expected a list of values to try, or "
+            "one value."
+        )
+    return values  # type: ignore[no-any-return]
+
+
+def _is_list(value: object) -> bool:
+    """Whether it is a list or a tuple."""
+    return isinstance(value, list | tuple)
+
+
+def _about_lists(arguments: Mapping[str, Any]) -> str:
+    """What to write for the arguments of which the one value is a list."""
+    remedies = list[str]()
+    for name, value in arguments.items():
+        is_one_list = _is_list(value) and not any(map(_is_list, value))
+        if name in _LISTS and is_one_list:
+            remedies.append(f"{name}=[{list(value)!r}, [...]]")
+    if not remedies:
+        return ""
+    return (
+        f" Where a value is a list itself, give a list of lists: {', '.join(remedies)}."
+    )
 
 
 def _part_of_name(argument: str, value: object) -> str:

@@ -150,9 +150,9 @@ class _TrainingCallback(_CallbackOfSweep):
         monitor = self.adapter.monitor
         if monitor not in metrics:
             raise ConfigError(
-                f"monitor={monitor!r} is not logged in validation. Found: "
-                f"{listed(metrics)}. Log it in validation_step: self.log({monitor!r}, "
-                "...)."
+                f"monitor={monitor!r} is not logged in validation. Logged: "
+                f"{listed(metrics, 10) or 'nothing'}. Give one of these, or log it in "
+                f"validation_step: self.log({monitor!r}, ...)."
             )
         value = float(metrics[monitor])
         self.adapter.metrics.append(trainer.strategy.broadcast(value))

@@ -375,7 +375,7 @@ def all_but(number: int, fit: Any) -> Any:
         (
             lambda folder: fitting(folder)[0],
             {"monitor": "val_los_"},
-            "'val_los_' is not logged .* Found: .*'val_loss'",
+            "'val_los_' is not logged .* Logged: .*'val_loss'.* Give one of these",
         ),
     ],
 )
@@ -419,29 +419,44 @@ def test_an_error_in_a_fit_ends_all_and_leaves_the_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"r": 8}, "these adapters: ''. Expected several"),
         (
-            {"r": [8, 16, 16]},
-            "these adapters: 'r8', 'r16'. Expected several, and none twice",
+            {"r": 4},
+            r"LoRASweep\(r=4\) .* each argument has one value. Give a list .*r=\[4, 8\]\.$",
         ),
-        ({"r": [8, 16], "keep": 0}, "keep=0: val_loss needs"),
-        ({"r": [8, 16], "mode": "least"}, "mode='least'"),
+        ({"r": [4]}, r"LoRASweep\(r=\[4\]\) .* each argument has one value"),
+        ({}, r"LoRASweep\(\) .* each argument has one value"),
+        ({"r": []}, r"r=\[\] is not valid. Expected a list of values"),
+        ({"r": [8, 16, 16]}, "has an adapter twice: r=16. Expected each value once"),
+        ({"r": [8, 16], "keep": 0}, "^keep=0 is not valid. Expected .*keep=0.5"),
+        ({"r": [8, 16], "keep": "half"}, "^keep='half' is not valid"),
+        ({"r": [8, 16], "mode": "least"}, "^mode='least' is not valid. Expected 'm"),
         (
             {"r": [8, 16], "monitor": "val_acc"},
-            "mode=None, keep=0.5: val_acc needs 'min' or 'max'",
+            "^monitor='val_acc' is not called a loss.* Write mode='max' .*or mode='min'",
         ),
         ({"r": [8, 0]}, "r=0"),
         ({"ranks": [8, 16]}, "it is r here"),
         ({"loraplus_lr_ratio": [1, 16]}, "lr_scale={'A': 1, 'B': 16}"),
         (
             {"target_modules": ["q_proj", "v_proj"]},
-            "a list of lists for target_modules",
+            r"list of lists: target_modules=\[\['q_proj', 'v_proj'\], \[...\]\]",
         ),
     ],
 )
 def test_arguments_are_checked_at_once(arguments: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoRASweep(**arguments)
+
+
+def test_a_tuple_of_values_is_as_a_list() -> None:
+    assert list(LoRASweep(r=(2, 4)).runs) == ["r2", "r4"]
+    sweep = LoRASweep(target_modules=(("q_proj",), ("q_proj", "v_proj")))
+    assert len(sweep.runs) == 2
+    heads = [
+        each["modules_to_save"]
+        for each in LoRASweep(r=[2, 4], modules_to_save=("head",)).runs.values()
+    ]
+    assert heads == [("head",), ("head",)]
 
 
 def test_names_have_what_differs() -> None:
