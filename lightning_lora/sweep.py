@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
-from rich.table import Table
+from rich.table import Column, Table
 
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError
@@ -139,7 +139,7 @@ class LoRASweep:
             adapters.append(SweptAdapter(name, arguments, self.directory, self.monitor))
         self._train(adapters, fit)
         adapters.sort(key=self._order)
-        self.results = [adapter.result(self._varied) for adapter in adapters]
+        self.results = [adapter.result(self._varied, self.mode) for adapter in adapters]
         try:
             self._merge(adapters[0], fit)
         finally:
@@ -150,12 +150,16 @@ class LoRASweep:
         """Train all adapters in turns, until each was trained to the end or dropped.
 
         A turn is a fit of each: to the next validation while some will be dropped, and
-        otherwise to the end.
+        otherwise to the end. The first fit of all is followed by a short one, so that
+        a ``fit`` that forgets its path is known before the other adapters train.
         """
         while adapters:
             will_drop_some = len(adapters) > 1 and self.keep < 1
             for adapter in adapters:
+                is_first_fit = not adapters[0].epochs
                 adapter.go_on(fit, to_next_validation=will_drop_some)
+                if is_first_fit:
+                    adapter.check_goes_on(fit)
             adapters = [adapter for adapter in adapters if not adapter.has_ended]
             if adapters:
                 adapters = self._drop_worse(adapters)
@@ -198,16 +202,20 @@ class LoRASweep:
         """Return a table of the adapters that ``run`` has trained last."""
         table = Table(
             "Adapter",
-            *self._varied,
+            Column("Weights", justify="right"),
             self.monitor,
-            "Dropped after epoch",
+            "Best (epoch)",
+            "Dropped\nafter epoch",
             title="LoRASweep",
         )
         for result in self.results:
-            values = [str(result[name]) for name in self._varied]
-            metrics = [f"{value:.4g}" for value in result["metrics"]]
-            dropped = result["dropped"] or ""
-            table.add_row(result["name"], *values, "  ".join(metrics), str(dropped))
+            table.add_row(
+                result["name"],
+                f"{result['weights']:,}",
+                _last_values(result["metrics"]),
+                _best_value(result),
+                str(result["dropped"] or ""),
+            )
         return table
 
 
@@ -269,6 +277,19 @@ def _about_lists(arguments: Mapping[str, Any]) -> str:
     return (
         f" Where a value is a list itself, give a list of lists: {', '.join(remedies)}."
     )
+
+
+def _last_values(metrics: Sequence[float]) -> str:
+    """The last four of some numbers, for a cell."""
+    shown = "  ".join(f"{value:.4g}" for value in metrics[-4:])
+    return f"... {shown}" if len(metrics) > 4 else shown
+
+
+def _best_value(result: Mapping[str, Any]) -> str:
+    """The best metric of an adapter with its epoch, for a cell."""
+    if result["best_epoch"] is None:
+        return ""
+    return f"{result['best']:.4g} ({result['best_epoch']})"
 
 
 def _part_of_name(argument: str, value: object) -> str:

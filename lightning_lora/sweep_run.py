@@ -1,6 +1,8 @@
-"""One adapter of a LoRASweep, through all its fits, and its callbacks: one that trains it, and one that merges it."""
+"""One adapter of a LoRASweep, through all its fits, and its callbacks: one that trains it, and one that loads it."""
 
+import math
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.records import find_record
 from lightning_lora.model.remove import remove_adapters
+from lightning_lora.summary import summarize
 from lightning_lora.training.compatibility import kinds_of
 from lightning_lora.training.returned_records import returns_state_only
 
@@ -30,24 +33,41 @@ class SweptAdapter:
         # each fit writes it at its end, and the next one goes on from it
         self.file = directory / f"{name}.ckpt"
         self.metrics: list[float] = []  # the monitored value of each validation
+        self.epochs_of_metrics: list[int] = []  # the epoch of each validation, from 1
+        self.weights = 0  # how many train
         # the epoch after which the sweep has dropped it
         self.dropped: int | None = None
         self.has_ended = False  # whether it was trained to the end
         self.epochs = 0  # how many it has trained
 
-    def result(self, varied: Iterable[str]) -> dict[str, Any]:
+    def result(self, varied: Iterable[str], mode: str) -> dict[str, Any]:
         """Return what the sweep says of it.
 
-        Its name, those of its arguments that are varied, its metrics, and when it was
-        dropped.
+        Its name, those of its arguments that are varied, how many weights train, its
+        metrics, the best of them, and when it was dropped.
         """
         arguments = {name: self.arguments[name] for name in varied}
+        best, best_epoch = self._best_validation(mode)
         return {
             "name": self.name,
             **arguments,
+            "weights": self.weights,
             "metrics": self.metrics,
+            "best": best,
+            "best_epoch": best_epoch,
             "dropped": self.dropped,
         }
+
+    def _best_validation(self, mode: str) -> tuple[float, int | None]:
+        """The best of its metrics, and the epoch. NaN and None, if all are NaN."""
+        validations = list[tuple[float, int]]()
+        for value, epoch in zip(self.metrics, self.epochs_of_metrics, strict=True):
+            if not math.isnan(value):
+                validations.append((value, epoch))
+        if not validations:
+            return math.nan, None
+        pick = min if mode == "min" else max
+        return pick(validations, key=itemgetter(0))
 
     def go_on(self, fit: FitFunction, *, to_next_validation: bool) -> None:
         """Train it further, in one fit. Leave no adapter on the module.
@@ -63,12 +83,32 @@ class SweptAdapter:
                 fit(callback, self._path_to_resume())
             finally:
                 callback.leave_no_adapter()
+        if callback.module is None:
+            raise ConfigError(
+                "LoRASweep expects that fit makes a Trainer with the callback that it "
+                f"gets, and fits. No fit of {self.name} has used its callback."
+            )
         # an adapter's last fit may end without another validation
         has_done_its_part = callback.has_validated() or self.has_ended
         if not self.metrics or not has_done_its_part:
             raise ConfigError(
-                "LoRASweep expects that fit makes a Trainer with the callback that it "
-                "gets, and that it validates. No validation has run."
+                f"The fit of {self.name} has ended without a validation, and LoRASweep "
+                "compares adapters in validation. Expected batches in val_dataloader, "
+                "and epochs that end with a validation."
+            )
+
+    def check_goes_on(self, fit: FitFunction) -> None:
+        """See that ``fit`` goes on from this adapter's file, in a fit that ends at once."""
+        callback = _LoadingCallback(self, **{**self.arguments, "merge": False})
+        with isolate_rng():
+            try:
+                fit(callback, str(self.file))
+            finally:
+                callback.leave_no_adapter()
+        if callback.module is None:
+            raise ConfigError(
+                "LoRASweep expects that fit fits in each call: the second one goes on "
+                f"from {self.file}, and did not."
             )
 
     def _path_to_resume(self) -> str | None:
@@ -80,7 +120,7 @@ class SweptAdapter:
 
         Return False if ``fit`` has run no fit.
         """
-        callback = _MergingCallback(self, **self.arguments)
+        callback = _LoadingCallback(self, **self.arguments)
         fit(callback, str(self.file))
         return callback.module is not None
 
@@ -101,17 +141,29 @@ class _CallbackOfSweep(LoRACallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             _check_works_in_sweep(trainer, pl_module)
+            _check_validates(trainer)
             self.module = pl_module
             self.max_epochs = trainer.fit_loop.max_epochs
         super().setup(trainer, pl_module, stage)
 
+    def leave_no_adapter(self) -> None:
+        """Take what the fit has left off the module, if it had one."""
+        if self.module is not None and find_record(self.module):
+            remove_adapters(self.module)
 
-class _MergingCallback(_CallbackOfSweep):
-    """Merges what is in the adapter's file: all its epochs are over, so no training begins."""
+
+class _LoadingCallback(_CallbackOfSweep):
+    """Loads the adapter's file, and merges what is in it, as its arguments say.
+
+    No training begins: all epochs are over.
+    """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         _end_after(trainer, self.adapter.epochs)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise _path_not_passed_on()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
@@ -130,17 +182,9 @@ class _TrainingCallback(_CallbackOfSweep):
         """Whether a validation of this fit has ended."""
         return len(self.adapter.metrics) > self._validations_before
 
-    def leave_no_adapter(self) -> None:
-        """Take what the fit has left off the module, if it had one."""
-        if self.module is not None and find_record(self.module):
-            remove_adapters(self.module)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.adapter.epochs and not trainer.global_step:
-            raise ConfigError(
-                "LoRASweep.run expects that fit passes its second argument on: "
-                "Trainer.fit(ckpt_path=...)."
-            )
+            raise _path_not_passed_on()
         super().on_train_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,6 +200,7 @@ class _TrainingCallback(_CallbackOfSweep):
             )
         value = float(metrics[monitor])
         self.adapter.metrics.append(trainer.strategy.broadcast(value))
+        self.adapter.epochs_of_metrics.append(trainer.current_epoch + 1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._to_next_validation and self.has_validated():
@@ -164,6 +209,7 @@ class _TrainingCallback(_CallbackOfSweep):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         adapter = self.adapter
+        adapter.weights = summarize(pl_module).trained
         adapter.epochs = trainer.current_epoch
         has_epochs_left = adapter.epochs != self.max_epochs
         goes_on = self._to_next_validation and has_epochs_left
@@ -177,6 +223,38 @@ class _TrainingCallback(_CallbackOfSweep):
 def _end_after(trainer: Trainer, epochs: int | None) -> None:
     """Let a fit end after so many epochs."""
     trainer.fit_loop.max_epochs = epochs
+
+
+def _path_not_passed_on() -> ConfigError:
+    """The error of a fit that begins anew where it should go on."""
+    return ConfigError(
+        "LoRASweep.run expects that fit passes its second argument on: "
+        "Trainer.fit(ckpt_path=...)."
+    )
+
+
+def _check_validates(trainer: Trainer) -> None:
+    """Refuse a fit that has no validation."""
+    reason = _reason_for_no_validation(trainer)
+    if reason:
+        raise ConfigError(
+            f"LoRASweep compares adapters in validation, and this fit has none: {reason}. "
+            "Expected a validation_step, a val_dataloader, and a validation in some "
+            "epoch."
+        )
+
+
+def _reason_for_no_validation(trainer: Trainer) -> str:
+    """Why no validation will run, as far as it is known before the fit. Empty if one will."""
+    if trainer.limit_val_batches == 0:
+        return "limit_val_batches=0"
+    if not trainer.enable_validation:
+        return "no validation_step, or no val_dataloader"
+    every = trainer.check_val_every_n_epoch
+    last = trainer.max_epochs
+    if every and last and 0 < last < every:
+        return f"check_val_every_n_epoch={every} and max_epochs={last}"
+    return ""
 
 
 def _check_works_in_sweep(trainer: Trainer, pl_module: LightningModule) -> None:

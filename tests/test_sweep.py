@@ -1,5 +1,6 @@
 """LoRASweep: several adapters, each exactly as in a fit of its own, and the better ones go on."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -184,7 +186,7 @@ def test_the_better_half_goes_on_after_each_epoch(
         results = sweep.run(fit)
     assert [each["dropped"] for each in results] == [None, 2, 1, 1]
     assert [len(each["metrics"]) for each in results] == [3, 2, 1, 1]
-    assert len(made) == 4 + 2 + 1 + 1
+    assert len(made) == 4 + 1 + 2 + 1 + 1
     assert results is sweep.results
     assert results[2]["metrics"] < results[3]["metrics"]
     assert (
@@ -193,12 +195,37 @@ def test_the_better_half_goes_on_after_each_epoch(
     )
     shown = capsys.readouterr().out
     assert all(
-        f"{name} " in shown
-        for name in ("Adapter", "val_loss", "Dropped after", *sweep.runs)
+        f"{name} " in shown for name in ("Adapter", "val_loss", "Dropped", *sweep.runs)
     )
     assert {each.name for each in sweep.directory.iterdir()} == {
         f"{name}.ckpt" for name in sweep.runs
     }
+
+
+class FirstIsBest(LitTiny):
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", float(self.current_epoch) + 0.12345)
+
+
+def test_the_table_of_many_epochs_has_the_last_values_the_best_and_the_weights(
+    tmp_path: Path,
+) -> None:
+    fit, _ = fitting(tmp_path, FirstIsBest, max_epochs=7)
+    sweep = LoRASweep(
+        lr_scale=[1, 2], dropout=[0.1], r=[1, 2], keep=1, directory=tmp_path
+    )
+    results = sweep.run(fit)
+    console = Console(width=90, file=io.StringIO())
+    console.print(sweep.table())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "... 3.123  4.123  5.123  6.123 " in text
+    assert " 0.1235 (1) " in text
+    assert " lr_scale1-r2 " in text
+    assert max(map(len, text.splitlines())) <= 90
+    small, large = (each for each in results if each["lr_scale"] == 1)
+    assert large["weights"] == 2 * small["weights"]
+    assert f" {large['weights']:,} " in text
+    assert (small["best"], small["best_epoch"]) == (small["metrics"][0], 1)
 
 
 def test_dropped_after_says_how_many_epochs_an_adapter_has_trained(
@@ -283,9 +310,9 @@ def test_an_adapter_without_a_number_is_last_also_if_it_stopped_by_itself(
 ) -> None:
     others = [lambda: EarlyStopping("val_loss")] * stops
     fit, _ = fitting(tmp_path, Diverges, *others)
-    assert [each["r"] for each in LoRASweep(r=[1, 2], directory=tmp_path).run(fit)][
-        -1
-    ] == 1
+    worst = LoRASweep(r=[1, 2], directory=tmp_path).run(fit)[-1]
+    assert worst["r"] == 1
+    assert worst["best_epoch"] is None
 
 
 class DivergesLater(LitTiny):
@@ -329,6 +356,7 @@ def all_but(number: int, fit: Any) -> Any:
     return fits
 
 
+@pytest.mark.filterwarnings("ignore:Total length of")
 @pytest.mark.parametrize(
     ("build", "arguments", "message"),
     [
@@ -343,17 +371,37 @@ def all_but(number: int, fit: Any) -> Any:
                 lambda _, path: fitting(folder, LitTiny)[0](LoRACallback(r=1), path)
             ),
             {},
-            "makes a Trainer with the callback that it gets",
+            "makes a Trainer with the callback that it gets, and fits. No fit of r1",
         ),
         (
-            lambda folder: all_but(4, fitting(folder, LitTiny)[0]),
+            lambda folder: all_but(5, fitting(folder, LitTiny)[0]),
             {},
             r"fits in each call: the last .*r\d\.ckpt",
         ),
         (
+            lambda folder: all_but(2, fitting(folder, LitTiny)[0]),
+            {},
+            r"fits in each call: the second .*r1\.ckpt",
+        ),
+        (
             lambda folder: fitting(folder, LitTiny, limit_val_batches=0)[0],
             {},
-            "No validation has run",
+            "this fit has none: limit_val_batches=0. Expected",
+        ),
+        (
+            lambda folder: fitting(folder, LitTiny, check_val_every_n_epoch=4)[0],
+            {},
+            "has none: check_val_every_n_epoch=4 and max_epochs=3. Expected",
+        ),
+        (
+            lambda folder: fitting(folder, loaders=lambda: [data()])[0],
+            {},
+            "has none: no validation_step, or no val_dataloader. Expected",
+        ),
+        (
+            lambda folder: fitting(folder, loaders=lambda: [data(), []])[0],
+            {},
+            "The fit of r1 has ended without a validation",
         ),
         (
             lambda folder: fitting(folder, max_steps=9)[0],
@@ -385,6 +433,40 @@ def test_what_does_not_work_is_named(
     sweep = LoRASweep(r=[1, 2], mode="min", directory=tmp_path / "sweep", **arguments)
     with pytest.raises(ConfigError, match=message):
         sweep.run(build(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("keep", "forgets"), [(0.5, 2), (1, 2), (0.5, 4), (0.5, 5), (1, 4)]
+)
+def test_a_forgotten_path_is_said_before_anything_else_trains(
+    tmp_path: Path, keep: float, forgets: int
+) -> None:
+    model = LitTiny()
+    base = state(model)
+    fit, made = fitting(tmp_path, lambda: model)
+    calls = list[str]()
+
+    def fit_without_path(callback: Any, path: str | None) -> None:
+        calls.append(callback.run)
+        fit(callback, None if len(calls) >= forgets else path)
+
+    sweep = LoRASweep(r=[1, 2], keep=keep, directory=tmp_path / "sweep")
+    with pytest.raises(ConfigError, match=r"Trainer.fit\(ckpt_path=...\)"):
+        sweep.run(fit_without_path)
+    assert len(made) == forgets
+    assert made[-1].global_step == 0
+    assert adapters(model) == ()
+    assert same(state(model), base)
+
+
+@pytest.mark.parametrize(
+    "options", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 4}]
+)
+def test_a_fit_without_validation_trains_nothing(tmp_path: Path, options: Any) -> None:
+    fit, made = fitting(tmp_path, LitTiny, **options)
+    with pytest.raises(ConfigError, match="this fit has none"):
+        LoRASweep(r=[1, 2], directory=tmp_path / "sweep").run(fit)
+    assert [each.global_step for each in made] == [0]
 
 
 def test_other_processes_are_refused(tmp_path: Path) -> None:
