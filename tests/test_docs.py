@@ -149,21 +149,26 @@ def test_code_of_a_sharded_model_runs_in_two_processes(tmp_path: Path) -> None:
 
 # jsonargparse's, about LightningCLI
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_program_with_a_command_line_runs(
+def test_program_with_a_command_line_fits_resumes_and_tests(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (line,) = commands_of("python")
+    lines = commands_of("python")
+    assert [shlex.split(line)[2] for line in lines] == ["fit", "fit", "test"]
     flags = [
         "--trainer.accelerator=cpu",
-        "--trainer.logger=false",
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=logs",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
         "--seed_everything=0",
     ]
-    monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], *flags])
     *program_of_the_page, _ = blocks("command-line")
-    runpy.run_path(str(written(here, program_of_the_page)), run_name="__main__")
-    assert yaml.safe_load(Path("config.yaml").read_text())["lora"]["r"] == 2
+    main_py = written(here, program_of_the_page)
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], *flags])
+        runpy.run_path(str(main_py), run_name="__main__")
+    config = next(Path("logs").rglob("config.yaml"))
+    assert yaml.safe_load(config.read_text())["lora"]["r"] == 2
 
 
 def test_settings_of_the_command_line_are_the_callbacks() -> None:
