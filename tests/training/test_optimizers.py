@@ -683,3 +683,34 @@ def test_an_adapter_of_a_weight_in_two_groups_is_in_the_first() -> None:
     first, second = names_in_groups(model, optimizer)
     assert first[:2] == Q
     assert second[:2] == V
+
+
+class Parts(nn.Module):
+    """Three layers and a head inside of one module, and a layer beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("encoder", "left", "right", "head")
+        self.net = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+        self.beside = nn.Linear(4, 4)
+
+
+def second_fit_of(*names: str) -> None:
+    """Two of three layers have learned. Then an optimizer holds these modules alone."""
+    model = Parts()
+    saved = ["net.head", "net.left.bias"]
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=saved))
+    train_adapters(model, [torch.optim.AdamW(model.parameters())])
+    for layer in view_of(model).layers.values():
+        nn.init.ones_(layer.lora_B)
+    groups = [{"params": model.get_submodule(name).parameters()} for name in names]
+    train_adapters(model, [torch.optim.AdamW(groups)])
+
+
+def test_a_head_beside_paused_layers_needs_a_place_in_an_optimizer() -> None:
+    with pytest.raises(OptimizerError, match=r"No optimizer trains 'net.head.weight'"):
+        second_fit_of("net.encoder", "beside")
+
+
+def test_what_is_in_a_paused_layer_needs_none() -> None:
+    second_fit_of("net.encoder", "net.head", "beside")

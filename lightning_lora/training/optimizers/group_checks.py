@@ -11,6 +11,8 @@ from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.dicts import only, where, with_values
 from lightning_lora.tensors.names import (
+    largest_free_of,
+    modules_around,
     names_outside,
     owner_of,
     owner_or_itself,
@@ -29,13 +31,13 @@ from lightning_lora.training.optimizers.scales import Scales
 def place_remaining(view: View, edits: Iterable[Edit], paused: Sequence[str]) -> None:
     """Put what trains, and what no group holds, into the only group of the edits.
 
-    If the optimizers have several groups together, or none, it is refused. Adapters of
-    ``paused`` layers need no place.
+    If the optimizers have several groups together, or none, it is refused. What is in
+    the network of a ``paused`` layer needs no place.
     """
     groups: list[Params] = []
     for edit in edits:
         groups += edit.groups
-    remaining = _without_place(view, parameters_in(groups), networks_around(paused))
+    remaining = _without_place(view, parameters_in(groups), paused)
     if len(groups) == 1:
         _tell_of_only_group(view, remaining)
         groups[0] += remaining.values()
@@ -60,12 +62,15 @@ def _refuse_without_place(
 
 
 def _without_place(
-    view: View, placed: set[nn.Parameter], paused: list[str]
+    view: View, placed: set[nn.Parameter], paused: Sequence[str]
 ) -> dict[str, nn.Parameter]:
-    """The parameters outside of ``paused`` networks that train, and that no group holds."""
+    """The parameters that train, and that no group holds. Those in the networks of ``paused`` layers are left out."""
     parameters = parameters_by_name(view.model)
+    in_training = modules_around(with_values(parameters, placed))
+    # of a paused layer: the largest module around it in which nothing trains
+    networks = [largest_free_of(in_training, layer) for layer in paused]
     without_place = {}
-    for name in names_outside(parameters, paused):
+    for name in names_outside(parameters, networks):
         p = parameters[name]
         if p.requires_grad and p not in placed:
             without_place[name] = p
