@@ -22,17 +22,17 @@ _MOST_NUMBERS = 200  # in a heat map with more cells, they would not be legible
 
 
 def plot_losses(
-    runs: Mapping[str, str | Path],
+    runs: Mapping[str, str | Path] | str | Path,
     metric: str = "val_loss",
     *,
     window: int = 1,
     ax: Any = None,
 ) -> tuple[Any, Any]:
-    """Draw a metric of several runs, as lines over the steps.
+    """Draw a metric of one run or several, as lines over the steps.
 
     Args:
         runs: What each line is called, and its run: the folder of a ``CSVLogger`` (the
-            newest version in it counts), or a ``metrics.csv``.
+            newest version in it counts), or a ``metrics.csv``. Or one run alone.
         metric: A name that the runs logged, such as ``"train_loss"``,
             ``"val_accuracy"`` or ``"lora/update_norm"``.
         window: Each point is the mean of so many values, up to its own. The losses of
@@ -43,7 +43,8 @@ def plot_losses(
         The figure and its axes, of matplotlib.
 
     Raises:
-        ConfigError: a run did not log the metric, or ``window`` is less than 1.
+        ConfigError: a run did not log the metric, ``runs`` are neither named nor a
+            single one, or ``window`` is less than 1.
         FileNotFoundError: a folder has no ``metrics.csv``.
         ModuleNotFoundError: matplotlib is missing.
 
@@ -56,7 +57,7 @@ def plot_losses(
     if window < 1:
         raise ConfigError(f"window={window!r} is not valid. Expected at least 1.")
     curves = {}
-    for name, run in runs.items():
+    for name, run in _named(runs).items():
         curves[name] = _curve(_metrics_file(run), metric)
     figure, ax = _axes(ax)
     for name, (steps, values) in curves.items():
@@ -142,6 +143,18 @@ def _axes(ax: Any) -> tuple[Any, Any]:
 
 
 # Files of CSVLogger
+
+
+def _named(runs: Any) -> Mapping[str, str | Path]:
+    """Runs by what they are called. A single one has its path as its name."""
+    if isinstance(runs, str | Path):
+        return {str(runs): runs}
+    if not isinstance(runs, Mapping) or not runs:
+        raise ConfigError(
+            f"runs={runs!r} is not valid. Expected a dict of names and runs, such as "
+            "{'LoRA': 'runs/lora'}, or the folder of one run."
+        )
+    return runs
 
 
 def _metrics_file(run: str | Path) -> Path:
@@ -281,7 +294,10 @@ def _heat_map(by_layer: Mapping[str, float]) -> _HeatMap:
 
 
 def _without_common_beginning(names: Iterable[str]) -> list[str]:
-    """Names without the components that all begin with."""
+    """Names without the components that all begin with.
+
+    A number says nothing alone: it keeps the component before it, as in ``body.0``.
+    """
     parts_of_names = [name.split(".") for name in names]
     owners = [parts[:-1] for parts in parts_of_names]
     common = 0
@@ -289,7 +305,15 @@ def _without_common_beginning(names: Iterable[str]) -> list[str]:
         if len(set(components)) > 1:
             break
         common += 1
+    while common and _has_number_at(common, parts_of_names):
+        common -= 1
     return [".".join(parts[common:]) for parts in parts_of_names]
+
+
+def _has_number_at(place: int, parts_of_names: Iterable[Sequence[str]]) -> bool:
+    """Whether one of these names has a number there, or the star of a block."""
+    components = [parts[place] for parts in parts_of_names]
+    return any(part.isdecimal() or part == "*" for part in components)
 
 
 def _size_of_two(heat_map: _HeatMap) -> tuple[float, float]:
@@ -297,7 +321,7 @@ def _size_of_two(heat_map: _HeatMap) -> tuple[float, float]:
     longest_label = max(map(len, heat_map.columns))
     width = 2 * (2 + 0.6 * len(heat_map.columns))
     height = 1.2 + 0.36 * len(heat_map.rows) + 0.075 * longest_label
-    return width, height
+    return max(8, width), max(3, height)
 
 
 def _draw_heat_map(
@@ -306,8 +330,10 @@ def _draw_heat_map(
     """Draw a heat map with a number in each cell, and its colour bar."""
     image = ax.imshow(heat_map.values, vmin=least, cmap="viridis", aspect="auto")
     ax.set_title(title, fontsize="medium")
-    ax.set_ylabel("block")
-    ax.set_yticks(range(len(heat_map.rows)), heat_map.rows)
+    has_blocks = heat_map.rows != [""]
+    ax.set_ylabel("block" if has_blocks else "")
+    rows = heat_map.rows if has_blocks else []
+    ax.set_yticks(range(len(rows)), rows)
     ax.set_xticks(
         range(len(heat_map.columns)), heat_map.columns, rotation=90, fontsize="small"
     )

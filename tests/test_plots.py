@@ -99,6 +99,21 @@ def test_each_run_is_a_line_with_its_name(tmp_path: Path) -> None:
     assert len(ax.lines) == 4
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_single_run_needs_no_name(tmp_path: Path, kind: Any) -> None:
+    written(tmp_path / "a", step=[3, 7], val_loss=[2, 1])
+    run = kind(tmp_path / "a")
+    _, ax = plot_losses(run)
+    assert list(ax.lines[0].get_ydata()) == [2, 1]
+    assert texts_of(ax.get_legend().get_texts()) == [str(run)]
+
+
+@pytest.mark.parametrize("runs", [["a", "b"], {"a"}, None, {}])
+def test_runs_that_are_neither_one_nor_named_are_refused(runs: Any) -> None:
+    with pytest.raises(ll.ConfigError, match=r"Expected a dict of names and runs"):
+        plot_losses(runs)
+
+
 def test_a_window_gives_means_up_to_each_value(tmp_path: Path) -> None:
     run = written(tmp_path / "a", step=[0, 1, 2, 3], train_loss=[4, 2, 3, 1])
     _, ax = plot_losses({"a": run}, "train_loss", window=2)
@@ -150,6 +165,39 @@ def test_rows_are_blocks_in_their_order_and_columns_are_matrices(
     assert numbers_in(norms) == [[1, 2], [-1, 3], [5, 4]]
     assert numbers_in(ranks) == [[2, 3], [-1, 4], [6, 5]]
     assert texts_of(ranks.texts) == ["2.0", "3.0", "", "4.0", "6.0", "5.0"]
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "columns"),
+    [
+        (["body.0", "body.2"], [], ["body.0", "body.2"]),
+        (["net.body.0", "net.body.2"], [], ["body.0", "body.2"]),
+        (["0", "2"], [], ["0", "2"]),
+        (["body.0", "classifier"], [], ["body.0", "classifier"]),
+        (["up", "down"], [], ["up", "down"]),
+        (
+            ["layers.0.1", "layers.1.1", "layers.1.3"],
+            ["0", "1"],
+            ["layers.*.1", "layers.*.3"],
+        ),
+        (["layers.0.mlp.1", "layers.0.mlp.3"], ["0"], ["mlp.1", "mlp.3"]),
+    ],
+)
+def test_a_column_is_never_a_number_alone_if_its_layer_has_a_longer_name(
+    tmp_path: Path, names: list[str], rows: list[str], columns: list[str]
+) -> None:
+    logged: dict[str, list[Any]] = {"step": [5]}
+    for name in names:
+        logged[f"lora/update_norm/{name}"] = [1]
+        logged[f"lora/effective_rank/{name}"] = [1]
+    figure, axes = plot_layers(written(tmp_path / "a", **logged))
+    for ax in axes:
+        assert texts_of(ax.get_xticklabels()) == columns
+        assert texts_of(ax.get_yticklabels()) == rows
+        assert ax.get_ylabel() == ("block" if rows else "")
+    width, height = figure.get_size_inches()
+    assert width >= 8
+    assert height >= 3
 
 
 @pytest.mark.parametrize(
