@@ -9,7 +9,7 @@ function gets is the adapter's name.
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.table import Column, Table
 
 from lightning_lora.callback import LoRACallback
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, counted, listed, warn
 from lightning_lora.printing import fitting_console
 from lightning_lora.sweep_run import FitFunction, SweptAdapter
 
@@ -42,7 +42,8 @@ class LoRASweep:
         monitor: The metric that decides, logged in validation.
         mode: Whether ``"min"`` or ``"max"`` is best. It may be left out for a loss.
         keep: The share of the adapters that goes on. 1 keeps all to the end.
-        directory: The folder for the file of each adapter. It is made.
+        directory: The folder for the file of each adapter. It is made. Files of an
+            earlier sweep with the same names are written over, with a warning.
         arguments: LoRACallback's, as values or lists of values (of lists, for
             ``target_modules`` and the like). At least one has several.
 
@@ -137,6 +138,7 @@ class LoRASweep:
         adapters = list[SweptAdapter]()
         for name, arguments in self.runs.items():
             adapters.append(SweptAdapter(name, arguments, self.directory, self.monitor))
+        self._tell_what_is_written_over(adapters)
         self._train(adapters, fit)
         adapters.sort(key=self._order)
         self.results = [adapter.result(self._varied, self.mode) for adapter in adapters]
@@ -145,6 +147,17 @@ class LoRASweep:
         finally:
             rank_zero_only(fitting_console().print)(self.table())
         return self.results
+
+    def _tell_what_is_written_over(self, adapters: Iterable[SweptAdapter]) -> None:
+        """Name files of an earlier sweep, perhaps of other adapters or another base."""
+        files = [adapter.file.name for adapter in adapters if adapter.file.exists()]
+        if files:
+            warn(
+                f"LoRASweep writes over {counted(len(files), 'file')} of an earlier sweep "
+                f"in {self.directory}: {listed(files)}. To keep them, give this sweep "
+                "another directory.",
+                anew=True,
+            )
 
     def _train(self, adapters: Sequence[SweptAdapter], fit: FitFunction) -> None:
         """Train all adapters in turns, until each was trained to the end or dropped.

@@ -22,6 +22,7 @@ from lightning_lora import (
     ConfigError,
     LoRACallback,
     LoRASweep,
+    LoRAWarning,
     TargetError,
     adapters,
     inject_adapters,
@@ -271,6 +272,28 @@ def test_merge_best_is_that_of_a_fit_of_the_best_alone(tmp_path: Path) -> None:
     fit(LoRACallback(**sweep.runs[best["name"]]))
     assert same(state(swept), state(made[-1].lightning_module))
     assert is_plain(swept)
+
+
+def test_files_of_an_earlier_sweep_are_named_before_they_are_written_over(
+    tmp_path: Path,
+) -> None:
+    fit, made = fitting(tmp_path, LitTiny, max_epochs=1)
+    LoRASweep(r=[1, 2], directory=tmp_path / "sweep").run(fit)
+    LoRASweep(r=[3, 4], directory=tmp_path / "sweep").run(fit)
+    file = tmp_path / "sweep" / "r2.ckpt"
+    before = file.read_bytes()
+    fits = len(made)
+    sweep = LoRASweep(r=[2, 5], alpha=16, directory=tmp_path / "sweep")
+    says = r"writes over 1 file of an earlier sweep in .*sweep: 'r2.ckpt'\..* another directory"
+    for _ in range(2):
+        # the tests make errors of warnings
+        with pytest.raises(LoRAWarning, match=says):
+            sweep.run(fit)
+    assert len(made) == fits
+    assert file.read_bytes() == before
+    with pytest.warns(LoRAWarning, match=says):
+        sweep.run(fit)
+    assert file.read_bytes() != before
 
 
 def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path) -> None:
