@@ -236,23 +236,25 @@ class LoRAConfig:
     ) -> "LoRAConfig":
         """Return this configuration, with what was not given taken from ``stored``.
 
-        Not given is what is at its default, and not in ``given``.
+        Not given is what is at its default, and not in ``given``. An exclusion belongs
+        to the targets beside it: with other targets, the stored one means nothing. With
+        the same ones, what either leaves out is left out.
         """
         default = vars(LoRAConfig())
         taken = {}
-        for name in set(_ARGUMENTS) - given:
+        for name in set(_ARGUMENTS) - given - {"exclude_modules"}:
             if getattr(self, name) == default[name]:
                 taken[name] = getattr(stored, name)
         config = dataclasses.replace(self, **taken)
         has_other_targets = config.target_modules != stored.target_modules
-        # An exclusion belongs to the targets beside it: with other targets, the stored
-        # one means nothing. With the same ones, what either leaves out is left out.
         if has_other_targets or "exclude_modules" in given:
             return config
         return config.excluding(stored.exclude_modules)
 
     def excluding(self, modules: str | Sequence[str] | None) -> "LoRAConfig":
         """Return a configuration that also leaves out these modules, given as for ``exclude_modules``."""
+        if not self.exclude_modules:  # they stay as they are written
+            return dataclasses.replace(self, exclude_modules=modules)
         expression = as_expression(self.exclude_modules)
         union = union_of_expressions(expression, as_expression(modules))
         if union == expression:

@@ -202,3 +202,15 @@ def test_every_argument_of_peft_is_one_here_or_has_a_hint() -> None:
         if field.name not in rare and not field.name.endswith("_config"):
             known = {*inspect.signature(LoRAConfig).parameters, *ELSEWHERE}
             assert known & {field.name, field.name.removeprefix("lora_")}, field.name
+
+
+def test_an_exclusion_is_taken_with_its_targets_alone() -> None:
+    stored = LoRAConfig(target_modules=["head", "body"], exclude_modules=["head"])
+    assert LoRAConfig().completed(stored) == stored
+    others = LoRAConfig(target_modules=["head"])
+    assert others.completed(stored).exclude_modules is None
+    both = LoRAConfig(exclude_modules=["body"]).completed(stored)
+    assert both.is_excluded("head")
+    assert both.is_excluded("body")
+    given = LoRAConfig().completed(stored, frozenset({"exclude_modules"}))
+    assert given.exclude_modules is None
