@@ -73,12 +73,11 @@ def untargeted_matrices(view: View) -> UntargetedMatrices:
     Embeddings, output heads and what the user left out do not count. Computed weights,
     which another message names, and classes with few weights are in the share only.
     """
-    base = view.base_parameters
-    # a tied weight may be there by several names, of which one is adapted
-    adapted = with_values(base, set(only(base, set(view.adapted_weights)).values()))
+    adapted = _names_of_adapted(view)
+    others = without(view.base_parameters, adapted)
     # names of weights, and names of modules around some
     left_out = {*view.frozen_by_user, *excluded_names(view)}
-    not_adapted = set(names_outside(without(base, adapted), left_out))
+    not_adapted = set(names_outside(others, left_out))
     size = max(view.size_of([*adapted, *not_adapted]), 1)
     untargeted = list[str]()
     by_class: dict[str, list[str]] = {}
@@ -91,6 +90,13 @@ def untargeted_matrices(view: View) -> UntargetedMatrices:
             by_class.setdefault(class_name_of(layer), []).append(name)
     share = view.size_of(untargeted) / size
     return UntargetedMatrices(_large_classes(view, by_class, size), share)
+
+
+def _names_of_adapted(view: View) -> set[str]:
+    """All names of the adapted weights. A tied one has several, of which ``adapted_weights`` may have one."""
+    adapted = only(view.base_parameters, set(view.adapted_weights))
+    weights = set(adapted.values())
+    return set(with_values(view.base_parameters, weights))
 
 
 def _large_classes(
