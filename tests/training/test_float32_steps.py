@@ -87,6 +87,26 @@ def test_a_killed_run_goes_on_with_the_bits_that_float16_lacks(tmp_path: Path) -
     resumes_to_the_bit(tmp_path, build, lora, precision="16-true", max_epochs=3)
 
 
+class StepsByAdagrad(LitTiny):
+    """Its optimizer makes a state when it is built, while the weights are float16."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adagrad(self.parameters(), lr=1e-3)
+
+
+@exact
+def test_a_state_that_is_made_before_the_first_step_is_in_float32(
+    tmp_path: Path,
+) -> None:
+    _, t = fit(tmp_path, lora(), model=StepsByAdagrad(), precision="16-true")
+    (optimizer,) = t.optimizers
+    dtypes = {state["sum"].dtype for state in optimizer.state.values()}
+    assert dtypes == {torch.float32}
+    resumes_to_the_bit(
+        tmp_path, StepsByAdagrad, lora, precision="16-true", max_epochs=3
+    )
+
+
 class Clamps(LitTiny):
     def on_train_batch_start(self, *_: Any) -> None:  # type: ignore[override]
         self.head.weight.data.clamp_(-0.01, 0.01)

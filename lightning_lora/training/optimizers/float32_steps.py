@@ -81,7 +81,10 @@ class Float32Steps:
         for p in hidden & held_by([optimizer]):
             # the values leave the state, because optimizers take an empty one for a
             # parameter's first step
-            values = optimizer.state.get(p, {}).pop(KEY, None)
+            state = optimizer.state.get(p, {})
+            values = state.pop(KEY, None)
+            if values is None:
+                _convert_first_state(state)
             _convert(p, _as_float32(p, values))
             self._shown_to[p] = optimizer
         if optimizer not in self._hooks:
@@ -146,6 +149,13 @@ def showing_float32(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[Non
     finally:
         for p in weights:
             _convert(p, p.data.half())
+
+
+def _convert_first_state(state: dict[Any, Any]) -> None:
+    """Convert the state that an optimizer has made before its first step, as Adagrad does, to float32."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.dtype == torch.float16:
+            state[name] = value.float()
 
 
 def _as_float32(p: nn.Parameter, values: Tensor | None) -> Tensor:
