@@ -412,7 +412,7 @@ def test_the_recipe_of_a_command_line_runs(
 ) -> None:
     (main_file,) = [code for code in RECIPES if "LightningCLI" in code]
     (settings,) = blocks_in(README, "yaml")
-    Path("config.yaml").write_text(settings)
+    Path("lora.yaml").write_text(settings)
     (line,) = re.findall(r"`python (main\.py .*)`", README)
     flags = [
         "--trainer.accelerator=cpu",
