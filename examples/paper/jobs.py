@@ -37,7 +37,7 @@ class Job:
         task: ``"reviews"``, ``"reviews-100"`` or ``"reviews-1000"`` with as many texts
             to train on, ``"definitions"`` or ``"e2e"``; ``"prompts"``, which is E2E's
             validation alone; or ``"digits-128"`` or ``"digits-896"`` with as many
-            images.
+            images, and the same of the larger network: ``"digits-lite2-128"``.
         method: Its name in methods.py.
         lr: The highest learning rate.
         seed: Of the head, of the adapters and of the order of the data.
@@ -217,7 +217,8 @@ def build(job: Job, folders: Folders, fast: bool) -> tuple[Any, Any, Any]:
     if job.is_of_images:
         from . import digits
 
-        reader = digits.Reader(job.lr, METHODS[job.method].momentum)
+        network = digits.network_of(job.task)
+        reader = digits.Reader(network, job.lr, METHODS[job.method].momentum)
         return reader, digits.images(job.task, limit), digits
     from . import minilm
 

@@ -138,6 +138,8 @@ for scaling, arguments in SCALINGS.items():
 # with the first momentum alone.
 # of the tasks with so many images to train on
 DIGITS_EPOCHS = {"digits-128": 12, "digits-896": 3}
+# the same for a larger network, whose norms stay frozen
+LITE2_EPOCHS = {"digits-lite2-128": 12, "digits-lite2-896": 3}
 MOMENTA = (0.1, 0.01, 0.3)  # that of torch, of the network's package, and a faster one
 MOMENTUM_OF_PACKAGE = 0.01
 FROZEN_NORMS = {

@@ -21,6 +21,7 @@ from .methods import (
     GRID,
     GRID_RATES,
     LARGER,
+    LITE2_EPOCHS,
     MAIN,
     METHODS,
     MOMENTA,
@@ -55,7 +56,7 @@ def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]
     jobs = [Job(task, name, lr, epochs=epochs) for lr in rates]
     if results.fast or len(jobs) == 1:
         return jobs[:1]
-    most_more = 3 if task in DIGITS_EPOCHS else 1
+    most_more = 3 if task.startswith("digits") else 1
     for _ in range(most_more):
         if are_finished(jobs, results):
             jobs = beyond_the_edge(results, jobs)
@@ -296,6 +297,14 @@ def of_digits(results: Results) -> list[Job]:
     return jobs
 
 
+def of_larger_network(results: Results) -> list[Job]:
+    """Return the jobs of the larger network that reads digits: norms stay frozen."""
+    jobs = []
+    for task, epochs in LITE2_EPOCHS.items():
+        jobs += compared(results, task, FROZEN_NORMS, epochs)
+    return jobs
+
+
 def by_momentum(results: Results, task: str, name: str) -> list[Job]:
     """Return the jobs that choose a momentum: the search of the rate, one seed of each momentum, and all of the best.
 
@@ -368,6 +377,7 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "prefix": partial(compared, task="reviews", names=["full", *PREFIX]),
     "few": of_few,
     "digits": of_digits,
+    "digits-lite2": of_larger_network,
     "variants": partial(
         compared, task="reviews", names=["LoRA all, r=8", *VARIANTS], epochs=1
     ),

@@ -2,7 +2,14 @@
 
 from .cells import accuracy, differences, markdown, rate, rates_of, trained
 from .jobs import Job, Results
-from .methods import DIGITS_EPOCHS, FROZEN_NORMS, MOMENTA, TRAINED_NORMS, with_momentum
+from .methods import (
+    DIGITS_EPOCHS,
+    FROZEN_NORMS,
+    LITE2_EPOCHS,
+    MOMENTA,
+    TRAINED_NORMS,
+    with_momentum,
+)
 from .plan import (
     at_best_momentum,
     at_each_momentum,
@@ -10,6 +17,8 @@ from .plan import (
     seeds,
     with_momentum_of_package,
 )
+
+COLUMNS = ["", "rate", "accuracy", "seeds", "minus full", "loss minus full", "trained"]
 
 
 def digits(results: Results) -> str:
@@ -19,18 +28,33 @@ def digits(results: Results) -> str:
         jobs_of = shown(results, task)
         best = best_full(results, jobs_of)
         for name, jobs in jobs_of.items():
-            row = [
-                title(task, name),
-                rate(jobs),
-                accuracy(results, jobs),
-                of_each_seed(results, jobs),
-            ]
-            row += differences(results, jobs, best)
-            rows.append([*row, trained(results, jobs)])
-    return markdown(
-        ["", "rate", "accuracy", "seeds", "minus full", "loss minus full", "trained"],
-        rows,
-    )
+            rows.append(compared_row(results, title(task, name), jobs, best))
+    return markdown(COLUMNS, rows)
+
+
+def compared_row(
+    results: Results, title: str, jobs: list[Job], full: list[Job]
+) -> list[str]:
+    """Return a row of the tables: how well these jobs read, and their difference to full fine-tuning."""
+    return [
+        title,
+        rate(jobs),
+        accuracy(results, jobs),
+        of_each_seed(results, jobs),
+        *differences(results, jobs, full),
+        trained(results, jobs),
+    ]
+
+
+def digits_of_larger_network(results: Results) -> str:
+    """Compare the rows of the larger network with its full fine-tuning."""
+    rows = []
+    for task, epochs in LITE2_EPOCHS.items():
+        jobs_of = {name: seeds(results, task, name, epochs) for name in FROZEN_NORMS}
+        best = best_full(results, jobs_of)
+        for name, jobs in jobs_of.items():
+            rows.append(compared_row(results, title(task, name), jobs, best))
+    return markdown(COLUMNS, rows)
 
 
 def shown(results: Results, task: str) -> dict[str, list[Job]]:
@@ -58,13 +82,23 @@ def best_full(results: Results, jobs_of: dict[str, list[Job]]) -> list[Job]:
 
 def title(task: str, name: str) -> str:
     """Return what a row is of: the name of a task says how many images it has to train on."""
-    _, _, images = task.partition("-")
+    _, _, images = task.rpartition("-")
     return f"{images} images: {name}"
 
 
 def of_each_seed(results: Results, jobs: list[Job]) -> str:
     """Return the accuracy of each seed."""
     return " ".join(accuracy(results, [job]) for job in jobs)
+
+
+def rates_of_larger_network(results: Results) -> str:
+    """Loss on the validation part at each learning rate, for the larger network."""
+    rows = []
+    for task, epochs in LITE2_EPOCHS.items():
+        for name in FROZEN_NORMS:
+            losses = rates_of(results, task, name, epochs)
+            rows.append([title(task, name), epochs, losses])
+    return markdown(["", "epochs", "rate: loss"], rows)
 
 
 def digits_rates(results: Results) -> str:
