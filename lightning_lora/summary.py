@@ -238,15 +238,17 @@ def _checkpoint_entries(view: View) -> Mapping[str, Any]:
     """What a checkpoint holds of a model."""
     if not view.is_adapted:
         return view.model.state_dict()
-    return values_to_store(view, state_dict(view.model), _random_in_files(view))
+    return values_to_store(
+        view, state_dict(view.model), _noted_or_found_of_no_base(view)
+    )
 
 
-def _random_in_files(view: View) -> tuple[str, ...]:
+def _noted_or_found_of_no_base(view: View) -> tuple[str, ...]:
     """The frozen weights that files hold because they look untrained."""
     # to look for them in shards needs every process, and this one alone may ask for a
     # summary
     if view.is_sharded:
-        return view.adapter.known_random_weights
+        return view.adapter.known_of_no_base
     # names_of_no_base would note what it finds, but the base may change until a fit begins
     return names_of_no_base_now(view)
 

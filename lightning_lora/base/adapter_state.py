@@ -57,11 +57,12 @@ class AdapterState:
     The names are those of a state dict: ``head._extra_state``.
     """
 
-    random_weights: tuple[str, ...] | None = None
-    """The names of frozen weights that look random, not pretrained.
+    of_no_base: tuple[str, ...] | None = None
+    """The names of tensors that belong to no base, as they were noted. Files hold their values.
 
-    Files hold their values. After a file of this package was loaded, the buffers that
-    hooks filled are named here too. None: nobody has looked for such weights.
+    A fit notes the frozen weights that look untrained. Loading a file of this package
+    notes what the file names: such weights, and the buffers that hooks filled. None:
+    nobody has looked for such weights.
     """
 
     may_have_learned: bool = False
@@ -83,11 +84,11 @@ class AdapterState:
         check_adapter_name(self.name)
 
     @property
-    def known_random_weights(self) -> tuple[str, ...]:
-        """The frozen weights that look random: none, if they have not been looked for."""
-        if self.random_weights is None:
+    def known_of_no_base(self) -> tuple[str, ...]:
+        """The names in :attr:`of_no_base`: none, if nobody has looked for such weights."""
+        if self.of_no_base is None:
             return ()
-        return self.random_weights
+        return self.of_no_base
 
     def snapshot(self) -> "AdapterState":
         """Return a copy that later notes do not change.
@@ -145,7 +146,7 @@ class AdapterState:
     def note_new_base(self, values: Mapping[str, Tensor]) -> None:
         """Take the originals from the values of a new base.
 
-        Which of its weights look random must be looked for again.
+        Which of its weights look untrained must be looked for again.
         """
-        self.random_weights = None
+        self.of_no_base = None
         self.set_originals(only(values, self.originals))

@@ -35,5 +35,5 @@ class DeadAdapters(Guard):
 
 def _fresh_among(view: View, layers: Sequence[str]) -> list[str]:
     """Those of these layers with a weight that looks untrained."""
-    random = modules_around(view.adapter.known_random_weights)
-    return [name for name in layers if name in random]
+    untrained = modules_around(view.adapter.known_of_no_base)
+    return [name for name in layers if name in untrained]

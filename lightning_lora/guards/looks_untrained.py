@@ -71,7 +71,7 @@ def _name_untrained(view: View, untrained: Untrained, perhaps_new: list[str]) ->
     # DeadAdapterWarning advises to exclude layers that the loss does not depend on. So a
     # user who excludes all layers with random weights knows of them. Small layers count,
     # which the message does not name.
-    if _are_excluded(view, view.adapter.known_random_weights):
+    if _are_excluded(view, view.adapter.known_of_no_base):
         rank_zero_info(message)
     else:
         warn_in_each_fit(message, FreshLayerWarning)

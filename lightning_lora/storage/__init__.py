@@ -25,7 +25,8 @@ Ten words are the names of what ``View`` (``model/view.py``), ``AdapterState`` a
 - ``originals``: the base's values of all that may change beside the adapters.
 - ``changes``: the frozen tensors that other code than an optimizer has changed.
 - ``filled``: the buffers that the module's own hooks have filled.
-- ``random_weights``: the frozen weights that look untrained.
+- ``of_no_base``: the frozen weights that look untrained. Of adapters from a file, it
+  names the filled buffers of that run too.
 - ``fingerprints``: the base as a Trainer has read it, in each form that it had.
 - ``may_have_learned``: whether training has begun, or a file was loaded.
 - ``layers``: the layers of an adapter. A new one is "without layers" at first.

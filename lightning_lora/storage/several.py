@@ -17,9 +17,9 @@ from lightning_lora.model.start_call import record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.load.put import adapt_and_put
 from lightning_lora.storage.offline.sums import weighted_sum
-from lightning_lora.storage.state import adapter_state
+from lightning_lora.storage.state import adapter_state, names_of_unchanged
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.dicts import without
+from lightning_lora.tensors.dicts import only, without
 from lightning_lora.tensors.names import modules_by_name, names_not_in, plain_module
 
 
@@ -226,12 +226,19 @@ def _add(model: nn.Module, record: Record, stored: StoredAdapters, name: str) ->
 
 
 def _stored(model: nn.Module, name: str) -> StoredAdapters:
-    """What a file of one adapter would hold, without what belongs to no base: it is the same with all adapters."""
+    """What a file of one adapter would hold, without what the sum takes from the model.
+
+    That is what belongs to no base, with the model's own values. But an adapter from a
+    file may have brought other values of frozen weights: these stay, and no sum is made.
+    """
     with switch.activate(model, name):
         view = view_of(model)
         stored = StoredAdapters.from_view(view, adapter_state(view), [])
-    trained = without(stored.state, set(stored.of_no_base))
-    state = {key: _as_summand(value) for key, value in trained.items()}
+        originals = only(view.adapter.originals, stored.frozen_in_state)
+    brought = names_not_in(originals, names_of_unchanged(stored.state, originals))
+    of_model = names_not_in(stored.of_no_base, brought)
+    summand = without(stored.state, set(of_model))
+    state = {key: _as_summand(value) for key, value in summand.items()}
     return replace(
         stored,
         state=state,

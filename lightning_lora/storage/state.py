@@ -111,15 +111,18 @@ def values_to_store(
 
     The model's own values stand in for what user code has dropped from the state. To
     no base belong frozen weights that look untrained, and filled buffers.
+
+    Frozen weights are always the model's own, so an average does not change them.
     """
     not_the_bases = {*view.record.base.changes, *of_no_base}
+    # first the model's own values, then those of the state in the place of these
     values = {
         **_without_graphs(trained_tensors(view)),
         **_frozen_that_may_be_stored(view, not_the_bases),
         **besides_frozen(view, state),
     }
     originals = without(view.adapter.originals, {*view.trainable_base, *not_the_bases})
-    return without(values, _unchanged(values, originals))
+    return without(values, names_of_unchanged(values, originals))
 
 
 def _frozen_that_may_be_stored(
@@ -137,6 +140,7 @@ def besides_frozen(view: View, state: StateDict) -> dict[str, Any]:
     Of a shared adapter, which has several names, only that of its layer is left. Trained
     weights are left out too where the state has merged values in their place.
     """
+    # ``view.adapter_parameters`` has only the first name of a shared adapter
     names_of_adapters = own_adapters_in(view, view.parameters).keys()
     left_out = {
         *view.frozen_base,
@@ -160,8 +164,8 @@ def _tied_names_with_merged_values(view: View) -> set[str]:
     }
 
 
-def _unchanged(values: StateDict, originals: Mapping[str, Tensor]) -> set[str]:
-    """The names of values that are still those which are kept of the base."""
+def names_of_unchanged(values: StateDict, originals: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of values that are still those which are kept of the base."""
     unchanged = set[str]()
     for name, original in only(originals, values).items():
         if _is_original(values[name], original):

@@ -56,8 +56,13 @@ class StoredAdapters:
     """Adapters outside of a model: every file format reads into this or writes from it.
 
     ``state`` has the values. Beside adapters and what trains in full, it has values
-    that are not the base's own: of ``changed`` weights, which are frozen, and of
-    buffers. Those that each run has for itself belong to no base (``of_no_base``).
+    that are not the base's own. Three lists of names say which these are::
+
+        what it is                     frozen_in_state   of_no_base   filled_in_state
+        frozen, not the base's value   yes               no           no
+        frozen, it looks untrained     yes               yes          no
+        a buffer that a hook filled    no                yes          yes
+        another buffer                 no                no           no
 
     All names are those of the model that was saved; after :meth:`with_names_of_model`,
     those of the model at hand. Only ``base`` keeps the file's names, because its layout
@@ -79,11 +84,14 @@ class StoredAdapters:
     base: list[StoredFingerprint] = field(default_factory=list)
     """The fingerprints of the base, one for each form that it had. Empty: nothing says the base."""
 
-    changed: Sequence[str] = field(default_factory=list)
-    """The frozen weights whose values are in the state."""
+    frozen_in_state: Sequence[str] = field(default_factory=list)
+    """The frozen weights whose values are in the state.
+
+    Files call these ``changed``.
+    """
 
     of_no_base: Sequence[str] = field(default_factory=list)
-    """The changed weights that look untrained, and the buffers that hooks filled, perhaps from data.
+    """The frozen weights that look untrained, and the buffers that hooks filled, perhaps from data.
 
     Files call these ``random``.
     """
@@ -122,7 +130,7 @@ class StoredAdapters:
             state=state,
             layers=layers,
             base=base,
-            changed=list(only(state, view.frozen_base)),
+            frozen_in_state=list(only(state, view.frozen_base)),
             of_no_base=list(names_of_no_base(view)),
             saved=saved,
             root=root_of(view.model),
@@ -150,7 +158,7 @@ class StoredAdapters:
             state=state,
             layers=layers,
             base=description.get("base", []),
-            changed=description.get("changed", []),
+            frozen_in_state=description.get("changed", []),
             of_no_base=description.get("random", []),
             saved=description.get("saved", {}),
             root=description.get("root", ""),
@@ -163,7 +171,7 @@ class StoredAdapters:
         """Return all but the state in plain types, with a checksum of both."""
         about = {
             "base": self.base,
-            "changed": self.changed,
+            "changed": self.frozen_in_state,
             "random": self.of_no_base,
             "saved": self.saved,
             "root": self.root,
@@ -193,7 +201,7 @@ class StoredAdapters:
             config=config,
             state=renaming.with_names_here(self.state),
             layers=layers,
-            changed=renaming.names_here(self.changed),
+            frozen_in_state=renaming.names_here(self.frozen_in_state),
             of_no_base=renaming.names_here(self.of_no_base),
             saved=saved,
             root=renaming.name_here(self.root),
@@ -212,8 +220,11 @@ class StoredAdapters:
 
     @property
     def filled_in_state(self) -> list[str]:
-        """The buffers that hooks filled and whose values are in the state: user code may drop some from it."""
-        buffers = names_not_in(self.of_no_base, set(self.changed))
+        """The buffers that hooks filled and whose values are in the state.
+
+        User code may have dropped some from the state: these are in ``of_no_base`` alone.
+        """
+        buffers = names_not_in(self.of_no_base, set(self.frozen_in_state))
         return [name for name in buffers if name in self.state]
 
     def adapter_names(self) -> set[str]:

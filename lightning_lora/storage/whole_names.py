@@ -68,9 +68,8 @@ class _Targets:
                 self._add_parameter(layer, matrix)
             return
         # by one name, a configuration gives one rank and one scaling to all matrices of
-        # a layer
-        scaling = layer.matrices[0].scaling_for(layer.scaling)
-        self._set_numbers(layer.name, layer.r, scaling)
+        # a layer: so these have none of their own, as parameters may have
+        self._set_numbers(layer.name, layer.r, layer.scaling)
         if layer.tokens:
             self.tokens[layer.name] = layer.tokens
             return

@@ -6,24 +6,24 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_lora.model.untrained.find_untrained import Untrained, find_untrained
-from lightning_lora.model.untrained.of_no_base import note_random_weights
+from lightning_lora.model.untrained.of_no_base import note_untrained_weights
 from lightning_lora.model.view import View, view_of
 from lightning_lora.moments import Guard, Guards
 from lightning_lora.tensors.names import modules_around
 
 
 def tell_of_start(view: View, guards: Guards) -> None:
-    """Let guards say what trains too little, and note random weights, which files must hold.
+    """Let guards say what trains too little, and note untrained weights, which files must hold.
 
-    Each process calls it, because all must agree on random weights.
+    Each process calls it, because all must agree on them.
     """
     guards.tell(Guard.training_begins, view)
     if not view.is_fresh():  # its adapters are trained already
         return
     untrained = find_untrained(view)
     # loaded adapters have those that their file names
-    if view.adapter.random_weights is None:
-        note_random_weights(view, untrained)
+    if view.adapter.of_no_base is None:
+        note_untrained_weights(view, untrained)
     guards.tell(Guard.new_adapters_begin, view, untrained)
 
 
@@ -35,7 +35,7 @@ def tell_of_new_base(
     if not view.is_fresh():
         return
     untrained = find_untrained(view)
-    note_random_weights(view, untrained)
+    note_untrained_weights(view, untrained)
     guards.tell(Guard.base_made_new, view, _those_around(untrained, changed))
 
 

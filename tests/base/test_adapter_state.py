@@ -59,12 +59,12 @@ def test_the_state_of_modules_is_noted_until_the_adapter_may_have_learned() -> N
 
 def test_a_new_base_is_looked_at_again_and_only_what_is_kept_is_taken() -> None:
     state = AdapterState(
-        LoRAConfig(r=2), originals={"bias": torch.zeros(2)}, random_weights=("head",)
+        LoRAConfig(r=2), originals={"bias": torch.zeros(2)}, of_no_base=("head",)
     )
-    assert state.known_random_weights == ("head",)
+    assert state.known_of_no_base == ("head",)
     state.note_new_base({"bias": torch.ones(2), "weight": torch.ones(4)})
-    assert state.random_weights is None
-    assert state.known_random_weights == ()
+    assert state.of_no_base is None
+    assert state.known_of_no_base == ()
     assert list(state.originals) == ["bias"]
     assert torch.equal(state.originals["bias"], torch.ones(2))
 

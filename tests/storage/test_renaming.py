@@ -276,7 +276,7 @@ def test_all_that_is_stored_gets_the_names_of_the_model() -> None:
     here = described(model)
     renamed = described(there).with_names_of_model(Renaming("model", ""), here.config)
     assert here.state.keys() == renamed.state.keys()
-    for name in ("layers", "saved", "changed", "of_no_base"):
+    for name in ("layers", "saved", "frozen_in_state", "of_no_base"):
         assert getattr(here, name) == getattr(renamed, name), name
     assert renamed.layers.keys() == {"q_proj"}
     assert renamed.saved.keys() == {"norm"}

@@ -146,3 +146,17 @@ def test_an_export_to_peft_names_what_it_leaves_out(tmp_path: Path) -> None:
         match=r"'head.weight', 'head.bias' may be untrained.*PEFT's format has no place",
     ):
         ll.export_peft(model, tmp_path / "peft")
+
+
+# each run has its own head, and one model shows one of them
+def test_adapters_with_heads_of_their_own_are_not_added(tmp_path: Path) -> None:
+    model = NewHead()
+    for name in ("de", "fr"):
+        file = tmp_path / f"{name}.safetensors"
+        saved(file, NewHead(), target_modules=["q_proj"])
+        ll.load_adapter(model, file, name=name)
+    shown = model(X)
+    with pytest.raises(ll.AdapterMismatchError, match=r"'head.*looked untrained"):
+        ll.set_adapter(model, ["de", "fr"])
+    assert ll.adapters(model) == ("de", "fr")
+    assert torch.equal(model(X), shown)

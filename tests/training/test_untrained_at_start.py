@@ -30,19 +30,19 @@ def begun(model: Any) -> Any:
     """The names that are noted once a fit of this module has begun."""
     view = view_of(model)
     tell_of_start(view, SILENT)
-    return view.adapter.random_weights
+    return view.adapter.of_no_base
 
 
 def test_a_new_head_is_noted_when_a_fit_begins(model: Any) -> None:
     assert begun(model) == ()
     model.head.reset_parameters()
-    view_of(model).adapter.random_weights = None
+    view_of(model).adapter.of_no_base = None
     assert begun(model) == HEAD
 
 
 def test_names_that_a_file_gave_are_kept(model: Any) -> None:
     model.head.reset_parameters()
-    view_of(model).adapter.random_weights = ("head.bias",)
+    view_of(model).adapter.of_no_base = ("head.bias",)
     assert begun(model) == ("head.bias",)
 
 
@@ -58,7 +58,7 @@ def test_a_head_that_a_hook_makes_new_is_noted_while_nothing_has_learned(
     begun(model)
     model.head.reset_parameters()
     tell_of_new_base(model, SILENT, ["head.weight"])
-    assert view_of(model).adapter.random_weights == HEAD
+    assert view_of(model).adapter.of_no_base == HEAD
 
 
 def test_a_head_that_is_made_new_beside_trained_adapters_is_not_noted(
@@ -68,7 +68,7 @@ def test_a_head_that_is_made_new_beside_trained_adapters_is_not_noted(
     randomise(model)
     model.head.reset_parameters()
     tell_of_new_base(model, SILENT, ["head.weight"])
-    assert view_of(model).adapter.random_weights == ()
+    assert view_of(model).adapter.of_no_base == ()
 
 
 class Resets(LitTiny):
@@ -84,4 +84,4 @@ def test_a_head_that_is_reset_before_the_first_batch_is_noted(tmp_path: Path) ->
     callback = LoRACallback(r=2, target_modules=["q_proj", "v_proj"], merge=False)
     run = trainer(tmp_path, [callback], max_epochs=1)
     warned_by(run.fit, model, data())
-    assert view_of(model).adapter.random_weights == HEAD
+    assert view_of(model).adapter.of_no_base == HEAD

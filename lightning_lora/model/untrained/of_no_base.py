@@ -1,4 +1,4 @@
-"""What belongs to no base, and so is in files: frozen weights that look random, and buffers that hooks filled."""
+"""What belongs to no base, and so is in files: frozen weights that look untrained, and buffers that hooks filled."""
 
 from itertools import compress
 
@@ -18,25 +18,25 @@ def names_of_no_base(view: View) -> tuple[str, ...]:
     Weights are looked for once, when a fit or a file needs them, and then noted.
     Collective: processes agree on them.
     """
-    if view.adapter.random_weights is None:
-        note_random_weights(view, find_untrained(view))
+    if view.adapter.of_no_base is None:
+        note_untrained_weights(view, find_untrained(view))
     return names_of_no_base_now(view)
 
 
 def names_of_no_base_now(view: View) -> tuple[str, ...]:
     """Return what :func:`names_of_no_base` does, and note nothing: before a fit begins, the base may still change."""
-    random = view.adapter.random_weights
-    if random is None:
-        random = _random_among_frozen(view, find_untrained(view))
-    return tuple(dict.fromkeys((*random, *sorted(view.record.base.filled))))
+    noted = view.adapter.of_no_base
+    if noted is None:
+        noted = _untrained_among_frozen(view, find_untrained(view))
+    return tuple(dict.fromkeys((*noted, *sorted(view.record.base.filled))))
 
 
-def note_random_weights(view: View, found: Untrained) -> None:
+def note_untrained_weights(view: View, found: Untrained) -> None:
     """Note the frozen weights that may be new, for files. Collective."""
-    view.adapter.random_weights = _random_among_frozen(view, found)
+    view.adapter.of_no_base = _untrained_among_frozen(view, found)
 
 
-def _random_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:
+def _untrained_among_frozen(view: View, found: Untrained) -> tuple[str, ...]:
     """The frozen weights that may be new.
 
     Collective: processes that hold other shards may find others, and all count. If most

@@ -155,14 +155,17 @@ def _check_names_of_file(view: View, stored: StoredAdapters) -> None:
 
     The changed weights that its description names must be in its state too.
     """
-    needed = {**trained_tensors(view), **only(view.base_parameters, stored.changed)}
+    needed = {
+        **trained_tensors(view),
+        **only(view.base_parameters, stored.frozen_in_state),
+    }
     if stored.names_its_base:
         # what belongs to no base is expected already: weights that look untrained are
-        # in ``changed``, and the rest are buffers
+        # in ``frozen_in_state``, so they are needed, and all buffers are expected
         of_no_base: Collection[str] = ()
     else:
         # a file of another library does not say which weights look untrained
-        of_no_base = view.adapter.known_random_weights
+        of_no_base = view.adapter.known_of_no_base
     _check_names(
         view,
         stored.state,

@@ -108,6 +108,12 @@ def put_state(model: nn.Module, state: StateDict) -> None:
 # Each of the three blocks yields a view of the model: it is not merged, and the adapter to
 # be written is the active one. After an error, a block restores the model, but for its
 # values: ``_write_state`` restores these.
+#
+#     block               takes                 the model at the end
+#     _opened             an adapted model      merged again, if it was
+#     _opened_to_adapt    any model             unmerged
+#     _opened_beside      an adapted model      the earlier adapter is active again,
+#                                               and merged again, if it was
 
 
 @contextmanager
@@ -143,14 +149,16 @@ def _opened_beside(model: nn.Module, active: AdapterState, name: str) -> Iterato
     """Open a model for another adapter than the active one, which is active again at the end.
 
     Then the model is also merged again, if it was. If it has no adapter of this name,
-    ``activate`` makes one without layers, and drops it after an error. Its
-    configuration is not used: the file's takes its place.
+    ``activate`` makes one without layers, and drops it after an error. ``activate`` needs
+    a configuration for that: the file's takes its place later.
     """
     with unmerged(model), activate(model, name, active.config) as undo:
         view = View(model)
         with undone_on_error(view):
             yield view
-        undo.keep()  # otherwise the end of the block would drop a new adapter
+        # otherwise the end of the block would drop a new adapter. But this also keeps the
+        # block from switching back, so that is done here
+        undo.keep()
         switch_to(model, active.name)
 
 
@@ -195,9 +203,10 @@ def _with_values_of_base(
 def _base_values_of_trained(view: View, *, is_new: bool) -> dict[str, Tensor]:
     """The base's values of what trains in full here, for a file that may lack these.
 
-    If the model was adapted before, the file must hold the modules that train here:
-    otherwise it does not fit. Only biases may be absent. Of those that ``bias="all"``
-    selects here, the file may hold some or none.
+    A model that was adapted as the file says (``is_new``) trains just what that file
+    selects, and the base's values complete it. If the model was adapted before, the file
+    must hold the modules that train here: otherwise it does not fit. Only biases may be
+    absent. Of those that ``bias="all"`` selects here, the file may hold some or none.
     """
     names = [name for name in view.trainable_base if is_new or is_bias(name)]
     return {name: kept_or_present_value(view, name) for name in names}
@@ -228,8 +237,8 @@ def _write_adapters(view: View, stored: StoredAdapters) -> None:
     """
     _write_state(view, stored.state, filled=stored.filled_in_state)
     if stored.names_its_base:
-        # the filled buffers are among these: see ``AdapterState.random_weights``
-        view.adapter.random_weights = tuple(stored.of_no_base)
+        # these include the filled buffers, which the base's record notes too
+        view.adapter.of_no_base = tuple(stored.of_no_base)
         view.record.base.note_filled(stored.filled_in_state)
 
 

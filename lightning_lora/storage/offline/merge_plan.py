@@ -89,10 +89,11 @@ class MergePlan:
     def not_of_the_base(self) -> set[str]:
         """The names of the tensors that are not compared with the base.
 
-        The adapters' file holds the changed ones. Those of no base (weights that look
-        untrained, filled buffers) have other values in each run.
+        The adapters' file holds its own values of some frozen weights. What belongs to
+        no base (weights that look untrained, filled buffers) has other values in each
+        run.
         """
-        return {*self.stored.changed, *self.stored.of_no_base}
+        return {*self.stored.frozen_in_state, *self.stored.of_no_base}
 
     @cached_property
     def bases_there(self) -> list[BaseThere]:

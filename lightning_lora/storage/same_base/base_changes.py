@@ -26,6 +26,9 @@ def fingerprints_noting_changes(view: View, *, anew: bool) -> list[Fingerprint]:
     what has changed. A base of a form that the run has not seen is another base: then
     nothing is noted, and only its present fingerprint is returned.
 
+    Once changes are noted, :func:`.fingerprint` counts these tensors as they were before.
+    So a second call finds the fingerprint among those of the run, and notes nothing.
+
     ``anew``: whether all weights are read, as in :func:`.fingerprint`.
     """
     record = view.record

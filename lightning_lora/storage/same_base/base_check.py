@@ -79,7 +79,9 @@ def check_base(
 def _has_fingerprint(stored: StoredAdapters, view: View, here: Fingerprint) -> bool:
     """Whether a file has the fingerprint of the base: as it is here, or in another form that this run has seen."""
     forms_here = [here]
-    if here in view.adapter.fingerprints:  # then all of them are of the base here
+    # if so, all of them are of the base here. After a renaming, this cannot hold: the
+    # layout ``here`` is then a hash of the file's names
+    if here in view.adapter.fingerprints:
         forms_here += view.adapter.fingerprints
     forms_there = [without_half_digests(each) for each in stored.base]
     return any(form in forms_there for form in forms_here)

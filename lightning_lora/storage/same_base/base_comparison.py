@@ -71,8 +71,9 @@ class BaseThere:
     ) -> None:
         """Read a fingerprint.
 
-        Its entry ``rounded`` has the names of its tensors, in the order of its digests.
-        Without this entry, ``names`` must be these. Half digests are not known then.
+        Its entry ``rounded`` has the names of its tensors, in the order of its digests,
+        and ``names`` is not used. Without this entry, no half digests are known, and
+        ``names`` must be the names of all tensors, in the order of the digests.
         """
         unknown: HalfDigests = dict.fromkeys(names, ())
         self.fingerprint = fingerprint

@@ -128,7 +128,8 @@ class _Placement:
       weight.
 
     For example, where V and W are adapted, the groups ``[V], [W, bias]`` become ``[A
-    and B of V], [A and B of W, bias]``, without the bias if that is frozen.
+    and B of V], [A and B of W, bias]``, without the bias if that is frozen. If a second
+    optimizer has the groups ``[W], [W]``, these become ``[A and B of W], []``.
     """
 
     replacements: dict[nn.Parameter, Params]
@@ -145,6 +146,7 @@ class _Placement:
         in_earlier_groups = set[nn.Parameter]()
         groups = []
         for group in built:
+            # earlier groups are those of this optimizer alone
             placed_elsewhere = self.placed_by_user.difference(group) | in_earlier_groups
             placed_here = [
                 p for p in self._candidates(group) if p not in placed_elsewhere

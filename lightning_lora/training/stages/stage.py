@@ -93,6 +93,11 @@ class Stage:
         return self.is_fit and self.phase is not Phase.OVER
 
     @property
+    def is_fit_before_training(self) -> bool:
+        """Whether this is a fit whose training has not begun."""
+        return self.is_fit and self.phase in (Phase.SET_UP, Phase.LOADED)
+
+    @property
     def has_loaded_or_trained(self) -> bool:
         """Whether a file's adapters are on the module, or its training has begun."""
         return self.phase is not Phase.SET_UP

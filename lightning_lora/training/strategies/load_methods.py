@@ -54,12 +54,15 @@ class LoadMethods(SetUpMethods):
     ) -> Checkpoint:
         """Read the checkpoint, then adapt the module to it. Return what Lightning and hooks get of the file.
 
-        - Of a file of adapters: the adapters, with the base beside them, which hooks
-          expect.
-        - Of adapters beside a merged model: the same. But a plain module that is
-          evaluated gets the merged model alone.
-        - Of a full model: the base of the fine-tune, without the state of its run. But
-          a plain module that is evaluated gets all of it.
+        ::
+
+            the file has                     the module                   what is returned
+            adapters beside a merged model   plain, outside of a fit      the merged model
+            a full model                     still plain                  all of the file
+            a full model                     adapted                      the new base
+            adapters                         adapted, perhaps for them    adapters and base
+
+        The new base comes without the state of its run. Hooks expect a base beside adapters.
         """
         self.stage.file = checkpoint_path
         self._remove_left_parts()
@@ -167,7 +170,7 @@ class LoadMethods(SetUpMethods):
 
         Before a training, refuse one from which a fit cannot go on.
         """
-        if self.stage.is_running_fit and self.stage.phase is not Phase.TRAINING:
+        if self.stage.is_fit_before_training:
             check_resumable(checkpoint, self.stage.file)
         checkpoints.complete_averages(self.module, checkpoint)
         show_base(self.module, checkpoint)

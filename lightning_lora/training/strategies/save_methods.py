@@ -55,7 +55,7 @@ class SaveMethods(SetUpMethods):
         if "state_dict" in checkpoint:
             checkpoint = self._as_written(checkpoint, written_later=written_later)
         # the process that writes at once writes beside the file, and replaces it when
-        # all is written
+        # all is written. The other processes, and code that writes later, get the path itself
         writes_beside = self.strategy.is_global_zero and not written_later
         write = writing if writes_beside else write_errors
         with write(filepath) as path:
@@ -64,7 +64,9 @@ class SaveMethods(SetUpMethods):
     def _as_written(self, checkpoint: Checkpoint, *, written_later: bool) -> Checkpoint:
         """A checkpoint with what training changed, and perhaps the merged model.
 
-        A plain module's checkpoint is as Lightning has made it.
+        A plain module's checkpoint is as Lightning has made it. The state of another one
+        is reduced to adapters already, if ``lightning_module_state_dict`` made it. It is
+        reduced again here, because hooks may have edited the checkpoint since.
         """
         module = self.module
         self._forget_replaced_merge()

@@ -93,8 +93,9 @@ class SetUpMethods(StrategyPatch):
             self._tell_of_plain_weights(trainer)
             self.original.setup(trainer)
             return
-        # otherwise load_model_state_dict has noted the base, before it loaded adapters
-        if self.stage.phase is Phase.SET_UP:
+        # otherwise load_model_state_dict has noted the base, before it loaded adapters. A
+        # full model in a file is a new base, and is noted here
+        if not self.stage.has_loaded_or_trained:
             self.note_base()
         with compatibility.keeping_adapters(self.strategy.precision_plugin):
             self.original.setup(trainer)

@@ -171,5 +171,5 @@ def trained_biases(stored: StoredAdapters) -> list[str]:
     if stored.config.bias == "none":
         return []
     # an adapter's tensor has the name of its slice, which may say "bias" too
-    of_others = stored.adapter_names().union(stored.changed)
+    of_others = stored.adapter_names().union(stored.frozen_in_state)
     return [name for name in names_not_in(stored.state, of_others) if is_bias(name)]
