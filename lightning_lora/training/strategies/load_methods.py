@@ -62,7 +62,8 @@ class LoadMethods(SetUpMethods):
             a full model                     adapted                      the new base
             adapters                         adapted, perhaps for them    adapters and base
 
-        The new base comes without the state of its run. Hooks expect a base beside adapters.
+        The new base comes without the state of its run. Hooks expect a base beside
+        adapters.
         """
         self.stage.file = checkpoint_path
         self._remove_left_parts()

@@ -55,7 +55,8 @@ class SaveMethods(SetUpMethods):
         if "state_dict" in checkpoint:
             checkpoint = self._as_written(checkpoint, written_later=written_later)
         # the process that writes at once writes beside the file, and replaces it when
-        # all is written. The other processes, and code that writes later, get the path itself
+        # all is written. The other processes, and code that writes later, get the path
+        # itself
         writes_beside = self.strategy.is_global_zero and not written_later
         write = writing if writes_beside else write_errors
         with write(filepath) as path:
