@@ -58,9 +58,9 @@ class AdapterState:
     """
 
     of_no_base: tuple[str, ...] | None = None
-    """The names of tensors that belong to no base, as they were noted. Files hold their values.
+    """The names of tensors that belong to no base, as they were noted.
 
-    A fit notes the frozen weights that look untrained. Loading a file of this package
+    Files hold their values. A fit notes the frozen weights that look untrained. Loading a file of this package
     notes what the file names: such weights, and the buffers that hooks filled. None:
     nobody has looked for such weights.
     """

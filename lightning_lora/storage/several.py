@@ -172,7 +172,8 @@ def combine_adapters(
 
     Raises:
         AdapterMismatchError: an adapter uses DoRA, trains modules, biases or rows
-            beside its updates, or adapts other parts of a layer than another.
+            beside its updates, adapts other parts of a layer than another, or came
+            from a file with frozen weights of its own.
         AdapterStateError: there is no adapter of such a name, or one of the new name;
             or the model is merged or sharded.
         ConfigError: a weight or ``r`` is not valid.
