@@ -1,4 +1,7 @@
-"""The classes of watched weights, which see what torch computes with them."""
+"""The classes of watched weights, which see what torch computes with them.
+
+``reads.py`` says why, and what counts as a read in a training and in an evaluation.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
