@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_lora.errors import BaseMismatchError, ConfigError
+from lightning_lora.errors import BaseMismatchError, ConfigError, counted
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
 from lightning_lora.storage.offline.sums import weighted_sum
 from lightning_lora.storage.offline.without_model import read_without_model
@@ -23,10 +23,14 @@ def combine_files(
         The number of layers.
     """
     check_place(out, paths)
-    if len(paths) < 2 or len(weights) != len(paths):
+    if len(paths) < 2:
         raise ConfigError(
-            f"Got {len(paths)} files, {len(weights)} weights. Expected at least two, a "
-            "weight for each."
+            f"Got {counted(len(paths), 'file')} to sum. Expected at least two."
+        )
+    if len(weights) != len(paths):
+        raise ConfigError(
+            f"Got {counted(len(weights), 'weight')} for {len(paths)} files. Expected "
+            "one for each."
         )
     files = [read_without_model(path) for path in paths]
     # the sum comes before the check of the bases, because an error about one layer says
